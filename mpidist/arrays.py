@@ -1,0 +1,176 @@
+"""What mpidist knows about arrays: their module, their dtypes, and their bytes."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mpidist._types import (
+    BAND,
+    BOR,
+    BXOR,
+    LAND,
+    LOR,
+    LXOR,
+    MAX,
+    MEAN,
+    MIN,
+    PROD,
+    SUM,
+    Array,
+    DType,
+    ReduceOp,
+)
+from mpidist.errors import UnsupportedOperationError
+
+__all__ = [
+    "BFLOAT16",
+    "DTYPES",
+    "HALVES",
+    "REDUCTIONS",
+    "array_namespace",
+    "as_bytes",
+    "as_native",
+    "is_host",
+    "reduce_in_rank_order",
+    "ufunc_of",
+]
+
+BFLOAT16: DType = np.dtype(ml_dtypes.bfloat16)
+HALVES = frozenset({np.dtype(np.float16), BFLOAT16})
+"""Dtypes that travel as they are and are summed in float32."""
+
+_BOOL = frozenset({np.dtype(np.bool_)})
+_INTEGERS = frozenset(np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8))
+_FLOATS = HALVES | {np.dtype(np.float32), np.dtype(np.float64)}
+_COMPLEX = frozenset({np.dtype(np.complex64), np.dtype(np.complex128)})
+
+DTYPES = _BOOL | _INTEGERS | _FLOATS | _COMPLEX
+"""Every dtype that mpidist moves."""
+
+_WHERE_DEFINED = {
+    SUM: DTYPES,
+    MEAN: _FLOATS | _COMPLEX,
+    PROD: DTYPES,
+    MIN: DTYPES - _COMPLEX,
+    MAX: DTYPES - _COMPLEX,
+    **dict.fromkeys((BAND, BOR, BXOR, LAND, LOR, LXOR), _INTEGERS | _BOOL),
+}
+
+REDUCTIONS = frozenset((op, dtype) for op, dtypes in _WHERE_DEFINED.items() for dtype in dtypes)
+"""Every pair of operation and dtype that has a meaning."""
+
+# Of booleans numpy's add is the logical or, and multiply the logical and.
+_UFUNCS = {
+    SUM: np.add,
+    MEAN: np.add,
+    PROD: np.multiply,
+    MIN: np.minimum,
+    MAX: np.maximum,
+    BAND: np.bitwise_and,
+    BOR: np.bitwise_or,
+    BXOR: np.bitwise_xor,
+    LAND: np.logical_and,
+    LOR: np.logical_or,
+    LXOR: np.logical_xor,
+}
+
+
+def array_namespace(x: Array) -> ModuleType:
+    """Return the module whose functions work on `x`: numpy or cupy.
+
+    cupy is looked up among the modules that are already imported, never imported: whoever holds a
+    cupy array has done so.
+
+    Parameters
+    ----------
+    x : Array
+        Any array.
+
+    Returns
+    -------
+    module
+        ``numpy`` or ``cupy``.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If `x` is neither.
+    """
+    if isinstance(x, np.ndarray):
+        return np
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return cupy
+    raise UnsupportedOperationError(
+        f"expected a numpy or cupy array, got {type(x).__module__}.{type(x).__qualname__}; "
+        "convert it with numpy.asarray first"
+    )
+
+
+def is_host(x: Array) -> bool:
+    """Whether `x` lies in the host's memory."""
+    return isinstance(x, np.ndarray)
+
+
+def ufunc_of(op: ReduceOp) -> np.ufunc:
+    """Return numpy's function of two arrays for `op`; for `MEAN`, the sum."""
+    return _UFUNCS[op]
+
+
+def as_native(x: Array) -> Array:
+    """Return `x` itself if it is contiguous and of native byte order, else such a copy.
+
+    Parameters
+    ----------
+    x : Array
+        Any host array.
+
+    Returns
+    -------
+    Array, shape of `x`
+        C-contiguous, native byte order; `x` itself where it already is.
+    """
+    if x.flags.c_contiguous and x.dtype.isnative:
+        return x
+    return np.asarray(x, dtype=x.dtype.newbyteorder("="), order="C")
+
+
+def as_bytes(x: Array) -> Array:
+    """Return the memory of a contiguous array as a flat uint8 array that shares it."""
+    return x.reshape(-1).view(np.uint8)
+
+
+def reduce_in_rank_order(parts: list[Array], op: ReduceOp, out: Array) -> None:
+    """Combine one array per rank in the order of the ranks, rounding halves once.
+
+    Parameters
+    ----------
+    parts : list of Array, each the shape and dtype of `out`
+        One per rank.
+    op : ReduceOp
+        How to combine; `MEAN` divides by the number of parts.
+    out : Array
+        Receives the result; may be one of the parts only if it is the first.
+
+    Notes
+    -----
+    float16 and bfloat16 are combined in float32 and rounded once, at the end.
+    """
+    ufunc = ufunc_of(op)
+    wide = np.dtype(np.float32) if out.dtype in HALVES else out.dtype
+    total: Any = out if wide == out.dtype else np.empty(out.shape, wide)
+    np.copyto(total, parts[0])
+    for part in parts[1:]:
+        # Logical ufuncs return booleans; `unsafe` stores them as 0 and 1 in the input's dtype.
+        ufunc(total, part.astype(wide, copy=False), out=total, casting="unsafe")
+    if len(parts) == 1 and op in (LAND, LOR, LXOR):
+        np.copyto(total, total != 0)
+    if op is MEAN:
+        total /= len(parts)
+    if total is not out:
+        np.copyto(out, total, casting="same_kind" if out.dtype != BFLOAT16 else "unsafe")

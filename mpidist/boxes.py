@@ -1,0 +1,141 @@
+"""Boxes: the only arithmetic of shards.
+
+A box is a rectangular region of an array, given by where it begins and how far it extends. Who
+owns what is a list of boxes, and moving from one owner to another is their intersections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from mpidist.errors import SizeMismatchError
+
+__all__ = ["Box", "split_evenly"]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangular region of an n-dimensional array.
+
+    Parameters
+    ----------
+    offsets : tuple of int
+        First index in each dimension.
+    sizes : tuple of int
+        Extent in each dimension; zero is an empty box.
+
+    Raises
+    ------
+    SizeMismatchError
+        If the lengths differ or a number is negative.
+
+    Examples
+    --------
+    >>> a = Box((0, 2), (4, 3))
+    >>> a.intersect(Box((2, 0), (4, 4)))
+    Box(offsets=(2, 2), sizes=(2, 2))
+    >>> a.slices
+    (slice(0, 4, None), slice(2, 5, None))
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.sizes):
+            raise SizeMismatchError(
+                f"Box: {len(self.offsets)} offsets but {len(self.sizes)} sizes; "
+                "give one of each per dimension"
+            )
+        if any(number < 0 for number in (*self.offsets, *self.sizes)):
+            raise SizeMismatchError(
+                f"Box: offsets {self.offsets} and sizes {self.sizes} must not be negative"
+            )
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """Return the box of a whole array of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """One past the last index in each dimension."""
+        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def count(self) -> int:
+        """Number of elements; 1 for the box of a 0-d array."""
+        return prod(self.sizes)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no element lies inside."""
+        return self.count == 0
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The index that selects this region of the whole array."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """Return the region common to both, or None where they share no element."""
+        if len(self.offsets) != len(other.offsets):
+            raise SizeMismatchError(
+                f"Box.intersect: a box of {len(self.offsets)} dimensions "
+                f"and one of {len(other.offsets)}"
+            )
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        stops = tuple(map(min, self.stops, other.stops))
+        if any(stop <= offset for offset, stop in zip(offsets, stops, strict=True)):
+            return None
+        return Box(offsets, tuple(s - o for o, s in zip(offsets, stops, strict=True)))
+
+    def relative_to(self, origin: Box) -> Box:
+        """Return this box counted from the first index of `origin`, which contains it."""
+        if any(
+            mine < its or mine_stop > its_stop
+            for mine, its, mine_stop, its_stop in zip(
+                self.offsets, origin.offsets, self.stops, origin.stops, strict=True
+            )
+        ):
+            raise SizeMismatchError(f"Box.relative_to: {self} does not lie inside {origin}")
+        return Box(tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes)
+
+
+def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:
+    """Cut a length into parts that differ by at most one.
+
+    Parameters
+    ----------
+    length : int
+        What is cut, at least 0.
+    parts : int
+        Number of parts, at least 1.
+
+    Returns
+    -------
+    tuple of (int, int)
+        Offset and size of each part; the longer parts come first.
+
+    Raises
+    ------
+    SizeMismatchError
+        If `length` is negative or `parts` is not positive.
+
+    Examples
+    --------
+    >>> split_evenly(7, 3)
+    ((0, 3), (3, 2), (5, 2))
+    """
+    if length < 0 or parts < 1:
+        raise SizeMismatchError(
+            f"split_evenly: cannot cut a length of {length} into {parts} parts; "
+            "expected a length of at least 0 and at least 1 part"
+        )
+    quotient, remainder = divmod(length, parts)
+    return tuple(
+        (part * quotient + min(part, remainder), quotient + (part < remainder))
+        for part in range(parts)
+    )
