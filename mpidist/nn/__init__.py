@@ -1,0 +1,44 @@
+"""A small explicit model library: layers with a forward and a backward pass, and no graph.
+
+A training step without any distribution::
+
+    model = Sequential(Linear(64, 32, rng=rng), ReLU(), Linear(32, 10, rng=rng))
+    y, ctx = model.forward(x, Mode(training=True, seed=0, step=7))
+    loss, dy = cross_entropy(y, target)
+    model.zero_grad()
+    model.backward(ctx, dy)
+    for p in model.parameters():
+        p.data -= 0.1 * p.grad
+
+`mpidist.nn.module` states the protocol and `mpidist.nn.parameter` the life of a gradient.
+Nothing here knows of ranks.
+"""
+
+from mpidist.nn.activations import GELU, ReLU
+from mpidist.nn.containers import Recompute, Residual, Sequential
+from mpidist.nn.layers import Embedding, Flatten, Linear, PositionEmbedding
+from mpidist.nn.losses import cross_entropy, mse_loss
+from mpidist.nn.mode import EVAL, TRAIN, Mode
+from mpidist.nn.module import Context, Module, count_uses
+from mpidist.nn.parameter import Parameter
+
+__all__ = [
+    "EVAL",
+    "GELU",
+    "TRAIN",
+    "Context",
+    "Embedding",
+    "Flatten",
+    "Linear",
+    "Mode",
+    "Module",
+    "Parameter",
+    "PositionEmbedding",
+    "ReLU",
+    "Recompute",
+    "Residual",
+    "Sequential",
+    "count_uses",
+    "cross_entropy",
+    "mse_loss",
+]

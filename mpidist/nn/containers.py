@@ -1,0 +1,132 @@
+"""Modules made of others: `Sequential`, `Residual` and `Recompute`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mpidist._types import Array
+from mpidist.nn.mode import Mode
+from mpidist.nn.module import Context, Module, count_uses
+
+__all__ = ["Recompute", "Residual", "Sequential"]
+
+
+class Sequential(Module):
+    """Modules one after the other.
+
+    Parameters
+    ----------
+    *layers : Module
+        In order of the forward pass. Their names are "0", "1", ...
+    """
+
+    def __init__(self, *layers: Module) -> None:
+        self.layers = layers
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Yield the layers under their numbers."""
+        return ((str(i), layer) for i, layer in enumerate(self.layers))
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Run the layers in order."""
+        contexts = []
+        for layer in self.layers:
+            x, ctx = layer.forward(x, mode)
+            contexts.append(ctx)
+        return x, Context(tuple(contexts), count_uses(*contexts))
+
+    def backward(self, ctx: Context, dy: Array) -> Array:
+        """Run the layers' whole backward passes, last first."""
+        for layer, layer_ctx in zip(reversed(self.layers), reversed(ctx.saved), strict=True):
+            dy = layer.backward(layer_ctx, dy)
+        return dy
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Run the first halves, last layer first."""
+        wctxs = []
+        for layer, layer_ctx in zip(reversed(self.layers), reversed(ctx.saved), strict=True):
+            dy, wctx = layer.backward_input(layer_ctx, dy)
+            wctxs.append(wctx)
+        return dy, wctxs
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Run the second halves, last layer first."""
+        for layer, layer_wctx in zip(reversed(self.layers), wctx, strict=True):
+            layer.backward_weight(layer_wctx)
+
+
+class Residual(Module):
+    """``y = x + inner(x)``.
+
+    Parameters
+    ----------
+    inner : Module
+        Must keep the shape.
+    """
+
+    def __init__(self, inner: Module) -> None:
+        self.inner = inner
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Map `x` to ``x + inner(x)``."""
+        y, ctx = self.inner.forward(x, mode)
+        return x + y, ctx
+
+    def backward(self, ctx: Context, dy: Array) -> Array:
+        """Add the inner module's input gradient to `dy`."""
+        return dy + self.inner.backward(ctx, dy)
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Add the inner module's input gradient to `dy`."""
+        dx, wctx = self.inner.backward_input(ctx, dy)
+        return dy + dx, wctx
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Run the inner module's second half."""
+        self.inner.backward_weight(wctx)
+
+
+class Recompute(Module):
+    """Runs its module's forward pass again in backward instead of keeping its activations.
+
+    Parameters
+    ----------
+    inner : Module
+        Any module.
+
+    Notes
+    -----
+    Only the input is kept. The second pass is a replay: it draws the same random numbers and
+    changes no buffer, so gradients have the same bits as without `Recompute`. Costs one more
+    forward pass.
+
+    References
+    ----------
+    Chen, Xu, Zhang, Guestrin (2016), Training Deep Nets with Sublinear Memory Cost, section 4.
+    """
+
+    def __init__(self, inner: Module) -> None:
+        self.inner = inner
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Run the inner module and drop its context."""
+        y, ctx = self.inner.forward(x, mode)
+        return y, Context((x, mode.replayed()), ctx.uses)
+
+    def backward(self, ctx: Context, dy: Array) -> Array:
+        """Run the inner module forward again, then its whole backward pass."""
+        return self.inner.backward(self._replay(ctx), dy)
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Run the inner module forward again, then its first half."""
+        return self.inner.backward_input(self._replay(ctx), dy)
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Run the inner module's second half."""
+        self.inner.backward_weight(wctx)
+
+    def _replay(self, ctx: Context) -> Context:
+        x, mode = ctx.saved
+        _, inner_ctx = self.inner.forward(x, mode)
+        return inner_ctx

@@ -1,0 +1,226 @@
+"""Layers of one matrix or none: `Linear`, `Embedding`, `PositionEmbedding`, `Flatten`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpidist._types import Array
+from mpidist.arrays import array_namespace
+from mpidist.nn._init import Rng, fan_in_uniform, normal
+from mpidist.nn.mode import Mode
+from mpidist.nn.module import Context, Module, count_uses
+from mpidist.nn.parameter import Parameter
+
+__all__ = ["Embedding", "Flatten", "Linear", "PositionEmbedding"]
+
+
+class Linear(Module):
+    """Affine map of the last axis, ``y = x @ weight.T + bias``.
+
+    Parameters
+    ----------
+    d_in, d_out : int
+        Sizes of the last axis of input and output.
+    rng : numpy.random.Generator or int
+        Draws the initial values, uniform on +-1/sqrt(d_in).
+    bias : bool, optional
+        Whether there is a bias.
+    dtype : dtype, optional
+        Of the parameters.
+
+    Notes
+    -----
+    Parameters: `weight` (d_out, d_in) and `bias` (d_out,) or None.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        rng: Rng,
+        bias: bool = True,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        rng = np.random.default_rng(rng)
+        self.weight = Parameter(fan_in_uniform(rng, (d_out, d_in), d_in, dtype))
+        self.bias = Parameter(fan_in_uniform(rng, (d_out,), d_in, dtype)) if bias else None
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Map `x` (..., d_in) to y (..., d_out)."""
+        d_out, d_in = self.weight.shape
+        # One product of two matrices: numpy would run one per leading index otherwise.
+        y: Array = array_namespace(x).matmul(x.reshape(-1, d_in), self.weight.data.T)
+        if self.bias is not None:
+            y += self.bias.data
+        return y.reshape(*x.shape[:-1], d_out), Context(x, count_uses(self.weight, self.bias))
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Map `dy` (..., d_out) to dx (..., d_in)."""
+        x = ctx.saved
+        dx = array_namespace(dy).matmul(dy.reshape(-1, self.weight.shape[0]), self.weight.data)
+        return dx.reshape(x.shape), (x, dy)
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Add dy.T @ x and the sum of dy over all rows."""
+        x, dy = wctx
+        xp = array_namespace(dy)
+        d_out, d_in = self.weight.shape
+        rows = dy.reshape(-1, d_out)
+        # `out` is the bucket's own memory at the first contribution and None later.
+        self.weight.add_grad(xp.matmul(rows.T, x.reshape(-1, d_in), out=self.weight.first_grad()))
+        if self.bias is not None:
+            self.bias.add_grad(xp.sum(rows, axis=0, out=self.bias.first_grad()))
+
+
+class Embedding(Module):
+    """Table of vectors, one per integer.
+
+    Parameters
+    ----------
+    num : int
+        Rows of the table; inputs lie in 0 .. num - 1.
+    dim : int
+        Length of a vector.
+    rng : numpy.random.Generator or int
+        Draws the initial values, normal with mean 0.
+    std : float, optional
+        Standard deviation of the initial values.
+    dtype : dtype, optional
+        Of the table.
+
+    Notes
+    -----
+    Parameter: `weight` (num, dim).
+    """
+
+    def __init__(
+        self,
+        num: int,
+        dim: int,
+        *,
+        rng: Rng,
+        std: float = 0.02,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        self.weight = Parameter(normal(rng, (num, dim), std, dtype))
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Map integers `x` (batch, ...) to rows y (batch, ..., dim).
+
+        Raises
+        ------
+        ValueError
+            If `x` holds no integers, or one outside the table. The check blocks the host.
+        """
+        num = self.weight.shape[0]
+        if x.dtype.kind not in "iu":
+            raise ValueError(f"Embedding: expected an integer array, got {x.dtype}")
+        if x.size and (int(x.min()) < 0 or int(x.max()) >= num):
+            raise ValueError(
+                f"Embedding: expected integers in 0..{num - 1}, got {int(x.min())}..{int(x.max())}"
+            )
+        return self.weight.data[x], Context(x, count_uses(self.weight))
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Return zeros of the input's shape: integers have no gradient."""
+        xp = array_namespace(dy)
+        return xp.zeros(ctx.saved.shape, dtype=dy.dtype), (ctx.saved, dy)
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Add each row's sum of dy, in the order of the samples."""
+        x, dy = wctx
+        xp = array_namespace(dy)
+        buffer = self.weight.first_grad()
+        grad = xp.empty_like(self.weight.data) if buffer is None else buffer
+        grad[...] = 0
+        if x.size:
+            # Sorting makes the rows of one index neighbours: one sum per run, always in the
+            # same order, and much faster than an unbuffered add.
+            order = xp.argsort(x.reshape(-1), kind="stable")
+            indices = x.reshape(-1)[order]
+            starts = xp.flatnonzero(
+                xp.concatenate([indices[:1] == indices[:1], xp.diff(indices) != 0])
+            )
+            rows = dy.reshape(-1, self.weight.shape[1])[order]
+            grad[indices[starts]] = xp.add.reduceat(rows, starts, axis=0)
+        self.weight.add_grad(grad)
+
+
+class PositionEmbedding(Module):
+    """Adds a learned vector per position.
+
+    Parameters
+    ----------
+    length : int
+        Most positions a sample may have.
+    dim : int
+        Length of a vector.
+    rng : numpy.random.Generator or int
+        Draws the initial values, normal with mean 0.
+    std : float, optional
+        Standard deviation of the initial values.
+    dtype : dtype, optional
+        Of the table.
+
+    Notes
+    -----
+    Parameter: `weight` (length, dim).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        dim: int,
+        *,
+        rng: Rng,
+        std: float = 0.02,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        self.weight = Parameter(normal(rng, (length, dim), std, dtype))
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Map `x` (batch, time, dim) to ``x + weight[:time]``.
+
+        Raises
+        ------
+        ValueError
+            If a sample is longer than the table.
+        """
+        time, length = x.shape[1], self.weight.shape[0]
+        if time > length:
+            raise ValueError(f"PositionEmbedding: expected at most {length} positions, got {time}")
+        return x + self.weight.data[:time], Context(None, count_uses(self.weight))
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Pass `dy` (batch, time, dim) on."""
+        return dy, dy
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Add the sum of dy over the batch."""
+        xp = array_namespace(wctx)
+        time = wctx.shape[1]
+        buffer = self.weight.first_grad()
+        grad = xp.empty_like(self.weight.data) if buffer is None else buffer
+        xp.sum(wctx, axis=0, out=grad[:time])
+        grad[time:] = 0
+        self.weight.add_grad(grad)
+
+
+class Flatten(Module):
+    """Joins all axes but the first."""
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Map `x` (batch, ...) to y (batch, size of a sample)."""
+        size = int(np.prod(x.shape[1:]))
+        return x.reshape(x.shape[0], size), Context(x.shape)
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Give `dy` the input's shape."""
+        return dy.reshape(ctx.saved), None
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Nothing to add."""

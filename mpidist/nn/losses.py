@@ -1,0 +1,125 @@
+"""Losses that give their value and their gradient in one call.
+
+``loss, dy = cross_entropy(y, target)`` and then ``model.backward(ctx, dy)``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays import array_namespace
+
+__all__ = ["cross_entropy", "mse_loss"]
+
+
+def cross_entropy(
+    logits: Array, target: Array, *, denominator: float | None = None
+) -> tuple[Array, Array]:
+    """Compute the mean negative log-likelihood of the target classes under softmax(logits).
+
+    Parameters
+    ----------
+    logits : Array, shape (..., classes), float
+        Unnormalised log-probabilities.
+    target : Array, shape (...), integer
+        The class of each position, in 0 .. classes - 1.
+    denominator : float, optional
+        What the sum over positions is divided by. Default: the number of positions here. Give
+        the number in the batch joined over all ranks and micro-batches, and the sum of their
+        losses and gradients is exactly the joined batch's mean, whatever each one's share is.
+
+    Returns
+    -------
+    loss : Array, shape (), float32 or wider
+        0 for an empty batch.
+    dlogits : Array, shape and dtype of `logits`
+        Gradient of `loss`.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, `target` is not integer or out of range, or `denominator` is not
+        positive. The range check blocks the host.
+    """
+    xp = array_namespace(logits)
+    classes = logits.shape[-1]
+    _check_target(logits, target)
+    scale = 1.0 / _divisor(target.size, denominator)
+    wide = xp.result_type(logits.dtype, xp.float32)  # halves are summed in float32
+    rows = logits.reshape(-1, classes).astype(wide, copy=True)
+    picked = (xp.arange(target.size), target.reshape(-1))
+    rows -= rows.max(axis=-1, keepdims=True)
+    shifted = rows[picked]
+    xp.exp(rows, out=rows)
+    sums = rows.sum(axis=-1, keepdims=True)
+    loss = xp.asarray((xp.log(sums[:, 0]) - shifted).sum() * scale, dtype=wide)
+    rows *= scale / sums
+    rows[picked] -= scale
+    return loss, rows.reshape(logits.shape).astype(logits.dtype, copy=False)
+
+
+def mse_loss(
+    pred: Array, target: Array, *, denominator: float | None = None
+) -> tuple[Array, Array]:
+    """Compute the mean squared error.
+
+    Parameters
+    ----------
+    pred, target : Array, same shape, float
+        Predictions and what they should be.
+    denominator : float, optional
+        What the sum over elements is divided by. Default: the number of elements here. See
+        `cross_entropy`.
+
+    Returns
+    -------
+    loss : Array, shape (), float32 or wider
+        0 for an empty batch.
+    dpred : Array, shape and dtype of `pred`
+        Gradient of `loss`.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ or `denominator` is not positive.
+    """
+    xp = array_namespace(pred)
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"mse_loss: expected a target of the prediction's shape {pred.shape}, "
+            f"got {target.shape}; shapes are not broadcast"
+        )
+    scale = 1.0 / _divisor(pred.size, denominator)
+    wide = xp.result_type(pred.dtype, xp.float32)
+    error = xp.subtract(pred, target, dtype=wide)
+    loss = xp.asarray(xp.square(error).sum() * scale, dtype=wide)
+    error *= 2.0 * scale
+    return loss, error.astype(pred.dtype, copy=False)
+
+
+def _divisor(count: int, denominator: float | None) -> float:
+    if denominator is None:
+        return float(max(count, 1))
+    if not denominator > 0:
+        raise ValueError(
+            f"expected a positive denominator, got {denominator}; give the number of samples of "
+            "the batch joined over all ranks"
+        )
+    return float(denominator)
+
+
+def _check_target(logits: Array, target: Array) -> None:
+    if tuple(target.shape) != tuple(logits.shape[:-1]):
+        raise ValueError(
+            f"cross_entropy: expected a target of shape {logits.shape[:-1]} for logits of shape "
+            f"{logits.shape}, got {target.shape}"
+        )
+    if not np.issubdtype(target.dtype, np.integer):
+        raise ValueError(f"cross_entropy: expected integer targets, got {target.dtype}")
+    classes = logits.shape[-1]
+    if target.size and (int(target.min()) < 0 or int(target.max()) >= classes):
+        raise ValueError(
+            f"cross_entropy: expected targets in 0..{classes - 1}, "
+            f"got {int(target.min())}..{int(target.max())}"
+        )

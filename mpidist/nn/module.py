@@ -1,0 +1,289 @@
+"""`Module` and `Context`: the protocol every layer and model follows.
+
+The whole interface, as strategies such as data parallelism use it::
+
+    y, ctx = module.forward(x, mode)        # ctx belongs to the caller; many may be in flight
+    ctx.uses                                # {Parameter: contributions its backward will make}
+    dx = module.backward(ctx, dy)           # contributions go in by Parameter.add_grad
+
+    dx, wctx = module.backward_input(ctx, dy)   # the same in halves: no parameter is touched ...
+    module.backward_weight(wctx)                # ... until here, at any later time
+
+    module.named_parameters()               # (qualified name, Parameter), a shared one once
+    module.named_buffers()                  # (qualified name, Array), updated in place only
+    module.state_dict(); module.load_state_dict(state)
+
+Writing a module: keep parameters, child modules (or lists of them) as attributes, name buffers
+in the class attribute `buffer_names`, and write `forward`, `backward_input` and `backward_weight`.
+A module made of others also overrides `backward`, so that each child's gradients are complete
+before the child before it begins. Two layers are tied by holding the same `Parameter` object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, ABCMeta, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from mpidist._types import Array
+from mpidist.nn.mode import Mode
+from mpidist.nn.parameter import Parameter
+
+__all__ = ["Context", "Module", "count_uses"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """What one forward pass leaves for its backward pass.
+
+    Parameters
+    ----------
+    saved : object
+        The layer's own business.
+    uses : mapping of Parameter to int, optional
+        Number of `add_grad` calls that the backward pass of this context will make on each
+        parameter. One that is not used in this forward pass is absent.
+    """
+
+    saved: Any
+    uses: Mapping[Parameter, int] = dataclasses.field(default_factory=dict)
+
+
+def count_uses(*parts: Parameter | Context | None) -> dict[Parameter, int]:
+    """Add up the uses of parameters (one each) and of contexts; None counts nothing."""
+    total: dict[Parameter, int] = {}
+    for part in parts:
+        if isinstance(part, Context):
+            for parameter, uses in part.uses.items():
+                total[parameter] = total.get(parameter, 0) + uses
+        elif part is not None:
+            total[part] = total.get(part, 0) + 1
+    return total
+
+
+class _LabelledAfterInit(ABCMeta):
+    """Label the tree below a module once its constructor is over.
+
+    The outermost module is built last, so names and layer indices end up as positions in the
+    whole model, and no author of a module can forget to assign them.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        module = super().__call__(*args, **kwargs)
+        module.relabel()
+        return module
+
+
+class Module(ABC, metaclass=_LabelledAfterInit):
+    """A function with parameters and an explicit backward pass.
+
+    Notes
+    -----
+    Arrays of samples have the batch as their first axis, and every module accepts a batch of no
+    samples. `x` and `dy` are never written to; `dx` has the shape of `x`. A context is not
+    used up: it may be dropped, or run backward more than once.
+    """
+
+    buffer_names: ClassVar[tuple[str, ...]] = ()
+    layer_index: int = 0
+    """Position among the tree's leaves, which random layers draw by."""
+
+    @abstractmethod
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Compute the output and what backward will need.
+
+        Parameters
+        ----------
+        x : Array, shape (batch, ...)
+            The input; kept by reference in the context, so it must not change before backward.
+        mode : Mode
+            Training or not, and what random numbers depend on.
+
+        Returns
+        -------
+        y : Array
+            The output.
+        ctx : Context
+            Belongs to the caller.
+        """
+
+    @abstractmethod
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Compute the input's gradient without touching any parameter's.
+
+        Parameters
+        ----------
+        ctx : Context
+            From `forward`.
+        dy : Array, shape of the output
+            Gradient of the loss by the output.
+
+        Returns
+        -------
+        dx : Array, shape of the input
+            Gradient by the input. Zeros where the input is integer.
+        wctx : object
+            For `backward_weight`.
+        """
+
+    @abstractmethod
+    def backward_weight(self, wctx: Any) -> None:
+        """Add this pass's contributions to the parameters' gradients.
+
+        Parameters
+        ----------
+        wctx : object
+            From `backward_input`.
+        """
+
+    def backward(self, ctx: Context, dy: Array) -> Array:
+        """Run both halves of the backward pass, with the same bits as the halves.
+
+        Parameters
+        ----------
+        ctx : Context
+            From `forward`.
+        dy : Array, shape of the output
+            Gradient of the loss by the output.
+
+        Returns
+        -------
+        Array, shape of the input
+            Gradient by the input.
+        """
+        dx, wctx = self.backward_input(ctx, dy)
+        self.backward_weight(wctx)
+        return dx
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Yield the modules held directly, as attributes or in lists and tuples (`name.0`)."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                for i, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield f"{name}.{i}", item
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """Yield this module as "" and all below it, parents first, a shared one once."""
+        return _walk(self, "", set())
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield (qualified name, parameter) in order of definition.
+
+        Yields
+        ------
+        tuple of str and Parameter
+            A parameter held in several places comes once, under its first name.
+        """
+        seen: set[Parameter] = set()
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter) and value not in seen:
+                    seen.add(value)
+                    yield _join(prefix, name), value
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield the parameters, a shared one once."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """Yield (qualified name, array) of the state that is not trained.
+
+        Yields
+        ------
+        tuple of str and Array
+            The array itself, which its module only ever changes in place.
+        """
+        for prefix, module in self.named_modules():
+            for name in module.buffer_names:
+                yield _join(prefix, name), getattr(module, name)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; no memory is touched."""
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
+    def relabel(self, *, prefix: str = "", first_layer: int = 0) -> None:
+        """Set the names of the parameters and the layer indices of the leaves below.
+
+        Parameters
+        ----------
+        prefix : str, optional
+            Name of this module in the whole model.
+        first_layer : int, optional
+            Index of the first leaf in the whole model.
+
+        Notes
+        -----
+        Done whenever a module is built, so it is only needed for a part of a model that must
+        behave as it does within the whole. Only modules without children are counted:
+        wrapping a layer (`Recompute`, `Residual`) does not change what it draws.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.name = _join(prefix, name)
+        leaves = (m for _, m in self.named_modules() if not any(m.named_children()))
+        for index, leaf in enumerate(leaves, start=first_layer):
+            leaf.layer_index = index
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return parameters and buffers by qualified name.
+
+        Returns
+        -------
+        dict of str to Array
+            The live arrays, not copies. A shared parameter stands once, under its first name.
+        """
+        state = {name: parameter.data for name, parameter in self.named_parameters()}
+        return state | dict(self.named_buffers())
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Copy values into the parameters and buffers, in place.
+
+        Parameters
+        ----------
+        state : mapping of str to Array
+            As `state_dict` gives it: the same names, shapes and dtypes.
+
+        Raises
+        ------
+        ValueError
+            Listing every name that is missing or unknown and every shape or dtype that differs;
+            nothing has been changed then.
+        """
+        own = self.state_dict()
+        problems = _differences(own, state)
+        if problems:
+            raise ValueError(
+                f"load_state_dict: the state does not fit {type(self).__name__}; nothing was "
+                "changed:\n  " + "\n  ".join(problems)
+            )
+        for name, array in own.items():
+            array[...] = state[name]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _walk(module: Module, name: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _walk(child, _join(name, child_name), seen)
+
+
+def _differences(own: Mapping[str, Array], state: Mapping[str, Array]) -> list[str]:
+    problems = [f"{name}: missing" for name in own if name not in state]
+    problems += [f"{name}: not in this model" for name in state if name not in own]
+    for name, array in own.items():
+        given = state.get(name)
+        if given is not None and (given.shape, given.dtype) != (array.shape, array.dtype):
+            problems.append(
+                f"{name}: expected {array.shape} {array.dtype}, got {given.shape} {given.dtype}"
+            )
+    return problems

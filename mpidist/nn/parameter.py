@@ -1,0 +1,210 @@
+"""`Parameter`: an array to be trained, and the one door through which its gradient enters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays import array_namespace
+
+__all__ = ["Parameter"]
+
+
+class Parameter:
+    """A trained array, its gradient's memory, and a count of contributions still to come.
+
+    Parameters
+    ----------
+    data : Array
+        The values. Held, not copied; optimizers write into it in place.
+    name : str, optional
+        Qualified name, used in errors. Modules set it when they are built.
+
+    Notes
+    -----
+    The life of a gradient::
+
+        p.attach(view)              # optional, once: the gradient lives in this array
+        p.zero_grad()               # resets a flag; touches no memory
+        p.expect(2, on_ready)       # optional: two contributions will come
+        buffer = p.first_grad()     # no contribution yet: the memory to write into ...
+        p.add_grad(buffer)          # ... and this then copies nothing
+        p.add_grad(g)               # added in place; the second of two, so on_ready(p) fires
+        p.release()                 # the gradient may be added to again
+
+    Between `on_ready` and `release` the gradient is being communicated, so `first_grad` and
+    `add_grad` raise. Parameters compare and hash by identity.
+    """
+
+    __slots__ = ("_buffer", "_has_grad", "_on_ready", "_remaining", "data", "name")
+
+    def __init__(self, data: Array, *, name: str = "") -> None:
+        self.data = data
+        self.name = name
+        self._buffer: Array | None = None
+        self._has_grad = False
+        self._remaining: int | None = None  # None: not armed, any number may come
+        self._on_ready: Callable[[Parameter], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name or 'unnamed'!s}, shape={self.shape}, dtype={self.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of `data`."""
+        return tuple(self.data.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of `data`."""
+        return self.data.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements of `data`."""
+        return int(self.data.size)
+
+    @property
+    def grad(self) -> Array | None:
+        """The gradient summed so far; None while no contribution has come since `zero_grad`."""
+        return self._buffer if self._has_grad else None
+
+    def first_grad(self) -> Array | None:
+        """Return the memory to write a first contribution into, or None if one has come.
+
+        Returns
+        -------
+        Array, shape and dtype of the gradient, or None
+            Uninitialised memory. A layer passes it as ``out=`` and then hands it to `add_grad`.
+            None (which ``out=`` understands too) when the contribution must be added.
+
+        Raises
+        ------
+        RuntimeError
+            If all expected contributions have come and `release` has not been called.
+        """
+        self._check_open()
+        if self._has_grad:
+            return None
+        if self._buffer is None:
+            self._buffer = array_namespace(self.data).empty_like(self.data)
+        return self._buffer
+
+    def add_grad(self, g: Array) -> None:
+        """Add one contribution to the gradient.
+
+        Parameters
+        ----------
+        g : Array, shape of the parameter
+            The contribution. The array returned by `first_grad` is taken as it stands; any
+            other array is copied or added, and stays the caller's.
+
+        Raises
+        ------
+        RuntimeError
+            If all expected contributions have come and `release` has not been called, or `g`
+            is the gradient's own memory and already counted.
+        ValueError
+            If `g` has another shape.
+        """
+        self._check_open()
+        if tuple(g.shape) != self.shape:
+            raise ValueError(
+                f"add_grad: parameter '{self.name}' expects a gradient of shape {self.shape}, "
+                f"got {tuple(g.shape)}; sum broadcast axes before adding"
+            )
+        self._accumulate(g)
+        if self._remaining is not None:
+            self._remaining -= 1
+            if self._remaining == 0 and self._on_ready is not None:
+                self._on_ready(self)
+
+    def zero_grad(self) -> None:
+        """Forget the gradient. Only a flag changes; no memory is touched."""
+        self._has_grad = False
+
+    def attach(self, buffer: Array) -> None:
+        """Let the gradient live in `buffer` from now on.
+
+        Parameters
+        ----------
+        buffer : Array, shape of the parameter
+            Usually a view of a flat array. A gradient present is copied into it.
+
+        Raises
+        ------
+        ValueError
+            If `buffer` has another shape.
+        RuntimeError
+            If contributions are being counted (between `expect` and `release`).
+        """
+        if tuple(buffer.shape) != self.shape:
+            raise ValueError(
+                f"attach: parameter '{self.name}' expects a buffer of shape {self.shape}, "
+                f"got {tuple(buffer.shape)}"
+            )
+        self._check_not_armed("attach")
+        if self._has_grad and buffer is not self._buffer:
+            buffer[...] = self._buffer
+        self._buffer = buffer
+
+    def expect(self, uses: int, on_ready: Callable[[Parameter], None] | None = None) -> None:
+        """Count contributions from now, and call `on_ready` when the last one is in.
+
+        Parameters
+        ----------
+        uses : int
+            Contributions that will come. With 0 nothing fires, and any contribution raises.
+        on_ready : callable, optional
+            Called as ``on_ready(parameter)`` inside the last `add_grad`.
+
+        Raises
+        ------
+        ValueError
+            If `uses` is negative.
+        RuntimeError
+            If an earlier `expect` has not been released.
+        """
+        if uses < 0:
+            raise ValueError(f"expect: parameter '{self.name}' got a negative count, {uses}")
+        self._check_not_armed("expect")
+        self._remaining = uses
+        self._on_ready = on_ready
+
+    def release(self) -> None:
+        """End the counting that `expect` began; contributions may come freely again."""
+        self._remaining = None
+        self._on_ready = None
+
+    def _accumulate(self, g: Array) -> None:
+        if self._has_grad:
+            buffer = self._buffer
+            if g is buffer:
+                raise RuntimeError(
+                    f"add_grad: the gradient of parameter '{self.name}' was handed in twice; "
+                    "write into first_grad() only when it returns an array"
+                )
+            array_namespace(g).add(buffer, g, out=buffer, casting="same_kind")
+            return
+        buffer = self.first_grad()
+        if buffer is not None and g is not buffer:
+            buffer[...] = g
+        self._has_grad = True
+
+    def _check_open(self) -> None:
+        if self._remaining == 0:
+            raise RuntimeError(
+                f"parameter '{self.name}' has received all gradient contributions announced by "
+                "expect() and its gradient may be in communication; wait for it (release()) "
+                "before another backward, or announce all contributions (ctx.uses) beforehand"
+            )
+
+    def _check_not_armed(self, operation: str) -> None:
+        if self._remaining is not None:
+            raise RuntimeError(
+                f"{operation}: parameter '{self.name}' is still counting contributions "
+                f"({self._remaining} to come); call release() first"
+            )
