@@ -52,7 +52,7 @@ _COMPLEX = frozenset({np.dtype(np.complex64), np.dtype(np.complex128)})
 DTYPES = _BOOL | _INTEGERS | _FLOATS | _COMPLEX
 """Every dtype that mpidist moves."""
 
-_WHERE_DEFINED = {
+_WHERE_DEFINED: dict[ReduceOp, frozenset[DType]] = {
     SUM: DTYPES,
     MEAN: _FLOATS | _COMPLEX,
     PROD: DTYPES,
@@ -164,13 +164,16 @@ def reduce_in_rank_order(parts: list[Array], op: ReduceOp, out: Array) -> None:
     ufunc = ufunc_of(op)
     wide = np.dtype(np.float32) if out.dtype in HALVES else out.dtype
     total: Any = out if wide == out.dtype else np.empty(out.shape, wide)
-    np.copyto(total, parts[0])
-    for part in parts[1:]:
-        # Logical ufuncs return booleans; `unsafe` stores them as 0 and 1 in the input's dtype.
-        ufunc(total, part.astype(wide, copy=False), out=total, casting="unsafe")
-    if len(parts) == 1 and op in (LAND, LOR, LXOR):
-        np.copyto(total, total != 0)
-    if op is MEAN:
-        total /= len(parts)
-    if total is not out:
-        np.copyto(out, total, casting="same_kind" if out.dtype != BFLOAT16 else "unsafe")
+    # Infinities and NaN are results here, as in every MPI library; whoever trains in float16
+    # looks for them on purpose.
+    with np.errstate(all="ignore"):
+        np.copyto(total, parts[0])
+        for part in parts[1:]:
+            # Logical ufuncs return booleans; `unsafe` stores them as 0 and 1 in `out`'s dtype.
+            ufunc(total, part.astype(wide, copy=False), out=total, casting="unsafe")
+        if len(parts) == 1 and op in (LAND, LOR, LXOR):
+            np.copyto(total, total != 0)
+        if op is MEAN:
+            total /= len(parts)
+        if total is not out:
+            np.copyto(out, total, casting="unsafe")

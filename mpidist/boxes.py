@@ -101,7 +101,9 @@ class Box:
             )
         ):
             raise SizeMismatchError(f"Box.relative_to: {self} does not lie inside {origin}")
-        return Box(tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes)
+        return Box(
+            tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes
+        )
 
 
 def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,3 @@
+"""MPI-first communication for distributed training."""
+
+from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Transports: one contract, several ways to move bytes between ranks."""

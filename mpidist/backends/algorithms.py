@@ -1,0 +1,367 @@
+"""Collectives made of messages: what a transport gets for implementing `exchange`.
+
+Each algorithm is a generator that yields every exchange it has to wait for, so that one body
+serves the blocking call (which waits) and the immediate one (which is polled). Costs are stated
+for p ranks and n bytes, per rank, as messages sent and bytes sent.
+
+References
+----------
+Thakur, Rabenseifner, Gropp (2005), Optimization of Collective Communication Operations in MPICH.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpidist._types import MEAN, Array, ReduceOp
+from mpidist.arrays import HALVES, reduce_in_rank_order
+from mpidist.backends.work import Message, Steps, Work
+from mpidist.boxes import split_evenly
+
+__all__ = [
+    "Lane",
+    "all_reduce",
+    "dissemination_barrier",
+    "linear_gather",
+    "linear_scatter",
+    "pairwise_all_to_all",
+    "pairwise_reduce_scatter",
+    "rank_order_all_reduce",
+    "recursive_doubling_all_reduce",
+    "reduce",
+    "ring_all_gather",
+    "ring_all_reduce",
+    "tree_broadcast",
+    "tree_reduce",
+]
+
+SHORT = 2048
+"""Bytes up to which latency, not bandwidth, decides (Thakur et al., section 4.5)."""
+
+
+class Exchanger(Protocol):
+    """What an algorithm needs of a transport."""
+
+    rank: int
+    size: int
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
+        """Start sending and receiving."""
+
+
+class Lane:
+    """The messages of one operation among all ranks of a group.
+
+    Parameters
+    ----------
+    transport : Exchanger
+        Who moves the bytes.
+    number : int
+        The lane; see [Note: phases].
+    """
+
+    def __init__(self, transport: Exchanger, number: int) -> None:
+        self.rank = transport.rank
+        self.size = transport.size
+        self._transport = transport
+        self._number = number
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[Array, int]] = (),
+        receives: Sequence[tuple[Array, int]] = (),
+    ) -> Work[Any]:
+        """Start sending and receiving (array, peer) pairs."""
+        return self._transport.exchange(
+            [Message(array, peer, self._number) for array, peer in sends],
+            [Message(array, peer, self._number) for array, peer in receives],
+        )
+
+
+def _parts(x: Array, counts: Sequence[int]) -> list[Array]:
+    """Cut a flat array into consecutive parts."""
+    stops = list(accumulate(counts))
+    return [x[stop - count : stop] for stop, count in zip(stops, counts, strict=True)]
+
+
+def _even_counts(length: int, size: int) -> list[int]:
+    return [count for _, count in split_evenly(length, size)]
+
+
+def dissemination_barrier(lane: Lane) -> Steps:
+    """Wait for all: in round k tell the rank 2**k ahead, hear from the one 2**k behind.
+
+    Cost: ceil(log2 p) messages of 1 byte.
+
+    References
+    ----------
+    Hensgen, Finkel, Manber (1988), Two Algorithms for Barrier Synchronization, section 3.
+    """
+    token, heard = np.zeros(1, np.uint8), np.empty(1, np.uint8)
+    distance = 1
+    while distance < lane.size:
+        ahead = (lane.rank + distance) % lane.size
+        behind = (lane.rank - distance) % lane.size
+        yield lane.exchange([(token, ahead)], [(heard, behind)])
+        distance *= 2
+
+
+def _tree(rank: int, size: int, root: int) -> tuple[int | None, list[int]]:
+    """Return parent and children in the binomial tree of `root`, the nearest child first."""
+    relative = (rank - root) % size
+    lowest = relative & -relative if relative else 1 << (size - 1).bit_length()
+    parent = (relative - lowest + root) % size if relative else None
+    children = []
+    distance = 1
+    while distance < lowest and relative + distance < size:
+        children.append((relative + distance + root) % size)
+        distance *= 2
+    return parent, children
+
+
+def tree_broadcast(lane: Lane, x: Array, root: int) -> Steps:
+    """Pass `x` down a binomial tree.
+
+    Cost: at most ceil(log2 p) messages and n bytes each.
+
+    References
+    ----------
+    Thakur et al. (2005), section 4.2.
+    """
+    parent, children = _tree(lane.rank, lane.size, root)
+    if parent is not None:
+        yield lane.exchange(receives=[(x, parent)])
+    if children:
+        # The farthest child has the largest subtree below it and is served first.
+        yield lane.exchange([(x, child) for child in reversed(children)])
+
+
+def tree_reduce(lane: Lane, x: Array, out: Array | None, op: ReduceOp, root: int) -> Steps:
+    """Combine `x` up a binomial tree into `out` of `root`.
+
+    Cost: 1 message of n bytes; the root receives ceil(log2 p) of them.
+
+    References
+    ----------
+    Thakur et al. (2005), section 4.4.
+    """
+    parent, children = _tree(lane.rank, lane.size, root)
+    total = out if parent is None and out is not None else np.empty_like(x)
+    contributions = [np.empty_like(x) for _ in children]
+    if children:
+        yield lane.exchange(receives=list(zip(contributions, children, strict=True)))
+    plain = op if op is not MEAN else ReduceOp.SUM
+    reduce_in_rank_order([x, *contributions], plain, total)
+    if parent is not None:
+        yield lane.exchange([(total, parent)])
+    elif op is MEAN:
+        total /= lane.size
+
+
+def recursive_doubling_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
+    """Combine with the rank at distance 1, 2, 4, ...: fewest rounds, for short arrays.
+
+    The first `r = p - 2**floor(log2 p)` pairs of ranks join into one before, and hear the result
+    after. The lower rank's value is always the first operand, so that all get the same bits.
+
+    Cost: log2 p messages of n bytes, and 2 more where p is no power of two.
+
+    References
+    ----------
+    Thakur et al. (2005), section 4.5.
+    """
+    plain = op if op is not MEAN else ReduceOp.SUM
+    power = 1 << (lane.size.bit_length() - 1)
+    pairs = lane.size - power
+    other = np.empty_like(x)
+    reduce_in_rank_order([x], plain, out)
+    paired = lane.rank < 2 * pairs
+    if paired and lane.rank % 2:
+        yield lane.exchange([(out, lane.rank - 1)])
+        yield lane.exchange(receives=[(out, lane.rank - 1)])
+        return
+    if paired:
+        yield lane.exchange(receives=[(other, lane.rank + 1)])
+        reduce_in_rank_order([out, other], plain, out)
+    position = lane.rank // 2 if paired else lane.rank - pairs
+    distance = 1
+    while distance < power:
+        place = position ^ distance
+        peer = 2 * place if place < pairs else place + pairs
+        yield lane.exchange([(out, peer)], [(other, peer)])
+        lower, higher = (out, other) if position < place else (other, out)
+        # A fresh array: the operand order must not depend on which of the two is `out`.
+        combined = np.empty_like(out)
+        reduce_in_rank_order([lower, higher], plain, combined)
+        out[...] = combined
+        distance *= 2
+    if op is MEAN:
+        out /= lane.size
+    if paired:
+        yield lane.exchange([(out, lane.rank + 1)])
+
+
+def ring_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
+    """Pass slices round a ring, adding on the first round and copying on the second.
+
+    Cost: 2 (p - 1) messages, 2 (p - 1) / p n bytes, which no algorithm can undercut.
+
+    References
+    ----------
+    Patarasuk, Yuan (2009), Bandwidth optimal all-reduce algorithms for clusters of workstations,
+    section 3.
+    """
+    plain = op if op is not MEAN else ReduceOp.SUM
+    reduce_in_rank_order([x], plain, out)
+    counts = _even_counts(out.size, lane.size)
+    slices = _parts(out, counts)
+    after, before = (lane.rank + 1) % lane.size, (lane.rank - 1) % lane.size
+    arriving = np.empty(max(counts), out.dtype)
+    for step in range(lane.size - 1):
+        leaving = slices[(lane.rank - step) % lane.size]
+        mine = slices[(lane.rank - step - 1) % lane.size]
+        heard = arriving[: mine.size]
+        yield lane.exchange([(leaving, after)], [(heard, before)])
+        reduce_in_rank_order([mine, heard], plain, mine)
+    complete = slices[after]
+    if op is MEAN:
+        complete /= lane.size
+    for step in range(lane.size - 1):
+        leaving = slices[(after - step) % lane.size]
+        heard = slices[(lane.rank - step) % lane.size]
+        yield lane.exchange([(leaving, after)], [(heard, before)])
+
+
+def rank_order_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
+    """Exchange slices, combine each in rank order, gather: rounds once, and as numpy would.
+
+    Cost: 2 (p - 1) messages, 2 (p - 1) / p n bytes; the slices of all ranks take n bytes.
+    """
+    counts = _even_counts(x.size, lane.size)
+    mine = _parts(out, counts)[lane.rank]
+    result = np.empty_like(mine)
+    yield from pairwise_reduce_scatter(lane, x, result, counts, op)
+    mine[...] = result
+    yield from ring_all_gather(lane, None, out, counts)
+
+
+def all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
+    """Combine `x` of all ranks into `out` of all, by the algorithm that fits size and dtype."""
+    if x.dtype in HALVES:
+        return rank_order_all_reduce(lane, x, out, op)
+    if x.nbytes <= SHORT:
+        return recursive_doubling_all_reduce(lane, x, out, op)
+    return ring_all_reduce(lane, x, out, op)
+
+
+def reduce(lane: Lane, x: Array, out: Array | None, op: ReduceOp, root: int) -> Steps:
+    """Combine `x` of all ranks into `out` of `root`.
+
+    Short arrays climb a tree; for long ones and halves each rank combines its slice in rank order
+    and sends it to the root (Thakur et al., section 4.4: Rabenseifner's algorithm).
+
+    Cost of the latter: p messages, about n bytes.
+    """
+    if x.nbytes <= SHORT and x.dtype not in HALVES:
+        yield from tree_reduce(lane, x, out, op, root)
+        return
+    counts = _even_counts(x.size, lane.size)
+    mine = np.empty(counts[lane.rank], x.dtype)
+    yield from pairwise_reduce_scatter(lane, x, mine, counts, op)
+    yield from linear_gather(lane, mine, out, counts, root)
+
+
+def linear_gather(
+    lane: Lane, x: Array, out: Array | None, counts: Sequence[int], root: int
+) -> Steps:
+    """Send every part straight to the root.
+
+    Cost: 1 message of n bytes; the root receives p - 1 of them.
+    """
+    if lane.rank != root or out is None:
+        yield lane.exchange([(x, root)])
+        return
+    parts = _parts(out, counts)
+    if not np.shares_memory(parts[root], x):
+        parts[root][...] = x
+    yield lane.exchange(receives=[(parts[peer], peer) for peer in range(lane.size) if peer != root])
+
+
+def linear_scatter(
+    lane: Lane, x: Array | None, out: Array, counts: Sequence[int], root: int
+) -> Steps:
+    """Send every part straight from the root.
+
+    Cost: the root sends p - 1 messages, the others none.
+    """
+    if lane.rank != root or x is None:
+        yield lane.exchange(receives=[(out, root)])
+        return
+    parts = _parts(x, counts)
+    yield lane.exchange([(parts[peer], peer) for peer in range(lane.size) if peer != root])
+    out[...] = parts[root]
+
+
+def ring_all_gather(lane: Lane, x: Array | None, out: Array, counts: Sequence[int]) -> Steps:
+    """Pass parts round a ring until all have been everywhere.
+
+    Cost: p - 1 messages, the bytes of all parts but one.
+
+    References
+    ----------
+    Thakur et al. (2005), section 4.1.
+    """
+    parts = _parts(out, counts)
+    if x is not None:
+        parts[lane.rank][...] = x
+    after, before = (lane.rank + 1) % lane.size, (lane.rank - 1) % lane.size
+    for step in range(lane.size - 1):
+        leaving = parts[(lane.rank - step) % lane.size]
+        heard = parts[(lane.rank - step - 1) % lane.size]
+        yield lane.exchange([(leaving, after)], [(heard, before)])
+
+
+def pairwise_reduce_scatter(
+    lane: Lane, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
+) -> Steps:
+    """Send each rank its part and combine those that come here in rank order.
+
+    Cost: p - 1 messages, the bytes of all parts but one; p - 1 parts of memory.
+
+    References
+    ----------
+    Thakur et al. (2005), section 4.3, pairwise exchange.
+    """
+    parts = _parts(x, counts)
+    heard = [np.empty_like(out) for _ in range(lane.size)]
+    heard[lane.rank] = parts[lane.rank]
+    for after, before in _partners(lane):
+        yield lane.exchange([(parts[after], after)], [(heard[before], before)])
+    reduce_in_rank_order(heard, op, out)
+
+
+def pairwise_all_to_all(
+    lane: Lane, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
+) -> Steps:
+    """Exchange with the ranks at distance 1, 2, 3, ... in turn.
+
+    Cost: p - 1 messages, the bytes of all parts but one.
+
+    References
+    ----------
+    Thakur et al. (2005), section 4.6, pairwise exchange.
+    """
+    leaving, arriving = _parts(x, send_counts), _parts(out, recv_counts)
+    arriving[lane.rank][...] = leaving[lane.rank]
+    for after, before in _partners(lane):
+        yield lane.exchange([(leaving[after], after)], [(arriving[before], before)])
+
+
+def _partners(lane: Lane) -> Iterator[tuple[int, int]]:
+    """Yield whom to send to and whom to hear from in each round."""
+    for distance in range(1, lane.size):
+        yield (lane.rank + distance) % lane.size, (lane.rank - distance) % lane.size

@@ -1,0 +1,210 @@
+"""The contract between the verbs and the transports.
+
+A transport moves flat, contiguous host or device arrays of native byte order between ranks. It
+must offer `Backend.exchange` and a few more methods; every collective then works by the algorithms
+of `mpidist.backends.algorithms`, and a transport overrides those that it does better itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from mpidist._types import Array, DType, ReduceOp
+from mpidist.arrays import REDUCTIONS
+from mpidist.backends import algorithms
+from mpidist.backends.work import Message, Steps, StepsWork, Waiter, Work
+
+__all__ = ["Backend", "Capabilities", "Traffic"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a transport can do; anything else is refused before the first byte moves.
+
+    Attributes
+    ----------
+    reductions : frozenset of (ReduceOp, dtype)
+        The pairs that its reductions take.
+    max_tag : int
+        Largest tag of a message; -1 where messages have none.
+    any_source : bool
+        Whether a receive may take a message from any rank.
+    unknown_shapes : bool
+        Whether a receive may learn shape and dtype from the message.
+    """
+
+    reductions: frozenset[tuple[ReduceOp, DType]] = REDUCTIONS
+    max_tag: int = 2**15 - 1
+    any_source: bool = True
+    unknown_shapes: bool = True
+
+
+class Traffic(IntEnum):
+    """What a lane carries; each kind has lanes of its own."""
+
+    COLLECTIVE = 0
+    ENVELOPE = 1
+    PAYLOAD = 2
+
+
+class Backend(ABC):
+    """Moves arrays between the ranks of one group.
+
+    Every collective starts its operation and returns at once. Arrays are flat, contiguous and of
+    native byte order; counts are elements. All ranks call the same collectives in the same order
+    with fitting arguments, which the verbs have checked.
+
+    Parameters
+    ----------
+    rank, size : int
+        This rank, and the number of ranks.
+    capabilities : Capabilities
+        What this transport can do.
+    """
+
+    name: str
+    """Name of the transport, as `init` takes it."""
+
+    def __init__(self, rank: int, size: int, capabilities: Capabilities) -> None:
+        self.rank = rank
+        self.size = size
+        self.capabilities = capabilities
+        self._running: list[StepsWork] = []
+        self._collectives = 0
+
+    # -- what a transport must offer -----------------------------------------------------------
+
+    @abstractmethod
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
+        """Start sending and receiving several messages at once.
+
+        Parameters
+        ----------
+        sends, receives : sequence of Message
+            Any number of each, in any order, in lanes made by `lane`.
+
+        Returns
+        -------
+        Work of tuple of int
+            Complete when all are; its result is the source of each receive.
+        """
+
+    @abstractmethod
+    def split(self, color: int | None, key: int) -> Backend | None:
+        """Make one transport per color; collective over all ranks, blocks."""
+
+    @abstractmethod
+    def create(self, ranks: Sequence[int]) -> Backend:
+        """Make the transport of these ranks, of which this is one; collective over them, blocks."""
+
+    @abstractmethod
+    def poll(self) -> None:
+        """Let the transport itself make progress."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the transport holds; local, does not wait."""
+
+    @abstractmethod
+    def abort(self, code: int) -> None:
+        """End the whole job now."""
+
+    # -- what a transport may add --------------------------------------------------------------
+
+    def lost(self) -> Mapping[int, str]:
+        """Return the ranks of this group that are known to be gone, and what they said."""
+        return {}
+
+    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+        """Perform the collective `verb` and return when it is complete.
+
+        Parameters
+        ----------
+        verb : str
+            Name of one of the collectives below.
+        args : tuple
+            Its arguments.
+        waiter : Waiter
+            How to wait.
+        """
+        waiter.wait_for(getattr(self, verb)(*args).done)
+
+    # -- operations of several phases ----------------------------------------------------------
+
+    def start(self, steps: Steps) -> Work[None]:
+        """Start an operation of several phases; `progress` drives it from now on."""
+        work = StepsWork(steps)
+        self._running.append(work)
+        return work
+
+    def progress(self) -> None:
+        """Drive every operation that has been started, and the transport itself."""
+        self.poll()
+        if self._running:
+            self._running = [work for work in self._running if not _finished(work)]
+
+    def lane(self, traffic: Traffic, number: int) -> int:
+        """Return the lane with this number; numbers beyond the largest tag begin again at 0."""
+        span = self.capabilities.max_tag + 1
+        return traffic * span + number % span
+
+    def _next_lane(self) -> algorithms.Lane:
+        """Open the lane of the next collective; the same one on all ranks."""
+        self._collectives += 1
+        return algorithms.Lane(self, self.lane(Traffic.COLLECTIVE, self._collectives))
+
+    # -- collectives ---------------------------------------------------------------------------
+
+    def barrier(self) -> Work[Any]:
+        """Complete when all ranks have started it."""
+        return self.start(algorithms.dissemination_barrier(self._next_lane()))
+
+    def broadcast(self, x: Array, root: int) -> Work[Any]:
+        """Copy `x` of rank `root` into `x` of the others."""
+        return self.start(algorithms.tree_broadcast(self._next_lane(), x, root))
+
+    def reduce(self, x: Array, out: Array | None, op: ReduceOp, root: int) -> Work[Any]:
+        """Combine `x` of all ranks into `out` of rank `root`, which may be its `x`."""
+        return self.start(algorithms.reduce(self._next_lane(), x, out, op, root))
+
+    def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> Work[Any]:
+        """Combine `x` of all ranks into `out` of all ranks, which may be `x`."""
+        return self.start(algorithms.all_reduce(self._next_lane(), x, out, op))
+
+    def gather(self, x: Array, out: Array | None, counts: Sequence[int], root: int) -> Work[Any]:
+        """Lay `x` of all ranks one behind the other in `out` of rank `root`."""
+        return self.start(algorithms.linear_gather(self._next_lane(), x, out, counts, root))
+
+    def all_gather(self, x: Array | None, out: Array, counts: Sequence[int]) -> Work[Any]:
+        """Lay `x` of all ranks one behind the other in `out`; `x` None: it is there already."""
+        return self.start(algorithms.ring_all_gather(self._next_lane(), x, out, counts))
+
+    def scatter(self, x: Array | None, out: Array, counts: Sequence[int], root: int) -> Work[Any]:
+        """Cut `x` of rank `root` into `out` of all ranks."""
+        return self.start(algorithms.linear_scatter(self._next_lane(), x, out, counts, root))
+
+    def reduce_scatter(
+        self, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
+    ) -> Work[Any]:
+        """Combine `x` of all ranks and keep this rank's part of the result in `out`."""
+        return self.start(algorithms.pairwise_reduce_scatter(self._next_lane(), x, out, counts, op))
+
+    def all_to_all(
+        self, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
+    ) -> Work[Any]:
+        """Send part `i` of `x` to rank `i`, and lay what comes from it in part `i` of `out`."""
+        return self.start(
+            algorithms.pairwise_all_to_all(self._next_lane(), x, out, send_counts, recv_counts)
+        )
+
+
+def _finished(work: StepsWork) -> bool:
+    # An operation that failed keeps its error for whoever waits for it.
+    try:
+        return work.done()
+    except Exception:
+        return True

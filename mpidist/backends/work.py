@@ -1,0 +1,149 @@
+"""What is under way between ranks: messages, and the work that waits for them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from mpidist._types import Array
+from mpidist.backends.waiting import wait_until
+
+__all__ = ["ANY_SOURCE", "Message", "Steps", "StepsWork", "Waiter", "Work"]
+
+T = TypeVar("T")
+
+ANY_SOURCE = -1
+"""The `peer` of a receive that takes the next message from any rank."""
+
+
+class Work(ABC, Generic[T]):
+    """An operation under way.
+
+    Between the call that returned it and the end of `wait`, the arrays given to that call belong
+    to the operation: neither read nor write them.
+    """
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Poll: make progress, and return whether the operation is complete.
+
+        Raises
+        ------
+        DistributedError
+            If the operation failed.
+        """
+
+    @abstractmethod
+    def wait(self, timeout: float | None = None) -> T:
+        """Wait, and return the result, ready for the caller's next operation.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds; the group's timeout when omitted.
+
+        Returns
+        -------
+        T
+            What the blocking verb returns. A second call returns it again.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If the operation was not complete in time; the group is broken then.
+        DistributedError
+            If the operation failed; a second call raises it again.
+
+        Notes
+        -----
+        Host arrays: blocks until the operation is complete. Device arrays: orders the current
+        stream after it.
+        """
+
+    def synchronize(self, timeout: float | None = None) -> T:
+        """Block the host until the operation is complete, and return the result.
+
+        For host arrays this is `wait`.
+        """
+        return self.wait(timeout)
+
+
+class Message(NamedTuple):
+    """One array on its way to or from a peer.
+
+    Attributes
+    ----------
+    array : Array, 1-D and contiguous
+        What is sent, or where it is received. A receive may offer more room than the message
+        needs, up to 1 GiB; a message larger than the room is an error.
+    peer : int
+        The other rank; `ANY_SOURCE` in a receive takes the next message of any.
+    lane : int
+        Messages between two ranks match by lane, in the order in which they were sent.
+    """
+
+    array: Array
+    peer: int
+    lane: int
+
+
+Steps: TypeAlias = Generator["Work[Any]", None, None]
+"""An operation of several phases: it yields each piece of work that it has to wait for."""
+
+
+class StepsWork(Work[None]):
+    """Runs an operation of several phases as far as it can go at each poll.
+
+    [Note: phases] MPI makes no progress by itself, and starts nothing on its own. An operation of
+    several phases therefore starts its second phase when this rank notices that the first is over,
+    which may be at another time, and after other operations, than on another rank. So its messages
+    travel in a lane of their own, numbered when the operation starts (the same number on all
+    ranks, since all start their collectives in the same order), and it never starts one of the
+    library's collectives. Inside the lane messages between two ranks match in order, and each rank
+    goes through the phases in order; so no message can be taken for another.
+
+    Parameters
+    ----------
+    steps : Steps
+        The generator; it runs to its first `yield` at once.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._error: BaseException | None = None
+        self._current: Work[Any] | None = None
+        self._advance()
+
+    def _advance(self) -> None:
+        try:
+            self._current = next(self._steps, None)
+        except Exception as error:
+            self._current, self._error = None, error
+
+    def done(self) -> bool:
+        """Run on until a phase is not complete."""
+        while self._current is not None:
+            try:
+                if not self._current.done():
+                    return False
+            except Exception as error:
+                self._current, self._error = None, error
+                self._steps.close()
+                break
+            self._advance()
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait without driving anything else; groups wait through `Backend.progress`."""
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+
+
+class Waiter(ABC):
+    """How a blocking call waits: deadline, warnings and losses of its group in one place."""
+
+    @abstractmethod
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        """Poll `ready` until it is true, or raise the error that says why it will not be."""
