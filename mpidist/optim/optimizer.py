@@ -1,0 +1,322 @@
+"""Optimizers: which parameters, how many steps, what state; the arithmetic is in rules.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays import array_namespace, is_host
+from mpidist.nn.parameter import Parameter
+from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
+from mpidist.optim.schedule import Schedule
+
+__all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
+
+# Elements that are updated at once: a parameter, its gradient and its state of this length stay in
+# a core's cache over the dozen passes of a rule, and the scratch stays small.
+_BLOCK = 1 << 15
+
+
+class Optimizer:
+    """Apply an update rule to parameters, in place.
+
+    Parameters
+    ----------
+    params : iterable of Parameter, or of (str, Parameter)
+        What to update. The names are the keys of `state_dict`; a bare parameter gives its own.
+    rule : UpdateRule
+        The arithmetic of one update.
+    lr : float or Schedule
+        Learning rate, or a function from the number of steps already made to it.
+
+    Raises
+    ------
+    ValueError
+        If there is no parameter, or a name or a parameter comes twice.
+
+    Notes
+    -----
+    Purely local. A parameter whose gradient is None is skipped: it keeps its value, its state and
+    its own count of updates. Ranks that start with equal parameters, and hold equal gradients in
+    each step, stay equal bit by bit.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter | tuple[str, Parameter]],
+        *,
+        rule: UpdateRule,
+        lr: float | Schedule,
+    ) -> None:
+        self._params = _by_name(params)
+        self._rule = rule
+        self._lr = lr
+        self._steps = 0
+        self._updates = dict.fromkeys(self._params, 0)
+        self._state: dict[str, dict[str, Array]] = {
+            name: {slot: array_namespace(p.data).zeros_like(p.data) for slot in rule.slots}
+            for name, p in self._params.items()
+        }
+
+    @property
+    def step_count(self) -> int:
+        """Number of steps made so far."""
+        return self._steps
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self._lr(self._steps) if callable(self._lr) else self._lr
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters; touches no array."""
+        for p in self._params.values():
+            p.zero_grad()
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient.
+
+        Raises
+        ------
+        ValueError
+            If a gradient or a parameter has lost the shape that the state was made for.
+
+        Notes
+        -----
+        Local. Temporaries: two blocks of 32,768 elements (on a device: two arrays of the
+        parameter's size), whatever the sizes of the parameters.
+        """
+        lr = self.lr
+        for name, p in self._params.items():
+            if p.grad is None:
+                continue
+            state = self._state[name]
+            self._check_shapes(name, p.data, p.grad, state)
+            self._updates[name] += 1
+            for (w, g, *slots), scratch in _blocks(p.data, p.grad, *state.values()):
+                self._rule.apply(
+                    w,
+                    g,
+                    dict(zip(state, slots, strict=True)),
+                    scratch,
+                    lr=lr,
+                    t=self._updates[name],
+                )
+        self._steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep, as one flat mapping.
+
+        Returns
+        -------
+        dict of str to (str, int or Array)
+            ``"kind"``, ``"step"`` and, per parameter, ``"<name>/updates"`` and one
+            ``"<name>/<slot>"`` per state array. Arrays are the living ones, not copies. The learning
+            rate and the rule's numbers are not part of it: they come from the program.
+        """
+        state: dict[str, Any] = {"kind": type(self).__name__, "step": self._steps}
+        for name, slots in self._state.items():
+            state[f"{name}/updates"] = self._updates[name]
+            state.update({f"{name}/{slot}": array for slot, array in slots.items()})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave; arrays are copied in.
+
+        Parameters
+        ----------
+        state : mapping
+            As returned by `state_dict` of an optimizer of the same class, names and shapes.
+
+        Raises
+        ------
+        ValueError
+            If class, names or shapes differ; nothing has been changed then.
+        """
+        mine = self.state_dict()
+        _check_same(mine, state)
+        self._steps = int(state["step"])
+        for name, slots in self._state.items():
+            self._updates[name] = int(state[f"{name}/updates"])
+            for slot, array in slots.items():
+                array[...] = array_namespace(array).asarray(state[f"{name}/{slot}"])
+
+    def _check_shapes(
+        self, name: str, data: Array, grad: Array, state: Mapping[str, Array]
+    ) -> None:
+        if grad.shape != data.shape or any(s.shape != data.shape for s in state.values()):
+            shapes = {slot: array.shape for slot, array in state.items()}
+            raise ValueError(
+                f"{type(self).__name__}.step: parameter {name!r} has shape {data.shape}, its "
+                f"gradient {grad.shape}, its state {shapes}; make the optimizer after the model "
+                "has its final shapes"
+            )
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum.
+
+    Parameters
+    ----------
+    params : iterable of Parameter, or of (str, Parameter)
+        What to update.
+    lr : float or Schedule
+        Learning rate.
+    momentum : float, optional
+        Share of the velocity that is kept per step, in [0, 1).
+    nesterov : bool, optional
+        Look one step of momentum ahead.
+    weight_decay : float, optional
+        Added to the gradient as `weight_decay * w`.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or a name or a parameter comes twice.
+
+    References
+    ----------
+    Sutskever, Martens, Dahl, Hinton (2013), On the importance of initialization and momentum in
+    deep learning, section 2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter | tuple[str, Parameter]],
+        *,
+        lr: float | Schedule,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, rule=SGDRule(momentum, nesterov, weight_decay), lr=lr)
+
+
+class Adam(Optimizer):
+    """Adam; weight decay, if any, is added to the gradient.
+
+    Parameters
+    ----------
+    params : iterable of Parameter, or of (str, Parameter)
+        What to update.
+    lr : float or Schedule, optional
+        Learning rate.
+    betas : (float, float), optional
+        Decay of the running means of the gradient and of its square, in [0, 1).
+    eps : float, optional
+        Added to the root of the mean square.
+    weight_decay : float, optional
+        Added to the gradient as `weight_decay * w`.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or a name or a parameter comes twice.
+
+    References
+    ----------
+    Kingma, Ba (2015), Adam: a method for stochastic optimization, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter | tuple[str, Parameter]],
+        *,
+        lr: float | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, rule=AdamRule(*betas, eps, l2=weight_decay), lr=lr)
+
+
+class AdamW(Optimizer):
+    """Adam with weight decay taken off the parameter directly.
+
+    Parameters
+    ----------
+    params : iterable of Parameter, or of (str, Parameter)
+        What to update.
+    lr : float or Schedule, optional
+        Learning rate.
+    betas : (float, float), optional
+        Decay of the running means of the gradient and of its square, in [0, 1).
+    eps : float, optional
+        Added to the root of the mean square.
+    weight_decay : float, optional
+        The share `lr * weight_decay` of each value is removed per step.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or a name or a parameter comes twice.
+
+    References
+    ----------
+    Loshchilov, Hutter (2019), Decoupled weight decay regularization, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter | tuple[str, Parameter]],
+        *,
+        lr: float | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, rule=AdamRule(*betas, eps, decay=weight_decay), lr=lr)
+
+
+def _by_name(
+    params: Iterable[Parameter | tuple[str, Parameter]],
+) -> dict[str, Parameter]:
+    named: dict[str, Parameter] = {}
+    seen: set[int] = set()
+    for position, entry in enumerate(params):
+        name, p = entry if isinstance(entry, tuple) else (entry.name, entry)
+        name = name or f"parameter{position}"
+        if name in named or id(p) in seen:
+            raise ValueError(
+                f"Optimizer: parameter {name!r} comes twice; give each one once and with its own "
+                "name, as model.named_parameters() does"
+            )
+        named[name] = p
+        seen.add(id(p))
+    if not named:
+        raise ValueError("Optimizer: got no parameter; an iterator can be used only once")
+    return named
+
+
+def _blocks(*arrays: Array) -> Iterator[tuple[tuple[Array, ...], Array]]:
+    """Cut arrays of one shape into (their blocks, scratch of shape (2, *block))."""
+    first = arrays[0]
+    xp = array_namespace(first)
+    if not (is_host(first) and all(a.flags.c_contiguous for a in arrays)):
+        # A device wants few large kernels; a strided array has no flat view to cut.
+        yield arrays, xp.empty((2, *first.shape), first.dtype)
+        return
+    flat = [a.reshape(-1) for a in arrays]
+    scratch = np.empty((2, min(first.size, _BLOCK)), first.dtype)
+    for start in range(0, first.size, _BLOCK):
+        block = tuple(a[start : start + _BLOCK] for a in flat)
+        yield block, scratch[:, : block[0].size]
+
+
+def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if theirs.get("kind") != mine["kind"]:
+        raise ValueError(
+            f"load_state_dict: this is {mine['kind']}, the state is of {theirs.get('kind')!r}"
+        )
+    if mine.keys() != theirs.keys():
+        missing = sorted(mine.keys() - theirs.keys())
+        unknown = sorted(theirs.keys() - mine.keys())
+        raise ValueError(f"load_state_dict: missing {missing[:5]}, not known here {unknown[:5]}")
+    for key, value in mine.items():
+        shape = getattr(value, "shape", ())
+        got = getattr(theirs[key], "shape", ())
+        if got != shape:
+            raise ValueError(f"load_state_dict: {key!r} has shape {got}, expected {shape}")
