@@ -1,0 +1,1 @@
+"""The tests of mpidist; the tree mirrors the package."""
