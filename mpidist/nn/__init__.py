@@ -15,21 +15,33 @@ Nothing here knows of ranks.
 """
 
 from mpidist.nn.activations import GELU, ReLU
+from mpidist.nn.attention import CausalSelfAttention
 from mpidist.nn.containers import Recompute, Residual, Sequential
+from mpidist.nn.convolution import Conv2d
+from mpidist.nn.dropout import Dropout
 from mpidist.nn.layers import Embedding, Flatten, Linear, PositionEmbedding
 from mpidist.nn.losses import cross_entropy, mse_loss
 from mpidist.nn.mode import EVAL, TRAIN, Mode
 from mpidist.nn.module import Context, Module, count_uses
+from mpidist.nn.normalization import BatchNorm2d, LayerNorm
 from mpidist.nn.parameter import Parameter
+from mpidist.nn.pooling import AvgPool2d, MaxPool2d
 
 __all__ = [
     "EVAL",
     "GELU",
     "TRAIN",
+    "AvgPool2d",
+    "BatchNorm2d",
+    "CausalSelfAttention",
     "Context",
+    "Conv2d",
+    "Dropout",
     "Embedding",
     "Flatten",
+    "LayerNorm",
     "Linear",
+    "MaxPool2d",
     "Mode",
     "Module",
     "Parameter",
