@@ -20,7 +20,6 @@ from tests._ranks.records import LineReader, Outcome, Phase, Result, heading, me
 ROOT = Path(__file__).resolve().parents[2]
 
 _START = 60.0  # seconds from mpirun to the first test
-_GRACE = 10.0  # seconds that ranks have to end a test which has failed on another rank
 _EXIT = 15.0  # seconds from the last test to mpirun's end
 _POLL = 0.02
 _TAIL = 8000  # characters of one rank's output in a report
@@ -34,6 +33,7 @@ class Launch:
     vendor_arguments: Sequence[str]
     pytest_arguments: Sequence[str]
     directory: Path
+    grace: float  # seconds that ranks have to end a test which has failed on another rank
 
     def command(self, module: Path, size: int) -> list[str]:
         """Return the command line that runs `module` on `size` ranks."""
@@ -87,6 +87,7 @@ class Job:
         self, launch: Launch, module: Path, *, size: int, deadlines: Mapping[str, float]
     ) -> None:
         self._size = size
+        self._grace = launch.grace
         self._deadlines = deadlines
         self._waiting = list(deadlines)
         self._tests = {test: _Test() for test in deadlines}
@@ -184,8 +185,10 @@ class Job:
         elif test.ended is not None:
             if now - test.ended > _EXIT:
                 return f"after this test, the last one, the job did not end within {_EXIT:g} s"
-        elif test.failed is not None and now - test.failed > _GRACE:
-            return f"{self._missing(test)} did not end within {_GRACE:g} s of the failure above"
+        elif test.failed is not None and now - test.failed > self._grace:
+            return (
+                f"{self._missing(test)} did not end within {self._grace:g} s of the failure above"
+            )
         elif now - test.started > deadline:
             return f"{self._missing(test)} did not end within the deadline of {deadline:g} s"
         return ""

@@ -26,10 +26,11 @@ NO_MPIRUN = "no mpirun: pip install 'mpidist[mpich]', or load the cluster's MPI"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the deadline of a test on ranks."""
+    """Add the deadlines of a test on ranks."""
     parser.addini(
-        "ranks_timeout", "seconds for one test on ranks without a timeout mark", default="60"
+        "ranks_timeout", "seconds for a test on ranks without a timeout mark", default="60"
     )
+    parser.addini("ranks_grace", "seconds to end a test that failed on another rank", default="10")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -235,7 +236,13 @@ class OuterPlugin:
         arguments += [f"--tb={config.getoption('tbstyle')}", "-q", "--no-header", "--no-summary"]
         arguments += ["-p", "no:cacheprovider", "-o", "addopts="]
         directory = Path(tempfile.mkdtemp(prefix="mpidist-tests-"))
-        return Launch(mpirun, vendor_arguments(mpirun), arguments, directory)
+        return Launch(
+            mpirun=mpirun,
+            vendor_arguments=vendor_arguments(mpirun),
+            pytest_arguments=arguments,
+            directory=directory,
+            grace=float(config.getini("ranks_grace")),
+        )
 
 
 def _swapped(item: pytest.Item) -> pytest.Item:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -105,13 +106,15 @@ def merge(size: int, phases: Sequence[Phase], *, problem: str = "", details: str
 
 def _tracebacks(size: int, failed: Sequence[Phase]) -> str:
     """Write every failing rank's traceback once, equal ones under one heading."""
-    ranks_of: dict[tuple[str, str], list[int]] = {}
+    alike: dict[tuple[str, str], list[Phase]] = {}
     for phase in failed:
-        ranks_of.setdefault((phase.when, phase.text), []).append(phase.rank)
+        # An object's address is all that differs in many messages.
+        text = re.sub(r"0x[0-9a-f]+", "0x", phase.text)
+        alike.setdefault((phase.when, text), []).append(phase)
     blocks = []
-    for (when, text), ranks in sorted(ranks_of.items(), key=lambda entry: entry[1]):
-        who = f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
-        blocks.append(heading(f"{who} of {size}, {when}") + "\n" + text)
+    for phases in alike.values():
+        who = f"rank{'s' * (len(phases) > 1)} {', '.join(str(phase.rank) for phase in phases)}"
+        blocks.append(heading(f"{who} of {size}, {phases[0].when}") + "\n" + phases[0].text)
     return "\n".join(blocks)
 
 

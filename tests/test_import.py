@@ -1,0 +1,125 @@
+"""What importing the package does, and what its modules say they offer."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mpidist
+
+PACKAGE = Path(mpidist.__file__).parent
+
+DOORS = {
+    "mpi4py": {"backends/mpi.py"},
+    "cupy": {"arrays.py", "backends/nccl.py"},
+    "h5py": {"checkpoint/hdf5.py"},
+    "torch": {"backends/gloo.py", "adapters/torch.py"},
+}
+
+IMPORT_ALL = """
+import importlib, json, os, pkgutil, sys, threading
+environment, handlers = dict(os.environ), sys.excepthook
+import mpidist
+shallow = sorted(sys.modules)
+for module in pkgutil.walk_packages(mpidist.__path__, "mpidist."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print(json.dumps({
+    "shallow": shallow,
+    "deep": sorted(sys.modules),
+    "threads": threading.active_count(),
+    "hooked": sys.excepthook is not handlers,
+    "environment_changed": dict(os.environ) != environment,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, object]:
+    """What a fresh interpreter holds after importing the package, then all of its modules."""
+    path = os.pathsep.join([str(PACKAGE.parent), *sys.path[1:]])
+    answer = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    found: dict[str, object] = json.loads(answer.stdout)
+    return found
+
+
+def module_names() -> list[str]:
+    found = pkgutil.walk_packages(mpidist.__path__, "mpidist.")
+    return ["mpidist", *sorted(m.name for m in found if not m.name.endswith("__main__"))]
+
+
+@pytest.mark.parametrize("vendor", ["mpi4py.MPI", "mpi4py", "cupy", "h5py", "torch"])
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_no_vendor_is_imported(imported: dict[str, list[str]], depth: str, vendor: str) -> None:
+    assert vendor not in imported[depth]
+
+
+def test_importing_the_package_brings_no_plotting(imported: dict[str, list[str]]) -> None:
+    assert not {"matplotlib", "tqdm", "pytest"} & set(imported["shallow"])
+
+
+def test_nothing_starts(imported: dict[str, object]) -> None:
+    assert imported["threads"] == 1
+    assert imported["hooked"] is False
+    assert imported["environment_changed"] is False
+
+
+def constants_classes_functions(name: str) -> tuple[int, list[tuple[int, str]]]:
+    """Return the key of ruff's order: constants, classes, functions; numbers by value."""
+    kind = 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2
+    parts = re.findall(r"\d+|\D+", name)
+    return kind, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_all_is_sorted_and_importable(name: str) -> None:
+    module = importlib.import_module(name)
+    public = not any(part.startswith("_") for part in name.split("."))
+    offered = getattr(module, "__all__", None)
+    if offered is None:
+        assert not public, f"{name} has no __all__"
+        return
+    assert list(offered) == sorted(offered, key=constants_classes_functions)
+    assert len(set(offered)) == len(offered)
+    missing = [each for each in offered if not hasattr(module, each)]
+    assert not missing
+
+
+def dynamic_imports() -> Iterator[tuple[str, str]]:
+    """Yield (file, module) of each import by a string, which import-linter cannot see."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and node.args):
+                continue
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            first = node.args[0]
+            if called in ("require", "import_module", "__import__") and isinstance(
+                first, ast.Constant
+            ):
+                yield path.relative_to(PACKAGE).as_posix(), str(first.value).partition(".")[0]
+
+
+def test_vendors_are_imported_by_name_only_at_their_doors() -> None:
+    wrong = [
+        (file, vendor)
+        for file, vendor in dynamic_imports()
+        if vendor in DOORS and file not in DOORS[vendor]
+    ]
+    assert wrong == []
