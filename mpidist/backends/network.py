@@ -181,6 +181,13 @@ class Network:
 
     # -- the life of the ranks -----------------------------------------------------------------
 
+    def inject(self, faults: Faults) -> None:
+        """Let these faults happen; calls and messages are counted from now."""
+        with self._lock:
+            self._faults = faults
+            self._sent.clear()
+            self._calls = [0] * self.size
+
     def abort(self, code: int) -> None:
         """Make every call of every rank raise `JobAborted` from now on."""
         with self._lock:

@@ -1,0 +1,13 @@
+"""What tests of mpidist, and of programs that use it, are made of.
+
+Simulated ranks (`run_ranks`) with injected faults, and the cases that every transport has to pass
+(`BackendContract`). Nothing in mpidist imports this package.
+"""
+
+from __future__ import annotations
+
+from mpidist.backends.faults import Death, Drop, Faults, Mode
+from mpidist.testing.gradcheck import check_gradients, check_halves
+from mpidist.testing.ranks import run_ranks
+
+__all__ = ["Death", "Drop", "Faults", "Mode", "check_gradients", "check_halves", "run_ranks"]
