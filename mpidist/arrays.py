@@ -41,15 +41,17 @@ __all__ = [
 ]
 
 BFLOAT16: DType = np.dtype(ml_dtypes.bfloat16)
-HALVES = frozenset({np.dtype(np.float16), BFLOAT16})
+HALVES: frozenset[DType] = frozenset({np.dtype(np.float16), BFLOAT16})
 """Dtypes that travel as they are and are summed in float32."""
 
-_BOOL = frozenset({np.dtype(np.bool_)})
-_INTEGERS = frozenset(np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8))
-_FLOATS = HALVES | {np.dtype(np.float32), np.dtype(np.float64)}
-_COMPLEX = frozenset({np.dtype(np.complex64), np.dtype(np.complex128)})
+_BOOL: frozenset[DType] = frozenset({np.dtype(np.bool_)})
+_INTEGERS: frozenset[DType] = frozenset(
+    np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)
+)
+_FLOATS: frozenset[DType] = HALVES | {np.dtype(np.float32), np.dtype(np.float64)}
+_COMPLEX: frozenset[DType] = frozenset({np.dtype(np.complex64), np.dtype(np.complex128)})
 
-DTYPES = _BOOL | _INTEGERS | _FLOATS | _COMPLEX
+DTYPES: frozenset[DType] = _BOOL | _INTEGERS | _FLOATS | _COMPLEX
 """Every dtype that mpidist moves."""
 
 _WHERE_DEFINED: dict[ReduceOp, frozenset[DType]] = {

@@ -17,6 +17,7 @@ from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
 from mpidist.backends.work import Message, Steps, StepsWork, Waiter, Work
+from mpidist.errors import BackendUnavailableError
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
 
@@ -49,6 +50,7 @@ class Traffic(IntEnum):
     COLLECTIVE = 0
     ENVELOPE = 1
     PAYLOAD = 2
+    CREATE = 3
 
 
 class Backend(ABC):
@@ -94,11 +96,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def split(self, color: int | None, key: int) -> Backend | None:
-        """Make one transport per color; collective over all ranks, blocks."""
+    def split(self, color: int | None, key: int, *, waiter: Waiter) -> Backend | None:
+        """Make one transport per color, ordered by key; collective over all ranks, blocks."""
 
     @abstractmethod
-    def create(self, ranks: Sequence[int]) -> Backend:
+    def create(self, ranks: Sequence[int], *, waiter: Waiter) -> Backend:
         """Make the transport of these ranks, of which this is one; collective over them, blocks."""
 
     @abstractmethod
@@ -114,6 +116,17 @@ class Backend(ABC):
         """End the whole job now."""
 
     # -- what a transport may add --------------------------------------------------------------
+
+    def node(self) -> int:
+        """Return a number that is the same for exactly the ranks that share this one's memory."""
+        return 0
+
+    def mpi_comm(self) -> Any:
+        """Return the mpi4py communicator of these ranks."""
+        raise BackendUnavailableError(
+            f"mpi_comm: this group stands on the {self.name} backend, not on MPI; "
+            "start it with mpidist.init('mpi')"
+        )
 
     def lost(self) -> Mapping[int, str]:
         """Return the ranks of this group that are known to be gone, and what they said."""

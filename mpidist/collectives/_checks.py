@@ -1,0 +1,170 @@
+"""What every verb checks before the first byte moves, and how it brings arrays into shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpidist._types import Array, DType, ReduceOp
+from mpidist.arrays import DTYPES, array_namespace, as_native, is_host
+from mpidist.errors import InvalidRankError, SizeMismatchError, UnsupportedOperationError
+from mpidist.group import ProcessGroup
+
+__all__ = [
+    "Landing",
+    "check_array",
+    "check_counts",
+    "check_rank",
+    "check_reduction",
+    "flat_source",
+    "land",
+    "nothing",
+    "separate",
+]
+
+
+class Landing(NamedTuple):
+    """Where a result is received, and what makes it the caller's array.
+
+    Attributes
+    ----------
+    flat : Array, 1-D
+        Contiguous memory of native byte order for the transport.
+    finish : callable
+        Called when the result is there; returns the caller's array.
+    """
+
+    flat: Array
+    finish: Callable[[], Array]
+
+
+def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") -> Array:
+    """Return `x` if it is an array that the group carries."""
+    try:
+        array_namespace(x)
+    except UnsupportedOperationError as error:
+        raise UnsupportedOperationError(f"{verb} on {group}: {name}: {error}") from None
+    if not is_host(x):
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: {name} is a device array, and the {group.backend} backend carries "
+            "host arrays; copy it to the host (cupy.asnumpy) first"
+        )
+    # One look-up for nearly all; a byte-swapped dtype is another key.
+    if x.dtype not in DTYPES and x.dtype.newbyteorder("=") not in DTYPES:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: {name} has dtype {x.dtype}; expected a boolean, integer, float or "
+            "complex dtype of at most 64 bits per number (the *_object forms take anything)"
+        )
+    return x
+
+
+def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> None:
+    """Raise unless the group's transport reduces this dtype with `op`."""
+    dtype = x.dtype.newbyteorder("=")
+    if (op, dtype) not in group.capabilities.reductions:
+        offered = [o.name for o in ReduceOp if (o, dtype) in group.capabilities.reductions]
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: {getattr(op, 'name', op)} of {dtype} is not offered by the "
+            f"{group.backend} backend; of this dtype it offers {', '.join(offered) or 'nothing'}"
+        )
+
+
+def check_rank(rank: int, verb: str, group: ProcessGroup, *, name: str = "root") -> int:
+    """Return `rank` if it is one of the group's."""
+    if not (isinstance(rank, int | np.integer) and 0 <= rank < group.size):
+        raise InvalidRankError(
+            f"{verb} on {group}: {name} must be a rank from 0 to {group.size - 1}, got {rank!r}"
+        )
+    return int(rank)
+
+
+def check_counts(counts: Sequence[int], verb: str, group: ProcessGroup) -> tuple[int, ...]:
+    """Return the rows of each rank as a tuple of plain numbers."""
+    numbers = tuple(int(count) for count in counts)
+    if len(numbers) != group.size or min(numbers) < 0:
+        raise SizeMismatchError(
+            f"{verb} on {group}: counts must hold {group.size} numbers of rows, none negative; "
+            f"got {tuple(counts)}"
+        )
+    return numbers
+
+
+def flat_source(x: Array) -> Array:
+    """Return the elements of `x` as a flat, contiguous array of native byte order."""
+    return as_native(x).reshape(-1)
+
+
+def land(
+    out: Array | None,
+    shape: tuple[int, ...],
+    dtype: DType,
+    *,
+    verb: str,
+    group: ProcessGroup,
+) -> Landing:
+    """Prepare the memory for a result of this shape and dtype.
+
+    Parameters
+    ----------
+    out : Array or None
+        The caller's array; allocated when None. Need not be contiguous or of native byte order:
+        the result is written back to it then.
+    shape, dtype : tuple of int, dtype
+        Of the result.
+    verb, group : str, ProcessGroup
+        For messages.
+
+    Returns
+    -------
+    Landing
+        Flat memory, and what makes it the caller's result.
+    """
+    native = dtype.newbyteorder("=")
+    if out is None:
+        fresh = np.empty(shape, native)
+        return Landing(fresh.reshape(-1), lambda: fresh)
+    check_array(out, verb, group, name="out")
+    if out.shape != shape or out.dtype.newbyteorder("=") != native:
+        raise SizeMismatchError(
+            f"{verb} on {group}: out must have shape {shape} and dtype {native}, "
+            f"got {out.shape} and {out.dtype}"
+        )
+    if not out.flags.writeable:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: out is read-only; pass an array that may be written"
+        )
+    if out.flags.c_contiguous and out.dtype.isnative:
+        return Landing(out.reshape(-1), lambda: out)
+    return _write_back(out, native)
+
+
+def _write_back(out: Array, native: DType) -> Landing:
+    """Land in fresh memory and copy to `out` at the end."""
+    fresh: Any = np.empty(out.shape, native)
+
+    def finish() -> Array:
+        np.copyto(out, fresh)
+        return out
+
+    return Landing(fresh.reshape(-1), finish)
+
+
+def separate(source: Array, flat: Array, out: Array | None) -> Array:
+    """Return `source`, in a form in which the transport may write `flat` while it reads.
+
+    Returns
+    -------
+    Array
+        `flat` itself where both are the same memory (in place); a copy where they overlap
+        otherwise; else `source`.
+    """
+    if out is None or not np.may_share_memory(source, flat):
+        return source
+    same = source.size == flat.size and source.ctypes.data == flat.ctypes.data
+    return flat if same else source.copy()
+
+
+def nothing() -> None:
+    """Finish an operation that has no result."""

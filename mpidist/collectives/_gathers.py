@@ -1,0 +1,159 @@
+"""Collectives that lay the rows of all ranks side by side: gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from mpidist._types import Array
+from mpidist.backends.work import Work
+from mpidist.collectives._checks import (
+    check_array,
+    check_rank,
+    flat_source,
+    land,
+    nothing,
+    separate,
+)
+from mpidist.collectives._rows import contributed_rows, elements_in, rows_of
+from mpidist.group import ProcessGroup
+from mpidist.pending import Plan
+
+__all__ = ["all_gather", "gather", "iall_gather", "igather"]
+
+
+def _all_gather(
+    x: Array, group: ProcessGroup, out: Array | None, counts: Sequence[int] | None
+) -> Plan[Array]:
+    check_array(x, "all_gather", group)
+    rows = contributed_rows(x, group, counts, "all_gather")
+    shape = (sum(rows), *rows_of(x)[1:])
+    flat, finish = land(out, shape, x.dtype, verb="all_gather", group=group)
+    elements = elements_in(rows, shape)
+    start = list(accumulate(elements, initial=0))[group.rank]
+    mine = flat[start : start + elements[group.rank]]
+    source: Array | None = separate(flat_source(x), mine, out)
+    if source is mine:
+        source = None
+    elif out is not None and source is not None:
+        source = separate(source, flat, out)
+    return Plan("all_gather", (source, flat, elements), finish)
+
+
+def all_gather(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    out: Array | None = None,
+    counts: Sequence[int] | None = None,
+) -> Array:
+    """Lay `x` of all ranks side by side along the first dimension; all get the result.
+
+    Parameters
+    ----------
+    x : Array, shape (n, ...), any dtype
+        The same shape on every rank; with `counts`, the same but for the first dimension.
+    group : ProcessGroup
+        The ranks taking part.
+    out : Array, shape (size * n, ...) or (sum(counts), ...), dtype of `x`, optional
+        Where to write the result. If `x` is this rank's part of `out`, it stays where it is.
+    counts : sequence of int, optional
+        Rows of each rank, the same list on all, where they differ.
+
+    Returns
+    -------
+    Array, shape (size * n, ...) or (sum(counts), ...)
+        `out` itself when given. Of 0-d arrays the result has shape (size,).
+
+    Raises
+    ------
+    SizeMismatchError
+        If `counts` or `out` do not fit.
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
+
+    Notes
+    -----
+    Collective over `group`; blocks. A ring: p - 1 messages, the bytes of all parts but one.
+    """
+    return group.run(_all_gather(x, group, out, counts))
+
+
+def iall_gather(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    out: Array | None = None,
+    counts: Sequence[int] | None = None,
+) -> Work[Array]:
+    """Start an `all_gather`; `x` and `out` belong to it until the Work is complete."""
+    return group.start(_all_gather(x, group, out, counts))
+
+
+def _gather(
+    x: Array, group: ProcessGroup, root: int, out: Array | None, counts: Sequence[int] | None
+) -> Plan[Array | None]:
+    root = check_rank(root, "gather", group)
+    check_array(x, "gather", group)
+    rows = contributed_rows(x, group, counts, "gather")
+    shape = (sum(rows), *rows_of(x)[1:])
+    elements = elements_in(rows, shape)
+    source = flat_source(x)
+    if group.rank != root:
+        return Plan("gather", (source, None, elements, root), nothing)
+    flat, finish = land(out, shape, x.dtype, verb="gather", group=group)
+    if out is not None:
+        source = separate(source, flat, out)
+    return Plan("gather", (source, flat, elements, root), finish)
+
+
+def gather(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    root: int = 0,
+    out: Array | None = None,
+    counts: Sequence[int] | None = None,
+) -> Array | None:
+    """Lay `x` of all ranks side by side along the first dimension; one rank gets the result.
+
+    Parameters
+    ----------
+    x : Array, shape (n, ...), any dtype
+        The same shape on every rank; with `counts`, the same but for the first dimension.
+    group : ProcessGroup
+        The ranks taking part.
+    root : int, optional
+        Who gets the result.
+    out : Array, shape (size * n, ...) or (sum(counts), ...), dtype of `x`, optional
+        Where `root` writes the result. Ignored elsewhere.
+    counts : sequence of int, optional
+        Rows of each rank, the same list on all, where they differ.
+
+    Returns
+    -------
+    Array or None
+        On `root` the result, `out` itself when given; elsewhere None.
+
+    Raises
+    ------
+    InvalidRankError, SizeMismatchError, CollectiveTimeoutError
+        As `broadcast` and `all_gather`.
+
+    Notes
+    -----
+    Collective over `group`; blocks. 1 message of the bytes of `x` per rank; the root receives all.
+    """
+    return group.run(_gather(x, group, root, out, counts))
+
+
+def igather(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    root: int = 0,
+    out: Array | None = None,
+    counts: Sequence[int] | None = None,
+) -> Work[Array | None]:
+    """Start a `gather`; `x` and `out` belong to it until the Work is complete."""
+    return group.start(_gather(x, group, root, out, counts))

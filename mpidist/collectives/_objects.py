@@ -1,0 +1,195 @@
+"""Collectives on any Python object: pickled, and moved as bytes.
+
+Unpickling runs code that the sender chose. Objects therefore travel between the ranks of one
+authenticated job only, which trust each other as threads of one program do.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.collectives._checks import check_rank
+from mpidist.collectives._gathers import all_gather, gather
+from mpidist.collectives._reductions import broadcast
+from mpidist.collectives._scatters import scatter
+from mpidist.errors import SizeMismatchError
+from mpidist.group import ProcessGroup
+
+__all__ = [
+    "all_gather_object",
+    "broadcast_object",
+    "gather_object",
+    "pickled",
+    "scatter_object",
+    "unpickled",
+]
+
+
+def pickled(obj: Any) -> Array:
+    """Return the pickle of an object as a flat uint8 array."""
+    return np.frombuffer(pickle.dumps(obj, protocol=5), np.uint8)
+
+
+def unpickled(data: Array) -> Any:
+    """Return the object of a flat uint8 array from a rank of this job."""
+    return pickle.loads(data.data)
+
+
+def _cut(data: Array, counts: Sequence[int]) -> list[Any]:
+    stops = accumulate(counts)
+    return [unpickled(data[stop - count : stop]) for stop, count in zip(stops, counts, strict=True)]
+
+
+def _lengths(data: Array, group: ProcessGroup) -> list[int]:
+    lengths: list[int] = all_gather(np.array(data.size), group).tolist()
+    return lengths
+
+
+def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
+    """Give an object of one rank to all.
+
+    Parameters
+    ----------
+    obj : object
+        Anything that can be pickled; counts on `root` only.
+    group : ProcessGroup
+        The ranks taking part.
+    root : int, optional
+        Whose object.
+
+    Returns
+    -------
+    object
+        On `root` the object itself, elsewhere a copy.
+
+    Raises
+    ------
+    InvalidRankError, CollectiveTimeoutError
+        As `broadcast`.
+
+    Notes
+    -----
+    Collective over `group`; blocks. A broadcast of the length and one of the bytes.
+    """
+    root = check_rank(root, "broadcast_object", group)
+    here = group.rank == root
+    data = pickled(obj) if here else np.empty(0, np.uint8)
+    length = int(broadcast(np.array(data.size), group, root=root))
+    data = broadcast(data if here else np.empty(length, np.uint8), group, root=root)
+    return obj if here else unpickled(data)
+
+
+def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
+    """Give the objects of all ranks to all.
+
+    Parameters
+    ----------
+    obj : object
+        Anything that can be pickled.
+    group : ProcessGroup
+        The ranks taking part.
+
+    Returns
+    -------
+    list of object
+        Copies, by rank.
+
+    Raises
+    ------
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
+
+    Notes
+    -----
+    Collective over `group`; blocks. An all_gather of the lengths and one of the bytes.
+    """
+    data = pickled(obj)
+    counts = _lengths(data, group)
+    return _cut(all_gather(data, group, counts=counts), counts)
+
+
+def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] | None:
+    """Give the objects of all ranks to one.
+
+    Parameters
+    ----------
+    obj : object
+        Anything that can be pickled.
+    group : ProcessGroup
+        The ranks taking part.
+    root : int, optional
+        Who gets them.
+
+    Returns
+    -------
+    list of object or None
+        On `root` copies, by rank; elsewhere None.
+
+    Raises
+    ------
+    InvalidRankError, CollectiveTimeoutError
+        As `gather`.
+
+    Notes
+    -----
+    Collective over `group`; blocks. An all_gather of the lengths and a gather of the bytes.
+    """
+    root = check_rank(root, "gather_object", group)
+    data = pickled(obj)
+    counts = _lengths(data, group)
+    whole = gather(data, group, root=root, counts=counts)
+    return None if whole is None else _cut(whole, counts)
+
+
+def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int = 0) -> Any:
+    """Give one object of a list to each rank.
+
+    Parameters
+    ----------
+    objs : sequence of object
+        One per rank, on `root`; ignored elsewhere.
+    group : ProcessGroup
+        The ranks taking part.
+    root : int, optional
+        Whose list.
+
+    Returns
+    -------
+    object
+        A copy of this rank's.
+
+    Raises
+    ------
+    InvalidRankError, CollectiveTimeoutError
+        As `scatter`.
+    SizeMismatchError
+        On all ranks, if the root's list does not hold one object per rank.
+
+    Notes
+    -----
+    Collective over `group`; blocks. A broadcast of the lengths and a scatter of the bytes.
+    """
+    root = check_rank(root, "scatter_object", group)
+    here = group.rank == root
+    pieces = [pickled(obj) for obj in objs or ()] if here else []
+    # The first number tells all ranks how many objects the root has, so that all can raise.
+    told = np.zeros(group.size + 1, np.int64)
+    told[0] = len(pieces)
+    if len(pieces) == group.size:
+        told[1:] = [piece.size for piece in pieces]
+    told = broadcast(told, group, root=root)
+    if told[0] != group.size:
+        raise SizeMismatchError(
+            f"scatter_object on {group}: rank {root} must give one object per rank, "
+            f"{group.size} in all; got {told[0]}"
+        )
+    counts = told[1:].tolist()
+    mine = np.empty(counts[group.rank], np.uint8)
+    whole = np.concatenate(pieces) if here else None
+    return unpickled(scatter(whole, group, root=root, out=mine, counts=counts))

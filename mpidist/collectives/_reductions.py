@@ -1,0 +1,304 @@
+"""Collectives in which every rank holds one whole array: barrier, broadcast, reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpidist._types import SUM, Array, ReduceOp
+from mpidist.backends.work import Work
+from mpidist.collectives._checks import (
+    check_array,
+    check_rank,
+    check_reduction,
+    flat_source,
+    land,
+    nothing,
+    separate,
+)
+from mpidist.collectives._rows import cut_rows, elements_in
+from mpidist.group import ProcessGroup
+from mpidist.pending import Plan
+
+__all__ = [
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "iall_reduce",
+    "ibarrier",
+    "ibroadcast",
+    "ireduce",
+    "ireduce_scatter",
+    "reduce",
+    "reduce_scatter",
+]
+
+
+def barrier(group: ProcessGroup) -> None:
+    """Return when all ranks have called it.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks taking part.
+
+    Raises
+    ------
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
+
+    Notes
+    -----
+    Collective over `group`; blocks. ceil(log2 p) messages of 1 byte per rank.
+    """
+    group.run(Plan("barrier", (), nothing))
+
+
+def ibarrier(group: ProcessGroup) -> Work[None]:
+    """Start a `barrier`; the Work is complete when all ranks have called it."""
+    return group.start(Plan("barrier", (), nothing))
+
+
+def _all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None) -> Plan[Array]:
+    check_array(x, "all_reduce", group)
+    check_reduction(x, op, "all_reduce", group)
+    flat, finish = land(out, x.shape, x.dtype, verb="all_reduce", group=group)
+    return Plan("all_reduce", (separate(flat_source(x), flat, out), flat, op), finish)
+
+
+def all_reduce(
+    x: Array, group: ProcessGroup, *, op: ReduceOp = SUM, out: Array | None = None
+) -> Array:
+    """Combine `x` of all ranks, element by element; all get the result.
+
+    Parameters
+    ----------
+    x : Array, any shape and dtype
+        The same shape and dtype on every rank.
+    group : ProcessGroup
+        The ranks taking part.
+    op : ReduceOp, optional
+        How to combine.
+    out : Array, shape and dtype of `x`, optional
+        Where to write the result; ``out=x`` is in place. Allocated when omitted.
+
+    Returns
+    -------
+    Array, shape and dtype of `x`
+        The same bits on all ranks; `out` itself when given.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If the group does not offer `op` for this dtype.
+    SizeMismatchError
+        If `out` does not fit.
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
+
+    Notes
+    -----
+    Collective over `group`; blocks. About 2 (p - 1) / p of the bytes of `x` sent per rank. float16
+    and bfloat16 are summed in float32 in rank order and rounded once.
+    """
+    return group.run(_all_reduce(x, group, op, out))
+
+
+def iall_reduce(
+    x: Array, group: ProcessGroup, *, op: ReduceOp = SUM, out: Array | None = None
+) -> Work[Array]:
+    """Start an `all_reduce`; `x` and `out` belong to it until the Work is complete."""
+    return group.start(_all_reduce(x, group, op, out))
+
+
+def _broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Plan[Array]:
+    root = check_rank(root, "broadcast", group)
+    check_array(x, "broadcast", group)
+    flat, finish = land(out, x.shape, x.dtype, verb="broadcast", group=group)
+    if group.rank == root:
+        source = separate(flat_source(x), flat, out)
+        if source is not flat:
+            flat[...] = source
+    return Plan("broadcast", (flat, root), finish)
+
+
+def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None) -> Array:
+    """Give `x` of one rank to all.
+
+    Parameters
+    ----------
+    x : Array, any shape and dtype
+        The same shape and dtype on every rank; its values count on `root` only.
+    group : ProcessGroup
+        The ranks taking part.
+    root : int, optional
+        Whose values.
+    out : Array, shape and dtype of `x`, optional
+        Where to write them; ``out=x`` is in place. Allocated when omitted.
+
+    Returns
+    -------
+    Array, shape and dtype of `x`
+        The root's values; `out` itself when given.
+
+    Raises
+    ------
+    InvalidRankError
+        If `root` is not a rank of the group.
+    SizeMismatchError
+        If `out` does not fit.
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
+
+    Notes
+    -----
+    Collective over `group`; blocks. A binomial tree: at most ceil(log2 p) times `x` per rank.
+    """
+    return group.run(_broadcast(x, group, root, out))
+
+
+def ibroadcast(
+    x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None
+) -> Work[Array]:
+    """Start a `broadcast`; `x` and `out` belong to it until the Work is complete."""
+    return group.start(_broadcast(x, group, root, out))
+
+
+def _reduce(
+    x: Array, group: ProcessGroup, root: int, op: ReduceOp, out: Array | None
+) -> Plan[Array | None]:
+    root = check_rank(root, "reduce", group)
+    check_array(x, "reduce", group)
+    check_reduction(x, op, "reduce", group)
+    source = flat_source(x)
+    if group.rank != root:
+        return Plan("reduce", (source, None, op, root), nothing)
+    flat, finish = land(out, x.shape, x.dtype, verb="reduce", group=group)
+    return Plan("reduce", (separate(source, flat, out), flat, op, root), finish)
+
+
+def reduce(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    root: int = 0,
+    op: ReduceOp = SUM,
+    out: Array | None = None,
+) -> Array | None:
+    """Combine `x` of all ranks, element by element; one rank gets the result.
+
+    Parameters
+    ----------
+    x : Array, any shape and dtype
+        The same shape and dtype on every rank.
+    group : ProcessGroup
+        The ranks taking part.
+    root : int, optional
+        Who gets the result.
+    op : ReduceOp, optional
+        How to combine.
+    out : Array, shape and dtype of `x`, optional
+        Where `root` writes the result; ``out=x`` is in place. Ignored elsewhere.
+
+    Returns
+    -------
+    Array or None
+        On `root` the result, `out` itself when given; elsewhere None.
+
+    Raises
+    ------
+    InvalidRankError, UnsupportedOperationError, SizeMismatchError, CollectiveTimeoutError
+        As `broadcast` and `all_reduce`.
+
+    Notes
+    -----
+    Collective over `group`; blocks. At most about the bytes of `x` sent per rank.
+    """
+    return group.run(_reduce(x, group, root, op, out))
+
+
+def ireduce(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    root: int = 0,
+    op: ReduceOp = SUM,
+    out: Array | None = None,
+) -> Work[Array | None]:
+    """Start a `reduce`; `x` and `out` belong to it until the Work is complete."""
+    return group.start(_reduce(x, group, root, op, out))
+
+
+def _reduce_scatter(
+    x: Array,
+    group: ProcessGroup,
+    op: ReduceOp,
+    out: Array | None,
+    counts: Sequence[int] | None,
+) -> Plan[Array]:
+    check_array(x, "reduce_scatter", group)
+    check_reduction(x, op, "reduce_scatter", group)
+    rows = cut_rows(x.shape, group, counts, "reduce_scatter")
+    shape = (rows[group.rank], *x.shape[1:])
+    flat, finish = land(out, shape, x.dtype, verb="reduce_scatter", group=group)
+    source = flat_source(x)
+    if out is not None and np.may_share_memory(source, flat):
+        source = source.copy()
+    return Plan("reduce_scatter", (source, flat, elements_in(rows, x.shape), op), finish)
+
+
+def reduce_scatter(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    op: ReduceOp = SUM,
+    out: Array | None = None,
+    counts: Sequence[int] | None = None,
+) -> Array:
+    """Combine `x` of all ranks, element by element; each keeps its rows of the result.
+
+    Parameters
+    ----------
+    x : Array, shape (size * n, ...) or (sum(counts), ...), any dtype
+        The same shape and dtype on every rank: one block of rows for each.
+    group : ProcessGroup
+        The ranks taking part.
+    op : ReduceOp, optional
+        How to combine.
+    out : Array, shape (n, ...) or (counts[rank], ...), dtype of `x`, optional
+        Where to write the result. Allocated when omitted.
+    counts : sequence of int, optional
+        Rows for each rank, the same list on all, where they differ.
+
+    Returns
+    -------
+    Array, shape (n, ...) or (counts[rank], ...)
+        This rank's rows; `out` itself when given.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If the group does not offer `op` for this dtype.
+    SizeMismatchError
+        If the rows of `x` cannot be shared out so, or `out` does not fit.
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
+
+    Notes
+    -----
+    Collective over `group`; blocks. p - 1 messages, (p - 1) / p of the bytes of `x`.
+    """
+    return group.run(_reduce_scatter(x, group, op, out, counts))
+
+
+def ireduce_scatter(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    op: ReduceOp = SUM,
+    out: Array | None = None,
+    counts: Sequence[int] | None = None,
+) -> Work[Array]:
+    """Start a `reduce_scatter`; `x` and `out` belong to it until the Work is complete."""
+    return group.start(_reduce_scatter(x, group, op, out, counts))

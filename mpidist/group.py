@@ -1,0 +1,400 @@
+"""Who we are: a group of ranks, its deadline, and the operations it has under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mpidist.backends.base import Backend, Capabilities
+from mpidist.backends.work import Steps
+from mpidist.errors import (
+    DistributedError,
+    GroupBrokenError,
+    InvalidRankError,
+    TransportError,
+)
+from mpidist.log import rank_logger
+from mpidist.pending import GroupWaiter, GroupWork, Plan
+
+__all__ = ["Layout", "ProcessGroup", "broken_groups"]
+
+T = TypeVar("T")
+
+_BROKEN: list[ProcessGroup] = []
+# The buffers of a broken group may still be written by the transport. They live here, with their
+# group, until the process ends, and the exit handler sees that the job has to be aborted.
+
+
+def broken_groups() -> Sequence[ProcessGroup]:
+    """Return the groups that an error has broken in this process."""
+    return tuple(_BROKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which node each rank of the world is on.
+
+    Attributes
+    ----------
+    nodes : tuple of int
+        Node of each rank of the world, counted from 0 in the order of their first ranks.
+    """
+
+    nodes: tuple[int, ...]
+
+    def of(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Return the node of each of these ranks, counted anew from 0."""
+        order: dict[int, int] = {}
+        return tuple(order.setdefault(self.nodes[rank], len(order)) for rank in ranks)
+
+
+class ProcessGroup:
+    """A group of ranks that call the same collectives.
+
+    Made by `mpidist.init`, `split`, `new_group` and `duplicate`; closed by `close`, or at the end
+    of a ``with`` block. A group is used by one thread at a time.
+
+    Attributes
+    ----------
+    rank, size : int
+        This process's rank in the group, and the number of ranks.
+    ranks : tuple of int
+        The rank in the world of each member.
+    name : str
+        For messages.
+    local_rank, local_size : int
+        Rank among, and number of, the members on this node.
+    node_rank, num_nodes : int
+        This node among, and number of, the nodes of the members.
+    timeout : float
+        Seconds after which a wait fails and the group is broken.
+    warn_after : float
+        Seconds after which a wait logs a warning, and again at each doubling.
+    log : logging.LoggerAdapter
+        Logger whose messages carry group and rank.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        name: str,
+        ranks: Sequence[int],
+        layout: Layout,
+        timeout: float,
+        warn_after: float,
+    ) -> None:
+        self._backend = backend
+        self._layout = layout
+        self._outstanding: list[GroupWork[Any]] = []
+        self._numbers = 0
+        self._payloads = 0
+        self._reason: str | None = None
+        self._related: dict[str, ProcessGroup | None] = {}
+        self.rank = backend.rank
+        self.size = backend.size
+        self.ranks = tuple(ranks)
+        self.name = name
+        self.timeout = timeout
+        self.warn_after = warn_after
+        self.log = rank_logger(name, self.rank, self.size)
+        nodes = layout.of(self.ranks)
+        self.node_rank = nodes[self.rank]
+        self.num_nodes = max(nodes) + 1
+        self.local_rank = nodes[: self.rank].count(self.node_rank)
+        self.local_size = nodes.count(self.node_rank)
+        self._nodes = nodes
+
+    @classmethod
+    def over(
+        cls, backend: Backend, *, name: str = "world", timeout: float, warn_after: float
+    ) -> ProcessGroup:
+        """Make the group of all ranks of a transport; collective over them.
+
+        Parameters
+        ----------
+        backend : Backend
+            The transport; the group closes it.
+        name : str, optional
+            For messages.
+        timeout, warn_after : float
+            Seconds; see the attributes.
+
+        Returns
+        -------
+        ProcessGroup
+            Its ranks are the ranks of the world.
+        """
+        ranks = range(backend.size)
+        lone = Layout((0,) * backend.size)
+        options: dict[str, Any] = {"timeout": timeout, "warn_after": warn_after}
+        group = cls(backend, name=name, ranks=ranks, layout=lone, **options)
+        nodes = group._tell_all(backend.node())
+        return cls(backend, name=name, ranks=ranks, layout=Layout(tuple(nodes)), **options)
+
+    def __repr__(self) -> str:
+        """Return name, rank and size, as messages show them."""
+        return f"group {self.name!r}, rank {self.rank} of {self.size}"
+
+    def __enter__(self) -> ProcessGroup:
+        """Return the group itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the group; after an error without waiting for what is under way."""
+        if error is None:
+            self.close()
+
+    # -- facts ---------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this group's transport can do."""
+        return self._backend.capabilities
+
+    @property
+    def backend(self) -> str:
+        """Name of the transport."""
+        return self._backend.name
+
+    @property
+    def mpi_comm(self) -> Any:
+        """The mpi4py communicator of exactly these ranks, for calls that mpidist lacks.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If the group does not stand on MPI.
+        """
+        return self._backend.mpi_comm()
+
+    def rank_of(self, world_rank: int) -> int | None:
+        """Return the rank in this group of a rank of the world, or None for a non-member.
+
+        The other way round is ``group.ranks[rank]``.
+        """
+        return self.ranks.index(world_rank) if world_rank in self.ranks else None
+
+    # -- making groups -------------------------------------------------------------------------
+
+    def split(
+        self, color: int | None, key: int = 0, *, name: str | None = None
+    ) -> ProcessGroup | None:
+        """Cut the group into one group per color.
+
+        Parameters
+        ----------
+        color : int or None
+            Ranks with the same color meet in one group; None takes part in none.
+        key : int, optional
+            Order in the new group; ties keep the order of this one.
+        name : str, optional
+            For messages.
+
+        Returns
+        -------
+        ProcessGroup or None
+            This rank's new group; None if its color was.
+
+        Notes
+        -----
+        Collective over the group; blocks.
+        """
+        operation = self._begin("split")
+        waiter = GroupWaiter(self, operation)
+        backend = self._backend.split(color, key, waiter=waiter)
+        return None if backend is None else self._child(backend, name or f"{self.name}/{color}")
+
+    def new_group(self, ranks: Sequence[int], *, name: str | None = None) -> ProcessGroup | None:
+        """Make the group of some ranks.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            Ranks of this group in the order of the new one.
+        name : str, optional
+            For messages.
+
+        Returns
+        -------
+        ProcessGroup or None
+            The new group; None at once on a rank that is not a member.
+
+        Raises
+        ------
+        InvalidRankError
+            If a rank lies outside the group or is named twice, or there is none.
+
+        Notes
+        -----
+        Collective over `ranks` only, which block until all of them have come.
+        """
+        ranks = tuple(int(rank) for rank in ranks)
+        valid = all(0 <= rank < self.size for rank in ranks)
+        if not valid or len(set(ranks)) != len(ranks) or not ranks:
+            raise InvalidRankError(
+                f"new_group on {self}: ranks must be different ranks from 0 to {self.size - 1}, "
+                f"at least one; got {ranks}"
+            )
+        if self.rank not in ranks:
+            return None
+        self._check_usable("new_group")
+        waiter = GroupWaiter(self, f"new_group({list(ranks)})", peers=frozenset(ranks))
+        backend = self._backend.create(ranks, waiter=waiter)
+        label = name or f"{self.name}[{','.join(map(str, ranks))}]"
+        return self._child(backend, label)
+
+    def duplicate(self, name: str) -> ProcessGroup:
+        """Make another group of the same ranks, whose operations never meet this one's.
+
+        Collective over the group; blocks. A subsystem that communicates by itself uses one.
+        """
+        duplicate = self.split(0, self.rank, name=name)
+        assert duplicate is not None, "every rank gave color 0"
+        return duplicate
+
+    def node_group(self) -> ProcessGroup:
+        """Return the group of the members on this node; collective when first called."""
+        group = self._relative("node", self.node_rank)
+        assert group is not None, "every rank is on some node"
+        return group
+
+    def cross_group(self) -> ProcessGroup | None:
+        """Return the group of the members with this local rank, one per node.
+
+        Where nodes have different numbers of members, the first q of each node take part, q being
+        the smallest of these numbers; on the others it is None. Collective when first called.
+        """
+        smallest = min(self._nodes.count(node) for node in range(self.num_nodes))
+        return self._relative("cross", self.local_rank if self.local_rank < smallest else None)
+
+    def _relative(self, kind: str, color: int | None) -> ProcessGroup | None:
+        if kind not in self._related:
+            self._related[kind] = self.split(color, self.rank, name=f"{self.name}/{kind}")
+        return self._related[kind]
+
+    def _child(self, backend: Backend, name: str) -> ProcessGroup:
+        options: dict[str, Any] = {
+            "name": name,
+            "timeout": self.timeout,
+            "warn_after": self.warn_after,
+        }
+        lone = Layout((0,) * backend.size)
+        group = ProcessGroup(backend, ranks=range(backend.size), layout=lone, **options)
+        ranks = group._tell_all(self.ranks[self.rank])
+        return ProcessGroup(backend, ranks=ranks, layout=self._layout, **options)
+
+    def _tell_all(self, value: int) -> list[int]:
+        """Return one number of each rank."""
+        numbers = np.empty(self.size, np.int64)
+        mine = np.array([value], np.int64)
+        plan = Plan("all_gather", (mine, numbers, (1,) * self.size), numbers.tolist)
+        result: list[int] = self.run(plan)
+        return result
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def run(self, plan: Plan[T]) -> T:
+        """Perform a collective and return its result."""
+        waiter = GroupWaiter(self, self._begin(plan.verb))
+        try:
+            self._backend.run(plan.verb, plan.args, waiter=waiter)
+        except TransportError as error:
+            self._break(error)
+            raise
+        return plan.finish()
+
+    def start(self, plan: Plan[T]) -> GroupWork[T]:
+        """Start a collective and return at once."""
+        operation = self._begin(f"i{plan.verb}")
+        inner = getattr(self._backend, plan.verb)(*plan.args)
+        return GroupWork(self, operation, inner, plan.finish)
+
+    def start_steps(
+        self,
+        verb: str,
+        steps: Callable[[Backend], Steps],
+        finish: Callable[[], T],
+        *,
+        peers: frozenset[int] | None,
+    ) -> GroupWork[T]:
+        """Start an operation of several phases among some ranks and return at once."""
+        operation = self._begin(verb)
+        inner = self._backend.start(steps(self._backend))
+        return GroupWork(self, operation, inner, finish, peers=peers)
+
+    def next_payload(self) -> int:
+        """Return the number of the next lane for a message that follows its envelope."""
+        self._payloads += 1
+        return self._payloads
+
+    def _begin(self, verb: str) -> str:
+        """Count an operation and return its words for messages."""
+        self._check_usable(verb)
+        self._numbers += 1
+        return f"{verb} #{self._numbers}"
+
+    def progress(self) -> None:
+        """Drive what is under way as far as it can go now; local, never blocks.
+
+        MPI makes no progress by itself: a loop that computes for long while operations are
+        outstanding calls this now and then.
+        """
+        self._check_usable("progress")
+        self._backend.progress()
+        for work in tuple(self._outstanding):
+            work._complete()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Finish what is under way within the deadline and release the group.
+
+        Local, but waits for the group's outstanding operations, if it has any. Closing twice is
+        allowed; a broken group is not waited for.
+        """
+        if self._reason is not None:
+            return
+        while self._outstanding:
+            self._outstanding[0].wait()
+        for related in self._related.values():
+            if related is not None:
+                related.close()
+        self._reason = "it was closed"
+        self._backend.close()
+
+    def _check_usable(self, operation: str) -> None:
+        if self._reason is not None:
+            raise GroupBrokenError(
+                f"{operation} on {self}: the group cannot be used any more: {self._reason}"
+            )
+
+    def _break(self, error: DistributedError) -> DistributedError:
+        """Make the group unusable and return the error that did it."""
+        if self._reason is None:
+            self._reason = str(error)
+            _BROKEN.append(self)
+        return error
+
+    def print(self, *values: object, sep: str = " ") -> None:
+        """Print one line that says which rank speaks.
+
+        Parameters
+        ----------
+        *values : object
+            As for the built-in.
+        sep : str, optional
+            Between the values.
+        """
+        # One write per line: the lines of several ranks may mix, but not their characters.
+        text = sep.join(map(str, values))
+        print(f"[{self.name} {self.rank}/{self.size}] {text}\n", end="", flush=True)

@@ -1,0 +1,184 @@
+"""What a group has under way: plans of collectives, waits with a deadline, and their Work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from mpidist.backends.waiting import WaitTimeout, wait_until
+from mpidist.backends.work import Waiter, Work
+from mpidist.errors import (
+    CollectiveTimeoutError,
+    DistributedError,
+    PeerLostError,
+    TransportError,
+)
+
+if TYPE_CHECKING:
+    from mpidist.group import ProcessGroup
+
+__all__ = ["GroupWaiter", "GroupWork", "Plan"]
+
+T = TypeVar("T")
+
+GRACE = 3.0
+"""Seconds that a wait goes on after a rank it needs has left: its last messages may be on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Generic[T]):
+    """One collective, checked and ready to go.
+
+    Attributes
+    ----------
+    verb : str
+        Name of the transport's method.
+    args : tuple
+        Its arguments: flat arrays, counts, op, root.
+    finish : callable
+        Called once when the operation is complete; returns the verb's result.
+    """
+
+    verb: str
+    args: tuple[Any, ...]
+    finish: Callable[[], T]
+
+
+class GroupWaiter(Waiter):
+    """Waits for one operation with its group's deadline, warnings and losses."""
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        operation: str,
+        *,
+        peers: frozenset[int] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self._group = group
+        self._operation = operation
+        self._peers = peers
+        self._timeout = group.timeout if timeout is None else timeout
+        self._next_warning = group.warn_after
+        self._lost_since: float | None = None
+
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        group = self._group
+        try:
+            wait_until(
+                ready,
+                timeout=self._timeout,
+                progress=group._backend.progress,
+                patrol=self._patrol,
+            )
+        except WaitTimeout:
+            error = CollectiveTimeoutError(
+                f"{self._operation} on {group}: not complete after {self._timeout:g} s; a rank "
+                "did not call it, called something else, or is gone. The group is broken: let "
+                "this error end the job, and look at what the other ranks were doing; "
+                "init(timeout=...) sets the deadline"
+            )
+            raise group._break(error) from None
+        except (TransportError, PeerLostError) as error:
+            raise group._break(error) from error.__cause__
+
+    def _patrol(self, waited: float) -> None:
+        group = self._group
+        if waited >= self._next_warning:
+            self._next_warning *= 2
+            group.log.warning(
+                "%s has been waiting for %.0f s; the deadline is at %.0f s",
+                self._operation,
+                waited,
+                self._timeout,
+            )
+        lost = {
+            rank: words
+            for rank, words in group._backend.lost().items()
+            if self._peers is None or rank in self._peers
+        }
+        if not lost:
+            return
+        if self._lost_since is None:
+            self._lost_since = waited
+        if waited - self._lost_since >= GRACE:
+            told = "; ".join(f"rank {rank} {words}" for rank, words in sorted(lost.items()))
+            raise PeerLostError(
+                f"{self._operation} on {group}: {told}. The group is broken: let this error end "
+                "the job; every rank must call the same collectives"
+            )
+
+
+class GroupWork(Work[T]):
+    """An operation under way on a group; see `Work`.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Whose operation it is; holds it until it is complete, also if nobody else does.
+    operation : str
+        Verb and number, for messages.
+    inner : Work
+        The transport's part.
+    finish : callable
+        Called once on completion; returns the result.
+    peers : frozenset of int, optional
+        The ranks it depends on; all when omitted.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        operation: str,
+        inner: Work[Any],
+        finish: Callable[[], T],
+        *,
+        peers: frozenset[int] | None = None,
+    ) -> None:
+        self._group = group
+        self._operation = operation
+        self._inner: Work[Any] | None = inner
+        self._finish: Callable[[], T] | None = finish
+        self._peers = peers
+        self._error: DistributedError | None = None
+        self._result: list[T] = []
+        group._outstanding.append(self)
+
+    def _complete(self) -> bool:
+        """Poll the transport's part, and finish when it is over."""
+        if self._inner is None:
+            return True
+        try:
+            if not self._inner.done():
+                return False
+            if self._finish is not None:
+                self._result.append(self._finish())
+        except DistributedError as error:
+            self._error = error
+            if isinstance(error, TransportError):
+                self._group._break(error)
+        self._inner = self._finish = None
+        self._group._outstanding.remove(self)
+        return True
+
+    def done(self) -> bool:
+        """Make progress on the whole group, and return whether this operation is complete."""
+        if self._inner is not None:
+            self._group._check_usable(self._operation)
+            self._group._backend.progress()
+        if not self._complete():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Wait for the result; see `Work.wait`."""
+        if self._inner is not None:
+            self._group._check_usable(self._operation)
+            waiter = GroupWaiter(self._group, self._operation, peers=self._peers, timeout=timeout)
+            waiter.wait_for(self._complete)
+        if self._error is not None:
+            raise self._error
+        return self._result[0]

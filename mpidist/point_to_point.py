@@ -1,0 +1,411 @@
+"""Messages between two ranks, each verb blocking and immediate.
+
+Every message begins with an envelope that says shape and dtype (`mpidist.envelope`), so that a
+receiver may be of unknown shape, and one that expects something else gets an error instead of
+wrong numbers. A short array travels inside its envelope, as one message; a longer one follows its
+envelope in a lane of its own, numbered by its sender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays import as_bytes, as_native
+from mpidist.backends.base import Backend, Traffic
+from mpidist.backends.work import ANY_SOURCE, Message, Steps, Work
+from mpidist.collectives._checks import check_array, check_rank, nothing
+from mpidist.collectives._objects import pickled, unpickled
+from mpidist.envelope import ROOM, open_envelope, seal
+from mpidist.errors import SelfSendError, SizeMismatchError, UnsupportedOperationError
+from mpidist.group import ProcessGroup
+
+__all__ = [
+    "ANY_SOURCE",
+    "Receive",
+    "ReceiveWork",
+    "Send",
+    "exchange",
+    "irecv",
+    "isend",
+    "recv",
+    "recv_object",
+    "send",
+    "send_object",
+    "sendrecv",
+]
+
+
+@dataclass(slots=True)
+class _Receipt:
+    """What a receive has learnt."""
+
+    array: Array = field(default_factory=lambda: np.empty(0))
+    source: int = ANY_SOURCE
+
+
+class ReceiveWork(Work[Array]):
+    """A receive under way; see `Work`."""
+
+    def __init__(self, work: Work[Array], receipt: _Receipt) -> None:
+        self._work = work
+        self._receipt = receipt
+
+    @property
+    def source(self) -> int:
+        """The rank that sent the message; `ANY_SOURCE` while it is unknown."""
+        return self._receipt.source
+
+    def done(self) -> bool:
+        """Make progress, and return whether the message is there."""
+        return self._work.done()
+
+    def wait(self, timeout: float | None = None) -> Array:
+        """Wait for the message."""
+        return self._work.wait(timeout)
+
+
+def _check_peer(peer: int, verb: str, name: str, group: ProcessGroup) -> int:
+    peer = check_rank(peer, verb, group, name=name)
+    if peer == group.rank:
+        raise SelfSendError(
+            f"{verb} on {group}: {name} is this rank itself; keep a copy instead of a message"
+        )
+    return peer
+
+
+def _check_tag(tag: int, verb: str, group: ProcessGroup) -> int:
+    if not 0 <= tag <= group.capabilities.max_tag:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: tag must lie between 0 and {group.capabilities.max_tag} on the "
+            f"{group.backend} backend, got {tag}"
+        )
+    return int(tag)
+
+
+def _send_steps(backend: Backend, x: Array, dst: int, tag: int, number: int) -> Steps:
+    envelope, inside = seal(x, number)
+    messages = [Message(envelope, dst, backend.lane(Traffic.ENVELOPE, tag))]
+    if not inside:
+        messages.append(Message(as_bytes(x), dst, backend.lane(Traffic.PAYLOAD, number)))
+    yield backend.exchange(messages, [])
+
+
+def _receive_steps(
+    backend: Backend,
+    receipt: _Receipt,
+    out: Array | None,
+    *,
+    src: int,
+    tag: int,
+    where: str,
+) -> Steps:
+    frame = np.empty(ROOM, np.uint8)
+    arriving = backend.exchange([], [Message(frame, src, backend.lane(Traffic.ENVELOPE, tag))])
+    yield arriving
+    (receipt.source,) = arriving.wait()
+    envelope = open_envelope(frame)
+    fits = out is None or (
+        out.shape == envelope.shape and out.dtype.newbyteorder("=") == envelope.dtype
+    )
+    direct = out is not None and fits and out.flags.c_contiguous and out.dtype.isnative
+    array = out if direct and out is not None else np.empty(envelope.shape, envelope.dtype)
+    if envelope.content is not None:
+        as_bytes(array)[...] = envelope.content
+    else:
+        lane = backend.lane(Traffic.PAYLOAD, envelope.number)
+        yield backend.exchange([], [Message(as_bytes(array), receipt.source, lane)])
+    # An array that does not fit has been received all the same: its sender must not hang.
+    if not fits and out is not None:
+        raise SizeMismatchError(
+            f"{where}: rank {receipt.source} sent an array of shape {envelope.shape} and dtype "
+            f"{envelope.dtype}, out has shape {out.shape} and dtype {out.dtype}; leave out=None to "
+            "take what comes"
+        )
+    if out is not None and not direct:
+        np.copyto(out, array)
+    receipt.array = array if out is None else out
+
+
+def isend(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> Work[None]:
+    """Start a `send`; `x` belongs to it until the Work is complete."""
+    check_array(x, "send", group)
+    dst = _check_peer(dst, "send", "dst", group)
+    tag = _check_tag(tag, "send", group)
+    native, number = as_native(x), group.next_payload()
+    return group.start_steps(
+        "send",
+        lambda backend: _send_steps(backend, native, dst, tag, number),
+        nothing,
+        peers=frozenset({dst}),
+    )
+
+
+def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
+    """Send an array to one rank.
+
+    Parameters
+    ----------
+    x : Array, any shape and dtype
+        What is sent.
+    group : ProcessGroup
+        The ranks among which `dst` counts.
+    dst : int
+        Who receives it.
+    tag : int, optional
+        Only a receive with the same tag takes it.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError
+        If `dst` is not another rank of the group.
+    CollectiveTimeoutError
+        If the message cannot be delivered within the group's timeout.
+
+    Notes
+    -----
+    Blocks until `x` may be changed, which may be before, or only when, the receive begins. One
+    message up to about 4 KiB, two above.
+    """
+    isend(x, group, dst=dst, tag=tag).wait()
+
+
+def irecv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> ReceiveWork:
+    """Start a `recv`; `out` belongs to it until the Work is complete.
+
+    The Work's `source` says who sent the message.
+    """
+    if src != ANY_SOURCE:
+        src = _check_peer(src, "recv", "src", group)
+    elif not group.capabilities.any_source:
+        raise UnsupportedOperationError(
+            f"recv on {group}: the {group.backend} backend cannot receive from any source; "
+            "name the rank"
+        )
+    tag = _check_tag(tag, "recv", group)
+    if out is not None:
+        check_array(out, "recv", group, name="out")
+        if not out.flags.writeable:
+            raise UnsupportedOperationError(f"recv on {group}: out is read-only")
+    receipt = _Receipt()
+    where = f"recv on {group}"
+    work = group.start_steps(
+        "recv",
+        lambda backend: _receive_steps(backend, receipt, out, src=src, tag=tag, where=where),
+        lambda: receipt.array,
+        peers=None if src == ANY_SOURCE else frozenset({src}),
+    )
+    return ReceiveWork(work, receipt)
+
+
+def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> Array:
+    """Receive an array from one rank.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks among which `src` counts.
+    src : int
+        Who sends it; `ANY_SOURCE` takes the next message of any rank.
+    tag : int, optional
+        Only a message with the same tag is taken.
+    out : Array, optional
+        Where to write it; its shape and dtype must be those of the message. Without it any shape
+        is taken, into a fresh array.
+
+    Returns
+    -------
+    Array
+        The message; `out` itself when given.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError
+        If `src` is not another rank of the group.
+    SizeMismatchError
+        If the message does not fit `out`. The message is lost then, and the group stays usable.
+    CollectiveTimeoutError
+        If no message comes within the group's timeout.
+
+    Notes
+    -----
+    Blocks. Messages from one rank with one tag are received in the order in which they were sent.
+    """
+    return irecv(group, src=src, tag=tag, out=out).wait()
+
+
+def sendrecv(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    dst: int,
+    src: int,
+    tag: int = 0,
+    out: Array | None = None,
+) -> Array:
+    """Send to one rank and receive from one at the same time.
+
+    Parameters
+    ----------
+    x : Array, any shape and dtype
+        What is sent.
+    group : ProcessGroup
+        The ranks among which `dst` and `src` count.
+    dst, src : int
+        Who receives, and who sends; they may be the same rank.
+    tag : int, optional
+        Of both messages.
+    out : Array, optional
+        Where to write what is received.
+
+    Returns
+    -------
+    Array
+        What was received; `out` itself when given.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError, SizeMismatchError, CollectiveTimeoutError
+        As `send` and `recv`.
+
+    Notes
+    -----
+    Blocks, and cannot deadlock in a ring as a `send` before a `recv` may.
+    """
+    (received,) = exchange(
+        group, sends=[Send(x, dst, tag)], receives=[Receive(src, tag, out)]
+    ).wait()
+    return received
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One message of an `exchange`.
+
+    Attributes
+    ----------
+    x : Array
+        What is sent.
+    dst : int
+        Who receives it.
+    tag : int
+        As in `send`.
+    """
+
+    x: Array
+    dst: int
+    tag: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """One receive of an `exchange`.
+
+    Attributes
+    ----------
+    src : int
+        Who sends it.
+    tag : int
+        As in `recv`.
+    out : Array or None
+        As in `recv`.
+    """
+
+    src: int
+    tag: int = 0
+    out: Array | None = None
+
+
+class _Batch(Work[list[Array]]):
+    """Several sends and receives that are waited for together."""
+
+    def __init__(self, sends: list[Work[None]], receives: list[ReceiveWork]) -> None:
+        self._sends = sends
+        self._receives = receives
+
+    def done(self) -> bool:
+        """Return whether all are complete."""
+        received = all(work.done() for work in self._receives)
+        return all(work.done() for work in self._sends) and received
+
+    def wait(self, timeout: float | None = None) -> list[Array]:
+        """Wait for all."""
+        received = [work.wait(timeout) for work in self._receives]
+        for work in self._sends:
+            work.wait(timeout)
+        return received
+
+
+def exchange(
+    group: ProcessGroup, *, sends: Sequence[Send], receives: Sequence[Receive]
+) -> Work[list[Array]]:
+    """Start several sends and receives at once.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks among which the messages travel.
+    sends : sequence of Send
+        What is sent.
+    receives : sequence of Receive
+        What is received.
+
+    Returns
+    -------
+    Work of list of Array
+        One array per receive, in their order.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError, UnsupportedOperationError
+        As `send` and `recv`.
+
+    Notes
+    -----
+    Immediate. Any set of messages is free of deadlock if each send meets a receive.
+    """
+    started = [
+        irecv(group, src=receive.src, tag=receive.tag, out=receive.out) for receive in receives
+    ]
+    return _Batch([isend(s.x, group, dst=s.dst, tag=s.tag) for s in sends], started)
+
+
+def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
+    """Send any object that can be pickled to one rank; see `send`.
+
+    Parameters
+    ----------
+    obj : object
+        What is sent.
+    group : ProcessGroup
+        The ranks among which `dst` counts.
+    dst : int
+        Who receives it.
+    tag : int, optional
+        Only a receive with the same tag takes it.
+    """
+    send(pickled(obj), group, dst=dst, tag=tag)
+
+
+def recv_object(group: ProcessGroup, *, src: int, tag: int = 0) -> Any:
+    """Receive an object that `send_object` sent; see `recv`.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks among which `src` counts.
+    src : int
+        Who sends it; `ANY_SOURCE` takes the next message of any rank.
+    tag : int, optional
+        Only a message with the same tag is taken.
+
+    Returns
+    -------
+    object
+        A copy.
+    """
+    return unpickled(recv(group, src=src, tag=tag))
