@@ -22,8 +22,9 @@ before the child before it begins. Two layers are tied by holding the same `Para
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, ABCMeta, abstractmethod
-from collections.abc import Iterator, Mapping
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from mpidist._types import Array
@@ -62,20 +63,7 @@ def count_uses(*parts: Parameter | Context | None) -> dict[Parameter, int]:
     return total
 
 
-class _LabelledAfterInit(ABCMeta):
-    """Label the tree below a module once its constructor is over.
-
-    The outermost module is built last, so names and layer indices end up as positions in the
-    whole model, and no author of a module can forget to assign them.
-    """
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        module = super().__call__(*args, **kwargs)
-        module.relabel()
-        return module
-
-
-class Module(ABC, metaclass=_LabelledAfterInit):
+class Module(ABC):
     """A function with parameters and an explicit backward pass.
 
     Notes
@@ -88,6 +76,11 @@ class Module(ABC, metaclass=_LabelledAfterInit):
     buffer_names: ClassVar[tuple[str, ...]] = ()
     layer_index: int = 0
     """Position among the tree's leaves, which random layers draw by."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _labelling(cls.__init__)  # type: ignore[method-assign]
 
     @abstractmethod
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
@@ -262,6 +255,22 @@ class Module(ABC, metaclass=_LabelledAfterInit):
             )
         for name, array in own.items():
             array[...] = state[name]
+
+
+def _labelling(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor end by labelling the tree below its module.
+
+    The outermost module is built last, so names and layer indices end up as positions in the
+    whole model, and no author of a module can forget to assign them.
+    """
+
+    @functools.wraps(init)
+    def wrapper(self: Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is wrapper:  # a subclass that called this has not finished
+            self.relabel()
+
+    return wrapper
 
 
 def _join(prefix: str, name: str) -> str:

@@ -1,0 +1,253 @@
+"""The protocol: names, ties, uses, labels, state."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpidist.nn import (
+    TRAIN,
+    BatchNorm2d,
+    Context,
+    Conv2d,
+    Dropout,
+    Embedding,
+    Flatten,
+    Linear,
+    Mode,
+    Module,
+    Parameter,
+    Recompute,
+    ReLU,
+    Residual,
+    Sequential,
+    count_uses,
+)
+from mpidist.testing.gradcheck import check_gradients, check_halves, gradients
+
+
+class TiedModel(Module):
+    """Embedding and output share one table; the hidden layer is used twice."""
+
+    def __init__(self) -> None:
+        self.embed = Embedding(5, 4, rng=0, std=1.0, dtype=np.float64)
+        self.hidden = Linear(4, 4, rng=1, dtype=np.float64)
+        self.head = Linear(4, 5, rng=2, bias=False, dtype=np.float64)
+        self.head.weight = self.embed.weight
+        self._chain = Sequential(self.embed, self.hidden, ReLU(), self.hidden, self.head)
+
+    def forward(self, x: np.ndarray, mode: Mode) -> tuple[np.ndarray, Context]:
+        return self._chain.forward(x, mode)
+
+    def backward(self, ctx: Context, dy: np.ndarray) -> np.ndarray:
+        return self._chain.backward(ctx, dy)
+
+    def backward_input(self, ctx: Context, dy: np.ndarray) -> tuple[np.ndarray, Any]:
+        return self._chain.backward_input(ctx, dy)
+
+    def backward_weight(self, wctx: Any) -> None:
+        self._chain.backward_weight(wctx)
+
+
+class Switch(Module):
+    """Runs one of several branches."""
+
+    def __init__(self, *branches: Module) -> None:
+        self.branches = list(branches)
+        self.chosen = 0
+
+    def forward(self, x: np.ndarray, mode: Mode) -> tuple[np.ndarray, Context]:
+        y, ctx = self.branches[self.chosen].forward(x, mode)
+        return y, Context((self.chosen, ctx), ctx.uses)
+
+    def backward_input(self, ctx: Context, dy: np.ndarray) -> tuple[np.ndarray, Any]:
+        chosen, inner = ctx.saved
+        dx, wctx = self.branches[chosen].backward_input(inner, dy)
+        return dx, (chosen, wctx)
+
+    def backward_weight(self, wctx: Any) -> None:
+        chosen, inner = wctx
+        self.branches[chosen].backward_weight(inner)
+
+
+def _image_model(seed: int = 0) -> Sequential:
+    rng = np.random.default_rng(seed)
+    return Sequential(
+        Conv2d(1, 2, 3, rng=rng),
+        Residual(BatchNorm2d(2)),
+        Flatten(),
+        Recompute(Linear(8, 3, rng=rng)),
+    )
+
+
+def test_names_follow_the_tree_in_order_of_definition():
+    model = _image_model()
+    assert [name for name, _ in model.named_parameters()] == [
+        "0.weight",
+        "0.bias",
+        "1.inner.weight",
+        "1.inner.bias",
+        "3.inner.weight",
+        "3.inner.bias",
+    ]
+    assert [name for name, _ in model.named_buffers()] == [
+        "1.inner.running_mean",
+        "1.inner.running_var",
+    ]
+    assert [name for name, _ in model.named_modules()][:4] == ["", "0", "1", "1.inner"]
+    assert all(p.name == name for name, p in model.named_parameters())
+    assert list(model.parameters()) == [p for _, p in model.named_parameters()]
+
+
+def test_modules_in_lists_are_found_by_number():
+    model = Switch(Linear(2, 2, rng=0), ReLU(), Linear(2, 2, rng=1, bias=False))
+    assert [name for name, _ in model.named_parameters()] == [
+        "branches.0.weight",
+        "branches.0.bias",
+        "branches.2.weight",
+    ]
+
+
+def test_a_tied_parameter_is_listed_once_and_counted_per_use():
+    model = TiedModel()
+    names = [name for name, _ in model.named_parameters()]
+    assert names == ["embed.weight", "hidden.weight", "hidden.bias"]
+    _, ctx = model.forward(np.array([[0, 4]]), TRAIN)
+    assert {p.name: n for p, n in ctx.uses.items()} == {
+        "embed.weight": 2,
+        "hidden.weight": 2,
+        "hidden.bias": 2,
+    }
+
+
+def test_gradients_of_tied_layers_add_up():
+    ids = np.array([[0, 3, 3], [1, 0, 4]])
+    check_gradients(TiedModel(), ids)
+    check_halves(TiedModel(), [ids, ids[:1]])
+
+
+def test_uses_leave_out_the_branch_that_was_not_taken():
+    model = Switch(Linear(3, 2, rng=0, dtype=np.float64), Linear(3, 2, rng=1, dtype=np.float64))
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    for chosen in (0, 1):
+        model.chosen = chosen
+        _, ctx = model.forward(x, TRAIN)
+        assert set(ctx.uses) == set(model.branches[chosen].parameters())
+        assert set(ctx.uses.values()) == {1}
+        check_gradients(model, x)
+        assert all(p.grad is None for p in model.branches[1 - chosen].parameters())
+
+
+def test_count_uses_adds_parameters_and_contexts():
+    p, q = Parameter(np.zeros(1)), Parameter(np.zeros(1))
+    assert count_uses(p, None, Context(None, {p: 2, q: 1}), Context(None)) == {p: 3, q: 1}
+
+
+def test_a_backward_pass_beyond_the_announced_one_raises():
+    model = Sequential(Linear(2, 2, rng=0), ReLU())
+    y, ctx = model.forward(np.ones((1, 2), dtype=np.float32), TRAIN)
+    ready = []
+    for p, uses in ctx.uses.items():
+        p.expect(uses, lambda q: ready.append(q.name))
+    model.backward(ctx, np.ones_like(y))
+    assert ready == ["0.weight", "0.bias"]
+    with pytest.raises(RuntimeError, match=r"0\.weight"):
+        model.backward(ctx, np.ones_like(y))
+
+
+def test_gradients_become_ready_from_the_last_layer_to_the_first():
+    model = Sequential(Linear(2, 2, rng=0), Residual(Linear(2, 2, rng=1)), Linear(2, 2, rng=2))
+    y, ctx = model.forward(np.ones((1, 2), dtype=np.float32), TRAIN)
+    ready = []
+    for p, uses in ctx.uses.items():
+        p.expect(uses, lambda q: ready.append(q.name))
+    model.backward(ctx, np.ones_like(y))
+    assert [name.split(".")[0] for name in ready] == ["2", "2", "1", "1", "0", "0"]
+
+
+def test_zero_grad_forgets_all_gradients():
+    model = _image_model()
+    gradients(model, np.ones((2, 1, 4, 4), dtype=np.float32))
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_layer_indices_number_the_leaves_of_the_whole_model():
+    inner = Sequential(Dropout(0.1), Dropout(0.1))
+    assert [layer.layer_index for layer in inner.layers] == [0, 1]
+    Sequential(ReLU(), Residual(inner), Recompute(Dropout(0.1)))
+    assert [layer.layer_index for layer in inner.layers] == [1, 2]
+
+
+def test_a_part_of_a_model_can_be_labelled_as_in_the_whole():
+    whole = Sequential(Linear(2, 2, rng=0), Dropout(0.5), Linear(2, 2, rng=1), Dropout(0.5))
+    part = Sequential(*whole.layers[2:])
+    assert part.layers[1].layer_index == 1
+    part.relabel(prefix="stage", first_layer=2)
+    assert part.layers[1].layer_index == 3
+    assert part.layers[0].weight.name == "stage.0.weight"
+
+
+def test_labelling_waits_for_the_outermost_constructor_and_keeps_signatures():
+    class Late(Sequential):
+        def __init__(self, size: int) -> None:
+            super().__init__(ReLU())
+            self.extra = Linear(size, size, rng=0)
+
+        def named_children(self):
+            yield "extra", self.extra
+
+    assert Late(2).extra.weight.name == "extra.weight"
+    assert list(inspect.signature(Late).parameters) == ["size"]
+
+
+def test_a_copied_model_is_equal_and_independent():
+    model = _image_model()
+    twin = copy.deepcopy(model)
+    assert [p.name for p in twin.parameters()] == [p.name for p in model.parameters()]
+    next(twin.parameters()).data[...] = 0
+    assert next(model.parameters()).data.any()
+
+
+def test_state_goes_from_one_model_to_another_in_place():
+    source, target = _image_model(0), _image_model(1)
+    x = np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32)
+    source.forward(x, TRAIN)
+    arrays = target.state_dict()
+    target.load_state_dict({name: a.copy() for name, a in source.state_dict().items()})
+    assert list(arrays) == list(source.state_dict())
+    for name, array in source.state_dict().items():
+        np.testing.assert_array_equal(arrays[name], array)
+        assert target.state_dict()[name] is arrays[name]
+    assert next(target.parameters()).data is arrays["0.weight"]
+
+
+def test_a_state_that_does_not_fit_is_refused_whole():
+    model = _image_model()
+    before = {name: a.copy() for name, a in model.state_dict().items()}
+    state = {name: np.full_like(a, 9) for name, a in before.items()}
+    del state["0.bias"]
+    state["extra"] = np.zeros(1)
+    state["0.weight"] = state["0.weight"][:1]
+    state["1.inner.running_var"] = state["1.inner.running_var"].astype(np.float64)
+    with pytest.raises(ValueError, match="nothing was changed") as caught:
+        model.load_state_dict(state)
+    text = str(caught.value)
+    assert "0.bias: missing" in text
+    assert "extra: not in this model" in text
+    assert "0.weight: expected (2, 1, 3, 3) float32, got (1, 1, 3, 3) float32" in text
+    assert "1.inner.running_var: expected (2,) float32, got (2,) float64" in text
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_modes_are_values():
+    mode = Mode(training=True, seed=1, step=2, sample_offset=3)
+    assert mode.shifted(4) == Mode(training=True, seed=1, step=2, sample_offset=7)
+    assert mode.replayed() == Mode(True, 1, 2, 3, replay=True)
+    assert mode.shifted(4).shifted(-4) == mode
