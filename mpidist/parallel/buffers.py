@@ -1,0 +1,83 @@
+"""Rank 0's parameters and buffers on every rank, at the start and after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mpidist._types import Array, DType
+from mpidist.backends.work import Work
+from mpidist.collectives import broadcast, ibroadcast
+from mpidist.flat import FlatBuffer
+from mpidist.group import ProcessGroup
+
+__all__ = ["BufferSync", "broadcast_in_place"]
+
+
+def broadcast_in_place(arrays: Iterable[Array], group: ProcessGroup) -> None:
+    """Overwrite arrays with rank 0's.
+
+    Parameters
+    ----------
+    arrays : iterable of Array
+        The same shapes and dtypes in the same order on all ranks.
+    group : ProcessGroup
+        The ranks taking part.
+
+    Notes
+    -----
+    Collective over `group`; blocks. One broadcast per array.
+    """
+    for array in arrays:
+        broadcast(array, group, root=0, out=array)
+
+
+class BufferSync:
+    """Give every rank rank 0's buffers, while backward runs.
+
+    [Note: buffers] Running statistics are changed by each forward pass from the samples of this
+    rank. Like PyTorch, we let rank 0's win: a mean over ranks has no meaning for a counter or a
+    table. PyTorch broadcasts them before each forward pass, which is waited for, and leaves ranks
+    with different buffers after the last step. Here they are copied when backward begins, travel
+    beside the gradients, and are written when these are waited for: the same values meet the next
+    forward pass, and after each step all ranks are equal, for an evaluation or a checkpoint on any
+    of them. They go through a copy because backward may still read the buffers.
+
+    Parameters
+    ----------
+    buffers : mapping of str to Array
+        Arrays that their modules only change in place.
+    group : ProcessGroup
+        The ranks taking part.
+    """
+
+    def __init__(self, buffers: Mapping[str, Array], group: ProcessGroup) -> None:
+        by_dtype: dict[DType, dict[str, Array]] = {}
+        for name, array in buffers.items():
+            by_dtype.setdefault(array.dtype, {})[name] = array
+        self._group = group
+        self._copies = [
+            (FlatBuffer({name: array.shape for name, array in arrays.items()}, dtype), arrays)
+            for dtype, arrays in by_dtype.items()
+        ]
+        self._works: list[Work[Any]] = []
+
+    def start(self) -> None:
+        """Start sending rank 0's present values; one broadcast per dtype; does not block."""
+        for flat, arrays in self._copies:
+            if self._group.rank == 0:
+                flat.pack(arrays)
+            self._works.append(ibroadcast(flat.data, self._group, root=0, out=flat.data))
+
+    def done(self) -> bool:
+        """Whether what was started has come."""
+        return all(work.done() for work in self._works)
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait for rank 0's values and write them into the buffers."""
+        for work in self._works:
+            work.wait(timeout)
+        if self._works and self._group.rank != 0:
+            for flat, arrays in self._copies:
+                flat.unpack(arrays)
+        self._works = []

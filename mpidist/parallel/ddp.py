@@ -1,0 +1,350 @@
+"""`DDP`: one model on every rank, trained on each rank's samples as if on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+from mpidist._types import MEAN, Array, ReduceOp
+from mpidist.backends.work import Work
+from mpidist.group import ProcessGroup
+from mpidist.nn.mode import Mode
+from mpidist.nn.module import Context, Module
+from mpidist.nn.parameter import Parameter
+from mpidist.parallel.bucket import BucketSizes
+from mpidist.parallel.buffers import BufferSync, broadcast_in_place
+from mpidist.parallel.compression import Compression, Hook
+from mpidist.parallel.reducer import GradientReducer
+
+__all__ = ["DDP"]
+
+
+class DDP:
+    """Distributed data parallel: gradients are averaged over the ranks during backward.
+
+    ::
+
+        model = build_model()                        # as if it were alone
+        ddp = DDP(model, group)
+        optimizer = SGD(model.named_parameters(), lr=0.1)
+        for x, target in batches_of_this_rank:
+            y, ctx = ddp.forward(x, mode)
+            loss, dy = cross_entropy(y, target)
+            optimizer.zero_grad()
+            ddp.backward(ctx, dy)
+            optimizer.step()
+
+    Parameters
+    ----------
+    module : Module
+        The model, built alike on every rank. Parameters and buffers are overwritten with rank
+        0's; gradients live in the buckets from now on.
+    group : ProcessGroup
+        The ranks taking part. DDP makes and uses a duplicate of it.
+    op : ReduceOp, optional
+        `MEAN`: the mean of the ranks' gradients, which is the gradient of the joined batch if all
+        ranks have equally many samples. `SUM`: their sum, which is the exact gradient of the
+        joined batch, whatever each rank's share (none, too), if each rank's loss is a sum over
+        its samples divided by the number of all (``denominator=`` of the losses).
+    compression : Compression or Hook, optional
+        How gradients travel; as they are when omitted.
+    sizes : BucketSizes, optional
+        How many gradients travel together.
+
+    Attributes
+    ----------
+    module : Module
+        As given.
+    group : ProcessGroup
+        The duplicate.
+
+    Raises
+    ------
+    CollectiveMismatchError
+        On every rank, naming a rank and a parameter or buffer, if names, shapes, dtypes or
+        arguments differ between ranks. Nothing has been changed then.
+
+    Notes
+    -----
+    Collective over `group`; blocks. Costs one exchange of 32 bytes per rank, the duplicate, and a
+    broadcast of every parameter and buffer.
+
+    A parameter that no rank used keeps ``grad is None``, and the optimizer skips it; one that some
+    ranks used is averaged, the others counting as zeros. Buffers: see [Note: buffers] in
+    `mpidist.parallel.buffers`.
+
+    References
+    ----------
+    Li et al. (2020), PyTorch Distributed: Experiences on Accelerating Data Parallel Training.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        group: ProcessGroup,
+        *,
+        op: ReduceOp = MEAN,
+        compression: Compression | Hook | None = None,
+        sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
+    ) -> None:
+        named = dict(module.named_parameters())
+        buffers = dict(module.named_buffers())
+        arrays = {name: parameter.data for name, parameter in named.items()}
+        self._reducer = GradientReducer(
+            arrays, group, op=op, compression=compression, sizes=sizes, also_verify=buffers
+        )
+        self.module = module
+        self.group = self._reducer.group
+        self._names = {parameter: name for name, parameter in named.items()}
+        self._buffers = BufferSync(buffers, self.group)
+        self._pending: _StepWork | None = None
+        self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
+        self._syncing = True
+        self._failure: str | None = None
+        broadcast_in_place([*arrays.values(), *buffers.values()], self.group)
+        for name, parameter in named.items():
+            parameter.attach(self._reducer.grads[name])
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Run the model forward on this rank's samples.
+
+        Parameters
+        ----------
+        x : Array, shape (batch, ...)
+            This rank's samples; there may be none.
+        mode : Mode
+            As the model takes it. Its `sample_offset` is the place of this rank's first sample in
+            the joined batch, so that random layers draw there what one process would draw.
+
+        Returns
+        -------
+        y : Array
+            The output.
+        ctx : Context
+            For `backward`.
+
+        Notes
+        -----
+        Local.
+        """
+        return self.module.forward(x, mode)
+
+    def backward(self, ctx: Context, dy: Array) -> Array:
+        """Run backward, and return when the gradients of all ranks have been averaged.
+
+        Parameters
+        ----------
+        ctx : Context
+            From `forward`.
+        dy : Array, shape of the output
+            Gradient of this rank's loss by the output.
+
+        Returns
+        -------
+        Array, shape of the input
+            Gradient of this rank's loss by its input.
+
+        Raises
+        ------
+        RuntimeError
+            On misuse, naming a parameter; see `ibackward`.
+        CollectiveTimeoutError
+            If another rank does not come to its backward in time.
+
+        Notes
+        -----
+        Collective over the group; blocks. Inside `no_sync` it is local. One all-reduce per bucket,
+        started while backward is still running.
+        """
+        dx, work = self.ibackward(ctx, dy)
+        work.wait()
+        return dx
+
+    def ibackward(self, ctx: Context, dy: Array) -> tuple[Array, Work[None]]:
+        """Run backward, and return while the last gradients are still under way.
+
+        Parameters
+        ----------
+        ctx : Context
+            From `forward`.
+        dy : Array, shape of the output
+            Gradient of this rank's loss by the output.
+
+        Returns
+        -------
+        dx : Array, shape of the input
+            Gradient of this rank's loss by its input.
+        work : Work
+            To be waited for before a gradient is read and before the next backward. Inside
+            `no_sync` it is complete.
+
+        Raises
+        ------
+        RuntimeError
+            If an earlier backward has not been waited for; if `op` is SUM and the reduced
+            gradients of an earlier step were not zeroed; if a parameter does not belong to this
+            DDP any more; if backward makes other contributions than `ctx.uses` announced. The
+            message names the parameter.
+
+        Notes
+        -----
+        Collective over the group; does not block. Inside `no_sync` it is local.
+        """
+        self._check_idle()
+        self._check_zeroed()
+        self._check_owned(ctx.uses)
+        if not self._syncing:
+            self._reduced = False
+            return self.module.backward(ctx, dy), _NoWork()
+        try:
+            self._begin(ctx.uses)
+            dx = self.module.backward(ctx, dy)
+            self._reducer.check_complete("DDP.backward")
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self._pending = _StepWork(self)
+        return dx, self._pending
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Add up gradients locally; the first backward outside reduces them all.
+
+        Notes
+        -----
+        Local. For accumulation over micro-batches: all but the last inside, with dropout's
+        `sample_offset` counting on. Use it on all ranks alike. Buffers are not synchronised inside.
+        """
+        before = self._syncing
+        self._syncing = False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+    def close(self) -> None:
+        """Wait for what is under way, and release DDP's duplicate of the group.
+
+        The model stays usable; its gradients stay where they are.
+        """
+        if self._pending is not None:
+            self._pending.wait()
+        self._reducer.close()
+
+    def __enter__(self) -> DDP:
+        """Return the wrapper itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it; after an error without waiting for what is under way."""
+        if error is None:
+            self.close()
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def _begin(self, uses: Mapping[Parameter, int]) -> None:
+        """Let every parameter count its contributions; those that expect none are complete."""
+        self._buffers.start()
+        for parameter in self._names:
+            parameter.expect(uses.get(parameter, 0), self._on_ready)
+        for parameter, name in self._names.items():
+            if not uses.get(parameter, 0):
+                # It may hold what earlier micro-batches gave it.
+                give = self._reducer.skip if parameter.grad is None else self._reducer.ready
+                give(name)
+
+    def _on_ready(self, parameter: Parameter) -> None:
+        self._reducer.ready(self._names[parameter])
+
+    def _done(self) -> bool:
+        return self._buffers.done() and self._reducer.done()
+
+    def _finish(self, timeout: float | None) -> None:
+        """Take over the reduced gradients and rank 0's buffers."""
+        used = self._reducer.wait(timeout)
+        self._buffers.finish(timeout)
+        for parameter, name in self._names.items():
+            parameter.release()
+            if parameter.grad is None and name in used:
+                parameter.add_grad(self._reducer.grads[name])
+        self._pending = None
+        self._reduced = True
+
+    def _abandon(self, error: BaseException) -> None:
+        for parameter in self._names:
+            parameter.release()
+        self._failure = repr(error)
+
+    # -- misuse --------------------------------------------------------------------------------
+
+    def _check_idle(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"DDP on {self.group}: an earlier backward failed half way ({self._failure}), so "
+                "the ranks do not agree any more on which gradients are under way; end the job"
+            )
+        if self._pending is not None:
+            raise RuntimeError(
+                f"DDP on {self.group}: the gradients of the last ibackward are still under way; "
+                "wait() for its Work before the next backward"
+            )
+
+    def _check_zeroed(self) -> None:
+        """Refuse to sum again what is a sum already: it would count once per rank."""
+        if not self._reduced or self._reducer.op is MEAN:
+            return
+        for parameter, name in self._names.items():
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"DDP on {self.group}: parameter '{name}' still holds the sum of an earlier "
+                    "step, and op=SUM would count it once per rank; call zero_grad() before, and "
+                    "accumulate inside no_sync()"
+                )
+
+    def _check_owned(self, uses: Mapping[Parameter, int]) -> None:
+        for parameter in uses:
+            if parameter not in self._names:
+                raise RuntimeError(
+                    f"DDP on {self.group}: parameter '{parameter.name}' was used, but was not part "
+                    "of the module when DDP was made; change the module first, then wrap it"
+                )
+        for parameter, name in self._names.items():
+            home = parameter.first_grad() if parameter.grad is None else parameter.grad
+            if home is not self._reducer.grads[name]:
+                raise RuntimeError(
+                    f"DDP on {self.group}: the gradient of parameter '{name}' does not live in "
+                    "this DDP's bucket any more; something else has called attach(), perhaps a "
+                    "second DDP over the same module"
+                )
+
+
+class _StepWork(Work[None]):
+    """The gradients and buffers of one step, under way."""
+
+    def __init__(self, ddp: DDP) -> None:
+        self._ddp = ddp
+
+    def done(self) -> bool:
+        if self._ddp._pending is self and self._ddp._done():
+            self.wait()
+        return self._ddp._pending is not self
+
+    def wait(self, timeout: float | None = None) -> None:
+        if self._ddp._pending is self:
+            self._ddp._finish(timeout)
+
+
+class _NoWork(Work[None]):
+    """What a local backward leaves to wait for."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> None:
+        pass

@@ -1,0 +1,155 @@
+"""`GradScaler`: keep small gradients above the smallest float16, by a factor that finds itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from mpidist._types import LAND, Array
+from mpidist.arrays import HALVES, array_namespace
+from mpidist.collectives import all_reduce
+from mpidist.group import ProcessGroup
+from mpidist.nn.parameter import Parameter
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler:
+    """Scale the loss up before backward and the gradients down after it.
+
+    ::
+
+        ddp.backward(ctx, scaler.scale(dy))
+        if scaler.unscale(model.parameters()):      # the same answer on all ranks
+            optimizer.step()
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that decide together.
+    initial : float, optional
+        The first factor.
+    growth : float, optional
+        Factor by which it grows after `interval` good steps in a row, above 1.
+    backoff : float, optional
+        Factor by which it shrinks after a step with an infinity or NaN, between 0 and 1.
+    interval : int, optional
+        Good steps in a row before it grows.
+
+    Attributes
+    ----------
+    factor : float
+        The present factor, the same on all ranks.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
+
+    References
+    ----------
+    Micikevicius et al. (2018), Mixed Precision Training, section 3.2.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        *,
+        initial: float = 2.0**16,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
+    ) -> None:
+        if not (initial > 0 and growth > 1 and 0 < backoff < 1 and interval >= 1):
+            raise ValueError(
+                "GradScaler: expected initial > 0, growth > 1, 0 < backoff < 1 and interval >= 1; "
+                f"got {initial}, {growth}, {backoff} and {interval}"
+            )
+        self.factor = float(initial)
+        self._group = group
+        self._growth = growth
+        self._backoff = backoff
+        self._interval = interval
+        self._good_steps = 0
+
+    def scale(self, dy: Array) -> Array:
+        """Return `dy` times the factor.
+
+        Parameters
+        ----------
+        dy : Array, float
+            Gradient of the loss by the model's output.
+
+        Returns
+        -------
+        Array, shape and dtype of `dy`
+            A new array; infinite where the product is beyond the dtype's range.
+
+        Notes
+        -----
+        Local.
+        """
+        # The factor itself may be beyond the half's range where the product is not.
+        wide = dy.astype(np.float32) if dy.dtype in HALVES else dy
+        with np.errstate(over="ignore"):
+            scaled: Array = (wide * self.factor).astype(dy.dtype, copy=False)
+        return scaled
+
+    def unscale(self, parameters: Iterable[Parameter]) -> bool:
+        """Divide the gradients by the factor, if all are finite, and adjust the factor.
+
+        Parameters
+        ----------
+        parameters : iterable of Parameter
+            Those without a gradient are passed over.
+
+        Returns
+        -------
+        bool
+            Whether every gradient of every rank was finite; the same on all ranks. If not, this
+            step has to be left out: gradients are as they were, and the factor has shrunk.
+
+        Notes
+        -----
+        Collective over the group; blocks. One all-reduce of one byte. To be called once per step,
+        after the gradients have been reduced.
+        """
+        grads = [p.grad for p in parameters if p.grad is not None]
+        here = all(bool(array_namespace(grad).isfinite(grad).all()) for grad in grads)
+        finite = bool(all_reduce(np.array(here), self._group, op=LAND))
+        if finite:
+            for grad in grads:
+                _divide(grad, self.factor)
+        self._adjust(finite=finite)
+        return finite
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint must keep: ``"factor"`` and ``"good_steps"``."""
+        return {"factor": self.factor, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a state that `state_dict` gave.
+
+        Parameters
+        ----------
+        state : mapping of str to float
+            The same on all ranks.
+        """
+        self.factor = float(state["factor"])
+        self._good_steps = int(state["good_steps"])
+
+    def _adjust(self, *, finite: bool) -> None:
+        self._good_steps = self._good_steps + 1 if finite else 0
+        if not finite:
+            self.factor *= self._backoff
+        elif self._good_steps == self._interval:
+            self.factor *= self._growth
+            self._good_steps = 0
+
+
+def _divide(grad: Array, factor: float) -> None:
+    if grad.dtype in HALVES:
+        grad[...] = grad.astype(np.float32) / np.float32(factor)
+    else:
+        grad /= factor
