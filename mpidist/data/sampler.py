@@ -166,6 +166,23 @@ class ShardedSampler:
                 )
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
+    def skip_to(self, step: int) -> None:
+        """Go on as if `step` batches had been handed out since the beginning.
+
+        Parameters
+        ----------
+        step : int
+            Counted over all epochs, at least 0.
+
+        Raises
+        ------
+        ValueError
+            If it is negative.
+        """
+        if step < 0:
+            raise ValueError(f"ShardedSampler.skip_to: step must not be negative, got {step}")
+        self._epoch, self._step = divmod(step, self.steps_per_epoch)
+
     def _order(self) -> npt.NDArray[np.int64]:
         if not self.shuffle:
             return np.arange(self.num_samples)

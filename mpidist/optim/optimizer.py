@@ -114,8 +114,8 @@ class Optimizer:
         -------
         dict of str to (str, int or Array)
             ``"kind"``, ``"step"`` and, per parameter, ``"<name>/updates"`` and one
-            ``"<name>/<slot>"`` per state array. Arrays are the living ones, not copies. The learning
-            rate and the rule's numbers are not part of it: they come from the program.
+            ``"<name>/<slot>"`` per state array. Arrays are the living ones, not copies. The
+            learning rate and the rule's numbers are not part of it: they come from the program.
         """
         state: dict[str, Any] = {"kind": type(self).__name__, "step": self._steps}
         for name, slots in self._state.items():

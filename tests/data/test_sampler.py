@@ -112,11 +112,23 @@ def test_resumes_on_another_number_of_ranks(done: int) -> None:
     rest: list[Array] = []
     while len(rest) < len(history) - done:
         assert {len(sampler) for sampler in resumed} == {5 - (done + len(rest)) % 5}
-        for shares in zip(*resumed, strict=True):
-            rest.append(np.concatenate([share.indices for share in shares]))
+        steps = list(zip(*resumed, strict=True))
+        rest += [np.concatenate([share.indices for share in shares]) for shares in steps]
     assert len(rest) == len(history) - done
     for mine, batch in zip(rest, history[done:], strict=True):
         np.testing.assert_array_equal(mine, batch.indices)
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 12])
+def test_skip_to_counts_over_epochs(step: int) -> None:
+    (alone,), (skipped,) = samplers(1), samplers(1)
+    history = [batch for _ in range(3) for batch in alone]
+    skipped.skip_to(step)
+    assert skipped.epoch == step // 5
+    for batch, expected in zip(skipped, history[step:], strict=False):
+        np.testing.assert_array_equal(batch.indices, expected.indices)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        skipped.skip_to(-1)
 
 
 def test_epoch_stays_right_during_the_last_batch() -> None:

@@ -1,0 +1,250 @@
+"""The training loop: read it from top to bottom, copy it, change it.
+
+One step is four verbs (forward, loss, backward, step) on this rank's share of a joined batch. What
+makes it exact on any number of ranks, also where the shares differ or a rank has no sample, stands
+in two places: the loss is divided by the size of the *joined* batch, and `DDP(..., op=SUM)` adds
+the ranks' gradients. So a run's curve does not depend on the number of ranks, apart from rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+from mpidist._types import Array
+from mpidist.data import ArrayDataset, Batch, ShardedSampler
+from mpidist.group import ProcessGroup
+from mpidist.nn import EVAL, Mode, cross_entropy
+from mpidist.optim import Optimizer
+from mpidist.parallel import DDP, Metrics, clip_grad_norm
+from mpidist.train.records import Record
+
+__all__ = ["Plan", "evaluate", "train", "train_step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long to train, and how often to say how it goes.
+
+    Parameters
+    ----------
+    steps : int
+        Optimizer steps of the whole run.
+    batch_size : int
+        Samples per step over all ranks together.
+    seed : int, optional
+        For the order of the samples and everything random in the model.
+    max_norm : float, optional
+        Longest gradient: longer ones are scaled down to this 2-norm.
+    log_every : int, optional
+        Steps between training records.
+    evaluate_every : int, optional
+        Steps between evaluations of the held-out samples; 0 is only at the end.
+
+    Raises
+    ------
+    ValueError
+        If `steps` or `log_every` is not positive.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    max_norm: float = 1.0
+    log_every: int = 10
+    evaluate_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Plan: {name} must be at least 1, got {getattr(self, name)}")
+
+
+def train(
+    model: DDP,
+    optimizer: Optimizer,
+    train_set: ArrayDataset,
+    held_out: ArrayDataset,
+    plan: Plan,
+    group: ProcessGroup,
+) -> Iterator[Record]:
+    """Train, yielding a record now and then.
+
+    Parameters
+    ----------
+    model : DDP
+        Made with ``op=SUM``; its output has the classes last.
+    optimizer : Optimizer
+        Of the model's parameters. Training goes on from its `step_count`.
+    train_set, held_out : ArrayDataset
+        What to learn from, and what to judge by; the same on all ranks.
+    plan : Plan
+        How long and how often.
+    group : ProcessGroup
+        The ranks that share each batch.
+
+    Yields
+    ------
+    Record
+        Equal on all ranks, apart from the times. Means are over the steps since the last one.
+
+    Notes
+    -----
+    Collective over `group`: every rank must iterate to the end. Per step the ranks communicate the
+    gradients, and per record one all_reduce of a few numbers.
+    """
+    sampler = ShardedSampler(
+        len(train_set),
+        rank=group.rank,
+        size=group.size,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+    )
+    sampler.skip_to(optimizer.step_count)
+    meter = _Meter(group)
+    while optimizer.step_count < plan.steps:
+        for batch in sampler:
+            rate = optimizer.lr
+            train_step(model, optimizer, train_set, batch, plan, meter.metrics)
+            meter.samples += batch.global_size
+
+            done, last = optimizer.step_count, optimizer.step_count == plan.steps
+            epoch = done / sampler.steps_per_epoch
+            if last or done % plan.log_every == 0:
+                yield meter.record("train", step=done, epoch=epoch, lr=rate)
+                meter.resume()
+            if last or (plan.evaluate_every and done % plan.evaluate_every == 0):
+                meter.pause()
+                yield evaluate(model, held_out, plan, group, step=done, epoch=epoch)
+                meter.resume()
+            if last:
+                return
+
+
+def train_step(
+    model: DDP,
+    optimizer: Optimizer,
+    data: ArrayDataset,
+    batch: Batch,
+    plan: Plan,
+    metrics: Metrics,
+) -> None:
+    """Make one step on this rank's share of a batch, which may be empty.
+
+    Parameters
+    ----------
+    model, optimizer, data, plan
+        As in `train`.
+    batch : Batch
+        From the sampler.
+    metrics : Metrics
+        Receives ``"loss"``, ``"accuracy"`` and ``"grad_norm"``.
+
+    Notes
+    -----
+    Collective over the model's group; returns when the parameters have been updated.
+    """
+    x, target = data.take(batch.indices)
+    mode = Mode(
+        training=True,
+        seed=plan.seed,
+        step=optimizer.step_count,
+        sample_offset=batch.sample_offset,
+    )
+    denominator = batch.global_size * data.targets_per_sample
+
+    optimizer.zero_grad()
+    y, ctx = model.forward(x, mode)
+    loss, dy = cross_entropy(y, target, denominator=denominator)
+    model.backward(ctx, dy)  # returns when p.grad is the sum over the ranks
+    grad_norm = clip_grad_norm(model.module.parameters(), plan.max_norm)
+    optimizer.step()
+
+    _add(metrics, y, target, loss=float(loss) * denominator)
+    metrics.add("grad_norm", float(grad_norm), 1.0)
+
+
+def evaluate(
+    model: DDP,
+    data: ArrayDataset,
+    plan: Plan,
+    group: ProcessGroup,
+    *,
+    step: int = 0,
+    epoch: float = 0.0,
+) -> Record:
+    """Judge the model by samples that it was not trained on.
+
+    Parameters
+    ----------
+    model, data, plan, group
+        As in `train`.
+    step : int, optional
+        Written into the record.
+    epoch : float, optional
+        Written into the record.
+
+    Returns
+    -------
+    Record
+        Means over all samples of `data`, equal on all ranks.
+
+    Notes
+    -----
+    Collective over `group`: one all_reduce of a few numbers.
+    """
+    sampler = ShardedSampler(
+        len(data), rank=group.rank, size=group.size, batch_size=plan.batch_size, shuffle=False
+    )
+    meter = _Meter(group)
+    for batch in sampler:
+        x, target = data.take(batch.indices)
+        y, _ = model.forward(x, EVAL)
+        loss, _ = cross_entropy(y, target, denominator=1.0)
+        _add(meter.metrics, y, target, loss=float(loss))
+        meter.samples += batch.global_size
+    return meter.record("held-out", step=step, epoch=epoch)
+
+
+class _Meter:
+    """Means, samples and seconds since the last record."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.metrics = Metrics(group)
+        self.samples = 0
+        self._seconds = 0.0
+        self._begin = perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock: what follows is not training."""
+        self._seconds += perf_counter() - self._begin
+
+    def resume(self) -> None:
+        """Let the clock run again."""
+        self._begin = perf_counter()
+
+    def record(self, kind: str, *, step: int, epoch: float, lr: float | None = None) -> Record:
+        """Return the means over all ranks, and begin anew with the clock stopped."""
+        means = self.metrics.reduce()
+        self.pause()
+        speed = self.samples / self._seconds
+        self.samples, self._seconds = 0, 0.0
+        return Record(
+            kind=kind,
+            step=step,
+            epoch=epoch,
+            loss=means["loss"],
+            accuracy=means["accuracy"],
+            samples_per_second=speed,
+            lr=lr,
+            grad_norm=means.get("grad_norm"),
+        )
+
+
+def _add(metrics: Metrics, y: Array, target: Array, *, loss: float) -> None:
+    """Count the targets of a share, `loss` being the sum over them; an empty share weighs 0."""
+    count = target.size
+    right = float((y.argmax(-1) == target).sum())
+    metrics.add("loss", loss / max(count, 1), float(count))
+    metrics.add("accuracy", right / max(count, 1), float(count))

@@ -1,0 +1,78 @@
+"""Records, the metrics file, the picture and the bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpidist.errors import BackendUnavailableError
+from mpidist.train import MetricsFile, ProgressBar, Record, plot_records
+
+RECORDS = [
+    Record("train", 10, 1.0, 2.0, 0.25, 1000.0, lr=0.1, grad_norm=3.0),
+    Record("held-out", 10, 1.0, 1.5, 0.5, 5000.0),
+    Record("train", 20, 2.0, 1.0, 0.75, 1000.0, lr=0.05, grad_norm=2.0),
+    Record("held-out", 20, 2.0, 0.9, 0.8, 5000.0),
+]
+
+
+def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        for count, record in enumerate(RECORDS, start=1):
+            file.write(record.as_json())
+            assert path.read_text().count("\n") == count
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 10, 20, 20]
+    assert (lines[0]["lr"], lines[0]["grad_norm"]) == (0.1, 3.0)
+    assert "lr" not in lines[1]
+
+
+def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:
+    with MetricsFile(None) as file:
+        file.write({"a": 1})
+        file.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot_records(RECORDS, tmp_path / "a.svg", title="A title", baseline=("guessing", 2.3))
+    plot_records(RECORDS[:1], tmp_path / "b.png", title="one record")
+    picture = (tmp_path / "a.svg").read_text()
+    for words in ("A title", "optimizer step", "nats", "training", "held out", "guessing"):
+        assert f"<!-- {words}" in picture or words in picture
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bar_shows_steps_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    with ProgressBar(20, name="digits", show=True) as bar:
+        for record in RECORDS:
+            bar.show(record)
+    shown = capsys.readouterr().err
+    assert "digits: 100%" in shown
+    assert "20/20" in shown
+    assert "loss=1.000" in shown
+    assert "held-out accuracy=80.0%" in shown
+
+
+def test_hidden_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(20, name="digits", show=False) as bar:
+        bar.show(RECORDS[0])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "tqdm"])
+def test_what_is_missing_is_named(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendUnavailableError, match=rf"{module}.*mpidist\[train\]"):
+        if module == "tqdm":
+            ProgressBar(1, name="x", show=True)
+        else:
+            plot_records(RECORDS, tmp_path / "x.png", title="x")
