@@ -50,8 +50,16 @@ class Linear(Module):
         self.bias = Parameter(fan_in_uniform(rng, (d_out,), d_in, dtype)) if bias else None
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
-        """Map `x` (..., d_in) to y (..., d_out)."""
+        """Map `x` (..., d_in) to y (..., d_out).
+
+        Raises
+        ------
+        ValueError
+            If the last axis of `x` has another size.
+        """
         d_out, d_in = self.weight.shape
+        if x.shape[-1] != d_in:
+            raise ValueError(f"Linear: expected an input of shape (..., {d_in}), got {x.shape}")
         # One product of two matrices: numpy would run one per leading index otherwise.
         y: Array = array_namespace(x).matmul(x.reshape(-1, d_in), self.weight.data.T)
         if self.bias is not None:
@@ -142,9 +150,8 @@ class Embedding(Module):
             # same order, and much faster than an unbuffered add.
             order = xp.argsort(x.reshape(-1), kind="stable")
             indices = x.reshape(-1)[order]
-            starts = xp.flatnonzero(
-                xp.concatenate([indices[:1] == indices[:1], xp.diff(indices) != 0])
-            )
+            later = xp.flatnonzero(indices[1:] != indices[:-1]) + 1
+            starts = xp.concatenate([xp.zeros(1, dtype=later.dtype), later])
             rows = dy.reshape(-1, self.weight.shape[1])[order]
             grad[indices[starts]] = xp.add.reduceat(rows, starts, axis=0)
         self.weight.add_grad(grad)

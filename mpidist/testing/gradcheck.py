@@ -51,7 +51,9 @@ def numerical_gradient(function: Callable[[], float], x: Array, *, eps: float = 
     return gradient
 
 
-def gradients(module: Module, x: Array, dy: Array | None = None, *, mode: Mode = TRAIN) -> Any:
+def gradients(
+    module: Module, x: Array, dy: Array | None = None, *, mode: Mode = TRAIN
+) -> dict[str, Any]:
     """Run one forward and one whole backward pass from zeroed gradients.
 
     Parameters

@@ -257,6 +257,7 @@ def test_batch_norm_of_a_single_pixel_has_no_nan():
 @pytest.mark.parametrize(
     ("module", "x", "message"),
     [
+        (Linear(6, 2, rng=0), np.zeros((6, 4)), r"\(\.\.\., 6\), got \(6, 4\)"),
         (Conv2d(2, 3, 3, rng=0), np.zeros((1, 3, 5, 5)), "2, height, width"),
         (Conv2d(2, 3, 3, rng=0), np.zeros((1, 2, 2, 5)), "at least"),
         (MaxPool2d(3), np.zeros((1, 2, 2, 5)), "at least"),
