@@ -14,15 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests._ranks.launcher import clean_environment, find_mpirun, marked_processes, vendor_arguments
+from tests._ranks.launcher import clean_environment, marked_processes
 from tests._ranks.records import Outcome, Phase, Result, merge
 
 ROOT = Path(__file__).parents[1]
 MARK = "MPIDIST_TEST_HARNESS"
-
-needs_mpirun = pytest.mark.skipif(
-    find_mpirun() is None and os.environ.get("MPIDIST_TEST_REQUIRE_MPI") != "1", reason="no mpirun"
-)
 
 HEAD = """
 import os, signal, time
@@ -128,7 +124,7 @@ def test_same_job(request):
     return run_sample(tmp_path_factory.mktemp("ordinary"), body)
 
 
-@needs_mpirun
+@pytest.mark.mpirun
 class TestOrdinary:
     @pytest.mark.parametrize(
         ("test", "outcome"),
@@ -209,7 +205,7 @@ def test_at_the_end():
     return run_sample(tmp_path_factory.mktemp("broken"), body)
 
 
-@needs_mpirun
+@pytest.mark.mpirun
 class TestBroken:
     @pytest.mark.parametrize(
         ("test", "said"),
@@ -238,7 +234,7 @@ class TestBroken:
         assert broken.outcome(f"{test}[2ranks]") == "PASSED"
 
 
-@needs_mpirun
+@pytest.mark.mpirun
 def test_ranks_that_wait_for_a_failed_one_are_ended(tmp_path: Path) -> None:
     body = """
 @pytest.mark.ranks(2)
@@ -254,7 +250,7 @@ def test_leaves():
     assert answer.seconds < 15
 
 
-@needs_mpirun
+@pytest.mark.mpirun
 def test_only_selected_tests_run_on_ranks(tmp_path: Path) -> None:
     body = """
 @pytest.mark.ranks(2)
@@ -267,7 +263,7 @@ def test_n(n):
     assert sorted(path.name for path in tmp_path.glob("ran-*")) == ["ran-1", "ran-3"]
 
 
-@needs_mpirun
+@pytest.mark.mpirun
 def test_a_job_that_does_not_end_well_fails_its_last_test(tmp_path: Path) -> None:
     body = """
 import atexit
@@ -318,8 +314,8 @@ def test_second():
     return run_sample(directory, body, environment={"PATH": path, **environment})
 
 
-@needs_mpirun
-def test_direct_run_takes_the_tests_for_its_size(tmp_path: Path) -> None:
+@pytest.mark.mpirun
+def test_direct_run_takes_the_tests_for_its_size(tmp_path: Path, mpirun: list[str]) -> None:
     body = """
 @pytest.mark.ranks(1, 2)
 def test_small(rank_count):
@@ -332,14 +328,14 @@ def test_three():
 def test_plain():
     pass
 """
-    answer = run_directly(tmp_path, body)
+    answer = run_directly(mpirun, tmp_path, body)
     assert answer.code == 0, answer.text
     # Both ranks print to one place, so that longer texts may be torn.
     assert answer.text.count("1 passed, 3 deselected") == 2
 
 
-@needs_mpirun
-def test_direct_run_ends_when_one_rank_fails(tmp_path: Path) -> None:
+@pytest.mark.mpirun
+def test_direct_run_ends_when_one_rank_fails(tmp_path: Path, mpirun: list[str]) -> None:
     body = """
 @pytest.mark.ranks(2)
 def test_one_fails():
@@ -349,21 +345,28 @@ def test_one_fails():
 def test_waits():
     WORLD.Barrier()
 """
-    answer = run_directly(tmp_path, body)
+    answer = run_directly(mpirun, tmp_path, body)
     assert answer.code != 0
     assert re.search(r"rank 1: E +AssertionError: rank one is wrong", answer.text)
     assert answer.seconds < 15
 
 
-def run_directly(directory: Path, body: str) -> Answer:
+def run_directly(mpirun: list[str], directory: Path, body: str) -> Answer:
     """Run a sample under `mpirun -n 2 python -m pytest --with-mpi`."""
-    mpirun = find_mpirun()
-    assert mpirun is not None
     (directory / "test_sample.py").write_text(HEAD + body)
     start = time.monotonic()
-    start_ranks = [str(mpirun), *vendor_arguments(mpirun), "-n", "2", sys.executable]
+    start_ranks = [*mpirun, "-n", "2", sys.executable]
     answer = subprocess.run(
-        [*start_ranks, "-m", "pytest", "-v", "--with-mpi", "-p", "tests._ranks.plugin"],
+        [
+            *start_ranks,
+            "-m",
+            "pytest",
+            "-v",
+            "--color=no",
+            "--with-mpi",
+            "-p",
+            "tests._ranks.plugin",
+        ],
         cwd=directory,
         env=clean_environment() | {"PYTHONPATH": str(ROOT), MARK: str(directory)},
         stdout=subprocess.PIPE,

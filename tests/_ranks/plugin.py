@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "ranks(*counts): run the test on that many real ranks, one item per count"
     )
+    config.addinivalue_line("markers", "mpirun: the test starts mpirun itself; see fixture mpirun")
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): the deadline of a test on ranks")
     if not _on_ranks(config):
@@ -49,6 +50,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def _on_ranks(config: pytest.Config) -> bool:
     """Whether this pytest was itself started by mpirun, as pytest-mpi's options say."""
     return bool(config.getoption("with_mpi", False) or config.getoption("only_mpi", False))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, or fail, tests that start mpirun themselves where there is none."""
+    if item.get_closest_marker("mpirun") is not None and find_mpirun() is None:
+        if mpirun_is_required():
+            pytest.fail(NO_MPIRUN, pytrace=False)
+        raise pytest.skip.Exception(NO_MPIRUN, _use_item_location=True)
+
+
+def mpirun_is_required() -> bool:
+    """Whether a missing mpirun is a failure; set by .ci/run."""
+    return os.environ.get("MPIDIST_TEST_REQUIRE_MPI") == "1"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -72,6 +86,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if rank_count_of(item) is not None:
                 item.add_marker(pytest.mark.mpi)
+
+
+@pytest.fixture
+def mpirun() -> list[str]:
+    """The start of an mpirun command line, for a test marked ``mpirun``."""
+    found = find_mpirun()
+    assert found is not None, "mark the test: @pytest.mark.mpirun"
+    return [str(found), *vendor_arguments(found)]
 
 
 @pytest.fixture
@@ -256,5 +278,5 @@ def _swapped(item: pytest.Item) -> pytest.Item:
 
 
 def _without_mpirun() -> Result:
-    required = os.environ.get("MPIDIST_TEST_REQUIRE_MPI") == "1"
-    return Result(Outcome.FAILED if required else Outcome.SKIPPED, NO_MPIRUN, NO_MPIRUN)
+    outcome = Outcome.FAILED if mpirun_is_required() else Outcome.SKIPPED
+    return Result(outcome, NO_MPIRUN, NO_MPIRUN)
