@@ -47,15 +47,34 @@ class GELU(Module):
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x`, of any shape, elementwise."""
-        tanh = array_namespace(x).tanh(_SQRT_2_OVER_PI * (x + _CUBIC * (x * x * x)))
-        y = (0.5 * x) * (1.0 + tanh)
+        xp = array_namespace(x)
+        tanh: Array = x * x
+        tanh *= _CUBIC
+        tanh += 1.0
+        tanh *= x
+        tanh *= _SQRT_2_OVER_PI
+        xp.tanh(tanh, out=tanh)
+        y = tanh + 1.0
+        y *= x
+        y *= 0.5
         return y, Context((x, tanh))
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Multiply `dy` by the derivative at the input."""
         x, tanh = ctx.saved
-        slope = _SQRT_2_OVER_PI * (1.0 + (3.0 * _CUBIC) * (x * x))
-        dx = dy * (0.5 * (1.0 + tanh) + (0.5 * x) * (1.0 - tanh * tanh) * slope)
+        xp = array_namespace(x)
+        # y' = (1 + tanh + x * (1 - tanh**2) * s) / 2, s the derivative of tanh's argument. In
+        # place, since fresh memory for every intermediate would cost ten times the arithmetic.
+        dx: Array = x * x
+        dx *= 3.0 * _CUBIC * _SQRT_2_OVER_PI
+        dx += _SQRT_2_OVER_PI
+        dx *= x
+        square = tanh * tanh
+        dx *= xp.subtract(1.0, square, out=square)
+        dx += tanh
+        dx += 1.0
+        dx *= 0.5
+        dx *= dy
         return dx, None
 
     def backward_weight(self, wctx: Any) -> None:
