@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -88,13 +89,18 @@ def constants_classes_functions(name: str) -> tuple[int, list[tuple[int, str]]]:
     return kind, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
+def is_offered(name: str, value: object) -> bool:
+    return not (name.startswith("_") or name == "annotations" or isinstance(value, ModuleType))
+
+
 @pytest.mark.parametrize("name", module_names())
 def test_all_is_sorted_and_importable(name: str) -> None:
     module = importlib.import_module(name)
     public = not any(part.startswith("_") for part in name.split("."))
     offered = getattr(module, "__all__", None)
     if offered is None:
-        assert not public, f"{name} has no __all__"
+        own = [each for each, value in vars(module).items() if is_offered(each, value)]
+        assert not (public and own), f"{name} has no __all__ and holds {own}"
         return
     assert list(offered) == sorted(offered, key=constants_classes_functions)
     assert len(set(offered)) == len(offered)
