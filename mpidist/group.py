@@ -74,6 +74,8 @@ class ProcessGroup:
         Seconds after which a wait fails and the group is broken.
     warn_after : float
         Seconds after which a wait logs a warning, and again at each doubling.
+    operations : int
+        How many operations this rank has begun on the group.
     log : logging.LoggerAdapter
         Logger whose messages carry group and rank.
     """
@@ -91,7 +93,7 @@ class ProcessGroup:
         self._backend = backend
         self._layout = layout
         self._outstanding: list[GroupWork[Any]] = []
-        self._numbers = 0
+        self.operations = 0
         self._payloads = 0
         self._reason: str | None = None
         self._related: dict[str, ProcessGroup | None] = {}
@@ -340,8 +342,8 @@ class ProcessGroup:
     def _begin(self, verb: str) -> str:
         """Count an operation and return its words for messages."""
         self._check_usable(verb)
-        self._numbers += 1
-        return f"{verb} #{self._numbers}"
+        self.operations += 1
+        return f"{verb} #{self.operations}"
 
     def progress(self) -> None:
         """Drive what is under way as far as it can go now; local, never blocks.

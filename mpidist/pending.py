@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -23,7 +23,7 @@ __all__ = ["GroupWaiter", "GroupWork", "Plan"]
 T = TypeVar("T")
 
 GRACE = 3.0
-"""Seconds that a wait goes on after a rank it needs has left: its last messages may be on the way."""
+"""Seconds that a wait for a rank goes on after it has left: its last messages may be on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +56,54 @@ class GroupWaiter(Waiter):
         peers: frozenset[int] | None = None,
         timeout: float | None = None,
     ) -> None:
+        self.operation = operation
+        self.timeout = group.timeout if timeout is None else timeout
         self._group = group
-        self._operation = operation
         self._peers = peers
-        self._timeout = group.timeout if timeout is None else timeout
         self._next_warning = group.warn_after
         self._lost_since: float | None = None
+        self._missing: Callable[[], Sequence[int]] | None = None
 
-    def wait_for(self, ready: Callable[[], bool]) -> None:
+    def wait_for(
+        self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None
+    ) -> None:
+        """Wait as `Waiter` says; a missed deadline and a lost rank break the group."""
         group = self._group
+        self._missing = missing
         try:
             wait_until(
                 ready,
-                timeout=self._timeout,
+                timeout=self.timeout,
                 progress=group._backend.progress,
                 patrol=self._patrol,
             )
         except WaitTimeout:
             error = CollectiveTimeoutError(
-                f"{self._operation} on {group}: not complete after {self._timeout:g} s; a rank "
-                "did not call it, called something else, or is gone. The group is broken: let "
-                "this error end the job, and look at what the other ranks were doing; "
-                "init(timeout=...) sets the deadline"
+                f"{self.operation} on {group}: not complete after {self.timeout:g} s"
+                f"{self._who()}; a rank did not call it, called something else, or is gone. The "
+                "group is broken: let this error end the job, and look at what the missing ranks "
+                "were doing; init(timeout=...) sets the deadline"
             )
             raise group._break(error) from None
         except (TransportError, PeerLostError) as error:
-            raise group._break(error) from error.__cause__
+            group._break(error)
+            raise
+
+    def _who(self) -> str:
+        """Return words for the ranks that have not come, where they are known."""
+        missing = self._missing() if self._missing is not None else ()
+        return f", waiting for rank {', '.join(map(str, missing))}" if missing else ""
 
     def _patrol(self, waited: float) -> None:
         group = self._group
         if waited >= self._next_warning:
             self._next_warning *= 2
             group.log.warning(
-                "%s has been waiting for %.0f s; the deadline is at %.0f s",
-                self._operation,
+                "%s has been waiting for %.0f s%s; the deadline is at %.0f s",
+                self.operation,
                 waited,
-                self._timeout,
+                self._who(),
+                self.timeout,
             )
         lost = {
             rank: words
@@ -105,7 +117,7 @@ class GroupWaiter(Waiter):
         if waited - self._lost_since >= GRACE:
             told = "; ".join(f"rank {rank} {words}" for rank, words in sorted(lost.items()))
             raise PeerLostError(
-                f"{self._operation} on {group}: {told}. The group is broken: let this error end "
+                f"{self.operation} on {group}: {told}. The group is broken: let this error end "
                 "the job; every rank must call the same collectives"
             )
 

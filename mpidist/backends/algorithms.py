@@ -62,11 +62,21 @@ class Lane:
         Who moves the bytes.
     number : int
         The lane; see [Note: phases].
+    ranks : sequence of int, optional
+        The transport's ranks taking part, of which this is one; all when omitted.
+
+    Attributes
+    ----------
+    rank, size : int
+        This rank among those taking part, and their number.
     """
 
-    def __init__(self, transport: Exchanger, number: int) -> None:
-        self.rank = transport.rank
-        self.size = transport.size
+    def __init__(
+        self, transport: Exchanger, number: int, ranks: Sequence[int] | None = None
+    ) -> None:
+        self._ranks = tuple(range(transport.size) if ranks is None else ranks)
+        self.rank = self._ranks.index(transport.rank)
+        self.size = len(self._ranks)
         self._transport = transport
         self._number = number
 
@@ -77,8 +87,8 @@ class Lane:
     ) -> Work[Any]:
         """Start sending and receiving (array, peer) pairs."""
         return self._transport.exchange(
-            [Message(array, peer, self._number) for array, peer in sends],
-            [Message(array, peer, self._number) for array, peer in receives],
+            [Message(array, self._ranks[peer], self._number) for array, peer in sends],
+            [Message(array, self._ranks[peer], self._number) for array, peer in receives],
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from mpidist._types import Array
@@ -142,8 +142,29 @@ class StepsWork(Work[None]):
 
 
 class Waiter(ABC):
-    """How a blocking call waits: deadline, warnings and losses of its group in one place."""
+    """How a blocking call waits: deadline, warnings and losses of its group in one place.
+
+    Attributes
+    ----------
+    operation : str
+        What is being waited for, for messages.
+    timeout : float
+        Seconds.
+    """
+
+    operation: str
+    timeout: float
 
     @abstractmethod
-    def wait_for(self, ready: Callable[[], bool]) -> None:
-        """Poll `ready` until it is true, or raise the error that says why it will not be."""
+    def wait_for(
+        self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None
+    ) -> None:
+        """Poll `ready` until it is true, or raise the error that says why it will not be.
+
+        Parameters
+        ----------
+        ready : callable
+            Whether the wait is over.
+        missing : callable, optional
+            Returns the ranks that have not come, where that is known.
+        """

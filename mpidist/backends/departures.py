@@ -1,0 +1,63 @@
+"""Who has left: at its exit each rank tells all others, so that nobody waits for it in vain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Departures"]
+
+_TAG = 0
+_PAUSE = 0.01
+"""Seconds between two looks in a wait that may last as long as the job."""
+
+
+class Departures:
+    """The notices of departure among the ranks of one communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Used for nothing else; freed with the process.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self._left: dict[int, str] = {}
+        self._sent: list[Any] = []
+
+    def left(self) -> Mapping[int, str]:
+        """Return the ranks that have left, and what is to be said of each; never blocks."""
+        notice = np.empty(2, np.int64)
+        while self._comm.Iprobe(tag=_TAG):
+            self._comm.Recv(notice, tag=_TAG)
+            rank, operations = notice.tolist()
+            self._left[rank] = f"left after operation {operations}"
+        return self._left
+
+    def leave(self, operations: int, timeout: float) -> list[int]:
+        """Tell all that this rank leaves, and wait until all others do.
+
+        Parameters
+        ----------
+        operations : int
+            How many operations it took part in.
+        timeout : float
+            Seconds to wait.
+
+        Returns
+        -------
+        list of int
+            The ranks that had not left by then.
+        """
+        comm = self._comm
+        notice = np.array([comm.rank, operations], np.int64)
+        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        self._sent = [comm.Isend(notice, rank, _TAG) for rank in others]
+        deadline = time.monotonic() + timeout
+        while len(self.left()) < len(others) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+        return [rank for rank in others if rank not in self._left]

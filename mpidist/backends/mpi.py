@@ -1,0 +1,379 @@
+"""The MPI transport, on mpi4py's buffer calls. The only module that imports mpi4py.
+
+Blocking collectives are arrival, with the group's deadline, and then the library's blocking call.
+Immediate ones are the library's nonblocking calls. What the library does not do as promised goes
+by the algorithms (`mpidist.backends.mpi_calls` says what).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpidist import env
+from mpidist._types import Array, ReduceOp
+from mpidist.arrays import as_bytes
+from mpidist.backends import algorithms
+from mpidist.backends.base import Backend, Capabilities, Traffic
+from mpidist.backends.board import ArrivalBoard
+from mpidist.backends.departures import Departures
+from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
+from mpidist.backends.shared_memory import create_file, map_file
+from mpidist.backends.waiting import wait_until
+from mpidist.backends.work import Message, Steps, StepsWork, Waiter, Work
+from mpidist.errors import BackendUnavailableError, TransportError
+from mpidist.log import logger
+
+__all__ = ["Inside", "MpiBackend", "is_mpi_available", "load_mpi"]
+
+_CHUNK = 2**30
+"""Bytes of the longest single message; longer ones travel in several."""
+
+_CURE = (
+    "install an MPI library and mpi4py (pip install 'mpidist[mpich]'), or use the site's MPI: load "
+    "its module, so that libmpi.so can be found, or set MPI4PY_LIBMPI to its path"
+)
+
+
+def load_mpi() -> Any:
+    """Import and return ``mpi4py.MPI``, which initialises MPI.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If mpi4py or an MPI library is missing.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError, OSError) as error:
+        raise BackendUnavailableError(f"mpi: {error}; {_CURE}") from error
+    return MPI
+
+
+@cache
+def is_mpi_available() -> bool:
+    """Whether `init` with the MPI backend can work here.
+
+    Never raises, and does not initialise MPI: another process tries to load the library, unless
+    this one has done so. Takes about 0.2 s the first time.
+    """
+    if "mpi4py.MPI" in sys.modules:
+        return True
+    if importlib.util.find_spec("mpi4py") is None:
+        return False
+    attempt = "import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI"
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", attempt], capture_output=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return tried.returncode == 0
+
+
+class Inside(NamedTuple):
+    """A blocking call of the library that a rank is inside of.
+
+    Attributes
+    ----------
+    operation : str
+        For messages.
+    since : float
+        When it began, by `time.monotonic`.
+    timeout : float
+        Seconds that it may take.
+    """
+
+    operation: str
+    since: float
+    timeout: float
+
+
+class _Requests(Work[tuple[int, ...]]):
+    """Requests of the library, complete when all are.
+
+    mpi4py's requests hold the buffers, so that dropping one frees nothing under the library.
+    """
+
+    def __init__(self, mpi: Any, requests: list[Any], receives: int = 0) -> None:
+        self._mpi = mpi
+        self._requests = requests
+        self._receives = receives
+        self._statuses = [mpi.Status() for _ in requests] if receives else None
+        self._sources: tuple[int, ...] | None = None
+
+    def done(self) -> bool:
+        if self._sources is None:
+            with _translated(self._mpi, "poll"):
+                if not self._mpi.Request.Testall(self._requests, self._statuses):
+                    return False
+            statuses = (self._statuses or [])[: self._receives]
+            self._sources = tuple(status.source for status in statuses)
+        return True
+
+    def wait(self, timeout: float | None = None) -> tuple[int, ...]:
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+        return self._sources or ()
+
+
+@contextlib.contextmanager
+def _translated(mpi: Any, operation: str) -> Iterator[None]:
+    """Turn the library's exceptions into the package's."""
+    try:
+        yield
+    except mpi.Exception as error:
+        raise TransportError(
+            f"{operation}: the MPI library reports: {error.Get_error_string()} "
+            f"({mpi.Get_error_string(error.Get_error_class())})",
+            code=error.Get_error_code(),
+        ) from error
+
+
+class MpiBackend(Backend):
+    """The ranks of an MPI communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Used by this object alone, which frees it; collective over it.
+    departures : Departures, optional
+        Where ranks of the world announce that they leave.
+
+    Attributes
+    ----------
+    inside : Inside or None
+        The library's blocking call under way; a watchdog reads it.
+    """
+
+    name = "mpi"
+    alive: weakref.WeakSet[MpiBackend] = weakref.WeakSet()
+    """The open transports of this process, for the watchdog."""
+
+    def __init__(self, comm: Any, *, departures: Departures | None = None) -> None:
+        self._mpi = mpi = load_mpi()
+        span = (mpi.COMM_WORLD.Get_attr(mpi.TAG_UB) + 1) // len(Traffic)
+        super().__init__(comm.rank, comm.size, Capabilities(max_tag=span - 1))
+        self._comm = comm
+        self._departures = departures
+        self._calls = LibraryCalls(mpi, comm.rank, comm.size)
+        self._world_ranks = _world_ranks(mpi, comm)
+        self._node = _node(mpi, comm)
+        self._board = _make_board(mpi, comm, self._node)
+        self.inside: Inside | None = None
+        self.alive.add(self)
+
+    # -- the transport -------------------------------------------------------------------------
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
+        comm = self._comm
+        with _translated(self._mpi, "exchange"):
+            # The first request of each receive tells its source, so that these come first.
+            started = [
+                [comm.Irecv(chunk, _peer(self._mpi, m.peer), m.lane) for chunk in _chunks(m.array)]
+                for m in receives
+            ]
+            requests = [chunks[0] for chunks in started]
+            requests += [request for chunks in started for request in chunks[1:]]
+            requests += [
+                comm.Isend(chunk, m.peer, m.lane) for m in sends for chunk in _chunks(m.array)
+            ]
+        return _Requests(self._mpi, requests, len(receives))
+
+    def split(self, color: int | None, key: int, *, waiter: Waiter) -> MpiBackend | None:
+        self._arrive(waiter)
+        with self._within(waiter):
+            comm = self._comm.Split(self._mpi.UNDEFINED if color is None else color, key)
+            if comm == self._mpi.COMM_NULL:
+                return None
+            return MpiBackend(comm, departures=self._departures)
+
+    def create(self, ranks: Sequence[int], *, waiter: Waiter) -> MpiBackend:
+        # The library's call would wait for ever for a member that does not come. So the members
+        # meet with the deadline first; the lane is the same for all who mean the same group.
+        meeting = algorithms.Lane(self, self.lane(Traffic.CREATE, hash(tuple(ranks))), ranks)
+        waiter.wait_for(StepsWork(algorithms.dissemination_barrier(meeting)).done)
+        members = self._comm.Get_group().Incl(list(ranks))
+        with self._within(waiter):
+            comm = self._comm.Create_group(members)
+            members.Free()
+            return MpiBackend(comm, departures=self._departures)
+
+    def poll(self) -> None:
+        # Any call into the library lets it make progress, on all communicators.
+        self._comm.Iprobe()
+
+    def close(self) -> None:
+        self.alive.discard(self)
+        self._comm.Free()
+
+    def abort(self, code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._mpi.COMM_WORLD.Abort(code)
+
+    def node(self) -> int:
+        return self._node
+
+    def mpi_comm(self) -> Any:
+        return self._comm
+
+    def lost(self) -> Mapping[int, str]:
+        if self._departures is None:
+            return {}
+        left = self._departures.left()
+        return {rank: left[world] for rank, world in enumerate(self._world_ranks) if world in left}
+
+    # -- collectives ---------------------------------------------------------------------------
+
+    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+        call: LibraryCall | None = getattr(self._calls, verb)(*args)
+        if call is None:
+            super().run(verb, args, waiter=waiter)
+            return
+        self._arrive(waiter)
+        with self._within(waiter):
+            getattr(self._comm, call.name)(*call.args)
+        if call.after is not None:
+            call.after()
+
+    def _arrive(self, waiter: Waiter) -> None:
+        """Wait, with the deadline, until all ranks have come to this operation."""
+        if self.size == 1:
+            return
+        if self._board is not None:
+            self._board.arrive()
+            waiter.wait_for(self._board.all_here, missing=self._board.missing)
+        else:
+            waiter.wait_for(_Requests(self._mpi, [self._comm.Ibarrier()]).done)
+
+    @contextlib.contextmanager
+    def _within(self, waiter: Waiter) -> Iterator[None]:
+        """Mark that a blocking call of the library is under way, and translate its errors."""
+        self.inside = Inside(waiter.operation, time.monotonic(), waiter.timeout)
+        try:
+            with _translated(self._mpi, waiter.operation):
+                yield
+        finally:
+            self.inside = None
+
+    def _start(self, verb: str, *args: Any) -> Work[Any]:
+        """Start the library's nonblocking call, or the algorithm where there is none."""
+        call: LibraryCall | None = getattr(self._calls, verb)(*args)
+        if call is None:
+            algorithm: Callable[..., Work[Any]] = getattr(super(), verb)
+            return algorithm(*args)
+        with _translated(self._mpi, verb):
+            request = getattr(self._comm, call.nonblocking)(*call.args)
+        work = _Requests(self._mpi, [request])
+        return work if call.after is None else self.start(_then(work, call.after))
+
+    def barrier(self) -> Work[Any]:
+        return self._start("barrier")
+
+    def broadcast(self, x: Array, root: int) -> Work[Any]:
+        return self._start("broadcast", x, root)
+
+    def reduce(self, x: Array, out: Array | None, op: ReduceOp, root: int) -> Work[Any]:
+        return self._start("reduce", x, out, op, root)
+
+    def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> Work[Any]:
+        return self._start("all_reduce", x, out, op)
+
+    def gather(self, x: Array, out: Array | None, counts: Sequence[int], root: int) -> Work[Any]:
+        return self._start("gather", x, out, counts, root)
+
+    def all_gather(self, x: Array | None, out: Array, counts: Sequence[int]) -> Work[Any]:
+        return self._start("all_gather", x, out, counts)
+
+    def scatter(self, x: Array | None, out: Array, counts: Sequence[int], root: int) -> Work[Any]:
+        return self._start("scatter", x, out, counts, root)
+
+    def reduce_scatter(
+        self, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
+    ) -> Work[Any]:
+        return self._start("reduce_scatter", x, out, counts, op)
+
+    def all_to_all(
+        self, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
+    ) -> Work[Any]:
+        return self._start("all_to_all", x, out, send_counts, recv_counts)
+
+
+def _then(work: Work[Any], after: Callable[[], None]) -> Steps:
+    yield work
+    after()
+
+
+def _peer(mpi: Any, peer: int) -> int:
+    return int(mpi.ANY_SOURCE) if peer < 0 else peer
+
+
+def _chunks(x: Array) -> list[Array]:
+    """Cut an array into messages that every library can count."""
+    data = as_bytes(x)
+    if data.size <= _CHUNK:
+        return [data]
+    return [data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK)]
+
+
+def _world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
+    """Return the rank in MPI's world of each rank."""
+    here, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
+    ranks = tuple(mpi.Group.Translate_ranks(here, None, world))
+    here.Free()
+    world.Free()
+    return ranks
+
+
+def _node(mpi: Any, comm: Any) -> int:
+    """Return the world rank of the first rank with which this one shares memory; collective."""
+    shared = comm.Split_type(mpi.COMM_TYPE_SHARED, key=comm.rank)
+    first = np.array(mpi.COMM_WORLD.rank)
+    shared.Bcast(first, root=0)
+    local = shared.rank
+    shared.Free()
+    pretended = env.ranks_per_node()
+    return int(first) if pretended is None else int(first) + local // pretended * pretended
+
+
+def _make_board(mpi: Any, comm: Any, node: int) -> ArrivalBoard | None:
+    """Make the arrival board of a communicator whose ranks share memory; collective.
+
+    Only buffer calls: the first pickled collective of a communicator duplicates it with Python's
+    lock held, and can deadlock a program of several threads.
+    """
+    nodes = np.array([-node, node])
+    comm.Allreduce(mpi.IN_PLACE, nodes, mpi.MAX)
+    if comm.size == 1 or nodes.sum() != 0:
+        return None
+    name, memory, reason = np.zeros(256, np.uint8), None, "another rank could not map it"
+    try:
+        if comm.rank == 0:
+            path = bytes(create_file(ArrivalBoard.nbytes(comm.size)))
+            name[: len(path)] = np.frombuffer(path, np.uint8)
+    except OSError as error:
+        reason = str(error)
+    comm.Bcast(name, root=0)
+    file = Path(name.tobytes().rstrip(b"\0").decode())
+    try:
+        memory = map_file(file)
+    except OSError as error:
+        reason = str(error)
+    made = np.array(memory is not None)
+    comm.Allreduce(mpi.IN_PLACE, made, mpi.LAND)
+    if comm.rank == 0 and name.any():
+        file.unlink(missing_ok=True)
+    if memory is None or not made:
+        logger.warning("no memory shared by the ranks of this node (%s); going without", reason)
+        return None
+    return ArrivalBoard(memory, comm.rank, comm.size)

@@ -1,0 +1,60 @@
+"""Memory that the ranks of one node share: mapped files that have no name."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["create_file", "map_file"]
+
+DIRECTORY = Path("/dev/shm")  # noqa: S108  # the files are made by mkstemp, for their owner alone
+
+
+def create_file(nbytes: int) -> Path:
+    """Make a file of this size in memory, really allocated, readable by its owner alone.
+
+    Parameters
+    ----------
+    nbytes : int
+        Size; more than 0.
+
+    Returns
+    -------
+    Path
+        The file; whoever made it unlinks it when all have mapped it.
+
+    Raises
+    ------
+    OSError
+        If there is no such memory, or not enough.
+
+    Notes
+    -----
+    Without the allocation a file larger than the memory would be made without an error, and its
+    first use would kill the process.
+    """
+    descriptor, name = tempfile.mkstemp(prefix="mpidist-", dir=DIRECTORY)
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    finally:
+        os.close(descriptor)
+    return Path(name)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a whole file for reading and writing, shared with all who map it.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened, as where ranks of one node do not see one ``/dev/shm``.
+    """
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), 0)

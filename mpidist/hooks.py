@@ -1,0 +1,171 @@
+"""How a job ends: nobody hangs because one rank raised, left, or was lost.
+
+The hooks are the only state of the process that mpidist sets, and `mpidist.init` sets it once:
+`sys.excepthook`, `threading.excepthook`, one exit handler, and a watchdog thread. None of them is
+set inside pytest or IPython, which handle exceptions themselves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+import traceback
+import weakref
+from types import TracebackType
+from typing import Any
+
+from mpidist.backends.departures import Departures
+from mpidist.backends.mpi import Inside, MpiBackend
+from mpidist.group import ProcessGroup, broken_groups
+
+__all__ = ["follow", "install"]
+
+_INTERRUPTED = 130
+"""Exit code of a job that Ctrl-C ended, as shells report it."""
+
+_FLUSH = 0.2
+"""Seconds that a rank which raised leaves to others that raised the same, before it ends the job."""
+
+_ROUND = 0.5
+"""Seconds between two rounds of the watchdog."""
+
+
+class _Hooks:
+    """What one process has installed.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    comm : mpi4py.MPI.Intracomm
+        The ranks that leave together.
+    timeout : float
+        Seconds that a rank which is done waits for the others.
+    """
+
+    def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
+        self._mpi = mpi
+        self._timeout = timeout
+        self._words = f"[world {comm.rank}/{comm.size}]"
+        self._groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+        self._operations = 0
+        self.departures = Departures(comm.Dup())
+        sys.excepthook = self._on_exception
+        threading.excepthook = self._on_thread_exception
+        # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
+        atexit.register(self._on_exit)
+        threading.Thread(target=self._watch, name="mpidist-watchdog", daemon=True).start()
+
+    def follow(self, group: ProcessGroup) -> None:
+        """Count this group's operations in the notice of departure."""
+        self._groups.add(group)
+
+    def _abort(self, code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._mpi.COMM_WORLD.Abort(code)
+
+    def _on_exception(
+        self,
+        kind: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
+    ) -> None:
+        """Print the traceback of an exception that nobody caught, and end the job."""
+        if issubclass(kind, KeyboardInterrupt):
+            self._say("interrupted; ending the job")
+            self._abort(_INTERRUPTED)
+        lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
+        told = "\n".join(f"{self._words} {line}" for line in lines)
+        self._say(f"raised {kind.__name__}; ending the job\n{told}")
+        # Ranks that check the same arguments raise together; let each show its traceback.
+        time.sleep(_FLUSH)
+        self._abort(1)
+
+    def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is not SystemExit and args.exc_value is not None:
+            self._on_exception(args.exc_type, args.exc_value, args.exc_traceback)
+
+    def _on_exit(self) -> None:
+        """Tell all that this rank leaves, and stay until they do; abort if the job is broken."""
+        broken = broken_groups()
+        if broken:
+            self._say(f"ends with a broken group ({broken[0]}); ending the job")
+            self._abort(1)
+        operations = sum(group.operations for group in self._groups)
+        remaining = self.departures.leave(operations, self._timeout)
+        if remaining:
+            self._say(
+                f"left after operation {operations} and has waited {self._timeout:g} s for the "
+                f"exit of rank {', '.join(map(str, remaining))}; ending the job"
+            )
+            self._abort(1)
+
+    def _watch(self) -> None:
+        """End the job if a call of the library outlasts its deadline.
+
+        All ranks had come to it, so one of them has been lost since. The call cannot be ended in
+        any other way.
+        """
+        while True:
+            time.sleep(_ROUND)
+            for backend in tuple(MpiBackend.alive):
+                inside: Inside | None = backend.inside
+                if inside is None:
+                    continue
+                seconds = time.monotonic() - inside.since
+                if seconds > inside.timeout:
+                    self._say(
+                        f"is stuck in the MPI library's part of {inside.operation} for "
+                        f"{seconds:.0f} s; all ranks had come to it, so one has been lost since "
+                        "(its own output, or the launcher's, may say why); ending the job"
+                    )
+                    self._abort(1)
+
+    def _say(self, text: str) -> None:
+        """Write to the error output in one piece."""
+        os.write(2, f"{self._words} mpidist: this rank {text}\n".encode())
+
+
+_installed: _Hooks | None = None
+
+
+def _someone_else_handles_exceptions() -> bool:
+    if "_pytest.main" in sys.modules:
+        return True
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+def install(mpi: Any, comm: Any, timeout: float) -> Departures | None:
+    """Install the hooks, unless they are, or somebody else handles exceptions here.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    comm : mpi4py.MPI.Intracomm
+        The ranks that leave together; collective over them when first called.
+    timeout : float
+        Seconds that a rank which is done waits for the others at its exit.
+
+    Returns
+    -------
+    Departures or None
+        Where ranks announce that they leave; None if nothing is installed.
+    """
+    global _installed
+    if _installed is None:
+        if comm.size == 1 or _someone_else_handles_exceptions():
+            return None
+        _installed = _Hooks(mpi, comm, timeout)
+    return _installed.departures
+
+
+def follow(group: ProcessGroup) -> None:
+    """Count a group's operations in this rank's notice of departure."""
+    if _installed is not None:
+        _installed.follow(group)

@@ -1,0 +1,115 @@
+"""How a job starts: find out who launched this process, and make the group of all ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+from mpidist import env, hooks
+from mpidist.backends.mpi import MpiBackend, load_mpi
+from mpidist.backends.network import Network
+from mpidist.backends.simulated import SimulatedBackend
+from mpidist.errors import BackendUnavailableError, LaunchError
+from mpidist.group import ProcessGroup
+from mpidist.log import logger
+
+__all__ = ["init"]
+
+_TIMEOUT = 1800.0
+_WARN_AFTER = 60.0
+
+
+def init(
+    backend: str | None = None,
+    *,
+    comm: Any = None,
+    timeout: float = _TIMEOUT,
+    warn_after: float = _WARN_AFTER,
+) -> ProcessGroup:
+    """Join the job, and return the group of all its ranks.
+
+    Parameters
+    ----------
+    backend : {"mpi", "simulated"}, optional
+        The transport. When omitted: MPI, if a launcher started this process as a rank or `comm` is
+        given; else one rank in this process, and MPI is not started.
+    comm : mpi4py.MPI.Intracomm, optional
+        Its ranks are the group's; duplicated. ``MPI.COMM_WORLD`` when omitted.
+    timeout : float, optional
+        Seconds after which a wait fails and the group is broken.
+    warn_after : float, optional
+        Seconds after which a wait logs a warning, and again at each doubling.
+
+    Returns
+    -------
+    ProcessGroup
+        The world; other groups are made of it.
+
+    Raises
+    ------
+    LaunchError
+        If a launcher promised several ranks and MPI sees one: the job would run as that many
+        strangers, each believing that it is alone.
+    BackendUnavailableError
+        If the transport's library is missing.
+
+    Notes
+    -----
+    Collective over all ranks of the job; blocks. With several ranks it wraps `sys.excepthook` and
+    `threading.excepthook`, so that an exception on one rank ends the whole job, and registers an
+    exit handler, so that nobody waits for a rank that has left; not inside pytest and IPython.
+    May be called again. MPI is finalised when the interpreter exits.
+    """
+    evidence = env.launcher_evidence()
+    if backend is None:
+        backend = "mpi" if evidence is not None or comm is not None else _without_launcher()
+    if backend == "mpi":
+        return _init_mpi(evidence, comm, timeout, warn_after)
+    if backend == "simulated":
+        lone = SimulatedBackend(Network(1), 0)
+        return ProcessGroup.over(lone, timeout=timeout, warn_after=warn_after)
+    raise BackendUnavailableError(
+        f"init: there is no backend {backend!r}; expected 'mpi' or 'simulated' (one rank in this "
+        "process)"
+    )
+
+
+def _without_launcher() -> str:
+    """Return the backend of a process that no MPI launcher started."""
+    processes = env.store_evidence()
+    if processes is not None and processes.several:
+        raise LaunchError(
+            f"init: RANK and WORLD_SIZE promise {processes.size} processes without MPI, which "
+            "needs the TCP backend; it is not built yet. Start the job with mpirun or srun, or "
+            "unset RANK and WORLD_SIZE to run as one rank"
+        )
+    return "simulated"
+
+
+def _init_mpi(
+    evidence: env.Evidence | None, comm: Any, timeout: float, warn_after: float
+) -> ProcessGroup:
+    mpi = load_mpi()
+    _refuse_strangers(evidence, mpi)
+    comm = mpi.COMM_WORLD if comm is None else comm
+    departures = hooks.install(mpi, comm, timeout)
+    backend = MpiBackend(comm.Dup(), departures=departures)
+    world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after)
+    hooks.follow(world)
+    logger.debug("rank %d of %d is %s:%d", comm.rank, comm.size, socket.gethostname(), os.getpid())
+    return world
+
+
+def _refuse_strangers(evidence: env.Evidence | None, mpi: Any) -> None:
+    """Raise if this process is one of several ranks that do not see each other."""
+    if evidence is None or not evidence.several or mpi.COMM_WORLD.size > 1:
+        return
+    vendor = mpi.Get_library_version().split(",")[0].split("\n")[0]
+    raise LaunchError(
+        f"init: {evidence.launcher} started {evidence.size} processes ({evidence.variable}="
+        f"{evidence.size}), but the MPI library here ({vendor}) sees only one. Launcher and "
+        "library must come from the same MPI: use the mpirun that lies beside this Python, or "
+        "the site's module with mpi4py on its libmpi (MPI4PY_LIBMPI); under Slurm, srun --mpi=pmix "
+        "for Open MPI and srun --mpi=pmi2 for MPICH"
+    )
