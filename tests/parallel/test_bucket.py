@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpidist._types import SUM
+from mpidist.arrays import BFLOAT16
+from mpidist.parallel import BUCKET_BYTES, FIRST_BUCKET_BYTES, BucketSizes
+from mpidist.parallel.bucket import Bucket, assign_buckets
+from mpidist.testing import run_ranks
+
+
+def arrays_of(*sizes: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
+    return {f"p{i}": np.empty(size, dtype) for i, size in enumerate(sizes)}
+
+
+def test_buckets_are_closed_by_the_array_that_reaches_the_limit():
+    arrays = arrays_of(10, 10, 10, 10, 10, 10)  # 40 bytes each
+    assert assign_buckets(arrays, BucketSizes(first=40, rest=100)) == [
+        ["p5"],
+        ["p4", "p3", "p2"],
+        ["p1", "p0"],
+    ]
+
+
+def test_default_sizes_are_1_and_25_mib():
+    assert (FIRST_BUCKET_BYTES, BUCKET_BYTES) == (2**20, 25 * 2**20)
+    quarter = 2**20 // 16  # 256 KiB of float32
+    buckets = assign_buckets(arrays_of(*[quarter] * 110), BucketSizes())
+    assert [len(bucket) for bucket in buckets] == [4, 100, 6]
+
+
+def test_each_dtype_has_its_buckets_and_they_stand_in_the_order_of_completion():
+    arrays = {
+        "a": np.empty(10, np.float64),
+        "b": np.empty(10, np.float32),
+        "c": np.empty(10, BFLOAT16),
+        "d": np.empty(10, np.float64),
+        "e": np.empty(10, np.float32),
+    }
+    # float32 is complete with b, bfloat16 with c, float64 only with a.
+    assert assign_buckets(arrays, BucketSizes()) == [["c"], ["e", "b"], ["d", "a"]]
+
+
+def test_no_arrays_make_no_buckets():
+    assert assign_buckets({}, BucketSizes()) == []
+
+
+def test_gradients_are_views_that_begin_on_cache_lines():
+    like = [("w", np.empty((3, 5))), ("scalar", np.empty(())), ("none", np.empty((0, 4)))]
+    bucket = Bucket(like, compression=None, num_flags=3)
+    assert {name: g.shape for name, g in bucket.grads.items()} == {
+        "w": (3, 5),
+        "scalar": (),
+        "none": (0, 4),
+    }
+    for i, grad in enumerate(bucket.grads.values()):
+        assert np.shares_memory(grad, bucket.data) or grad.size == 0
+        grad[...] = i + 1
+    bucket.flags[...] = 9
+    np.testing.assert_array_equal(bucket.data, [1.0] * 15 + [0.0] + [2.0] + [0.0] * 7 + [9.0] * 3)
+
+
+def test_the_life_of_a_bucket():
+    def body(group):
+        bucket = Bucket([("a", np.empty(2)), ("b", np.empty(1))], compression=None)
+        assert bucket.missing == {"a", "b"}
+        bucket.arrive("b")
+        with pytest.raises(RuntimeError, match="'b' is complete already"):
+            bucket.arrive("b")
+        bucket.arrive("a")
+        assert not bucket.missing
+        assert not bucket.done()
+        bucket.grads["a"][...] = [group.rank, 1]
+        bucket.grads["b"][...] = 2
+        bucket.launch(group, SUM)
+        bucket.wait()
+        assert bucket.done()
+        bucket.reset()
+        assert bucket.missing == {"a", "b"}
+        return bucket.grads["a"].tolist() + bucket.grads["b"].tolist()
+
+    assert run_ranks(3, body) == [[3.0, 3.0, 6.0]] * 3

@@ -1,0 +1,443 @@
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mpidist._types import MEAN, SUM
+from mpidist.collectives import iall_reduce
+from mpidist.nn import TRAIN, BatchNorm2d, Linear, Module, Parameter, Sequential
+from mpidist.nn.module import Context, count_uses
+from mpidist.optim import SGD
+from mpidist.parallel import DDP, BucketSizes, compression
+from mpidist.testing import Faults, run_ranks
+from tests.parallel.training import Routed, digest
+
+TINY = BucketSizes(first=1, rest=1)
+
+
+def two_layers(seed=0):
+    rng = np.random.default_rng(seed)
+    return Sequential(
+        Linear(3, 2, rng=rng, bias=False, dtype=np.float64),
+        Linear(2, 5, rng=rng, bias=False, dtype=np.float64),
+    )
+
+
+def samples(rank, count=4):
+    return np.random.default_rng(100 + rank).normal(size=(count, 3))
+
+
+class Scale(Module):
+    """y = w * x, used `times` times, with as many contributions as `made` says."""
+
+    def __init__(self, times=1, made=None):
+        self.w = Parameter(np.ones(()))
+        self.times = times
+        self.made = times if made is None else made
+
+    def forward(self, x, mode):
+        return self.times * self.w.data * x, Context(x, count_uses(*[self.w] * self.times))
+
+    def backward_input(self, ctx, dy):
+        return self.times * self.w.data * dy, (ctx.saved, dy)
+
+    def backward_weight(self, wctx):
+        x, dy = wctx
+        for _ in range(self.made):
+            self.w.add_grad(np.asarray(np.sum(x * dy)))
+
+
+def test_all_ranks_begin_with_rank_0s_parameters_and_buffers():
+    def body(group):
+        norm = BatchNorm2d(2, dtype=np.float64)
+        norm.running_mean[...] = group.rank + 7
+        model = Sequential(two_layers(seed=group.rank), norm)
+        DDP(model, group).close()
+        return model.state_dict()
+
+    first = two_layers(seed=0)
+    for state in run_ranks(3, body):
+        np.testing.assert_array_equal(state["0.0.weight"], first.layers[0].weight.data)
+        np.testing.assert_array_equal(state["0.1.weight"], first.layers[1].weight.data)
+        np.testing.assert_array_equal(state["1.running_mean"], [7.0, 7.0])
+
+
+def test_gradients_are_the_buckets_own_memory():
+    def body(group):
+        model = two_layers()
+        with DDP(model, group) as ddp:
+            _, ctx = ddp.forward(samples(group.rank), TRAIN)
+            ddp.backward(ctx, np.ones((4, 5)))
+            for name, p in model.named_parameters():
+                assert p.grad is ddp._reducer.grads[name]
+            (bucket,) = ddp._reducer._buckets
+            assert all(np.shares_memory(p.grad, bucket.data) for p in model.parameters())
+            # Forgetting gradients is a matter of flags.
+            before = bucket.data.copy()
+            model.zero_grad()
+            assert all(p.grad is None for p in model.parameters())
+            np.testing.assert_array_equal(bucket.data, before)
+
+    run_ranks(2, body)
+
+
+class Marked(Module):
+    """Tells when the backward pass of its inner layer begins."""
+
+    def __init__(self, inner, tell):
+        self.inner = inner
+        self.tell = tell
+
+    def forward(self, x, mode):
+        return self.inner.forward(x, mode)
+
+    def backward_input(self, ctx, dy):
+        self.tell()
+        return self.inner.backward_input(ctx, dy)
+
+    def backward_weight(self, wctx):
+        self.inner.backward_weight(wctx)
+
+
+def test_buckets_travel_while_backward_runs(monkeypatch):
+    events: dict[int, list] = {0: [], 1: []}
+    lock = threading.Lock()
+
+    def tell(rank, what):
+        with lock:
+            events[rank].append(what)
+
+    def recorded(x, group, *, op, out):
+        tell(group.rank, ("all_reduce", x.nbytes, op))
+        return iall_reduce(x, group, op=op, out=out)
+
+    monkeypatch.setattr(compression, "iall_reduce", recorded)
+
+    def body(group):
+        sizes = [8, 16, 24, 8]
+        layers = [
+            Marked(
+                Linear(a, b, rng=0, bias=False, dtype=np.float64),
+                lambda i=i: tell(group.rank, f"backward {i}"),
+            )
+            for i, (a, b) in enumerate(pairwise(sizes))
+        ]
+        with DDP(Sequential(*layers), group, sizes=BucketSizes(first=1, rest=2000)) as ddp:
+            with ddp.no_sync():
+                y, ctx = ddp.forward(np.ones((2, 8)), TRAIN)
+                ddp.backward(ctx, y)
+            tell(group.rank, "synchronised")
+            _, work = ddp.ibackward(ctx, y)
+            tell(group.rank, "returned")
+            work.wait()
+            assert work.done()
+
+    run_ranks(2, body)
+    assert events[0] == events[1]
+    assert events[0] == [
+        "backward 2",
+        "backward 1",
+        "backward 0",
+        "synchronised",
+        "backward 2",
+        ("all_reduce", 24 * 8 * 8, MEAN),
+        "backward 1",
+        ("all_reduce", 16 * 24 * 8, MEAN),
+        "backward 0",
+        # 3 flags behind the last one: who was used.
+        ("all_reduce", 8 * 16 * 8 + 3 * 8, MEAN),
+        "returned",
+    ]
+
+
+def test_ibackward_returns_the_input_gradient_and_a_work():
+    def body(group):
+        model, x = two_layers(), samples(group.rank)
+        with DDP(model, group, sizes=TINY) as ddp:
+            _, ctx = ddp.forward(x, TRAIN)
+            dx, work = ddp.ibackward(ctx, np.ones((4, 5)))
+            while not work.done():
+                pass
+            grads = [p.grad.copy() for p in model.parameters()]  # done() is enough
+            work.wait()
+            work.wait()
+            for before, p in zip(grads, model.parameters(), strict=True):
+                np.testing.assert_array_equal(before, p.grad)
+            return dx, grads
+
+    w0, w1 = (p.data for p in two_layers().parameters())
+    dy = np.ones((4, 5))
+    results = run_ranks(3, body, faults=Faults(delay=1e-3))
+    mean0 = sum((dy @ w1).T @ samples(rank) for rank in range(3)) / 3
+    for rank, (dx, grads) in enumerate(results):
+        np.testing.assert_allclose(dx, dy @ w1 @ w0, rtol=1e-12)
+        np.testing.assert_allclose(grads[0], mean0, rtol=1e-12)
+        assert rank < 3
+
+
+def test_a_parameter_unused_everywhere_has_no_gradient_and_is_not_updated():
+    def body(group):
+        model = Sequential(
+            two_layers(), Routed(Linear(5, 5, rng=1, dtype=np.float64), float(group.rank))
+        )
+        branch = model.layers[1].branch
+        with DDP(model, group, sizes=TINY) as ddp:
+            opt = SGD(model.named_parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+            seen = []
+            for dy_scale in (0.0, 1.0):
+                # On what comes out of the layers, only rank 0 can pass its threshold of 0.
+                x = samples(0) * dy_scale
+                opt.zero_grad()
+                y, ctx = ddp.forward(x, TRAIN)
+                before = branch.weight.data.copy()
+                ddp.backward(ctx, np.ones_like(y))
+                opt.step()
+                seen.append((branch.weight.grad is None, (branch.weight.data == before).all()))
+        return seen, digest(model)
+
+    results = run_ranks(2, body)
+    assert results[0] == results[1]
+    assert results[0][0] == [(True, True), (False, False)]
+
+
+def test_a_branch_used_by_some_ranks_is_averaged_with_zeros():
+    def body(group):
+        used, unused = Scale(), Scale()
+        threshold = 0.0 if group.rank == 1 else np.inf
+        model = Sequential(used, Routed(unused, threshold))
+        with DDP(model, group, sizes=TINY) as ddp:
+            _, ctx = ddp.forward(np.full((1, 1), 6.0), TRAIN)
+            ddp.backward(ctx, np.ones((1, 1)))
+        return float(used.w.grad), float(unused.w.grad)
+
+    # Rank 1 doubles its input: its gradients are 12 and 6, the others' 6 and none.
+    assert run_ranks(3, body) == [(8.0, 2.0)] * 3
+
+
+def test_no_sync_is_undone_by_an_error_and_can_be_nested():
+    def body(group):
+        model = Sequential(Scale())
+        with DDP(model, group) as ddp:
+            with pytest.raises(KeyError), ddp.no_sync():
+                raise KeyError
+            with ddp.no_sync():
+                with ddp.no_sync():
+                    pass
+                _, ctx = ddp.forward(np.full((1, 1), group.rank + 1.0), TRAIN)
+                ddp.backward(ctx, np.ones((1, 1)))
+                local = float(model.layers[0].w.grad)
+            _, ctx = ddp.forward(np.full((1, 1), group.rank + 1.0), TRAIN)
+            ddp.backward(ctx, np.ones((1, 1)))
+        return local, float(model.layers[0].w.grad)
+
+    assert run_ranks(2, body) == [(1.0, 3.0), (2.0, 3.0)]
+
+
+def test_what_earlier_micro_batches_gave_is_sent_by_one_that_gives_nothing():
+    def body(group):
+        scale = Scale()
+        model = Sequential(Scale(), Routed(scale, 0.5))
+        with DDP(model, group, sizes=TINY) as ddp:
+            with ddp.no_sync():
+                _, ctx = ddp.forward(np.full((1, 1), 4.0), TRAIN)
+                ddp.backward(ctx, np.ones((1, 1)))
+            _, ctx = ddp.forward(np.full((1, 1), 0.1), TRAIN)
+            assert scale.w not in ctx.uses
+            ddp.backward(ctx, np.ones((1, 1)))
+        return float(scale.w.grad)
+
+    assert run_ranks(2, body) == [4.0, 4.0]
+
+
+def test_a_mean_may_be_accumulated_over_synchronised_backwards_too():
+    def body(group):
+        scale = Scale()
+        with DDP(scale, group) as ddp:
+            for step in (1, 2):
+                _, ctx = ddp.forward(np.full(1, step * (group.rank + 1.0)), TRAIN)
+                ddp.backward(ctx, np.ones(1))
+        return float(scale.w.grad)
+
+    assert run_ranks(2, body) == [4.5, 4.5]
+
+
+def test_a_sum_must_be_zeroed_first():
+    def body(group):
+        scale = Scale()
+        with DDP(scale, group, op=SUM) as ddp:
+            _, ctx = ddp.forward(np.full(1, group.rank + 1.0), TRAIN)
+            ddp.backward(ctx, np.ones(1))
+            for where in (nullcontext(), ddp.no_sync()):
+                with where, pytest.raises(RuntimeError, match="'w' still holds the sum"):
+                    ddp.backward(ctx, np.ones(1))
+            scale.zero_grad()
+            with ddp.no_sync():
+                ddp.backward(ctx, np.ones(1))
+            ddp.backward(ctx, np.ones(1))
+        return float(scale.w.grad)
+
+    assert run_ranks(2, body) == [6.0, 6.0]
+
+
+def test_several_passes_may_be_forward_before_the_first_goes_backward():
+    def body(group):
+        scale = Scale(times=2)
+        with DDP(scale, group) as ddp:
+            contexts = [ddp.forward(np.full(1, float(i)), TRAIN)[1] for i in (1, 2, 3)]
+            with ddp.no_sync():
+                ddp.backward(contexts[2], np.ones(1))
+                ddp.backward(contexts[0], np.ones(1))
+            ddp.backward(contexts[1], np.ones(1))
+        return float(scale.w.grad)
+
+    assert run_ranks(2, body) == [12.0, 12.0]
+
+
+# -- buffers -------------------------------------------------------------------------------------
+
+
+def train_norm(group, steps=3):
+    norm = BatchNorm2d(2, dtype=np.float64)
+    model = Sequential(norm)
+    digests = []
+    with DDP(model, group) as ddp:
+        for step in range(steps):
+            model.zero_grad()
+            x = np.random.default_rng([step, group.rank]).normal(size=(3, 2, 2, 2))
+            y, ctx = ddp.forward(x, TRAIN)
+            ddp.backward(ctx, y)
+            digests.append(digest(model))
+    return norm.running_mean, norm.running_var, digests
+
+
+def expected_running(steps=3):
+    mean, var = np.zeros(2), np.ones(2)
+    for step in range(steps):
+        x = np.random.default_rng([step, 0]).normal(size=(3, 2, 2, 2))  # rank 0's
+        mean = 0.9 * mean + 0.1 * x.mean(axis=(0, 2, 3))
+        var = 0.9 * var + 0.1 * x.var(axis=(0, 2, 3), ddof=1)
+    return mean, var
+
+
+def check_running(results):
+    mean, var = expected_running()
+    for got_mean, got_var, digests in results:
+        np.testing.assert_allclose(got_mean, mean, rtol=1e-12)
+        np.testing.assert_allclose(got_var, var, rtol=1e-12)
+        assert digests == results[0][2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_running_statistics_are_rank_0s_after_each_step(size):
+    check_running(run_ranks(size, train_norm, faults=Faults(delay=1e-3)))
+
+
+@pytest.mark.ranks(2, 3)
+def test_running_statistics_are_rank_0s_after_each_step_on_real_ranks(world):
+    check_running(world.mpi_comm.allgather(train_norm(world)))
+
+
+def test_buffers_stay_local_inside_no_sync():
+    def body(group):
+        norm = BatchNorm2d(2, dtype=np.float64)
+        with DDP(Sequential(norm), group) as ddp, ddp.no_sync():
+            x = np.random.default_rng(group.rank).normal(size=(3, 2, 2, 2))
+            y, ctx = ddp.forward(x, TRAIN)
+            ddp.backward(ctx, y)
+        return norm.running_mean.tolist()
+
+    first, second = run_ranks(2, body)
+    assert first != second
+
+
+# -- misuse --------------------------------------------------------------------------------------
+
+
+def test_a_backward_before_the_last_one_was_waited_for_is_refused():
+    def body(group):
+        scale = Scale()
+        with DDP(scale, group) as ddp:
+            _, ctx = ddp.forward(np.ones(1), TRAIN)
+            _, work = ddp.ibackward(ctx, np.ones(1))
+            with pytest.raises(RuntimeError, match="still under way; wait"):
+                ddp.ibackward(ctx, np.ones(1))
+            with pytest.raises(RuntimeError, match="parameter 'w'"):
+                scale.w.add_grad(np.ones(()))
+            with pytest.raises(RuntimeError, match="parameter 'w'"):
+                scale.w.first_grad()
+            work.wait()
+            scale.w.add_grad(np.ones(()))
+        return float(scale.w.grad)
+
+    assert run_ranks(2, body) == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("announced", "made", "text"),
+    [(2, 3, "parameter 'w' has received all"), (2, 1, "gradients have not come: w;")],
+)
+def test_other_contributions_than_announced_are_an_error_and_final(announced, made, text):
+    def body(group):
+        scale = Scale(announced, made)
+        ddp = DDP(scale, group)
+        _, ctx = ddp.forward(np.ones(1), TRAIN)
+        with pytest.raises(RuntimeError, match=text):
+            ddp.backward(ctx, np.ones(1))
+        with pytest.raises(RuntimeError, match="an earlier backward failed half way"):
+            ddp.backward(ctx, np.ones(1))
+        scale.w.add_grad(np.ones(()))  # the model itself is free again
+
+    run_ranks(2, body)
+
+
+def test_a_parameter_from_elsewhere_is_named():
+    def body(group):
+        model = Sequential(Scale())
+        ddp = DDP(model, group)
+        model.layers = (Scale(), *model.layers)
+        model.relabel()
+        _, ctx = ddp.forward(np.ones(1), TRAIN)
+        with pytest.raises(RuntimeError, match=r"'0\.w' was used, but was not part"):
+            ddp.backward(ctx, np.ones(1))
+
+    run_ranks(2, body)
+
+
+def test_a_second_ddp_over_the_same_model_is_noticed():
+    def body(group):
+        scale = Scale()
+        first = DDP(scale, group)
+        _, ctx = first.forward(np.ones(1), TRAIN)
+        first.backward(ctx, np.ones(1))
+        with DDP(scale, group) as second:
+            with pytest.raises(RuntimeError, match="'w' does not live in this DDP's bucket"):
+                first.backward(ctx, np.ones(1))
+            scale.zero_grad()
+            second.backward(ctx, np.ones(1))
+        return float(scale.w.grad)
+
+    assert run_ranks(2, body) == [1.0, 1.0]
+
+
+def test_a_model_without_parameters_can_be_wrapped():
+    def body(group):
+        with DDP(Sequential(), group) as ddp:
+            y, ctx = ddp.forward(np.ones(2), TRAIN)
+            return ddp.backward(ctx, y).tolist()
+
+    assert run_ranks(2, body) == [[1.0, 1.0]] * 2
+
+
+def test_closing_waits_for_what_is_under_way():
+    def body(group):
+        scale = Scale()
+        with DDP(scale, group) as ddp:
+            _, ctx = ddp.forward(np.full(1, float(group.rank)), TRAIN)
+            ddp.ibackward(ctx, np.ones(1))
+        return float(scale.w.grad)
+
+    assert run_ranks(3, body, faults=Faults(delay=1e-3)) == [1.0] * 3
