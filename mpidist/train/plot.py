@@ -14,6 +14,9 @@ __all__ = ["plot_records"]
 # Okabe and Ito's blue and vermilion: told apart with any colour vision, and in grey print.
 _TRAIN, _HELD_OUT = "#0072B2", "#D55E00"
 
+_LOG_FROM = 30.0
+"""Highest over lowest loss from which on a linear axis would show only the beginning."""
+
 
 def plot_records(
     records: Sequence[Record],
@@ -59,12 +62,18 @@ def plot_records(
         loss.axhline(
             value, color="0.35", linestyle="--", linewidth=1.2, label=f"{name} {value:.2f}"
         )
-    loss.set(title="Loss", ylabel="cross-entropy (nats per target)", ylim=(0, None))
+    loss.set(title="Loss", ylabel="cross-entropy (nats per target)")
+    values = [record.loss for record in records if record.loss > 0]
+    if values and max(values) > _LOG_FROM * min(values):
+        loss.set_yscale("log")
+        loss.yaxis.set_major_formatter("{x:g}")
+    else:
+        loss.set_ylim(0, None)
     _draw(accuracy, records, "accuracy")
     accuracy.set(title="Accuracy", ylabel="targets predicted (%)", ylim=(0, 1.02))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    accuracy.legend(loc="lower right")
-    loss.legend(loc="upper right")
+    for axes in (loss, accuracy):
+        axes.legend(loc="best")
     figure.savefig(path, dpi=130)
 
 

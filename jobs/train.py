@@ -1,0 +1,301 @@
+"""Train a small network on real data, on one rank or many.
+
+    python jobs/train.py --task digits
+    mpirun -n 4 python jobs/train.py --task digits
+    mpirun -n 4 python jobs/train.py --task text --out runs/text
+
+Writes metrics.jsonl and loss.png into --out. The curve does not depend on the number of ranks,
+apart from rounding: --batch-size counts the samples of all ranks together, and samples, initial
+values and dropout follow from --seed alone. The loop itself is mpidist/train/loop.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from task import Task
+
+    from mpidist.group import ProcessGroup
+    from mpidist.optim import Optimizer
+    from mpidist.parallel import DDP, Compression
+    from mpidist.train import Plan, Record
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell reports it: 128 + SIGINT."""
+
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    p = argparse.ArgumentParser(
+        prog="train.py",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--task",
+        choices=("digits", "text"),
+        default="digits",
+        help="digits: 1,797 handwritten digits, a convolutional network; text: the help texts of "
+        "Python, byte by byte, a transformer (default: %(default)s)",
+    )
+    length = p.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs", type=_positive(float), help="passes over the samples (default: the task's)"
+    )
+    length.add_argument("--steps", type=_positive(int), help="optimizer steps, instead of --epochs")
+    p.add_argument(
+        "--batch-size",
+        type=_positive(int),
+        metavar="N",
+        help="samples per step over all ranks together (default: the task's)",
+    )
+    p.add_argument(
+        "--optimizer",
+        choices=("adamw", "adam", "sgd"),
+        default="adamw",
+        help="sgd is with Nesterov momentum 0.9 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--lr",
+        type=_positive(float),
+        help="highest learning rate, reached after a tenth of the steps and then lowered to 0 "
+        "along a cosine (default: the task's)",
+    )
+    p.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="of the initial values, the order of the samples and dropout (default: %(default)s)",
+    )
+    p.add_argument(
+        "--compression",
+        choices=("none", "fp16", "bf16"),
+        default="none",
+        help="how gradients travel between the ranks; the halves save bytes and cost rounding "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--log-every",
+        type=_positive(int),
+        default=10,
+        metavar="STEPS",
+        help="steps per training record (default: %(default)s)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where metrics.jsonl and loss.png go; made if missing (default: runs/TASK)",
+    )
+    p.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+    p.add_argument("--no-plot", action="store_true", help="draw no picture")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = parser().parse_args(arguments)
+    options.out = options.out or Path("runs", options.task)
+    limit_threads()
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        if sys.excepthook is not sys.__excepthook__:
+            raise  # to mpidist's hook, which ends all ranks with the same code, without a traceback
+        return INTERRUPTED
+    return 0
+
+
+def limit_threads() -> None:
+    """Give each rank one thread for its matrix products, unless the user has chosen a number.
+
+    The ranks already keep the cores busy, one each. BLAS would start a thread per core in every
+    rank, and the matrices here are too small to gain by it even on one rank.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    if not any(name in os.environ for name in names):
+        os.environ.update(dict.fromkeys(names, "1"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train as the options say; called by every rank of the job."""
+    # The first import of numpy fixes the number of threads, so it comes after limit_threads().
+    import mpidist
+    from mpidist.parallel import DDP
+
+    with mpidist.init() as world:
+        task = make_task(options)
+        plan = make_plan(options, task)
+        model = DDP(task.model, world, op=mpidist.SUM, compression=make_compression(options))
+        optimizer = make_optimizer(options, task, plan)
+        if world.rank == 0:
+            announce(options, task, plan, world)
+        records = train_and_record(options, task, plan, model, optimizer, world)
+        if world.rank == 0:
+            report(options, task, records)
+
+
+def announce(options: argparse.Namespace, task: Task, plan: Plan, world: ProcessGroup) -> None:
+    """Print what is going to happen."""
+    name, nats = task.baseline
+    print(
+        f"{options.task}: {len(task.train):,} samples to learn from and {len(task.held_out):,} "
+        f"held out, {sum(p.size for p in task.model.parameters()):,} parameters\n"
+        f"{plan.steps:,} steps of {plan.batch_size} samples, ranks: {world.size}; "
+        f"{name}: {nats:.3f} nats per target",
+        flush=True,
+    )
+
+
+def make_task(options: argparse.Namespace) -> Task:
+    """Load the data and build the model."""
+    if options.task == "text":
+        from text_task import text_task
+
+        return text_task(options.seed)
+    from digits_task import digits_task
+
+    return digits_task(options.seed)
+
+
+def make_plan(options: argparse.Namespace, task: Task) -> Plan:
+    """Turn epochs into steps, and choose when to evaluate: once per epoch, at least 10 times."""
+    from mpidist.train import Plan
+
+    batch_size = options.batch_size or task.defaults.batch_size
+    per_epoch = math.ceil(len(task.train) / batch_size)
+    epochs = options.epochs or task.defaults.epochs
+    steps = options.steps or math.ceil(epochs * per_epoch)
+    return Plan(
+        steps=steps,
+        batch_size=batch_size,
+        seed=options.seed,
+        log_every=options.log_every,
+        evaluate_every=min(per_epoch, math.ceil(steps / 10)),
+    )
+
+
+def make_compression(options: argparse.Namespace) -> Compression | None:
+    """Choose how gradients travel."""
+    from mpidist.parallel import Compression
+
+    return {"none": None, "fp16": Compression.FP16, "bf16": Compression.BF16}[options.compression]
+
+
+def make_optimizer(options: argparse.Namespace, task: Task, plan: Plan) -> Optimizer:
+    """Build the optimizer with a warm-up over a tenth of the steps."""
+    from mpidist.optim import SGD, Adam, AdamW, WarmupCosine
+
+    peak = options.lr or task.defaults.lr * (10 if options.optimizer == "sgd" else 1)
+    rate = WarmupCosine(peak, warmup_steps=plan.steps // 10, total_steps=plan.steps)
+    if options.optimizer == "sgd":
+        return SGD(task.model.named_parameters(), lr=rate, momentum=0.9, nesterov=True)
+    choice = {"adam": Adam, "adamw": AdamW}[options.optimizer]
+    return choice(task.model.named_parameters(), lr=rate)
+
+
+def train_and_record(
+    options: argparse.Namespace,
+    task: Task,
+    plan: Plan,
+    model: DDP,
+    optimizer: Optimizer,
+    world: ProcessGroup,
+) -> list[Record]:
+    """Run the loop; rank 0 shows its progress and writes metrics.jsonl."""
+    from mpidist.train import MetricsFile, ProgressBar, train
+
+    first = world.rank == 0
+    if first:
+        options.out.mkdir(parents=True, exist_ok=True)
+    records: list[Record] = []
+    show = first and not options.no_progress
+    try:
+        with (
+            MetricsFile(options.out / METRICS if first else None) as file,
+            ProgressBar(plan.steps, name=options.task, show=show) as bar,
+        ):
+            file.write({"kind": "run", "ranks": world.size, **describe(options, plan)})
+            for record in train(model, optimizer, task.train, task.held_out, plan, world):
+                records.append(record)
+                file.write(record.as_json())
+                bar.show(record)
+    except KeyboardInterrupt:
+        if first:
+            at = f"after step {optimizer.step_count} of {plan.steps}"
+            print(
+                f"interrupted {at}; the records so far are in {options.out / METRICS}", flush=True
+            )
+        raise
+    return records
+
+
+def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """Return what a reader of metrics.jsonl needs to repeat the run."""
+    import numpy as np
+
+    return {
+        "task": options.task,
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "seed": plan.seed,
+        "optimizer": options.optimizer,
+        "compression": options.compression,
+        "python": sys.version.split()[0],
+        "numpy": np.__version__,
+    }
+
+
+def report(options: argparse.Namespace, task: Task, records: Sequence[Record]) -> None:
+    """Print the result and draw the picture."""
+    from mpidist.train import plot_records
+
+    last, name, nats = records[-1], *task.baseline
+    speeds = [r.samples_per_second for r in records if r.kind == "train"]
+    print(
+        f"held-out accuracy {last.accuracy:.2%}, loss {last.loss:.3f} nats "
+        f"= {last.loss / math.log(2):.3f} bits per target ({name}: {nats:.3f} nats); "
+        f"{statistics.median(speeds):,.0f} samples/s",
+        flush=True,
+    )
+    written = str(options.out / METRICS)
+    if not options.no_plot:
+        picture = options.out / PICTURE
+        title = f"{options.task}, seed {options.seed}: held-out accuracy {last.accuracy:.2%}"
+        plot_records(records, picture, title=title, baseline=task.baseline)
+        written += f" and {picture}"
+    print(f"wrote {written}", flush=True)
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def _positive(kind: type[int | float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())
