@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from mpidist.backends.departures import Departures
-from mpidist.backends.mpi import Inside, MpiBackend
+from mpidist.backends.mpi import Inside, MpiBackend, world_ranks
 from mpidist.group import ProcessGroup, broken_groups
 
 __all__ = ["follow", "install"]
@@ -52,7 +52,7 @@ class _Hooks:
         self._words = f"[world {comm.rank}/{comm.size}]"
         self._groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
         self._operations = 0
-        self.departures = Departures(comm.Dup())
+        self.departures = Departures(comm.Dup(), world_ranks(mpi, comm))
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
@@ -91,6 +91,8 @@ class _Hooks:
 
     def _on_exit(self) -> None:
         """Tell all that this rank leaves, and stay until they do; abort if the job is broken."""
+        if self._mpi.Is_finalized():
+            return
         broken = broken_groups()
         if broken:
             self._say(f"ends with a broken group ({broken[0]}); ending the job")

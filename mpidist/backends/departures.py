@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,20 +22,23 @@ class Departures:
     ----------
     comm : mpi4py.MPI.Intracomm
         Used for nothing else; freed with the process.
+    world_ranks : sequence of int
+        The rank in MPI's world of each of its ranks.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, world_ranks: Sequence[int]) -> None:
         self._comm = comm
+        self._world_ranks = world_ranks
         self._left: dict[int, str] = {}
         self._sent: list[Any] = []
 
     def left(self) -> Mapping[int, str]:
-        """Return the ranks that have left, and what is to be said of each; never blocks."""
+        """Return the ranks of MPI's world that have left, and what they said; never blocks."""
         notice = np.empty(2, np.int64)
         while self._comm.Iprobe(tag=_TAG):
             self._comm.Recv(notice, tag=_TAG)
             rank, operations = notice.tolist()
-            self._left[rank] = f"left after operation {operations}"
+            self._left[self._world_ranks[rank]] = f"left after operation {operations}"
         return self._left
 
     def leave(self, operations: int, timeout: float) -> list[int]:
@@ -51,7 +54,7 @@ class Departures:
         Returns
         -------
         list of int
-            The ranks that had not left by then.
+            The ranks of MPI's world that had not left by then.
         """
         comm = self._comm
         notice = np.array([comm.rank, operations], np.int64)
@@ -60,4 +63,6 @@ class Departures:
         deadline = time.monotonic() + timeout
         while len(self.left()) < len(others) and time.monotonic() < deadline:
             time.sleep(_PAUSE)
-        return [rank for rank in others if rank not in self._left]
+        return [
+            rank for rank in map(self._world_ranks.__getitem__, others) if rank not in self._left
+        ]

@@ -42,6 +42,9 @@ class Landing(NamedTuple):
 
 def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") -> Array:
     """Return `x` if it is an array that the group carries."""
+    # One look-up for nearly all arrays; the rest finds out what is wrong, or byte-swapped.
+    if isinstance(x, np.ndarray) and x.dtype in DTYPES:
+        return x
     try:
         array_namespace(x)
     except UnsupportedOperationError as error:
@@ -51,8 +54,7 @@ def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") ->
             f"{verb} on {group}: {name} is a device array, and the {group.backend} backend carries "
             "host arrays; copy it to the host (cupy.asnumpy) first"
         )
-    # One look-up for nearly all; a byte-swapped dtype is another key.
-    if x.dtype not in DTYPES and x.dtype.newbyteorder("=") not in DTYPES:
+    if x.dtype.newbyteorder("=") not in DTYPES:
         raise UnsupportedOperationError(
             f"{verb} on {group}: {name} has dtype {x.dtype}; expected a boolean, integer, float or "
             "complex dtype of at most 64 bits per number (the *_object forms take anything)"
@@ -62,6 +64,8 @@ def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") ->
 
 def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> None:
     """Raise unless the group's transport reduces this dtype with `op`."""
+    if (op, x.dtype) in group.capabilities.reductions:
+        return
     dtype = x.dtype.newbyteorder("=")
     if (op, dtype) not in group.capabilities.reductions:
         offered = [o.name for o in ReduceOp if (o, dtype) in group.capabilities.reductions]
@@ -121,12 +125,13 @@ def land(
     Landing
         Flat memory, and what makes it the caller's result.
     """
-    native = dtype.newbyteorder("=")
+    native = dtype if dtype.isnative else dtype.newbyteorder("=")
     if out is None:
         fresh = np.empty(shape, native)
         return Landing(fresh.reshape(-1), lambda: fresh)
     check_array(out, verb, group, name="out")
-    if out.shape != shape or out.dtype.newbyteorder("=") != native:
+    same = out.dtype == native or out.dtype.newbyteorder("=") == native
+    if out.shape != shape or not same:
         raise SizeMismatchError(
             f"{verb} on {group}: out must have shape {shape} and dtype {native}, "
             f"got {out.shape} and {out.dtype}"
