@@ -67,6 +67,8 @@ class _Hooks:
         sys.stdout.flush()
         sys.stderr.flush()
         self._mpi.COMM_WORLD.Abort(code)
+        # Some libraries only ask the launcher to end the job, and return.
+        os._exit(code)
 
     def _on_exception(
         self,
