@@ -140,8 +140,6 @@ def assert_nothing_left(directory: Path) -> None:
         ),
         pytest.param("sys.exit(0)", "rank 1 left", id="exit-0"),
         pytest.param("sys.exit(1)", "rank 1", id="exit-1"),
-        pytest.param('sys.exit("no data here")', "no data here", id="exit-message"),
-        pytest.param("pass", "rank 1 left", id="end-of-script"),
         pytest.param("os.kill(os.getpid(), signal.SIGKILL)", "", id="kill-9"),
         pytest.param("os.abort()", "", id="abort"),
     ],
@@ -167,14 +165,13 @@ time.sleep(60)
     assert_ended_well(run(body), tmp_path, said="ValueError: no such luck")
 
 
-@pytest.mark.parametrize("code", [0, 1])
 def test_exit_while_others_compute_ends_the_job_at_their_next_collective(
-    run: Run, tmp_path: Path, code: int
+    run: Run, tmp_path: Path
 ) -> None:
     """A rank that leaves early is no fault by itself: others may still write their results."""
-    body = f"""
+    body = """
 if world.rank == 1:
-    sys.exit({code})
+    sys.exit(0)
 time.sleep(2)
 work_for_ever()
 """
