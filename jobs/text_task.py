@@ -47,7 +47,7 @@ def load_text() -> npt.NDArray[np.uint8]:
             "--task text reads pydoc_data.topics of the standard library, which this Python "
             "lacks; install the distribution's full Python, or use --task digits"
         ) from error
-    paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
+    paragraphs = (p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n"))
     unique = dict.fromkeys(p for p in paragraphs if p.strip())
     return np.frombuffer("\n\n".join(unique).encode("utf-8"), np.uint8)
 

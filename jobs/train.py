@@ -171,7 +171,11 @@ def make_task(options: argparse.Namespace) -> Task:
 
 
 def make_plan(options: argparse.Namespace, task: Task) -> Plan:
-    """Turn epochs into steps, and choose when to evaluate: once per epoch, at least 10 times."""
+    """Turn epochs into steps, and choose when to evaluate.
+
+    That is once per epoch and at least ten times per run, but never on more samples than the steps
+    since the last time were trained on.
+    """
     from mpidist.train import Plan
 
     batch_size = options.batch_size or task.defaults.batch_size
@@ -183,7 +187,9 @@ def make_plan(options: argparse.Namespace, task: Task) -> Plan:
         batch_size=batch_size,
         seed=options.seed,
         log_every=options.log_every,
-        evaluate_every=min(per_epoch, math.ceil(steps / 10)),
+        evaluate_every=max(
+            min(per_epoch, math.ceil(steps / 10)), math.ceil(len(task.held_out) / batch_size)
+        ),
     )
 
 

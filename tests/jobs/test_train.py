@@ -1,0 +1,186 @@
+"""jobs/train.py as people run it: another process, a command line, files, an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests._ranks.launcher import MARK, clean_environment, end_job
+
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "jobs" / "train.py"
+SHORT = ["--steps", "12", "--log-every", "5", "--no-progress"]
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start the job; `launcher` is mpirun with its arguments, or nothing."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_job(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        with (tmp_path / "output").open("w") as output:
+            process = subprocess.Popen(
+                [*launcher, sys.executable, str(SCRIPT), *arguments],
+                cwd=tmp_path,
+                env=clean_environment() | {"PYTHONPATH": path, MARK: str(tmp_path)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(process)
+        return process
+
+    yield start_job
+    for process in started:
+        end_job(process, tmp_path)
+
+
+@pytest.fixture
+def run(start: Start, tmp_path: Path) -> Run:
+    """Run the job to its end; return code and output."""
+
+    def run_job(*arguments: str, launcher: tuple[str, ...] = ()) -> Any:
+        process = start(*arguments, launcher=launcher)
+        code = process.wait(timeout=100)
+        text = (tmp_path / "output").read_text()
+        return subprocess.CompletedProcess(arguments, code, text)
+
+    return run_job
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
+    ended = run("--help")
+    assert ended.returncode == 0
+    for option in (
+        *("--task", "--epochs", "--steps", "--batch-size", "--optimizer", "--lr", "--seed"),
+        *("--compression", "--log-every", "--out", "--no-progress", "--no-plot"),
+    ):
+        assert option in ended.stdout
+    lines = "import sys, train; train.parser().format_help(); assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", lines], cwd=SCRIPT.parent, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--steps", "0"), "--steps: must be above 0, got 0"),
+        (("--lr", "nan"), "--lr: must be above 0, got nan"),
+        (("--epochs", "x"), "--epochs: invalid float value: 'x'"),
+        (("--seed", "-1"), "--seed: must not be negative, got -1"),
+        (("--steps", "1", "--epochs", "1"), "not allowed with argument"),
+        (("--task", "speech"), "invalid choice: 'speech'"),
+    ],
+)
+def test_bad_arguments(run: Run, arguments: tuple[str, ...], said: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == 2
+    assert said in ended.stdout
+
+
+def test_digits_on_one_rank(run: Run, tmp_path: Path) -> None:
+    ended = run(*SHORT, "--out", "a/b", "--seed", "5")
+    assert ended.returncode == 0, ended.stdout
+    assert "1,617 samples to learn from and 180 held out" in ended.stdout
+    assert "held-out accuracy" in ended.stdout
+    assert (tmp_path / "a/b/loss.png").read_bytes().startswith(b"\x89PNG")
+    header, *records = read_records(tmp_path / "a/b/metrics.jsonl")
+    assert (header["kind"], header["ranks"], header["seed"], header["steps"]) == ("run", 1, 5, 12)
+    training = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in training] == [5, 10, 12]
+    assert all(record["samples_per_second"] > 0 and record["lr"] >= 0 for record in training)
+    assert (records[-1]["kind"], records[-1]["step"]) == ("held-out", 12)
+    assert records[-1]["loss"] < 2.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optimizer", "sgd", "--no-plot"),
+        ("--optimizer", "adam", "--no-plot"),
+        ("--compression", "fp16", "--no-plot"),
+        ("--compression", "bf16", "--lr", "0.001", "--batch-size", "100", "--no-plot"),
+    ],
+)
+def test_options_are_heard(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    ended = run(*SHORT, *options)
+    assert ended.returncode == 0, ended.stdout
+    assert sorted(p.name for p in (tmp_path / "runs/digits").iterdir()) == ["metrics.jsonl"]
+    header = read_records(tmp_path / "runs/digits/metrics.jsonl")[0]
+    given = dict(zip(options[::2], options[1::2], strict=False))
+    for name in ("optimizer", "compression"):
+        if f"--{name}" in given:
+            assert header[name] == given[f"--{name}"]
+
+
+def test_text_learns_more_than_how_frequent_each_byte_is(run: Run, tmp_path: Path) -> None:
+    ended = run("--task", "text", "--steps", "60", "--no-plot")
+    assert ended.returncode == 0, ended.stdout
+    assert "unigram entropy: 3." in ended.stdout
+    assert "text: 100%" in ended.stdout  # the progress bar
+    records = read_records(tmp_path / "runs/text/metrics.jsonl")
+    assert records[-1]["loss"] < 3.0
+
+
+def test_ctrl_c_on_one_rank_says_where_it_stopped(start: Start, tmp_path: Path) -> None:
+    process = start("--epochs", "10000", "--no-progress")
+    file = tmp_path / "runs/digits/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text().count("\n") > 2):
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    output = (tmp_path / "output").read_text()
+    assert "interrupted after step" in output
+    assert "Traceback" not in output
+    assert read_records(file)[-1]["step"] > 0  # no line is cut off
+
+
+@pytest.mark.mpirun
+def test_four_ranks_reach_the_promised_accuracy(
+    run: Run, mpirun: list[str], tmp_path: Path
+) -> None:
+    ended = run("--no-progress", launcher=(*mpirun, "-n", "4"))
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("held-out accuracy") == 1
+    header, *records = read_records(tmp_path / "runs/digits/metrics.jsonl")
+    assert header["ranks"] == 4
+    assert records[-1]["accuracy"] >= 0.97
+
+
+@pytest.mark.mpirun
+@pytest.mark.parametrize("size", [2, 3])
+def test_curve_is_the_same_on_any_number_of_ranks(
+    run: Run, mpirun: list[str], tmp_path: Path, size: int
+) -> None:
+    for out, launcher in (("one", ()), ("many", (*mpirun, "-n", str(size)))):
+        ended = run(*SHORT, "--no-plot", "--out", out, launcher=launcher)
+        assert ended.returncode == 0, ended.stdout
+    one, many = (read_records(tmp_path / out / "metrics.jsonl") for out in ("one", "many"))
+    assert (one[0]["ranks"], many[0]["ranks"]) == (1, size)
+    for mine, theirs in zip(many[1:], one[1:], strict=True):
+        # Dropout is on: equal curves also mean that the same elements were dropped.
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.01)
