@@ -102,12 +102,24 @@ class Inside(NamedTuple):
 class _Requests(Work[tuple[int, ...]]):
     """Requests of the library, complete when all are.
 
-    mpi4py's requests hold the buffers, so that dropping one frees nothing under the library.
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    requests : list of mpi4py.MPI.Request
+        Those of the receives first.
+    keep : object
+        What the library reads and writes. mpi4py's requests hold the arrays of some calls only:
+        not those of Ireduce, Iallreduce, Ireduce_scatter and Iallgatherv (4.1.2), whose memory
+        would be given away while the library still uses it.
+    receives : int, optional
+        Number of receives, whose sources are the result.
     """
 
-    def __init__(self, mpi: Any, requests: list[Any], receives: int = 0) -> None:
+    def __init__(self, mpi: Any, requests: list[Any], *, keep: Any, receives: int = 0) -> None:
         self._mpi = mpi
         self._requests = requests
+        self._keep = keep
         self._receives = receives
         self._statuses = [mpi.Status() for _ in requests] if receives else None
         self._sources: tuple[int, ...] | None = None
@@ -121,6 +133,7 @@ class _Requests(Work[tuple[int, ...]]):
                 raise _translate(self._mpi, "poll", error) from error
             statuses = (self._statuses or [])[: self._receives]
             self._sources = tuple(status.source for status in statuses)
+            self._keep = None
         return True
 
     def wait(self, timeout: float | None = None) -> tuple[int, ...]:
@@ -193,7 +206,7 @@ class MpiBackend(Backend):
             requests += [
                 comm.Isend(chunk, m.peer, m.lane) for m in sends for chunk in _chunks(m.array)
             ]
-        return _Requests(self._mpi, requests, len(receives))
+        return _Requests(self._mpi, requests, keep=(sends, receives), receives=len(receives))
 
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> MpiBackend | None:
         self._arrive(waiter)
@@ -266,7 +279,7 @@ class MpiBackend(Backend):
             self._board.arrive()
             waiter.wait_for(self._board.all_here, missing=self._board.missing)
         else:
-            waiter.wait_for(_Requests(self._mpi, [self._comm.Ibarrier()]).done)
+            waiter.wait_for(_Requests(self._mpi, [self._comm.Ibarrier()], keep=None).done)
 
     @contextlib.contextmanager
     def _within(self, waiter: Waiter) -> Iterator[None]:
@@ -286,7 +299,7 @@ class MpiBackend(Backend):
             return algorithm(*args)
         with _translated(self._mpi, verb):
             request = getattr(self._comm, call.nonblocking)(*call.args)
-        work = _Requests(self._mpi, [request])
+        work = _Requests(self._mpi, [request], keep=call)
         return work if call.after is None else self.start(_then(work, call.after))
 
     def barrier(self) -> Work[Any]:
