@@ -14,9 +14,8 @@ from mpidist.nn.module import Context, count_uses
 from mpidist.optim import SGD
 from mpidist.parallel import DDP, BucketSizes, compression
 from mpidist.testing import Faults, run_ranks
+from tests.parallel.checks import TINY, check_running, train_norm
 from tests.parallel.training import Routed, digest
-
-TINY = BucketSizes(first=1, rest=1)
 
 
 def two_layers(seed=0):
@@ -300,45 +299,9 @@ def test_several_passes_may_be_forward_before_the_first_goes_backward():
 # -- buffers -------------------------------------------------------------------------------------
 
 
-def train_norm(group, steps=3):
-    norm = BatchNorm2d(2, dtype=np.float64)
-    model = Sequential(norm)
-    digests = []
-    with DDP(model, group) as ddp:
-        for step in range(steps):
-            model.zero_grad()
-            x = np.random.default_rng([step, group.rank]).normal(size=(3, 2, 2, 2))
-            y, ctx = ddp.forward(x, TRAIN)
-            ddp.backward(ctx, y)
-            digests.append(digest(model))
-    return norm.running_mean, norm.running_var, digests
-
-
-def expected_running(steps=3):
-    mean, var = np.zeros(2), np.ones(2)
-    for step in range(steps):
-        x = np.random.default_rng([step, 0]).normal(size=(3, 2, 2, 2))  # rank 0's
-        mean = 0.9 * mean + 0.1 * x.mean(axis=(0, 2, 3))
-        var = 0.9 * var + 0.1 * x.var(axis=(0, 2, 3), ddof=1)
-    return mean, var
-
-
-def check_running(results):
-    mean, var = expected_running()
-    for got_mean, got_var, digests in results:
-        np.testing.assert_allclose(got_mean, mean, rtol=1e-12)
-        np.testing.assert_allclose(got_var, var, rtol=1e-12)
-        assert digests == results[0][2]
-
-
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_running_statistics_are_rank_0s_after_each_step(size):
     check_running(run_ranks(size, train_norm, faults=Faults(delay=1e-3)))
-
-
-@pytest.mark.ranks(2, 3)
-def test_running_statistics_are_rank_0s_after_each_step_on_real_ranks(world):
-    check_running(world.mpi_comm.allgather(train_norm(world)))
 
 
 def test_buffers_stay_local_inside_no_sync():

@@ -34,16 +34,6 @@ def test_ddp_equals_one_process_on_the_joined_batch(size, case, optimizer):
         assert_close(rank.state, expected)
 
 
-@pytest.mark.ranks(2, 3, 4)
-@case_names
-@optimizers
-def test_ddp_equals_one_process_on_the_joined_batch_on_real_ranks(world, case, optimizer):
-    mine = train_rank(world, CASES[case], optimizer)
-    everyone = world.mpi_comm.allgather(mine.digests)
-    assert everyone == [mine.digests] * world.size
-    assert_close(mine.state, train_alone(CASES[case], optimizer))
-
-
 @case_names
 def test_ddp_equals_the_oracle(case):
     for ddp, naive in zip(

@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 
 from mpidist.arrays import BFLOAT16
-from mpidist.nn import Parameter
 from mpidist.parallel import GradScaler
 from mpidist.testing import run_ranks
-
-
-def step(scaler, value, dtype=np.float32):
-    """Scale a gradient up, let it enter, and unscale it."""
-    p = Parameter(np.zeros(2, dtype))
-    p.add_grad(scaler.scale(np.array([value, 1], dtype)))
-    return scaler.unscale([p, Parameter(np.zeros(1))]), p.grad
+from tests.parallel.checks import scaled_step
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
@@ -24,7 +17,7 @@ def test_scaling_there_and_back_changes_nothing(dtype):
         scaled = scaler.scale(dy)
         assert scaled.dtype == dy.dtype
         np.testing.assert_array_equal(scaled.astype(np.float64), [2048.0, 4096.0])
-        good, grad = step(scaler, 0.5, dtype)
+        good, grad = scaled_step(scaler, 0.5, dtype)
         assert good
         np.testing.assert_array_equal(grad.astype(np.float64), [0.5, 1.0])
 
@@ -44,7 +37,7 @@ def test_a_factor_beyond_float16_may_scale_what_is_small():
 def test_one_bad_gradient_on_one_rank_stops_all(bad, who):
     def body(group):
         scaler = GradScaler(group, initial=8)
-        good, grad = step(scaler, bad if group.rank == who else 1.0)
+        good, grad = scaled_step(scaler, bad if group.rank == who else 1.0)
         # The gradients are left as they came.
         return good, scaler.factor, float(grad[1])
 
@@ -56,7 +49,7 @@ def test_the_factor_grows_after_good_steps_in_a_row():
         scaler = GradScaler(group, initial=8, growth=3, backoff=0.25, interval=2)
         factors = []
         for value in (1, 1, 1, np.nan, 1, 1, 1):
-            step(scaler, value)
+            scaled_step(scaler, value)
             factors.append(scaler.factor)
         return factors
 
@@ -66,10 +59,10 @@ def test_the_factor_grows_after_good_steps_in_a_row():
 def test_the_state_can_be_taken_over():
     def body(group):
         one = GradScaler(group, initial=8, interval=2)
-        step(one, 1)
+        scaled_step(one, 1)
         other = GradScaler(group, interval=2)
         other.load_state_dict(one.state_dict())
-        step(other, 1)
+        scaled_step(other, 1)
         return other.factor
 
     assert run_ranks(2, body) == [16.0, 16.0]
@@ -84,11 +77,3 @@ def test_numbers_out_of_range_are_refused(options):
             GradScaler(group, **options)
 
     run_ranks(1, body)
-
-
-@pytest.mark.ranks(3)
-def test_real_ranks_decide_together(world):
-    scaler = GradScaler(world, initial=8)
-    assert not step(scaler, np.inf if world.rank == 1 else 1.0)[0]
-    assert step(scaler, 1.0)[0]
-    assert scaler.factor == 4.0

@@ -7,32 +7,12 @@ import pytest
 
 from mpidist.parallel import Metrics, metrics
 from mpidist.testing import run_ranks
-
-
-def check_means(group):
-    found = Metrics(group)
-    for epoch in (1, 2):
-        for batch in range(3):
-            weight = (group.rank + 1) * (batch + 1)
-            found.add("loss", epoch * 1.5 + group.rank + batch, weight=weight)
-        found.add("constant", np.float32(0.25))
-        weights = [(r, b, (r + 1) * (b + 1)) for r in range(group.size) for b in range(3)]
-        loss = sum((epoch * 1.5 + r + b) * w for r, b, w in weights) / sum(w for *_, w in weights)
-        result = found.reduce()
-        assert list(result) == ["constant", "loss"]
-        assert result["constant"] == 0.25
-        assert result["loss"] == pytest.approx(loss, rel=1e-14)
-        assert all(type(value) is float for value in result.values())
+from tests.parallel.checks import check_means
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_means_are_weighted_over_samples_and_ranks(size):
     run_ranks(size, check_means)
-
-
-@pytest.mark.ranks(2, 4)
-def test_means_are_weighted_over_real_ranks(world):
-    check_means(world)
 
 
 def test_a_rank_without_samples_takes_part():

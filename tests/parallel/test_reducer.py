@@ -10,39 +10,7 @@ from mpidist.collectives import all_reduce, iall_reduce
 from mpidist.errors import CollectiveTimeoutError, UnsupportedOperationError
 from mpidist.parallel import BucketSizes, Compression, GradientReducer, compression
 from mpidist.testing import Faults, Mode, run_ranks
-
-SHAPES = {"a": (3,), "b": (2, 2), "c": (), "d": (5, 1), "e": (0,)}
-TINY = BucketSizes(first=1, rest=1)
-"""Every array is a bucket."""
-
-
-def likes(dtype="f8"):
-    return {name: np.empty(shape, dtype) for name, shape in SHAPES.items()}
-
-
-def gradient(name, rank, step=0):
-    shape = SHAPES[name]
-    start = 100 * step + 10 * rank + ord(name)
-    return start + np.arange(np.prod(shape, dtype=int), dtype=float).reshape(shape)
-
-
-def total(name, size, step=0):
-    return sum(gradient(name, rank, step) for rank in range(size))
-
-
-def check_reduction(group, op, sizes):
-    orders = {0: "abcde", 1: "edcba", 2: "cabed", 3: "bdace"}
-    with GradientReducer(likes(), group, op=op, sizes=sizes) as reducer:
-        arrays = dict(reducer.grads)
-        for step in range(3):
-            for name in orders[group.rank]:
-                reducer.grads[name][...] = gradient(name, group.rank, step)
-                reducer.ready(name)
-            assert reducer.wait() == frozenset(SHAPES)
-            for name in SHAPES:
-                expected = total(name, group.size, step) / (group.size if op is MEAN else 1)
-                np.testing.assert_allclose(reducer.grads[name], expected, rtol=1e-15)
-                assert reducer.grads[name] is arrays[name]
+from tests.parallel.checks import SHAPES, TINY, check_reduction, likes
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -50,12 +18,6 @@ def check_reduction(group, op, sizes):
 @pytest.mark.parametrize("sizes", [TINY, BucketSizes()], ids=["tiny", "default"])
 def test_ranks_may_finish_their_gradients_in_any_order(size, op, sizes):
     run_ranks(size, check_reduction, op, sizes)
-
-
-@pytest.mark.ranks(2, 3, 4)
-@pytest.mark.parametrize("sizes", [TINY, BucketSizes()], ids=["tiny", "default"])
-def test_real_ranks_may_finish_their_gradients_in_any_order(world, sizes):
-    check_reduction(world, MEAN, sizes)
 
 
 @pytest.mark.parametrize("mode", Mode)

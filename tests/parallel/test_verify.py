@@ -10,12 +10,7 @@ from mpidist.errors import CollectiveMismatchError
 from mpidist.nn import BatchNorm2d, Linear, Sequential
 from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer, verify
 from mpidist.testing import run_ranks
-
-BASE = {"w": ((3, 4), "f4"), "b": ((4,), "f4"), "v": ((4, 2), "f8")}
-
-
-def changed(**changes):
-    return {**BASE, **changes}
+from tests.parallel.checks import DIFFERENCES, check_difference
 
 
 def raised_by(size, make):
@@ -31,60 +26,9 @@ def raised_by(size, make):
     return run_ranks(size, body)
 
 
-DIFFERENCES = {
-    "count": (
-        {"w": BASE["w"], "v": BASE["v"]},
-        "rank 2 lacks parameter 'b', compared with rank 0",
-    ),
-    "one too many": (
-        changed(x=((1,), "f4")),
-        "rank 2 has parameter 'x', compared with rank 0",
-    ),
-    "name": (
-        {"w": BASE["w"], "bias": BASE["b"], "v": BASE["v"]},
-        "rank 2 lacks parameter 'b' and rank 2 has parameter 'bias', compared with rank 0",
-    ),
-    "shape": (
-        changed(b=((5,), "f4")),
-        "parameter 'b' is (5,) float32 on rank 2 and (4,) float32 on rank 0",
-    ),
-    "dtype": (
-        changed(v=((4, 2), "f4")),
-        "parameter 'v' is (4, 2) float32 on rank 2 and (4, 2) float64 on rank 0",
-    ),
-    "order": (
-        {"w": BASE["w"], "v": BASE["v"], "b": BASE["b"]},
-        "rank 2 has parameter 'v' where rank 0 has parameter 'b'",
-    ),
-}
-
-
-def check_difference(group_size, run, name):
-    other, text = DIFFERENCES[name]
-
-    def make(group):
-        spec = other if group.rank == 2 else BASE
-        GradientReducer({k: np.empty(s, d) for k, (s, d) in spec.items()}, group)
-
-    messages = run(group_size, make)
-    assert messages == [messages[0]] * len(messages)
-    assert text in messages[0]
-
-
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_difference_is_named_on_every_rank(name):
     check_difference(4, raised_by, name)
-
-
-@pytest.mark.ranks(3, 4)
-@pytest.mark.parametrize("name", DIFFERENCES)
-def test_a_difference_is_named_on_every_real_rank(world, name):
-    def run(_, make):
-        with pytest.raises(CollectiveMismatchError) as info:
-            make(world)
-        return world.mpi_comm.allgather(str(info.value))
-
-    check_difference(world.size, run, name)
 
 
 def test_the_odd_one_out_is_named_also_if_it_is_rank_0():
