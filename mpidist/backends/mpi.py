@@ -294,11 +294,12 @@ class MpiBackend(Backend):
     def _start(self, verb: str, *args: Any) -> Work[Any]:
         """Start the library's nonblocking call, or the algorithm where there is none."""
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
-        if call is None:
+        nonblocking = None if call is None else call.nonblocking
+        if call is None or nonblocking is None:
             algorithm: Callable[..., Work[Any]] = getattr(super(), verb)
             return algorithm(*args)
         with _translated(self._mpi, verb):
-            request = getattr(self._comm, call.nonblocking)(*call.args)
+            request = getattr(self._comm, nonblocking)(*call.args)
         work = _Requests(self._mpi, [request], keep=call)
         return work if call.after is None else self.start(_then(work, call.after))
 
