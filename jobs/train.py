@@ -271,7 +271,7 @@ def report(options: argparse.Namespace, task: Task, records: Sequence[Record]) -
     last, name, nats = records[-1], *task.baseline
     speeds = [r.samples_per_second for r in records if r.kind == "train"]
     print(
-        f"held-out accuracy {last.accuracy:.2%}, loss {last.loss:.3f} nats "
+        f"held-out accuracy {100 * last.accuracy:.1f} %, loss {last.loss:.3f} nats "
         f"= {last.loss / math.log(2):.3f} bits per target ({name}: {nats:.3f} nats); "
         f"{statistics.median(speeds):,.0f} samples/s",
         flush=True,
@@ -279,7 +279,9 @@ def report(options: argparse.Namespace, task: Task, records: Sequence[Record]) -
     written = str(options.out / METRICS)
     if not options.no_plot:
         picture = options.out / PICTURE
-        title = f"{options.task}, seed {options.seed}: held-out accuracy {last.accuracy:.2%}"
+        title = (
+            f"{options.task}, seed {options.seed}: held-out accuracy {100 * last.accuracy:.1f} %"
+        )
         plot_records(records, picture, title=title, baseline=task.baseline)
         written += f" and {picture}"
     print(f"wrote {written}", flush=True)

@@ -52,7 +52,7 @@ def plot_records(
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     loss, accuracy = figure.subplots(1, 2)
@@ -70,10 +70,10 @@ def plot_records(
     else:
         loss.set_ylim(0, None)
     _draw(accuracy, records, "accuracy")
-    accuracy.set(title="Accuracy", ylabel="targets predicted (%)", ylim=(0, 1.02))
+    accuracy.set(title="Accuracy", ylabel="targets predicted correctly (%)", ylim=(0, 1.02))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     for axes in (loss, accuracy):
-        axes.legend(loc="best")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
 
 

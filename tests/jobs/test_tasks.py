@@ -43,7 +43,7 @@ def test_damaged_digits_are_refused(job: SimpleNamespace, tmp_path: Path) -> Non
     damaged = bytearray(job.digits_task.DIGITS.read_bytes())
     damaged[1000] ^= 1
     (tmp_path / "digits.csv.gz").write_bytes(damaged)
-    with pytest.raises(ValueError, match="SHA-256 is .* expected 09f66e"):
+    with pytest.raises(ValueError, match=r"SHA-256 is .* expected 09f66e"):
         job.digits_task.load_digits(tmp_path / "digits.csv.gz")
 
 

@@ -139,7 +139,7 @@ def test_several_targets_per_sample_count_each() -> None:
 
 def test_training_goes_on_where_the_optimizer_stands() -> None:
     def in_two_parts(group: ProcessGroup) -> list[Record]:
-        records = []
+        records: list[Record] = []
         module, data, held_out = dropping(), make_data(17), make_data(5, seed=1)
         with DDP(module, group, op=SUM) as model:
             first = AdamW(module.named_parameters(), lr=0.1)

@@ -66,13 +66,10 @@ def test_hidden_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "tqdm"])
-def test_what_is_missing_is_named(
-    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BackendUnavailableError, match=rf"{module}.*mpidist\[train\]"):
-        if module == "tqdm":
-            ProgressBar(1, name="x", show=True)
-        else:
-            plot_records(RECORDS, tmp_path / "x.png", title="x")
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("matplotlib", "tqdm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendUnavailableError, match=r"matplotlib.*mpidist\[train\]"):
+        plot_records(RECORDS, tmp_path / "x.png", title="x")
+    with pytest.raises(BackendUnavailableError, match=r"tqdm.*mpidist\[train\]"):
+        ProgressBar(1, name="x", show=True)
