@@ -290,6 +290,7 @@ class ProcessGroup:
             "timeout": self.timeout,
             "warn_after": self.warn_after,
         }
+        backend.join(self._backend)
         lone = Layout((0,) * backend.size)
         group = ProcessGroup(backend, ranks=range(backend.size), layout=lone, **options)
         ranks = group._tell_all(self.ranks[self.rank])

@@ -16,7 +16,7 @@ from typing import Any
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
-from mpidist.backends.work import Message, Steps, StepsWork, Waiter, Work
+from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
@@ -75,7 +75,7 @@ class Backend(ABC):
         self.rank = rank
         self.size = size
         self.capabilities = capabilities
-        self._running: list[StepsWork] = []
+        self._engine = Engine()
         self._collectives = 0
 
     # -- what a transport must offer -----------------------------------------------------------
@@ -151,14 +151,21 @@ class Backend(ABC):
     def start(self, steps: Steps) -> Work[None]:
         """Start an operation of several phases; `progress` drives it from now on."""
         work = StepsWork(steps)
-        self._running.append(work)
+        self._engine.running.append(work)
         return work
+
+    def join(self, parent: Backend) -> None:
+        """Drive from now on what `parent` has under way, too, and let it drive this one's.
+
+        While this rank waits on one group, others may wait for its next phase on another.
+        """
+        self._engine = parent._engine
 
     def progress(self) -> None:
         """Drive every operation that has been started, and the transport itself."""
         self.poll()
-        if self._running:
-            self._running = [work for work in self._running if not _finished(work)]
+        if self._engine.running:
+            self._engine.drive()
 
     def lane(self, traffic: Traffic, number: int) -> int:
         """Return the lane with this number; numbers beyond the largest tag begin again at 0."""
@@ -213,11 +220,3 @@ class Backend(ABC):
         return self.start(
             algorithms.pairwise_all_to_all(self._next_lane(), x, out, send_counts, recv_counts)
         )
-
-
-def _finished(work: StepsWork) -> bool:
-    # An operation that failed keeps its error for whoever waits for it.
-    try:
-        return work.done()
-    except Exception:
-        return True

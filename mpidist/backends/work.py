@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from mpidist._types import Array
 from mpidist.backends.waiting import wait_until
 
-__all__ = ["ANY_SOURCE", "Message", "Steps", "StepsWork", "Waiter", "Work"]
+__all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work"]
 
 T = TypeVar("T")
 
@@ -113,6 +114,7 @@ class StepsWork(Work[None]):
         self._steps = steps
         self._error: BaseException | None = None
         self._current: Work[Any] | None = None
+        self._driven = threading.Lock()
         self._advance()
 
     def _advance(self) -> None:
@@ -123,22 +125,63 @@ class StepsWork(Work[None]):
 
     def done(self) -> bool:
         """Run on until a phase is not complete."""
+        if self._current is not None:
+            # Another thread, waiting on another group, may be driving this operation just now.
+            if not self._driven.acquire(blocking=False):
+                return False
+            try:
+                self._run()
+            finally:
+                self._driven.release()
+        if self._error is not None:
+            raise self._error
+        return self._current is None
+
+    def _run(self) -> None:
         while self._current is not None:
             try:
                 if not self._current.done():
-                    return False
+                    return
             except Exception as error:
                 self._current, self._error = None, error
                 self._steps.close()
-                break
+                return
             self._advance()
-        if self._error is not None:
-            raise self._error
-        return True
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait without driving anything else; groups wait through `Backend.progress`."""
         wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+
+
+class Engine:
+    """The operations of several phases that this rank has under way, on all groups of a family.
+
+    A rank that waits on one group drives them on all: the rank it waits for may itself be waiting,
+    on another group, for this one's next phase. A group and those made from it are a family.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[StepsWork] = []
+        self._driving = threading.Lock()
+
+    def drive(self) -> None:
+        """Run each as far as it can go; leave it to the other thread if one is doing so."""
+        if not self._driving.acquire(blocking=False):
+            return
+        try:
+            for work in tuple(self.running):
+                if _finished(work):
+                    self.running.remove(work)
+        finally:
+            self._driving.release()
+
+
+def _finished(work: StepsWork) -> bool:
+    # An operation that failed keeps its error for whoever waits for it.
+    try:
+        return work.done()
+    except Exception:
+        return True
 
 
 class Waiter(ABC):
