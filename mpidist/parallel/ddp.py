@@ -192,8 +192,9 @@ class DDP:
         Collective over the group; does not block. Inside `no_sync` it is local.
         """
         self._check_idle()
-        self._check_zeroed()
-        self._check_owned(ctx.uses)
+        if self._reduced and self._reducer.op is not MEAN:
+            _check_zeroed(self._names, self.group)
+        _check_owned(self._names, ctx.uses, self._reducer.grads, self.group)
         if not self._syncing:
             self._reduced = False
             return self.module.backward(ctx, dy), _NoWork()
@@ -295,33 +296,39 @@ class DDP:
                 "wait() for its Work before the next backward"
             )
 
-    def _check_zeroed(self) -> None:
-        """Refuse to sum again what is a sum already: it would count once per rank."""
-        if not self._reduced or self._reducer.op is MEAN:
-            return
-        for parameter, name in self._names.items():
-            if parameter.grad is not None:
-                raise RuntimeError(
-                    f"DDP on {self.group}: parameter '{name}' still holds the sum of an earlier "
-                    "step, and op=SUM would count it once per rank; call zero_grad() before, and "
-                    "accumulate inside no_sync()"
-                )
 
-    def _check_owned(self, uses: Mapping[Parameter, int]) -> None:
-        for parameter in uses:
-            if parameter not in self._names:
-                raise RuntimeError(
-                    f"DDP on {self.group}: parameter '{parameter.name}' was used, but was not part "
-                    "of the module when DDP was made; change the module first, then wrap it"
-                )
-        for parameter, name in self._names.items():
-            home = parameter.first_grad() if parameter.grad is None else parameter.grad
-            if home is not self._reducer.grads[name]:
-                raise RuntimeError(
-                    f"DDP on {self.group}: the gradient of parameter '{name}' does not live in "
-                    "this DDP's bucket any more; something else has called attach(), perhaps a "
-                    "second DDP over the same module"
-                )
+def _check_zeroed(names: Mapping[Parameter, str], group: ProcessGroup) -> None:
+    """Refuse to sum again what is a sum already: it would count once per rank."""
+    for parameter, name in names.items():
+        if parameter.grad is not None:
+            raise RuntimeError(
+                f"DDP on {group}: parameter '{name}' still holds the sum of an earlier step, and "
+                "op=SUM would count it once per rank; call zero_grad() before, and accumulate "
+                "inside no_sync()"
+            )
+
+
+def _check_owned(
+    names: Mapping[Parameter, str],
+    uses: Mapping[Parameter, int],
+    grads: Mapping[str, Array],
+    group: ProcessGroup,
+) -> None:
+    """Check that all parameters are ours, and that their gradients will be written to the buckets."""
+    for parameter in uses:
+        if parameter not in names:
+            raise RuntimeError(
+                f"DDP on {group}: parameter '{parameter.name}' was used, but was not part of the "
+                "module when DDP was made; change the module first, then wrap it"
+            )
+    for parameter, name in names.items():
+        home = parameter.first_grad() if parameter.grad is None else parameter.grad
+        if home is not grads[name]:
+            raise RuntimeError(
+                f"DDP on {group}: the gradient of parameter '{name}' does not live in this DDP's "
+                "bucket any more; something else has called attach(), perhaps a second DDP over "
+                "the same module"
+            )
 
 
 class _StepWork(Work[None]):

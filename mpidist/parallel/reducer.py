@@ -131,7 +131,8 @@ class GradientReducer:
             raise ValueError(f"GradientReducer: no gradient is named '{name}'; known: {known}")
         bucket.arrive(name)
         self._launch_complete()
-        self.group.progress()
+        if self._launched:
+            self.group.progress()
 
     def skip(self, name: str) -> None:
         """Say that this rank has no gradient `name` in this step; it counts as zeros.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mpidist.errors import CollectiveTimeoutError
 from mpidist.nn import Mode as NnMode
-from mpidist.testing import Faults, Mode, run_ranks
+from mpidist.testing import Death, Faults, Mode, run_ranks
 from tests.parallel.training import (
     CASES,
     OPTIMIZERS,
@@ -53,6 +54,12 @@ def test_delayed_messages_change_no_bit(mode):
             3, train_rank, case, "adamw", mode=mode, faults=Faults(delay=2e-3), seed=seed
         )
         assert [rank.digests for rank in late] == [rank.digests for rank in prompt]
+
+
+def test_a_rank_that_dies_in_the_middle_is_an_error_on_the_others():
+    death = Faults(deaths=(Death(rank=1, call=60, announce=False),))
+    with pytest.raises(CollectiveTimeoutError, match="gradients'"):
+        run_ranks(3, train_rank, CASES["plain"], "sgd", faults=death, timeout=1.0)
 
 
 def test_the_cases_are_what_they_are_called():
