@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
             announce(options, task, plan, world)
         records = train_and_record(options, task, plan, model, optimizer, world)
         if world.rank == 0:
-            report(options, task, records)
+            report(options, task, records, ranks=world.size)
 
 
 def announce(options: argparse.Namespace, task: Task, plan: Plan, world: ProcessGroup) -> None:
@@ -264,7 +264,9 @@ def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     }
 
 
-def report(options: argparse.Namespace, task: Task, records: Sequence[Record]) -> None:
+def report(
+    options: argparse.Namespace, task: Task, records: Sequence[Record], *, ranks: int
+) -> None:
     """Print the result and draw the picture."""
     from mpidist.train import plot_records
 
@@ -279,9 +281,8 @@ def report(options: argparse.Namespace, task: Task, records: Sequence[Record]) -
     written = str(options.out / METRICS)
     if not options.no_plot:
         picture = options.out / PICTURE
-        title = (
-            f"{options.task}, seed {options.seed}: held-out accuracy {100 * last.accuracy:.1f} %"
-        )
+        job = f"{options.task}, seed {options.seed}, {ranks} rank{'s' * (ranks > 1)}"
+        title = f"{job}: held-out accuracy {100 * last.accuracy:.1f} %"
         plot_records(records, picture, title=title, baseline=task.baseline)
         written += f" and {picture}"
     print(f"wrote {written}", flush=True)

@@ -73,7 +73,14 @@ def plot_records(
     accuracy.set(title="Accuracy", ylabel="targets predicted correctly (%)", ylim=(0, 1.02))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     for axes in (loss, accuracy):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            ncols=3,
+            columnspacing=1.2,
+            frameon=False,
+            fontsize=9,
+        )
     figure.savefig(path, dpi=130)
 
 
@@ -87,11 +94,11 @@ def _draw(axes: Any, records: Sequence[Record], value: str) -> None:
         if not chosen:
             continue
         last = getattr(chosen[-1], value)
-        shown = f"{last:.1%}" if value == "accuracy" else f"{last:.3f}"
+        shown = f"{100 * last:.1f} %" if value == "accuracy" else f"{last:.3f}"
         axes.plot(
             [record.step for record in chosen],
             [getattr(record, value) for record in chosen],
-            label=f"{label}, at the end {shown}",
+            label=f"{label} (last {shown})",
             markersize=4,
             **style,
         )
