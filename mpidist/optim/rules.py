@@ -40,7 +40,7 @@ class UpdateRule(Protocol):
             Their gradient; only read.
         state : mapping of str to Array, each the shape and dtype of `w`
             One array per name in `slots`; overwritten.
-        scratch : Array, shape (2, *w.shape), dtype of `w`
+        scratch : Array, shape ``(2, *w.shape)``, dtype of `w`
             Room for intermediate values.
         lr : float
             Learning rate of this step.

@@ -134,10 +134,14 @@ def train_step(
 
     Parameters
     ----------
-    model, optimizer, data, plan
+    model, optimizer : DDP, Optimizer
         As in `train`.
+    data : ArrayDataset
+        The samples.
     batch : Batch
         From the sampler.
+    plan : Plan
+        As in `train`.
     metrics : Metrics
         Receives ``"loss"``, ``"accuracy"`` and ``"grad_norm"``.
 
@@ -178,7 +182,11 @@ def evaluate(
 
     Parameters
     ----------
-    model, data, plan, group
+    model : DDP
+        As in `train`.
+    data : ArrayDataset
+        The held-out samples.
+    plan, group : Plan, ProcessGroup
         As in `train`.
     step : int, optional
         Written into the record.
