@@ -50,10 +50,14 @@ class Answer:
 
 
 def run_sample(
-    directory: Path, body: str, *arguments: str, environment: Mapping[str, str] | None = None
+    directory: Path,
+    body: str,
+    *arguments: str,
+    head: str = HEAD,
+    environment: Mapping[str, str] | None = None,
 ) -> Answer:
     """Run a sample module under a pytest of its own; no process of it may be left."""
-    (directory / "test_sample.py").write_text(HEAD + body)
+    (directory / "test_sample.py").write_text(head + body)
     (directory / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nranks_grace = 1\n")
     start = time.monotonic()
     answer = subprocess.run(
@@ -258,7 +262,7 @@ def test_only_selected_tests_run_on_ranks(tmp_path: Path) -> None:
 def test_n(n):
     open(f"ran-{n}", "w").close()
 """
-    answer = run_sample(tmp_path, body, "-k", "2ranks-3 or 2ranks-1")
+    answer = run_sample(tmp_path, body, "-k", "2ranks-3 or 2ranks-1", "--durations=3")
     assert answer.code == 0
     assert sorted(path.name for path in tmp_path.glob("ran-*")) == ["ran-1", "ran-3"]
 
@@ -299,10 +303,12 @@ def test_without_mpirun(tmp_path: Path, required: str, outcome: str) -> None:
 
 def run_with_other_mpirun(directory: Path, path: str, **environment: str) -> Answer:
     """Run two tests on ranks, as if no mpirun stood beside the interpreter."""
-    body = """
+    head = """
 import sys
-sys.executable = "/nowhere/python"
-
+import pytest
+sys.executable = "/nowhere/python"  # so that no mpirun stands beside it
+"""
+    body = """
 @pytest.mark.ranks(2)
 def test_first():
     pass
@@ -311,7 +317,7 @@ def test_first():
 def test_second():
     pass
 """
-    return run_sample(directory, body, environment={"PATH": path, **environment})
+    return run_sample(directory, body, head=head, environment={"PATH": path, **environment})
 
 
 @pytest.mark.mpirun

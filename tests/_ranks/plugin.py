@@ -146,7 +146,8 @@ class RanksItem(pytest.Item):
         self.keywords.update(function.keywords)
         self.extra_keyword_matches.update(function.extra_keyword_matches)
         self.deadline = deadline_of(function)
-        self.duration: float | None = None
+        # Not `duration`: pytest takes whatever has one for a report, deselected items too.
+        self.seconds: float | None = None
         self._place = function.reportinfo()
         # pytest-timeout would count the whole job's time as this item's.
         self.add_marker(pytest.mark.timeout(0), append=False)
@@ -156,7 +157,7 @@ class RanksItem(pytest.Item):
         runner = self.config.pluginmanager.get_plugin("ranks-outer")
         assert isinstance(runner, OuterPlugin)
         result = runner.result(self)
-        self.duration = result.duration
+        self.seconds = result.duration
         for title, content in result.sections:
             self.add_report_section("call", title, content)
         if result.outcome is Outcome.FAILED:
@@ -209,8 +210,8 @@ class OuterPlugin:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Report the time a test took on the ranks, not the time its job took."""
         report = yield
-        if isinstance(item, RanksItem) and call.when == "call" and item.duration is not None:
-            report.duration = item.duration
+        if isinstance(item, RanksItem) and call.when == "call" and item.seconds is not None:
+            report.duration = item.seconds
         return report
 
     def pytest_unconfigure(self) -> None:
