@@ -314,7 +314,7 @@ def _check_owned(
     grads: Mapping[str, Array],
     group: ProcessGroup,
 ) -> None:
-    """Check that all parameters are ours, and that their gradients will be written to the buckets."""
+    """Check that all parameters are ours, and that their gradients live in the buckets."""
     for parameter in uses:
         if parameter not in names:
             raise RuntimeError(

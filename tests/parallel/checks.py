@@ -9,12 +9,34 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN
-from mpidist.nn import TRAIN, BatchNorm2d, Parameter, Sequential
+from mpidist.nn import TRAIN, BatchNorm2d, Module, Parameter, Sequential
+from mpidist.nn.module import Context, count_uses
 from mpidist.parallel import DDP, BucketSizes, GradientReducer, Metrics
 from tests.parallel.training import digest
 
 TINY = BucketSizes(first=1, rest=1)
 """Every array is a bucket."""
+
+
+class Scale(Module):
+    """y = w * x, used `times` times, with as many contributions as `made` says."""
+
+    def __init__(self, times=1, made=None):
+        self.w = Parameter(np.ones(()))
+        self.times = times
+        self.made = times if made is None else made
+
+    def forward(self, x, mode):
+        return self.times * self.w.data * x, Context(x, count_uses(*[self.w] * self.times))
+
+    def backward_input(self, ctx, dy):
+        return self.times * self.w.data * dy, (ctx.saved, dy)
+
+    def backward_weight(self, wctx):
+        x, dy = wctx
+        for _ in range(self.made):
+            self.w.add_grad(np.asarray(np.sum(x * dy)))
+
 
 SHAPES = {"a": (3,), "b": (2, 2), "c": (), "d": (5, 1), "e": (0,)}
 

@@ -9,12 +9,11 @@ import pytest
 
 from mpidist._types import MEAN, SUM
 from mpidist.collectives import iall_reduce
-from mpidist.nn import TRAIN, BatchNorm2d, Linear, Module, Parameter, Sequential
-from mpidist.nn.module import Context, count_uses
+from mpidist.nn import TRAIN, BatchNorm2d, Linear, Module, Sequential
 from mpidist.optim import SGD
 from mpidist.parallel import DDP, BucketSizes, compression
 from mpidist.testing import Faults, run_ranks
-from tests.parallel.checks import TINY, check_running, train_norm
+from tests.parallel.checks import TINY, Scale, check_running, train_norm
 from tests.parallel.training import Routed, digest
 
 
@@ -28,26 +27,6 @@ def two_layers(seed=0):
 
 def samples(rank, count=4):
     return np.random.default_rng(100 + rank).normal(size=(count, 3))
-
-
-class Scale(Module):
-    """y = w * x, used `times` times, with as many contributions as `made` says."""
-
-    def __init__(self, times=1, made=None):
-        self.w = Parameter(np.ones(()))
-        self.times = times
-        self.made = times if made is None else made
-
-    def forward(self, x, mode):
-        return self.times * self.w.data * x, Context(x, count_uses(*[self.w] * self.times))
-
-    def backward_input(self, ctx, dy):
-        return self.times * self.w.data * dy, (ctx.saved, dy)
-
-    def backward_weight(self, wctx):
-        x, dy = wctx
-        for _ in range(self.made):
-            self.w.add_grad(np.asarray(np.sum(x * dy)))
 
 
 def test_all_ranks_begin_with_rank_0s_parameters_and_buffers():
@@ -315,92 +294,3 @@ def test_buffers_stay_local_inside_no_sync():
 
     first, second = run_ranks(2, body)
     assert first != second
-
-
-# -- misuse --------------------------------------------------------------------------------------
-
-
-def test_a_backward_before_the_last_one_was_waited_for_is_refused():
-    def body(group):
-        scale = Scale()
-        with DDP(scale, group) as ddp:
-            _, ctx = ddp.forward(np.ones(1), TRAIN)
-            _, work = ddp.ibackward(ctx, np.ones(1))
-            with pytest.raises(RuntimeError, match="still under way; wait"):
-                ddp.ibackward(ctx, np.ones(1))
-            with pytest.raises(RuntimeError, match="parameter 'w'"):
-                scale.w.add_grad(np.ones(()))
-            with pytest.raises(RuntimeError, match="parameter 'w'"):
-                scale.w.first_grad()
-            work.wait()
-            scale.w.add_grad(np.ones(()))
-        return float(scale.w.grad)
-
-    assert run_ranks(2, body) == [2.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("announced", "made", "text"),
-    [(2, 3, "parameter 'w' has received all"), (2, 1, "gradients have not come: w;")],
-)
-def test_other_contributions_than_announced_are_an_error_and_final(announced, made, text):
-    def body(group):
-        scale = Scale(announced, made)
-        ddp = DDP(scale, group)
-        _, ctx = ddp.forward(np.ones(1), TRAIN)
-        with pytest.raises(RuntimeError, match=text):
-            ddp.backward(ctx, np.ones(1))
-        with pytest.raises(RuntimeError, match="an earlier backward failed half way"):
-            ddp.backward(ctx, np.ones(1))
-        scale.w.add_grad(np.ones(()))  # the model itself is free again
-
-    run_ranks(2, body)
-
-
-def test_a_parameter_from_elsewhere_is_named():
-    def body(group):
-        model = Sequential(Scale())
-        ddp = DDP(model, group)
-        model.layers = (Scale(), *model.layers)
-        model.relabel()
-        _, ctx = ddp.forward(np.ones(1), TRAIN)
-        with pytest.raises(RuntimeError, match=r"'0\.w' was used, but was not part"):
-            ddp.backward(ctx, np.ones(1))
-
-    run_ranks(2, body)
-
-
-def test_a_second_ddp_over_the_same_model_is_noticed():
-    def body(group):
-        scale = Scale()
-        first = DDP(scale, group)
-        _, ctx = first.forward(np.ones(1), TRAIN)
-        first.backward(ctx, np.ones(1))
-        with DDP(scale, group) as second:
-            with pytest.raises(RuntimeError, match="'w' does not live in this DDP's bucket"):
-                first.backward(ctx, np.ones(1))
-            scale.zero_grad()
-            second.backward(ctx, np.ones(1))
-        return float(scale.w.grad)
-
-    assert run_ranks(2, body) == [1.0, 1.0]
-
-
-def test_a_model_without_parameters_can_be_wrapped():
-    def body(group):
-        with DDP(Sequential(), group) as ddp:
-            y, ctx = ddp.forward(np.ones(2), TRAIN)
-            return ddp.backward(ctx, y).tolist()
-
-    assert run_ranks(2, body) == [[1.0, 1.0]] * 2
-
-
-def test_closing_waits_for_what_is_under_way():
-    def body(group):
-        scale = Scale()
-        with DDP(scale, group) as ddp:
-            _, ctx = ddp.forward(np.full(1, float(group.rank)), TRAIN)
-            ddp.ibackward(ctx, np.ones(1))
-        return float(scale.w.grad)
-
-    assert run_ranks(3, body, faults=Faults(delay=1e-3)) == [1.0] * 3
