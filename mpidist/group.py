@@ -319,7 +319,7 @@ class ProcessGroup:
     def start(self, plan: Plan[T]) -> GroupWork[T]:
         """Start a collective and return at once."""
         operation = self._begin(f"i{plan.verb}")
-        inner = getattr(self._backend, plan.verb)(*plan.args)
+        inner = self._backend.begin(plan.verb, plan.args)
         return GroupWork(self, operation, inner, plan.finish)
 
     def start_steps(

@@ -56,7 +56,7 @@ class Traffic(IntEnum):
 class Backend(ABC):
     """Moves arrays between the ranks of one group.
 
-    Every collective starts its operation and returns at once. Arrays are flat, contiguous and of
+    Every collective is started by `begin`, or performed by `run`. Arrays are flat, contiguous and of
     native byte order; counts are elements. All ranks call the same collectives in the same order
     with fitting arguments, which the verbs have checked.
 
@@ -132,8 +132,10 @@ class Backend(ABC):
         """Return the ranks of this group that are known to be gone, and what they said."""
         return {}
 
-    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
-        """Perform the collective `verb` and return when it is complete.
+    def begin(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
+        """Start a collective, and return at once.
+
+        A transport overrides this for the collectives that it performs itself.
 
         Parameters
         ----------
@@ -141,10 +143,18 @@ class Backend(ABC):
             Name of one of the collectives below.
         args : tuple
             Its arguments.
-        waiter : Waiter
-            How to wait.
+
+        Returns
+        -------
+        Work
+            Complete when this rank's result is there.
         """
-        waiter.wait_for(getattr(self, verb)(*args).done)
+        work: Work[Any] = getattr(self, verb)(*args)
+        return work
+
+    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+        """Perform a collective, and return when this rank's result is there; see `begin`."""
+        waiter.wait_for(self.begin(verb, args).done)
 
     # -- operations of several phases ----------------------------------------------------------
 
@@ -177,7 +187,7 @@ class Backend(ABC):
         self._collectives += 1
         return algorithms.Lane(self, self.lane(Traffic.COLLECTIVE, self._collectives))
 
-    # -- collectives ---------------------------------------------------------------------------
+    # -- collectives, by messages --------------------------------------------------------------
 
     def barrier(self) -> Work[Any]:
         """Complete when all ranks have started it."""

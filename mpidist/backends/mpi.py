@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpidist import env
-from mpidist._types import Array, ReduceOp
+from mpidist._types import Array
 from mpidist.arrays import as_bytes
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend, Capabilities, Traffic
@@ -291,48 +291,15 @@ class MpiBackend(Backend):
         finally:
             self.inside = None
 
-    def _start(self, verb: str, *args: Any) -> Work[Any]:
-        """Start the library's nonblocking call, or the algorithm where there is none."""
+    def begin(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         nonblocking = None if call is None else call.nonblocking
         if call is None or nonblocking is None:
-            algorithm: Callable[..., Work[Any]] = getattr(super(), verb)
-            return algorithm(*args)
+            return super().begin(verb, args)
         with _translated(self._mpi, verb):
             request = getattr(self._comm, nonblocking)(*call.args)
         work = _Requests(self._mpi, [request], keep=call)
         return work if call.after is None else self.start(_then(work, call.after))
-
-    def barrier(self) -> Work[Any]:
-        return self._start("barrier")
-
-    def broadcast(self, x: Array, root: int) -> Work[Any]:
-        return self._start("broadcast", x, root)
-
-    def reduce(self, x: Array, out: Array | None, op: ReduceOp, root: int) -> Work[Any]:
-        return self._start("reduce", x, out, op, root)
-
-    def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> Work[Any]:
-        return self._start("all_reduce", x, out, op)
-
-    def gather(self, x: Array, out: Array | None, counts: Sequence[int], root: int) -> Work[Any]:
-        return self._start("gather", x, out, counts, root)
-
-    def all_gather(self, x: Array | None, out: Array, counts: Sequence[int]) -> Work[Any]:
-        return self._start("all_gather", x, out, counts)
-
-    def scatter(self, x: Array | None, out: Array, counts: Sequence[int], root: int) -> Work[Any]:
-        return self._start("scatter", x, out, counts, root)
-
-    def reduce_scatter(
-        self, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
-    ) -> Work[Any]:
-        return self._start("reduce_scatter", x, out, counts, op)
-
-    def all_to_all(
-        self, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> Work[Any]:
-        return self._start("all_to_all", x, out, send_counts, recv_counts)
 
 
 def _then(work: Work[Any], after: Callable[[], None]) -> Steps:
