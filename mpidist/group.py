@@ -400,4 +400,5 @@ class ProcessGroup:
         """
         # One write per line: the lines of several ranks may mix, but not their characters.
         text = sep.join(map(str, values))
-        print(f"[{self.name} {self.rank}/{self.size}] {text}\n", end="", flush=True)
+        line = f"[{self.name} {self.rank}/{self.size}] {text}\n"
+        print(line, end="", flush=True)  # noqa: T201  # this is what it is for

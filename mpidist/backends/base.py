@@ -56,9 +56,9 @@ class Traffic(IntEnum):
 class Backend(ABC):
     """Moves arrays between the ranks of one group.
 
-    Every collective is started by `begin`, or performed by `run`. Arrays are flat, contiguous and of
-    native byte order; counts are elements. All ranks call the same collectives in the same order
-    with fitting arguments, which the verbs have checked.
+    Every collective is started by `begin`, or performed by `run`. Arrays are flat, contiguous and
+    of native byte order; counts are elements. All ranks call the same collectives in the same
+    order with fitting arguments, which the verbs have checked.
 
     Parameters
     ----------

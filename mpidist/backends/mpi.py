@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def is_mpi_available() -> bool:
         return False
     attempt = "import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI"
     try:
-        tried = subprocess.run(
+        tried = subprocess.run(  # noqa: S603  # this interpreter, and a text of ours
             [sys.executable, "-c", attempt], capture_output=True, check=False, timeout=60
         )
     except (OSError, subprocess.TimeoutExpired):
@@ -175,7 +175,7 @@ class MpiBackend(Backend):
     """
 
     name = "mpi"
-    alive: weakref.WeakSet[MpiBackend] = weakref.WeakSet()
+    alive: ClassVar[weakref.WeakSet[MpiBackend]] = weakref.WeakSet()
     """The open transports of this process, for the watchdog."""
 
     def __init__(self, comm: Any, *, departures: Departures | None = None) -> None:
@@ -194,6 +194,7 @@ class MpiBackend(Backend):
     # -- the transport -------------------------------------------------------------------------
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
+        """Start sending and receiving; long messages travel in several."""
         comm = self._comm
         with _translated(self._mpi, "exchange"):
             # The first request of each receive tells its source, so that these come first.
@@ -209,6 +210,7 @@ class MpiBackend(Backend):
         return _Requests(self._mpi, requests, keep=(sends, receives), receives=len(receives))
 
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> MpiBackend | None:
+        """Make one transport per color; collective over all ranks, blocks."""
         self._arrive(waiter)
         with self._within(waiter):
             comm = self._comm.Split(self._mpi.UNDEFINED if color is None else color, key)
@@ -217,6 +219,7 @@ class MpiBackend(Backend):
             return MpiBackend(comm, departures=self._departures)
 
     def create(self, ranks: Sequence[int], *, waiter: Waiter) -> MpiBackend:
+        """Make the transport of these ranks; collective over them only, blocks."""
         # The library's call would wait for ever for a member that does not come. So the members
         # meet with the deadline first; the lane is the same for all who mean the same group.
         meeting = algorithms.Lane(self, self.lane(Traffic.CREATE, hash(tuple(ranks))), ranks)
@@ -228,25 +231,30 @@ class MpiBackend(Backend):
             return MpiBackend(comm, departures=self._departures)
 
     def poll(self) -> None:
-        # Any call into the library lets it make progress, on all communicators.
+        """Let the library make progress on all communicators: any call into it does."""
         self._comm.Iprobe()
 
     def close(self) -> None:
+        """Free the communicator."""
         self.alive.discard(self)
         self._comm.Free()
 
     def abort(self, code: int) -> None:
+        """End the whole job now."""
         sys.stdout.flush()
         sys.stderr.flush()
         self._mpi.COMM_WORLD.Abort(code)
 
     def node(self) -> int:
+        """Return the world rank of the first rank that shares this one's memory."""
         return self._node
 
     def mpi_comm(self) -> Any:
+        """Return the communicator."""
         return self._comm
 
     def lost(self) -> Mapping[int, str]:
+        """Return the ranks that have announced that they leave."""
         if self._departures is None:
             return {}
         left = self._departures.left()
@@ -255,6 +263,7 @@ class MpiBackend(Backend):
     # -- collectives ---------------------------------------------------------------------------
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+        """Perform a collective by the library's blocking call, if it has one."""
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         if call is None:
             super().run(verb, args, waiter=waiter)
@@ -292,6 +301,7 @@ class MpiBackend(Backend):
             self.inside = None
 
     def begin(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
+        """Start a collective by the library's nonblocking call, if it has one."""
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         nonblocking = None if call is None else call.nonblocking
         if call is None or nonblocking is None:

@@ -41,7 +41,7 @@ def create_file(nbytes: int) -> Path:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            Path(name).unlink()
         raise
     finally:
         os.close(descriptor)

@@ -120,7 +120,7 @@ class StepsWork(Work[None]):
     def _advance(self) -> None:
         try:
             self._current = next(self._steps, None)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # raised again by `done`
             self._current, self._error = None, error
 
     def done(self) -> bool:
@@ -142,7 +142,7 @@ class StepsWork(Work[None]):
             try:
                 if not self._current.done():
                     return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # raised again by `done`
                 self._current, self._error = None, error
                 self._steps.close()
                 return
@@ -180,7 +180,7 @@ def _finished(work: StepsWork) -> bool:
     # An operation that failed keeps its error for whoever waits for it.
     try:
         return work.done()
-    except Exception:
+    except Exception:  # noqa: BLE001
         return True
 
 
