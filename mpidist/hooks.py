@@ -27,7 +27,7 @@ _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
 
 _FLUSH = 0.2
-"""Seconds that a rank which raised leaves to others that raised the same, before it ends the job."""
+"""Seconds that a rank which raised leaves to others that raise the same, before the job ends."""
 
 _ROUND = 0.5
 """Seconds between two rounds of the watchdog."""
@@ -161,7 +161,7 @@ def install(mpi: Any, comm: Any, timeout: float) -> Departures | None:
     Departures or None
         Where ranks announce that they leave; None if nothing is installed.
     """
-    global _installed
+    global _installed  # noqa: PLW0603  # the state of the process, and named as such
     if _installed is None:
         if comm.size == 1 or _someone_else_handles_exceptions():
             return None
