@@ -133,7 +133,7 @@ def _receive_steps(
 
 def isend(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> Work[None]:
     """Start a `send`; `x` belongs to it until the Work is complete."""
-    check_array(x, "send", group)
+    x = check_array(x, "send", group)
     dst = _check_peer(dst, "send", "dst", group)
     tag = _check_tag(tag, "send", group)
     native, number = as_native(x), group.next_payload()

@@ -41,10 +41,12 @@ class Landing(NamedTuple):
 
 
 def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") -> Array:
-    """Return `x` if it is an array that the group carries."""
+    """Return `x` if it is an array that the group carries; a numpy scalar as a 0-d array."""
     # One look-up for nearly all arrays; the rest finds out what is wrong, or byte-swapped.
     if isinstance(x, np.ndarray) and x.dtype in DTYPES:
         return x
+    if isinstance(x, np.generic):
+        x = np.asarray(x)
     try:
         array_namespace(x)
     except UnsupportedOperationError as error:

@@ -25,7 +25,7 @@ __all__ = ["all_gather", "gather", "iall_gather", "igather"]
 def _all_gather(
     x: Array, group: ProcessGroup, out: Array | None, counts: Sequence[int] | None
 ) -> Plan[Array]:
-    check_array(x, "all_gather", group)
+    x = check_array(x, "all_gather", group)
     rows = contributed_rows(x, group, counts, "all_gather")
     shape = (sum(rows), *rows_of(x)[1:])
     flat, finish = land(out, shape, x.dtype, verb="all_gather", group=group)
@@ -94,7 +94,7 @@ def _gather(
     x: Array, group: ProcessGroup, root: int, out: Array | None, counts: Sequence[int] | None
 ) -> Plan[Array | None]:
     root = check_rank(root, "gather", group)
-    check_array(x, "gather", group)
+    x = check_array(x, "gather", group)
     rows = contributed_rows(x, group, counts, "gather")
     shape = (sum(rows), *rows_of(x)[1:])
     elements = elements_in(rows, shape)

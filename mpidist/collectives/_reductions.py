@@ -61,7 +61,7 @@ def ibarrier(group: ProcessGroup) -> Work[None]:
 
 
 def _all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None) -> Plan[Array]:
-    check_array(x, "all_reduce", group)
+    x = check_array(x, "all_reduce", group)
     check_reduction(x, op, "all_reduce", group)
     flat, finish = land(out, x.shape, x.dtype, verb="all_reduce", group=group)
     return Plan("all_reduce", (separate(flat_source(x), flat, out), flat, op), finish)
@@ -114,7 +114,7 @@ def iall_reduce(
 
 def _broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Plan[Array]:
     root = check_rank(root, "broadcast", group)
-    check_array(x, "broadcast", group)
+    x = check_array(x, "broadcast", group)
     flat, finish = land(out, x.shape, x.dtype, verb="broadcast", group=group)
     if group.rank == root:
         source = separate(flat_source(x), flat, out)
@@ -169,7 +169,7 @@ def _reduce(
     x: Array, group: ProcessGroup, root: int, op: ReduceOp, out: Array | None
 ) -> Plan[Array | None]:
     root = check_rank(root, "reduce", group)
-    check_array(x, "reduce", group)
+    x = check_array(x, "reduce", group)
     check_reduction(x, op, "reduce", group)
     source = flat_source(x)
     if group.rank != root:
@@ -237,7 +237,7 @@ def _reduce_scatter(
     out: Array | None,
     counts: Sequence[int] | None,
 ) -> Plan[Array]:
-    check_array(x, "reduce_scatter", group)
+    x = check_array(x, "reduce_scatter", group)
     check_reduction(x, op, "reduce_scatter", group)
     rows = cut_rows(x.shape, group, counts, "reduce_scatter")
     shape = (rows[group.rank], *x.shape[1:])

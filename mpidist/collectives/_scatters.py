@@ -33,7 +33,7 @@ def _scatter(
     if x is None:
         assert out is not None, "checked above"
         return _receive_scatter(out, group, root, counts)
-    check_array(x, "scatter", group)
+    x = check_array(x, "scatter", group)
     rows = cut_rows(x.shape, group, counts, "scatter")
     shape = (rows[group.rank], *x.shape[1:])
     flat, finish = land(out, shape, x.dtype, verb="scatter", group=group)
@@ -126,7 +126,7 @@ def _all_to_all(
     counts: Sequence[int] | None,
     recv_counts: Sequence[int] | None,
 ) -> Plan[Array]:
-    check_array(x, "all_to_all", group)
+    x = check_array(x, "all_to_all", group)
     if (counts is None) != (recv_counts is None):
         raise SizeMismatchError(
             f"all_to_all on {group}: give both counts and recv_counts, or neither; a rank cannot "

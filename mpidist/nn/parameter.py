@@ -187,7 +187,7 @@ class Parameter:
                     f"add_grad: the gradient of parameter '{self.name}' was handed in twice; "
                     "write into first_grad() only when it returns an array"
                 )
-            array_namespace(g).add(buffer, g, out=buffer, casting="same_kind")
+            array_namespace(self.data).add(buffer, g, out=buffer, casting="same_kind")
             return
         buffer = self.first_grad()
         if buffer is not None and g is not buffer:
