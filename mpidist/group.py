@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from mpidist._types import Array
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.work import Steps
 from mpidist.errors import (
@@ -303,6 +306,38 @@ class ProcessGroup:
         plan = Plan("all_gather", (mine, numbers, (1,) * self.size), numbers.tolist)
         result: list[int] = self.run(plan)
         return result
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
+        """Make an array in memory that the ranks of a node share, so that it need not be sent.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+            The same on all ranks.
+        dtype : dtype, optional
+            The same on all ranks.
+
+        Returns
+        -------
+        Array
+            Not initialised. `all_reduce` in place, `broadcast` in place, `reduce_scatter` from it
+            and `all_gather` within it work on the memory of all ranks directly; everything else
+            treats it as any other array. It, and views of it, stay valid after `close`.
+
+        Notes
+        -----
+        Collective over the group; blocks. Being registered is part of a collective call, as the
+        dtype is: all ranks pass the same place of the same array, or none does. Where there is no
+        shared memory (several nodes, or none left) it is an ordinary array on all ranks.
+        """
+        dtype = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = prod(shape) * dtype.itemsize
+        waiter = GroupWaiter(self, self._begin("empty"))
+        memory = self._backend.allocate(nbytes, waiter=waiter) if nbytes else None
+        return np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
 
     # -- operations ----------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
+from mpidist.backends.direct import Direct, Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
 
@@ -75,6 +76,8 @@ class Backend(ABC):
         self.rank = rank
         self.size = size
         self.capabilities = capabilities
+        self.registered = Registry()
+        self._direct: Direct | None = None
         self._engine = Engine()
         self._collectives = 0
 
@@ -132,10 +135,25 @@ class Backend(ABC):
         """Return the ranks of this group that are known to be gone, and what they said."""
         return {}
 
+    def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
+        """Make memory that all ranks of the node share; collective, blocks.
+
+        Parameters
+        ----------
+        nbytes : int
+            Size of each rank's part, more than 0.
+        waiter : Waiter
+            How to wait.
+
+        Returns
+        -------
+        Array, shape (nbytes,), uint8, or None
+            This rank's part; None on all ranks where there is no such memory.
+        """
+        return None
+
     def begin(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
         """Start a collective, and return at once.
-
-        A transport overrides this for the collectives that it performs itself.
 
         Parameters
         ----------
@@ -148,6 +166,18 @@ class Backend(ABC):
         -------
         Work
             Complete when this rank's result is there.
+
+        Notes
+        -----
+        On registered memory it is performed where the arrays lie; else by `transfer`.
+        """
+        steps = None if self._direct is None else self._direct.plan(verb, args, self.registered)
+        return self.transfer(verb, args) if steps is None else self.start(steps)
+
+    def transfer(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
+        """Start a collective by moving bytes between the ranks; see `begin`.
+
+        A transport overrides this for the collectives that it performs itself.
         """
         work: Work[Any] = getattr(self, verb)(*args)
         return work

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
 __all__ = ["ArrivalBoard"]
 
 _STRIDE = 8
@@ -18,14 +16,14 @@ class ArrivalBoard:
 
     Parameters
     ----------
-    memory : mmap.mmap
+    memory : memoryview
         At least `nbytes(size)` bytes, zero at first, shared by all ranks.
     rank, size : int
         This rank, and the number of ranks.
     """
 
-    def __init__(self, memory: mmap.mmap, rank: int, size: int) -> None:
-        self._counters = memoryview(memory).cast("Q")
+    def __init__(self, memory: memoryview, rank: int, size: int) -> None:
+        self._counters = memory.cast("Q")
         self._mine = rank * _STRIDE
         self._others = tuple(other * _STRIDE for other in range(size) if other != rank)
         self._arrivals = 0

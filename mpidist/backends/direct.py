@@ -29,7 +29,7 @@ from mpidist.backends.work import Steps, Work
 from mpidist.boxes import split_evenly
 from mpidist.errors import CollectiveMismatchError
 
-__all__ = ["Block", "Direct", "DirectBoard", "Registry", "supported"]
+__all__ = ["Block", "Direct", "DirectBoard", "Place", "Registry", "supported"]
 
 _CACHE_LINE = 64
 _PAGE = 4096
@@ -38,6 +38,9 @@ _RING = 64
 
 _BLOCK_BYTES = 256 << 10
 """What is reduced at a time: small enough to stay in a core's cache for the copies that follow."""
+
+LEAST = 32 << 10
+"""Bytes of the shortest array that goes the direct path; below, a library's latency wins."""
 
 _FENCE = threading.Lock()
 
@@ -74,6 +77,38 @@ class Block:
         return max(-(-nbytes // _PAGE), 1) * _PAGE
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an array lies in a block: the same place in every rank's part.
+
+    Attributes
+    ----------
+    block : Block
+        The memory.
+    offset : int
+        Bytes from the beginning of a part.
+    dtype : dtype
+        Of the elements.
+    count : int
+        Number of elements.
+    """
+
+    block: Block
+    offset: int
+    dtype: DType
+    count: int
+
+    @classmethod
+    def of(cls, x: Array, block: Block) -> Place:
+        """Return the place of a flat array in its block."""
+        return cls(block, x.ctypes.data - block.address, x.dtype, x.size)
+
+    def arrays(self) -> list[Array]:
+        """Return the array of every rank."""
+        stop = self.offset + self.count * self.dtype.itemsize
+        return [part[self.offset : stop].view(self.dtype) for part in self.block.parts]
+
+
 class Registry:
     """The blocks of one group, found by the arrays that lie in them.
 
@@ -99,7 +134,7 @@ class Registry:
         Returns
         -------
         Array, shape (nbytes,), uint8
-            Every view of it is found by `find`.
+            Every view of it is found by `place`.
         """
         self._made += 1
         # numpy gives all views of an array made from a buffer that array as their base.
@@ -109,9 +144,12 @@ class Registry:
         weakref.finalize(root, self._blocks.pop, id(root), None)
         return root[:]
 
-    def find(self, x: Array) -> Block | None:
-        """Return the block in which `x` lies, if any."""
-        return self._blocks.get(id(x.base))
+    def place(self, x: Array) -> Place | None:
+        """Return where a flat array lies, if it is registered and not short."""
+        if x.nbytes < LEAST:
+            return None
+        block = self._blocks.get(id(x.base))
+        return None if block is None else Place.of(x, block)
 
 
 # -- the meetings --------------------------------------------------------------------------------
@@ -205,38 +243,6 @@ _OPS = tuple(ReduceOp)
 _DTYPES: tuple[DType, ...] = tuple(sorted(DTYPES, key=lambda dtype: dtype.name))
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an array lies in a block: the same place in every rank's part.
-
-    Attributes
-    ----------
-    block : Block
-        The memory.
-    offset : int
-        Bytes from the beginning of a part.
-    dtype : dtype
-        Of the elements.
-    count : int
-        Number of elements.
-    """
-
-    block: Block
-    offset: int
-    dtype: DType
-    count: int
-
-    @classmethod
-    def of(cls, x: Array, block: Block) -> Place:
-        """Return the place of a flat array in its block."""
-        return cls(block, x.ctypes.data - block.address, x.dtype, x.size)
-
-    def arrays(self) -> list[Array]:
-        """Return the array of every rank."""
-        stop = self.offset + self.count * self.dtype.itemsize
-        return [part[self.offset : stop].view(self.dtype) for part in self.block.parts]
-
-
 class Direct:
     """The collectives of one group on the memory that its ranks share.
 
@@ -258,6 +264,39 @@ class Direct:
         self._begun = 0
         self._entered = 0
         self._finished = 0
+
+    def plan(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Steps | None:
+        """Return the steps of a collective on registered memory, or None if it is not on such.
+
+        Parameters
+        ----------
+        verb, args : str, tuple
+            As a transport gets them.
+        registered : Registry
+            The group's blocks.
+
+        Returns
+        -------
+        Steps or None
+            The same choice on all ranks if they pass the same places, as they must.
+        """
+        if verb == "all_reduce":
+            x, out, op = args
+            place = registered.place(x) if x is out else None
+            return None if place is None else self.all_reduce(place, op)
+        if verb == "reduce_scatter":
+            x, out, counts, op = args
+            place = registered.place(x)
+            return None if place is None else self.reduce_scatter(place, out, counts, op)
+        if verb == "all_gather":
+            x, out, counts = args
+            place = registered.place(out) if x is None else None
+            return None if place is None else self.all_gather(place, counts)
+        if verb == "broadcast":
+            x, root = args
+            place = registered.place(x)
+            return None if place is None else self.broadcast(place, root)
+        return None
 
     def all_reduce(self, place: Place, op: ReduceOp) -> Steps:
         """Combine the arrays of all ranks in rank order, in place.

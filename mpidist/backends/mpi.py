@@ -27,6 +27,7 @@ from mpidist.backends import algorithms
 from mpidist.backends.base import Backend, Capabilities, Traffic
 from mpidist.backends.board import ArrivalBoard
 from mpidist.backends.departures import Departures
+from mpidist.backends.direct import Block, Direct, DirectBoard, supported
 from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
 from mpidist.backends.shared_memory import create_file, map_file
 from mpidist.backends.waiting import wait_until
@@ -187,7 +188,8 @@ class MpiBackend(Backend):
         self._calls = LibraryCalls(mpi, comm.rank, comm.size)
         self._world_ranks = world_ranks(mpi, comm)
         self._node = _node(mpi, comm)
-        self._board = _make_board(mpi, comm, self._node)
+        self._shares = self.size > 1 and _all_equal(mpi, comm, self._node)
+        self._board = self._make_board()
         self.inside: Inside | None = None
         self.alive.add(self)
 
@@ -264,6 +266,11 @@ class MpiBackend(Backend):
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
         """Perform a collective by the library's blocking call, if it has one."""
+        if self._direct is not None:
+            steps = self._direct.plan(verb, args, self.registered)
+            if steps is not None:
+                waiter.wait_for(self.start(steps).done)
+                return
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         if call is None:
             super().run(verb, args, waiter=waiter)
@@ -279,6 +286,33 @@ class MpiBackend(Backend):
             self.inside = None
         if call.after is not None:
             call.after()
+
+    def _make_board(self) -> ArrivalBoard | None:
+        """Make the board of arrivals where all ranks share memory; collective."""
+        if not self._shares:
+            return None
+        memory = _share(self._mpi, self._comm, ArrivalBoard.nbytes(self.size))
+        return None if memory is None else ArrivalBoard(memory, self.rank, self.size)
+
+    def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
+        """Make memory that all ranks share, where they do; collective, blocks."""
+        if not (self._shares and supported()):
+            return None
+        self._arrive(waiter)
+        with self._within(waiter):
+            if self._direct is None:
+                board = _share(self._mpi, self._comm, DirectBoard.nbytes(self.size))
+                if board is None:
+                    return None
+                self._direct = Direct(
+                    DirectBoard(board, self.rank, self.size), self.rank, self.size
+                )
+            stride = Block.stride(nbytes)
+            memory = _share(self._mpi, self._comm, self.size * stride)
+        if memory is None:
+            return None
+        parts = [memory[rank * stride : (rank + 1) * stride] for rank in range(self.size)]
+        return self.registered.add(parts, self.rank, nbytes)
 
     def _arrive(self, waiter: Waiter) -> None:
         """Wait, with the deadline, until all ranks have come to this operation."""
@@ -300,12 +334,12 @@ class MpiBackend(Backend):
         finally:
             self.inside = None
 
-    def begin(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
+    def transfer(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
         """Start a collective by the library's nonblocking call, if it has one."""
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         nonblocking = None if call is None else call.nonblocking
         if call is None or nonblocking is None:
-            return super().begin(verb, args)
+            return super().transfer(verb, args)
         with _translated(self._mpi, verb):
             request = getattr(self._comm, nonblocking)(*call.args)
         work = _Requests(self._mpi, [request], keep=call)
@@ -349,20 +383,23 @@ def _node(mpi: Any, comm: Any) -> int:
     return int(first) if pretended is None else int(first) + local // pretended * pretended
 
 
-def _make_board(mpi: Any, comm: Any, node: int) -> ArrivalBoard | None:
-    """Make the arrival board of a communicator whose ranks share memory; collective.
+def _all_equal(mpi: Any, comm: Any, number: int) -> bool:
+    """Whether all ranks have the same number; collective."""
+    extremes = np.array([-number, number])
+    comm.Allreduce(mpi.IN_PLACE, extremes, mpi.MAX)
+    return bool(extremes.sum() == 0)
+
+
+def _share(mpi: Any, comm: Any, nbytes: int) -> memoryview | None:
+    """Map memory shared by all ranks, or return None on all; collective.
 
     Only buffer calls: the first pickled collective of a communicator duplicates it with Python's
     lock held, and can deadlock a program of several threads.
     """
-    nodes = np.array([-node, node])
-    comm.Allreduce(mpi.IN_PLACE, nodes, mpi.MAX)
-    if comm.size == 1 or nodes.sum() != 0:
-        return None
     name, memory, reason = np.zeros(256, np.uint8), None, "another rank could not map it"
     try:
         if comm.rank == 0:
-            path = bytes(create_file(ArrivalBoard.nbytes(comm.size)))
+            path = bytes(create_file(nbytes))
             name[: len(path)] = np.frombuffer(path, np.uint8)
     except OSError as error:
         reason = str(error)
@@ -377,6 +414,7 @@ def _make_board(mpi: Any, comm: Any, node: int) -> ArrivalBoard | None:
     if comm.rank == 0 and name.any():
         file.unlink(missing_ok=True)
     if memory is None or not made:
-        logger.warning("no memory shared by the ranks of this node (%s); going without", reason)
+        if comm.rank == 0:
+            logger.warning("no memory shared by the ranks of this node: %s; going without", reason)
         return None
-    return ArrivalBoard(memory, comm.rank, comm.size)
+    return memoryview(memory)
