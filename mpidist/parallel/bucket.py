@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,9 @@ class Bucket:
         Numbers that travel behind the gradients.
     dtype : dtype, optional
         Of a bucket without gradients.
+    empty : callable, optional
+        Makes host memory of a length and a dtype; `ProcessGroup.empty` makes memory that need not
+        be sent.
 
     Attributes
     ----------
@@ -122,13 +125,15 @@ class Bucket:
         compression: Compression | Hook | None,
         num_flags: int = 0,
         dtype: DType | None = None,
+        empty: Callable[[int, DType], Array] = np.empty,
     ) -> None:
         shapes = {name: array.shape for name, array in like}
         xp: Any = array_namespace(like[0][1]) if like else np
         dtype = like[0][1].dtype if like else np.dtype(dtype)
         alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
         length = FlatBuffer.length_of(shapes, alignment=alignment)
-        self.data: Array = xp.empty(length + num_flags, dtype)
+        make = empty if xp is np else xp.empty
+        self.data: Array = make(length + num_flags, dtype)
         self.flags = self.data[length:]
         flat = FlatBuffer(shapes, dtype, alignment=alignment, storage=self.data[:length])
         self.grads = flat.views

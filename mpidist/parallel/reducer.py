@@ -98,7 +98,7 @@ class GradientReducer:
         verify_same(description, group, operation="GradientReducer")
         self.op = op
         self.group = group.duplicate(f"{group.name}/gradients")
-        self._buckets = _make_buckets(named_arrays, compression, sizes)
+        self._buckets = _make_buckets(named_arrays, self.group, compression, sizes)
         self._home = {name: bucket for bucket in self._buckets for name in bucket.grads}
         self.grads = {name: self._home[name].grads[name] for name in named_arrays}
         self._names = frozenset(named_arrays)
@@ -262,9 +262,12 @@ class GradientReducer:
 
 
 def _make_buckets(
-    arrays: Mapping[str, Array], compression: Compression | Hook | None, sizes: BucketSizes
+    arrays: Mapping[str, Array],
+    group: ProcessGroup,
+    compression: Compression | Hook | None,
+    sizes: BucketSizes,
 ) -> list[Bucket]:
-    """Lay out all buckets, with one flag per array behind the last one.
+    """Lay out all buckets in the group's shared memory, one flag per array behind the last one.
 
     The flags say who had a gradient. They cost no message, except beside a hook of the user's:
     what it makes of numbers is its own business, so they follow in a bucket of their own.
@@ -276,6 +279,7 @@ def _make_buckets(
             like,
             compression=compression,
             num_flags=len(arrays) if i == len(assigned) and not own_flags else 0,
+            empty=group.empty,
         )
         for i, like in enumerate(assigned, start=1)
     ]
