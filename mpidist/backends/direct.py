@@ -226,7 +226,7 @@ class _Until(Work[None]):
     """Complete when a condition holds."""
 
     def __init__(self, condition: Callable[[], bool]) -> None:
-        self.done = condition  # type: ignore[method-assign]
+        self.done = condition  # type: ignore[method-assign]  # no call between poll and condition
 
     def done(self) -> bool:
         """Return whether the condition holds; replaced by it."""

@@ -269,7 +269,8 @@ class MpiBackend(Backend):
         if self._direct is not None:
             steps = self._direct.plan(verb, args, self.registered)
             if steps is not None:
-                waiter.wait_for(self.start(steps).done)
+                for phase in steps:
+                    waiter.wait_for(phase.done)
                 return
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         if call is None:

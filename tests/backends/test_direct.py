@@ -1,0 +1,184 @@
+"""The direct path on real ranks: where arrays lie in memory that the ranks share."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+import mpidist
+from mpidist._types import ReduceOp
+from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
+from mpidist.backends.direct import LEAST, supported
+from mpidist.errors import CollectiveMismatchError
+
+PAIRS = sorted(REDUCTIONS, key=lambda pair: (pair[0].name, pair[1].name))
+
+direct_only = pytest.mark.skipif(not supported(), reason="this processor has no direct path")
+
+
+def values(seed, dtype, count):
+    return np.random.default_rng(seed).integers(0, 3, count).astype(dtype)
+
+
+def noise(seed, dtype, count):
+    return np.random.default_rng(seed).standard_normal(count).astype(dtype)
+
+
+def in_rank_order(parts, op):
+    """Combine as the documentation promises, in plain numpy."""
+    wide = np.float32 if parts[0].dtype in HALVES else parts[0].dtype
+    total = parts[0].astype(wide)
+    for part in parts[1:]:
+        total = ufunc_of(op)(total, part.astype(wide)).astype(wide)
+    if op is ReduceOp.MEAN:
+        total = (total / np.asarray(len(parts), wide)).astype(wide)
+    return total.astype(parts[0].dtype)
+
+
+def lies_shared(x, world):
+    return world._backend.registered.place(x.reshape(-1)) is not None
+
+
+@direct_only
+@pytest.mark.ranks(2, 3, 4)
+def test_every_reduction_equals_numpy_bit_for_bit(world):
+    for op, dtype in PAIRS:
+        count = LEAST // dtype.itemsize + 1 + PAIRS.index((op, dtype))
+        parts = [values([count, rank], dtype, count) for rank in range(world.size)]
+        buffer = world.empty(count, dtype)
+        buffer[...] = parts[world.rank]
+        assert lies_shared(buffer, world)
+        result = mpidist.all_reduce(buffer, world, op=op, out=buffer)
+        assert result is buffer
+        np.testing.assert_array_equal(result, in_rank_order(parts, op), err_msg=f"{op} {dtype}")
+
+
+@direct_only
+@pytest.mark.ranks(2, 3, 4)
+def test_sums_are_made_in_rank_order(world):
+    for dtype in (np.float32, np.float64, np.float16, BFLOAT16, np.complex64):
+        count = 300_001
+        parts = [noise([1, rank], np.float64, count).astype(dtype) for rank in range(world.size)]
+        buffer = world.empty(count, dtype)
+        buffer[...] = parts[world.rank]
+        mpidist.all_reduce(buffer, world, out=buffer)
+        assert buffer.tobytes() == in_rank_order(parts, ReduceOp.SUM).tobytes(), dtype
+
+
+@direct_only
+@pytest.mark.ranks(2, 3, 4)
+def test_the_other_verbs(world):
+    rows, columns = 64 * world.size, 100
+    parts = [noise([2, rank], np.float64, rows * columns) for rank in range(world.size)]
+    parts = [part.reshape(rows, columns) for part in parts]
+    mine = slice(64 * world.rank, 64 * (world.rank + 1))
+
+    buffer = world.empty((rows, columns), np.float64)
+    buffer[...] = parts[world.rank]
+    shared = mpidist.reduce_scatter(buffer, world)
+    np.testing.assert_array_equal(shared, in_rank_order(parts, ReduceOp.SUM)[mine])
+    np.testing.assert_array_equal(buffer, parts[world.rank])
+
+    mpidist.all_gather(buffer[mine], world, out=buffer)
+    expected = np.concatenate([parts[rank][64 * rank : 64 * (rank + 1)] for rank in range(world.size)])
+    np.testing.assert_array_equal(buffer, expected)
+
+    buffer[...] = parts[world.rank]
+    mpidist.broadcast(buffer, world, root=world.size - 1, out=buffer)
+    np.testing.assert_array_equal(buffer, parts[-1])
+
+
+@direct_only
+@pytest.mark.ranks(2, 3, 4)
+def test_many_are_outstanding_and_waited_for_in_any_order(world):
+    count, many = LEAST // 8, 150  # more than the ring of records holds
+    buffers = [world.empty(count, np.float64) for _ in range(10)]
+    order = np.random.default_rng(world.rank)
+    for _ in range(3):
+        for place, buffer in enumerate(buffers):
+            buffer[...] = place + world.rank
+        works = [
+            mpidist.iall_reduce(buffers[i % 10], world, op=mpidist.MAX, out=buffers[i % 10])
+            for i in range(many)
+        ]
+        for place in order.permutation(many):
+            for _ in range(int(order.integers(3))):
+                works[order.integers(many)].done()
+            works[place].wait()
+        for place, buffer in enumerate(buffers):
+            np.testing.assert_array_equal(buffer, place + world.size - 1)
+
+
+@direct_only
+@pytest.mark.ranks(2, 4)
+def test_each_rank_sees_what_the_others_wrote(world):
+    """Fails if a meeting is left out: every round's values differ, and nobody waits in between."""
+    rounds, count = 300, LEAST // 8 + 5
+    buffer = world.empty(count, np.float64)
+    expected = float(sum(range(world.size)))
+    for number in range(rounds):
+        buffer[...] = number + world.rank
+        mpidist.all_reduce(buffer, world, out=buffer)
+        assert (buffer == number * world.size + expected).all(), number
+
+
+@direct_only
+@pytest.mark.ranks(2, 3)
+def test_a_mismatch_raises_on_all_ranks_and_changes_nothing(world):
+    buffer = world.empty(LEAST, np.float64)
+    buffer[...] = world.rank
+    x = buffer if world.rank else buffer[: LEAST // 2]
+    with pytest.raises(CollectiveMismatchError, match="rank 0: all_reduce"):
+        mpidist.all_reduce(x, world, out=x)
+    assert (buffer == world.rank).all()
+    op = mpidist.MAX if world.rank else mpidist.MIN
+    with pytest.raises(CollectiveMismatchError, match="op MIN"):
+        mpidist.iall_reduce(buffer, world, op=op, out=buffer).wait()
+    mpidist.all_reduce(buffer, world, out=buffer)
+    assert (buffer == world.size * (world.size - 1) / 2).all()
+
+
+@pytest.mark.ranks(2)
+def test_arrays_outlive_their_group_and_blocks_their_arrays(world):
+    group = world.duplicate("short-lived")
+    x = group.empty((100, 100))
+    x[...] = 7
+    view = x[50:].T
+    registry = group._backend.registered
+    del x
+    group.close()
+    assert (view == 7).all()
+    del view
+    gc.collect()
+    assert not registry._blocks
+
+
+@pytest.mark.ranks(2)
+def test_short_and_empty_and_odd_arrays_are_like_any_other(world):
+    for shape in ((), (0,), (3,), (LEAST // 4, 3)):
+        x = world.empty(shape, np.float32)
+        assert x.shape == shape
+        x[...] = world.rank + 1
+        mpidist.all_reduce(x, world, out=x)
+        np.testing.assert_array_equal(x, np.full(shape, 3, np.float32))
+    x = world.empty((200, 200))
+    x[...] = world.rank
+    out = mpidist.all_reduce(x[:, ::2], world)  # not contiguous: by way of a copy
+    np.testing.assert_array_equal(out, np.ones((200, 100)))
+    np.testing.assert_array_equal(x, np.full((200, 200), world.rank))
+
+
+@pytest.mark.ranks(2)
+def test_without_shared_memory_arrays_are_ordinary(world, monkeypatch):
+    def refuse(nbytes):
+        raise OSError("no space left, says the test")
+
+    group = world.duplicate("poor")
+    monkeypatch.setattr("mpidist.backends.mpi.create_file", refuse)
+    x = group.empty(LEAST, np.float64)
+    x[...] = 1
+    assert not group._backend.registered._blocks
+    np.testing.assert_array_equal(mpidist.all_reduce(x, group, out=x), np.full(LEAST, 2.0))
+    group.close()
