@@ -14,4 +14,3 @@ class TestSimulated(BackendContract):
     @pytest.fixture
     def run(self, size: int, mode: Mode) -> Run:
         return lambda case: run_ranks(size, case, mode=mode)
-
