@@ -5,6 +5,7 @@ as promised has no call, and goes by the algorithms:
 
 - float16 and bfloat16 are summed in float32 and rounded once; the libraries round at each step;
 - MIN and MAX of floats return NaN where any rank has NaN; MPICH loses it;
+- sums of integers wrap, as numpy's do; Open MPI's saturate for 8 and 16 bits;
 - counts are 32 bits wide in libraries without the large-count calls of MPI 4.
 """
 
@@ -72,6 +73,8 @@ def _op_name(op: ReduceOp, dtype: DType) -> str | None:
     if dtype == _BOOL:
         return _OF_BOOLEANS.get(op)
     if dtype in HALVES or (dtype.kind == "f" and op in (ReduceOp.MIN, ReduceOp.MAX)):
+        return None
+    if dtype.kind in "iu" and dtype.itemsize < 4 and op is ReduceOp.SUM:
         return None
     return "SUM" if op is ReduceOp.MEAN else op.name
 

@@ -99,6 +99,9 @@ def check_counts(counts: Sequence[int], verb: str, group: ProcessGroup) -> tuple
 
 def flat_source(x: Array) -> Array:
     """Return the elements of `x` as a flat, contiguous array of native byte order."""
+    if not x.size:
+        # Memory of its own: an empty part of `out` may have out's address, which MPICH refuses.
+        return np.empty(0, x.dtype.newbyteorder("="))
     return as_native(x).reshape(-1)
 
 
@@ -142,8 +145,9 @@ def land(
         raise UnsupportedOperationError(
             f"{verb} on {group}: out is read-only; pass an array that may be written"
         )
-    if out.flags.c_contiguous and out.dtype.isnative:
+    if out.flags.c_contiguous and out.dtype.isnative and out.size:
         return Landing(out.reshape(-1), lambda: out)
+    # Empty results land elsewhere, too: an empty part of `x` may have the address of `x`.
     return _write_back(out, native)
 
 

@@ -7,7 +7,17 @@ Simulated ranks (`run_ranks`) with injected faults, and the cases that every tra
 from __future__ import annotations
 
 from mpidist.backends.faults import Death, Drop, Faults, Mode
+from mpidist.testing.contract import BackendContract
 from mpidist.testing.gradcheck import check_gradients, check_halves
 from mpidist.testing.ranks import run_ranks
 
-__all__ = ["Death", "Drop", "Faults", "Mode", "check_gradients", "check_halves", "run_ranks"]
+__all__ = [
+    "BackendContract",
+    "Death",
+    "Drop",
+    "Faults",
+    "Mode",
+    "check_gradients",
+    "check_halves",
+    "run_ranks",
+]

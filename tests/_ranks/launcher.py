@@ -15,6 +15,7 @@ MARK = "MPIDIST_TEST_RANKS_DIR"
 """Every process of a job carries this variable; its value is the job's own directory."""
 
 _LAUNCHER_PREFIXES = ("PMI", "PMIX", "OMPI", "PRTE", "SLURM", "HYDRA", "MPI_LOCAL", "PALS")
+_OUTER_PYTEST = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
 
 
 def find_mpirun() -> Path | None:
@@ -44,14 +45,15 @@ def vendor_arguments(mpirun: Path) -> list[str]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without what a launcher left in it.
+    """Return this process's environment without what a launcher or pytest left in it.
 
     Returns
     -------
     dict of str to str
         One BLAS thread per rank; Open MPI is allowed to run as root where the user is root.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
+    foreign = (*_LAUNCHER_PREFIXES, *_OUTER_PYTEST)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     if os.geteuid() == 0:
         environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")

@@ -1,0 +1,121 @@
+"""The cases that every transport has to pass, as one class to subclass.
+
+Expected values come from plain numpy, on inputs that every rank draws for all ranks from seeds;
+never from a second path through mpidist. Sums of floats may be off by p eps sum(abs(x)); all else
+is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+from mpidist.group import ProcessGroup
+from mpidist.testing.contract import (
+    _collectives,
+    _errors,
+    _groups,
+    _immediate,
+    _lists,
+    _point_to_point,
+)
+from mpidist.testing.contract._verbs import VERBS
+
+__all__ = ["BackendContract", "Run"]
+
+Run: TypeAlias = Callable[[Callable[[ProcessGroup], None]], object]
+"""Calls a function on every rank with the rank's group of all ranks."""
+
+
+def _test(case: Callable[[ProcessGroup], None]) -> Callable[[BackendContract, Run], None]:
+    """Make a test method of a case."""
+
+    def method(_: BackendContract, run: Run) -> None:
+        run(case)
+
+    method.__doc__ = case.__doc__
+    return method
+
+
+class BackendContract:
+    """What is asked of a transport, one method per promise; for pytest, by subclassing.
+
+    A subclass gives a fixture `run`, which calls a function of one argument, the group of all
+    ranks, on every rank. Where the process is itself a rank, it calls it once.
+
+    Notes
+    -----
+    Cases use only what `group.capabilities` offers, and check that the rest is refused. The cases
+    of deadlines break groups of their own, so that their processes must not wait for these at
+    their end.
+
+    Examples
+    --------
+    ::
+
+        class TestMyTransport(BackendContract):
+            @pytest.fixture
+            def run(self):
+                return lambda case: run_my_ranks(4, case)
+    """
+
+    # -- collectives ---------------------------------------------------------------------------
+
+    test_barrier = _test(_collectives.barriers)
+    test_every_dtype_moves = _test(_collectives.every_dtype_moves)
+    test_every_reduce = _test(partial(_collectives.every_reduction, VERBS["reduce"]))
+    test_every_all_reduce = _test(partial(_collectives.every_reduction, VERBS["all_reduce"]))
+    test_every_reduce_scatter = _test(
+        partial(_collectives.every_reduction, VERBS["reduce_scatter"])
+    )
+    test_long_reductions = _test(_collectives.long_reductions)
+    test_shapes = _test(_collectives.shapes)
+    test_layouts = _test(_collectives.layouts)
+    test_out = _test(_collectives.landings)
+    test_in_place = _test(_collectives.results_in_place)
+    test_parts_in_place = _test(_collectives.parts_in_place)
+    test_every_root = _test(_collectives.roots)
+    test_uneven_counts = _test(_collectives.uneven)
+    test_not_a_number = _test(_collectives.not_a_number)
+    test_halves_round_once = _test(_collectives.halves_round_once)
+    test_same_bits = _test(_collectives.bits)
+    test_coalesced = _test(_lists.coalesced)
+    test_coalesced_in_place = _test(_lists.coalesced_in_place)
+    test_objects = _test(_lists.objects)
+
+    # -- point to point ------------------------------------------------------------------------
+
+    test_rings = _test(_point_to_point.rings)
+    test_receive_into_arrays = _test(_point_to_point.into_arrays)
+    test_order_and_tags = _test(_point_to_point.in_order)
+    test_any_source = _test(_point_to_point.any_source)
+    test_batches = _test(_point_to_point.batches)
+    test_messages_of_objects = _test(_point_to_point.messages_of_objects)
+    test_receive_first = _test(_point_to_point.receive_first)
+    test_flood = _test(_point_to_point.many_in_a_row)
+
+    # -- immediate operations ------------------------------------------------------------------
+
+    test_waited_in_any_order = _test(_immediate.waited_in_any_order)
+    test_polled_at_random = _test(_immediate.polled_at_random)
+    test_waited_twice = _test(_immediate.waited_twice)
+    test_dropped = _test(_immediate.dropped)
+    test_immediate = _test(_immediate.immediate)
+    test_progress_is_enough = _test(_immediate.progress_is_enough)
+
+    # -- groups --------------------------------------------------------------------------------
+
+    test_split = _test(_groups.splits)
+    test_new_group = _test(_groups.new_groups)
+    test_overlapping_groups = _test(_groups.overlapping_groups)
+    test_nested_groups = _test(_groups.nested_groups)
+    test_duplicate = _test(_groups.duplicates)
+    test_nodes = _test(_groups.nodes)
+    test_close = _test(_groups.closing)
+
+    # -- mistakes and failures -----------------------------------------------------------------
+
+    test_bad_members = _test(_groups.bad_members)
+    test_mistakes = _test(_errors.mistakes)
+    test_deadlines = _test(_errors.deadlines)

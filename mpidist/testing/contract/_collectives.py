@@ -1,0 +1,242 @@
+"""Cases of the collectives on arrays: dtypes, shapes, layouts, results, shares, sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from mpidist import collectives
+from mpidist._types import MAX, MEAN, MIN, PROD, SUM, Array, DType, ReduceOp
+from mpidist.arrays import BFLOAT16, DTYPES, HALVES
+from mpidist.errors import UnsupportedOperationError
+from mpidist.group import ProcessGroup
+from mpidist.testing.contract._landings import LANDINGS, LAYOUTS, fresh, given, in_place
+from mpidist.testing.contract._values import byte_swapped, expect, expect_error, same_bits, values
+from mpidist.testing.contract._verbs import REDUCTIONS, VERBS, Shares, Trial, Verb, attempt, begin
+
+MOVERS = tuple(verb for verb in VERBS.values() if not verb.reduces)
+IN_PLACE = ("broadcast", "reduce", "all_reduce", "all_to_all")
+FLOAT64: DType = np.dtype(np.float64)
+ALL_DTYPES: tuple[DType, ...] = tuple(sorted(DTYPES, key=str))
+
+
+def barriers(group: ProcessGroup) -> None:
+    """Nobody leaves a barrier before the last has come."""
+    for _ in range(3):
+        collectives.barrier(group)
+    collectives.ibarrier(group).wait()
+
+
+def every_dtype_moves(group: ProcessGroup) -> None:
+    """Every verb that moves data, with every dtype."""
+    for number, dtype in enumerate(ALL_DTYPES):
+        for verb in MOVERS:
+            attempt(Trial(verb, dtype=dtype, root=number % group.size, seed=number), group)
+
+
+def every_reduction(verb: Verb, group: ProcessGroup) -> None:
+    """One verb with every operation and dtype: equal to numpy, or refused on all ranks."""
+    offered = group.capabilities.reductions
+    for number, (op, dtype) in enumerate((op, dtype) for op in ReduceOp for dtype in ALL_DTYPES):
+        trial = Trial(verb, dtype=dtype, op=op, root=number % group.size, seed=number)
+        if (op, dtype) in offered:
+            attempt(trial, group)
+            continue
+        x = values((2 * group.size, 3), dtype, number)
+        expect_error(
+            UnsupportedOperationError,
+            partial(verb.now, x, group, op=op),
+            str(trial),
+            op.name,
+            str(dtype),
+        )
+
+
+def long_reductions(group: ProcessGroup) -> None:
+    """Arrays beyond the length at which algorithms change, odd in every respect."""
+    for dtype in (np.float64, np.float32, np.int64, np.complex64, np.float16, BFLOAT16):
+        for verb in REDUCTIONS:
+            for op in (SUM, MAX):
+                if (op, np.dtype(dtype)) in group.capabilities.reductions:
+                    attempt(Trial(verb, rows=131, tail=(11,), dtype=np.dtype(dtype), op=op), group)
+    for verb in REDUCTIONS:
+        attempt(Trial(verb, rows=9001, tail=(), op=MEAN, root=group.size - 1), group)
+
+
+def shapes(group: ProcessGroup) -> None:
+    """0-d, empty and odd shapes, with every verb, blocking and immediate."""
+    for verb in VERBS.values():
+        for rows, tail in (
+            (None, ()),
+            (0, ()),
+            (0, (3,)),
+            (3, (0,)),
+            (1, ()),
+            (7, ()),
+            (5, (3, 2)),
+        ):
+            if rows is None and verb.shares is Shares.CUT:
+                continue
+            trial = Trial(verb, rows=rows, tail=tail)
+            attempt(trial, group)
+            begun = begin(trial, group)
+            begun.check(begun.work.wait())
+
+
+def layouts(group: ProcessGroup) -> None:
+    """Pass inputs that are not contiguous, of the other byte order, or read-only."""
+    swapped = [(byte_swapped, np.dtype(dtype)) for dtype in (np.int16, np.float16, BFLOAT16)]
+    for verb in VERBS.values():
+        for layout, dtype in [*((layout, FLOAT64) for layout in LAYOUTS), *swapped]:
+            attempt(Trial(verb, rows=3, tail=(2, 4), dtype=dtype, layout=layout), group)
+
+
+def landings(group: ProcessGroup) -> None:
+    """Results into arrays of the caller: plain, not contiguous, swapped, overlapping the input."""
+    for verb in VERBS.values():
+        for landing in LANDINGS:
+            trial = Trial(verb, rows=5, tail=(4,), landing=landing)
+            attempt(trial, group)
+            begun = begin(replace(trial, dtype=np.dtype(np.float16)), group)
+            begun.check(begun.work.wait())
+
+
+def results_in_place(group: ProcessGroup) -> None:
+    """`out=x`, also where x is not contiguous or of the other byte order."""
+    some = Trial(VERBS["all_reduce"], root=group.size - 1, rows=4, landing=in_place)
+    for name in IN_PLACE:
+        for trial in (
+            replace(some, rows=600),
+            replace(some, dtype=np.dtype(np.float16)),
+            replace(some, layout=byte_swapped),
+            replace(some, layout=np.asfortranarray),
+        ):
+            begun = begin(replace(trial, verb=VERBS[name]), group)
+            begun.check(begun.work.wait())
+            attempt(replace(trial, verb=VERBS[name]), group)
+
+
+def parts_in_place(group: ProcessGroup) -> None:
+    """Pass inputs and results that are parts of each other."""
+    rank, size = group.rank, group.size
+    whole = np.arange(3.0 * size).reshape(size, 3)
+    out = np.full((size, 3), -1.0)
+    out[rank] = whole[rank]
+    expect(
+        collectives.all_gather(out[rank : rank + 1], group, out=out), whole, "all_gather in place"
+    )
+    for root in range(size):
+        out[...] = -1
+        out[rank] = whole[rank]
+        here = out if rank == root else None
+        got = collectives.gather(out[rank : rank + 1], group, root=root, out=here)
+        expect(got, whole if rank == root else None, "gather in place")
+        x = whole.copy()
+        got = collectives.scatter(x, group, root=root, out=x[rank : rank + 1])
+        expect(got, whole[rank : rank + 1], "scatter in place")
+    counts = [0, 2] * (size // 2) + [1] * (size % 2)
+    start, stop = sum(counts[:rank]), sum(counts[: rank + 1])
+    whole = np.arange(3.0 * sum(counts)).reshape(-1, 3)
+    out = np.where(np.isin(np.arange(len(whole)), range(start, stop))[:, None], whole, -1.0)
+    collectives.all_gather(out[start:stop], group, out=out, counts=counts)
+    expect(out, whole, "uneven all_gather in place")
+    x = whole.copy()
+    got = collectives.reduce_scatter(x, group, out=x[: stop - start], counts=counts)
+    expect(got, size * whole[start:stop], "uneven reduce_scatter in place")
+    whole = np.arange(3.0 * size).reshape(size, 3)
+    x = whole.copy()
+    got = collectives.reduce_scatter(x, group, out=x[:1])
+    expect(got, size * whole[rank : rank + 1], "reduce_scatter in place")
+
+
+def roots(group: ProcessGroup) -> None:
+    """Every rank as the root; scatter also where the others know only their own rows."""
+    for verb in VERBS.values():
+        for root in range(group.size if verb.rooted else 0):
+            for landing in (fresh, given):
+                attempt(Trial(verb, rows=3, root=root, landing=landing), group)
+    whole = np.arange(2.0 * group.size)
+    counts = [1] * (group.size - 1) + [group.size + 1]
+    for root in range(group.size):
+        x = whole if group.rank == root else None
+        out = np.empty(2)
+        collectives.scatter(x, group, root=root, out=out)
+        expect(out, whole[2 * group.rank : 2 * group.rank + 2], "scatter without x")
+        out = np.empty(counts[group.rank])
+        collectives.scatter(x, group, root=root, out=out, counts=counts)
+        expect(out, whole[group.rank :][: len(out)], "scatter without x, uneven")
+
+
+def uneven(group: ProcessGroup) -> None:
+    """Rows that differ between the ranks, some of them none."""
+    for verb in VERBS.values():
+        if verb.shares is Shares.WHOLE:
+            continue
+        some = Trial(verb, root=group.size - 1)
+        for rows in ((2, 0, 1, 3, 1), (0, 700, 1), (0, 0, 5, 0, 0, 0, 0, 0), (0,)):
+            attempt(replace(some, rows=rows), group)
+            begun = begin(replace(some, rows=rows, dtype=np.dtype(np.float16)), group)
+            begun.check(begun.work.wait())
+        for landing in LANDINGS:
+            attempt(replace(some, rows=(2, 0, 1), landing=landing), group)
+
+
+def not_a_number(group: ProcessGroup) -> None:
+    """NaN on one rank wins in MIN and MAX, as in numpy, and infinities are kept."""
+    offered = group.capabilities.reductions
+    for dtype in (np.float16, BFLOAT16, np.float32, np.float64):
+        for op in (MIN, MAX, SUM):
+            if (op, np.dtype(dtype)) not in offered:
+                continue
+            for where in {0, group.size - 1}:
+                inputs = [_special(rank, where, dtype) for rank in range(group.size)]
+                expected = inputs[0]
+                for x in inputs[1:]:
+                    with np.errstate(invalid="ignore"):
+                        expected = {MIN: np.minimum, MAX: np.maximum, SUM: np.add}[op](expected, x)
+                got = collectives.all_reduce(inputs[group.rank], group, op=op)
+                expect(
+                    got, expected, f"all_reduce {op.name} {np.dtype(dtype)}, NaN of rank {where}"
+                )
+
+
+def _special(rank: int, where: int, dtype: object) -> Array:
+    x = np.array([1.0, rank, np.inf, -np.inf, -rank], dtype=dtype)  # type: ignore[call-overload]
+    if rank == where:
+        x[:2] = np.nan
+    result: Array = x
+    return result
+
+
+def halves_round_once(group: ProcessGroup) -> None:
+    """Halves are summed in float32 in rank order and rounded once, whatever the length."""
+    for dtype in sorted(HALVES, key=str):
+        for count in (1, 5, 5000):
+            inputs = [
+                np.where(np.arange(count) % 2, 1.0, 2.0**-9 if rank else 1.0).astype(dtype)
+                for rank in range(group.size)
+            ]
+            total = np.zeros(count, np.float32)
+            for x in inputs:
+                total += x.astype(np.float32)
+            for op, expected in ((SUM, total), (MEAN, total / np.float32(group.size))):
+                got = collectives.all_reduce(inputs[group.rank], group, op=op)
+                expect(got, expected.astype(dtype), f"all_reduce {op.name} of {count} {dtype}")
+
+
+def bits(group: ProcessGroup) -> None:
+    """All ranks hold the same bits, and a second run gives them again."""
+    for op in (MEAN, PROD):
+        for dtype in (np.float16, np.float32, np.complex128):
+            if (op, np.dtype(dtype)) not in group.capabilities.reductions:
+                continue
+            for rows in (5, 1501):
+                trial = Trial(
+                    VERBS["all_reduce"], rows=rows, tail=(), op=op, dtype=np.dtype(dtype), seed=rows
+                )
+                first = attempt(trial, group)
+                same_bits(first, group, str(trial))
+                if attempt(trial, group).tobytes() != first.tobytes():
+                    raise AssertionError(f"{trial} on {group}: a second run gave other bits")

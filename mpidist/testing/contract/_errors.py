@@ -1,0 +1,252 @@
+"""Cases of mistakes: every bad argument raises on all ranks before the first byte moves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpidist import collectives as c
+from mpidist import point_to_point as p
+from mpidist._types import BAND, LXOR, MEAN, MIN, Array
+from mpidist.errors import (
+    CollectiveTimeoutError,
+    DistributedError,
+    GroupBrokenError,
+    InvalidRankError,
+    SelfSendError,
+    SizeMismatchError,
+    UnsupportedOperationError,
+)
+from mpidist.group import ProcessGroup
+from mpidist.testing.contract._values import check_that, expect, expect_error, with_peers
+
+X = np.ones((6, 2))
+LIST: Any = [1.0, 2.0]
+DEADLINE = 0.12
+
+
+class Mistake(NamedTuple):
+    """A bad call, the error that it must raise, and a word of its message."""
+
+    error: type[DistributedError]
+    word: str
+    call: Callable[[ProcessGroup], Any]
+
+
+def _locked(shape: tuple[int, ...]) -> Array:
+    x = np.zeros(shape)
+    x.flags.writeable = False
+    return x
+
+
+def _rows(group: ProcessGroup) -> Array:
+    return np.ones((3 * group.size, 2))
+
+
+def _bad(group: ProcessGroup, *numbers: int) -> list[int]:
+    """Return counts of one per rank, changed at the end by `numbers`."""
+    return [1] * (group.size - 1) + list(numbers)
+
+
+MISTAKES: dict[str, Mistake] = {
+    # not an array, or one of a dtype that nobody carries
+    "list": Mistake(UnsupportedOperationError, "list", lambda g: c.all_reduce(LIST, g)),
+    "list sent": Mistake(
+        UnsupportedOperationError, "list", lambda g: p.send(LIST, g, dst=(g.rank + 1) % g.size)
+    ),
+    "objects": Mistake(
+        UnsupportedOperationError, "object", lambda g: c.broadcast(np.array([None]), g)
+    ),
+    "text": Mistake(UnsupportedOperationError, "<U", lambda g: c.all_gather(np.array(["a"]), g)),
+    "dates": Mistake(
+        UnsupportedOperationError, "datetime", lambda g: c.gather(np.zeros(1, "M8[s]"), g)
+    ),
+    "long double": Mistake(
+        UnsupportedOperationError, "float128", lambda g: c.all_reduce(X.astype(np.longdouble), g)
+    ),
+    "records": Mistake(
+        UnsupportedOperationError, "dtype", lambda g: c.all_to_all(np.zeros(g.size, "i4,f4"), g)
+    ),
+    "list in a list": Mistake(
+        UnsupportedOperationError, "arrays[1]", lambda g: c.all_reduce_coalesced([X, LIST], g)
+    ),
+    # an operation that the dtype does not have
+    "mean of int": Mistake(
+        UnsupportedOperationError, "MEAN", lambda g: c.all_reduce(X.astype(int), g, op=MEAN)
+    ),
+    "least complex": Mistake(
+        UnsupportedOperationError, "MIN", lambda g: c.reduce(X.astype(complex), g, op=MIN)
+    ),
+    "bits of float": Mistake(
+        UnsupportedOperationError, "BAND", lambda g: c.reduce_scatter(_rows(g), g, op=BAND)
+    ),
+    "logic of float": Mistake(
+        UnsupportedOperationError, "LXOR", lambda g: c.all_reduce_coalesced([X], g, op=LXOR)
+    ),
+    "op by name": Mistake(
+        UnsupportedOperationError,
+        "sum",
+        lambda g: c.all_reduce(X, g, op="sum"),  # type: ignore[arg-type]
+    ),
+    # roots and peers
+    "root too large": Mistake(InvalidRankError, "root", lambda g: c.broadcast(X, g, root=g.size)),
+    "root negative": Mistake(InvalidRankError, "root", lambda g: c.reduce(X, g, root=-1)),
+    "root of gather": Mistake(InvalidRankError, "root", lambda g: c.gather(X, g, root=g.size)),
+    "root of scatter": Mistake(InvalidRankError, "root", lambda g: c.scatter(X, g, root=-3)),
+    "root by name": Mistake(
+        InvalidRankError,
+        "'0'",
+        lambda g: c.broadcast(X, g, root="0"),  # type: ignore[arg-type]
+    ),
+    "root of objects": Mistake(
+        InvalidRankError, "root", lambda g: c.broadcast_object(1, g, root=g.size)
+    ),
+    "root of list": Mistake(
+        InvalidRankError, "root", lambda g: c.broadcast_coalesced([X], g, root=g.size)
+    ),
+    "to myself": Mistake(SelfSendError, "dst", lambda g: p.send(X, g, dst=g.rank)),
+    "from myself": Mistake(SelfSendError, "src", lambda g: p.recv(g, src=g.rank)),
+    "to nobody": Mistake(InvalidRankError, "dst", lambda g: p.isend(X, g, dst=g.size)),
+    "from nobody": Mistake(InvalidRankError, "src", lambda g: p.irecv(g, src=-7)),
+    "batch to myself": Mistake(
+        SelfSendError, "dst", lambda g: p.exchange(g, sends=[p.Send(X, g.rank)], receives=[])
+    ),
+    # shapes
+    "out shape": Mistake(SizeMismatchError, "out", lambda g: c.all_reduce(X, g, out=X[:3].copy())),
+    "out dtype": Mistake(
+        SizeMismatchError, "float32", lambda g: c.broadcast(X, g, out=np.empty((6, 2), np.float32))
+    ),
+    "out of gather": Mistake(
+        SizeMismatchError, "out", lambda g: c.all_gather(X, g, out=np.empty((6 * g.size + 1, 2)))
+    ),
+    "out of scatter": Mistake(
+        SizeMismatchError, "out", lambda g: c.scatter(_rows(g), g, out=np.empty((2, 2)))
+    ),
+    "outs": Mistake(SizeMismatchError, "outs", lambda g: c.all_gather_coalesced([X], g, outs=[])),
+    "out locked": Mistake(
+        UnsupportedOperationError, "read-only", lambda g: c.all_reduce(X, g, out=_locked((6, 2)))
+    ),
+    "0-d cut": Mistake(SizeMismatchError, "0-d", lambda g: c.reduce_scatter(np.ones(()), g)),
+    "0-d scattered": Mistake(SizeMismatchError, "0-d", lambda g: c.scatter(np.ones(()), g)),
+    "nothing to scatter": Mistake(SizeMismatchError, "root", lambda g: c.scatter(None, g)),
+    # counts
+    "too few counts": Mistake(
+        SizeMismatchError, "counts", lambda g: c.all_gather(X, g, counts=[6] * (g.size - 1))
+    ),
+    "negative count": Mistake(
+        SizeMismatchError, "counts", lambda g: c.scatter(_rows(g), g, counts=_bad(g, -1))
+    ),
+    "not my count": Mistake(
+        SizeMismatchError, "counts", lambda g: c.all_gather(X, g, counts=[5] * g.size)
+    ),
+    "not my count, gather": Mistake(
+        SizeMismatchError, "counts", lambda g: c.gather(X, g, counts=[7] * g.size)
+    ),
+    "wrong sum": Mistake(
+        SizeMismatchError, "counts", lambda g: c.reduce_scatter(_rows(g), g, counts=_bad(g, 99))
+    ),
+    "wrong sum, all_to_all": Mistake(
+        SizeMismatchError,
+        "counts",
+        lambda g: c.all_to_all(_rows(g), g, counts=_bad(g, 99), recv_counts=_bad(g, 99)),
+    ),
+    "half of the counts": Mistake(
+        SizeMismatchError, "recv_counts", lambda g: c.all_to_all(_rows(g), g, counts=[3] * g.size)
+    ),
+    "number of objects": Mistake(
+        SizeMismatchError, "object per rank", lambda g: c.scatter_object([1] * (g.size + 1), g)
+    ),
+    # tags
+    "tag negative": Mistake(
+        UnsupportedOperationError, "tag", lambda g: p.send(X, g, dst=(g.rank + 1) % g.size, tag=-1)
+    ),
+    "tag too large": Mistake(
+        UnsupportedOperationError,
+        "tag",
+        lambda g: p.recv(g, src=(g.rank + 1) % g.size, tag=g.capabilities.max_tag + 1),
+    ),
+    "recv locked": Mistake(
+        UnsupportedOperationError,
+        "read-only",
+        lambda g: p.recv(g, src=(g.rank + 1) % g.size, out=_locked((2,))),
+    ),
+}
+
+PEERS = {"list sent", "tag negative", "tag too large", "recv locked"}
+"""Mistakes of messages to others, which a single rank cannot make."""
+
+INDIVISIBLE: dict[str, Callable[[Array, ProcessGroup], Any]] = {
+    "scatter": c.scatter,
+    "reduce_scatter": c.reduce_scatter,
+    "all_to_all": c.all_to_all,
+    "reduce_scatter_coalesced": lambda x, g: c.reduce_scatter_coalesced([x], g),
+}
+
+
+def mistakes(group: ProcessGroup) -> None:
+    """Each mistake raises its error on all ranks, says where, and leaves the group usable."""
+    who = f"rank {group.rank} of {group.size}"
+    for name, mistake in MISTAKES.items():
+        if group.size > 1 or name not in PEERS:
+            error = expect_error(
+                mistake.error, partial(mistake.call, group), name, mistake.word, who
+            )
+            check_that(isinstance(error, ValueError), f"{name}: {error!r} is no ValueError")
+    for name, call in INDIVISIBLE.items() if group.size > 1 else ():
+        x = np.ones(group.size + 1)
+        expect_error(SizeMismatchError, partial(call, x, group), name, name, "multiple", who)
+    expect(c.all_reduce(np.ones(2), group), np.full(2, float(group.size)), "after the mistakes")
+
+
+def _refuses(group: ProcessGroup, name: str) -> None:
+    """Check that a broken group refuses every verb at once."""
+    began = time.monotonic()
+    calls: dict[str, Callable[[], Any]] = {
+        "barrier": lambda: c.barrier(group),
+        "iall_reduce": lambda: c.iall_reduce(X, group),
+        "all_gather_object": lambda: c.all_gather_object(1, group),
+        "isend": lambda: p.isend(X, group, dst=(group.rank + 1) % group.size),
+        "irecv": lambda: p.irecv(group, src=(group.rank + 1) % group.size),
+        "split": lambda: group.split(0),
+        "progress": group.progress,
+    }
+    for verb, call in calls.items():
+        expect_error(GroupBrokenError, call, f"{verb} after a deadline", name)
+    group.close()
+    took = time.monotonic() - began
+    check_that(took < 1, f"a broken group took {took:.2f} s to refuse {len(calls)} calls")
+
+
+@with_peers
+def deadlines(group: ProcessGroup) -> None:
+    """Leave one rank out: the others raise, their group is broken, other groups are not."""
+    absent = group.size - 1
+    waits: dict[str, Callable[[ProcessGroup], Any]] = {
+        "barrier": c.barrier,
+        "all_reduce": lambda late: c.all_reduce(np.ones(3000), late),
+        "iall_gather": lambda late: c.iall_gather(X, late).wait(),
+        "reduce_scatter": lambda late: c.ireduce_scatter(_rows(late), late).wait(DEADLINE / 2),
+        "recv": lambda late: p.recv(late, src=absent),
+        "split": lambda late: late.split(0),
+    }
+    for verb, wait in waits.items():
+        late = group.duplicate(f"late {verb}")
+        late.timeout = DEADLINE
+        if group.rank != absent:
+            began = time.monotonic()
+            error = expect_error(
+                CollectiveTimeoutError,
+                partial(wait, late),
+                verb,
+                verb,
+                late.name,
+            )
+            took = time.monotonic() - began
+            check_that(took < DEADLINE + 2, f"{verb}: the deadline took {took:.2f} s")
+            check_that(isinstance(error, TimeoutError), "a missed deadline is no TimeoutError")
+            _refuses(late, late.name)
+        c.barrier(group)

@@ -1,0 +1,125 @@
+"""Cases of the coalesced forms and of the forms that carry any object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mpidist import collectives
+from mpidist._types import MAX, SUM, Array
+from mpidist.arrays import BFLOAT16
+from mpidist.errors import SizeMismatchError
+from mpidist.group import ProcessGroup
+from mpidist.testing.contract._values import check_that, combined, expect, expect_error, values
+
+PARTS: tuple[tuple[tuple[int, ...], Any], ...] = (
+    ((3, 2), np.float64),
+    ((1,), np.int32),
+    ((0, 4), np.float64),
+    ((5,), BFLOAT16),
+    ((2, 1, 3), np.int32),
+    ((700,), np.float64),
+)
+"""Shapes (the first dimension counts per rank where an array is cut) and dtypes of a list."""
+
+
+def _lists(size: int, *, rows_times: int = 1, zero_d: bool = False) -> list[list[Array]]:
+    """Return the list of each rank."""
+    shapes = [((rows_times * shape[0], *shape[1:]), dtype) for shape, dtype in PARTS]
+    if zero_d:
+        shapes.append(((), np.float64))
+    return [
+        [values(shape, np.dtype(dtype), part, rank) for part, (shape, dtype) in enumerate(shapes)]
+        for rank in range(size)
+    ]
+
+
+def _try(
+    verb: str,
+    group: ProcessGroup,
+    lists: list[list[Array]],
+    wanted: Sequence[Array],
+    **options: Any,
+) -> None:
+    """Compare the blocking and the immediate form, without and with `outs`."""
+    now: Callable[..., list[Array]] = getattr(collectives, f"{verb}_coalesced")
+    later: Callable[..., Any] = getattr(collectives, f"i{verb}_coalesced")
+    mine = lists[group.rank]
+    outs = [np.empty_like(x) for x in wanted]
+    work = later(mine, group, **options)
+    results = {
+        "": now(mine, group, **options),
+        "into outs": now(mine, group, outs=outs, **options),
+        "immediate": work.wait(),
+    }
+    check_that(all(a is b for a, b in zip(results["into outs"], outs, strict=True)), "not outs")
+    check_that(work.done(), f"i{verb}_coalesced: not done after wait")
+    for how, result in results.items():
+        check_that(len(result) == len(wanted), f"{verb}_coalesced gave {len(result)} arrays")
+        for place, (actual, expected) in enumerate(zip(result, wanted, strict=True)):
+            within = np.asarray(1e-12) if expected.dtype == np.float64 else None
+            where = f"{verb}_coalesced on {group}, {how}, array {place}"
+            expect(actual, expected, where, within=within)
+
+
+def coalesced(group: ProcessGroup) -> None:
+    """Reduce, send and gather lists of several shapes and dtypes, and the empty list."""
+    rank, size = group.rank, group.size
+    lists = _lists(size, zero_d=True)
+    columns = [list(column) for column in zip(*lists, strict=True)]
+    for op in (SUM, MAX):
+        _try("all_reduce", group, lists, [combined(column, op) for column in columns], op=op)
+    for root in {0, size - 1}:
+        _try("broadcast", group, lists, lists[root], root=root)
+    joined = [np.concatenate([np.atleast_1d(x) for x in column]) for column in columns]
+    _try("all_gather", group, lists, joined)
+    lists = _lists(size, rows_times=size)
+    columns = [list(column) for column in zip(*lists, strict=True)]
+    parts = [np.split(combined(column, SUM), size)[rank] for column in columns]
+    _try("reduce_scatter", group, lists, parts)
+    for verb in ("all_reduce", "broadcast", "all_gather", "reduce_scatter"):
+        check_that(
+            getattr(collectives, f"{verb}_coalesced")([], group) == [], f"{verb} of no array"
+        )
+
+
+def coalesced_in_place(group: ProcessGroup) -> None:
+    """`outs=arrays`, and outs of the wrong number or shape."""
+    lists = _lists(group.size)
+    columns = zip(*lists, strict=True)
+    mine = lists[group.rank]
+    wanted = [combined([x.copy() for x in column], SUM) for column in columns]
+    collectives.all_reduce_coalesced(mine, group, outs=mine)
+    for place, (actual, expected) in enumerate(zip(mine, wanted, strict=True)):
+        within = np.asarray(1e-12) if expected.dtype == np.float64 else None
+        expect(actual, expected, f"all_reduce_coalesced in place, array {place}", within=within)
+    for outs in (mine[:-1], mine[::-1]):
+        expect_error(
+            SizeMismatchError,
+            partial(collectives.all_reduce_coalesced, mine, group, outs=outs),
+            "all_reduce_coalesced with other outs",
+            "all_reduce_coalesced",
+        )
+
+
+def objects(group: ProcessGroup) -> None:
+    """Objects of any kind and size, different on each rank."""
+    rank, size = group.rank, group.size
+    everyone = [{"rank": r, "text": "é" * (r * 3000), "none": None, 3: (r,)} for r in range(size)]
+    for root in range(size):
+        got = collectives.broadcast_object(everyone[rank], group, root=root)
+        check_that(got == everyone[root], f"broadcast_object from {root} on {group}: {got!r:.80}")
+        listed = collectives.gather_object(everyone[rank], group, root=root)
+        wanted = everyone if rank == root else None
+        check_that(listed == wanted, f"gather_object to {root} on {group}: {listed!r:.80}")
+        got = collectives.scatter_object(everyone if rank == root else None, group, root=root)
+        check_that(got == everyone[rank], f"scatter_object from {root} on {group}: {got!r:.80}")
+    listed = collectives.all_gather_object(everyone[rank], group)
+    check_that(listed == everyone, f"all_gather_object on {group}: {listed!r:.80}")
+    check_that(collectives.broadcast_object(None, group) is None, "broadcast_object of None")
+    arrays = collectives.all_gather_object(np.arange(rank), group)
+    for other, x in enumerate(arrays):
+        expect(x, np.arange(other), "all_gather_object of arrays")

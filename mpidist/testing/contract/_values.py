@@ -1,0 +1,211 @@
+"""Inputs that every rank can make for every other, and comparisons that say what differs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from mpidist._types import LAND, LOR, LXOR, MEAN, PROD, SUM, Array, DType, ReduceOp
+from mpidist.arrays import HALVES
+from mpidist.collectives import all_gather
+from mpidist.group import ProcessGroup
+
+__all__ = [
+    "byte_swapped",
+    "check_that",
+    "combined",
+    "expect",
+    "expect_error",
+    "same_bits",
+    "tolerance",
+    "values",
+    "with_peers",
+]
+
+_REDUCERS: dict[ReduceOp, np.ufunc] = {
+    ReduceOp.SUM: np.add,
+    ReduceOp.MEAN: np.add,
+    ReduceOp.PROD: np.multiply,
+    ReduceOp.MIN: np.minimum,
+    ReduceOp.MAX: np.maximum,
+    ReduceOp.BAND: np.bitwise_and,
+    ReduceOp.BOR: np.bitwise_or,
+    ReduceOp.BXOR: np.bitwise_xor,
+    ReduceOp.LAND: np.logical_and,
+    ReduceOp.LOR: np.logical_or,
+    ReduceOp.LXOR: np.logical_xor,
+}
+
+_WIDER: dict[str, Any] = {"f": np.longdouble, "c": np.clongdouble}
+
+
+def values(shape: tuple[int, ...], dtype: DType, *seed: int) -> Array:
+    """Draw an array; the same on every rank for the same arguments.
+
+    Parameters
+    ----------
+    shape, dtype : tuple of int, dtype
+        Of the array.
+    *seed : int
+        Which array; one of the numbers is usually the rank it belongs to.
+
+    Returns
+    -------
+    Array
+        Integers from their whole range (sums wrap, as numpy's do), floats from -2 to 2.
+    """
+    rng = np.random.default_rng([number + 1 for number in seed])
+    if dtype.kind == "b":
+        return rng.random(shape) < 0.5
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        return rng.integers(info.min, info.max, shape, dtype, endpoint=True)
+    real = rng.uniform(-2, 2, shape)
+    if dtype.kind == "c":
+        return np.asarray(real + 1j * rng.uniform(-2, 2, shape), dtype)
+    return np.asarray(real, dtype)
+
+
+def combined(inputs: Sequence[Array], op: ReduceOp) -> Array:
+    """Reduce the inputs of all ranks with plain numpy.
+
+    Halves: in float32, in rank order, rounded once. Other floats: in a wider type.
+    """
+    dtype = inputs[0].dtype.newbyteorder("=")
+    wide: Any = dtype
+    if dtype in HALVES:
+        wide = np.float32
+    elif op in (SUM, MEAN, PROD):
+        wide = _WIDER.get(dtype.kind, dtype)
+    with np.errstate(all="ignore"):
+        total = inputs[0].astype(wide)
+        if op in (LAND, LOR, LXOR):
+            total = total != 0
+        for x in inputs[1:]:
+            total = _REDUCERS[op](total, x.astype(wide))
+        if op is MEAN:
+            total = total / np.asarray(len(inputs), wide)
+        return np.asarray(total, dtype)
+
+
+def tolerance(inputs: Sequence[Array], op: ReduceOp) -> Array | None:
+    """Return how far a sum may be off, elementwise; None where it must be exact.
+
+    p eps sum(abs(x)), the bound of a sum in any order. Halves are exact: their order is fixed.
+    """
+    dtype = inputs[0].dtype.newbyteorder("=")
+    if dtype.kind not in "fc" or dtype in HALVES or op not in (SUM, MEAN, PROD):
+        return None
+    sizes = [np.abs(x).astype(np.float64) for x in inputs]
+    bound: Array = np.prod(sizes, axis=0) if op is PROD else np.sum(sizes, axis=0)
+    # A complex product is four real ones and two sums.
+    factor = 4 if dtype.kind == "c" else 1
+    return np.asarray(factor * len(inputs) * np.finfo(dtype).eps * bound)
+
+
+def expect(actual: Any, expected: Any, where: str, *, within: Array | None = None) -> None:
+    """Raise AssertionError unless an array is what it should be.
+
+    Parameters
+    ----------
+    actual, expected : Array or None
+        None must be answered by None. The byte order may differ.
+    where : str
+        What was done, for the message.
+    within : Array, optional
+        Largest difference, elementwise; exact when omitted, NaN being equal to NaN.
+    """
+    if expected is None or actual is None:
+        if expected is not None or actual is not None:
+            raise AssertionError(f"{where}: expected {expected}, got {actual}")
+        return
+    check_that(isinstance(actual, np.ndarray), f"{where}: expected an array, got {type(actual)}")
+    got, wanted = actual.dtype.newbyteorder("="), expected.dtype.newbyteorder("=")
+    if actual.shape != expected.shape or got != wanted:
+        raise AssertionError(
+            f"{where}: expected shape {expected.shape} and dtype {wanted}, "
+            f"got {actual.shape} and {got}"
+        )
+    with np.errstate(all="ignore"):
+        equal = (actual == expected) | (_is_nan(actual) & _is_nan(expected))
+        if within is not None:
+            equal |= np.abs(actual - expected) <= within
+    if not np.all(equal):
+        first = tuple(int(i) for i in np.argwhere(~np.atleast_1d(equal))[0])
+        raise AssertionError(
+            f"{where}: {np.sum(~equal)} of {equal.size} elements differ, the first at {first}: "
+            f"expected {np.atleast_1d(expected)[first]}, got {np.atleast_1d(actual)[first]}"
+        )
+
+
+def _is_nan(x: Array) -> Array:
+    # numpy.isnan does not know every dtype; only NaN differs from itself.
+    result: Array = x != x  # noqa: PLR0124
+    return result
+
+
+def check_that(condition: object, words: str) -> None:
+    """Raise AssertionError with these words unless the condition holds."""
+    if not condition:
+        raise AssertionError(words)
+
+
+def same_bits(x: Array, group: ProcessGroup, where: str) -> None:
+    """Raise AssertionError on all ranks unless all hold the same bits; collective."""
+    plain = np.ascontiguousarray(x)
+    digest = np.frombuffer(hashlib.sha256(plain.tobytes()).digest(), np.uint8)
+    digests = all_gather(digest[None], group)
+    different = [rank for rank in range(group.size) if np.any(digests[rank] != digests[0])]
+    if different:
+        raise AssertionError(f"{where}: ranks {different} hold other bits than rank 0")
+
+
+def expect_error(
+    kind: type[Exception], call: Callable[[], Any], where: str, *words: str
+) -> Exception:
+    """Return the error that `call` raises; AssertionError if it is not of this kind.
+
+    Parameters
+    ----------
+    kind : type
+        Expected class.
+    call : callable
+        What should fail.
+    where : str
+        What it is, for messages.
+    *words : str
+        What the message must contain.
+    """
+    try:
+        result = call()
+    except kind as error:
+        missing = [word for word in words if word not in str(error)]
+        if missing:
+            raise AssertionError(f"{where}: {missing} not in the message {str(error)!r}") from error
+        return error
+    except Exception as error:
+        raise AssertionError(f"{where}: expected {kind.__name__}, got {error!r}") from error
+    raise AssertionError(f"{where}: expected {kind.__name__}, got the result {result!r}")
+
+
+Case: TypeAlias = Callable[[ProcessGroup], None]
+
+
+def with_peers(case: Case) -> Case:
+    """Make a case do nothing where the group is a single rank, which has nobody to talk to."""
+
+    @wraps(case)
+    def run(group: ProcessGroup) -> None:
+        if group.size > 1:
+            case(group)
+
+    return run
+
+
+def byte_swapped(x: Array) -> Array:
+    """Return a copy of the other byte order; booleans and bytes have only one."""
+    return x if x.dtype.itemsize == 1 else x.astype(x.dtype.newbyteorder())

@@ -1,0 +1,269 @@
+"""The verbs on arrays as a table, and one way to try any of them.
+
+A `Trial` says what to call and with what; `attempt` makes the inputs of all ranks, works out the
+answer with plain numpy, makes the call and compares.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from mpidist import collectives
+from mpidist._types import SUM, Array, DType, ReduceOp
+from mpidist.backends.work import Work
+from mpidist.group import ProcessGroup
+from mpidist.testing.contract._landings import Landing, fresh
+from mpidist.testing.contract._values import combined, expect, tolerance, values
+
+__all__ = ["GATHERS", "REDUCTIONS", "VERBS", "Shares", "Trial", "Verb", "attempt", "begin"]
+
+FLOAT64: DType = np.dtype(np.float64)
+
+
+class Shares(Enum):
+    """What a rank's rows are: the same whole array, its own rows, or a block for each rank."""
+
+    WHOLE = "whole"
+    OWN = "own"
+    CUT = "cut"
+
+
+Answer: TypeAlias = Callable[["Trial", "_Inputs", int], Array]
+
+
+class Verb(NamedTuple):
+    """A collective on one array.
+
+    `answer` takes the trial, the inputs of all ranks and the rank whose result it is.
+    """
+
+    name: str
+    shares: Shares
+    answer: Answer
+    rooted: bool = False
+    reduces: bool = False
+    root_only: bool = False
+
+    def now(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the blocking form."""
+        return getattr(collectives, self.name)(*args, **kwargs)
+
+    def later(self, *args: Any, **kwargs: Any) -> Work[Any]:
+        """Call the immediate form."""
+        work: Work[Any] = getattr(collectives, f"i{self.name}")(*args, **kwargs)
+        return work
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One call of a verb.
+
+    Attributes
+    ----------
+    verb : Verb
+        What is called.
+    rows : int, tuple of int or None
+        Rows of each rank; a tuple is passed as `counts`; None makes 0-d arrays.
+    tail : tuple of int
+        The other dimensions.
+    dtype, op, root
+        Of the call.
+    layout : callable
+        Changes how an input lies in memory (and may change its values).
+    landing : callable
+        Makes `x` and `out` of the call; see `_landings`.
+    seed : int
+        Of the inputs.
+    """
+
+    verb: Verb
+    rows: int | tuple[int, ...] | None = 2
+    tail: tuple[int, ...] = (3,)
+    dtype: DType = FLOAT64
+    op: ReduceOp = SUM
+    root: int = 0
+    layout: Callable[[Array], Array] = field(default=np.asarray)
+    landing: Landing = fresh
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """Return what a failure has to say about the call."""
+        op = f", {self.op.name}" if self.verb.reduces else ""
+        root = f", root={self.root}" if self.verb.rooted else ""
+        return (
+            f"{self.verb.name}({self.dtype}, rows={self.rows}, tail={self.tail}{op}{root}), "
+            f"layout {self.layout.__name__}, out {self.landing.__name__}"
+        )
+
+    def counts(self, source: int, size: int) -> tuple[int, ...]:
+        """Return the rows that rank `source` has for each rank, or that each rank has."""
+        if not isinstance(self.rows, tuple):
+            return (self.rows or 0,) * size
+        if self.verb.name != "all_to_all":
+            return tuple(self.rows[rank % len(self.rows)] for rank in range(size))
+        return tuple(self.rows[(source + 2 * rank) % len(self.rows)] for rank in range(size))
+
+    def shape(self, rank: int, size: int) -> tuple[int, ...]:
+        """Return the shape of the input of a rank."""
+        if self.rows is None:
+            return ()
+        counts = self.counts(rank, size)
+        if self.verb.shares is Shares.WHOLE:
+            return (counts[0], *self.tail)
+        mine = counts[rank] if self.verb.shares is Shares.OWN else sum(counts)
+        return (mine, *self.tail)
+
+    def mine(self, rank: int, size: int) -> Array:
+        """Return the input of a rank, for it to keep."""
+        return self.layout(values(self.shape(rank, size), self.dtype, self.seed, rank))
+
+    def keywords(self, group: ProcessGroup, out: Array | None) -> dict[str, Any]:
+        """Return the keyword arguments of the call."""
+        keywords: dict[str, Any] = {"out": out}
+        if self.verb.rooted:
+            keywords["root"] = self.root
+        if self.verb.reduces:
+            keywords["op"] = self.op
+        if isinstance(self.rows, tuple) and self.verb.shares is not Shares.WHOLE:
+            keywords["counts"] = self.counts(group.rank, group.size)
+            if self.verb.name == "all_to_all":
+                keywords["recv_counts"] = [
+                    self.counts(source, group.size)[group.rank] for source in range(group.size)
+                ]
+        return keywords
+
+
+class Begun(NamedTuple):
+    """A call under way, and the comparison for its result."""
+
+    work: Work[Any]
+    check: Callable[[Any], None]
+
+
+def attempt(trial: Trial, group: ProcessGroup) -> Any:
+    """Make a blocking call, check its result and return it; collective."""
+    x, out, check = _prepare(trial, group)
+    result = trial.verb.now(x, group, **trial.keywords(group, out))
+    check(result)
+    return result
+
+
+def begin(trial: Trial, group: ProcessGroup) -> Begun:
+    """Make an immediate call; collective."""
+    x, out, check = _prepare(trial, group)
+    return Begun(trial.verb.later(x, group, **trial.keywords(group, out)), check)
+
+
+class _Inputs(NamedTuple):
+    """The inputs of all ranks, and for reductions their total and how far it may be off."""
+
+    arrays: tuple[Array, ...]
+    total: Array
+    bound: Array | None
+
+
+_MAKING = threading.Lock()
+
+
+def _inputs(trial: Trial, size: int) -> _Inputs:
+    """Return the inputs of all ranks; simulated ranks, being threads, share them."""
+    # Without the lock all of them would come here at once, and each make its own.
+    with _MAKING:
+        return _make_inputs(replace(trial, landing=fresh), size)
+
+
+@lru_cache(maxsize=16)
+def _make_inputs(trial: Trial, size: int) -> _Inputs:
+    arrays = tuple(trial.mine(rank, size) for rank in range(size))
+    if not trial.verb.reduces:
+        return _Inputs(arrays, arrays[0], None)
+    return _Inputs(arrays, combined(arrays, trial.op), tolerance(arrays, trial.op))
+
+
+def _expected(trial: Trial, inputs: _Inputs, rank: int) -> tuple[Array | None, Array | None]:
+    """Return what a rank should get, and how far it may be off."""
+    if trial.verb.root_only and rank != trial.root:
+        return None, None
+    size = len(inputs.arrays)
+    result = trial.verb.answer(trial, inputs, rank)
+    bound = inputs.bound
+    if bound is not None and trial.verb.shares is Shares.CUT:
+        bound = _cut(bound, trial.counts(rank, size), rank)
+    return np.asarray(result, result.dtype.newbyteorder("=")), bound
+
+
+def _prepare(
+    trial: Trial, group: ProcessGroup
+) -> tuple[Array, Array | None, Callable[[Any], None]]:
+    inputs = _inputs(trial, group.size)
+    expected, within = _expected(trial, inputs, group.rank)
+    x, out = trial.landing(trial.mine(group.rank, group.size), expected)
+    shared = out is not None and np.may_share_memory(x, out)
+    where = f"{trial} on {group}"
+
+    def check(result: Any) -> None:
+        expect(result, expected, where, within=within)
+        if out is not None and expected is not None and result is not out:
+            raise AssertionError(f"{where}: the result is not `out`")
+        if not shared:
+            expect(x, inputs.arrays[group.rank], f"{where}: the input afterwards")
+
+    return x, out, check
+
+
+def _cut(x: Array, counts: Sequence[int], rank: int) -> Array:
+    stops = list(accumulate(counts))
+    return x[stops[rank] - counts[rank] : stops[rank]]
+
+
+def _broadcast(trial: Trial, inputs: _Inputs, _: int) -> Array:
+    return inputs.arrays[trial.root]
+
+
+def _combine(_: Trial, inputs: _Inputs, __: int) -> Array:
+    return inputs.total
+
+
+def _join(_: Trial, inputs: _Inputs, __: int) -> Array:
+    return np.concatenate([np.atleast_1d(x) for x in inputs.arrays])
+
+
+def _scatter(trial: Trial, inputs: _Inputs, rank: int) -> Array:
+    return _cut(inputs.arrays[trial.root], trial.counts(trial.root, len(inputs.arrays)), rank)
+
+
+def _reduce_scatter(trial: Trial, inputs: _Inputs, rank: int) -> Array:
+    return _cut(inputs.total, trial.counts(rank, len(inputs.arrays)), rank)
+
+
+def _all_to_all(trial: Trial, inputs: _Inputs, rank: int) -> Array:
+    size = len(inputs.arrays)
+    return np.concatenate(
+        [_cut(x, trial.counts(source, size), rank) for source, x in enumerate(inputs.arrays)]
+    )
+
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb("broadcast", Shares.WHOLE, _broadcast, rooted=True),
+        Verb("reduce", Shares.WHOLE, _combine, rooted=True, reduces=True, root_only=True),
+        Verb("all_reduce", Shares.WHOLE, _combine, reduces=True),
+        Verb("gather", Shares.OWN, _join, rooted=True, root_only=True),
+        Verb("all_gather", Shares.OWN, _join),
+        Verb("scatter", Shares.CUT, _scatter, rooted=True),
+        Verb("reduce_scatter", Shares.CUT, _reduce_scatter, reduces=True),
+        Verb("all_to_all", Shares.CUT, _all_to_all),
+    )
+}
+
+REDUCTIONS = tuple(verb for verb in VERBS.values() if verb.reduces)
+GATHERS = tuple(verb for verb in VERBS.values() if verb.shares is Shares.OWN)

@@ -1,0 +1,93 @@
+"""The contract of transports, on MPI: this process is one of the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpidist._types import BOR, Array
+from mpidist.collectives import all_gather, all_reduce, broadcast, broadcast_object
+from mpidist.group import ProcessGroup
+from mpidist.point_to_point import sendrecv
+from mpidist.testing import BackendContract
+from mpidist.testing.contract import Run
+
+
+@pytest.mark.ranks(2, 3, 4)
+class TestMpi(BackendContract):
+    @pytest.fixture
+    def run(self, world: ProcessGroup) -> Run:
+        return lambda case: case(world)
+
+
+BEYOND = 2**31 + 24
+"""Bytes that a 32-bit count cannot hold."""
+
+PLACES = [0, 1, 2**30, 2**31 - 1, 2**31, BEYOND - 1]
+"""Where the marks are: about the numbers at which counts and chunks may wrap."""
+
+NEEDED = 16 * 2**30
+"""Bytes of memory: two ranks with two such arrays each, what the library adds, and some air."""
+
+
+def available_memory() -> int:
+    """Return the bytes that this machine can still give, 0 where it does not say."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return 0
+
+
+@pytest.fixture
+def roomy(world: ProcessGroup) -> ProcessGroup:
+    """Skip on all ranks unless rank 0 finds enough memory."""
+    available = broadcast_object(available_memory(), world)
+    if available < NEEDED:
+        pytest.skip(f"needs {NEEDED >> 30} GiB of memory, {available >> 30} GiB are available")
+    return world
+
+
+def marked(rank: int) -> Array:
+    """Return a long array, zero but for the marks of a rank."""
+    x = np.zeros(BEYOND, np.uint8)
+    x[PLACES] = marks_of(rank)
+    return x
+
+
+def marks_of(rank: int) -> Array:
+    return np.arange(1, 7, dtype=np.uint8) + 10 * rank
+
+
+def check_marks(x: Array, marks: Array) -> None:
+    assert x.shape == (BEYOND,)
+    np.testing.assert_array_equal(x[PLACES], marks)
+    assert np.count_nonzero(x) == len(PLACES)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.timeout(120)
+class TestBeyondTwoGibibytes:
+    def test_broadcast(self, roomy: ProcessGroup) -> None:
+        x = marked(roomy.rank)
+        broadcast(x, roomy, root=1, out=x)
+        check_marks(x, marks_of(1))
+
+    def test_all_reduce(self, roomy: ProcessGroup) -> None:
+        x = marked(roomy.rank)
+        all_reduce(x, roomy, op=BOR, out=x)
+        check_marks(x, marks_of(0) | marks_of(1))
+
+    def test_sendrecv(self, roomy: ProcessGroup) -> None:
+        other = 1 - roomy.rank
+        got = sendrecv(marked(roomy.rank), roomy, dst=other, src=other)
+        check_marks(got, marks_of(other))
+
+    def test_all_gather(self, roomy: ProcessGroup) -> None:
+        x = np.full(BEYOND // 2 + 1, roomy.rank + 1, np.uint8)
+        got = all_gather(x, roomy)
+        assert got.shape == (BEYOND + 2,)
+        assert got[: len(x)].max() == got[: len(x)].min() == 1
+        assert got[len(x) :].max() == got[len(x) :].min() == 2

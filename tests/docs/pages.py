@@ -1,0 +1,37 @@
+"""What the tests know about the documentation: its pages, and the code on them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from textwrap import dedent
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+EXAMPLES = sorted((DOCS / "examples").glob("[0-9]*.py"))
+
+_BLOCK = re.compile(
+    r"^\.\. code-block:: python\n(?P<options>(?:   :.*\n)*)\n(?P<code>(?:(?:   .*)?\n)+)",
+    re.MULTILINE,
+)
+
+
+def code_of(page: Path) -> str:
+    """Return all Python of a page as one program; blocks of the class `fails` are left out."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [b for b in _BLOCK.finditer(text) if ":class: fails" not in b["options"]]
+    return "\n".join(dedent(block["code"]) for block in blocks)
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.rst")) if code_of(page)]
+
+
+def readme_part(name: str) -> str:
+    """Return what stands in the README's fenced block between the comments of this name."""
+    text = README.read_text(encoding="utf-8")
+    found = re.search(
+        rf"<!-- begin {name} -->\n```\w+\n(.*?)```\n<!-- end {name} -->", text, re.DOTALL
+    )
+    assert found is not None, f"README.md has no part {name!r}"
+    return found[1]

@@ -1,0 +1,84 @@
+"""The examples run as their first lines say: with python, under mpirun, and by pytest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests._ranks.launcher import MARK, clean_environment, end_job
+from tests.docs.pages import DOCS, EXAMPLES, ROOT
+
+PYTEST = ["-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider", "--rootdir"]
+
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=[e.name for e in EXAMPLES])
+
+
+def run(command: Sequence[object], directory: Path) -> str:
+    """Run a command line and return its output; it must succeed and print no traceback."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=directory,
+        env=clean_environment() | {"PYTHONPATH": path, MARK: str(directory)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=60)[0].decode()
+    finally:
+        end_job(process, directory)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    return output
+
+
+def test_the_examples_are_found() -> None:
+    assert [example.name[:2] for example in EXAMPLES] == ["00", "01", "02"]
+
+
+def said_by_rank_0(output: str, size: int) -> str:
+    """Return the line that rank 0 prints, and nobody else."""
+    (line,) = [line for line in output.splitlines() if line.startswith("[world ")]
+    assert line.startswith(f"[world 0/{size}] ")
+    return line
+
+
+@each_example
+def test_an_example_runs_as_one_rank(example: Path, tmp_path: Path) -> None:
+    said_by_rank_0(run([sys.executable, example], tmp_path), 1)
+
+
+@pytest.mark.mpirun
+@each_example
+def test_an_example_runs_on_four_ranks(example: Path, tmp_path: Path, mpirun: list[str]) -> None:
+    line = said_by_rank_0(run([*mpirun, "-n", 4, sys.executable, example], tmp_path), 4)
+    if example.name == "00_first.py":
+        assert f"   {line}\n" in (DOCS / "quickstart.rst").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["test_mean.py"], id="mean"),
+        # All cases are asked of this transport elsewhere.
+        pytest.param(["test_transport.py", "-k", "barrier or all_reduce"], id="transport"),
+    ],
+)
+def test_tests_without_mpi_pass(arguments: list[str], tmp_path: Path) -> None:
+    name, *others = arguments
+    run([sys.executable, *PYTEST, tmp_path, DOCS / "examples" / name, *others], tmp_path)
+
+
+@pytest.mark.mpirun
+def test_tests_on_ranks_pass(tmp_path: Path, mpirun: list[str]) -> None:
+    test = DOCS / "examples" / "test_on_mpi.py"
+    arguments = [*PYTEST, tmp_path, "--with-mpi", test]
+    output = run([*mpirun, "-n", 3, sys.executable, *arguments], tmp_path)
+    assert output.count("1 passed") == 3

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mpidist.boxes import Box, split_evenly
+from mpidist.errors import SizeMismatchError
+
+SHAPE = (4, 5)
+BOXES = [
+    Box((row, column), (rows, columns))
+    for row, column, rows, columns in itertools.product((0, 1, 3), (0, 2, 4), (0, 1, 2), (0, 1, 3))
+    if row + rows <= 4 and column + columns <= 5
+]
+
+
+def covered(box: Box) -> np.ndarray:
+    """Return a map of an array, true inside the box."""
+    inside = np.zeros(SHAPE, bool)
+    inside[box.slices] = True
+    return inside
+
+
+@pytest.mark.parametrize("a", BOXES)
+def test_intersection_is_what_both_cover(a: Box) -> None:
+    for b in BOXES:
+        common = covered(a) & covered(b)
+        both = a.intersect(b)
+        assert both == b.intersect(a)
+        if both is None:
+            assert not common.any()
+        else:
+            np.testing.assert_array_equal(covered(both), common)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_facts_of_a_box(box: Box) -> None:
+    assert box.count == covered(box).sum() == np.empty(SHAPE)[box.slices].size
+    assert box.empty == (box.count == 0)
+    assert box.stops == tuple(s.stop for s in box.slices)
+    assert box.intersect(Box.whole(SHAPE)) == (None if box.empty else box)
+
+
+def test_box_of_a_number() -> None:
+    box = Box.whole(())
+    assert box == Box((), ())
+    assert (box.count, box.empty, box.slices, box.stops) == (1, False, (), ())
+    assert box.intersect(box) == box
+
+
+def test_relative_to_finds_the_same_elements() -> None:
+    whole = np.arange(20).reshape(SHAPE)
+    origin, box = Box((1, 1), (3, 4)), Box((2, 2), (1, 3))
+    part = whole[origin.slices]
+    np.testing.assert_array_equal(part[box.relative_to(origin).slices], whole[box.slices])
+    with pytest.raises(SizeMismatchError, match=r"does not lie inside"):
+        Box((0, 1), (1, 1)).relative_to(origin)
+    with pytest.raises(SizeMismatchError, match=r"does not lie inside"):
+        Box((3, 1), (2, 1)).relative_to(origin)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "sizes", "words"),
+    [((0,), (1, 2), "1 offsets but 2 sizes"), ((-1,), (1,), "negative"), ((0,), (-2,), "negative")],
+)
+def test_impossible_boxes(offsets: tuple[int, ...], sizes: tuple[int, ...], words: str) -> None:
+    with pytest.raises(SizeMismatchError, match=words):
+        Box(offsets, sizes)
+
+
+def test_intersecting_boxes_of_other_dimensions() -> None:
+    with pytest.raises(SizeMismatchError, match="2 dimensions and one of 1"):
+        Box((0, 0), (1, 1)).intersect(Box((0,), (1,)))
+
+
+@pytest.mark.parametrize("parts", range(1, 10))
+def test_split_evenly_is_numpy_array_split(parts: int) -> None:
+    for length in range(25):
+        expected = np.array_split(np.arange(length), parts)
+        got = split_evenly(length, parts)
+        assert [size for _, size in got] == [len(part) for part in expected]
+        assert all(part[0] == o for (o, _), part in zip(got, expected, strict=True) if len(part))
+
+
+@pytest.mark.parametrize(("length", "parts"), [(-1, 2), (3, 0), (3, -1)])
+def test_impossible_splits(length: int, parts: int) -> None:
+    with pytest.raises(SizeMismatchError, match=f"a length of {length} into {parts} parts"):
+        split_evenly(length, parts)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from mpidist import errors
+
+CLASSES = [getattr(errors, name) for name in errors.__all__]
+
+ALSO: dict[type[Exception], set[str]] = {
+    ValueError: {
+        "CollectiveMismatchError",
+        "InvalidRankError",
+        "InvalidWorldSizeError",
+        "SelfSendError",
+        "SizeMismatchError",
+        "UnsupportedOperationError",
+    },
+    TimeoutError: {"CollectiveTimeoutError"},
+    ConnectionError: {"NoConnectionError", "PeerLostError"},
+    RuntimeError: {"BackendUnavailableError", "GroupBrokenError", "TransportError"},
+}
+
+
+@pytest.mark.parametrize("error", CLASSES, ids=lambda error: error.__name__)
+def test_every_error_is_one_of_ours_and_stands_in_the_tree(error: type[Exception]) -> None:
+    assert issubclass(error, errors.DistributedError)
+    assert error.__name__ in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize("builtin", ALSO, ids=lambda error: error.__name__)
+def test_code_that_knows_nothing_of_mpidist_can_catch_them(builtin: type[Exception]) -> None:
+    found = {error.__name__ for error in CLASSES if issubclass(error, builtin)}
+    assert found == ALSO[builtin]
+
+
+def test_transport_error_keeps_the_code() -> None:
+    error = errors.TransportError("all_reduce: no", code=15)
+    assert (str(error), error.code) == ("all_reduce: no", 15)
