@@ -16,16 +16,16 @@ import platform
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mpidist._types import MEAN, Array, DType, ReduceOp
 from mpidist.arrays import DTYPES, HALVES, ufunc_of
-from mpidist.backends.work import Steps, Work
+from mpidist.backends.work import Work
 from mpidist.boxes import split_evenly
 from mpidist.errors import CollectiveMismatchError
 
@@ -202,6 +202,15 @@ class DirectBoard:
                 return False
         return True
 
+    def absent(self, number: int) -> list[int]:
+        """Return the ranks that have not come to operation `number`."""
+        place = self._slot(7, number)
+        return [r for r, start in enumerate(self._starts) if self._words[start + place] != number]
+
+    def unfinished(self, number: int) -> list[int]:
+        """Return the ranks that are not done with operation `number`."""
+        return [r for r, start in enumerate(self._starts) if self._words[start] < number]
+
     def records(self, number: int) -> list[tuple[int, ...]]:
         """Return what each rank came with."""
         places = [8 * self._slot(start, number) for start in self._starts]
@@ -222,18 +231,31 @@ class DirectBoard:
         return True
 
 
-class _Until(Work[None]):
-    """Complete when a condition holds."""
+class Until(Work[None]):
+    """Complete when a condition holds.
 
-    def __init__(self, condition: Callable[[], bool]) -> None:
-        self.done = condition  # type: ignore[method-assign]  # no call between poll and condition
+    Parameters
+    ----------
+    condition : callable
+        Polled.
+    missing : callable
+        Returns the ranks that keep it from holding.
+    """
+
+    def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
+        self.condition = condition
+        self.missing = missing
 
     def done(self) -> bool:
-        """Return whether the condition holds; replaced by it."""
-        return True
+        """Return whether the condition holds."""
+        return self.condition()
 
     def wait(self, timeout: float | None = None) -> None:
         """Do nothing: a phase is polled, never waited for."""
+
+
+Meetings: TypeAlias = Generator[Until, None, None]
+"""An operation on the direct path: it yields each meeting that it has to wait for."""
 
 
 # -- the collectives -----------------------------------------------------------------------------
@@ -265,7 +287,7 @@ class Direct:
         self._entered = 0
         self._finished = 0
 
-    def plan(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Steps | None:
+    def plan(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Meetings | None:
         """Return the steps of a collective on registered memory, or None if it is not on such.
 
         Parameters
@@ -277,7 +299,7 @@ class Direct:
 
         Returns
         -------
-        Steps or None
+        Meetings or None
             The same choice on all ranks if they pass the same places, as they must.
         """
         if verb == "all_reduce":
@@ -298,7 +320,7 @@ class Direct:
             return None if place is None else self.broadcast(place, root)
         return None
 
-    def all_reduce(self, place: Place, op: ReduceOp) -> Steps:
+    def all_reduce(self, place: Place, op: ReduceOp) -> Meetings:
         """Combine the arrays of all ranks in rank order, in place.
 
         Each rank combines one slice of all arrays and writes the result into all: 2 (p - 1) / p
@@ -309,7 +331,7 @@ class Direct:
 
     def reduce_scatter(
         self, place: Place, out: Array, counts: Sequence[int], op: ReduceOp
-    ) -> Steps:
+    ) -> Meetings:
         """Combine this rank's part of all arrays in rank order into `out`, anywhere."""
         start = sum(counts[: self._rank])
         stop = start + counts[self._rank]
@@ -319,7 +341,7 @@ class Direct:
 
         return self._operate("reduce_scatter", place, op, 0, work)
 
-    def all_gather(self, place: Place, counts: Sequence[int]) -> Steps:
+    def all_gather(self, place: Place, counts: Sequence[int]) -> Meetings:
         """Copy every rank's own part of the arrays from its array into this rank's."""
 
         def work() -> None:
@@ -331,7 +353,7 @@ class Direct:
 
         return self._operate("all_gather", place, ReduceOp.SUM, 0, work)
 
-    def broadcast(self, place: Place, root: int) -> Steps:
+    def broadcast(self, place: Place, root: int) -> Meetings:
         """Copy the array of `root` into this rank's."""
 
         def work() -> None:
@@ -349,7 +371,7 @@ class Direct:
 
     def _operate(
         self, verb: str, place: Place, op: ReduceOp, root: int, work: Callable[[], None]
-    ) -> Steps:
+    ) -> Meetings:
         """Meet, work, meet."""
         self._begun += 1
         number, board = self._begun, self._board
@@ -362,17 +384,23 @@ class Direct:
             0,
         )
         if self._entered < number - 1 or not self._slot_free(number):
-            yield _Until(lambda: self._entered == number - 1 and self._slot_free(number))
+            yield Until(
+                lambda: self._entered == number - 1 and self._slot_free(number),
+                lambda: board.unfinished(number - _RING),
+            )
         board.enter(number, record)
         self._entered = number
-        yield _Until(lambda: self._finished == number - 1 and board.all_entered(number))
+        yield Until(
+            lambda: self._finished == number - 1 and board.all_entered(number),
+            lambda: board.absent(number),
+        )
         records = board.records(number)
         alike = all(other == record for other in records)
         if alike:
             work()
         self._finished = number
         board.finish(number)
-        yield _Until(lambda: board.all_finished(number))
+        yield Until(lambda: board.all_finished(number), lambda: board.unfinished(number))
         if not alike:
             raise CollectiveMismatchError(_tell_difference(records))
 

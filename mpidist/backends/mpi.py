@@ -267,10 +267,10 @@ class MpiBackend(Backend):
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
         """Perform a collective by the library's blocking call, if it has one."""
         if self._direct is not None:
-            steps = self._direct.plan(verb, args, self.registered)
-            if steps is not None:
-                for phase in steps:
-                    waiter.wait_for(phase.done)
+            meetings = self._direct.plan(verb, args, self.registered)
+            if meetings is not None:
+                for meeting in meetings:
+                    waiter.wait_for(meeting.condition, missing=meeting.missing)
                 return
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         if call is None:

@@ -82,7 +82,9 @@ def test_the_other_verbs(world):
     np.testing.assert_array_equal(buffer, parts[world.rank])
 
     mpidist.all_gather(buffer[mine], world, out=buffer)
-    expected = np.concatenate([parts[rank][64 * rank : 64 * (rank + 1)] for rank in range(world.size)])
+    expected = np.concatenate(
+        [parts[rank][64 * rank : 64 * (rank + 1)] for rank in range(world.size)]
+    )
     np.testing.assert_array_equal(buffer, expected)
 
     buffer[...] = parts[world.rank]
