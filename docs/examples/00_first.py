@@ -19,6 +19,6 @@ with mpidist.init() as world:  # one rank without mpirun
         loss = np.sum(error**2) / points  # computed while the gradient is under way
         w -= 0.2 * work.wait()  # the sum over all ranks, the same bits on each
 
-    loss = mpidist.all_reduce(np.array(loss), world)  # all ranks call it, though one prints
+    loss = mpidist.all_reduce(loss, world)  # all ranks call it, though one prints
     if world.rank == 0:
         world.print(f"{points} points, w = {np.round(w, 2)}, mean square error {loss:.4f}")
