@@ -111,8 +111,8 @@ class _Hooks:
     def _watch(self) -> None:
         """End the job if a call of the library outlasts its deadline.
 
-        All ranks had come to it, so one of them has been lost since. The call cannot be ended in
-        any other way.
+        All ranks had come to a collective, so one of them has been lost since, or is in another
+        call. This one cannot be ended in any other way.
         """
         while True:
             time.sleep(_ROUND)
@@ -124,8 +124,9 @@ class _Hooks:
                 if seconds > inside.timeout:
                     self._say(
                         f"is stuck in the MPI library's part of {inside.operation} for "
-                        f"{seconds:.0f} s; all ranks had come to it, so one has been lost since "
-                        "(its own output, or the launcher's, may say why); ending the job"
+                        f"{seconds:.0f} s. All ranks had come to a collective: one has been lost "
+                        "since (its own output, or the launcher's, may say why), or called "
+                        "another collective, or this one with another shape; ending the job"
                     )
                     self._abort(1)
 
