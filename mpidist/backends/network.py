@@ -9,64 +9,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import numpy as np
-
-from mpidist._types import Array
-from mpidist.arrays import as_bytes
 from mpidist.backends.faults import Faults, JobAborted, Mode, RankDied
+from mpidist.backends.matching import Matcher, Parcel, Place, Slot
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work
-from mpidist.errors import SizeMismatchError
+from mpidist.errors import TransportError
 
-__all__ = ["ExchangeWork", "Meeting", "Network", "Place"]
+__all__ = ["ExchangeWork", "Meeting", "Network"]
 
 _FIRST_NAP, _LONGEST_NAP = 20e-6, 500e-6
 """Seconds that a poll which finds nothing waits for news; doubled from the first to the longest."""
-
-T = TypeVar("T", "_Parcel", "_Slot")
-
-
-class Place(NamedTuple):
-    """A rank in one of the groups: what tells the groups apart, and the members' world ranks."""
-
-    context: Hashable
-    rank: int
-    members: tuple[int, ...]
-
-
-class _Address(NamedTuple):
-    """Where messages meet receives: a rank of one group, and a lane."""
-
-    context: Hashable
-    rank: int
-    lane: int
-
-
-class _Parcel:
-    """One message on its way; `work` is the sender's until its array is no longer needed."""
-
-    __slots__ = ("address", "data", "members", "source", "work")
-
-    def __init__(self, sender: Place, message: Message, work: ExchangeWork) -> None:
-        self.address = _Address(sender.context, message.peer, message.lane)
-        self.members = sender.members
-        self.source = sender.rank
-        self.data = as_bytes(message.array)
-        self.work: ExchangeWork | None = work
-
-
-class _Slot:
-    """One posted receive; its source is the `index`-th of its work's."""
-
-    __slots__ = ("index", "room", "source", "work")
-
-    def __init__(self, room: Array, source: int, work: ExchangeWork, index: int) -> None:
-        self.room = room
-        self.source = source
-        self.work = work
-        self.index = index
 
 
 class ExchangeWork(Work[tuple[int, ...]]):
@@ -77,7 +31,7 @@ class ExchangeWork(Work[tuple[int, ...]]):
         self.world_rank = rank
         self.pending = sends + receives
         self.sources = [ANY_SOURCE] * receives
-        self.error: SizeMismatchError | None = None
+        self.error: TransportError | None = None
 
     def done(self) -> bool:
         """Take this rank's turns, and return whether all messages have been moved."""
@@ -168,8 +122,7 @@ class Network:
         self._bells = [_Bell() for _ in range(size)]
         self._busy = [0] * size
         self._turns: list[deque[Callable[[], None]]] = [deque() for _ in range(size)]
-        self._arrived: dict[_Address, list[_Parcel]] = {}
-        self._posted: dict[_Address, list[_Slot]] = {}
+        self._matcher = Matcher()
         self._late: list[tuple[float, int, Callable[[], None]]] = []
         self._last_due: dict[tuple[int, int], float] = {}
         self._sent: Counter[tuple[int, int]] = Counter()
@@ -243,8 +196,13 @@ class Network:
             self._bells[rank].nap()
             self.take_turns(rank)
 
-    def meet(self, key: Hashable, place: Place, value: Any, *, waiter: Waiter) -> Meeting:
-        """Wait until all members of a place have laid down their values under one key."""
+    def meet(
+        self, key: Hashable, place: Place, value: Any, *, names: Sequence[int], waiter: Waiter
+    ) -> Meeting:
+        """Wait until all members of a place have laid down their values under one key.
+
+        `names` are the numbers by which the waiter knows the members.
+        """
         rank = place.members[place.rank]
         with self._lock:
             self._enter(rank)
@@ -256,8 +214,13 @@ class Network:
                 meeting.number = next(self._numbers)
                 for member in place.members:
                     self._bells[member].ring()
+
+        def missing() -> list[int]:
+            here = tuple(meeting.values)
+            return [name for name, who in zip(names, place.members, strict=True) if who not in here]
+
         try:
-            waiter.wait_for(meeting.full)
+            waiter.wait_for(meeting.full, missing=missing)
         finally:
             with self._lock:
                 self._busy[rank] -= 1
@@ -271,23 +234,25 @@ class Network:
         """Post receives and send messages for one rank of a group."""
         rank = place.members[place.rank]
         work = ExchangeWork(self, rank, len(sends), len(receives))
-        parcels = [_Parcel(place, message, work) for message in sends]
+        parcels = [Parcel(place, message, work) for message in sends]
         if self._mode is Mode.EAGER:
             for parcel in parcels:
                 parcel.data = parcel.data.copy()
         with self._lock:
             self._enter(rank)
             self._busy[rank] += bool(work.pending)
-            for index, (array, peer, lane) in enumerate(receives):
-                address = _Address(place.context, place.rank, lane)
-                self._post(address, _Slot(as_bytes(array), peer, work, index))
+            for index, message in enumerate(receives):
+                slot = Slot(place, message, work, index)
+                waiting = self._matcher.post(slot)
+                if waiting is not None:
+                    self._match(waiting, slot)
             for parcel in parcels:
                 if self._mode is Mode.EAGER:
                     self._sent_off(parcel)
                 self._dispatch(parcel)
         return work
 
-    def _dispatch(self, parcel: _Parcel) -> None:
+    def _dispatch(self, parcel: Parcel) -> None:
         """Put a message on its way: at once, later, or never."""
         source, dest = pair = parcel.members[parcel.source], parcel.members[parcel.address.rank]
         self._sent[pair] += 1
@@ -308,35 +273,22 @@ class Network:
         self._last_due[pair] = due
         heapq.heappush(self._late, (due, next(self._numbers), arrive))
 
-    def _post(self, address: _Address, slot: _Slot) -> None:
-        parcel = _take(
-            self._arrived, address, lambda parcel: slot.source in (ANY_SOURCE, parcel.source)
-        )
-        if parcel is None:
-            self._posted.setdefault(address, []).append(slot)
-        else:
+    def _arrive(self, parcel: Parcel) -> None:
+        slot = self._matcher.arrive(parcel)
+        if slot is not None:
             self._match(parcel, slot)
 
-    def _arrive(self, parcel: _Parcel) -> None:
-        slot = _take(
-            self._posted, parcel.address, lambda slot: slot.source in (ANY_SOURCE, parcel.source)
-        )
-        if slot is None:
-            self._arrived.setdefault(parcel.address, []).append(parcel)
-        else:
-            self._match(parcel, slot)
-
-    def _match(self, parcel: _Parcel, slot: _Slot) -> None:
+    def _match(self, parcel: Parcel, slot: Slot) -> None:
         """Move a message that has met its receive."""
         if self._mode is not Mode.POLLED:
-            _deliver(parcel, slot)
+            slot.take(parcel)
             self._sent_off(parcel)
             self._finish(slot.work)
             return
         dest = slot.work.world_rank
 
         def take() -> None:
-            _deliver(parcel, slot)
+            slot.take(parcel)
             self._finish(slot.work)
 
         def send() -> None:
@@ -350,7 +302,7 @@ class Network:
         self._turns[rank].append(action)
         self._bells[rank].ring()
 
-    def _sent_off(self, parcel: _Parcel) -> None:
+    def _sent_off(self, parcel: Parcel) -> None:
         """Release the sender's array."""
         if parcel.work is not None:
             self._finish(parcel.work)
@@ -362,27 +314,3 @@ class Network:
         if not work.pending:
             self._busy[work.world_rank] -= 1
             self._bells[work.world_rank].ring()
-
-
-def _take(table: dict[_Address, list[T]], address: _Address, fits: Callable[[T], bool]) -> T | None:
-    """Remove and return the first entry that fits."""
-    entries = table.get(address, [])
-    for index, entry in enumerate(entries):
-        if fits(entry):
-            del entries[index]
-            if not entries:
-                del table[address]
-            return entry
-    return None
-
-
-def _deliver(parcel: _Parcel, slot: _Slot) -> None:
-    slot.work.sources[slot.index] = parcel.source
-    if parcel.data.size > slot.room.size:
-        slot.work.error = SizeMismatchError(
-            f"receive on rank {parcel.address.rank}: the message of rank {parcel.source} has "
-            f"{parcel.data.size} bytes, the array that takes it {slot.room.size}; "
-            "give an array at least as large as what is sent"
-        )
-        return
-    np.copyto(slot.room[: parcel.data.size], parcel.data)

@@ -11,7 +11,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.faults import JobAborted
-from mpidist.backends.network import ExchangeWork, Network, Place
+from mpidist.backends.matching import Place
+from mpidist.backends.network import ExchangeWork, Network
 from mpidist.backends.work import Message, Waiter
 
 __all__ = ["SimulatedBackend"]
@@ -62,6 +63,7 @@ class SimulatedBackend(Backend):
             (self._place.context, "split", self._splits),
             self._place,
             (color, key, self.rank),
+            names=range(self.size),
             waiter=waiter,
         )
         if color is None:
@@ -79,6 +81,7 @@ class SimulatedBackend(Backend):
             (self._place.context, key, self._created[key]),
             Place((), key.index(self.rank), members),
             None,
+            names=ranks,
             waiter=waiter,
         )
         return self._child(ranks, meeting.number)

@@ -25,7 +25,7 @@ _GRACE = 0.5
 _MARGIN = 1.0
 """Seconds by which the groups' own deadline, whose error says more, comes before the run's."""
 
-_CONSEQUENCES = (PeerLostError, GroupBrokenError, CollectiveTimeoutError, JobAborted)
+_CONSEQUENCES = (PeerLostError, GroupBrokenError, CollectiveTimeoutError)
 """What a rank raises because another one has failed."""
 
 
@@ -152,10 +152,17 @@ def _join(ranks: Sequence[_Rank[Any]], timeout: float) -> str:
     return ""
 
 
+def _remoteness(error: BaseException | None) -> int:
+    """Return how far an error is from the cause: the cause itself, a consequence, or the end."""
+    if isinstance(error, JobAborted):
+        return 2
+    return int(isinstance(error, _CONSEQUENCES))
+
+
 def _raise_first(ranks: Sequence[_Rank[Any]], late: str) -> None:
     """Raise the error that says most, with the others noted."""
     failed = [rank for rank in ranks if rank.error is not None]
-    failed.sort(key=lambda rank: (isinstance(rank.error, _CONSEQUENCES), rank.number))
+    failed.sort(key=lambda rank: (_remoteness(rank.error), rank.number))
     first: BaseException | None = TimeoutError(late) if late else None
     if first is None and failed:
         first = failed.pop(0).error

@@ -19,7 +19,7 @@ from mpidist.errors import (
     BackendUnavailableError,
     CollectiveTimeoutError,
     PeerLostError,
-    SizeMismatchError,
+    TransportError,
 )
 from mpidist.group import ProcessGroup
 from mpidist.testing import Death, Drop, Faults, Mode, run_ranks
@@ -129,7 +129,7 @@ def test_message_and_room_of_other_lengths(mode: Mode, receive_first: bool) -> N
     settle(send, receive)
     np.testing.assert_array_equal(room, [1, 1, 1, 9, 9, 9, 9, 9])
     send, receive = move(large)
-    with pytest.raises(SizeMismatchError, match="rank 0 has 9 bytes, the array that takes it 8"):
+    with pytest.raises(TransportError, match="rank 0 has 9 bytes, the array that takes it 8"):
         settle(send, receive)
     assert send.done()
     np.testing.assert_array_equal(room, [1, 1, 1, 9, 9, 9, 9, 9])
@@ -251,6 +251,16 @@ def test_a_silent_death_is_left_to_the_deadline() -> None:
 def test_death_while_making_a_group() -> None:
     with pytest.raises(PeerLostError, match="split"):
         run_ranks(3, lambda group: group.split(0), faults=Faults(deaths=(Death(0, 1),)))
+
+
+def test_who_does_not_come_to_make_a_group_is_named() -> None:
+    def incomplete(group: ProcessGroup) -> None:
+        members = [3, 1, 0]
+        if group.rank in (3, 0):
+            with pytest.raises(CollectiveTimeoutError, match=r"new_group.*waiting for rank 1;"):
+                group.new_group(members)
+
+    run_ranks(4, incomplete, timeout=0.1)
 
 
 def test_no_error_handler_revives_the_dead() -> None:

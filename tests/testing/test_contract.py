@@ -1,0 +1,146 @@
+"""The contract finds what it is there for: transports that are wrong in one way each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpidist._types import MIN, Array, ReduceOp
+from mpidist.arrays import HALVES
+from mpidist.backends import algorithms
+from mpidist.backends.base import Backend
+from mpidist.backends.waiting import wait_until
+from mpidist.backends.work import Work
+from mpidist.errors import TransportError
+from mpidist.group import ProcessGroup
+from mpidist.testing import BackendContract, run_ranks
+
+Reduction = Callable[[Array, Array, ReduceOp], Work[Any]]
+
+
+def waits_inside(backend: Backend) -> None:
+    """Wait in the call that should only start."""
+    original = backend.all_reduce
+
+    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
+        work = original(x, out, op)
+        wait_until(work.done, timeout=60, progress=backend.progress)
+        return work
+
+    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+
+
+def loses_nan(backend: Backend) -> None:
+    """Let MIN ignore NaN, as C's comparison does."""
+    original = backend.all_reduce
+
+    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
+        if op is MIN and x.dtype == np.float64:
+            x = np.where(np.isnan(x), np.inf, x)
+        return original(x, out, op)
+
+    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+
+
+def rounds_each_step(backend: Backend) -> None:
+    """Sum halves pair by pair, rounding each time."""
+    original = backend.all_reduce
+
+    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
+        if x.dtype not in HALVES:
+            return original(x, out, op)
+        return backend.start(algorithms.ring_all_reduce(backend._next_lane(), x, out, op))
+
+    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+
+
+def other_bits_on_one_rank(backend: Backend) -> None:
+    """Change the last bit of a result on rank 1."""
+    original = backend.all_reduce
+
+    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
+        if x.dtype != np.float32 or backend.rank != 1:
+            return original(x, out, op)
+        wait_until(original(x, out, op).done, timeout=10, progress=backend.progress)
+        out[-1:] = np.nextafter(out[-1:], np.float32(np.inf))
+        return backend.start(iter(()))  # type: ignore[arg-type]
+
+    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+
+
+def spoils_its_input(backend: Backend) -> None:
+    """Use the input of a reduction as scratch memory."""
+    original = backend.reduce_scatter
+
+    def reduce_scatter(x: Array, out: Array, counts: Sequence[int], op: ReduceOp) -> Work[Any]:
+        work = original(x.copy(), out, counts, op)
+        x[...] = 0
+        return work
+
+    backend.reduce_scatter = reduce_scatter  # type: ignore[method-assign]
+
+
+def takes_root_for_granted(backend: Backend) -> None:
+    """Broadcast from rank 0 whatever the root."""
+    original = backend.broadcast
+    backend.broadcast = lambda x, root: original(x, 0)  # type: ignore[method-assign]
+
+
+def swaps_counts(backend: Backend) -> None:
+    """Mistake the counts that are received for those that are sent, where both add up."""
+    original = backend.all_to_all
+
+    def all_to_all(x: Array, out: Array, sent: Sequence[int], received: Sequence[int]) -> Work[Any]:
+        if sum(sent) == sum(received):
+            sent, received = received, sent
+        return original(x, out, sent, received)
+
+    backend.all_to_all = all_to_all  # type: ignore[method-assign]
+
+
+def claims_too_much(backend: Backend) -> None:
+    """Offer 16-bit sums, but of small numbers only."""
+    original = backend.reduce
+
+    def reduce(x: Array, out: Array | None, op: ReduceOp, root: int) -> Work[Any]:
+        return original(np.clip(x, -9999, 9999) if x.dtype == np.int16 else x, out, op, root)
+
+    backend.reduce = reduce  # type: ignore[method-assign]
+
+
+FAKES: dict[Callable[[Backend], None], tuple[str, str]] = {
+    waits_inside: ("test_immediate", "recv|iall_reduce|did not end"),
+    loses_nan: ("test_not_a_number", r"all_reduce MIN float64, NaN of rank"),
+    rounds_each_step: ("test_halves_round_once", r"all_reduce SUM of \d+ "),
+    other_bits_on_one_rank: ("test_same_bits", r"ranks \[1\] hold other bits"),
+    spoils_its_input: ("test_every_reduce_scatter", "the input afterwards"),
+    takes_root_for_granted: ("test_every_root", r"broadcast\(float64.*root=[12]\)"),
+    swaps_counts: ("test_uneven_counts", r"all_to_all\(|receive on rank"),
+    claims_too_much: ("test_every_reduce", r"reduce\(int16, .*SUM"),
+}
+
+
+@pytest.mark.parametrize("spoil", FAKES, ids=lambda spoil: spoil.__name__)
+def test_a_wrong_transport_is_found(spoil: Callable[[Backend], None]) -> None:
+    name, words = FAKES[spoil]
+
+    def run(case: Callable[[ProcessGroup], None]) -> None:
+        def on_rank(group: ProcessGroup) -> None:
+            spoil(group._backend)
+            case(group)
+
+        run_ranks(3, on_rank, timeout=0.5 if spoil is waits_inside else 20)
+
+    method = getattr(BackendContract(), name)
+    with pytest.raises((AssertionError, TimeoutError, TransportError), match=words):
+        method(run)
+
+
+def test_every_method_says_what_it_asks() -> None:
+    methods = [getattr(BackendContract, name) for name in vars(BackendContract) if "test_" in name]
+    assert len(methods) > 40
+    for method in methods:
+        assert method.__doc__
