@@ -7,18 +7,21 @@ dtype, and one copy of every array before and after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
 from mpidist._types import SUM, Array, DType, ReduceOp
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import check_array
-from mpidist.collectives._gathers import iall_gather
-from mpidist.collectives._reductions import iall_reduce, ibroadcast, ireduce_scatter
+from mpidist.collectives._gathers import plan_all_gather
+from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, plan_reduce_scatter
 from mpidist.collectives._rows import cut_rows, rows_of
 from mpidist.errors import SizeMismatchError
 from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
+from mpidist.pending import Plan
 
 __all__ = [
     "all_gather_coalesced",
@@ -31,60 +34,72 @@ __all__ = [
     "reduce_scatter_coalesced",
 ]
 
+_Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
-class _Coalesced(Work[list[Array]]):
-    """One operation per dtype, each on the arrays of that dtype side by side.
+
+class _Together(Work[list[Array]]):
+    """Several operations whose results lie in one list."""
+
+    def __init__(self, works: Sequence[Work[None]], outs: list[Array]) -> None:
+        self._works = works
+        self._outs = outs
+
+    def done(self) -> bool:
+        """Return whether all are complete."""
+        return all(work.done() for work in self._works)
+
+    def wait(self, timeout: float | None = None) -> list[Array]:
+        """Wait for all."""
+        for work in self._works:
+            work.wait(timeout)
+        return self._outs
+
+
+def _start(
+    arrays: Sequence[Array],
+    outs: list[Array],
+    plan: Callable[[Array], Plan[Array]],
+    group: ProcessGroup,
+    *,
+    parts: tuple[int, int],
+) -> Work[list[Array]]:
+    """Start one collective per dtype, each on the arrays of that dtype side by side.
 
     Parameters
     ----------
     arrays, outs : sequence of Array
         Inputs, and where the results go.
-    start : callable
-        Starts the collective on a packed array of shape (rows, length).
+    plan : callable
+        Plans the collective on a packed array of shape (parts[0], length).
+    group : ProcessGroup
+        The ranks taking part.
     parts : tuple of int
         How many ranks' parts each input, and each result, consists of.
     """
-
-    def __init__(
-        self,
-        arrays: Sequence[Array],
-        outs: list[Array],
-        start: Callable[[Array], Work[Array]],
-        *,
-        parts: tuple[int, int],
-    ) -> None:
-        self._outs = outs
-        self._parts_out = parts[1]
-        self._pending: list[tuple[dict[str, tuple[int, ...]], Work[Array]]] = []
-        for dtype, places in _by_dtype(arrays).items():
-            flats = {str(p): arrays[p].reshape(parts[0], -1) for p in places}
-            shapes: dict[str, tuple[int, ...]] = {n: flat.shape[1:] for n, flat in flats.items()}
-            packed = np.empty((parts[0], FlatBuffer.length_of(shapes)), dtype)
-            for part, row in enumerate(packed):
-                buffer = FlatBuffer(shapes, dtype, storage=row)
-                buffer.pack({name: flat[part] for name, flat in flats.items()})
-            self._pending.append((shapes, start(packed)))
-
-    def done(self) -> bool:
-        """Return whether all are complete."""
-        return all(work.done() for _, work in self._pending)
-
-    def wait(self, timeout: float | None = None) -> list[Array]:
-        """Wait for all, and unpack."""
-        for shapes, work in self._pending:
-            packed = work.wait(timeout).reshape(self._parts_out, -1)
-            self._unpack(packed, shapes)
-        self._pending.clear()
-        return self._outs
-
-    def _unpack(self, packed: Array, shapes: dict[str, tuple[int, ...]]) -> None:
-        flats = {name: np.empty((self._parts_out, *shapes[name]), packed.dtype) for name in shapes}
+    works = []
+    for dtype, places in _by_dtype(arrays).items():
+        flats = {str(place): arrays[place].reshape(parts[0], -1) for place in places}
+        shapes: _Shapes = {name: flat.shape[1:] for name, flat in flats.items()}
+        packed = np.empty((parts[0], FlatBuffer.length_of(shapes)), dtype)
         for part, row in enumerate(packed):
-            buffer = FlatBuffer(shapes, packed.dtype, storage=row)
-            buffer.unpack({name: flat[part] for name, flat in flats.items()})
-        for name, flat in flats.items():
-            out = self._outs[int(name)]
-            out[...] = flat.reshape(out.shape)
+            buffer = FlatBuffer(shapes, dtype, storage=row)
+            buffer.pack({name: flat[part] for name, flat in flats.items()})
+        checked = plan(packed)
+        unpack = partial(_unpack, checked.finish, shapes, outs, parts[1])
+        works.append(group.start(Plan(checked.verb, checked.args, unpack)))
+    return _Together(works, outs)
+
+
+def _unpack(finish: Callable[[], Array], shapes: _Shapes, outs: list[Array], parts: int) -> None:
+    """Copy a packed result to the arrays; called when it has come, also if nobody waits."""
+    packed = finish().reshape(parts, -1)
+    flats = {name: np.empty((parts, *shape), packed.dtype) for name, shape in shapes.items()}
+    for part, row in enumerate(packed):
+        buffer = FlatBuffer(shapes, packed.dtype, storage=row)
+        buffer.unpack({name: flat[part] for name, flat in flats.items()})
+    for name, flat in flats.items():
+        out = outs[int(name)]
+        out[...] = flat.reshape(out.shape)
 
 
 def _by_dtype(arrays: Sequence[Array]) -> dict[DType, list[int]]:
@@ -164,8 +179,12 @@ def iall_reduce_coalesced(
     """Start an `all_reduce_coalesced`; the inputs may be changed at once, they are packed."""
     arrays = _checked(arrays, "all_reduce_coalesced", group)
     results = _results([x.shape for x in arrays], arrays, outs, "all_reduce_coalesced", group)
-    return _Coalesced(
-        arrays, results, lambda packed: iall_reduce(packed, group, op=op, out=packed), parts=(1, 1)
+    return _start(
+        arrays,
+        results,
+        lambda packed: plan_all_reduce(packed, group, op, packed),
+        group,
+        parts=(1, 1),
     )
 
 
@@ -216,10 +235,11 @@ def ibroadcast_coalesced(
     """Start a `broadcast_coalesced`; the inputs may be changed at once, they are packed."""
     arrays = _checked(arrays, "broadcast_coalesced", group)
     results = _results([x.shape for x in arrays], arrays, outs, "broadcast_coalesced", group)
-    return _Coalesced(
+    return _start(
         arrays,
         results,
-        lambda packed: ibroadcast(packed, group, root=root, out=packed),
+        lambda packed: plan_broadcast(packed, group, root, packed),
+        group,
         parts=(1, 1),
     )
 
@@ -262,8 +282,12 @@ def iall_gather_coalesced(
     arrays = _checked(arrays, "all_gather_coalesced", group)
     shapes = [(rows_of(x)[0] * group.size, *rows_of(x)[1:]) for x in arrays]
     results = _results(shapes, arrays, outs, "all_gather_coalesced", group)
-    return _Coalesced(
-        arrays, results, lambda packed: iall_gather(packed, group), parts=(1, group.size)
+    return _start(
+        arrays,
+        results,
+        lambda packed: plan_all_gather(packed, group, None, None),
+        group,
+        parts=(1, group.size),
     )
 
 
@@ -318,9 +342,10 @@ def ireduce_scatter_coalesced(
         for x in arrays
     ]
     results = _results(shapes, arrays, outs, "reduce_scatter_coalesced", group)
-    return _Coalesced(
+    return _start(
         arrays,
         results,
-        lambda packed: ireduce_scatter(packed, group, op=op),
+        lambda packed: plan_reduce_scatter(packed, group, op, None, None),
+        group,
         parts=(group.size, 1),
     )

@@ -19,12 +19,20 @@ from mpidist.collectives._rows import contributed_rows, elements_in, rows_of
 from mpidist.group import ProcessGroup
 from mpidist.pending import Plan
 
-__all__ = ["all_gather", "gather", "iall_gather", "igather"]
+__all__ = [
+    "all_gather",
+    "gather",
+    "iall_gather",
+    "igather",
+    "plan_all_gather",
+    "plan_gather",
+]
 
 
-def _all_gather(
+def plan_all_gather(
     x: Array, group: ProcessGroup, out: Array | None, counts: Sequence[int] | None
 ) -> Plan[Array]:
+    """Check the arguments of `all_gather` and prepare it."""
     x = check_array(x, "all_gather", group)
     rows = contributed_rows(x, group, counts, "all_gather")
     shape = (sum(rows), *rows_of(x)[1:])
@@ -76,7 +84,7 @@ def all_gather(
     -----
     Collective over `group`; blocks. A ring: p - 1 messages, the bytes of all parts but one.
     """
-    return group.run(_all_gather(x, group, out, counts))
+    return group.run(plan_all_gather(x, group, out, counts))
 
 
 def iall_gather(
@@ -87,12 +95,13 @@ def iall_gather(
     counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start an `all_gather`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_all_gather(x, group, out, counts))
+    return group.start(plan_all_gather(x, group, out, counts))
 
 
-def _gather(
+def plan_gather(
     x: Array, group: ProcessGroup, root: int, out: Array | None, counts: Sequence[int] | None
 ) -> Plan[Array | None]:
+    """Check the arguments of `gather` and prepare it."""
     root = check_rank(root, "gather", group)
     x = check_array(x, "gather", group)
     rows = contributed_rows(x, group, counts, "gather")
@@ -144,7 +153,7 @@ def gather(
     -----
     Collective over `group`; blocks. 1 message of the bytes of `x` per rank; the root receives all.
     """
-    return group.run(_gather(x, group, root, out, counts))
+    return group.run(plan_gather(x, group, root, out, counts))
 
 
 def igather(
@@ -156,4 +165,4 @@ def igather(
     counts: Sequence[int] | None = None,
 ) -> Work[Array | None]:
     """Start a `gather`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_gather(x, group, root, out, counts))
+    return group.start(plan_gather(x, group, root, out, counts))

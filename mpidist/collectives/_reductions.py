@@ -30,6 +30,10 @@ __all__ = [
     "ibroadcast",
     "ireduce",
     "ireduce_scatter",
+    "plan_all_reduce",
+    "plan_broadcast",
+    "plan_reduce",
+    "plan_reduce_scatter",
     "reduce",
     "reduce_scatter",
 ]
@@ -60,7 +64,8 @@ def ibarrier(group: ProcessGroup) -> Work[None]:
     return group.start(Plan("barrier", (), nothing))
 
 
-def _all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None) -> Plan[Array]:
+def plan_all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None) -> Plan[Array]:
+    """Check the arguments of `all_reduce` and prepare it."""
     x = check_array(x, "all_reduce", group)
     check_reduction(x, op, "all_reduce", group)
     flat, finish = land(out, x.shape, x.dtype, verb="all_reduce", group=group)
@@ -102,17 +107,18 @@ def all_reduce(
     Collective over `group`; blocks. About 2 (p - 1) / p of the bytes of `x` sent per rank. float16
     and bfloat16 are summed in float32 in rank order and rounded once.
     """
-    return group.run(_all_reduce(x, group, op, out))
+    return group.run(plan_all_reduce(x, group, op, out))
 
 
 def iall_reduce(
     x: Array, group: ProcessGroup, *, op: ReduceOp = SUM, out: Array | None = None
 ) -> Work[Array]:
     """Start an `all_reduce`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_all_reduce(x, group, op, out))
+    return group.start(plan_all_reduce(x, group, op, out))
 
 
-def _broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Plan[Array]:
+def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Plan[Array]:
+    """Check the arguments of `broadcast` and prepare it."""
     root = check_rank(root, "broadcast", group)
     x = check_array(x, "broadcast", group)
     flat, finish = land(out, x.shape, x.dtype, verb="broadcast", group=group)
@@ -155,19 +161,20 @@ def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None
     -----
     Collective over `group`; blocks. A binomial tree: at most ceil(log2 p) times `x` per rank.
     """
-    return group.run(_broadcast(x, group, root, out))
+    return group.run(plan_broadcast(x, group, root, out))
 
 
 def ibroadcast(
     x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None
 ) -> Work[Array]:
     """Start a `broadcast`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_broadcast(x, group, root, out))
+    return group.start(plan_broadcast(x, group, root, out))
 
 
-def _reduce(
+def plan_reduce(
     x: Array, group: ProcessGroup, root: int, op: ReduceOp, out: Array | None
 ) -> Plan[Array | None]:
+    """Check the arguments of `reduce` and prepare it."""
     root = check_rank(root, "reduce", group)
     x = check_array(x, "reduce", group)
     check_reduction(x, op, "reduce", group)
@@ -215,7 +222,7 @@ def reduce(
     -----
     Collective over `group`; blocks. At most about the bytes of `x` sent per rank.
     """
-    return group.run(_reduce(x, group, root, op, out))
+    return group.run(plan_reduce(x, group, root, op, out))
 
 
 def ireduce(
@@ -227,16 +234,17 @@ def ireduce(
     out: Array | None = None,
 ) -> Work[Array | None]:
     """Start a `reduce`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_reduce(x, group, root, op, out))
+    return group.start(plan_reduce(x, group, root, op, out))
 
 
-def _reduce_scatter(
+def plan_reduce_scatter(
     x: Array,
     group: ProcessGroup,
     op: ReduceOp,
     out: Array | None,
     counts: Sequence[int] | None,
 ) -> Plan[Array]:
+    """Check the arguments of `reduce_scatter` and prepare it."""
     x = check_array(x, "reduce_scatter", group)
     check_reduction(x, op, "reduce_scatter", group)
     rows = cut_rows(x.shape, group, counts, "reduce_scatter")
@@ -289,7 +297,7 @@ def reduce_scatter(
     -----
     Collective over `group`; blocks. p - 1 messages, (p - 1) / p of the bytes of `x`.
     """
-    return group.run(_reduce_scatter(x, group, op, out, counts))
+    return group.run(plan_reduce_scatter(x, group, op, out, counts))
 
 
 def ireduce_scatter(
@@ -301,4 +309,4 @@ def ireduce_scatter(
     counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start a `reduce_scatter`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_reduce_scatter(x, group, op, out, counts))
+    return group.start(plan_reduce_scatter(x, group, op, out, counts))

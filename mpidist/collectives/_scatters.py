@@ -14,16 +14,17 @@ from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
 from mpidist.pending import Plan
 
-__all__ = ["all_to_all", "iall_to_all", "iscatter", "scatter"]
+__all__ = ["all_to_all", "iall_to_all", "iscatter", "plan_all_to_all", "plan_scatter", "scatter"]
 
 
-def _scatter(
+def plan_scatter(
     x: Array | None,
     group: ProcessGroup,
     root: int,
     out: Array | None,
     counts: Sequence[int] | None,
 ) -> Plan[Array]:
+    """Check the arguments of `scatter` and prepare it."""
     root = check_rank(root, "scatter", group)
     if x is None and (out is None or group.rank == root):
         raise SizeMismatchError(
@@ -104,7 +105,7 @@ def scatter(
     -----
     Collective over `group`; blocks. The root sends p - 1 messages, the others none.
     """
-    return group.run(_scatter(x, group, root, out, counts))
+    return group.run(plan_scatter(x, group, root, out, counts))
 
 
 def iscatter(
@@ -116,16 +117,17 @@ def iscatter(
     counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start a `scatter`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_scatter(x, group, root, out, counts))
+    return group.start(plan_scatter(x, group, root, out, counts))
 
 
-def _all_to_all(
+def plan_all_to_all(
     x: Array,
     group: ProcessGroup,
     out: Array | None,
     counts: Sequence[int] | None,
     recv_counts: Sequence[int] | None,
 ) -> Plan[Array]:
+    """Check the arguments of `all_to_all` and prepare it."""
     x = check_array(x, "all_to_all", group)
     if (counts is None) != (recv_counts is None):
         raise SizeMismatchError(
@@ -185,7 +187,7 @@ def all_to_all(
     -----
     Collective over `group`; blocks. p - 1 messages, the bytes of all blocks but one.
     """
-    return group.run(_all_to_all(x, group, out, counts, recv_counts))
+    return group.run(plan_all_to_all(x, group, out, counts, recv_counts))
 
 
 def iall_to_all(
@@ -197,4 +199,4 @@ def iall_to_all(
     recv_counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start an `all_to_all`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(_all_to_all(x, group, out, counts, recv_counts))
+    return group.start(plan_all_to_all(x, group, out, counts, recv_counts))

@@ -95,6 +95,8 @@ def dropped(group: ProcessGroup) -> None:
     for number in range(3):
         collectives.iall_reduce(np.full(1000, float(group.rank)), sub, out=sums[number])
         collectives.iall_gather(np.full(1, float(group.rank)), sub, out=gathered[number])
+    pair = [np.zeros(7), np.zeros(7, np.int64)]
+    collectives.iall_reduce_coalesced([np.ones(7), np.ones(7, np.int64)], sub, outs=pair)
     gc.collect()
     expect(collectives.all_reduce(np.ones(3), sub), np.full(3, float(group.size)), "after dropping")
     sub.close()
@@ -102,6 +104,8 @@ def dropped(group: ProcessGroup) -> None:
         total = np.full(1000, sum(range(group.size)), np.float64)
         expect(sums[number], total, "a dropped iall_reduce")
         expect(gathered[number], np.arange(float(group.size)), "a dropped iall_gather")
+    for out in pair:
+        expect(out, np.full_like(out, group.size), "a dropped iall_reduce_coalesced")
 
 
 def immediate(group: ProcessGroup) -> None:
