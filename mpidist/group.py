@@ -21,7 +21,7 @@ from mpidist.errors import (
     TransportError,
 )
 from mpidist.log import rank_logger
-from mpidist.pending import GroupWaiter, GroupWork, Plan
+from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
 
 __all__ = ["Layout", "ProcessGroup", "broken_groups"]
 
@@ -253,7 +253,7 @@ class ProcessGroup:
         if self.rank not in ranks:
             return None
         self._check_usable("new_group")
-        waiter = GroupWaiter(self, f"new_group({list(ranks)})", peers=frozenset(ranks))
+        waiter = GroupWaiter(self, f"new_group({list(ranks)})", peers=Peers(frozenset(ranks)))
         backend = self._backend.create(ranks, waiter=waiter)
         label = name or f"{self.name}[{','.join(map(str, ranks))}]"
         return self._child(backend, label)
@@ -363,7 +363,7 @@ class ProcessGroup:
         steps: Callable[[Backend], Steps],
         finish: Callable[[], T],
         *,
-        peers: frozenset[int] | None,
+        peers: Peers,
     ) -> GroupWork[T]:
         """Start an operation of several phases among some ranks and return at once."""
         operation = self._begin(verb)

@@ -8,6 +8,7 @@ set inside pytest or IPython, which handle exceptions themselves.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -18,7 +19,8 @@ from types import TracebackType
 from typing import Any
 
 from mpidist.backends.departures import Departures
-from mpidist.backends.mpi import Inside, MpiBackend, world_ranks
+from mpidist.backends.mpi import MpiBackend, world_ranks
+from mpidist.errors import DistributedError
 from mpidist.group import ProcessGroup, broken_groups
 
 __all__ = ["follow", "install"]
@@ -100,13 +102,19 @@ class _Hooks:
             self._say(f"ends with a broken group ({broken[0]}); ending the job")
             self._abort(1)
         operations = sum(group.operations for group in self._groups)
-        remaining = self.departures.leave(operations, self._timeout)
+        remaining = self.departures.leave(operations, self._timeout, self._progress)
         if remaining:
             self._say(
                 f"left after operation {operations} and has waited {self._timeout:g} s for the "
                 f"exit of rank {', '.join(map(str, remaining))}; ending the job"
             )
             self._abort(1)
+
+    def _progress(self) -> None:
+        """Drive the operations that were begun here and never waited for."""
+        for group in tuple(self._groups):
+            with contextlib.suppress(DistributedError):
+                group.progress()
 
     def _watch(self) -> None:
         """End the job if a call of the library outlasts its deadline.
@@ -117,13 +125,13 @@ class _Hooks:
         while True:
             time.sleep(_ROUND)
             for backend in tuple(MpiBackend.alive):
-                inside: Inside | None = backend.inside
-                if inside is None:
+                if backend.inside is None:
                     continue
-                seconds = time.monotonic() - inside.since
-                if seconds > inside.timeout:
+                waiter, since = backend.inside
+                seconds = time.monotonic() - since
+                if seconds > waiter.timeout:
                     self._say(
-                        f"is stuck in the MPI library's part of {inside.operation} for "
+                        f"is stuck in the MPI library's part of {waiter.operation} for "
                         f"{seconds:.0f} s. All ranks had come to a collective: one has been lost "
                         "since (its own output, or the launcher's, may say why), or called "
                         "another collective, or this one with another shape; ending the job"

@@ -18,7 +18,7 @@ from mpidist.errors import (
 if TYPE_CHECKING:
     from mpidist.group import ProcessGroup
 
-__all__ = ["GroupWaiter", "GroupWork", "Plan"]
+__all__ = ["EVERYBODY", "GroupWaiter", "GroupWork", "Peers", "Plan"]
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ GRACE = 3.0
 """Seconds that a wait for a rank goes on after it has left: its last messages may be on the way."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that doubles the cost of making one
 class Plan(Generic[T]):
     """One collective, checked and ready to go.
 
@@ -45,6 +45,25 @@ class Plan(Generic[T]):
     finish: Callable[[], T]
 
 
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The ranks that an operation depends on.
+
+    Attributes
+    ----------
+    ranks : frozenset of int or None
+        In the group; None are all.
+    spare : int
+        How many of them may be lost before it cannot be completed.
+    """
+
+    ranks: frozenset[int] | None = None
+    spare: int = 0
+
+
+EVERYBODY = Peers()
+
+
 class GroupWaiter(Waiter):
     """Waits for one operation with its group's deadline, warnings and losses."""
 
@@ -53,7 +72,7 @@ class GroupWaiter(Waiter):
         group: ProcessGroup,
         operation: str,
         *,
-        peers: frozenset[int] | None = None,
+        peers: Peers = EVERYBODY,
         timeout: float | None = None,
     ) -> None:
         self.operation = operation
@@ -105,12 +124,13 @@ class GroupWaiter(Waiter):
                 self._who(),
                 self.timeout,
             )
+        needed = self._peers.ranks
         lost = {
             rank: words
             for rank, words in group._backend.lost().items()
-            if self._peers is None or rank in self._peers
+            if needed is None or rank in needed
         }
-        if not lost:
+        if len(lost) <= self._peers.spare:
             return
         if self._lost_since is None:
             self._lost_since = waited
@@ -135,7 +155,7 @@ class GroupWork(Work[T]):
         The transport's part.
     finish : callable
         Called once on completion; returns the result.
-    peers : frozenset of int, optional
+    peers : Peers, optional
         The ranks it depends on; all when omitted.
     """
 
@@ -146,7 +166,7 @@ class GroupWork(Work[T]):
         inner: Work[Any],
         finish: Callable[[], T],
         *,
-        peers: frozenset[int] | None = None,
+        peers: Peers = EVERYBODY,
     ) -> None:
         self._group = group
         self._operation = operation

@@ -23,6 +23,7 @@ from mpidist.collectives._objects import pickled, unpickled
 from mpidist.envelope import ROOM, open_envelope, seal
 from mpidist.errors import SelfSendError, SizeMismatchError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
+from mpidist.pending import Peers
 
 __all__ = [
     "ANY_SOURCE",
@@ -141,7 +142,7 @@ def isend(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> Work[None
         "send",
         lambda backend: _send_steps(backend, native, dst, tag, number),
         nothing,
-        peers=frozenset({dst}),
+        peers=Peers(frozenset({dst})),
     )
 
 
@@ -197,9 +198,17 @@ def irecv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = No
         "recv",
         lambda backend: _receive_steps(backend, receipt, out, src=src, tag=tag, where=where),
         lambda: receipt.array,
-        peers=None if src == ANY_SOURCE else frozenset({src}),
+        peers=_senders(src, group),
     )
     return ReceiveWork(work, receipt)
+
+
+def _senders(src: int, group: ProcessGroup) -> Peers:
+    """Return whom a receive depends on: of any source, one other rank that is left is enough."""
+    if src != ANY_SOURCE:
+        return Peers(frozenset({src}))
+    others = frozenset(range(group.size)) - {group.rank}
+    return Peers(others, spare=len(others) - 1)
 
 
 def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Departures:
             self._left[self._world_ranks[rank]] = f"left after operation {operations}"
         return self._left
 
-    def leave(self, operations: int, timeout: float) -> list[int]:
+    def leave(self, operations: int, timeout: float, progress: Callable[[], None]) -> list[int]:
         """Tell all that this rank leaves, and wait until all others do.
 
         Parameters
@@ -50,6 +50,8 @@ class Departures:
             How many operations it took part in.
         timeout : float
             Seconds to wait.
+        progress : callable
+            Called again and again: what others may still be waiting for this rank to do.
 
         Returns
         -------
@@ -62,6 +64,7 @@ class Departures:
         self._sent = [comm.Isend(notice, rank, _TAG) for rank in others]
         deadline = time.monotonic() + timeout
         while len(self.left()) < len(others) and time.monotonic() < deadline:
+            progress()
             time.sleep(_PAUSE)
         return [
             rank for rank in map(self._world_ranks.__getitem__, others) if rank not in self._left

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,7 +35,7 @@ from mpidist.backends.work import Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
 from mpidist.log import logger
 
-__all__ = ["Inside", "MpiBackend", "is_mpi_available", "load_mpi", "world_ranks"]
+__all__ = ["MpiBackend", "is_mpi_available", "load_mpi", "world_ranks"]
 
 _CHUNK = 2**30
 """Bytes of the longest single message; longer ones travel in several."""
@@ -80,24 +80,6 @@ def is_mpi_available() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return tried.returncode == 0
-
-
-class Inside(NamedTuple):
-    """A blocking call of the library that a rank is inside of.
-
-    Attributes
-    ----------
-    operation : str
-        For messages.
-    since : float
-        When it began, by `time.monotonic`.
-    timeout : float
-        Seconds that it may take.
-    """
-
-    operation: str
-    since: float
-    timeout: float
 
 
 class _Requests(Work[tuple[int, ...]]):
@@ -171,8 +153,9 @@ class MpiBackend(Backend):
 
     Attributes
     ----------
-    inside : Inside or None
-        The library's blocking call under way; a watchdog reads it.
+    inside : (Waiter, float) or None
+        The library's blocking call under way, and when it began by `time.monotonic`; a watchdog
+        reads it.
     """
 
     name = "mpi"
@@ -190,7 +173,7 @@ class MpiBackend(Backend):
         self._node = _node(mpi, comm)
         self._shares = self.size > 1 and _all_equal(mpi, comm, self._node)
         self._board = self._make_board()
-        self.inside: Inside | None = None
+        self.inside: tuple[Waiter, float] | None = None
         self.alive.add(self)
 
     # -- the transport -------------------------------------------------------------------------
@@ -278,7 +261,7 @@ class MpiBackend(Backend):
             return
         self._arrive(waiter)
         # As `_within`, without the microseconds that two context managers cost.
-        self.inside = Inside(waiter.operation, time.monotonic(), waiter.timeout)
+        self.inside = (waiter, time.monotonic())
         try:
             getattr(self._comm, call.name)(*call.args)
         except self._mpi.Exception as error:
@@ -328,7 +311,7 @@ class MpiBackend(Backend):
     @contextlib.contextmanager
     def _within(self, waiter: Waiter) -> Iterator[None]:
         """Mark that a blocking call of the library is under way, and translate its errors."""
-        self.inside = Inside(waiter.operation, time.monotonic(), waiter.timeout)
+        self.inside = (waiter, time.monotonic())
         try:
             with _translated(self._mpi, waiter.operation):
                 yield

@@ -5,6 +5,7 @@ as promised has no call, and goes by the algorithms:
 
 - float16 and bfloat16 are summed in float32 and rounded once; the libraries round at each step;
 - MIN and MAX of floats return NaN where any rank has NaN; MPICH loses it;
+- logical operations give 0 or 1; the libraries copy the value of a lone rank as it is;
 - sums of integers wrap, as numpy's do; Open MPI's saturate for 8 and 16 bits;
 - counts are 32 bits wide in libraries without the large-count calls of MPI 4.
 """
@@ -39,6 +40,9 @@ _OF_BOOLEANS = {
     ReduceOp.LOR: "BOR",
     ReduceOp.LXOR: "BXOR",
 }
+
+
+_LOGICAL = (ReduceOp.LAND, ReduceOp.LOR, ReduceOp.LXOR)
 
 
 class LibraryCall(NamedTuple):
@@ -114,7 +118,9 @@ class LibraryCalls:
 
     def _reduction(self, x: Array, op: ReduceOp) -> Any:
         """Return the library's operation, or None."""
-        return self._ops.get((op, x.dtype)) if x.size <= _MOST else None
+        if x.size > _MOST or (self._size == 1 and op in _LOGICAL):
+            return None
+        return self._ops.get((op, x.dtype))
 
     def _mean(self, out: Array | None, op: ReduceOp) -> Callable[[], None] | None:
         """Return what makes a sum a mean."""

@@ -97,6 +97,8 @@ def _reduced(parts: Sequence[Array], op: ReduceOp) -> Array:
         total = ufunc_of(op)(total, part.astype(wide))
     if op is ReduceOp.MEAN:
         total = total / len(parts)
+    if op in (ReduceOp.LAND, ReduceOp.LOR, ReduceOp.LXOR):
+        total = total != 0
     return np.asarray(total).astype(dtype)
 
 

@@ -1,0 +1,36 @@
+"""The soak of random operations, for seconds instead of hours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpidist.testing import Faults, Mode, run_ranks
+from mpidist.testing import soak as soak_module
+from mpidist.testing.soak import soak
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_random_operations_on_real_ranks(world):
+    assert soak(world, seed=world.size, seconds=4) > 0
+
+
+@pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.value)
+def test_random_operations_on_simulated_ranks(mode):
+    done = run_ranks(3, lambda group: soak(group, seed=7, seconds=30, rounds=12), mode=mode)
+    assert len(set(done)) == 1
+
+
+def test_random_operations_over_a_slow_network():
+    faults = Faults(delay=0.002)
+    run_ranks(4, lambda group: soak(group, seed=8, seconds=30, rounds=6), faults=faults)
+
+
+def test_a_wrong_result_is_found(monkeypatch):
+    def wrong(draw, group):
+        work, expected = soak_module._all_reduce(draw, group)
+        return work, None if expected is None else np.where(expected == expected, 99, expected)
+
+    monkeypatch.setattr(soak_module, "_VERBS", {"all_reduce": wrong})
+    with pytest.raises(AssertionError, match="seed 1, round 1"):
+        run_ranks(1, lambda group: soak(group, seed=1, seconds=30, rounds=50))
