@@ -39,7 +39,7 @@ _RING = 64
 _BLOCK_BYTES = 256 << 10
 """What is reduced at a time: small enough to stay in a core's cache for the copies that follow."""
 
-LEAST = 32 << 10
+LEAST = 128 << 10
 """Bytes of the shortest array that goes the direct path; below, a library's latency wins."""
 
 _FENCE = threading.Lock()
