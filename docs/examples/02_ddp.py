@@ -30,7 +30,9 @@ def main(world):
         optimizer = AdamW(model.named_parameters(), lr=3e-3)
         for step in range(300):
             x, target = spirals(samples, 64)
-            y, ctx = ddp.forward(x, Mode(training=True, step=step))
+            # Random layers draw by a sample's place in the joined batch.
+            mode = Mode(training=True, step=step, sample_offset=world.rank * 64)
+            y, ctx = ddp.forward(x, mode)
             loss, dy = cross_entropy(y, target)
             optimizer.zero_grad()
             ddp.backward(ctx, dy)  # gradients are the mean over all ranks when this returns

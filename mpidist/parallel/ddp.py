@@ -28,7 +28,8 @@ class DDP:
         model = build_model()                        # as if it were alone
         ddp = DDP(model, group)
         optimizer = SGD(model.named_parameters(), lr=0.1)
-        for x, target in batches_of_this_rank:
+        for step, (x, target) in enumerate(batches_of_this_rank):
+            mode = Mode(training=True, step=step, sample_offset=group.rank * len(x))
             y, ctx = ddp.forward(x, mode)
             loss, dy = cross_entropy(y, target)
             optimizer.zero_grad()
@@ -58,6 +59,8 @@ class DDP:
         As given.
     group : ProcessGroup
         The duplicate.
+    op : ReduceOp
+        As given.
 
     Raises
     ------
@@ -96,6 +99,7 @@ class DDP:
         )
         self.module = module
         self.group = self._reducer.group
+        self.op = op
         self._names = {parameter: name for name, parameter in named.items()}
         self._buffers = BufferSync(buffers, self.group)
         self._pending: _StepWork | None = None
@@ -192,7 +196,7 @@ class DDP:
         Collective over the group; does not block. Inside `no_sync` it is local.
         """
         self._check_idle()
-        if self._reduced and self._reducer.op is not MEAN:
+        if self._reduced and self.op is not MEAN:
             _check_zeroed(self._names, self.group)
         _check_owned(self._names, ctx.uses, self._reducer.grads, self.group)
         if not self._syncing:

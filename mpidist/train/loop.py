@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
-from mpidist._types import Array
+from mpidist._types import SUM, Array
 from mpidist.data import ArrayDataset, Batch, ShardedSampler
 from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
@@ -89,11 +89,17 @@ def train(
     Record
         Equal on all ranks, apart from the times. Means are over the steps since the last one.
 
+    Raises
+    ------
+    ValueError
+        If `model` was not made with ``op=SUM``.
+
     Notes
     -----
     Collective over `group`: every rank must iterate to the end. Per step the ranks communicate the
     gradients, and per record one all_reduce of a few numbers.
     """
+    _check_sums(model, "train")
     sampler = ShardedSampler(
         len(train_set),
         rank=group.rank,
@@ -145,10 +151,16 @@ def train_step(
     metrics : Metrics
         Receives ``"loss"``, ``"accuracy"`` and ``"grad_norm"``.
 
+    Raises
+    ------
+    ValueError
+        If `model` was not made with ``op=SUM``.
+
     Notes
     -----
     Collective over the model's group; returns when the parameters have been updated.
     """
+    _check_sums(model, "train_step")
     x, target = data.take(batch.indices)
     mode = Mode(
         training=True,
@@ -213,6 +225,16 @@ def evaluate(
         _add(meter.metrics, y, target, loss=float(loss))
         meter.samples += batch.global_size
     return meter.record("held-out", step=step, epoch=epoch)
+
+
+def _check_sums(model: DDP, operation: str) -> None:
+    """Refuse a mean of gradients that are shares of the joined batch's gradient already."""
+    if model.op is not SUM:
+        raise ValueError(
+            f"{operation}: model was made with op={model.op.name}; the loss is divided by the size "
+            "of the joined batch here, so the ranks' gradients have to be added: make it with "
+            "DDP(..., op=SUM)"
+        )
 
 
 class _Meter:

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN
-from mpidist.nn import TRAIN, BatchNorm2d, Module, Parameter, Sequential
+from mpidist.nn import BatchNorm2d, Mode, Module, Parameter, Sequential
 from mpidist.nn.module import Context, count_uses
 from mpidist.parallel import DDP, BucketSizes, GradientReducer, Metrics
 from tests.parallel.training import digest
 
 TINY = BucketSizes(first=1, rest=1)
 """Every array is a bucket."""
+
+TRAINING = Mode(training=True)
 
 
 class Scale(Module):
@@ -78,7 +80,7 @@ def train_norm(group, steps=3):
         for step in range(steps):
             model.zero_grad()
             x = np.random.default_rng([step, group.rank]).normal(size=(3, 2, 2, 2))
-            y, ctx = ddp.forward(x, TRAIN)
+            y, ctx = ddp.forward(x, TRAINING)
             ddp.backward(ctx, y)
             digests.append(digest(model))
     return norm.running_mean, norm.running_var, digests

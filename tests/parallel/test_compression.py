@@ -7,9 +7,10 @@ from mpidist._types import MEAN, SUM
 from mpidist.arrays import BFLOAT16
 from mpidist.backends.work import Work
 from mpidist.collectives import iall_reduce
-from mpidist.nn import TRAIN, Linear
+from mpidist.nn import Linear
 from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer, compression
 from mpidist.testing import run_ranks
+from tests.parallel.checks import TRAINING
 
 HALF = {Compression.FP16: np.dtype(np.float16), Compression.BF16: BFLOAT16}
 
@@ -101,7 +102,7 @@ def test_a_hook_is_called_per_bucket_and_its_result_is_taken():
         layer = Linear(4, 2, rng=0, dtype=np.float64)
         ddp = DDP(layer, group, op=SUM, compression=hook, sizes=BucketSizes(1, 1))
         with ddp:
-            _, ctx = ddp.forward(np.full((1, 4), group.rank + 1.0), TRAIN)
+            _, ctx = ddp.forward(np.full((1, 4), group.rank + 1.0), TRAINING)
             ddp.backward(ctx, np.ones((1, 2)))
         return calls, layer.weight.grad.copy(), layer.bias.grad.copy()
 

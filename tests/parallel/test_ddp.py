@@ -9,11 +9,11 @@ import pytest
 
 from mpidist._types import MEAN, SUM
 from mpidist.collectives import iall_reduce
-from mpidist.nn import TRAIN, BatchNorm2d, Linear, Module, Sequential
+from mpidist.nn import BatchNorm2d, Linear, Module, Sequential
 from mpidist.optim import SGD
 from mpidist.parallel import DDP, BucketSizes, compression
 from mpidist.testing import Faults, run_ranks
-from tests.parallel.checks import TINY, Scale, check_running, train_norm
+from tests.parallel.checks import TINY, TRAINING, Scale, check_running, train_norm
 from tests.parallel.training import Routed, digest
 
 
@@ -48,7 +48,7 @@ def test_gradients_are_the_buckets_own_memory():
     def body(group):
         model = two_layers()
         with DDP(model, group) as ddp:
-            _, ctx = ddp.forward(samples(group.rank), TRAIN)
+            _, ctx = ddp.forward(samples(group.rank), TRAINING)
             ddp.backward(ctx, np.ones((4, 5)))
             for name, p in model.named_parameters():
                 assert p.grad is ddp._reducer.grads[name]
@@ -106,7 +106,7 @@ def test_buckets_travel_while_backward_runs(monkeypatch):
         ]
         with DDP(Sequential(*layers), group, sizes=BucketSizes(first=1, rest=2000)) as ddp:
             with ddp.no_sync():
-                y, ctx = ddp.forward(np.ones((2, 8)), TRAIN)
+                y, ctx = ddp.forward(np.ones((2, 8)), TRAINING)
                 ddp.backward(ctx, y)
             tell(group.rank, "synchronised")
             _, work = ddp.ibackward(ctx, y)
@@ -136,7 +136,7 @@ def test_ibackward_returns_the_input_gradient_and_a_work():
     def body(group):
         model, x = two_layers(), samples(group.rank)
         with DDP(model, group, sizes=TINY) as ddp:
-            _, ctx = ddp.forward(x, TRAIN)
+            _, ctx = ddp.forward(x, TRAINING)
             dx, work = ddp.ibackward(ctx, np.ones((4, 5)))
             while not work.done():
                 pass
@@ -170,7 +170,7 @@ def test_a_parameter_unused_everywhere_has_no_gradient_and_is_not_updated():
                 # On what comes out of the layers, only rank 0 can pass its threshold of 0.
                 x = samples(0) * dy_scale
                 opt.zero_grad()
-                y, ctx = ddp.forward(x, TRAIN)
+                y, ctx = ddp.forward(x, TRAINING)
                 before = branch.weight.data.copy()
                 ddp.backward(ctx, np.ones_like(y))
                 opt.step()
@@ -188,7 +188,7 @@ def test_a_branch_used_by_some_ranks_is_averaged_with_zeros():
         threshold = 0.0 if group.rank == 1 else np.inf
         model = Sequential(used, Routed(unused, threshold))
         with DDP(model, group, sizes=TINY) as ddp:
-            _, ctx = ddp.forward(np.full((1, 1), 6.0), TRAIN)
+            _, ctx = ddp.forward(np.full((1, 1), 6.0), TRAINING)
             ddp.backward(ctx, np.ones((1, 1)))
         return float(used.w.grad), float(unused.w.grad)
 
@@ -205,10 +205,10 @@ def test_no_sync_is_undone_by_an_error_and_can_be_nested():
             with ddp.no_sync():
                 with ddp.no_sync():
                     pass
-                _, ctx = ddp.forward(np.full((1, 1), group.rank + 1.0), TRAIN)
+                _, ctx = ddp.forward(np.full((1, 1), group.rank + 1.0), TRAINING)
                 ddp.backward(ctx, np.ones((1, 1)))
                 local = float(model.layers[0].w.grad)
-            _, ctx = ddp.forward(np.full((1, 1), group.rank + 1.0), TRAIN)
+            _, ctx = ddp.forward(np.full((1, 1), group.rank + 1.0), TRAINING)
             ddp.backward(ctx, np.ones((1, 1)))
         return local, float(model.layers[0].w.grad)
 
@@ -221,9 +221,9 @@ def test_what_earlier_micro_batches_gave_is_sent_by_one_that_gives_nothing():
         model = Sequential(Scale(), Routed(scale, 0.5))
         with DDP(model, group, sizes=TINY) as ddp:
             with ddp.no_sync():
-                _, ctx = ddp.forward(np.full((1, 1), 4.0), TRAIN)
+                _, ctx = ddp.forward(np.full((1, 1), 4.0), TRAINING)
                 ddp.backward(ctx, np.ones((1, 1)))
-            _, ctx = ddp.forward(np.full((1, 1), 0.1), TRAIN)
+            _, ctx = ddp.forward(np.full((1, 1), 0.1), TRAINING)
             assert scale.w not in ctx.uses
             ddp.backward(ctx, np.ones((1, 1)))
         return float(scale.w.grad)
@@ -236,7 +236,7 @@ def test_a_mean_may_be_accumulated_over_synchronised_backwards_too():
         scale = Scale()
         with DDP(scale, group) as ddp:
             for step in (1, 2):
-                _, ctx = ddp.forward(np.full(1, step * (group.rank + 1.0)), TRAIN)
+                _, ctx = ddp.forward(np.full(1, step * (group.rank + 1.0)), TRAINING)
                 ddp.backward(ctx, np.ones(1))
         return float(scale.w.grad)
 
@@ -247,7 +247,7 @@ def test_a_sum_must_be_zeroed_first():
     def body(group):
         scale = Scale()
         with DDP(scale, group, op=SUM) as ddp:
-            _, ctx = ddp.forward(np.full(1, group.rank + 1.0), TRAIN)
+            _, ctx = ddp.forward(np.full(1, group.rank + 1.0), TRAINING)
             ddp.backward(ctx, np.ones(1))
             for where in (nullcontext(), ddp.no_sync()):
                 with where, pytest.raises(RuntimeError, match="'w' still holds the sum"):
@@ -265,7 +265,7 @@ def test_several_passes_may_be_forward_before_the_first_goes_backward():
     def body(group):
         scale = Scale(times=2)
         with DDP(scale, group) as ddp:
-            contexts = [ddp.forward(np.full(1, float(i)), TRAIN)[1] for i in (1, 2, 3)]
+            contexts = [ddp.forward(np.full(1, float(i)), TRAINING)[1] for i in (1, 2, 3)]
             with ddp.no_sync():
                 ddp.backward(contexts[2], np.ones(1))
                 ddp.backward(contexts[0], np.ones(1))
@@ -288,7 +288,7 @@ def test_buffers_stay_local_inside_no_sync():
         norm = BatchNorm2d(2, dtype=np.float64)
         with DDP(Sequential(norm), group) as ddp, ddp.no_sync():
             x = np.random.default_rng(group.rank).normal(size=(3, 2, 2, 2))
-            y, ctx = ddp.forward(x, TRAIN)
+            y, ctx = ddp.forward(x, TRAINING)
             ddp.backward(ctx, y)
         return norm.running_mean.tolist()
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidist.nn import TRAIN, Sequential
+from mpidist.nn import Sequential
 from mpidist.parallel import DDP
 from mpidist.testing import Faults, run_ranks
-from tests.parallel.checks import Scale
+from tests.parallel.checks import TRAINING, Scale
 
 
 def test_a_backward_before_the_last_one_was_waited_for_is_refused():
     def body(group):
         scale = Scale()
         with DDP(scale, group) as ddp:
-            _, ctx = ddp.forward(np.ones(1), TRAIN)
+            _, ctx = ddp.forward(np.ones(1), TRAINING)
             _, work = ddp.ibackward(ctx, np.ones(1))
             with pytest.raises(RuntimeError, match="still under way; wait"):
                 ddp.ibackward(ctx, np.ones(1))
@@ -38,7 +38,7 @@ def test_other_contributions_than_announced_are_an_error_and_final(announced, ma
     def body(group):
         scale = Scale(announced, made)
         ddp = DDP(scale, group)
-        _, ctx = ddp.forward(np.ones(1), TRAIN)
+        _, ctx = ddp.forward(np.ones(1), TRAINING)
         with pytest.raises(RuntimeError, match=text):
             ddp.backward(ctx, np.ones(1))
         with pytest.raises(RuntimeError, match="an earlier backward failed half way"):
@@ -54,7 +54,7 @@ def test_a_parameter_from_elsewhere_is_named():
         ddp = DDP(model, group)
         model.layers = (Scale(), *model.layers)
         model.relabel()
-        _, ctx = ddp.forward(np.ones(1), TRAIN)
+        _, ctx = ddp.forward(np.ones(1), TRAINING)
         with pytest.raises(RuntimeError, match=r"'0\.w' was used, but was not part"):
             ddp.backward(ctx, np.ones(1))
 
@@ -65,7 +65,7 @@ def test_a_second_ddp_over_the_same_model_is_noticed():
     def body(group):
         scale = Scale()
         first = DDP(scale, group)
-        _, ctx = first.forward(np.ones(1), TRAIN)
+        _, ctx = first.forward(np.ones(1), TRAINING)
         first.backward(ctx, np.ones(1))
         with DDP(scale, group) as second:
             with pytest.raises(RuntimeError, match="'w' does not live in this DDP's bucket"):
@@ -80,7 +80,7 @@ def test_a_second_ddp_over_the_same_model_is_noticed():
 def test_a_model_without_parameters_can_be_wrapped():
     def body(group):
         with DDP(Sequential(), group) as ddp:
-            y, ctx = ddp.forward(np.ones(2), TRAIN)
+            y, ctx = ddp.forward(np.ones(2), TRAINING)
             return ddp.backward(ctx, y).tolist()
 
     assert run_ranks(2, body) == [[1.0, 1.0]] * 2
@@ -90,7 +90,7 @@ def test_closing_waits_for_what_is_under_way():
     def body(group):
         scale = Scale()
         with DDP(scale, group) as ddp:
-            _, ctx = ddp.forward(np.full(1, float(group.rank)), TRAIN)
+            _, ctx = ddp.forward(np.full(1, float(group.rank)), TRAINING)
             ddp.ibackward(ctx, np.ones(1))
         return float(scale.w.grad)
 

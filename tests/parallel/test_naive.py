@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN, SUM
-from mpidist.nn import TRAIN, BatchNorm2d, Linear, Sequential
+from mpidist.nn import BatchNorm2d, Linear, Sequential
 from mpidist.parallel import NaiveDataParallel
 from mpidist.testing import run_ranks
+from tests.parallel.checks import TRAINING
 from tests.parallel.training import Routed
 
 
@@ -17,7 +18,7 @@ def test_every_gradient_is_reduced_and_the_input_gradient_is_local(op):
     def body(group):
         layer = Linear(3, 2, rng=group.rank, dtype=np.float64)
         naive = NaiveDataParallel(layer, group, op=op)
-        _, ctx = naive.forward(np.full((1, 3), float(group.rank)), TRAIN)
+        _, ctx = naive.forward(np.full((1, 3), float(group.rank)), TRAINING)
         dx = naive.backward(ctx, np.ones((1, 2)))
         return layer.weight.data, layer.weight.grad, layer.bias.grad, dx
 
@@ -38,7 +39,7 @@ def test_unused_branches_and_buffers():
         model.norm = norm
         naive = NaiveDataParallel(model, group)
         norm.running_mean[...] = group.rank + 5
-        _, ctx = naive.forward(np.ones((1, 2)), TRAIN)
+        _, ctx = naive.forward(np.ones((1, 2)), TRAINING)
         naive.backward(ctx, np.ones((1, 2)))
         return some.branch.weight.grad, none.branch.weight.grad
 

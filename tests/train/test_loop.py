@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mpidist import nn
-from mpidist._types import SUM, Array
+from mpidist._types import MEAN, SUM, Array
 from mpidist.data import ArrayDataset, ShardedSampler
 from mpidist.group import ProcessGroup
 from mpidist.optim import SGD, AdamW
-from mpidist.parallel import DDP
+from mpidist.parallel import DDP, Metrics
 from mpidist.testing import run_ranks
-from mpidist.train import Plan, Record, evaluate, train
+from mpidist.train import Plan, Record, evaluate, train, train_step
 
 CLASSES, WIDTH = 3, 5
 # 17 samples in batches of 7: the last one of an epoch has 3, so the fourth rank gets none.
@@ -168,6 +168,19 @@ def test_evaluating_changes_nothing() -> None:
 
     first, second = run_ranks(2, body)[0]
     assert first == second
+
+
+def test_a_mean_of_gradients_is_refused() -> None:
+    def body(group: ProcessGroup) -> None:
+        with DDP(linear(), group, op=MEAN) as model:
+            optimizer, data = SGD(model.module.named_parameters(), lr=0.5), make_data(5)
+            with pytest.raises(ValueError, match=r"train: model was made with op=MEAN.*op=SUM"):
+                next(train(model, optimizer, data, data, PLAN, group))
+            (batch,) = ShardedSampler(5, rank=group.rank, size=group.size, batch_size=5)
+            with pytest.raises(ValueError, match=r"train_step: .*DDP\(\.\.\., op=SUM\)"):
+                train_step(model, optimizer, data, batch, PLAN, Metrics(group))
+
+    run_ranks(2, body)
 
 
 @pytest.mark.parametrize("name", ["steps", "log_every"])
