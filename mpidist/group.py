@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from types import TracebackType
@@ -15,10 +17,10 @@ from mpidist._types import Array
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.work import Steps
 from mpidist.errors import (
-    DistributedError,
+    CollectiveMismatchError,
     GroupBrokenError,
     InvalidRankError,
-    TransportError,
+    UnsupportedOperationError,
 )
 from mpidist.log import rank_logger
 from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
@@ -92,11 +94,15 @@ class ProcessGroup:
         layout: Layout,
         timeout: float,
         warn_after: float,
+        identity: int = 0,
     ) -> None:
         self._backend = backend
         self._layout = layout
         self._outstanding: list[GroupWork[Any]] = []
         self.operations = 0
+        self._identity = identity
+        self._collectives = [0]
+        backend.follow(identity, self._collectives)
         self._payloads = 0
         self._reason: str | None = None
         self._related: dict[str, ProcessGroup | None] = {}
@@ -138,8 +144,9 @@ class ProcessGroup:
         lone = Layout((0,) * backend.size)
         options: dict[str, Any] = {"timeout": timeout, "warn_after": warn_after}
         group = cls(backend, name=name, ranks=ranks, layout=lone, **options)
-        nodes = group._tell_all(backend.node())
-        return cls(backend, name=name, ranks=ranks, layout=Layout(tuple(nodes)), **options)
+        nodes, identity = group._introduce(backend.node())
+        layout = Layout(tuple(nodes))
+        return cls(backend, name=name, ranks=ranks, layout=layout, identity=identity, **options)
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""
@@ -155,7 +162,7 @@ class ProcessGroup:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the group; after an error without waiting for what is under way."""
+        """Close the group; after an error leave it as it is, since others may not come to it."""
         if error is None:
             self.close()
 
@@ -214,9 +221,10 @@ class ProcessGroup:
         -----
         Collective over the group; blocks.
         """
-        operation = self._begin("split")
-        waiter = GroupWaiter(self, operation)
-        backend = self._backend.split(color, key, waiter=waiter)
+        self._check_color(color, key)
+        waiter = self._collective_waiter("split")
+        with self._breaking():
+            backend = self._backend.split(color, key, waiter=waiter)
         return None if backend is None else self._child(backend, name or f"{self.name}/{color}")
 
     def new_group(self, ranks: Sequence[int], *, name: str | None = None) -> ProcessGroup | None:
@@ -254,7 +262,8 @@ class ProcessGroup:
             return None
         self._check_usable("new_group")
         waiter = GroupWaiter(self, f"new_group({list(ranks)})", peers=Peers(frozenset(ranks)))
-        backend = self._backend.create(ranks, waiter=waiter)
+        with self._breaking():
+            backend = self._backend.create(ranks, waiter=waiter)
         label = name or f"{self.name}[{','.join(map(str, ranks))}]"
         return self._child(backend, label)
 
@@ -296,16 +305,16 @@ class ProcessGroup:
         backend.join(self._backend)
         lone = Layout((0,) * backend.size)
         group = ProcessGroup(backend, ranks=range(backend.size), layout=lone, **options)
-        ranks = group._tell_all(self.ranks[self.rank])
-        return ProcessGroup(backend, ranks=ranks, layout=self._layout, **options)
+        ranks, identity = group._introduce(self.ranks[self.rank])
+        return ProcessGroup(backend, ranks=ranks, layout=self._layout, identity=identity, **options)
 
-    def _tell_all(self, value: int) -> list[int]:
-        """Return one number of each rank."""
-        numbers = np.empty(self.size, np.int64)
-        mine = np.array([value], np.int64)
-        plan = Plan("all_gather", (mine, numbers, (1,) * self.size), numbers.tolist)
-        result: list[int] = self.run(plan)
-        return result
+    def _introduce(self, number: int) -> tuple[list[int], int]:
+        """Return a number of each rank, and an identity on which all agree."""
+        numbers = np.empty((self.size, 2), np.int64)
+        mine = np.array([number, secrets.randbits(62)], np.int64)
+        counts = (mine.size,) * self.size
+        self.run(Plan("all_gather", (mine, numbers.reshape(-1), counts), lambda: None))
+        return numbers[:, 0].tolist(), int(numbers[0, 1])
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -335,7 +344,7 @@ class ProcessGroup:
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         nbytes = prod(shape) * dtype.itemsize
-        waiter = GroupWaiter(self, self._begin("empty"))
+        waiter = self._collective_waiter("empty")
         memory = self._backend.allocate(nbytes, waiter=waiter) if nbytes else None
         return np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
 
@@ -343,10 +352,13 @@ class ProcessGroup:
 
     def run(self, plan: Plan[T]) -> T:
         """Perform a collective and return its result."""
-        waiter = GroupWaiter(self, self._begin(plan.verb))
+        waiter = self._collective_waiter(plan.verb)
         try:
             self._backend.run(plan.verb, plan.args, waiter=waiter)
-        except TransportError as error:
+        except CollectiveMismatchError:
+            raise
+        except BaseException as error:
+            # Also an interrupt: the other ranks have gone on to the next operation.
             self._break(error)
             raise
         return plan.finish()
@@ -354,8 +366,11 @@ class ProcessGroup:
     def start(self, plan: Plan[T]) -> GroupWork[T]:
         """Start a collective and return at once."""
         operation = self._begin(f"i{plan.verb}")
-        inner = self._backend.begin(plan.verb, plan.args)
-        return GroupWork(self, operation, inner, plan.finish)
+        self._collectives[0] += 1
+        number = (self._identity, self._collectives[0])
+        with self._breaking():
+            inner = self._backend.begin(plan.verb, plan.args)
+        return GroupWork(self, operation, inner, plan.finish, collective=number)
 
     def start_steps(
         self,
@@ -367,13 +382,41 @@ class ProcessGroup:
     ) -> GroupWork[T]:
         """Start an operation of several phases among some ranks and return at once."""
         operation = self._begin(verb)
-        inner = self._backend.start(steps(self._backend))
+        with self._breaking():
+            inner = self._backend.start(steps(self._backend))
         return GroupWork(self, operation, inner, finish, peers=peers)
 
     def next_payload(self) -> int:
         """Return the number of the next lane for a message that follows its envelope."""
         self._payloads += 1
         return self._payloads
+
+    def _collective_waiter(self, verb: str) -> GroupWaiter:
+        """Count a collective and return what waits for it."""
+        operation = self._begin(verb)
+        self._collectives[0] += 1
+        number = (self._identity, self._collectives[0])
+        return GroupWaiter(self, operation, collective=number)
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """Break the group on an error that may have left its ranks at different places."""
+        try:
+            yield
+        except CollectiveMismatchError:
+            raise
+        except BaseException as error:
+            self._break(error)
+            raise
+
+    def _check_color(self, color: int | None, key: int) -> None:
+        """Raise unless every MPI library takes these for a split."""
+        valid = color is None or (isinstance(color, int | np.integer) and 0 <= color < 2**31)
+        if not (valid and isinstance(key, int | np.integer) and abs(key) < 2**31):
+            raise UnsupportedOperationError(
+                f"split on {self}: color must be None or an integer from 0 to 2**31 - 1 and key an "
+                f"integer below 2**31; got color {color!r}, key {key!r}"
+            )
 
     def _begin(self, verb: str) -> str:
         """Count an operation and return its words for messages."""
@@ -397,18 +440,32 @@ class ProcessGroup:
     def close(self) -> None:
         """Finish what is under way within the deadline and release the group.
 
+        Raises
+        ------
+        DistributedError
+            If an operation that nobody waited for failed; the group is closed all the same.
+
+        Notes
+        -----
         Local, but waits for the group's outstanding operations, if it has any. Closing twice is
         allowed; a broken group is not waited for.
         """
         if self._reason is not None:
             return
-        while self._outstanding:
-            self._outstanding[0].wait()
+        failed: Exception | None = None
+        while self._outstanding and self._reason is None:
+            try:
+                self._outstanding[0].wait()
+            except Exception as error:  # noqa: BLE001  # raised below, when all are over
+                failed = failed or error
         for related in self._related.values():
             if related is not None:
                 related.close()
-        self._reason = "it was closed"
-        self._backend.close()
+        if self._reason is None:
+            self._reason = "it was closed"
+            self._backend.close()
+        if failed is not None:
+            raise failed
 
     def _check_usable(self, operation: str) -> None:
         if self._reason is not None:
@@ -416,12 +473,11 @@ class ProcessGroup:
                 f"{operation} on {self}: the group cannot be used any more: {self._reason}"
             )
 
-    def _break(self, error: DistributedError) -> DistributedError:
-        """Make the group unusable and return the error that did it."""
+    def _break(self, error: BaseException) -> None:
+        """Make the group unusable: `error` has left its ranks at different places."""
         if self._reason is None:
-            self._reason = str(error)
+            self._reason = str(error) or type(error).__name__
             _BROKEN.append(self)
-        return error
 
     def print(self, *values: object, sep: str = " ") -> None:
         """Print one line that says which rank speaks.

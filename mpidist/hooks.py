@@ -15,15 +15,15 @@ import threading
 import time
 import traceback
 import weakref
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from mpidist.backends.departures import Departures
-from mpidist.backends.mpi import MpiBackend, world_ranks
-from mpidist.errors import DistributedError
+from mpidist.backends.mpi import MpiBackend
 from mpidist.group import ProcessGroup, broken_groups
 
-__all__ = ["follow", "install"]
+__all__ = ["follow", "starting"]
 
 _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
@@ -42,27 +42,34 @@ class _Hooks:
     ----------
     mpi : module
         ``mpi4py.MPI``.
-    comm : mpi4py.MPI.Intracomm
-        The ranks that leave together.
-    timeout : float
-        Seconds that a rank which is done waits for the others.
+
+    Attributes
+    ----------
+    starting : (float, float) or None
+        When a call of `init` began, by `time.monotonic`, and its timeout in seconds, while it runs.
     """
 
-    def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
+    def __init__(self, mpi: Any) -> None:
         self._mpi = mpi
-        self._timeout = timeout
-        self._words = f"[world {comm.rank}/{comm.size}]"
+        self._words = f"[world {mpi.COMM_WORLD.rank}/{mpi.COMM_WORLD.size}]"
+        self._worlds: list[tuple[Departures, float]] = []
         self._groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
-        self._operations = 0
-        self.departures = Departures(comm.Dup(), world_ranks(mpi, comm))
+        self._next_hook = sys.excepthook
+        self.starting: tuple[float, float] | None = None
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
         atexit.register(self._on_exit)
         threading.Thread(target=self._watch, name="mpidist-watchdog", daemon=True).start()
 
+    def join(self, comm: Any, timeout: float) -> Departures:
+        """Let the ranks of a communicator tell each other when they leave; collective over it."""
+        departures = Departures(comm.Dup())
+        self._worlds.append((departures, timeout))
+        return departures
+
     def follow(self, group: ProcessGroup) -> None:
-        """Count this group's operations in the notice of departure."""
+        """Drive this group at the exit, and count its operations in the notice of departure."""
         self._groups.add(group)
 
     def _abort(self, code: int) -> None:
@@ -82,9 +89,13 @@ class _Hooks:
         if issubclass(kind, KeyboardInterrupt):
             self._say("interrupted; ending the job")
             self._abort(_INTERRUPTED)
-        lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
-        told = "\n".join(f"{self._words} {line}" for line in lines)
-        self._say(f"raised {kind.__name__}; ending the job\n{told}")
+        told = ""
+        if self._next_hook is sys.__excepthook__:
+            lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
+            told = "".join(f"\n{self._words} {line}" for line in lines)
+        else:
+            self._next_hook(kind, error, trace)
+        self._say(f"raised {kind.__name__}; ending the job{told}")
         # Ranks that check the same arguments raise together; let each show its traceback.
         time.sleep(_FLUSH)
         self._abort(1)
@@ -97,23 +108,26 @@ class _Hooks:
         """Tell all that this rank leaves, and stay until they do; abort if the job is broken."""
         if self._mpi.Is_finalized():
             return
-        broken = broken_groups()
+        broken = [group for group in broken_groups() if group.backend == MpiBackend.name]
         if broken:
             self._say(f"ends with a broken group ({broken[0]}); ending the job")
             self._abort(1)
         operations = sum(group.operations for group in self._groups)
-        remaining = self.departures.leave(operations, self._timeout, self._progress)
-        if remaining:
-            self._say(
-                f"left after operation {operations} and has waited {self._timeout:g} s for the "
-                f"exit of rank {', '.join(map(str, remaining))}; ending the job"
-            )
-            self._abort(1)
+        for departures, _ in self._worlds:
+            departures.leave(operations)
+        for departures, timeout in self._worlds:
+            remaining = departures.wait_for_all(timeout, self._progress)
+            if remaining:
+                self._say(
+                    f"left after operation {operations} and has waited {timeout:g} s for the exit "
+                    f"of rank {', '.join(map(str, remaining))}; ending the job"
+                )
+                self._abort(1)
 
     def _progress(self) -> None:
         """Drive the operations that were begun here and never waited for."""
         for group in tuple(self._groups):
-            with contextlib.suppress(DistributedError):
+            with contextlib.suppress(Exception):
                 group.progress()
 
     def _watch(self) -> None:
@@ -124,16 +138,22 @@ class _Hooks:
         """
         while True:
             time.sleep(_ROUND)
-            for backend in tuple(MpiBackend.alive):
+            now = time.monotonic()
+            if self.starting is not None and now - self.starting[0] > self.starting[1]:
+                self._say(
+                    f"has been in init for {now - self.starting[0]:.0f} s: another rank has not "
+                    "called it, or calls it on other ranks; ending the job"
+                )
+                self._abort(1)
+            for backend in MpiBackend.alive():
                 if backend.inside is None:
                     continue
                 waiter, since = backend.inside
-                seconds = time.monotonic() - since
-                if seconds > waiter.timeout:
+                if now - since > waiter.timeout:
                     self._say(
                         f"is stuck in the MPI library's part of {waiter.operation} for "
-                        f"{seconds:.0f} s. All ranks had come to a collective: one has been lost "
-                        "since (its own output, or the launcher's, may say why), or called "
+                        f"{now - since:.0f} s. All ranks had come to a collective: one has been "
+                        "lost since (its own output, or the launcher's, may say why), or called "
                         "another collective, or this one with another shape; ending the job"
                     )
                     self._abort(1)
@@ -153,32 +173,38 @@ def _someone_else_handles_exceptions() -> bool:
     return ipython is not None and ipython.get_ipython() is not None
 
 
-def install(mpi: Any, comm: Any, timeout: float) -> Departures | None:
-    """Install the hooks, unless they are, or somebody else handles exceptions here.
+@contextlib.contextmanager
+def starting(mpi: Any, comm: Any, timeout: float) -> Iterator[Departures | None]:
+    """Guard a call of `init`, and install the hooks unless somebody else handles exceptions here.
 
     Parameters
     ----------
     mpi : module
         ``mpi4py.MPI``.
     comm : mpi4py.MPI.Intracomm
-        The ranks that leave together; collective over them when first called.
+        The ranks that leave together; collective over them.
     timeout : float
-        Seconds that a rank which is done waits for the others at its exit.
+        Seconds that the call may take, and that a rank which is done waits for the others.
 
-    Returns
-    -------
+    Yields
+    ------
     Departures or None
         Where ranks announce that they leave; None if nothing is installed.
     """
     global _installed  # noqa: PLW0603  # the state of the process, and named as such
+    if comm.size == 1 or _someone_else_handles_exceptions():
+        yield None
+        return
     if _installed is None:
-        if comm.size == 1 or _someone_else_handles_exceptions():
-            return None
-        _installed = _Hooks(mpi, comm, timeout)
-    return _installed.departures
+        _installed = _Hooks(mpi)
+    _installed.starting = (time.monotonic(), timeout)
+    try:
+        yield _installed.join(comm, timeout)
+    finally:
+        _installed.starting = None
 
 
 def follow(group: ProcessGroup) -> None:
-    """Count a group's operations in this rank's notice of departure."""
+    """Drive a group at this rank's exit, and count its operations in the notice of departure."""
     if _installed is not None:
         _installed.follow(group)

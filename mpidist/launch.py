@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 from mpidist import env, hooks
-from mpidist.backends.mpi import MpiBackend, load_mpi
+from mpidist.backends.mpi import MpiBackend, load_mpi, world_ranks
 from mpidist.backends.network import Network
 from mpidist.backends.simulated import SimulatedBackend
 from mpidist.errors import BackendUnavailableError, LaunchError
@@ -93,9 +93,9 @@ def _init_mpi(
     mpi = load_mpi()
     _refuse_strangers(evidence, mpi)
     comm = mpi.COMM_WORLD if comm is None else comm
-    departures = hooks.install(mpi, comm, timeout)
-    backend = MpiBackend(comm.Dup(), departures=departures)
-    world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after)
+    with hooks.starting(mpi, comm, timeout) as departures:
+        backend = MpiBackend(comm.Dup(), departures=departures, places=world_ranks(mpi, comm))
+        world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after)
     hooks.follow(world)
     logger.debug("rank %d of %d is %s:%d", comm.rank, comm.size, socket.gethostname(), os.getpid())
     return world

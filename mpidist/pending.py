@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from mpidist.backends.waiting import WaitTimeout, wait_until
 from mpidist.backends.work import Waiter, Work
 from mpidist.errors import (
+    CollectiveMismatchError,
     CollectiveTimeoutError,
-    DistributedError,
     PeerLostError,
+    SizeMismatchError,
     TransportError,
 )
 
@@ -72,10 +73,12 @@ class GroupWaiter(Waiter):
         group: ProcessGroup,
         operation: str,
         *,
+        collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
         timeout: float | None = None,
     ) -> None:
         self.operation = operation
+        self._collective = collective
         self.timeout = group.timeout if timeout is None else timeout
         self._group = group
         self._peers = peers
@@ -103,7 +106,8 @@ class GroupWaiter(Waiter):
                 "group is broken: let this error end the job, and look at what the missing ranks "
                 "were doing; init(timeout=...) sets the deadline"
             )
-            raise group._break(error) from None
+            group._break(error)
+            raise error from None
         except (TransportError, PeerLostError) as error:
             group._break(error)
             raise
@@ -127,7 +131,7 @@ class GroupWaiter(Waiter):
         needed = self._peers.ranks
         lost = {
             rank: words
-            for rank, words in group._backend.lost().items()
+            for rank, words in group._backend.lost(self._collective).items()
             if needed is None or rank in needed
         }
         if len(lost) <= self._peers.spare:
@@ -155,6 +159,8 @@ class GroupWork(Work[T]):
         The transport's part.
     finish : callable
         Called once on completion; returns the result.
+    collective : (int, int), optional
+        The group's identity and the number of the operation among its collectives.
     peers : Peers, optional
         The ranks it depends on; all when omitted.
     """
@@ -166,37 +172,56 @@ class GroupWork(Work[T]):
         inner: Work[Any],
         finish: Callable[[], T],
         *,
+        collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
     ) -> None:
         self._group = group
         self._operation = operation
-        self._inner: Work[Any] | None = inner
-        self._finish: Callable[[], T] | None = finish
+        self._inner = inner
+        self._finish = finish
+        self._collective = collective
         self._peers = peers
-        self._error: DistributedError | None = None
+        self._over = False
+        self._error: BaseException | None = None
         self._result: list[T] = []
         group._outstanding.append(self)
+        group._backend.engine.held.add(self)
 
     def _complete(self) -> bool:
         """Poll the transport's part, and finish when it is over."""
-        if self._inner is None:
+        if self._over:
             return True
         try:
             if not self._inner.done():
                 return False
-            if self._finish is not None:
-                self._result.append(self._finish())
-        except DistributedError as error:
-            self._error = error
-            if isinstance(error, TransportError):
-                self._group._break(error)
-        self._inner = self._finish = None
-        self._group._outstanding.remove(self)
+            self._result.append(self._finish())
+        except (SizeMismatchError, CollectiveMismatchError) as error:
+            self._end(error)
+        except TransportError as error:
+            told = TransportError(f"{self._operation} on {self._group}: {error}", error.code)
+            told.__cause__ = error
+            self._end(told, broken=True)
+        except BaseException as error:
+            self._end(error, broken=True)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._end()
         return True
+
+    def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
+        """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
+        self._over, self._error = True, error
+        self._group._outstanding.remove(self)
+        if broken and error is not None:
+            self._group._break(error)
+            return
+        self._group._backend.engine.held.discard(self)
+        del self._inner, self._finish
 
     def done(self) -> bool:
         """Make progress on the whole group, and return whether this operation is complete."""
-        if self._inner is not None:
+        if not self._over:
             self._group._check_usable(self._operation)
             self._group._backend.progress()
         if not self._complete():
@@ -207,10 +232,19 @@ class GroupWork(Work[T]):
 
     def wait(self, timeout: float | None = None) -> T:
         """Wait for the result; see `Work.wait`."""
-        if self._inner is not None:
+        if not self._over:
             self._group._check_usable(self._operation)
-            waiter = GroupWaiter(self._group, self._operation, peers=self._peers, timeout=timeout)
-            waiter.wait_for(self._complete)
+            waiter = GroupWaiter(
+                self._group,
+                self._operation,
+                collective=self._collective,
+                peers=self._peers,
+                timeout=timeout,
+            )
+            try:
+                waiter.wait_for(self._complete)
+            except (CollectiveTimeoutError, PeerLostError) as error:
+                self._end(error, broken=True)
         if self._error is not None:
             raise self._error
         return self._result[0]

@@ -78,7 +78,7 @@ class Backend(ABC):
         self.capabilities = capabilities
         self.registered = Registry()
         self._direct: Direct | None = None
-        self._engine = Engine()
+        self.engine = Engine()
         self._collectives = 0
 
     # -- what a transport must offer -----------------------------------------------------------
@@ -131,8 +131,26 @@ class Backend(ABC):
             "start it with mpidist.init('mpi')"
         )
 
-    def lost(self) -> Mapping[int, str]:
-        """Return the ranks of this group that are known to be gone, and what they said."""
+    def follow(self, group: int, begun: list[int]) -> None:  # noqa: B027  # optional
+        """Tell this rank's peers at its end how many collectives of a group it has begun.
+
+        Parameters
+        ----------
+        group : int
+            The group's identity, the same on all its ranks.
+        begun : list of int
+            One number, which the group counts up.
+        """
+
+    def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
+        """Return the ranks of this group that are known to be gone, and what they said.
+
+        Parameters
+        ----------
+        collective : (int, int), optional
+            A group's identity and the number of one of its collectives: ranks that had begun it
+            before they left are not lost to it.
+        """
         return {}
 
     def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
@@ -191,7 +209,7 @@ class Backend(ABC):
     def start(self, steps: Steps) -> Work[None]:
         """Start an operation of several phases; `progress` drives it from now on."""
         work = StepsWork(steps)
-        self._engine.running.append(work)
+        self.engine.running.append(work)
         return work
 
     def join(self, parent: Backend) -> None:
@@ -199,18 +217,21 @@ class Backend(ABC):
 
         While this rank waits on one group, others may wait for its next phase on another.
         """
-        self._engine = parent._engine
+        self.engine = parent.engine
 
     def progress(self) -> None:
         """Drive every operation that has been started, and the transport itself."""
         self.poll()
-        if self._engine.running:
-            self._engine.drive()
+        if self.engine.running:
+            self.engine.drive()
 
     def lane(self, traffic: Traffic, number: int) -> int:
-        """Return the lane with this number; numbers beyond the largest tag begin again at 0."""
+        """Return the lane with this number; numbers beyond the largest tag begin again at 0.
+
+        The first `max_tag + 1` lanes are left to users of the transport's own interface.
+        """
         span = self.capabilities.max_tag + 1
-        return traffic * span + number % span
+        return (traffic + 1) * span + number % span
 
     def _next_lane(self) -> algorithms.Lane:
         """Open the lane of the next collective; the same one on all ranks."""

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Departures"]
+__all__ = ["Departure", "Departures"]
 
-_TAG = 0
 _PAUSE = 0.01
 """Seconds between two looks in a wait that may last as long as the job."""
+
+
+class Departure(NamedTuple):
+    """What a rank said when it left.
+
+    Attributes
+    ----------
+    operations : int
+        How many operations it had begun.
+    begun : mapping of int to int
+        How many collectives of each group, by the group's identity.
+    """
+
+    operations: int
+    begun: Mapping[int, int]
 
 
 class Departures:
@@ -22,32 +37,62 @@ class Departures:
     ----------
     comm : mpi4py.MPI.Intracomm
         Used for nothing else; freed with the process.
-    world_ranks : sequence of int
-        The rank in MPI's world of each of its ranks.
+
+    Attributes
+    ----------
+    begun : dict of int to list of int
+        How many collectives this rank has begun, by the group's identity; each number stands in a
+        list of its own, which the group counts up.
     """
 
-    def __init__(self, comm: Any, world_ranks: Sequence[int]) -> None:
+    def __init__(self, comm: Any) -> None:
+        self.begun: dict[int, list[int]] = {}
         self._comm = comm
-        self._world_ranks = world_ranks
-        self._left: dict[int, str] = {}
+        self._left: dict[int, Departure] = {}
         self._sent: list[Any] = []
+        self._reading = threading.Lock()
 
-    def left(self) -> Mapping[int, str]:
-        """Return the ranks of MPI's world that have left, and what they said; never blocks."""
-        notice = np.empty(2, np.int64)
-        while self._comm.Iprobe(tag=_TAG):
-            self._comm.Recv(notice, tag=_TAG)
-            rank, operations = notice.tolist()
-            self._left[self._world_ranks[rank]] = f"left after operation {operations}"
+    def left(self) -> Mapping[int, Departure]:
+        """Return the ranks of the communicator that have left; never blocks."""
+        if self._reading.acquire(blocking=False):
+            try:
+                while (message := self._comm.Improbe()) is not None:
+                    self._read(message)
+            finally:
+                self._reading.release()
         return self._left
 
-    def leave(self, operations: int, timeout: float, progress: Callable[[], None]) -> list[int]:
-        """Tell all that this rank leaves, and wait until all others do.
+    def _read(self, message: Any) -> None:
+        # The first of a rank's two messages is the length of the second.
+        length = np.empty(2, np.int64)
+        message.Recv(length)
+        rank, words = length.tolist()
+        notice = np.empty(words, np.int64)
+        self._comm.Recv(notice, source=rank)
+        operations, *pairs = notice.tolist()
+        self._left[rank] = Departure(operations, dict(zip(pairs[::2], pairs[1::2], strict=True)))
+
+    def leave(self, operations: int) -> None:
+        """Tell all others that this rank leaves.
 
         Parameters
         ----------
         operations : int
             How many operations it took part in.
+        """
+        comm = self._comm
+        pairs = [number for group, begun in self.begun.items() for number in (group, begun[0])]
+        notice = np.array([operations, *pairs], np.int64)
+        length = np.array([comm.rank, notice.size], np.int64)
+        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        self._sent = [comm.Isend(data, rank) for rank in others for data in (length, notice)]
+        self._sent.append((length, notice))
+
+    def wait_for_all(self, timeout: float, progress: Callable[[], None]) -> list[int]:
+        """Wait until all others have left.
+
+        Parameters
+        ----------
         timeout : float
             Seconds to wait.
         progress : callable
@@ -56,16 +101,11 @@ class Departures:
         Returns
         -------
         list of int
-            The ranks of MPI's world that had not left by then.
+            The ranks of the communicator that had not left by then.
         """
-        comm = self._comm
-        notice = np.array([comm.rank, operations], np.int64)
-        others = [rank for rank in range(comm.size) if rank != comm.rank]
-        self._sent = [comm.Isend(notice, rank, _TAG) for rank in others]
         deadline = time.monotonic() + timeout
-        while len(self.left()) < len(others) and time.monotonic() < deadline:
+        others = set(range(self._comm.size)) - {self._comm.rank}
+        while not others <= self.left().keys() and time.monotonic() < deadline:
             progress()
             time.sleep(_PAUSE)
-        return [
-            rank for rank in map(self._world_ranks.__getitem__, others) if rank not in self._left
-        ]
+        return sorted(others - self._left.keys())

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from mpidist.backends.direct import Block, Direct, DirectBoard, supported
 from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
 from mpidist.backends.shared_memory import create_file, map_file
 from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Message, Steps, StepsWork, Waiter, Work
+from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
 from mpidist.log import logger
 
@@ -104,20 +105,31 @@ class _Requests(Work[tuple[int, ...]]):
         self._requests = requests
         self._keep = keep
         self._receives = receives
-        self._statuses = [mpi.Status() for _ in requests] if receives else None
+        self._statuses = [mpi.Status() for _ in requests] if len(requests) > 1 or receives else None
         self._sources: tuple[int, ...] | None = None
 
     def done(self) -> bool:
-        if self._sources is None:
-            try:
-                if not self._mpi.Request.Testall(self._requests, self._statuses):
-                    return False
-            except self._mpi.Exception as error:
-                raise _translate(self._mpi, "poll", error) from error
+        if self._sources is not None:
+            return True
+        try:
+            if self._statuses is None:
+                over = self._requests[0].Test() if self._requests else True
+            else:
+                over = self._mpi.Request.Testall(self._requests, self._statuses)
+        except self._mpi.Exception as error:
+            raise _translate(self._mpi, "under way", self._cause(error)) from error
+        if over:
             statuses = (self._statuses or [])[: self._receives]
             self._sources = tuple(status.source for status in statuses)
             self._keep = None
-        return True
+        return bool(over)
+
+    def _cause(self, error: Any) -> Any:
+        """Return the error of the request that failed; Testall's says only that one did."""
+        codes = [status.error for status in self._statuses or []]
+        causes = [self._mpi.Exception(code) for code in codes if code != self._mpi.SUCCESS]
+        several = error.Get_error_class() == self._mpi.ERR_IN_STATUS
+        return causes[0] if several and causes else error
 
     def wait(self, timeout: float | None = None) -> tuple[int, ...]:
         wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
@@ -141,6 +153,12 @@ def _translate(mpi: Any, operation: str, error: Any) -> TransportError:
     )
 
 
+_ENGINE = Engine()
+"""What this process has under way: MPI is one for all its groups, and so is progress."""
+
+_ALIVE_LOCK = threading.Lock()
+
+
 class MpiBackend(Backend):
     """The ranks of an MPI communicator.
 
@@ -149,7 +167,9 @@ class MpiBackend(Backend):
     comm : mpi4py.MPI.Intracomm
         Used by this object alone, which frees it; collective over it.
     departures : Departures, optional
-        Where ranks of the world announce that they leave.
+        Where ranks announce that they leave.
+    places : sequence of int, optional
+        The rank in MPI's world of each rank of the departures' communicator.
 
     Attributes
     ----------
@@ -159,22 +179,33 @@ class MpiBackend(Backend):
     """
 
     name = "mpi"
-    alive: ClassVar[weakref.WeakSet[MpiBackend]] = weakref.WeakSet()
-    """The open transports of this process, for the watchdog."""
+    _alive: ClassVar[weakref.WeakSet[MpiBackend]] = weakref.WeakSet()
 
-    def __init__(self, comm: Any, *, departures: Departures | None = None) -> None:
+    def __init__(
+        self, comm: Any, *, departures: Departures | None = None, places: Sequence[int] = ()
+    ) -> None:
         self._mpi = mpi = load_mpi()
-        span = (mpi.COMM_WORLD.Get_attr(mpi.TAG_UB) + 1) // len(Traffic)
+        # The first share of the tags is left to users of the communicator.
+        span = (mpi.COMM_WORLD.Get_attr(mpi.TAG_UB) + 1) // (len(Traffic) + 1)
         super().__init__(comm.rank, comm.size, Capabilities(max_tag=span - 1))
+        self.engine = _ENGINE
         self._comm = comm
         self._departures = departures
+        self._places = places
         self._calls = LibraryCalls(mpi, comm.rank, comm.size)
         self._world_ranks = world_ranks(mpi, comm)
         self._node = _node(mpi, comm)
         self._shares = self.size > 1 and _all_equal(mpi, comm, self._node)
         self._board = self._make_board()
         self.inside: tuple[Waiter, float] | None = None
-        self.alive.add(self)
+        with _ALIVE_LOCK:
+            self._alive.add(self)
+
+    @classmethod
+    def alive(cls) -> list[MpiBackend]:
+        """Return the open transports of this process, for the watchdog."""
+        with _ALIVE_LOCK:
+            return list(cls._alive)
 
     # -- the transport -------------------------------------------------------------------------
 
@@ -201,19 +232,19 @@ class MpiBackend(Backend):
             comm = self._comm.Split(self._mpi.UNDEFINED if color is None else color, key)
             if comm == self._mpi.COMM_NULL:
                 return None
-            return MpiBackend(comm, departures=self._departures)
+            return MpiBackend(comm, departures=self._departures, places=self._places)
 
     def create(self, ranks: Sequence[int], *, waiter: Waiter) -> MpiBackend:
         """Make the transport of these ranks; collective over them only, blocks."""
         # The library's call would wait for ever for a member that does not come. So the members
         # meet with the deadline first; the lane is the same for all who mean the same group.
         meeting = algorithms.Lane(self, self.lane(Traffic.CREATE, hash(tuple(ranks))), ranks)
-        waiter.wait_for(StepsWork(algorithms.dissemination_barrier(meeting)).done)
+        waiter.wait_for(self.start(algorithms.dissemination_barrier(meeting)).done)
         members = self._comm.Get_group().Incl(list(ranks))
         with self._within(waiter):
             comm = self._comm.Create_group(members)
             members.Free()
-            return MpiBackend(comm, departures=self._departures)
+            return MpiBackend(comm, departures=self._departures, places=self._places)
 
     def poll(self) -> None:
         """Let the library make progress on all communicators: any call into it does."""
@@ -221,7 +252,8 @@ class MpiBackend(Backend):
 
     def close(self) -> None:
         """Free the communicator."""
-        self.alive.discard(self)
+        with _ALIVE_LOCK:
+            self._alive.discard(self)
         self._comm.Free()
 
     def abort(self, code: int) -> None:
@@ -238,12 +270,24 @@ class MpiBackend(Backend):
         """Return the communicator."""
         return self._comm
 
-    def lost(self) -> Mapping[int, str]:
-        """Return the ranks that have announced that they leave."""
+    def follow(self, group: int, begun: list[int]) -> None:
+        """Tell at this rank's end how many collectives of a group it has begun."""
+        if self._departures is not None and group:
+            self._departures.begun[group] = begun
+
+    def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
+        """Return the ranks that have left, but for those that had begun the collective."""
         if self._departures is None:
             return {}
-        left = self._departures.left()
-        return {rank: left[world] for rank, world in enumerate(self._world_ranks) if world in left}
+        lost = {}
+        for place, notice in self._departures.left().items():
+            if collective is not None and notice.begun.get(collective[0], 0) >= collective[1]:
+                continue
+            world = self._places[place]
+            if world in self._world_ranks:
+                words = f"left after operation {notice.operations}"
+                lost[self._world_ranks.index(world)] = words
+        return lost
 
     # -- collectives ---------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class SimulatedBackend(Backend):
         """Take this rank's turns; a short wait where nothing has happened."""
         self._network.poll(self._world_rank)
 
-    def lost(self) -> Mapping[int, str]:
+    def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
         """Return the members whose death was announced."""
         lost = dict(self._network.lost)
         return {rank: lost[who] for rank, who in enumerate(self._place.members) if who in lost}

@@ -120,8 +120,18 @@ class StepsWork(Work[None]):
     def _advance(self) -> None:
         try:
             self._current = next(self._steps, None)
-        except Exception as error:  # noqa: BLE001  # raised again by `done`
-            self._current, self._error = None, error
+        except BaseException as error:  # noqa: BLE001  # raised again, see `_fail`
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep an error for `done`; an interrupt is also passed on at once.
+
+        Either way the operation is over: a generator that raised cannot be continued.
+        """
+        self._error, self._current = error, None
+        self._steps.close()
+        if not isinstance(error, Exception):
+            raise error
 
     def done(self) -> bool:
         """Run on until a phase is not complete."""
@@ -142,9 +152,8 @@ class StepsWork(Work[None]):
             try:
                 if not self._current.done():
                     return
-            except Exception as error:  # noqa: BLE001  # raised again by `done`
-                self._current, self._error = None, error
-                self._steps.close()
+            except BaseException as error:  # noqa: BLE001  # raised again, see `_fail`
+                self._fail(error)
                 return
             self._advance()
 
@@ -154,14 +163,23 @@ class StepsWork(Work[None]):
 
 
 class Engine:
-    """The operations of several phases that this rank has under way, on all groups of a family.
+    """What a rank has under way on all its groups.
 
-    A rank that waits on one group drives them on all: the rank it waits for may itself be waiting,
-    on another group, for this one's next phase. A group and those made from it are a family.
+    A rank that waits on one group drives the operations of several phases on all: the rank it waits
+    for may itself be waiting, on another group, for this one's next phase.
+
+    Attributes
+    ----------
+    running : list of StepsWork
+        What is driven.
+    held : set
+        Everything whose arrays the transport may still read or write, so that neither a dropped
+        Work nor a dropped group gives their memory away; after a failure, until the process ends.
     """
 
     def __init__(self) -> None:
         self.running: list[StepsWork] = []
+        self.held: set[object] = set()
         self._driving = threading.Lock()
 
     def drive(self) -> None:
