@@ -70,8 +70,8 @@ class DDP:
 
     Notes
     -----
-    Collective over `group`; blocks. Costs one exchange of 32 bytes per rank, the duplicate, and a
-    broadcast of every parameter and buffer.
+    Collective over `group`; blocks. Costs what a `GradientReducer` does, and a broadcast of every
+    parameter and buffer.
 
     A parameter that no rank used keeps ``grad is None``, and the optimizer skips it; one that some
     ranks used is averaged, the others counting as zeros. Buffers: see [Note: buffers] in
