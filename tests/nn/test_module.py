@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mpidist.nn import (
-    TRAIN,
     BatchNorm2d,
     Context,
     Conv2d,
@@ -28,6 +27,8 @@ from mpidist.nn import (
     count_uses,
 )
 from mpidist.testing.gradcheck import check_gradients, check_halves, gradients
+
+TRAIN = Mode(training=True)
 
 
 class TiedModel(Module):
