@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ from mpidist._types import Array
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.work import Steps
 from mpidist.errors import (
+    CollectiveMismatchError,
     DistributedError,
     GroupBrokenError,
     InvalidRankError,
+    SizeMismatchError,
     TransportError,
 )
 from mpidist.log import rank_logger
@@ -326,6 +329,13 @@ class ProcessGroup:
             and `all_gather` within it work on the memory of all ranks directly; everything else
             treats it as any other array. It, and views of it, stay valid after `close`.
 
+        Raises
+        ------
+        CollectiveMismatchError
+            If the ranks ask for different numbers of bytes; on all of them, and nothing is made.
+        SizeMismatchError
+            If a length is negative.
+
         Notes
         -----
         Collective over the group; blocks. Being registered is part of a collective call, as the
@@ -333,9 +343,20 @@ class ProcessGroup:
         shared memory (several nodes, or none left) it is an ordinary array on all ranks.
         """
         dtype = np.dtype(dtype)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = tuple(map(index, np.atleast_1d(np.asarray(shape, object))))
+        if any(length < 0 for length in shape):
+            raise SizeMismatchError(f"empty on {self}: no array has the shape {shape}")
         nbytes = prod(shape) * dtype.itemsize
         waiter = GroupWaiter(self, self._begin("empty"))
+        # A block has parts of one size: with another stride, ranks would share what is not shared.
+        mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
+        self._backend.run("all_gather", (mine, sizes, (1,) * self.size), waiter=waiter)
+        if (sizes != mine).any():
+            raise CollectiveMismatchError(
+                f"{waiter.operation} on {self}: the ranks ask for arrays of different sizes, and "
+                f"nothing has been made; all must give the same shape and dtype, here {shape} and "
+                f"{dtype}. Bytes by rank: {sizes.tolist()}"
+            )
         memory = self._backend.allocate(nbytes, waiter=waiter) if nbytes else None
         return np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
 
