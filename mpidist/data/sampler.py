@@ -176,9 +176,9 @@ class ShardedSampler:
         epoch, step = int(state["epoch"]), int(state["step"])
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise ValueError(
-                f"ShardedSampler.load_state_dict: expected an epoch of at least 0 and a step in "
-                f"[0, {self.steps_per_epoch}), got epoch {epoch}, step {step}; use skip_to to go on "
-                "from a step counted over all epochs"
+                "ShardedSampler.load_state_dict: expected an epoch of at least 0 and a step in "
+                f"[0, {self.steps_per_epoch}), got epoch {epoch}, step {step}; use skip_to to go "
+                "on from a step counted over all epochs"
             )
         self._epoch, self._step = epoch, step
 

@@ -201,7 +201,7 @@ def test_state_of_another_dtype_is_refused_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
 @pytest.mark.parametrize("cls", [Adam, AdamW])
-def test_adam_refuses_halves(cls: type[Adam] | type[AdamW], dtype: Any) -> None:
+def test_adam_refuses_halves(cls: type[Adam | AdamW], dtype: Any) -> None:
     # An element without gradient would become NaN: eps is 0 in float16.
     params = [("a", Parameter(np.zeros(2))), ("w", Parameter(np.zeros(2, dtype)))]
     message = f"{cls.__name__}: parameter 'w' is {np.dtype(dtype)}.*float32"
