@@ -6,12 +6,14 @@
 
 Writes metrics.jsonl and loss.png into --out. The curve does not depend on the number of ranks,
 apart from rounding: --batch-size counts the samples of all ranks together, and samples, initial
-values and dropout follow from --seed alone. The loop itself is mpidist/train/loop.py.
+values and dropout follow from --seed alone. Training that diverges ends with exit code 1. The loop
+itself is mpidist/train/loop.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import statistics
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from mpidist.optim import Optimizer
     from mpidist.parallel import DDP, Compression
     from mpidist.train import Plan, Record
+
+DIVERGED = 1
+"""Exit code after a loss or gradient that is not finite."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it: 128 + SIGINT."""
@@ -115,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.excepthook is not sys.__excepthook__:
             raise  # to mpidist's hook, which ends all ranks with the same code, without a traceback
         return INTERRUPTED
+    except FloatingPointError:  # on all ranks together; rank 0 has said so
+        return DIVERGED
     return 0
 
 
@@ -141,10 +148,26 @@ def run(options: argparse.Namespace) -> None:
         model = DDP(task.model, world, op=mpidist.SUM, compression=make_compression(options))
         optimizer = make_optimizer(options, task, plan)
         if world.rank == 0:
+            do_without(options)
             announce(options, task, plan, world)
         records = train_and_record(options, task, plan, model, optimizer, world)
         if world.rank == 0:
             report(options, task, records, ranks=world.size)
+
+
+def do_without(options: argparse.Namespace) -> None:
+    """Leave out the progress bar or the picture, and say so, if what draws it is not installed."""
+    for module, option, what in (
+        ("tqdm", "no_progress", "progress bar"),
+        ("matplotlib", "no_plot", "picture"),
+    ):
+        if getattr(options, option):
+            continue
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            setattr(options, option, True)
+            print(f"no {what}: {error}; to get it: pip install 'mpidist[train]'", flush=True)
 
 
 def announce(options: argparse.Namespace, task: Task, plan: Plan, world: ProcessGroup) -> None:
@@ -238,12 +261,11 @@ def train_and_record(
                 records.append(record)
                 file.write(record.as_json())
                 bar.show(record)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, FloatingPointError) as error:
         if first:
             at = f"after step {optimizer.step_count} of {plan.steps}"
-            print(
-                f"interrupted {at}; the records so far are in {options.out / METRICS}", flush=True
-            )
+            why = f"interrupted {at}" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+            print(f"{why}; the records so far are in {options.out / METRICS}", flush=True)
         raise
     return records
 

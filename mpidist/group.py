@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from mpidist.errors import (
     CollectiveMismatchError,
     GroupBrokenError,
     InvalidRankError,
+    SizeMismatchError,
     UnsupportedOperationError,
 )
 from mpidist.log import rank_logger
@@ -335,6 +337,13 @@ class ProcessGroup:
             and `all_gather` within it work on the memory of all ranks directly; everything else
             treats it as any other array. It, and views of it, stay valid after `close`.
 
+        Raises
+        ------
+        CollectiveMismatchError
+            If the ranks ask for different numbers of bytes; on all of them, and nothing is made.
+        SizeMismatchError
+            If a length is negative.
+
         Notes
         -----
         Collective over the group; blocks. Being registered is part of a collective call, as the
@@ -342,10 +351,22 @@ class ProcessGroup:
         shared memory (several nodes, or none left) it is an ordinary array on all ranks.
         """
         dtype = np.dtype(dtype)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = tuple(map(index, np.atleast_1d(np.asarray(shape, object))))
+        if any(length < 0 for length in shape):
+            raise SizeMismatchError(f"empty on {self}: no array has the shape {shape}")
         nbytes = prod(shape) * dtype.itemsize
+        # A block has parts of one size: with another stride, ranks would share what is not shared.
+        mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
+        self.run(Plan("all_gather", (mine, sizes, (1,) * self.size), lambda: None))
+        if (sizes != mine).any():
+            raise CollectiveMismatchError(
+                f"empty on {self}: the ranks ask for arrays of different sizes, and nothing has "
+                f"been made; all must give the same shape and dtype, here {shape} and {dtype}. "
+                f"Bytes by rank: {sizes.tolist()}"
+            )
         waiter = self._collective_waiter("empty")
-        memory = self._backend.allocate(nbytes, waiter=waiter) if nbytes else None
+        with self._breaking():
+            memory = self._backend.allocate(nbytes, waiter=waiter) if nbytes else None
         return np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
 
     # -- operations ----------------------------------------------------------------------------

@@ -224,3 +224,77 @@ def test_all_ranks_end_normally(run: Run, tmp_path: Path, body: str) -> None:
     assert ended.code == 0, ended.text
     assert "left" not in ended.text
     assert_nothing_left(tmp_path)
+
+
+def test_a_rank_that_did_its_part_may_leave(run: Run, tmp_path: Path) -> None:
+    """The others' operation completes without it, also when one comes later than the grace."""
+    body = """
+if world.rank == 2:
+    time.sleep(5)
+result = mpidist.reduce(np.full(3, float(world.rank)), world, op=mpidist.MAX)
+work = mpidist.ireduce(np.full(3, 1.0), world)
+if world.rank == 0:
+    os.write(1, f"got {result[0]} and {work.wait()[0]}\\n".encode())
+"""
+    ended = run(body)
+    assert ended.code == 0, ended.text
+    assert "got 2.0 and 3.0" in ended.text
+
+
+def test_arrays_of_dropped_work_on_a_dropped_group_are_held(run: Run, tmp_path: Path) -> None:
+    body = """
+import gc, weakref
+
+def drop():
+    group = world.split(0)
+    x = np.ones(1 << 20)
+    out = np.empty_like(x)
+    if world.rank == 1:
+        time.sleep(1)
+    mpidist.iall_reduce(x, group, out=out)
+    return weakref.ref(x), weakref.ref(out)
+
+arrays = drop()
+gc.collect()
+assert all(array() is not None for array in arrays)
+junk = [np.zeros(1 << 20) for _ in range(3)]
+mpidist.barrier(world)
+assert all((other == 0).all() for other in junk)
+"""
+    ended = run(body)
+    assert ended.code == 0, ended.text
+
+
+def test_worlds_of_some_and_then_of_all_ranks(run: Run, tmp_path: Path) -> None:
+    body = """
+from mpi4py import MPI
+
+part = mpidist.init(comm=MPI.COMM_WORLD.Split(world.rank // 2), timeout=20)
+again = mpidist.init(timeout=20)
+mpidist.barrier(part)
+mpidist.barrier(again)
+"""
+    ended = run(body)
+    assert ended.code == 0, ended.text
+
+
+def test_an_init_that_others_do_not_call_ends_the_job(run: Run, tmp_path: Path) -> None:
+    body = """
+if world.rank:
+    mpidist.init(timeout=2)
+else:
+    time.sleep(60)
+"""
+    assert_ended_well(run(body), tmp_path, said="has been in init for")
+
+
+def test_a_hook_that_was_there_before_is_called(run: Run, tmp_path: Path) -> None:
+    body = """
+from mpidist import hooks
+
+hooks._installed._next_hook = lambda kind, error, trace: os.write(2, b"the old hook was here\\n")
+if world.rank == 1:
+    raise ValueError("no such luck")
+work_for_ever()
+"""
+    assert_ended_well(run(body), tmp_path, said="the old hook was here")

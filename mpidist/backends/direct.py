@@ -2,267 +2,108 @@
 
 Nothing is packed, sent or received. Each rank reads and writes the others' arrays between two
 meetings: at the first all have come with their contribution, at the second all are done.
-
-[Note: memory order] A meeting is a counter per rank, written by its owner and read by the others.
-On x86-64 stores become visible in the order in which they were made and loads are not reordered
-with loads (Intel SDM, volume 3, section 9.2.2), so that whoever sees the counter sees what was
-written before it; only non-temporal stores, which a large memcpy may use, need a fence, and taking
-a lock is one (any locked instruction is). Other processors promise less, and have no direct path.
 """
 
 from __future__ import annotations
 
-import platform
-import struct
-import threading
-import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, TypeAlias
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 
-from mpidist._types import MEAN, Array, DType, ReduceOp
+from mpidist._types import MEAN, SUM, Array, DType, ReduceOp
 from mpidist.arrays import DTYPES, HALVES, ufunc_of
-from mpidist.backends.work import Work
+from mpidist.backends import algorithms
+from mpidist.backends.meetings import RING, DirectBoard, Meetings, Until, supported
+from mpidist.backends.registered import LEAST, Block, Place, Registry
+from mpidist.backends.work import Steps
 from mpidist.boxes import split_evenly
 from mpidist.errors import CollectiveMismatchError
 
-__all__ = ["Block", "Direct", "DirectBoard", "Place", "Registry", "supported"]
+__all__ = ["LEAST", "Block", "Direct", "DirectBoard", "Place", "Registry", "supported"]
 
 _CACHE_LINE = 64
-_PAGE = 4096
-_RING = 64
-"""Operations that may be under way at once; a further one is delayed."""
 
 _BLOCK_BYTES = 256 << 10
 """What is reduced at a time: small enough to stay in a core's cache for the copies that follow."""
 
-LEAST = 128 << 10
-"""Bytes of the shortest array that goes the direct path; below, a library's latency wins."""
+_BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
+    "all_reduce": algorithms.all_reduce,
+    "all_gather": algorithms.ring_all_gather,
+    "broadcast": algorithms.tree_broadcast,
+    "reduce_scatter": algorithms.pairwise_reduce_scatter,
+}
+"""The collectives that have a direct path, and how they go where the arrays lie elsewhere."""
 
-_FENCE = threading.Lock()
-
-
-def supported() -> bool:
-    """Whether this processor orders memory as the direct path needs; see [Note: memory order]."""
-    return platform.machine() in ("x86_64", "AMD64")
-
-
-# -- registered memory ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Memory with one part per rank, all of which this rank can read and write.
-
-    Attributes
-    ----------
-    number : int
-        The same on all ranks: how many blocks their group had made.
-    parts : tuple of Array, uint8
-        One per rank, of the same size.
-    address : int
-        Of this rank's part.
-    """
-
-    number: int
-    parts: tuple[Array, ...]
-    address: int
-
-    @staticmethod
-    def stride(nbytes: int) -> int:
-        """Return the distance between two parts: whole pages, at least one."""
-        return max(-(-nbytes // _PAGE), 1) * _PAGE
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an array lies in a block: the same place in every rank's part.
-
-    Attributes
-    ----------
-    block : Block
-        The memory.
-    offset : int
-        Bytes from the beginning of a part.
-    dtype : dtype
-        Of the elements.
-    count : int
-        Number of elements.
-    """
-
-    block: Block
-    offset: int
-    dtype: DType
-    count: int
-
-    @classmethod
-    def of(cls, x: Array, block: Block) -> Place:
-        """Return the place of a flat array in its block."""
-        return cls(block, x.ctypes.data - block.address, x.dtype, x.size)
-
-    def arrays(self) -> list[Array]:
-        """Return the array of every rank."""
-        stop = self.offset + self.count * self.dtype.itemsize
-        return [part[self.offset : stop].view(self.dtype) for part in self.block.parts]
-
-
-class Registry:
-    """The blocks of one group, found by the arrays that lie in them.
-
-    A block lives as long as the last array in this rank's part: the registry forgets it then.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, Block] = {}
-        self._made = 0
-
-    def add(self, parts: Sequence[Any], rank: int, nbytes: int) -> Array:
-        """Register memory, and return this rank's part of it.
-
-        Parameters
-        ----------
-        parts : sequence of buffer
-            Writable memory of each rank, of the same size.
-        rank : int
-            This rank.
-        nbytes : int
-            Size of the array to return.
-
-        Returns
-        -------
-        Array, shape (nbytes,), uint8
-            Every view of it is found by `place`.
-        """
-        self._made += 1
-        # numpy gives all views of an array made from a buffer that array as their base.
-        root: Array = np.frombuffer(parts[rank], np.uint8, nbytes)
-        views = tuple(np.frombuffer(part, np.uint8) for part in parts)
-        self._blocks[id(root)] = Block(self._made, views, root.ctypes.data)
-        weakref.finalize(root, self._blocks.pop, id(root), None)
-        return root[:]
-
-    def place(self, x: Array) -> Place | None:
-        """Return where a flat array lies, if it is registered and not short."""
-        if x.nbytes < LEAST:
-            return None
-        block = self._blocks.get(id(x.base))
-        return None if block is None else Place.of(x, block)
-
-
-# -- the meetings --------------------------------------------------------------------------------
-
-
-class DirectBoard:
-    """Where the ranks of a node meet: counters, and what each came with.
-
-    Parameters
-    ----------
-    memory : buffer
-        `nbytes(size)` bytes, zero at first, shared by all ranks.
-    rank, size : int
-        This rank, and the number of ranks.
-    """
-
-    _RECORD = struct.Struct("<6Q")
-    _SLOT = 8  # of 8 bytes: a record, its number, and padding to a cache line
-
-    def __init__(self, memory: Any, rank: int, size: int) -> None:
-        self._bytes = memoryview(memory).cast("B")
-        self._words = self._bytes.cast("Q")
-        self._rank = rank
-        self._stride = self._SLOT * (_RING + 1)
-        self._starts = tuple(other * self._stride for other in range(size))
-        self._others = tuple(s for r, s in enumerate(self._starts) if r != rank)
-        self._mine = self._starts[rank]
-
-    @classmethod
-    def nbytes(cls, size: int) -> int:
-        """Return the memory that so many ranks need."""
-        return size * cls._SLOT * (_RING + 1) * 8
-
-    def _slot(self, start: int, number: int) -> int:
-        return start + self._SLOT * (1 + number % _RING)
-
-    def enter(self, number: int, record: tuple[int, ...]) -> None:
-        """Come to operation `number` with these arguments; what was written before is visible."""
-        slot = self._slot(self._mine, number)
-        self._RECORD.pack_into(self._bytes, 8 * slot, *record)
-        with _FENCE:
-            pass
-        self._words[slot + 7] = number
-
-    def all_entered(self, number: int) -> bool:
-        """Whether the others have come to it."""
-        words, place = self._words, self._slot(7, number)
-        for start in self._others:  # noqa: SIM110  # this is polled
-            if words[start + place] != number:
-                return False
-        return True
-
-    def absent(self, number: int) -> list[int]:
-        """Return the ranks that have not come to operation `number`."""
-        place = self._slot(7, number)
-        return [r for r, start in enumerate(self._starts) if self._words[start + place] != number]
-
-    def unfinished(self, number: int) -> list[int]:
-        """Return the ranks that are not done with operation `number`."""
-        return [r for r, start in enumerate(self._starts) if self._words[start] < number]
-
-    def records(self, number: int) -> list[tuple[int, ...]]:
-        """Return what each rank came with."""
-        places = [8 * self._slot(start, number) for start in self._starts]
-        return [self._RECORD.unpack_from(self._bytes, place) for place in places]
-
-    def finish(self, number: int) -> None:
-        """Be done with operation `number` and all before it."""
-        with _FENCE:
-            pass
-        self._words[self._mine] = number
-
-    def all_finished(self, number: int) -> bool:
-        """Whether the others are, too."""
-        words = self._words
-        for start in self._others:  # noqa: SIM110  # this is polled
-            if words[start] < number:
-                return False
-        return True
-
-
-class Until(Work[None]):
-    """Complete when a condition holds.
-
-    Parameters
-    ----------
-    condition : callable
-        Polled.
-    missing : callable
-        Returns the ranks that keep it from holding.
-    """
-
-    def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
-        self.condition = condition
-        self.missing = missing
-
-    def done(self) -> bool:
-        """Return whether the condition holds."""
-        return self.condition()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Do nothing: a phase is polled, never waited for."""
-
-
-Meetings: TypeAlias = Generator[Until, None, None]
-"""An operation on the direct path: it yields each meeting that it has to wait for."""
-
-
-# -- the collectives -----------------------------------------------------------------------------
-
-_VERBS = ("all_reduce", "all_gather", "broadcast", "reduce_scatter")
+_VERBS = tuple(_BY_MESSAGES)
 _OPS = tuple(ReduceOp)
 _DTYPES: tuple[DType, ...] = tuple(sorted(DTYPES, key=lambda dtype: dtype.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a rank comes with.
+
+    Attributes
+    ----------
+    verb : str
+        One that has a direct path.
+    whole : Array
+        The argument that has the same size on all ranks.
+    place : Place or None
+        Where it lies; None unless it is registered and the call one that has a direct path.
+    op : ReduceOp
+        SUM where nothing is reduced.
+    root : int
+        0 where there is none.
+    counts : sequence of int
+        Elements of each rank's part; none where there are no parts.
+    """
+
+    verb: str
+    whole: Array
+    place: Place | None
+    op: ReduceOp = SUM
+    root: int = 0
+    counts: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, verb: str, args: tuple[Any, ...], registered: Registry) -> Call | None:
+        """Return a call that the ranks have to agree on, or None: all ranks alike.
+
+        So it depends on what is the same on all ranks only: on verb and size, not on where the
+        arrays of this rank lie.
+        """
+        if verb not in _BY_MESSAGES:
+            return None
+        whole = args[1] if verb == "all_gather" else args[0]
+        if whole.nbytes < LEAST:
+            return None
+        place = registered.place(whole)
+        if verb == "all_reduce":
+            x, out, op = args
+            return cls(verb, x, place if x is out else None, op)
+        if verb == "reduce_scatter":
+            x, _, counts, op = args
+            return cls(verb, x, place, op, counts=counts)
+        if verb == "all_gather":
+            x, out, counts = args
+            return cls(verb, out, place if x is None else None, counts=counts)
+        return cls(verb, whole, place, root=args[1])
+
+    def record(self) -> tuple[int, ...]:
+        """Return the numbers that must be the same on all ranks."""
+        where = (0, 0) if self.place is None else (self.place.block.number, self.place.offset)
+        return (
+            _VERBS.index(self.verb) << 32 | _OPS.index(self.op) << 16 | self.root,
+            _DTYPES.index(self.whole.dtype),
+            self.whole.size,
+            *where,
+            crc32(np.array(self.counts, np.int64).tobytes()),
+        )
 
 
 class Direct:
@@ -277,18 +118,23 @@ class Direct:
         Where they meet.
     rank, size : int
         This rank, and the number of ranks.
+    open_lane : callable
+        Returns the lane of the next collective that may need one, the same on all ranks.
     """
 
-    def __init__(self, board: DirectBoard, rank: int, size: int) -> None:
+    def __init__(
+        self, board: DirectBoard, rank: int, size: int, open_lane: Callable[[], algorithms.Lane]
+    ) -> None:
         self._board = board
         self._rank = rank
         self._size = size
+        self._open_lane = open_lane
         self._begun = 0
         self._entered = 0
         self._finished = 0
 
-    def plan(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Meetings | None:
-        """Return the steps of a collective on registered memory, or None if it is not on such.
+    def plan(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Meetings[None] | None:
+        """Return the steps of a collective that the ranks have to agree on, or None.
 
         Parameters
         ----------
@@ -300,48 +146,43 @@ class Direct:
         Returns
         -------
         Meetings or None
-            The same choice on all ranks if they pass the same places, as they must.
+            None for verbs without a direct path, and for short arrays. Where no rank's array is
+            registered the call goes by messages when all have come, in a lane of its own: it may
+            be immediate, see [Note: phases].
         """
+        call = Call.of(verb, args, registered)
+        if call is None:
+            return None
+        # Also where the array is registered: the lanes stay in step when the ranks disagree.
+        lane = self._open_lane()
+        if call.place is None:
+            return self._elsewhere(call, _BY_MESSAGES[verb](lane, *args))
         if verb == "all_reduce":
-            x, out, op = args
-            place = registered.place(x) if x is out else None
-            return None if place is None else self.all_reduce(place, op)
+            return self._operate(call, self._all_reduce(call.place, call.op))
         if verb == "reduce_scatter":
-            x, out, counts, op = args
-            place = registered.place(x)
-            return None if place is None else self.reduce_scatter(place, out, counts, op)
+            return self._operate(call, self._reduce_scatter(call.place, args[1], call))
         if verb == "all_gather":
-            x, out, counts = args
-            place = registered.place(out) if x is None else None
-            return None if place is None else self.all_gather(place, counts)
-        if verb == "broadcast":
-            x, root = args
-            place = registered.place(x)
-            return None if place is None else self.broadcast(place, root)
-        return None
+            return self._operate(call, self._all_gather(call.place, call.counts))
+        return self._operate(call, self._broadcast(call.place, call.root))
 
-    def all_reduce(self, place: Place, op: ReduceOp) -> Meetings:
+    def _all_reduce(self, place: Place, op: ReduceOp) -> Callable[[], None]:
         """Combine the arrays of all ranks in rank order, in place.
 
         Each rank combines one slice of all arrays and writes the result into all: 2 (p - 1) / p
         of the array read from others and written to others, nothing sent.
         """
-        slices = self._slices(place)
-        return self._operate("all_reduce", place, op, 0, lambda: reduce_into_all(slices(), op))
+        unit = _CACHE_LINE // gcd(_CACHE_LINE, place.dtype.itemsize)
+        start, size = split_evenly(-(-place.count // unit), self._size)[self._rank]
+        mine = slice(start * unit, (start + size) * unit)
+        return lambda: reduce_into_all([array[mine] for array in place.arrays()], op)
 
-    def reduce_scatter(
-        self, place: Place, out: Array, counts: Sequence[int], op: ReduceOp
-    ) -> Meetings:
+    def _reduce_scatter(self, place: Place, out: Array, call: Call) -> Callable[[], None]:
         """Combine this rank's part of all arrays in rank order into `out`, anywhere."""
-        start = sum(counts[: self._rank])
-        stop = start + counts[self._rank]
+        start = sum(call.counts[: self._rank])
+        mine = slice(start, start + call.counts[self._rank])
+        return lambda: reduce_into([array[mine] for array in place.arrays()], call.op, out)
 
-        def work() -> None:
-            reduce_into([array[start:stop] for array in place.arrays()], op, out)
-
-        return self._operate("reduce_scatter", place, op, 0, work)
-
-    def all_gather(self, place: Place, counts: Sequence[int]) -> Meetings:
+    def _all_gather(self, place: Place, counts: Sequence[int]) -> Callable[[], None]:
         """Copy every rank's own part of the arrays from its array into this rank's."""
 
         def work() -> None:
@@ -351,9 +192,9 @@ class Direct:
                     arrays[self._rank][start : start + count] = arrays[rank][start : start + count]
                 start += count
 
-        return self._operate("all_gather", place, ReduceOp.SUM, 0, work)
+        return work
 
-    def broadcast(self, place: Place, root: int) -> Meetings:
+    def _broadcast(self, place: Place, root: int) -> Callable[[], None]:
         """Copy the array of `root` into this rank's."""
 
         def work() -> None:
@@ -361,32 +202,31 @@ class Direct:
                 arrays = place.arrays()
                 arrays[self._rank][...] = arrays[root]
 
-        return self._operate("broadcast", place, ReduceOp.SUM, root, work)
+        return work
 
-    def _slices(self, place: Place) -> Callable[[], list[Array]]:
-        """Return what returns this rank's slice of every array, in whole cache lines."""
-        unit = _CACHE_LINE // gcd(_CACHE_LINE, place.dtype.itemsize)
-        start, size = split_evenly(-(-place.count // unit), self._size)[self._rank]
-        return lambda: [a[start * unit : (start + size) * unit] for a in place.arrays()]
+    # -- the meetings ----------------------------------------------------------------------------
 
-    def _operate(
-        self, verb: str, place: Place, op: ReduceOp, root: int, work: Callable[[], None]
-    ) -> Meetings:
+    def _operate(self, call: Call, work: Callable[[], None]) -> Meetings[None]:
         """Meet, work, meet."""
+        number = yield from self._agree(call)
+        work()
+        yield from self._part(number)
+
+    def _elsewhere(self, call: Call, steps: Steps) -> Meetings[None]:
+        """Meet, and go by messages."""
+        number = yield from self._agree(call)
+        self._finish(number)
+        for phase in steps:
+            yield Until(phase.done, list)
+
+    def _agree(self, call: Call) -> Meetings[int]:
+        """Meet, and return the operation's number if all came with the same."""
         self._begun += 1
-        number, board = self._begun, self._board
-        record = (
-            _VERBS.index(verb) << 32 | _OPS.index(op) << 16 | root,
-            _DTYPES.index(place.dtype),
-            place.count,
-            place.block.number,
-            place.offset,
-            0,
-        )
+        number, board, record = self._begun, self._board, call.record()
         if self._entered < number - 1 or not self._slot_free(number):
             yield Until(
                 lambda: self._entered == number - 1 and self._slot_free(number),
-                lambda: board.unfinished(number - _RING),
+                lambda: board.unfinished(number - RING),
             )
         board.enter(number, record)
         self._entered = number
@@ -395,32 +235,44 @@ class Direct:
             lambda: board.absent(number),
         )
         records = board.records(number)
-        alike = all(other == record for other in records)
-        if alike:
-            work()
-        self._finished = number
-        board.finish(number)
+        if any(other != record for other in records):
+            yield from self._part(number)
+            raise CollectiveMismatchError(_tell_difference(records, self._rank, call))
+        return number
+
+    def _part(self, number: int) -> Meetings[None]:
+        """Be done with an operation, and wait until all are."""
+        self._finish(number)
+        board = self._board
         yield Until(lambda: board.all_finished(number), lambda: board.unfinished(number))
-        if not alike:
-            raise CollectiveMismatchError(_tell_difference(records))
+
+    def _finish(self, number: int) -> None:
+        self._finished = number
+        self._board.finish(number)
 
     def _slot_free(self, number: int) -> bool:
-        last = number - _RING
+        last = number - RING
         return last <= 0 or (self._finished >= last and self._board.all_finished(last))
 
 
-def _tell_difference(records: Sequence[tuple[int, ...]]) -> str:
-    told = []
-    for rank, (what, dtype, count, block, offset, _) in enumerate(records):
-        verb, op, root = _VERBS[what >> 32], _OPS[what >> 16 & 0xFFFF], what & 0xFFFF
-        told.append(
-            f"rank {rank}: {verb} (op {op.name}, root {root}) of {count} {_DTYPES[dtype]} at byte "
-            f"{offset} of registered block {block}"
-        )
+def _tell_difference(records: Sequence[tuple[int, ...]], rank: int, call: Call) -> str:
+    told = "; ".join(f"rank {other}: {_tell(record)}" for other, record in enumerate(records))
+    parts = f" Here, on rank {rank}, the counts are {list(call.counts)}." if call.counts else ""
     return (
-        "the ranks called different things on registered memory; nothing has been changed. All "
-        "must make the same call on the same place of the same block: " + "; ".join(told)
+        f"{call.verb} on rank {rank} of {len(records)}: the ranks called different things; nothing "
+        "has been changed. All must make the same call with the same counts, on the same place of "
+        f"the same registered block or all on other memory.{parts} {told}"
     )
+
+
+def _tell(record: tuple[int, ...]) -> str:
+    what, dtype, count, block, offset, checksum = record
+    verb, op, root = _VERBS[what >> 32], _OPS[what >> 16 & 0xFFFF], what & 0xFFFF
+    where = f"at byte {offset} of registered block {block}" if block else "not registered"
+    if not block and verb in ("all_reduce", "all_gather"):
+        where = "not in place in registered memory"
+    counts = f", counts with checksum {checksum:08x}" if checksum else ""
+    return f"{verb} (op {op.name}, root {root}) of {count} {_DTYPES[dtype]}{counts}, {where}"
 
 
 def _blocks(arrays: Sequence[Array]) -> Iterator[list[Array]]:

@@ -319,7 +319,7 @@ class MpiBackend(Backend):
         """Make the board of arrivals where all ranks share memory; collective."""
         if not self._shares:
             return None
-        memory = _share(self._mpi, self._comm, ArrivalBoard.nbytes(self.size))
+        memory = _share(self._mpi, self._comm, ArrivalBoard.nbytes(1))
         return None if memory is None else ArrivalBoard(memory, self.rank, self.size)
 
     def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
@@ -329,14 +329,13 @@ class MpiBackend(Backend):
         self._arrive(waiter)
         with self._within(waiter):
             if self._direct is None:
-                board = _share(self._mpi, self._comm, DirectBoard.nbytes(self.size))
+                board = _share(self._mpi, self._comm, DirectBoard.nbytes(1))
                 if board is None:
                     return None
-                self._direct = Direct(
-                    DirectBoard(board, self.rank, self.size), self.rank, self.size
-                )
+                meet = DirectBoard(board, self.rank, self.size)
+                self._direct = Direct(meet, self.rank, self.size, self._next_lane)
             stride = Block.stride(nbytes)
-            memory = _share(self._mpi, self._comm, self.size * stride)
+            memory = _share(self._mpi, self._comm, stride)
         if memory is None:
             return None
         parts = [memory[rank * stride : (rank + 1) * stride] for rank in range(self.size)]
@@ -419,22 +418,23 @@ def _all_equal(mpi: Any, comm: Any, number: int) -> bool:
 
 
 def _share(mpi: Any, comm: Any, nbytes: int) -> memoryview | None:
-    """Map memory shared by all ranks, or return None on all; collective.
+    """Map memory shared by all ranks, of so many bytes each, or return None on all; collective.
 
+    Each rank allocates its own bytes, so that they lie in the memory nearest to it.
     Only buffer calls: the first pickled collective of a communicator duplicates it with Python's
     lock held, and can deadlock a program of several threads.
     """
     name, memory, reason = np.zeros(256, np.uint8), None, "another rank could not map it"
     try:
         if comm.rank == 0:
-            path = bytes(create_file(nbytes))
+            path = bytes(create_file(comm.size * nbytes))
             name[: len(path)] = np.frombuffer(path, np.uint8)
     except OSError as error:
         reason = str(error)
     comm.Bcast(name, root=0)
     file = Path(name.tobytes().rstrip(b"\0").decode())
     try:
-        memory = map_file(file)
+        memory = map_file(file, slice(comm.rank * nbytes, (comm.rank + 1) * nbytes))
     except OSError as error:
         reason = str(error)
     made = np.array(memory is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -91,13 +92,14 @@ class ShardedSampler:
         drop_last: bool = False,
     ) -> None:
         _check_arguments(num_samples, rank, size, batch_size, seed)
-        self.num_samples = num_samples
-        self.rank = rank
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+        # Plain integers and booleans, whatever came, so that the state can be written as JSON.
+        self.num_samples = index(num_samples)
+        self.rank = index(rank)
+        self.size = index(size)
+        self.batch_size = index(batch_size)
+        self.seed = index(seed)
+        self.shuffle = bool(shuffle)
+        self.drop_last = bool(drop_last)
         self._epoch = 0
         self._step = 0  # of the epoch: batches already handed out
         if self.steps_per_epoch == 0:
@@ -156,15 +158,29 @@ class ShardedSampler:
         Raises
         ------
         ValueError
-            If it belongs to another data set, batch size, seed or order.
+            If something is missing, it belongs to another data set, batch size, seed or order, or
+            the position is none; nothing has been changed then.
         """
+        missing = [key for key in (*_FIXED, "epoch", "step") if key not in state]
+        if missing:
+            raise ValueError(
+                f"ShardedSampler.load_state_dict: the state lacks {missing}; give what state_dict "
+                "of a sampler returned"
+            )
         for key in _FIXED:
             if state[key] != getattr(self, key):
                 raise ValueError(
                     f"ShardedSampler.load_state_dict: {key} is {getattr(self, key)} here and "
                     f"{state[key]} in the state; make the sampler with the same arguments"
                 )
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        epoch, step = int(state["epoch"]), int(state["step"])
+        if epoch < 0 or not 0 <= step < self.steps_per_epoch:
+            raise ValueError(
+                "ShardedSampler.load_state_dict: expected an epoch of at least 0 and a step in "
+                f"[0, {self.steps_per_epoch}), got epoch {epoch}, step {step}; use skip_to to go "
+                "on from a step counted over all epochs"
+            )
+        self._epoch, self._step = epoch, step
 
     def skip_to(self, step: int) -> None:
         """Go on as if `step` batches had been handed out since the beginning.
@@ -181,7 +197,7 @@ class ShardedSampler:
         """
         if step < 0:
             raise ValueError(f"ShardedSampler.skip_to: step must not be negative, got {step}")
-        self._epoch, self._step = divmod(step, self.steps_per_epoch)
+        self._epoch, self._step = divmod(index(step), self.steps_per_epoch)
 
     def _order(self) -> npt.NDArray[np.int64]:
         if not self.shuffle:

@@ -12,6 +12,12 @@ A training step without any distribution::
 
 `mpidist.nn.module` states the protocol and `mpidist.nn.parameter` the life of a gradient.
 Nothing here knows of ranks.
+
+Dtypes are numpy's: an output has the dtype that input and parameters have together. A float64 input
+makes a float32 model work in float64, more slowly, from its first layer on, and only the
+parameters' gradients are rounded to float32; cast the input where that is not meant. Parameters are
+float16, float32 or float64. bfloat16 is refused, since numpy has no arithmetic of its own for it; a
+bfloat16 input becomes float32 in the first layer that computes with it.
 """
 
 from mpidist.nn.activations import GELU, ReLU
@@ -21,7 +27,7 @@ from mpidist.nn.convolution import Conv2d
 from mpidist.nn.dropout import Dropout
 from mpidist.nn.layers import Embedding, Flatten, Linear, PositionEmbedding
 from mpidist.nn.losses import cross_entropy, mse_loss
-from mpidist.nn.mode import EVAL, TRAIN, Mode
+from mpidist.nn.mode import EVAL, Mode
 from mpidist.nn.module import Context, Module, count_uses
 from mpidist.nn.normalization import BatchNorm2d, LayerNorm
 from mpidist.nn.parameter import Parameter
@@ -30,7 +36,6 @@ from mpidist.nn.pooling import AvgPool2d, MaxPool2d
 __all__ = [
     "EVAL",
     "GELU",
-    "TRAIN",
     "AvgPool2d",
     "BatchNorm2d",
     "CausalSelfAttention",

@@ -1,4 +1,4 @@
-"""Initial values, drawn from a generator that the caller hands in."""
+"""Initial values, drawn from a generator that the caller hands in, and their dtypes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,45 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mpidist._types import Array
+from mpidist._types import Array, DType
 
-__all__ = ["Rng", "fan_in_uniform", "normal"]
+__all__ = ["Rng", "fan_in_uniform", "normal", "parameter_dtype"]
 
 Rng: TypeAlias = np.random.Generator | int
 """A generator, or a seed for a new one."""
+
+_FLOATS = frozenset(np.dtype(code) for code in "efd")
+
+
+def parameter_dtype(layer: str, dtype: npt.DTypeLike) -> DType:
+    """Check the dtype of a layer's parameters.
+
+    Parameters
+    ----------
+    layer : str
+        Name of the layer, for the error.
+    dtype : dtype
+        What was asked for.
+
+    Returns
+    -------
+    dtype
+        The same.
+
+    Raises
+    ------
+    ValueError
+        If it is not float16, float32 or float64.
+    """
+    checked = np.dtype(dtype)
+    if checked not in _FLOATS:
+        # numpy has no arithmetic of bfloat16's own: each operation would give float32 and the
+        # layers would differ in what they hand on. Complex gradients would need conjugates.
+        raise ValueError(
+            f"{layer}: expected parameters of float16, float32 or float64, got {checked}; keep "
+            "them in float32 (gradients can still travel as bfloat16: Compression.BF16)"
+        )
+    return checked
 
 
 def fan_in_uniform(rng: Rng, shape: tuple[int, ...], fan_in: int, dtype: npt.DTypeLike) -> Array:

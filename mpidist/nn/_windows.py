@@ -8,6 +8,7 @@ windows 3 to 4 times quicker, and moving the channels to the end and back costs 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -120,4 +121,5 @@ class Window:
 
 
 def _pair(extent: Extent) -> tuple[int, int]:
-    return (extent, extent) if isinstance(extent, int) else extent
+    height, width = extent if isinstance(extent, (tuple, list)) else (extent, extent)
+    return operator.index(height), operator.index(width)  # numpy's integers are integers too

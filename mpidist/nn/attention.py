@@ -35,7 +35,7 @@ class CausalSelfAttention(Module):
     Raises
     ------
     ValueError
-        If `heads` does not divide `dim`.
+        If `heads` does not divide `dim`, or there is no arithmetic for `dtype`.
 
     Notes
     -----

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.arrays import array_namespace
-from mpidist.nn._init import Rng, fan_in_uniform
+from mpidist.nn._init import Rng, fan_in_uniform, parameter_dtype
+from mpidist.nn._sums import column_sums
 from mpidist.nn._windows import Extent, Window, channels_first, channels_last
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses
@@ -38,6 +39,11 @@ class Conv2d(Module):
     dtype : dtype, optional
         Of the parameters.
 
+    Raises
+    ------
+    ValueError
+        If a size is out of range, or there is no arithmetic for `dtype`.
+
     Notes
     -----
     Parameters: `weight` (c_out, c_in, height, width) and `bias` (c_out,) or None. The input is
@@ -61,6 +67,7 @@ class Conv2d(Module):
         bias: bool = True,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
+        dtype = parameter_dtype("Conv2d", dtype)
         rng = np.random.default_rng(rng)
         self.window = Window.of(kernel_size, stride, padding, operation="Conv2d")
         kh, kw = self.window.kernel
@@ -106,4 +113,4 @@ class Conv2d(Module):
         dweight = xp.matmul(rows.T, self.window.columns(padded))
         self.weight.add_grad(channels_first(dweight.reshape(c_out, kh, kw, c_in)))
         if self.bias is not None:
-            self.bias.add_grad(xp.sum(rows, axis=0, out=self.bias.first_grad()))
+            self.bias.add_grad(column_sums(rows))

@@ -42,15 +42,28 @@ class Dropout(Module):
     Prevent Neural Networks from Overfitting, section 4; here scaled in training instead.
     """
 
+    draws_by_index = True
+
     def __init__(self, p: float) -> None:
         if not 0.0 <= p < 1.0:
             raise ValueError(f"Dropout: expected 0 <= p < 1, got {p}")
         self.p = p
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
-        """Map `x` (batch, ...) elementwise; `x` itself outside training."""
+        """Map `x` (batch, ...) elementwise; `x` itself outside training.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no `layer_index` to draw by, and is to draw.
+        """
         if not mode.training or self.p == 0.0:
             return x, Context(None)
+        if self.layer_index is None:
+            raise RuntimeError(
+                "Dropout: the layer has no layer_index to draw its mask by, since it was made "
+                "without its constructor; call relabel() on the outermost module"
+            )
         mask = array_namespace(x).asarray(dropout_mask(x.shape, self.p, mode, self.layer_index))
         return self._apply(x, mask), Context(mask)
 

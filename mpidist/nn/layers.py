@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.arrays import array_namespace
-from mpidist.nn._init import Rng, fan_in_uniform, normal
+from mpidist.nn._init import Rng, fan_in_uniform, normal, parameter_dtype
+from mpidist.nn._sums import column_sums
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses
 from mpidist.nn.parameter import Parameter
@@ -31,6 +32,11 @@ class Linear(Module):
     dtype : dtype, optional
         Of the parameters.
 
+    Raises
+    ------
+    ValueError
+        If there is no arithmetic for `dtype`.
+
     Notes
     -----
     Parameters: `weight` (d_out, d_in) and `bias` (d_out,) or None.
@@ -45,6 +51,7 @@ class Linear(Module):
         bias: bool = True,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
+        dtype = parameter_dtype("Linear", dtype)
         rng = np.random.default_rng(rng)
         self.weight = Parameter(fan_in_uniform(rng, (d_out, d_in), d_in, dtype))
         self.bias = Parameter(fan_in_uniform(rng, (d_out,), d_in, dtype)) if bias else None
@@ -81,7 +88,7 @@ class Linear(Module):
         # `out` is the bucket's own memory at the first contribution and None later.
         self.weight.add_grad(xp.matmul(rows.T, x.reshape(-1, d_in), out=self.weight.first_grad()))
         if self.bias is not None:
-            self.bias.add_grad(xp.sum(rows, axis=0, out=self.bias.first_grad()))
+            self.bias.add_grad(column_sums(rows))
 
 
 class Embedding(Module):
@@ -100,6 +107,11 @@ class Embedding(Module):
     dtype : dtype, optional
         Of the table.
 
+    Raises
+    ------
+    ValueError
+        If there is no arithmetic for `dtype`.
+
     Notes
     -----
     Parameter: `weight` (num, dim).
@@ -114,6 +126,7 @@ class Embedding(Module):
         std: float = 0.02,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
+        dtype = parameter_dtype("Embedding", dtype)
         self.weight = Parameter(normal(rng, (num, dim), std, dtype))
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
@@ -173,6 +186,11 @@ class PositionEmbedding(Module):
     dtype : dtype, optional
         Of the table.
 
+    Raises
+    ------
+    ValueError
+        If there is no arithmetic for `dtype`.
+
     Notes
     -----
     Parameter: `weight` (length, dim).
@@ -187,6 +205,7 @@ class PositionEmbedding(Module):
         std: float = 0.02,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
+        dtype = parameter_dtype("PositionEmbedding", dtype)
         self.weight = Parameter(normal(rng, (length, dim), std, dtype))
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:

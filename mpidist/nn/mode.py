@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
-__all__ = ["EVAL", "TRAIN", "Mode"]
+__all__ = ["EVAL", "Mode"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +28,11 @@ class Mode:
         The same forward pass has been run before and is repeated to recompute what was not
         kept: it draws the same random numbers and changes no buffer.
 
+    Raises
+    ------
+    TypeError
+        If a number is not an integer; integers of numpy are.
+
     Notes
     -----
     Random numbers are a function of (seed, step, global sample index, layer) only, so a batch
@@ -39,6 +45,11 @@ class Mode:
     sample_offset: int = 0
     replay: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("seed", "step", "sample_offset"):
+            # numpy's integers would overflow where Python's are cut to 64 bits.
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
+
     def shifted(self, samples: int) -> Mode:
         """Return the mode of a micro-batch that begins `samples` samples further on."""
         return dataclasses.replace(self, sample_offset=self.sample_offset + samples)
@@ -48,5 +59,6 @@ class Mode:
         return dataclasses.replace(self, replay=True)
 
 
-TRAIN = Mode(training=True)
 EVAL = Mode(training=False)
+"""Evaluation depends on no seed, step or place. Training does, so it has no such constant: used in
+a loop it would draw the same dropout mask in every step and on every rank."""

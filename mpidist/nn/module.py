@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -63,7 +63,14 @@ def count_uses(*parts: Parameter | Context | None) -> dict[Parameter, int]:
     return total
 
 
-class Module(ABC):
+class _LabellingMeta(ABCMeta):
+    """Wraps every constructor a class is given, also later, as `dataclasses.dataclass` does."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        super().__setattr__(name, _labelling(value) if name == "__init__" else value)
+
+
+class Module(metaclass=_LabellingMeta):
     """A function with parameters and an explicit backward pass.
 
     Notes
@@ -71,16 +78,24 @@ class Module(ABC):
     Arrays of samples have the batch as their first axis, and every module accepts a batch of no
     samples. `x` and `dy` are never written to; `dx` has the shape of `x`. A context is not
     used up: it may be dropped, or run backward more than once.
+
+    A constructor ends by naming the parameters and numbering the leaves of the tree below it, so
+    that the outermost module, built last, decides. Modules that are added or exchanged later are
+    not seen: call `relabel` on the outermost module then. Building another module around a part of
+    a model numbers that part anew, in place.
     """
 
     buffer_names: ClassVar[tuple[str, ...]] = ()
-    layer_index: int = 0
-    """Position among the tree's leaves, which random layers draw by."""
+    draws_by_index: ClassVar[bool] = False
+    """Whether the layer's output depends on `layer_index`."""
+    layer_index: int | None = None
+    """Position among the tree's leaves, which random layers draw by; None before `relabel`."""
+    _is_labelled: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = _labelling(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = vars(cls)["__init__"]  # type: ignore[method-assign]  # wraps it
 
     @abstractmethod
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
@@ -170,7 +185,17 @@ class Module(ABC):
         ------
         tuple of str and Parameter
             A parameter held in several places comes once, under its first name.
+
+        Raises
+        ------
+        RuntimeError
+            If two random layers below have one `layer_index`, so that they would draw the same.
         """
+        if self._is_labelled:  # a constructor may list what it has so far
+            self._check_labels()
+        return self._walk_parameters()
+
+    def _walk_parameters(self) -> Iterator[tuple[str, Parameter]]:
         seen: set[Parameter] = set()
         for prefix, module in self.named_modules():
             for name, value in vars(module).items():
@@ -212,14 +237,28 @@ class Module(ABC):
         Notes
         -----
         Done whenever a module is built, so it is only needed for a part of a model that must
-        behave as it does within the whole. Only modules without children are counted:
-        wrapping a layer (`Recompute`, `Residual`) does not change what it draws.
+        behave as it does within the whole, and on the outermost module after children have been
+        added to a built one or a part has been built into another module, which numbers it anew
+        in place. Only modules without children are counted: wrapping a layer (`Recompute`,
+        `Residual`) does not change what it draws.
         """
-        for name, parameter in self.named_parameters():
+        for name, parameter in self._walk_parameters():
             parameter.name = _join(prefix, name)
         leaves = (m for _, m in self.named_modules() if not any(m.named_children()))
         for index, leaf in enumerate(leaves, start=first_layer):
-            leaf.layer_index = index
+            object.__setattr__(leaf, "layer_index", index)  # a frozen dataclass may be a layer
+        object.__setattr__(self, "_is_labelled", True)
+
+    def _check_labels(self) -> None:
+        """Refuse two layers that would draw the same: one was added after the tree was built."""
+        names: dict[int | None, str] = {}
+        for name, module in self.named_modules():
+            if module.draws_by_index and names.setdefault(module.layer_index, name) != name:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the random layers '{names[module.layer_index]}' and "
+                    f"'{name}' have the same layer_index, {module.layer_index}, and would draw the "
+                    "same numbers; call relabel() on the outermost module after adding to it"
+                )
 
     def state_dict(self) -> dict[str, Array]:
         """Return parameters and buffers by qualified name.

@@ -1,4 +1,9 @@
-"""`BatchNorm2d` and `LayerNorm`."""
+"""`BatchNorm2d` and `LayerNorm`.
+
+Both work in float32 at least, whatever the dtype of their input: the square of a float16 beyond 255
+is infinite. Only the results are rounded, to the dtype that the input and the parameters have
+together.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpidist._types import Array
+from mpidist._types import Array, DType
 from mpidist.arrays import array_namespace
+from mpidist.nn._init import parameter_dtype
+from mpidist.nn._sums import column_sums
 from mpidist.nn._windows import channels_first, channels_last
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses
@@ -29,13 +36,22 @@ class BatchNorm2d(Module):
     momentum : float, optional
         Weight of a batch in the running statistics.
     dtype : dtype, optional
-        Of parameters and buffers.
+        Of the parameters; the buffers have float32 at least.
+
+    Raises
+    ------
+    ValueError
+        If there is no arithmetic for `dtype`.
 
     Notes
     -----
     Parameters: `weight` and `bias`, (channels,), beginning at 1 and 0. Buffers: `running_mean`
     and `running_var`, (channels,), beginning at 0 and 1; they are used outside training and
     updated in training, with the unbiased variance. An empty batch and a replay leave them alone.
+
+    A batch with one value per channel (one sample of one pixel) has no variance: its output is
+    `bias`, and it moves `running_mean` alone. It is no error, since a rank's share of a batch may
+    be that small when those of the others are not.
 
     References
     ----------
@@ -52,44 +68,52 @@ class BatchNorm2d(Module):
         momentum: float = 0.1,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
+        dtype = parameter_dtype("BatchNorm2d", dtype)
         self.eps = eps
         self.momentum = momentum
         self.weight = Parameter(np.ones(channels, dtype=dtype))
         self.bias = Parameter(np.zeros(channels, dtype=dtype))
-        self.running_mean: Array = np.zeros(channels, dtype=dtype)
-        self.running_var: Array = np.ones(channels, dtype=dtype)
+        self.running_mean: Array = np.zeros(channels, dtype=_wide(dtype))
+        self.running_var: Array = np.ones(channels, dtype=_wide(dtype))
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x` (batch, channels, height, width) to the same shape."""
         xp = array_namespace(x)
         image = channels_last(x)
+        dtype = np.result_type(x.dtype, self.weight.dtype)
+        wide = _wide(dtype)
         rows = image.reshape(-1, x.shape[1])
-        if mode.training and rows.shape[0]:
-            mean = rows.mean(axis=0)
-            centred = rows - mean
-            var = xp.square(centred).mean(axis=0)
+        count = rows.shape[0]
+        if mode.training and count:
+            mean = column_sums(rows) / count
+            centred = xp.subtract(rows, mean.astype(wide), dtype=wide)
+            var = column_sums(centred, centred) / count
             if not mode.replay:
-                self._update(mean, var, rows.shape[0])
+                self._update(mean, var, count)
         else:
-            centred, var = rows - self.running_mean, self.running_var
-        inv_std = 1.0 / xp.sqrt(var + self.eps)
+            centred = xp.subtract(rows, self.running_mean, dtype=wide)
+            var = self.running_var
+        inv_std = (1.0 / xp.sqrt(var + self.eps)).astype(wide, copy=False)
         centred *= inv_std
-        y = (centred * self.weight.data + self.bias.data).reshape(image.shape)
+        y = (centred * self.weight.data + self.bias.data).astype(dtype, copy=False)
         saved = (centred, inv_std, mode.training)
-        return channels_first(y), Context(saved, count_uses(self.weight, self.bias))
+        uses = count_uses(self.weight, self.bias)
+        return channels_first(y.reshape(image.shape)), Context(saved, uses)
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Map `dy` (batch, channels, height, width) to the same shape."""
         x_hat, inv_std, training = ctx.saved
         image = channels_last(dy)
-        rows = image.reshape(x_hat.shape)
-        dweight, dbias = (rows * x_hat).sum(axis=0), rows.sum(axis=0)
+        dtype = np.result_type(dy.dtype, self.weight.dtype)
+        wide = _wide(dtype)
+        rows = image.reshape(x_hat.shape).astype(wide, copy=False)
+        dweight, dbias = column_sums(rows, x_hat), column_sums(rows)
         if training:
             # The batch's own mean and variance depend on every input.
             count = max(rows.shape[0], 1)
-            rows = rows - x_hat * (dweight / count) - dbias / count
-        dx = (rows * (self.weight.data * inv_std)).reshape(image.shape)
-        return channels_first(dx), (dweight, dbias)
+            rows = rows - x_hat * (dweight / count).astype(wide) - (dbias / count).astype(wide)
+        dx = (rows * (self.weight.data * inv_std)).astype(dtype, copy=False)
+        return channels_first(dx.reshape(image.shape)), (dweight, dbias)
 
     def backward_weight(self, wctx: Any) -> None:
         """Add the sums over batch, height and width that the first half has made."""
@@ -99,11 +123,11 @@ class BatchNorm2d(Module):
 
     def _update(self, mean: Array, var: Array, count: int) -> None:
         self._blend(self.running_mean, mean)
-        self._blend(self.running_var, var * (count / max(count - 1, 1)))
+        if count > 1:  # else there is no unbiased variance, and its 0 would pull towards 0
+            self._blend(self.running_var, var * (count / (count - 1)))
 
     def _blend(self, running: Array, new: Array) -> None:
-        running *= 1.0 - self.momentum
-        running += self.momentum * new
+        running[...] = (1.0 - self.momentum) * running + self.momentum * new
 
 
 class LayerNorm(Module):
@@ -118,6 +142,11 @@ class LayerNorm(Module):
     dtype : dtype, optional
         Of the parameters.
 
+    Raises
+    ------
+    ValueError
+        If there is no arithmetic for `dtype`.
+
     Notes
     -----
     Parameters: `weight` and `bias`, (dim,), beginning at 1 and 0.
@@ -128,6 +157,7 @@ class LayerNorm(Module):
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, dtype: npt.DTypeLike = np.float32) -> None:
+        dtype = parameter_dtype("LayerNorm", dtype)
         self.eps = eps
         self.weight = Parameter(np.ones(dim, dtype=dtype))
         self.bias = Parameter(np.zeros(dim, dtype=dtype))
@@ -135,29 +165,35 @@ class LayerNorm(Module):
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x` (..., dim) to the same shape."""
         xp = array_namespace(x)
-        x_hat = x - x.mean(axis=-1, keepdims=True)
+        dtype = np.result_type(x.dtype, self.weight.dtype)
+        wide = _wide(dtype)
+        x_hat = xp.subtract(x, x.mean(axis=-1, keepdims=True, dtype=wide), dtype=wide)
         inv_std = 1.0 / xp.sqrt(xp.square(x_hat).mean(axis=-1, keepdims=True) + self.eps)
         x_hat *= inv_std
         y = x_hat * self.weight.data
         y += self.bias.data
-        return y, Context((x_hat, inv_std), count_uses(self.weight, self.bias))
+        saved = (x_hat, inv_std)
+        return y.astype(dtype, copy=False), Context(saved, count_uses(self.weight, self.bias))
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Map `dy` (..., dim) to the same shape."""
         x_hat, inv_std = ctx.saved
-        dx = dy * self.weight.data
+        dtype = np.result_type(dy.dtype, self.weight.dtype)
+        dx = array_namespace(dy).multiply(dy, self.weight.data, dtype=_wide(dtype))
         along = (dx * x_hat).mean(axis=-1, keepdims=True)
         dx -= dx.mean(axis=-1, keepdims=True)
         dx -= x_hat * along
         dx *= inv_std
-        return dx, (x_hat, dy)
+        return dx.astype(dtype, copy=False), (x_hat, dy)
 
     def backward_weight(self, wctx: Any) -> None:
         """Add the sums over all rows of dy times the normalised input, and of dy."""
         x_hat, dy = wctx
-        xp = array_namespace(dy)
-        dim = dy.shape[-1]
-        product = (dy * x_hat).reshape(-1, dim)
-        self.weight.add_grad(xp.sum(product, axis=0, out=self.weight.first_grad()))
-        rows = dy.reshape(-1, dim)
-        self.bias.add_grad(xp.sum(rows, axis=0, out=self.bias.first_grad()))
+        rows = dy.reshape(-1, dy.shape[-1])
+        self.weight.add_grad(column_sums(rows, x_hat.reshape(rows.shape)))
+        self.bias.add_grad(column_sums(rows))
+
+
+def _wide(dtype: npt.DTypeLike) -> DType:
+    """Return what to work in: float32 at least."""
+    return np.result_type(dtype, np.float32)

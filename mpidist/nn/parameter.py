@@ -35,8 +35,9 @@ class Parameter:
         p.add_grad(g)               # added in place; the second of two, so on_ready(p) fires
         p.release()                 # the gradient may be added to again
 
-    Between `on_ready` and `release` the gradient is being communicated, so `first_grad` and
-    `add_grad` raise. Parameters compare and hash by identity.
+    Between `on_ready` and `release` the gradient is being communicated: it is neither this rank's
+    nor everyone's, so `grad`, `zero_grad`, `first_grad` and `add_grad` raise. Parameters compare
+    and hash by identity.
     """
 
     __slots__ = ("_buffer", "_has_grad", "_on_ready", "_remaining", "data", "name")
@@ -69,7 +70,25 @@ class Parameter:
 
     @property
     def grad(self) -> Array | None:
-        """The gradient summed so far; None while no contribution has come since `zero_grad`."""
+        """The gradient summed so far; None while no contribution has come since `zero_grad`.
+
+        Raises
+        ------
+        RuntimeError
+            If all expected contributions have come and `release` has not been called.
+        """
+        self._check_open()
+        return self.unreduced_grad()
+
+    def unreduced_grad(self) -> Array | None:
+        """Return what `grad` does, also while all contributions are in: for who communicates it.
+
+        Returns
+        -------
+        Array, shape and dtype of the gradient, or None
+            This rank's gradient until its communication begins, and anything from then on until
+            that has been waited for.
+        """
         return self._buffer if self._has_grad else None
 
     def first_grad(self) -> Array | None:
@@ -123,7 +142,15 @@ class Parameter:
                 self._on_ready(self)
 
     def zero_grad(self) -> None:
-        """Forget the gradient. Only a flag changes; no memory is touched."""
+        """Forget the gradient. Only a flag changes; no memory is touched.
+
+        Raises
+        ------
+        RuntimeError
+            If all expected contributions have come and `release` has not been called: what is
+            under way would come back.
+        """
+        self._check_open()
         self._has_grad = False
 
     def attach(self, buffer: Array) -> None:
@@ -199,7 +226,8 @@ class Parameter:
             raise RuntimeError(
                 f"parameter '{self.name}' has received all gradient contributions announced by "
                 "expect() and its gradient may be in communication; wait for it (release()) "
-                "before another backward, or announce all contributions (ctx.uses) beforehand"
+                "before its gradient is read, zeroed or added to, or announce all contributions "
+                "(ctx.uses) beforehand"
             )
 
     def _check_not_armed(self, operation: str) -> None:

@@ -2,8 +2,9 @@
 
 Notes
 -----
-The state has the dtype of its parameter: float16 and bfloat16 parameters are updated in their own
-precision, so keep such parameters in float32 and cast for the forward pass.
+The state has the dtype of its parameter. `SGD` updates float16 and bfloat16 parameters in their own
+precision and `Adam` and `AdamW` refuse them, so keep parameters in float32 and cast for the forward
+pass.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace, is_host
+from mpidist.arrays import HALVES, array_namespace, is_host
 from mpidist.nn.parameter import Parameter
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.optim.schedule import Schedule
@@ -35,7 +35,8 @@ class Optimizer:
     Raises
     ------
     ValueError
-        If there is no parameter, or a name or a parameter comes twice.
+        If there is no parameter, a name or a parameter comes twice, or `rule` is an `AdamRule` and
+        a parameter is float16 or bfloat16.
 
     Notes
     -----
@@ -52,6 +53,8 @@ class Optimizer:
         lr: float | Schedule,
     ) -> None:
         self._params = _by_name(params)
+        if isinstance(rule, AdamRule):
+            _refuse_halves(type(self).__name__, self._params)
         self._rule = rule
         self._lr = lr
         self._steps = 0
@@ -129,12 +132,12 @@ class Optimizer:
         Parameters
         ----------
         state : mapping
-            As returned by `state_dict` of an optimizer of the same class, names and shapes.
+            As returned by `state_dict` of an optimizer of the same class, names, shapes and dtypes.
 
         Raises
         ------
         ValueError
-            If class, names or shapes differ; nothing has been changed then.
+            If class, names, shapes or dtypes differ; nothing has been changed then.
         """
         mine = self.state_dict()
         _check_same(mine, state)
@@ -214,7 +217,8 @@ class Adam(Optimizer):
     Raises
     ------
     ValueError
-        If a number is out of its range, or a name or a parameter comes twice.
+        If a number is out of its range, a name or a parameter comes twice, or a parameter is
+        float16 or bfloat16: keep it in float32.
 
     References
     ----------
@@ -252,7 +256,8 @@ class AdamW(Optimizer):
     Raises
     ------
     ValueError
-        If a number is out of its range, or a name or a parameter comes twice.
+        If a number is out of its range, a name or a parameter comes twice, or a parameter is
+        float16 or bfloat16: keep it in float32.
 
     References
     ----------
@@ -291,6 +296,17 @@ def _by_name(
     return named
 
 
+def _refuse_halves(optimizer: str, params: Mapping[str, Parameter]) -> None:
+    for name, p in params.items():
+        if p.dtype in HALVES:
+            # The usual eps of 1e-8 is 0 in float16, and the mean square of a gradient below 2e-4
+            # too: 0 / 0. In bfloat16 most steps are less than half a unit of the last place.
+            raise ValueError(
+                f"{optimizer}: parameter {name!r} is {p.dtype}, which is too coarse for running "
+                "means of squares; keep the parameters in float32 and cast for the forward pass"
+            )
+
+
 def _blocks(*arrays: Array) -> Iterator[tuple[tuple[Array, ...], Array]]:
     """Cut arrays of one shape into (their blocks, scratch of shape (2, *block))."""
     first = arrays[0]
@@ -320,3 +336,9 @@ def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         got = getattr(theirs[key], "shape", ())
         if got != shape:
             raise ValueError(f"load_state_dict: {key!r} has shape {got}, expected {shape}")
+        dtype, got = getattr(value, "dtype", None), getattr(theirs[key], "dtype", None)
+        if dtype is not None and got != dtype:  # a count may have become an array on its way
+            raise ValueError(
+                f"load_state_dict: {key!r} has dtype {got}, expected {dtype}; cast the state if "
+                "losing precision is meant"
+            )

@@ -121,6 +121,10 @@ class AdamRule:
     decay : float
         Share `lr * decay` of `w` that is taken off directly, outside the means.
 
+    Notes
+    -----
+    For float32 and float64: in float16 the usual `eps` is 0. The optimizers refuse halves.
+
     References
     ----------
     Kingma, Ba (2015), Adam: a method for stochastic optimization, algorithm 1.

@@ -20,6 +20,14 @@ _BLOCK = 1 << 16
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients down together so that their norm is at most `max_norm`.
 
+    Between backward and the step; with a `GradScaler` after its `unscale`, since scaled gradients
+    would be clipped by the factor too much::
+
+        ddp.backward(ctx, scaler.scale(dy))
+        if scaler.unscale(model.parameters()):
+            clip_grad_norm(model.parameters(), 1.0)
+            optimizer.step()
+
     Parameters
     ----------
     parameters : iterable of Parameter

@@ -70,8 +70,8 @@ class DDP:
 
     Notes
     -----
-    Collective over `group`; blocks. Costs one exchange of 32 bytes per rank, the duplicate, and a
-    broadcast of every parameter and buffer.
+    Collective over `group`; blocks. Costs what a `GradientReducer` does, and a broadcast of every
+    parameter and buffer.
 
     A parameter that no rank used keeps ``grad is None``, and the optimizer skips it; one that some
     ranks used is averaged, the others counting as zeros. Buffers: see [Note: buffers] in
@@ -180,14 +180,14 @@ class DDP:
         dx : Array, shape of the input
             Gradient of this rank's loss by its input.
         work : Work
-            To be waited for before a gradient is read and before the next backward. Inside
-            `no_sync` it is complete.
+            To be waited for before the next backward, and before a gradient is read or zeroed,
+            as an optimizer's step does; until then that raises. Inside `no_sync` it is complete.
 
         Raises
         ------
         RuntimeError
             If an earlier backward has not been waited for; if `op` is SUM and the reduced
-            gradients of an earlier step were not zeroed; if a parameter does not belong to this
+            gradients of an earlier backward were not zeroed; if a parameter does not belong to this
             DDP any more; if backward makes other contributions than `ctx.uses` announced. The
             message names the parameter.
 
@@ -261,7 +261,8 @@ class DDP:
         for parameter, name in self._names.items():
             if not uses.get(parameter, 0):
                 # It may hold what earlier micro-batches gave it.
-                give = self._reducer.skip if parameter.grad is None else self._reducer.ready
+                none = parameter.unreduced_grad() is None
+                give = self._reducer.skip if none else self._reducer.ready
                 give(name)
 
     def _on_ready(self, parameter: Parameter) -> None:
@@ -306,9 +307,9 @@ def _check_zeroed(names: Mapping[Parameter, str], group: ProcessGroup) -> None:
     for parameter, name in names.items():
         if parameter.grad is not None:
             raise RuntimeError(
-                f"DDP on {group}: parameter '{name}' still holds the sum of an earlier step, and "
-                "op=SUM would count it once per rank; call zero_grad() before, and accumulate "
-                "inside no_sync()"
+                f"DDP on {group}: parameter '{name}' still holds the sum over all ranks that an "
+                "earlier backward gave, and op=SUM would count it once per rank; zero_grad() "
+                "before the first backward of a step, and all but its last one inside no_sync()"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -14,14 +15,22 @@ from mpidist.nn.parameter import Parameter
 
 __all__ = ["GradScaler"]
 
+_SMALLEST = 2.0**-24
+"""Least factor. What overflows even a float16 with it is beyond 2**40, or was never finite."""
+
+_LARGEST = 2.0**127
+"""Greatest factor: the largest power of two that a float32 holds. Gradients of zero let it grow."""
+
 
 class GradScaler:
     """Scale the loss up before backward and the gradients down after it.
 
-    ::
+    Once per step, in this order::
 
-        ddp.backward(ctx, scaler.scale(dy))
-        if scaler.unscale(model.parameters()):      # the same answer on all ranks
+        optimizer.zero_grad()
+        ddp.backward(ctx, scaler.scale(dy))             # every rank scales, also with no sample
+        if scaler.unscale(model.parameters()):          # the same answer on all ranks
+            clip_grad_norm(model.parameters(), 1.0)     # before unscale, it would clip too much
             optimizer.step()
 
     Parameters
@@ -29,7 +38,7 @@ class GradScaler:
     group : ProcessGroup
         The ranks that decide together.
     initial : float, optional
-        The first factor.
+        The first factor, from 2**-24 to 2**127; it never leaves this range.
     growth : float, optional
         Factor by which it grows after `interval` good steps in a row, above 1.
     backoff : float, optional
@@ -61,10 +70,11 @@ class GradScaler:
         backoff: float = 0.5,
         interval: int = 2000,
     ) -> None:
-        if not (initial > 0 and growth > 1 and 0 < backoff < 1 and interval >= 1):
+        in_range = _SMALLEST <= initial <= _LARGEST
+        if not (in_range and 1 < growth < math.inf and 0 < backoff < 1 and interval >= 1):
             raise ValueError(
-                "GradScaler: expected initial > 0, growth > 1, 0 < backoff < 1 and interval >= 1; "
-                f"got {initial}, {growth}, {backoff} and {interval}"
+                "GradScaler: expected 2**-24 <= initial <= 2**127, growth > 1, 0 < backoff < 1 and "
+                f"interval >= 1; got {initial}, {growth}, {backoff} and {interval}"
             )
         self.factor = float(initial)
         self._group = group
@@ -72,6 +82,7 @@ class GradScaler:
         self._backoff = backoff
         self._interval = interval
         self._good_steps = 0
+        self._unscaled = False  # since the last scale()
 
     def scale(self, dy: Array) -> Array:
         """Return `dy` times the factor.
@@ -88,8 +99,9 @@ class GradScaler:
 
         Notes
         -----
-        Local.
+        Local. Begins a step: `unscale` may follow once. May be called once per micro-batch.
         """
+        self._unscaled = False
         # The factor itself may be beyond the half's range where the product is not.
         wide = dy.astype(np.float32) if dy.dtype in HALVES else dy
         with np.errstate(over="ignore"):
@@ -110,11 +122,24 @@ class GradScaler:
             Whether every gradient of every rank was finite; the same on all ranks. If not, this
             step has to be left out: gradients are as they were, and the factor has shrunk.
 
+        Raises
+        ------
+        RuntimeError
+            If it has been called since the last `scale`: the gradients would be divided twice.
+        FloatingPointError
+            On every rank, if the factor would fall below 2**-24: not the factor is to blame then.
+
         Notes
         -----
         Collective over the group; blocks. One all-reduce of one byte. To be called once per step,
-        after the gradients have been reduced.
+        after the gradients have been reduced and before they are clipped.
         """
+        if self._unscaled:
+            raise RuntimeError(
+                "GradScaler.unscale: called twice in one step, and the gradients would be divided "
+                "by the factor twice; the order is scale, backward, unscale, clip_grad_norm, step"
+            )
+        self._unscaled = True
         grads = [p.grad for p in parameters if p.grad is not None]
         here = all(bool(array_namespace(grad).isfinite(grad).all()) for grad in grads)
         finite = bool(all_reduce(np.array(here), self._group, op=LAND))
@@ -142,10 +167,20 @@ class GradScaler:
     def _adjust(self, *, finite: bool) -> None:
         self._good_steps = self._good_steps + 1 if finite else 0
         if not finite:
-            self.factor *= self._backoff
+            self._shrink()
         elif self._good_steps == self._interval:
-            self.factor *= self._growth
+            self.factor = min(self.factor * self._growth, _LARGEST)
             self._good_steps = 0
+
+    def _shrink(self) -> None:
+        """Make the factor smaller, but never 0: dividing by that, good steps would give NaN."""
+        if self.factor * self._backoff < _SMALLEST:
+            raise FloatingPointError(
+                f"GradScaler.unscale on {self._group}: gradients are infinite or NaN even with the "
+                f"factor {self.factor:g}, and none below {_SMALLEST:g} is tried; the loss itself "
+                "is not finite: lower the learning rate, or look at the data"
+            )
+        self.factor *= self._backoff
 
 
 def _divide(grad: Array, factor: float) -> None:

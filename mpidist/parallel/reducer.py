@@ -62,11 +62,12 @@ class GradientReducer:
         On every rank, naming a rank and an array, if names, shapes, dtypes, their order, `op`,
         `compression` or `sizes` differ between ranks.
     UnsupportedOperationError
-        If `op` is neither MEAN nor SUM, or a dtype is neither float nor complex.
+        On every rank, if `op` is neither MEAN nor SUM, or a dtype is neither float nor complex.
 
     Notes
     -----
-    Collective over `group`; blocks. Costs one exchange of 32 bytes per rank and the duplicate.
+    Collective over `group`; blocks. Costs one exchange of 32 bytes per rank, the duplicate, and
+    per bucket the collective allocation of its memory (`ProcessGroup.empty`).
 
     [Note: order of buckets] Collectives match by the order in which they start, so every rank must
     start its buckets in the same order, whatever order its gradients come in. A bucket that is
@@ -89,13 +90,14 @@ class GradientReducer:
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
         also_verify: Mapping[str, Array] | None = None,
     ) -> None:
-        _check(named_arrays, op)
         description = (
             *(describe("parameter", name, array) for name, array in named_arrays.items()),
             *(describe("buffer", name, array) for name, array in (also_verify or {}).items()),
             *_settings(op, compression, sizes),
         )
+        # First together: what only one rank refuses would leave the others waiting for it.
         verify_same(description, group, operation="GradientReducer")
+        _check(named_arrays, op)
         self.op = op
         self.group = group.duplicate(f"{group.name}/gradients")
         self._buckets = _make_buckets(named_arrays, self.group, compression, sizes)
@@ -294,7 +296,7 @@ def _settings(
 ) -> Description:
     named = compression.name if isinstance(compression, Compression) else None
     return (
-        ("argument 'op'", op.name),
+        ("argument 'op'", op.name if isinstance(op, ReduceOp) else repr(op)),
         ("argument 'compression'", named or ("a hook" if callable(compression) else "None")),
         ("argument 'sizes'", f"({sizes.first}, {sizes.rest}) bytes"),
     )

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.nn.mode import TRAIN, Mode
+from mpidist.nn.mode import Mode
 from mpidist.nn.module import Module
 
 __all__ = ["check_gradients", "check_halves", "gradients", "numerical_gradient", "projection"]
+
+_TRAINING = Mode(training=True)
 
 
 def numerical_gradient(function: Callable[[], float], x: Array, *, eps: float = 1e-6) -> Array:
@@ -52,7 +54,7 @@ def numerical_gradient(function: Callable[[], float], x: Array, *, eps: float = 
 
 
 def gradients(
-    module: Module, x: Array, dy: Array | None = None, *, mode: Mode = TRAIN
+    module: Module, x: Array, dy: Array | None = None, *, mode: Mode = _TRAINING
 ) -> dict[str, Any]:
     """Run one forward and one whole backward pass from zeroed gradients.
 
@@ -85,7 +87,7 @@ def projection(y: Array) -> Array:
 
 
 def check_gradients(
-    module: Module, x: Array, *, mode: Mode = TRAIN, rtol: float = 1e-6, eps: float = 1e-6
+    module: Module, x: Array, *, mode: Mode = _TRAINING, rtol: float = 1e-6, eps: float = 1e-6
 ) -> None:
     """Compare the whole backward pass with central differences, and its uses with the truth.
 
@@ -131,7 +133,7 @@ def check_gradients(
             )
 
 
-def check_halves(module: Module, inputs: Sequence[Array], *, mode: Mode = TRAIN) -> None:
+def check_halves(module: Module, inputs: Sequence[Array], *, mode: Mode = _TRAINING) -> None:
     """Check that the halves of backward give the same bits as the whole, with all in flight.
 
     All forward passes are run first, then all first halves, then all second halves; and it is

@@ -8,6 +8,7 @@ the ranks' gradients. So a run's curve does not depend on the number of ranks, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -93,6 +94,9 @@ def train(
     ------
     ValueError
         If `model` was not made with ``op=SUM``.
+    FloatingPointError
+        On every rank, naming the step, if a gradient or the loss on `held_out` is not finite. The
+        record with that loss has been yielded.
 
     Notes
     -----
@@ -122,7 +126,9 @@ def train(
                 meter.resume()
             if last or (plan.evaluate_every and done % plan.evaluate_every == 0):
                 meter.pause()
-                yield evaluate(model, held_out, plan, group, step=done, epoch=epoch)
+                record = evaluate(model, held_out, plan, group, step=done, epoch=epoch)
+                yield record
+                _check_finite("loss on held-out samples", record.loss, after=done)
                 meter.resume()
             if last:
                 return
@@ -155,6 +161,8 @@ def train_step(
     ------
     ValueError
         If `model` was not made with ``op=SUM``.
+    FloatingPointError
+        On every rank, if the gradient's norm is not finite; no parameter has been changed then.
 
     Notes
     -----
@@ -175,6 +183,8 @@ def train_step(
     loss, dy = cross_entropy(y, target, denominator=denominator)
     model.backward(ctx, dy)  # returns when p.grad is the sum over the ranks
     grad_norm = clip_grad_norm(model.module.parameters(), plan.max_norm)
+    # Equal on all ranks, so all of them stop here or none does.
+    _check_finite("gradient's norm", grad_norm, after=optimizer.step_count)
     optimizer.step()
 
     _add(metrics, y, target, loss=float(loss) * denominator)
@@ -234,6 +244,16 @@ def _check_sums(model: DDP, operation: str) -> None:
             f"{operation}: model was made with op={model.op.name}; the loss is divided by the size "
             "of the joined batch here, so the ranks' gradients have to be added: make it with "
             "DDP(..., op=SUM)"
+        )
+
+
+def _check_finite(what: str, value: float, *, after: int) -> None:
+    """Stop where training has diverged: no later step would bring a number back."""
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {what} is {value} after step {after}: training has diverged, or a sample holds "
+            "such a number; lower the learning rate or look at the data (gradients sent as float16 "
+            "overflow above 65504)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,13 +84,18 @@ class MetricsFile:
         Parameters
         ----------
         values : mapping
-            JSON values.
+            JSON values. A number that is not finite becomes null: JSON knows none.
         """
         if self._file is not None:
-            self._file.write(json.dumps(dict(values)) + "\n")
+            known = {key: None if _unknown(value) else value for key, value in values.items()}
+            self._file.write(json.dumps(known, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         if self._file is not None:
             self._file.close()
+
+
+def _unknown(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -11,7 +11,10 @@ import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.direct import LEAST, supported
-from mpidist.errors import CollectiveMismatchError
+from mpidist.backends.meetings import Until
+from mpidist.backends.shared_memory import create_file, map_file
+from mpidist.backends.waiting import WaitTimeout
+from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 
 PAIRS = sorted(REDUCTIONS, key=lambda pair: (pair[0].name, pair[1].name))
 
@@ -142,6 +145,100 @@ def test_a_mismatch_raises_on_all_ranks_and_changes_nothing(world):
     assert (buffer == world.size * (world.size - 1) / 2).all()
 
 
+@direct_only
+@pytest.mark.ranks(2, 3)
+def test_memory_that_is_registered_on_some_ranks_only_is_a_mismatch(world):
+    count = LEAST // 8 * world.size
+    part = count // world.size
+    x, plain = world.empty(count, np.float64), np.full(count, 7.0)
+    x[...] = 7
+    mine = slice(world.rank * part, (world.rank + 1) * part)
+    last = world.rank == world.size - 1
+    out = plain if last else x
+    calls = (
+        lambda verb: verb("all_reduce")(x, world, out=None if last else x),
+        lambda verb: verb("broadcast")(x, world, out=None if last else x),
+        lambda verb: verb("reduce_scatter")(out, world),
+        lambda verb: verb("all_gather")(out[mine], world, out=out),
+    )
+    for call in calls:
+        with pytest.raises(CollectiveMismatchError, match=r"(?s)rank 0: .* block 1; .* not "):
+            call(lambda name: getattr(mpidist, name))
+        work = call(lambda name: getattr(mpidist, f"i{name}"))
+        with pytest.raises(CollectiveMismatchError, match=r"(?s)rank 0: .* block 1; .* not "):
+            work.wait()
+        assert (x == 7).all()
+        # The group is usable, and the lanes of messages are in step.
+        assert (mpidist.iall_reduce(plain, world).wait() == 7 * world.size).all()
+
+
+@direct_only
+@pytest.mark.ranks(2, 3)
+def test_counts_that_differ_are_a_mismatch(world):
+    out = world.empty(LEAST, np.float64)
+    out[...] = -1
+    counts = [LEAST // 2] * 2 + [0] * (world.size - 2)
+    if world.rank == 0:
+        counts[:2] = [LEAST // 2 + 10, LEAST // 2 - 10]
+    start = sum(counts[: world.rank])
+    mine = out[start : start + counts[world.rank]]
+    with pytest.raises(CollectiveMismatchError, match=rf"all_gather .* counts are \[{counts[0]}, "):
+        mpidist.all_gather(mine, world, out=out, counts=counts)
+    with pytest.raises(CollectiveMismatchError, match="reduce_scatter"):
+        mpidist.reduce_scatter(out, world, counts=counts)
+    assert (out == -1).all()
+
+
+@direct_only
+@pytest.mark.ranks(2, 3)
+def test_other_memory_goes_by_messages_also_between_operations_on_registered(world):
+    count = LEAST // 8 * world.size
+    buffers = [world.empty(count, np.float64) for _ in range(3)]
+    order, total = np.random.default_rng(world.rank), float(sum(range(world.size)))
+    works, expected = [], []
+    for number in range(12):
+        x = np.full(count, float(number + world.rank))
+        buffer = buffers[number % 3]
+        if number < 3:
+            buffer[...] = x
+            works.append(mpidist.iall_reduce(buffer, world, out=buffer))
+            expected.append(np.full(count, number * world.size + total))
+        works.append(mpidist.iall_reduce(x, world))
+        expected.append(np.full(count, number * world.size + total))
+        works.append(mpidist.ibroadcast(x, world, root=number % world.size))
+        expected.append(np.full(count, float(number + number % world.size)))
+        works.append(mpidist.ireduce_scatter(x, world))
+        expected.append(np.full(count // world.size, number * world.size + total))
+        works.append(mpidist.iall_gather(x, world))
+        expected.append(np.repeat(np.arange(world.size) + float(number), count))
+    blocking = mpidist.all_reduce(np.full(count, world.rank, np.int8), world)
+    assert (blocking == total).all()
+    for place in order.permutation(len(works)):
+        works[order.integers(len(works))].done()
+        np.testing.assert_array_equal(works[place].wait(), expected[place])
+
+
+@pytest.mark.ranks(2, 3)
+def test_sizes_that_differ_are_a_mismatch_and_nothing_is_made(world):
+    made = len(world._backend.registered._blocks)
+    for shape in (40960 if world.rank else 10240, (0, 5) if world.rank else (1, 5)):
+        with pytest.raises(CollectiveMismatchError, match=r"empty #\d+ on group .*by rank: \["):
+            world.empty(shape, np.float64)
+    assert len(world._backend.registered._blocks) == made
+    with pytest.raises(SizeMismatchError, match="-3"):
+        world.empty((2, -3))
+    with pytest.raises(TypeError):
+        world.empty((2.5, 1))
+    assert world.empty((np.int64(0), 3)).shape == (0, 3)
+    for shape in (np.int64(6), [np.int32(6)], np.array([6])):
+        x = world.empty(shape)
+        x[...] = world.rank
+        assert x.shape == (6,)
+        np.testing.assert_array_equal(
+            mpidist.all_reduce(x, world, op=mpidist.MAX), np.full(6, world.size - 1)
+        )
+
+
 @pytest.mark.ranks(2)
 def test_arrays_outlive_their_group_and_blocks_their_arrays(world):
     group = world.duplicate("short-lived")
@@ -184,3 +281,50 @@ def test_without_shared_memory_arrays_are_ordinary(world, monkeypatch):
     assert not group._backend.registered._blocks
     np.testing.assert_array_equal(mpidist.all_reduce(x, group, out=x), np.full(LEAST, 2.0))
     group.close()
+
+
+@pytest.mark.ranks(2, 3)
+def test_memory_refused_to_one_rank_is_ordinary_on_all_and_leaves_nothing(
+    world, monkeypatch, tmp_path
+):
+    def refuse(*_):
+        raise OSError("no space left for this part, says the test")
+
+    group = world.duplicate("poor")
+    monkeypatch.setattr("mpidist.backends.shared_memory.DIRECTORY", tmp_path)
+    for poor in range(world.size):
+        with monkeypatch.context() as patch:
+            if world.rank == poor:
+                patch.setattr("os.posix_fallocate", refuse)
+            x = group.empty(LEAST, np.float64)
+        assert not group._backend.registered._blocks
+        assert not list(tmp_path.iterdir())
+        x[...] = 1
+        assert (mpidist.all_reduce(x, group, out=x) == world.size).all()
+    group.close()
+
+
+def test_each_process_allocates_its_own_part_of_a_file():
+    part = 4 << 20
+    path = create_file(3 * part)
+    try:
+        assert path.stat().st_size == 3 * part
+        assert path.stat().st_blocks == 0
+        memory = map_file(path, slice(part, 2 * part))
+        assert len(memory) == 3 * part
+        assert path.stat().st_blocks * 512 == part
+    finally:
+        path.unlink()
+
+
+def test_a_file_that_cannot_be_is_an_os_error():
+    with pytest.raises(OSError, match="bytes"):
+        create_file(2**80)
+
+
+def test_a_meeting_is_waited_for():
+    polled = iter([False, False, True])
+    Until(lambda: next(polled), list).wait()
+    assert next(polled, None) is None
+    with pytest.raises(WaitTimeout):
+        Until(lambda: False, list).wait(timeout=0.01)

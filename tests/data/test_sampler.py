@@ -143,6 +143,36 @@ def test_a_state_of_another_order_is_refused() -> None:
         sampler.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("key", ["num_samples", "shuffle", "epoch", "step"])
+def test_an_incomplete_state_is_refused(key: str) -> None:
+    (sampler,) = samplers(1)
+    state = sampler.state_dict()
+    del state[key]
+    with pytest.raises(ValueError, match=rf"lacks \['{key}'\]"):
+        sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(1, 5), (1, 70), (1, -1), (-1, 0)])
+def test_a_position_outside_the_epoch_is_refused_and_changes_nothing(epoch: int, step: int) -> None:
+    (sampler,) = samplers(1)
+    sampler.skip_to(2)
+    before = sampler.state_dict()
+    with pytest.raises(ValueError, match=rf"step in \[0, 5\), got epoch {epoch}, step {step}"):
+        sampler.load_state_dict({**before, "epoch": epoch, "step": step})
+    assert sampler.state_dict() == before
+
+
+def test_numpys_numbers_leave_a_state_for_json() -> None:
+    size: Any = np.int64(1)
+    (sampler,) = samplers(
+        size, np.int64(23), batch_size=np.int32(5), seed=np.int64(3), shuffle=np.True_
+    )
+    sampler.skip_to(np.int64(7))
+    (plain,) = samplers(1)
+    plain.skip_to(7)
+    assert json.loads(json.dumps(sampler.state_dict())) == plain.state_dict()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,45 @@ def test_ctrl_c_on_one_rank_says_where_it_stopped(start: Start, tmp_path: Path) 
     assert "interrupted after step" in output
     assert "Traceback" not in output
     assert read_records(file)[-1]["step"] > 0  # no line is cut off
+
+
+def check_diverged(ended: subprocess.CompletedProcess[str], file: Path) -> None:
+    assert ended.returncode == 1, ended.stdout
+    assert ended.stdout.count("error: the ") == 1
+    assert re.search(r"error: the .* is (nan|inf) after step \d+: .*; the records", ended.stdout)
+    assert "Traceback" not in ended.stdout
+    assert "held-out accuracy" not in ended.stdout
+    lines = file.read_text()
+    assert json.loads(lines.splitlines()[0])["kind"] == "run"
+    assert "NaN" not in lines
+    assert "Infinity" not in lines
+
+
+def test_training_that_diverges_ends_with_an_error(run: Run, tmp_path: Path) -> None:
+    check_diverged(run(*SHORT, "--lr", "1e30"), tmp_path / "runs/digits/metrics.jsonl")
+
+
+@pytest.mark.mpirun
+def test_all_ranks_end_when_training_diverges(run: Run, mpirun: list[str], tmp_path: Path) -> None:
+    ended = run(*SHORT, "--lr", "1e30", launcher=(*mpirun, "-n", "3"))
+    check_diverged(ended, tmp_path / "runs/digits/metrics.jsonl")
+
+
+def test_what_draws_may_be_missing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tqdm", "matplotlib"):
+        lines = f"raise ModuleNotFoundError(\"No module named '{module}'\")"
+        (tmp_path / f"{module}.py").write_text(lines)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ended = run("--steps", "3")
+    assert ended.returncode == 0, ended.stdout
+    first, second, *_ = ended.stdout.splitlines()  # before the training
+    assert first.startswith("no progress bar: No module named 'tqdm'; to get it: pip install")
+    assert second.startswith("no picture: No module named 'matplotlib'; to get it: pip install")
+    assert read_records(tmp_path / "runs/digits/metrics.jsonl")[-1]["step"] == 3
+    assert not (tmp_path / "runs/digits/loss.png").exists()
+    assert run("--steps", "3", "--no-progress", "--no-plot").stdout.startswith("digits: ")
 
 
 @pytest.mark.mpirun

@@ -8,7 +8,6 @@ import pytest
 from mpidist.nn import (
     EVAL,
     GELU,
-    TRAIN,
     AvgPool2d,
     BatchNorm2d,
     CausalSelfAttention,
@@ -17,6 +16,7 @@ from mpidist.nn import (
     LayerNorm,
     Linear,
     MaxPool2d,
+    Mode,
     Module,
     ReLU,
     cross_entropy,
@@ -27,6 +27,7 @@ from mpidist.testing.gradcheck import gradients, projection
 torch = pytest.importorskip("torch")
 tnn = torch.nn
 
+TRAIN = Mode(training=True)
 F8 = {"rng": 1, "dtype": np.float64}
 RNG = np.random.default_rng(7)
 IMAGE = RNG.normal(size=(3, 2, 7, 6))

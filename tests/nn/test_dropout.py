@@ -75,6 +75,42 @@ def test_two_layers_of_one_model_draw_apart_and_a_rebuilt_model_alike():
     np.testing.assert_array_equal(wrapped, [a, b])
 
 
+def test_a_lone_layer_draws_and_one_without_a_label_refuses():
+    x = np.ones((2, 8))
+    Dropout(0.5).forward(x, MODE)
+    layer = Dropout.__new__(Dropout)
+    layer.p = 0.5
+    np.testing.assert_array_equal(layer.forward(x, EVAL)[0], x)
+    with pytest.raises(RuntimeError, match=r"call relabel\(\) on the outermost module"):
+        layer.forward(x, MODE)
+    layer.relabel()
+    np.testing.assert_array_equal(layer.forward(x, MODE)[0], Dropout(0.5).forward(x, MODE)[0])
+
+
 def test_negative_and_large_seeds_are_accepted():
     for seed in (-1, 2**63, 2**64 - 1):
         assert dropout_mask((1, 3), 0.5, Mode(True, seed=seed), 0).shape == (1, 3)
+
+
+def test_numpys_integers_say_what_pythons_say():
+    x = np.ones((2, 8))
+    mode = Mode(True, np.int64(-1), np.int32(2), np.int64(3))
+    y, _ = Dropout(0.5).forward(x, mode)
+    expected, _ = Dropout(0.5).forward(x, Mode(True, -1, 2, 3))
+    np.testing.assert_array_equal(y, expected)
+    assert mode == Mode(True, -1, 2, 3)
+    assert type(mode.shifted(np.int64(1)).sample_offset) is int
+
+
+@pytest.mark.parametrize("name", ["seed", "step", "sample_offset"])
+def test_a_mode_takes_integers_only(name):
+    with pytest.raises(TypeError, match="float"):
+        Mode(True, **{name: 1.0})
+
+
+def test_no_training_mode_is_ready_made():
+    # One for all steps and ranks would freeze every mask.
+    import mpidist.nn as nn
+
+    assert "TRAIN" not in nn.__all__
+    assert not any(isinstance(v, Mode) and v.training for v in vars(nn).values())

@@ -10,7 +10,6 @@ import pytest
 from mpidist.nn import (
     EVAL,
     GELU,
-    TRAIN,
     AvgPool2d,
     BatchNorm2d,
     CausalSelfAttention,
@@ -30,6 +29,8 @@ from mpidist.nn import (
     Sequential,
 )
 from mpidist.testing.gradcheck import check_gradients, check_halves, gradients, projection
+
+TRAIN = Mode(training=True)
 
 
 def _rng() -> np.random.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 
 from mpidist.nn import (
-    TRAIN,
     BatchNorm2d,
     Context,
     Conv2d,
@@ -28,6 +28,8 @@ from mpidist.nn import (
     count_uses,
 )
 from mpidist.testing.gradcheck import check_gradients, check_halves, gradients
+
+TRAIN = Mode(training=True)
 
 
 class TiedModel(Module):
@@ -204,6 +206,76 @@ def test_labelling_waits_for_the_outermost_constructor_and_keeps_signatures():
 
     assert Late(2).extra.weight.name == "extra.weight"
     assert list(inspect.signature(Late).parameters) == ["size"]
+
+
+@dataclasses.dataclass(eq=False)
+class Two(Module):
+    """Runs two layers; its constructor is not in the class body."""
+
+    first: Module
+    second: Module
+
+    def forward(self, x: np.ndarray, mode: Mode) -> tuple[np.ndarray, Context]:
+        return Sequential.forward(self, x, mode)
+
+    def backward_input(self, ctx: Context, dy: np.ndarray) -> tuple[np.ndarray, Any]:
+        return Sequential.backward_input(self, ctx, dy)
+
+    def backward_weight(self, wctx: Any) -> None:
+        Sequential.backward_weight(self, wctx)
+
+    @property
+    def layers(self) -> tuple[Module, ...]:
+        return self.first, self.second
+
+
+def test_a_dataclass_is_labelled_too():
+    model = Two(Dropout(0.5), Two(Linear(3, 3, rng=0), Dropout(0.5)))
+    assert [model.first.layer_index, model.second.second.layer_index] == [0, 2]
+    assert [p.name for p in model.parameters()] == ["second.first.weight", "second.first.bias"]
+    assert list(inspect.signature(Two).parameters) == ["first", "second"]
+    x = np.ones((2, 60))
+    once, _ = Two(Dropout(0.5), ReLU()).forward(x, TRAIN)
+    twice, _ = Two(Dropout(0.5), Dropout(0.5)).forward(x, TRAIN)
+    assert ((once == 0) != (twice == 0)).any()  # with equal masks the second would add no zero
+
+
+def test_a_frozen_dataclass_may_be_a_layer():
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Frozen(ReLU):
+        slope: float = 0.0
+
+    assert Sequential(ReLU(), Frozen()).layers[1].layer_index == 1
+
+
+def test_random_layers_added_to_a_built_model_must_be_labelled():
+    model = Switch(Linear(2, 2, rng=0))
+    model.branches += [Dropout(0.5), Dropout(0.5)]
+    for use in (model.parameters, model.named_parameters, model.state_dict, model.zero_grad):
+        with pytest.raises(RuntimeError, match=r"'branches\.1' and 'branches\.2'.*relabel\(\)"):
+            use()
+    model.relabel()
+    assert len(list(model.parameters())) == 2
+    assert [layer.layer_index for layer in model.branches] == [0, 1, 2]
+
+
+def test_a_part_built_into_another_module_is_numbered_anew_and_that_is_noticed():
+    whole = Sequential(Dropout(0.5), ReLU(), Dropout(0.5))
+    Sequential(whole.layers[2])
+    assert whole.layers[2].layer_index == 0
+    with pytest.raises(RuntimeError, match="'0' and '2' have the same layer_index, 0"):
+        whole.named_parameters()
+    whole.relabel()
+    assert [layer.layer_index for layer in whole.layers] == [0, 1, 2]
+
+
+def test_a_constructor_may_list_what_it_has_so_far():
+    class Counting(Sequential):
+        def __init__(self) -> None:
+            super().__init__(Dropout(0.1), Linear(2, 2, rng=0), Dropout(0.1))
+            self.size = sum(p.size for p in self.parameters())
+
+    assert Counting().size == 6
 
 
 def test_a_copied_model_is_equal_and_independent():

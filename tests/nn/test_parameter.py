@@ -71,7 +71,7 @@ def test_attach_carries_a_gradient_over_and_checks_the_shape():
 def test_on_ready_fires_once_at_the_last_expected_contribution():
     p = _parameter()
     fired = []
-    p.expect(2, lambda q: fired.append((q, q.grad.copy())))
+    p.expect(2, lambda q: fired.append((q, q.unreduced_grad().copy())))
     p.add_grad(_ones())
     assert fired == []
     p.add_grad(_ones())
@@ -87,19 +87,29 @@ def test_a_contribution_after_the_last_one_raises_until_release():
     for operation in (lambda: p.add_grad(_ones()), p.first_grad):
         with pytest.raises(RuntimeError, match=r"fc\.weight.*expect"):
             operation()
-    np.testing.assert_array_equal(p.grad, _ones())
     p.release()
+    np.testing.assert_array_equal(p.grad, _ones())
     p.add_grad(_ones())
     np.testing.assert_array_equal(p.grad, _ones(2.0))
 
 
-def test_zero_grad_does_not_open_a_closed_gradient():
+@pytest.mark.parametrize("uses", [0, 1])
+def test_a_gradient_under_way_is_neither_read_nor_zeroed(uses):
     p = _parameter()
-    p.expect(1, None)
-    p.add_grad(_ones())
+    p.add_grad(_ones(3.0))
+    p.expect(uses, None)
+    if uses:
+        np.testing.assert_array_equal(p.grad, _ones(3.0))  # not complete yet
+        p.add_grad(_ones())
+    for operation in (lambda: p.grad, p.zero_grad):
+        with pytest.raises(RuntimeError, match=r"fc\.weight.*before its gradient is read, zeroed"):
+            operation()
+    np.testing.assert_array_equal(p.unreduced_grad(), _ones(3.0 + uses))
+    p.release()
+    np.testing.assert_array_equal(p.grad, _ones(3.0 + uses))
     p.zero_grad()
-    with pytest.raises(RuntimeError, match="expect"):
-        p.first_grad()
+    assert p.grad is None
+    assert p.unreduced_grad() is None
 
 
 def test_expecting_nothing_fires_nothing_and_refuses_contributions():
@@ -109,6 +119,7 @@ def test_expecting_nothing_fires_nothing_and_refuses_contributions():
     with pytest.raises(RuntimeError, match="announced"):
         p.add_grad(_ones())
     assert fired == []
+    p.release()
     assert p.grad is None
 
 
@@ -120,6 +131,7 @@ def test_contributions_before_expect_stay_in_the_sum():
     assert p.first_grad() is None
     p.add_grad(_ones())
     assert fired == [p]
+    p.release()
     np.testing.assert_array_equal(p.grad, _ones(11.0))
 
 

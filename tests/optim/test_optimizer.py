@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mpidist._types import Array
+from mpidist.arrays import BFLOAT16
 from mpidist.nn.parameter import Parameter
-from mpidist.optim import SGD, Adam, AdamW, Optimizer, WarmupCosine
+from mpidist.optim import SGD, Adam, AdamRule, AdamW, Optimizer, WarmupCosine
 from mpidist.optim.optimizer import _BLOCK
 
 STEPS = 12
@@ -183,6 +184,39 @@ def test_state_of_another_kind_or_shape_is_refused_and_changes_nothing() -> None
     with pytest.raises(ValueError, match=r"missing .*w/mean.* not known here .*u/mean"):
         optimizer.load_state_dict(Adam([("u", p)]).state_dict())
     assert optimizer.step_count == 0
+
+
+def test_state_of_another_dtype_is_refused_and_changes_nothing() -> None:
+    p = Parameter(np.zeros(3, np.float32))
+    optimizer = Adam([("w", p)])
+    wide = Adam([("w", Parameter(np.zeros(3)))])
+    wrong = {**wide.state_dict(), "step": 7}
+    with pytest.raises(ValueError, match="'w/mean' has dtype float64, expected float32"):
+        optimizer.load_state_dict(wrong)
+    assert optimizer.step_count == 0
+    # Counts may come back from a file as arrays without axes.
+    optimizer.load_state_dict({**optimizer.state_dict(), "step": np.array(7)})
+    assert optimizer.step_count == 7
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+@pytest.mark.parametrize("cls", [Adam, AdamW])
+def test_adam_refuses_halves(cls: type[Adam | AdamW], dtype: Any) -> None:
+    # An element without gradient would become NaN: eps is 0 in float16.
+    params = [("a", Parameter(np.zeros(2))), ("w", Parameter(np.zeros(2, dtype)))]
+    message = f"{cls.__name__}: parameter 'w' is {np.dtype(dtype)}.*float32"
+    with pytest.raises(ValueError, match=message):
+        cls(params)
+    with pytest.raises(ValueError, match="'w'"):
+        Optimizer(params, rule=AdamRule(), lr=0.1)
+
+
+def test_adam_leaves_a_value_alone_whose_gradient_is_zero() -> None:
+    p = Parameter(np.ones(2, np.float32))
+    optimizer = Adam([("w", p)], lr=0.5)
+    p.add_grad(np.array([0, 1], np.float32))
+    optimizer.step()
+    np.testing.assert_allclose(p.data, [1, 0.5], rtol=1e-6)
 
 
 def test_bare_parameters_are_named() -> None:

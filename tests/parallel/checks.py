@@ -154,6 +154,10 @@ DIFFERENCES = {
         changed(v=((4, 2), "f4")),
         "parameter 'v' is (4, 2) float32 on rank 2 and (4, 2) float64 on rank 0",
     ),
+    "dtype without gradients": (
+        changed(b=((4,), "i8")),
+        "parameter 'b' is (4,) int64 on rank 2 and (4,) float32 on rank 0",
+    ),
     "order": (
         {"w": BASE["w"], "v": BASE["v"], "b": BASE["b"]},
         "rank 2 has parameter 'v' where rank 0 has parameter 'b'",

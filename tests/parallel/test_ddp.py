@@ -250,7 +250,7 @@ def test_a_sum_must_be_zeroed_first():
             _, ctx = ddp.forward(np.full(1, group.rank + 1.0), TRAINING)
             ddp.backward(ctx, np.ones(1))
             for where in (nullcontext(), ddp.no_sync()):
-                with where, pytest.raises(RuntimeError, match="'w' still holds the sum"):
+                with where, pytest.raises(RuntimeError, match=r"'w' still .* inside no_sync"):
                     ddp.backward(ctx, np.ones(1))
             scale.zero_grad()
             with ddp.no_sync():

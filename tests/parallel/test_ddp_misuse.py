@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from mpidist.nn import Sequential
+from mpidist.optim import SGD
 from mpidist.parallel import DDP
 from mpidist.testing import Faults, run_ranks
 from tests.parallel.checks import TRAINING, Scale
+from tests.parallel.training import Routed
 
 
 def test_a_backward_before_the_last_one_was_waited_for_is_refused():
@@ -28,6 +30,27 @@ def test_a_backward_before_the_last_one_was_waited_for_is_refused():
         return float(scale.w.grad)
 
     assert run_ranks(2, body) == [2.0, 2.0]
+
+
+def test_a_step_before_the_gradients_were_waited_for_is_refused():
+    def body(group):
+        # The second one expects no contribution here, but may get one from another rank.
+        used, unused = Scale(), Scale()
+        model = Sequential(used, Routed(unused, np.inf if group.rank else 0.0))
+        opt = SGD(model.named_parameters(), lr=1.0)
+        with DDP(model, group) as ddp:
+            _, ctx = ddp.forward(np.full((1, 1), group.rank + 1.0), TRAINING)
+            _, work = ddp.ibackward(ctx, np.ones((1, 1)))
+            for refused in (opt.step, opt.zero_grad, model.zero_grad, unused.w.zero_grad):
+                with pytest.raises(RuntimeError, match=r"parameter '.*\.w' .* wait for it"):
+                    refused()
+            assert (used.w.data, unused.w.data, opt.step_count) == (1.0, 1.0, 0)
+            work.wait()
+            opt.step()
+        return float(used.w.data), float(unused.w.data)
+
+    # Rank 0 doubles its input: the gradients are (2 + 2) / 2 and (1 + 0) / 2.
+    assert run_ranks(2, body, faults=Faults(delay=1e-3)) == [(-1.0, 0.5)] * 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mpidist.arrays import BFLOAT16
+from mpidist.nn import Parameter
 from mpidist.parallel import GradScaler
 from mpidist.testing import run_ranks
 from tests.parallel.checks import scaled_step
@@ -68,8 +69,56 @@ def test_the_state_can_be_taken_over():
     assert run_ranks(2, body) == [16.0, 16.0]
 
 
+def test_a_loss_that_is_never_finite_is_an_error_and_no_good_step():
+    def body(group):
+        scaler = GradScaler(group, initial=2.0**-22)
+        bad = np.nan if group.rank == 1 else 1.0
+        assert [scaled_step(scaler, bad)[0] for _ in range(2)] == [False, False]
+        for _ in range(2):  # and it stays one
+            with pytest.raises(FloatingPointError, match="the loss itself is not finite"):
+                scaled_step(scaler, bad)
+        return scaler.factor
+
+    assert run_ranks(2, body) == [2.0**-24] * 2
+
+
+def test_gradients_of_zero_do_not_let_the_factor_become_infinite():
+    def body(group):
+        scaler = GradScaler(group, initial=2.0**126, interval=1)
+        assert all(scaled_step(scaler, 0, np.float64)[0] for _ in range(3))
+        return scaler.factor
+
+    assert run_ranks(1, body) == [2.0**127]
+
+
+@pytest.mark.parametrize("value", [1.0, np.inf])
+def test_a_step_is_unscaled_once(value):
+    def body(group):
+        scaler = GradScaler(group, initial=8)
+        p = Parameter(np.zeros(1))
+        for _ in range(2):  # micro-batches
+            p.add_grad(scaler.scale(np.array([value])))
+        scaler.unscale([p])
+        before = p.grad.copy()
+        with pytest.raises(RuntimeError, match="called twice in one step"):
+            scaler.unscale([p])
+        np.testing.assert_array_equal(p.grad, before)
+        assert scaled_step(scaler, 1.0)[0]
+
+    run_ranks(2, body)
+
+
 @pytest.mark.parametrize(
-    "options", [{"initial": 0}, {"growth": 1.0}, {"backoff": 1.0}, {"backoff": 0}, {"interval": 0}]
+    "options",
+    [
+        {"initial": 0},
+        {"initial": np.inf},
+        {"initial": 2.0**-25},
+        {"growth": 1.0},
+        {"backoff": 1.0},
+        {"backoff": 0},
+        {"interval": 0},
+    ],
 )
 def test_numbers_out_of_range_are_refused(options):
     def body(group):

@@ -121,6 +121,7 @@ def test_misuse_names_the_gradient_and_does_no_harm():
     ("arrays", "op", "text"),
     [
         ({"w": np.ones(2)}, MAX, "MEAN or SUM"),
+        ({"w": np.ones(2)}, "sum", "MEAN or SUM, got sum"),
         ({"w": np.ones(2, np.int64)}, SUM, "'w' has dtype int64"),
         ({"w": np.ones(2, bool)}, MEAN, "'w' has dtype bool"),
     ],

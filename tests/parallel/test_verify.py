@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidist._types import MEAN, SUM
+from mpidist._types import MAX, MEAN, SUM
 from mpidist.errors import CollectiveMismatchError
 from mpidist.nn import BatchNorm2d, Linear, Sequential
 from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer, verify
@@ -43,6 +43,8 @@ def test_the_odd_one_out_is_named_also_if_it_is_rank_0():
     ("option", "values", "text"),
     [
         ("op", (MEAN, SUM), "argument 'op' is SUM on rank 1 and MEAN on rank 0"),
+        ("op", (MEAN, MAX), "argument 'op' is MAX on rank 1 and MEAN on rank 0"),
+        ("op", (MEAN, "sum"), "argument 'op' is 'sum' on rank 1 and MEAN on rank 0"),
         ("sizes", (BucketSizes(), BucketSizes(8, 8)), "argument 'sizes' is (8, 8) bytes on rank 1"),
         ("compression", (None, Compression.BF16), "argument 'compression' is BF16 on rank 1"),
         ("compression", (None, lambda *_: None), "argument 'compression' is a hook on rank 1"),

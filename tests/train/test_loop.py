@@ -183,6 +183,43 @@ def test_a_mean_of_gradients_is_refused() -> None:
     run_ranks(2, body)
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_on_every_rank() -> None:
+    # Sample 3 is in the first epoch's second batch, on one rank.
+    data = make_data(8)
+    order = ShardedSampler(8, rank=0, size=1, batch_size=4, seed=PLAN.seed)
+    data.inputs[list(order)[1].indices[0]] = np.nan
+
+    def body(group: ProcessGroup) -> list[float]:
+        module = linear()
+        with DDP(module, group, op=SUM) as model:
+            optimizer = SGD(module.named_parameters(), lr=0.5)
+            plan = Plan(steps=4, batch_size=4, seed=PLAN.seed, log_every=1)
+            records = train(model, optimizer, data, make_data(5), plan, group)
+            assert next(records).step == 1
+            with pytest.raises(FloatingPointError, match="gradient's norm is nan after step 1: "):
+                next(records)
+            assert optimizer.step_count == 1
+        return [float(np.abs(p.data).max()) for p in module.parameters()]
+
+    for largest in run_ranks(3, body):
+        assert np.isfinite(largest).all()
+
+
+def test_a_loss_that_is_not_finite_at_the_end_is_an_error_too() -> None:
+    def body(group: ProcessGroup) -> None:
+        module, held_out = linear(), make_data(5)
+        held_out.inputs[-1] = np.inf
+        with DDP(module, group, op=SUM) as model, np.errstate(invalid="ignore"):
+            optimizer = SGD(module.named_parameters(), lr=0.5)
+            plan = Plan(steps=1, batch_size=4)
+            records = train(model, optimizer, make_data(8), held_out, plan, group)
+            assert [next(records).kind for _ in range(2)] == ["train", "held-out"]
+            with pytest.raises(FloatingPointError, match=r"held-out samples is .* after step 1: "):
+                next(records)
+
+    run_ranks(2, body)
+
+
 @pytest.mark.parametrize("name", ["steps", "log_every"])
 def test_bad_plans_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"Plan: {name} must be at least 1, got 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [10, 10, 20, 20]
     assert (lines[0]["lr"], lines[0]["grad_norm"]) == (0.1, 3.0)
     assert "lr" not in lines[1]
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5, "e": 2})
+    expected = {"a": None, "b": None, "c": None, "d": 1.5, "e": 2}
+    assert json.loads(path.read_text(), parse_constant=refuse) == expected
 
 
 def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:

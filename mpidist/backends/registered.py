@@ -1,0 +1,118 @@
+"""Registered memory: arrays whose counterparts on the other ranks can be read and written."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array, DType
+
+__all__ = ["LEAST", "Block", "Place", "Registry"]
+
+_PAGE = 4096
+
+LEAST = 128 << 10
+"""Bytes of the shortest array that goes the direct path; below, a library's latency wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Memory with one part per rank, all of which this rank can read and write.
+
+    Attributes
+    ----------
+    number : int
+        The same on all ranks: how many blocks their group had made.
+    parts : tuple of Array, uint8
+        One per rank, of the same size.
+    address : int
+        Of this rank's part.
+    """
+
+    number: int
+    parts: tuple[Array, ...]
+    address: int
+
+    @staticmethod
+    def stride(nbytes: int) -> int:
+        """Return the distance between two parts: whole pages, at least one."""
+        return max(-(-nbytes // _PAGE), 1) * _PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an array lies in a block: the same place in every rank's part.
+
+    Attributes
+    ----------
+    block : Block
+        The memory.
+    offset : int
+        Bytes from the beginning of a part.
+    dtype : dtype
+        Of the elements.
+    count : int
+        Number of elements.
+    """
+
+    block: Block
+    offset: int
+    dtype: DType
+    count: int
+
+    @classmethod
+    def of(cls, x: Array, block: Block) -> Place:
+        """Return the place of a flat array in its block."""
+        return cls(block, x.ctypes.data - block.address, x.dtype, x.size)
+
+    def arrays(self) -> list[Array]:
+        """Return the array of every rank."""
+        stop = self.offset + self.count * self.dtype.itemsize
+        return [part[self.offset : stop].view(self.dtype) for part in self.block.parts]
+
+
+class Registry:
+    """The blocks of one group, found by the arrays that lie in them.
+
+    A block lives as long as the last array in this rank's part: the registry forgets it then.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Block] = {}
+        self._made = 0
+
+    def add(self, parts: Sequence[Any], rank: int, nbytes: int) -> Array:
+        """Register memory, and return this rank's part of it.
+
+        Parameters
+        ----------
+        parts : sequence of buffer
+            Writable memory of each rank, of the same size.
+        rank : int
+            This rank.
+        nbytes : int
+            Size of the array to return.
+
+        Returns
+        -------
+        Array, shape (nbytes,), uint8
+            Every view of it is found by `place`.
+        """
+        self._made += 1
+        # numpy gives all views of an array made from a buffer that array as their base.
+        root: Array = np.frombuffer(parts[rank], np.uint8, nbytes)
+        views = tuple(np.frombuffer(part, np.uint8) for part in parts)
+        self._blocks[id(root)] = Block(self._made, views, root.ctypes.data)
+        weakref.finalize(root, self._blocks.pop, id(root), None)
+        return root[:]
+
+    def place(self, x: Array) -> Place | None:
+        """Return where a flat array lies, if it is registered and not short."""
+        if x.nbytes < LEAST:
+            return None
+        block = self._blocks.get(id(x.base))
+        return None if block is None else Place.of(x, block)
