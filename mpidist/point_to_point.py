@@ -8,20 +8,18 @@ envelope in a lane of its own, numbered by its sender.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import index
 from typing import Any
 
-import numpy as np
-
 from mpidist._types import Array
-from mpidist.arrays import as_bytes, as_native
-from mpidist.backends.base import Backend, Traffic
-from mpidist.backends.work import ANY_SOURCE, Message, Steps, Work
-from mpidist.collectives._checks import check_array, check_rank, nothing
+from mpidist.arrays import as_native
+from mpidist.backends.messages import Receipt, receive_steps, send_steps
+from mpidist.backends.work import ANY_SOURCE, Work
+from mpidist.collectives._checks import check_array, check_rank, check_writable, nothing
 from mpidist.collectives._objects import pickled, unpickled
-from mpidist.envelope import ROOM, open_envelope, seal
-from mpidist.errors import SelfSendError, SizeMismatchError, UnsupportedOperationError
+from mpidist.errors import SelfSendError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.pending import Peers
 
@@ -41,18 +39,10 @@ __all__ = [
 ]
 
 
-@dataclass(slots=True)
-class _Receipt:
-    """What a receive has learnt."""
-
-    array: Array = field(default_factory=lambda: np.empty(0))
-    source: int = ANY_SOURCE
-
-
 class ReceiveWork(Work[Array]):
     """A receive under way; see `Work`."""
 
-    def __init__(self, work: Work[Array], receipt: _Receipt) -> None:
+    def __init__(self, work: Work[Array], receipt: Receipt) -> None:
         self._work = work
         self._receipt = receipt
 
@@ -80,70 +70,74 @@ def _check_peer(peer: int, verb: str, name: str, group: ProcessGroup) -> int:
 
 
 def _check_tag(tag: int, verb: str, group: ProcessGroup) -> int:
-    if not 0 <= tag <= group.capabilities.max_tag:
+    largest = group.capabilities.max_tag
+    try:
+        number = index(tag)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= largest:
         raise UnsupportedOperationError(
-            f"{verb} on {group}: tag must lie between 0 and {group.capabilities.max_tag} on the "
-            f"{group.backend} backend, got {tag}"
+            f"{verb} on {group}: tag must be a whole number from 0 to {largest} on the "
+            f"{group.backend} backend, got {tag!r}"
         )
-    return int(tag)
+    return number
 
 
-def _send_steps(backend: Backend, x: Array, dst: int, tag: int, number: int) -> Steps:
-    envelope, inside = seal(x, number)
-    messages = [Message(envelope, dst, backend.lane(Traffic.ENVELOPE, tag))]
-    if not inside:
-        messages.append(Message(as_bytes(x), dst, backend.lane(Traffic.PAYLOAD, number)))
-    yield backend.exchange(messages, [])
+def _prepare_send(message: Send, group: ProcessGroup) -> Callable[[], Work[None]]:
+    """Check the arguments of `send`, and return what starts it."""
+    x = as_native(check_array(message.x, "send", group))
+    dst = _check_peer(message.dst, "send", "dst", group)
+    tag = _check_tag(message.tag, "send", group)
 
-
-def _receive_steps(
-    backend: Backend,
-    receipt: _Receipt,
-    out: Array | None,
-    *,
-    src: int,
-    tag: int,
-    where: str,
-) -> Steps:
-    frame = np.empty(ROOM, np.uint8)
-    arriving = backend.exchange([], [Message(frame, src, backend.lane(Traffic.ENVELOPE, tag))])
-    yield arriving
-    (receipt.source,) = arriving.wait()
-    envelope = open_envelope(frame)
-    fits = out is None or (
-        out.shape == envelope.shape and out.dtype.newbyteorder("=") == envelope.dtype
-    )
-    direct = out is not None and fits and out.flags.c_contiguous and out.dtype.isnative
-    array = out if direct and out is not None else np.empty(envelope.shape, envelope.dtype)
-    if envelope.content is not None:
-        as_bytes(array)[...] = envelope.content
-    else:
-        lane = backend.lane(Traffic.PAYLOAD, envelope.number)
-        yield backend.exchange([], [Message(as_bytes(array), receipt.source, lane)])
-    # An array that does not fit has been received all the same: its sender must not hang.
-    if not fits and out is not None:
-        raise SizeMismatchError(
-            f"{where}: rank {receipt.source} sent an array of shape {envelope.shape} and dtype "
-            f"{envelope.dtype}, out has shape {out.shape} and dtype {out.dtype}; leave out=None to "
-            "take what comes"
+    def start() -> Work[None]:
+        number = group.next_payload()
+        return group.start_steps(
+            "send",
+            lambda backend: send_steps(backend, x, dst, tag, number),
+            nothing,
+            peers=Peers(frozenset({dst})),
         )
-    if out is not None and not direct:
-        np.copyto(out, array)
-    receipt.array = array if out is None else out
+
+    return start
+
+
+def _prepare_receive(receive: Receive, group: ProcessGroup) -> Callable[[], ReceiveWork]:
+    """Check the arguments of `recv`, and return what starts it."""
+    src = receive.src
+    if src != ANY_SOURCE:
+        src = _check_peer(src, "recv", "src", group)
+    elif not group.capabilities.any_source:
+        raise UnsupportedOperationError(
+            f"recv on {group}: the {group.backend} backend cannot receive from any source; "
+            "name the rank"
+        )
+    tag = _check_tag(receive.tag, "recv", group)
+    out = None if receive.out is None else check_writable(receive.out, "recv", group)
+    receipt, where = Receipt(), f"recv on {group}"
+
+    def start() -> ReceiveWork:
+        work = group.start_steps(
+            "recv",
+            lambda backend: receive_steps(backend, receipt, out, src=src, tag=tag, where=where),
+            lambda: receipt.array if receive.out is None else receive.out,
+            peers=_senders(src, group),
+        )
+        return ReceiveWork(work, receipt)
+
+    return start
+
+
+def _senders(src: int, group: ProcessGroup) -> Peers:
+    """Return whom a receive depends on: of any source, one other rank that is left is enough."""
+    if src != ANY_SOURCE:
+        return Peers(frozenset({src}))
+    others = frozenset(range(group.size)) - {group.rank}
+    return Peers(others, spare=len(others) - 1)
 
 
 def isend(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> Work[None]:
     """Start a `send`; `x` belongs to it until the Work is complete."""
-    x = check_array(x, "send", group)
-    dst = _check_peer(dst, "send", "dst", group)
-    tag = _check_tag(tag, "send", group)
-    native, number = as_native(x), group.next_payload()
-    return group.start_steps(
-        "send",
-        lambda backend: _send_steps(backend, native, dst, tag, number),
-        nothing,
-        peers=Peers(frozenset({dst})),
-    )
+    return _prepare_send(Send(x, dst, tag), group)()
 
 
 def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
@@ -180,35 +174,7 @@ def irecv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = No
 
     The Work's `source` says who sent the message.
     """
-    if src != ANY_SOURCE:
-        src = _check_peer(src, "recv", "src", group)
-    elif not group.capabilities.any_source:
-        raise UnsupportedOperationError(
-            f"recv on {group}: the {group.backend} backend cannot receive from any source; "
-            "name the rank"
-        )
-    tag = _check_tag(tag, "recv", group)
-    if out is not None:
-        check_array(out, "recv", group, name="out")
-        if not out.flags.writeable:
-            raise UnsupportedOperationError(f"recv on {group}: out is read-only")
-    receipt = _Receipt()
-    where = f"recv on {group}"
-    work = group.start_steps(
-        "recv",
-        lambda backend: _receive_steps(backend, receipt, out, src=src, tag=tag, where=where),
-        lambda: receipt.array,
-        peers=_senders(src, group),
-    )
-    return ReceiveWork(work, receipt)
-
-
-def _senders(src: int, group: ProcessGroup) -> Peers:
-    """Return whom a receive depends on: of any source, one other rank that is left is enough."""
-    if src != ANY_SOURCE:
-        return Peers(frozenset({src}))
-    others = frozenset(range(group.size)) - {group.rank}
-    return Peers(others, spare=len(others) - 1)
+    return _prepare_receive(Receive(src, tag, out), group)()
 
 
 def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> Array:
@@ -377,10 +343,11 @@ def exchange(
     -----
     Immediate. Any set of messages is free of deadlock if each send meets a receive.
     """
-    started = [
-        irecv(group, src=receive.src, tag=receive.tag, out=receive.out) for receive in receives
-    ]
-    return _Batch([isend(s.x, group, dst=s.dst, tag=s.tag) for s in sends], started)
+    # All are checked before one is started: a receive left behind would take another's message.
+    arriving = [_prepare_receive(receive, group) for receive in receives]
+    leaving = [_prepare_send(message, group) for message in sends]
+    received = [start() for start in arriving]
+    return _Batch([start() for start in leaving], received)
 
 
 def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:

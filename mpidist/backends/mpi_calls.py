@@ -163,7 +163,10 @@ class LibraryCalls:
         """Prepare a gather."""
         if sum(counts) > _MOST:
             return None
-        return LibraryCall("Gatherv", (_movable(x), _with(out, counts), root))
+        # The verb copies what overlaps otherwise, so that memory in common is the root's own part.
+        in_place = out is not None and np.may_share_memory(x, out)
+        source = self._in_place if in_place else _movable(x)
+        return LibraryCall("Gatherv", (source, _with(out, counts), root))
 
     def all_gather(self, x: Array | None, out: Array, counts: Sequence[int]) -> LibraryCall | None:
         """Prepare a gather to all ranks."""

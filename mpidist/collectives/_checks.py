@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +17,10 @@ __all__ = [
     "Landing",
     "check_array",
     "check_counts",
+    "check_out",
     "check_rank",
     "check_reduction",
+    "check_writable",
     "flat_source",
     "land",
     "nothing",
@@ -41,11 +44,22 @@ class Landing(NamedTuple):
 
 
 def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") -> Array:
-    """Return `x` if it is an array that the group carries; a numpy scalar as a 0-d array."""
+    """Return `x` if it is an array that the group carries.
+
+    A numpy scalar is returned as a 0-d array, and an array of a subclass as a plain view of its
+    memory: a matrix, for one, stays two-dimensional whatever is done to it.
+    """
     # One look-up for nearly all arrays; the rest finds out what is wrong, or byte-swapped.
-    if isinstance(x, np.ndarray) and x.dtype in DTYPES:
+    if type(x) is np.ndarray and x.dtype in DTYPES:
         return x
-    if isinstance(x, np.generic):
+    if isinstance(x, np.ma.MaskedArray):
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: {name} is a masked array, and its mask would be lost; pass "
+            f"{name}.filled(value) or {name}.compressed()"
+        )
+    if isinstance(x, np.ndarray):
+        x = x.view(np.ndarray)
+    elif isinstance(x, np.generic):
         x = np.asarray(x)
     try:
         array_namespace(x)
@@ -78,23 +92,61 @@ def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> N
 
 
 def check_rank(rank: int, verb: str, group: ProcessGroup, *, name: str = "root") -> int:
-    """Return `rank` if it is one of the group's."""
-    if not (isinstance(rank, int | np.integer) and 0 <= rank < group.size):
+    """Return `rank` as a plain number if it is one of the group's."""
+    try:
+        number = index(rank)
+    except TypeError:
+        number = -1
+    if not 0 <= number < group.size:
         raise InvalidRankError(
             f"{verb} on {group}: {name} must be a rank from 0 to {group.size - 1}, got {rank!r}"
         )
-    return int(rank)
+    return number
 
 
 def check_counts(counts: Sequence[int], verb: str, group: ProcessGroup) -> tuple[int, ...]:
     """Return the rows of each rank as a tuple of plain numbers."""
-    numbers = tuple(int(count) for count in counts)
+    try:
+        numbers = tuple(map(index, counts))
+    except TypeError:
+        numbers = ()
     if len(numbers) != group.size or min(numbers) < 0:
         raise SizeMismatchError(
-            f"{verb} on {group}: counts must hold {group.size} numbers of rows, none negative; "
-            f"got {tuple(counts)}"
+            f"{verb} on {group}: counts must hold {group.size} whole numbers of rows, none "
+            f"negative; got {counts}"
         )
     return numbers
+
+
+def check_out(
+    out: Array,
+    shape: tuple[int, ...],
+    native: DType,
+    *,
+    verb: str,
+    group: ProcessGroup,
+    name: str = "out",
+) -> Array:
+    """Return a plain view of `out` if a result of this shape and dtype can be written to it."""
+    plain = check_writable(out, verb, group, name=name)
+    same = plain.dtype == native or plain.dtype.newbyteorder("=") == native
+    if plain.shape != shape or not same:
+        raise SizeMismatchError(
+            f"{verb} on {group}: {name} must have shape {shape} and dtype {native}, "
+            f"got {plain.shape} and {plain.dtype}"
+        )
+    return plain
+
+
+def check_writable(out: Array, verb: str, group: ProcessGroup, *, name: str = "out") -> Array:
+    """Return a plain view of `out` if it may be written."""
+    plain = check_array(out, verb, group, name=name)
+    # The caller's own flag: a numpy scalar is read-only, and its 0-d array is not.
+    if not out.flags.writeable:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: {name} is read-only; pass an array that may be written"
+        )
+    return plain
 
 
 def flat_source(x: Array) -> Array:
@@ -134,32 +186,17 @@ def land(
     if out is None:
         fresh = np.empty(shape, native)
         return Landing(fresh.reshape(-1), lambda: fresh)
-    check_array(out, verb, group, name="out")
-    same = out.dtype == native or out.dtype.newbyteorder("=") == native
-    if out.shape != shape or not same:
-        raise SizeMismatchError(
-            f"{verb} on {group}: out must have shape {shape} and dtype {native}, "
-            f"got {out.shape} and {out.dtype}"
-        )
-    if not out.flags.writeable:
-        raise UnsupportedOperationError(
-            f"{verb} on {group}: out is read-only; pass an array that may be written"
-        )
-    if out.flags.c_contiguous and out.dtype.isnative and out.size:
-        return Landing(out.reshape(-1), lambda: out)
+    plain = check_out(out, shape, native, verb=verb, group=group)
+    if plain.flags.c_contiguous and plain.dtype.isnative and plain.size:
+        return Landing(plain.reshape(-1), lambda: out)
     # Empty results land elsewhere, too: an empty part of `x` may have the address of `x`.
-    return _write_back(out, native)
+    landed: Any = np.empty(shape, native)
 
-
-def _write_back(out: Array, native: DType) -> Landing:
-    """Land in fresh memory and copy to `out` at the end."""
-    fresh: Any = np.empty(out.shape, native)
-
-    def finish() -> Array:
-        np.copyto(out, fresh)
+    def write_back() -> Array:
+        np.copyto(plain, landed)
         return out
 
-    return Landing(fresh.reshape(-1), finish)
+    return Landing(landed.reshape(-1), write_back)
 
 
 def separate(source: Array, flat: Array, out: Array | None) -> Array:

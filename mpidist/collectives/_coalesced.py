@@ -6,15 +6,15 @@ dtype, and one copy of every array before and after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from mpidist._types import SUM, Array, DType, ReduceOp
 from mpidist.backends.work import Work
-from mpidist.collectives._checks import check_array
+from mpidist.collectives._checks import check_array, check_out
 from mpidist.collectives._gathers import plan_all_gather
 from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, plan_reduce_scatter
 from mpidist.collectives._rows import cut_rows, rows_of
@@ -33,8 +33,6 @@ __all__ = [
     "ireduce_scatter_coalesced",
     "reduce_scatter_coalesced",
 ]
-
-_Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
 class _Together(Work[list[Array]]):
@@ -57,7 +55,7 @@ class _Together(Work[list[Array]]):
 
 def _start(
     arrays: Sequence[Array],
-    outs: list[Array],
+    outs: _Results,
     plan: Callable[[Array], Plan[Array]],
     group: ProcessGroup,
     *,
@@ -67,8 +65,10 @@ def _start(
 
     Parameters
     ----------
-    arrays, outs : sequence of Array
-        Inputs, and where the results go.
+    arrays : sequence of Array
+        Inputs.
+    outs : _Results
+        Where the results go.
     plan : callable
         Plans the collective on a packed array of shape (parts[0], length).
     group : ProcessGroup
@@ -76,30 +76,43 @@ def _start(
     parts : tuple of int
         How many ranks' parts each input, and each result, consists of.
     """
-    works = []
+    results, targets = outs
+    plans = []
     for dtype, places in _by_dtype(arrays).items():
-        flats = {str(place): arrays[place].reshape(parts[0], -1) for place in places}
-        shapes: _Shapes = {name: flat.shape[1:] for name, flat in flats.items()}
-        packed = np.empty((parts[0], FlatBuffer.length_of(shapes)), dtype)
-        for part, row in enumerate(packed):
-            buffer = FlatBuffer(shapes, dtype, storage=row)
-            buffer.pack({name: flat[part] for name, flat in flats.items()})
+        rows = _rows(arrays, places, parts[0])
+        packed = np.empty((parts[0], FlatBuffer.length_of(_shapes(rows[0]))), dtype)
+        for row, inputs in zip(packed, rows, strict=True):
+            FlatBuffer(_shapes(inputs), dtype, storage=row).pack(inputs)
         checked = plan(packed)
-        unpack = partial(_unpack, checked.finish, shapes, outs, parts[1])
-        works.append(group.start(Plan(checked.verb, checked.args, unpack)))
-    return _Together(works, outs)
+        unpack = partial(_unpack, checked.finish, _rows(targets, places, parts[1]))
+        plans.append(Plan(checked.verb, checked.args, unpack))
+    # None is started before all are known to be good.
+    return _Together([group.start(each) for each in plans], results)
 
 
-def _unpack(finish: Callable[[], Array], shapes: _Shapes, outs: list[Array], parts: int) -> None:
+def _rows(arrays: Sequence[Array], places: Sequence[int], parts: int) -> list[dict[str, Array]]:
+    """Return each rank's part of the arrays at these places: views of their rows."""
+    if parts == 1:
+        return [{str(place): arrays[place] for place in places}]
+    counts = {place: len(arrays[place]) // parts for place in places}
+    return [
+        {
+            str(place): arrays[place][part * count : (part + 1) * count]
+            for place, count in counts.items()
+        }
+        for part in range(parts)
+    ]
+
+
+def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: x.shape for name, x in arrays.items()}
+
+
+def _unpack(finish: Callable[[], Array], rows: Sequence[dict[str, Array]]) -> None:
     """Copy a packed result to the arrays; called when it has come, also if nobody waits."""
-    packed = finish().reshape(parts, -1)
-    flats = {name: np.empty((parts, *shape), packed.dtype) for name, shape in shapes.items()}
-    for part, row in enumerate(packed):
-        buffer = FlatBuffer(shapes, packed.dtype, storage=row)
-        buffer.unpack({name: flat[part] for name, flat in flats.items()})
-    for name, flat in flats.items():
-        out = outs[int(name)]
-        out[...] = flat.reshape(out.shape)
+    packed = finish().reshape(len(rows), -1)
+    for row, outs in zip(packed, rows, strict=True):
+        FlatBuffer(_shapes(outs), packed.dtype, storage=row).unpack(outs)
 
 
 def _by_dtype(arrays: Sequence[Array]) -> dict[DType, list[int]]:
@@ -109,23 +122,35 @@ def _by_dtype(arrays: Sequence[Array]) -> dict[DType, list[int]]:
     return places
 
 
+class _Results(NamedTuple):
+    """The list to return, and plain arrays of the same memory to write to."""
+
+    results: list[Array]
+    targets: list[Array]
+
+
 def _results(
     shapes: Sequence[tuple[int, ...]],
     arrays: Sequence[Array],
     outs: Sequence[Array] | None,
     verb: str,
     group: ProcessGroup,
-) -> list[Array]:
+) -> _Results:
     """Return an array for each result: the caller's, or fresh ones."""
     wanted = [(shape, x.dtype.newbyteorder("=")) for shape, x in zip(shapes, arrays, strict=True)]
     if outs is None:
-        return [np.empty(shape, dtype) for shape, dtype in wanted]
-    given = [(out.shape, out.dtype.newbyteorder("=")) for out in outs]
-    if wanted != given:
+        fresh: list[Array] = [np.empty(shape, dtype) for shape, dtype in wanted]
+        return _Results(fresh, fresh)
+    if len(outs) != len(wanted):
         raise SizeMismatchError(
-            f"{verb} on {group}: outs must have the shapes and dtypes {wanted}, got {given}"
+            f"{verb} on {group}: outs must hold one array per result, {len(wanted)} in all; "
+            f"got {len(outs)}"
         )
-    return list(outs)
+    targets = [
+        check_out(out, shape, dtype, verb=verb, group=group, name=f"outs[{place}]")
+        for place, (out, (shape, dtype)) in enumerate(zip(outs, wanted, strict=True))
+    ]
+    return _Results(list(outs), targets)
 
 
 def _checked(arrays: Sequence[Array], verb: str, group: ProcessGroup) -> list[Array]:

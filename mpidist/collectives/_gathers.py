@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from mpidist._types import Array
 from mpidist.backends.work import Work
@@ -38,14 +37,19 @@ def plan_all_gather(
     shape = (sum(rows), *rows_of(x)[1:])
     flat, finish = land(out, shape, x.dtype, verb="all_gather", group=group)
     elements = elements_in(rows, shape)
-    start = list(accumulate(elements, initial=0))[group.rank]
-    mine = flat[start : start + elements[group.rank]]
-    source: Array | None = separate(flat_source(x), mine, out)
-    if source is mine:
-        source = None
-    elif out is not None and source is not None:
-        source = separate(source, flat, out)
-    return Plan("all_gather", (source, flat, elements), finish)
+    mine = _own_part(flat, elements, group)
+    source = separate(flat_source(x), mine, out)
+    if source is not mine:
+        mine[...] = source
+    # Always in place: MPI wants either all ranks to be, or none, and a rank cannot know whether
+    # the `x` of the others are parts of their `out`, nor tell it of an empty x of its own.
+    return Plan("all_gather", (None, flat, elements), finish)
+
+
+def _own_part(flat: Array, elements: Sequence[int], group: ProcessGroup) -> Array:
+    """Return this rank's part of a gathered array."""
+    start = sum(elements[: group.rank])
+    return flat[start : start + elements[group.rank]]
 
 
 def all_gather(
@@ -111,7 +115,9 @@ def plan_gather(
     if group.rank != root:
         return Plan("gather", (source, None, elements, root), nothing)
     flat, finish = land(out, shape, x.dtype, verb="gather", group=group)
-    if out is not None:
+    mine = _own_part(flat, elements, group)
+    source = separate(source, mine, out)
+    if source is not mine:
         source = separate(source, flat, out)
     return Plan("gather", (source, flat, elements, root), finish)
 
@@ -135,7 +141,8 @@ def gather(
     root : int, optional
         Who gets the result.
     out : Array, shape (size * n, ...) or (sum(counts), ...), dtype of `x`, optional
-        Where `root` writes the result. Ignored elsewhere.
+        Where `root` writes the result. If its `x` is its part of `out`, it stays where it is.
+        Ignored elsewhere.
     counts : sequence of int, optional
         Rows of each rank, the same list on all, where they differ.
 

@@ -7,9 +7,9 @@ authenticated job only, which trust each other as threads of one program do.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mpidist.collectives._checks import check_rank
 from mpidist.collectives._gathers import all_gather, gather
 from mpidist.collectives._reductions import broadcast
 from mpidist.collectives._scatters import scatter
-from mpidist.errors import SizeMismatchError
+from mpidist.errors import SizeMismatchError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
 
 __all__ = [
@@ -46,8 +46,42 @@ def _cut(data: Array, counts: Sequence[int]) -> list[Any]:
     return [unpickled(data[stop - count : stop]) for stop, count in zip(stops, counts, strict=True)]
 
 
-def _lengths(data: Array, group: ProcessGroup) -> list[int]:
-    lengths: list[int] = all_gather(np.array(data.size), group).tolist()
+class _Packed(NamedTuple):
+    """Pickles of this rank's objects, or the error of the one that has none."""
+
+    pieces: list[Array]
+    error: Exception | None = None
+
+    @property
+    def length(self) -> int:
+        """Bytes of the first, or `_FAILED`: the others wait, and are told so."""
+        return _FAILED if self.error is not None else int(self.pieces[0].size)
+
+
+_FAILED = -1
+
+
+def _pack(objs: Iterable[Any]) -> _Packed:
+    """Pickle objects; an error is kept until all ranks know of it."""
+    try:
+        return _Packed([pickled(obj) for obj in objs])
+    except Exception as error:  # noqa: BLE001  # an object may raise what it likes
+        return _Packed([], error)
+
+
+def _refuse(ranks: Sequence[int], packed: _Packed, verb: str, group: ProcessGroup) -> NoReturn:
+    """Raise on all ranks that these have objects without a pickle."""
+    own = "" if packed.error is None else f": {type(packed.error).__name__}: {packed.error}"
+    raise UnsupportedOperationError(
+        f"{verb} on {group}: what rank {', '.join(map(str, ranks))} gave cannot be pickled{own}"
+    ) from packed.error
+
+
+def _lengths(packed: _Packed, verb: str, group: ProcessGroup) -> list[int]:
+    lengths: list[int] = all_gather(np.array(packed.length), group).tolist()
+    failed = [rank for rank, length in enumerate(lengths) if length == _FAILED]
+    if failed:
+        _refuse(failed, packed, verb, group)
     return lengths
 
 
@@ -70,6 +104,8 @@ def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
 
     Raises
     ------
+    UnsupportedOperationError
+        On all ranks, if the object cannot be pickled.
     InvalidRankError, CollectiveTimeoutError
         As `broadcast`.
 
@@ -79,9 +115,13 @@ def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
     """
     root = check_rank(root, "broadcast_object", group)
     here = group.rank == root
-    data = pickled(obj) if here else np.empty(0, np.uint8)
-    length = int(broadcast(np.array(data.size), group, root=root))
-    data = broadcast(data if here else np.empty(length, np.uint8), group, root=root)
+    packed = _pack([obj] if here else [])
+    told = np.array(packed.length if here else 0)
+    length = int(broadcast(told, group, root=root))
+    if length == _FAILED:
+        _refuse([root], packed, "broadcast_object", group)
+    data = packed.pieces[0] if here else np.empty(length, np.uint8)
+    data = broadcast(data, group, root=root)
     return obj if here else unpickled(data)
 
 
@@ -102,6 +142,8 @@ def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
 
     Raises
     ------
+    UnsupportedOperationError
+        On all ranks, if an object cannot be pickled.
     CollectiveTimeoutError
         If a rank does not come within the group's timeout.
 
@@ -109,9 +151,9 @@ def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
     -----
     Collective over `group`; blocks. An all_gather of the lengths and one of the bytes.
     """
-    data = pickled(obj)
-    counts = _lengths(data, group)
-    return _cut(all_gather(data, group, counts=counts), counts)
+    packed = _pack([obj])
+    counts = _lengths(packed, "all_gather_object", group)
+    return _cut(all_gather(packed.pieces[0], group, counts=counts), counts)
 
 
 def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] | None:
@@ -133,6 +175,8 @@ def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] 
 
     Raises
     ------
+    UnsupportedOperationError
+        On all ranks, if an object cannot be pickled.
     InvalidRankError, CollectiveTimeoutError
         As `gather`.
 
@@ -141,9 +185,9 @@ def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] 
     Collective over `group`; blocks. An all_gather of the lengths and a gather of the bytes.
     """
     root = check_rank(root, "gather_object", group)
-    data = pickled(obj)
-    counts = _lengths(data, group)
-    whole = gather(data, group, root=root, counts=counts)
+    packed = _pack([obj])
+    counts = _lengths(packed, "gather_object", group)
+    whole = gather(packed.pieces[0], group, root=root, counts=counts)
     return None if whole is None else _cut(whole, counts)
 
 
@@ -166,6 +210,8 @@ def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int
 
     Raises
     ------
+    UnsupportedOperationError
+        On all ranks, if an object cannot be pickled.
     InvalidRankError, CollectiveTimeoutError
         As `scatter`.
     SizeMismatchError
@@ -177,13 +223,16 @@ def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int
     """
     root = check_rank(root, "scatter_object", group)
     here = group.rank == root
-    pieces = [pickled(obj) for obj in objs or ()] if here else []
+    packed = _pack((() if objs is None else objs) if here else ())
+    pieces = packed.pieces
     # The first number tells all ranks how many objects the root has, so that all can raise.
     told = np.zeros(group.size + 1, np.int64)
-    told[0] = len(pieces)
+    told[0] = len(pieces) if packed.error is None else _FAILED
     if len(pieces) == group.size:
         told[1:] = [piece.size for piece in pieces]
     told = broadcast(told, group, root=root)
+    if told[0] == _FAILED:
+        _refuse([root], packed, "scatter_object", group)
     if told[0] != group.size:
         raise SizeMismatchError(
             f"scatter_object on {group}: rank {root} must give one object per rank, "

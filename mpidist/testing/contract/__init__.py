@@ -75,6 +75,8 @@ class BackendContract:
     test_out = _test(_collectives.landings)
     test_in_place = _test(_collectives.results_in_place)
     test_parts_in_place = _test(_collectives.parts_in_place)
+    test_all_rows_on_one_rank = _test(_collectives.all_rows_on_one_rank)
+    test_subclasses = _test(_collectives.subclasses)
     test_every_root = _test(_collectives.roots)
     test_uneven_counts = _test(_collectives.uneven)
     test_not_a_number = _test(_collectives.not_a_number)
@@ -83,6 +85,7 @@ class BackendContract:
     test_coalesced = _test(_lists.coalesced)
     test_coalesced_in_place = _test(_lists.coalesced_in_place)
     test_objects = _test(_lists.objects)
+    test_objects_without_pickle = _test(_lists.objects_without_pickle)
 
     # -- point to point ------------------------------------------------------------------------
 
@@ -90,6 +93,7 @@ class BackendContract:
     test_receive_into_arrays = _test(_point_to_point.into_arrays)
     test_order_and_tags = _test(_point_to_point.in_order)
     test_any_source = _test(_point_to_point.any_source)
+    test_nothing_left_behind = _test(_point_to_point.nothing_left_behind)
     test_batches = _test(_point_to_point.batches)
     test_messages_of_objects = _test(_point_to_point.messages_of_objects)
     test_receive_first = _test(_point_to_point.receive_first)

@@ -13,7 +13,14 @@ from mpidist.arrays import BFLOAT16, DTYPES, HALVES
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract._landings import LANDINGS, LAYOUTS, fresh, given, in_place
-from mpidist.testing.contract._values import byte_swapped, expect, expect_error, same_bits, values
+from mpidist.testing.contract._values import (
+    byte_swapped,
+    check_that,
+    expect,
+    expect_error,
+    same_bits,
+    values,
+)
 from mpidist.testing.contract._verbs import REDUCTIONS, VERBS, Shares, Trial, Verb, attempt, begin
 
 MOVERS = tuple(verb for verb in VERBS.values() if not verb.reduces)
@@ -149,6 +156,56 @@ def parts_in_place(group: ProcessGroup) -> None:
     x = whole.copy()
     got = collectives.reduce_scatter(x, group, out=x[:1])
     expect(got, size * whole[rank : rank + 1], "reduce_scatter in place")
+
+
+def all_rows_on_one_rank(group: ProcessGroup) -> None:
+    """Gather from one rank into its own part of `out`, which is all of it; the others have none.
+
+    In registered memory, too, and with an `out` on one rank only.
+    """
+    rows = 20_000  # enough for the direct path
+    for owner in {0, group.size - 1}:
+        counts = [rows if rank == owner else 0 for rank in range(group.size)]
+        own = slice(0, counts[group.rank])
+        wanted = np.full((rows, 1), owner + 1.0)
+        for out in (np.empty((rows, 1)), group.empty((rows, 1), np.float64)):
+            for form in ("blocking", "immediate"):
+                out[...] = group.rank + 1
+                if form == "blocking":
+                    collectives.all_gather(out[own], group, out=out, counts=counts)
+                else:
+                    collectives.iall_gather(out[own], group, out=out, counts=counts).wait()
+                expect(out, wanted, f"{form} all_gather of all rows from rank {owner}")
+        out = np.full((rows, 1), group.rank + 1.0)
+        here = out if group.rank == owner else None
+        got = collectives.all_gather(out[own], group, out=here, counts=counts)
+        expect(got, wanted, f"all_gather with out on rank {owner} only")
+        collectives.gather(out[own], group, root=owner, out=here, counts=counts)
+        collectives.igather(out[own], group, root=owner, out=here, counts=counts).wait()
+        expect(out, np.full((rows, 1), group.rank + 1.0), f"gather in place to rank {owner}")
+
+
+def subclasses(group: ProcessGroup) -> None:
+    """Take arrays of a subclass, here one that stays two-dimensional, for what they hold."""
+    plain = np.arange(6.0).reshape(2, 3)
+    x = plain.view(np.matrix)
+    for verb in (VERBS["all_reduce"], VERBS["broadcast"], VERBS["all_gather"]):
+        wanted = {
+            "all_reduce": group.size * plain,
+            "broadcast": plain,
+            "all_gather": np.concatenate([plain] * group.size),
+        }[verb.name]
+        got = verb.now(x, group)
+        expect(got, wanted, f"{verb.name} of a subclass")
+        check_that(type(got) is np.ndarray, f"{verb.name} of a subclass gave {type(got)}")
+        for memory in (np.zeros(wanted.shape), np.zeros(wanted.shape, order="F")):
+            out = memory.view(np.matrix)
+            check_that(verb.now(x, group, out=out) is out, f"{verb.name}: the result is not `out`")
+            expect(memory, wanted, f"{verb.name} into a subclass")
+    out = np.zeros((2, 3)).view(np.matrix)
+    (got,) = collectives.all_reduce_coalesced([x], group, outs=[out])
+    check_that(got is out, "all_reduce_coalesced: the result is not from `outs`")
+    expect(np.asarray(out), group.size * plain, "all_reduce_coalesced into a subclass")
 
 
 def roots(group: ProcessGroup) -> None:

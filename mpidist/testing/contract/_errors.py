@@ -74,6 +74,9 @@ MISTAKES: dict[str, Mistake] = {
     "list in a list": Mistake(
         UnsupportedOperationError, "arrays[1]", lambda g: c.all_reduce_coalesced([X, LIST], g)
     ),
+    "masked": Mistake(
+        UnsupportedOperationError, "filled", lambda g: c.all_reduce(np.ma.masked_array(X), g)
+    ),
     # an operation that the dtype does not have
     "mean of int": Mistake(
         UnsupportedOperationError, "MEAN", lambda g: c.all_reduce(X.astype(int), g, op=MEAN)
@@ -86,6 +89,11 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "logic of float": Mistake(
         UnsupportedOperationError, "LXOR", lambda g: c.all_reduce_coalesced([X], g, op=LXOR)
+    ),
+    "mean of floats and integers": Mistake(
+        UnsupportedOperationError,
+        "int",
+        lambda g: c.all_reduce_coalesced([X, X.astype(int)], g, op=MEAN),
     ),
     "op by name": Mistake(
         UnsupportedOperationError,
@@ -101,6 +109,11 @@ MISTAKES: dict[str, Mistake] = {
         InvalidRankError,
         "'0'",
         lambda g: c.broadcast(X, g, root="0"),  # type: ignore[arg-type]
+    ),
+    "root a float": Mistake(
+        InvalidRankError,
+        "0.0",
+        lambda g: c.reduce(X, g, root=0.0),  # type: ignore[arg-type]
     ),
     "root of objects": Mistake(
         InvalidRankError, "root", lambda g: c.broadcast_object(1, g, root=g.size)
@@ -130,6 +143,29 @@ MISTAKES: dict[str, Mistake] = {
     "out locked": Mistake(
         UnsupportedOperationError, "read-only", lambda g: c.all_reduce(X, g, out=_locked((6, 2)))
     ),
+    "outs locked": Mistake(
+        UnsupportedOperationError,
+        "outs[1] is read-only",
+        lambda g: c.all_reduce_coalesced([X, X], g, outs=[X.copy(), _locked((6, 2))]),
+    ),
+    "outs locked, broadcast": Mistake(
+        UnsupportedOperationError,
+        "outs[0] is read-only",
+        lambda g: c.broadcast_coalesced([X], g, outs=[_locked((6, 2))]),
+    ),
+    "outs shape": Mistake(
+        SizeMismatchError,
+        "outs[0]",
+        lambda g: c.reduce_scatter_coalesced([_rows(g)], g, outs=[np.empty((4, 2))]),
+    ),
+    "outs of lists": Mistake(
+        UnsupportedOperationError, "outs[0]", lambda g: c.all_reduce_coalesced([X], g, outs=[LIST])
+    ),
+    "outs of a scalar": Mistake(
+        UnsupportedOperationError,
+        "read-only",
+        lambda g: c.all_reduce_coalesced([np.ones(())], g, outs=[np.float64(1)]),
+    ),
     "0-d cut": Mistake(SizeMismatchError, "0-d", lambda g: c.reduce_scatter(np.ones(()), g)),
     "0-d scattered": Mistake(SizeMismatchError, "0-d", lambda g: c.scatter(np.ones(()), g)),
     "nothing to scatter": Mistake(SizeMismatchError, "root", lambda g: c.scatter(None, g)),
@@ -145,6 +181,16 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "not my count, gather": Mistake(
         SizeMismatchError, "counts", lambda g: c.gather(X, g, counts=[7] * g.size)
+    ),
+    "counts of floats": Mistake(
+        SizeMismatchError,
+        "6.5",
+        lambda g: c.all_gather(X, g, counts=[6.5] * g.size),  # type: ignore[list-item]
+    ),
+    "one count": Mistake(
+        SizeMismatchError,
+        "counts",
+        lambda g: c.scatter(_rows(g), g, counts=3),  # type: ignore[arg-type]
     ),
     "wrong sum": Mistake(
         SizeMismatchError, "counts", lambda g: c.reduce_scatter(_rows(g), g, counts=_bad(g, 99))
@@ -164,6 +210,11 @@ MISTAKES: dict[str, Mistake] = {
     "tag negative": Mistake(
         UnsupportedOperationError, "tag", lambda g: p.send(X, g, dst=(g.rank + 1) % g.size, tag=-1)
     ),
+    "tag a float": Mistake(
+        UnsupportedOperationError,
+        "1.5",
+        lambda g: p.recv(g, src=(g.rank + 1) % g.size, tag=1.5),  # type: ignore[arg-type]
+    ),
     "tag too large": Mistake(
         UnsupportedOperationError,
         "tag",
@@ -176,7 +227,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
 }
 
-PEERS = {"list sent", "tag negative", "tag too large", "recv locked"}
+PEERS = {"list sent", "tag negative", "tag a float", "tag too large", "recv locked"}
 """Mistakes of messages to others, which a single rank cannot make."""
 
 INDIVISIBLE: dict[str, Callable[[Array, ProcessGroup], Any]] = {
@@ -199,6 +250,7 @@ def mistakes(group: ProcessGroup) -> None:
     for name, call in INDIVISIBLE.items() if group.size > 1 else ():
         x = np.ones(group.size + 1)
         expect_error(SizeMismatchError, partial(call, x, group), name, name, "multiple", who)
+    check_that(not group._outstanding, "a mistake has left something under way")
     expect(c.all_reduce(np.ones(2), group), np.full(2, float(group.size)), "after the mistakes")
 
 

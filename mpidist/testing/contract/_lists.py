@@ -11,9 +11,16 @@ import numpy as np
 from mpidist import collectives
 from mpidist._types import MAX, SUM, Array
 from mpidist.arrays import BFLOAT16
-from mpidist.errors import SizeMismatchError
+from mpidist.errors import SizeMismatchError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
-from mpidist.testing.contract._values import check_that, combined, expect, expect_error, values
+from mpidist.testing.contract._values import (
+    byte_swapped,
+    check_that,
+    combined,
+    expect,
+    expect_error,
+    values,
+)
 
 PARTS: tuple[tuple[tuple[int, ...], Any], ...] = (
     ((3, 2), np.float64),
@@ -48,7 +55,8 @@ def _try(
     now: Callable[..., list[Array]] = getattr(collectives, f"{verb}_coalesced")
     later: Callable[..., Any] = getattr(collectives, f"i{verb}_coalesced")
     mine = lists[group.rank]
-    outs = [np.empty_like(x) for x in wanted]
+    outs = [np.empty_like(x, order="F") for x in wanted]
+    outs = [byte_swapped(x) if x.size % 2 else x for x in outs]
     work = later(mine, group, **options)
     results = {
         "": now(mine, group, **options),
@@ -123,3 +131,30 @@ def objects(group: ProcessGroup) -> None:
     arrays = collectives.all_gather_object(np.arange(rank), group)
     for other, x in enumerate(arrays):
         expect(x, np.arange(other), "all_gather_object of arrays")
+
+
+def objects_without_pickle(group: ProcessGroup) -> None:
+    """Raise on all ranks for an object that cannot be pickled, with its own error where it is."""
+    rank, size = group.rank, group.size
+
+    def local() -> None:
+        """Do nothing; functions inside functions have no pickle."""
+
+    for owner in {0, size - 1}:
+        obj: Any = local if rank == owner else rank
+        calls: dict[str, Callable[[], Any]] = {
+            "broadcast_object": partial(collectives.broadcast_object, obj, group, root=owner),
+            "all_gather_object": partial(collectives.all_gather_object, obj, group),
+            "gather_object": partial(collectives.gather_object, obj, group, root=0),
+            "scatter_object": partial(
+                collectives.scatter_object, [0] * (size - 1) + [obj], group, root=owner
+            ),
+        }
+        for verb, call in calls.items():
+            told = f"rank {owner} gave"
+            error = expect_error(UnsupportedOperationError, call, verb, verb, told)
+            check_that(
+                (error.__cause__ is not None) == (rank == owner), f"{verb}: {error.__cause__!r}"
+            )
+    listed = collectives.all_gather_object(rank, group)
+    check_that(listed == list(range(size)), f"all_gather_object afterwards: {listed}")

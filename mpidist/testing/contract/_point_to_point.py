@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from mpidist import collectives, point_to_point
-from mpidist._types import DType
+from mpidist._types import Array, DType
 from mpidist.arrays import DTYPES
-from mpidist.errors import SizeMismatchError
+from mpidist.errors import DistributedError, SizeMismatchError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import ANY_SOURCE, Receive, Send
 from mpidist.testing.contract._landings import LAYOUTS, strided
@@ -109,6 +110,50 @@ def any_source(group: ProcessGroup) -> None:
         heard[work.source].append(first % 10)
     for rank, numbers in heard.items():
         check_that(numbers == sorted(numbers) and len(numbers) == rounds, f"{rank}: {numbers}")
+
+
+@with_peers
+def nothing_left_behind(group: ProcessGroup) -> None:
+    """Nothing of a refused exchange is started: the next message goes to the next receive."""
+    after, before = _neighbours(group)
+    x, locked = np.full(3, group.rank), np.zeros(3, np.int64)
+    locked.flags.writeable = False
+    masked: Array = np.ma.masked_array([1, 2])
+    good_send, good_receive = Send(x, after), Receive(before)
+    bad: dict[str, tuple[Send, Receive]] = {
+        "myself": (Send(x, group.rank), good_receive),
+        "nobody": (Send(x, group.size), good_receive),
+        "masked": (Send(masked, after), good_receive),
+        "tag": (Send(x, after, 0.5), good_receive),  # type: ignore[arg-type]
+        "src": (good_send, Receive(group.rank)),
+        "out": (good_send, Receive(before, 0, locked)),
+    }
+    for name, (send, receive) in bad.items():
+        expect_error(
+            DistributedError,
+            partial(
+                point_to_point.exchange,
+                group,
+                sends=[good_send, send],
+                receives=[good_receive, receive],
+            ),
+            f"exchange with a bad {name}",
+        )
+    expect_error(
+        DistributedError,
+        partial(point_to_point.sendrecv, x, group, dst=group.rank, src=before),
+        "sendrecv with a bad dst",
+    )
+    check_that(not group._outstanding, "something was started")
+    work = point_to_point.isend(x, group, dst=after)
+    got = point_to_point.recv(group, src=before)
+    expect(got, np.full(3, before), "the message after the mistakes")
+    work.wait()
+    memory = np.zeros((1, 3), np.int64)
+    out, grid = memory.view(np.matrix), x.reshape(1, 3).view(np.matrix)
+    got = point_to_point.sendrecv(grid, group, dst=after, src=before, out=out)
+    check_that(got is out, "sendrecv: the result is not `out`")
+    expect(memory, np.full((1, 3), before), "sendrecv of a subclass")
 
 
 def batches(group: ProcessGroup) -> None:
