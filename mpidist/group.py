@@ -355,17 +355,17 @@ class ProcessGroup:
         if any(length < 0 for length in shape):
             raise SizeMismatchError(f"empty on {self}: no array has the shape {shape}")
         nbytes = prod(shape) * dtype.itemsize
-        # A block has parts of one size: with another stride, ranks would share what is not shared.
-        mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
-        self.run(Plan("all_gather", (mine, sizes, (1,) * self.size), lambda: None))
-        if (sizes != mine).any():
-            raise CollectiveMismatchError(
-                f"empty on {self}: the ranks ask for arrays of different sizes, and nothing has "
-                f"been made; all must give the same shape and dtype, here {shape} and {dtype}. "
-                f"Bytes by rank: {sizes.tolist()}"
-            )
         waiter = self._collective_waiter("empty")
         with self._breaking():
+            # A block has parts of one size: with another stride, ranks would overlap.
+            mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
+            self._backend.run("all_gather", (mine, sizes, (1,) * self.size), waiter=waiter)
+            if (sizes != mine).any():
+                raise CollectiveMismatchError(
+                    f"{waiter.operation} on {self}: the ranks ask for arrays of different sizes, "
+                    "and nothing has been made; all must give the same shape and dtype, here "
+                    f"{shape} and {dtype}. Bytes by rank: {sizes.tolist()}"
+                )
             memory = self._backend.allocate(nbytes, waiter=waiter) if nbytes else None
         return np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
 
