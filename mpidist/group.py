@@ -334,7 +334,7 @@ class ProcessGroup:
         -------
         Array
             Not initialised. `all_reduce` in place, `broadcast` in place, `reduce_scatter` from it
-            and `all_gather` within it work on the memory of all ranks directly; everything else
+            and `all_gather` into it work on the memory of all ranks directly; everything else
             treats it as any other array. It, and views of it, stay valid after `close`.
 
         Raises

@@ -23,7 +23,7 @@ from mpidist.backends.work import Steps
 from mpidist.boxes import split_evenly
 from mpidist.errors import CollectiveMismatchError
 
-__all__ = ["LEAST", "Block", "Direct", "DirectBoard", "Place", "Registry", "supported"]
+__all__ = ["LEAST", "Block", "Call", "Direct", "DirectBoard", "Place", "Registry", "supported"]
 
 _CACHE_LINE = 64
 
@@ -165,6 +165,14 @@ class Direct:
             return self._operate(call, self._all_gather(call.place, call.counts))
         return self._operate(call, self._broadcast(call.place, call.root))
 
+    def meet(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Meetings[None] | None:
+        """Return the steps of the first meeting alone, before a call that goes another way."""
+        call = Call.of(verb, args, registered)
+        if call is None:
+            return None
+        self._open_lane()
+        return self._meet(call)
+
     def _all_reduce(self, place: Place, op: ReduceOp) -> Callable[[], None]:
         """Combine the arrays of all ranks in rank order, in place.
 
@@ -214,10 +222,13 @@ class Direct:
 
     def _elsewhere(self, call: Call, steps: Steps) -> Meetings[None]:
         """Meet, and go by messages."""
-        number = yield from self._agree(call)
-        self._finish(number)
+        yield from self._meet(call)
         for phase in steps:
             yield Until(phase.done, list)
+
+    def _meet(self, call: Call) -> Meetings[None]:
+        number = yield from self._agree(call)
+        self._finish(number)
 
     def _agree(self, call: Call) -> Meetings[int]:
         """Meet, and return the operation's number if all came with the same."""

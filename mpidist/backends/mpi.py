@@ -28,7 +28,7 @@ from mpidist.backends import algorithms
 from mpidist.backends.base import Backend, Capabilities, Traffic
 from mpidist.backends.board import ArrivalBoard
 from mpidist.backends.departures import Departures
-from mpidist.backends.direct import Block, Direct, DirectBoard, supported
+from mpidist.backends.direct import Block, Call, Direct, DirectBoard, supported
 from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
 from mpidist.backends.shared_memory import create_file, map_file
 from mpidist.backends.waiting import wait_until
@@ -293,13 +293,16 @@ class MpiBackend(Backend):
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
         """Perform a collective by the library's blocking call, if it has one."""
-        if self._direct is not None:
-            meetings = self._direct.plan(verb, args, self.registered)
-            if meetings is not None:
-                for meeting in meetings:
-                    waiter.wait_for(meeting.condition, missing=meeting.missing)
-                return
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
+        if self._direct is not None:
+            whole = Call.of(verb, args, self.registered)
+            # A blocking call of the library starts in the same order on all ranks.
+            by_library = whole is not None and whole.place is None and call is not None
+            start = self._direct.meet if by_library else self._direct.plan
+            for meeting in start(verb, args, self.registered) or ():
+                waiter.wait_for(meeting.condition, missing=meeting.missing)
+            if whole is not None and not by_library:
+                return
         if call is None:
             super().run(verb, args, waiter=waiter)
             return
