@@ -15,7 +15,7 @@ __all__ = ["LEAST", "Block", "Place", "Registry"]
 
 _PAGE = 4096
 
-LEAST = 128 << 10
+LEAST = 512 << 10
 """Bytes of the shortest array that goes the direct path; below, a library's latency wins."""
 
 
