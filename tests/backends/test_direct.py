@@ -73,7 +73,8 @@ def test_sums_are_made_in_rank_order(world):
 @direct_only
 @pytest.mark.ranks(2, 3, 4)
 def test_the_other_verbs(world):
-    rows, columns = 64 * world.size, 100
+    rows = 64 * world.size
+    columns = LEAST // (8 * rows) + 3
     parts = [noise([2, rank], np.float64, rows * columns) for rank in range(world.size)]
     parts = [part.reshape(rows, columns) for part in parts]
     mine = slice(64 * world.rank, 64 * (world.rank + 1))
