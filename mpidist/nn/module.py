@@ -89,7 +89,6 @@ class Module(metaclass=_LabellingMeta):
     draws_by_index: ClassVar[bool] = False
     """Whether the layer's output depends on `layer_index`."""
     layer_index: int | None = None
-    """Position among the tree's leaves, which random layers draw by; None while unlabelled."""
     """Position among the tree's leaves, which random layers draw by; None before `relabel`."""
     _is_labelled: bool = False
 
