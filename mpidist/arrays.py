@@ -169,10 +169,13 @@ def reduce_in_rank_order(parts: list[Array], op: ReduceOp, out: Array) -> None:
     # Infinities and NaN are results here, as in every MPI library; whoever trains in float16
     # looks for them on purpose.
     with np.errstate(all="ignore"):
-        np.copyto(total, parts[0])
+        so_far: Any = parts[0].astype(wide, copy=False)
+        if len(parts) == 1:
+            np.copyto(total, so_far)
         for part in parts[1:]:
             # Logical ufuncs return booleans; `unsafe` stores them as 0 and 1 in `out`'s dtype.
-            ufunc(total, part.astype(wide, copy=False), out=total, casting="unsafe")
+            ufunc(so_far, part.astype(wide, copy=False), out=total, casting="unsafe")
+            so_far = total
         if len(parts) == 1 and op in (LAND, LOR, LXOR):
             np.copyto(total, total != 0)
         if op is MEAN:

@@ -16,7 +16,7 @@ from typing import Any
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
-from mpidist.backends.direct import Direct, Registry
+from mpidist.backends.direct import Call, Direct, Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
 
@@ -189,8 +189,11 @@ class Backend(ABC):
         -----
         On registered memory it is performed where the arrays lie; else by `transfer`.
         """
-        steps = None if self._direct is None else self._direct.plan(verb, args, self.registered)
-        return self.transfer(verb, args) if steps is None else self.start(steps)
+        if self._direct is not None:
+            call = Call.of(verb, args, self.registered)
+            if call is not None:
+                return self.start(self._direct.plan(call, args))
+        return self.transfer(verb, args)
 
     def transfer(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
         """Start a collective by moving bytes between the ranks; see `begin`.

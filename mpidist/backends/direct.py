@@ -14,8 +14,8 @@ from zlib import crc32
 
 import numpy as np
 
-from mpidist._types import MEAN, SUM, Array, DType, ReduceOp
-from mpidist.arrays import DTYPES, HALVES, ufunc_of
+from mpidist._types import SUM, Array, DType, ReduceOp
+from mpidist.arrays import DTYPES, reduce_in_rank_order
 from mpidist.backends import algorithms
 from mpidist.backends.meetings import RING, DirectBoard, Meetings, Until, supported
 from mpidist.backends.registered import LEAST, Block, Place, Registry
@@ -133,43 +133,36 @@ class Direct:
         self._entered = 0
         self._finished = 0
 
-    def plan(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Meetings[None] | None:
-        """Return the steps of a collective that the ranks have to agree on, or None.
+    def plan(self, call: Call, args: tuple[Any, ...]) -> Meetings[None]:
+        """Return the steps of a collective that the ranks have to agree on.
 
         Parameters
         ----------
-        verb, args : str, tuple
-            As a transport gets them.
-        registered : Registry
-            The group's blocks.
+        call : Call
+            What this rank comes with.
+        args : tuple
+            The collective's arguments, as a transport gets them.
 
         Returns
         -------
-        Meetings or None
-            None for verbs without a direct path, and for short arrays. Where no rank's array is
-            registered the call goes by messages when all have come, in a lane of its own: it may
-            be immediate, see [Note: phases].
+        Meetings
+            Where no rank's array is registered the call goes by messages when all have come, in a
+            lane of its own: it may be immediate, see [Note: phases].
         """
-        call = Call.of(verb, args, registered)
-        if call is None:
-            return None
         # Also where the array is registered: the lanes stay in step when the ranks disagree.
         lane = self._open_lane()
         if call.place is None:
-            return self._elsewhere(call, _BY_MESSAGES[verb](lane, *args))
-        if verb == "all_reduce":
+            return self._elsewhere(call, _BY_MESSAGES[call.verb](lane, *args))
+        if call.verb == "all_reduce":
             return self._operate(call, self._all_reduce(call.place, call.op))
-        if verb == "reduce_scatter":
+        if call.verb == "reduce_scatter":
             return self._operate(call, self._reduce_scatter(call.place, args[1], call))
-        if verb == "all_gather":
+        if call.verb == "all_gather":
             return self._operate(call, self._all_gather(call.place, call.counts))
         return self._operate(call, self._broadcast(call.place, call.root))
 
-    def meet(self, verb: str, args: tuple[Any, ...], registered: Registry) -> Meetings[None] | None:
+    def meet(self, call: Call) -> Meetings[None]:
         """Return the steps of the first meeting alone, before a call that goes another way."""
-        call = Call.of(verb, args, registered)
-        if call is None:
-            return None
         self._open_lane()
         return self._meet(call)
 
@@ -294,39 +287,13 @@ def _blocks(arrays: Sequence[Array]) -> Iterator[list[Array]]:
 
 def reduce_into_all(arrays: Sequence[Array], op: ReduceOp) -> None:
     """Combine arrays in their order, and write the result into each, a cacheful at a time."""
-    combine = _combiner(arrays[0].dtype, op)
-    with np.errstate(all="ignore"):
-        for blocks in _blocks(arrays):
-            first = blocks[0]
-            combine(blocks, first)
-            for other in blocks[1:]:
-                np.copyto(other, first)
+    for first, *others in _blocks(arrays):
+        reduce_in_rank_order([first, *others], op, first)
+        for other in others:
+            np.copyto(other, first)
 
 
 def reduce_into(arrays: Sequence[Array], op: ReduceOp, out: Array) -> None:
     """Combine arrays in their order into `out`, a cacheful at a time."""
-    combine = _combiner(out.dtype, op)
-    with np.errstate(all="ignore"):
-        for *blocks, target in _blocks([*arrays, out]):
-            combine(blocks, target)
-
-
-def _combiner(dtype: DType, op: ReduceOp) -> Callable[[list[Array], Array], None]:
-    """Return what combines blocks in their order into one, which may be the first."""
-    ufunc = ufunc_of(op)
-    wide = np.dtype(np.float32) if dtype in HALVES else dtype
-
-    def combine(blocks: list[Array], out: Array) -> None:
-        total: Any = out
-        if wide is not dtype:
-            blocks = [block.astype(wide) for block in blocks]
-            total = blocks[0]
-        ufunc(blocks[0], blocks[1], out=total, casting="unsafe")
-        for block in blocks[2:]:
-            ufunc(total, block, out=total, casting="unsafe")
-        if op is MEAN:
-            np.divide(total, len(blocks), out=total)
-        if total is not out:
-            np.copyto(out, total, casting="unsafe")
-
-    return combine
+    for *blocks, target in _blocks([*arrays, out]):
+        reduce_in_rank_order(blocks, op, target)

@@ -298,11 +298,13 @@ class MpiBackend(Backend):
             whole = Call.of(verb, args, self.registered)
             # A blocking call of the library starts in the same order on all ranks.
             by_library = whole is not None and whole.place is None and call is not None
-            start = self._direct.meet if by_library else self._direct.plan
-            for meeting in start(verb, args, self.registered) or ():
-                waiter.wait_for(meeting.condition, missing=meeting.missing)
-            if whole is not None and not by_library:
-                return
+            if whole is not None:
+                direct = self._direct
+                meetings = direct.meet(whole) if by_library else direct.plan(whole, args)
+                for meeting in meetings:
+                    waiter.wait_for(meeting.condition, missing=meeting.missing)
+                if not by_library:
+                    return
         if call is None:
             super().run(verb, args, waiter=waiter)
             return
