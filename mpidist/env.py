@@ -10,7 +10,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-__all__ = ["Evidence", "launcher_evidence", "ranks_per_node", "store_evidence"]
+__all__ = [
+    "Evidence",
+    "launcher_evidence",
+    "omp_num_threads",
+    "ranks_per_node",
+    "store_evidence",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +85,8 @@ def store_evidence() -> Evidence | None:
 def ranks_per_node() -> int | None:
     """Return ``MPIDIST_RANKS_PER_NODE``: pretend that nodes have this many ranks, for tests."""
     return _integer("MPIDIST_RANKS_PER_NODE")
+
+
+def omp_num_threads() -> str:
+    """Return ``OMP_NUM_THREADS``, or nothing where it is not set."""
+    return os.environ.get("OMP_NUM_THREADS", "")

@@ -24,7 +24,7 @@ DOORS = {
     "mpi4py": {"backends/mpi.py"},
     "cupy": {"arrays.py", "backends/nccl.py"},
     "h5py": {"checkpoint/hdf5.py"},
-    "torch": {"backends/gloo.py", "adapters/torch.py"},
+    "torch": {"backends/gloo.py", "adapters/torch.py", "bench/peers.py"},
 }
 
 IMPORT_ALL = """

@@ -12,6 +12,7 @@ from tests.docs.pages import DOCS
 PUBLIC = [
     "mpidist",
     "mpidist.backends.base",
+    "mpidist.bench",
     "mpidist.data",
     "mpidist.nn",
     "mpidist.optim",

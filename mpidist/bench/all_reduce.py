@@ -1,0 +1,192 @@
+"""The sum of float32 arrays over all ranks, in place."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from mmap import mmap
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.backends.registered import Block
+from mpidist.bench.machine import Machine
+from mpidist.bench.options import add_effort, effort, require_ranks, tell_progress
+from mpidist.bench.peers import Gloo, library, open_gloo
+from mpidist.bench.report import (
+    BOUND,
+    GLOO,
+    LIBRARY,
+    ORDINARY,
+    REGISTERED,
+    Comparison,
+    Report,
+    Row,
+    bus_factor,
+)
+from mpidist.bench.sizes import sweep
+from mpidist.bench.times import Series, measure
+from mpidist.boxes import split_evenly
+from mpidist.collectives import all_reduce
+from mpidist.errors import BackendUnavailableError
+from mpidist.group import ProcessGroup
+
+__all__ = ["COMPARISONS", "bound_series", "configure", "mpidist_and_library", "run"]
+
+_DTYPE = np.dtype(np.float32)
+
+_BLOCK_BYTES = 256 << 10
+
+COMPARISONS = (
+    Comparison("reg/library", REGISTERED, LIBRARY),
+    Comparison("ord/library", ORDINARY, LIBRARY),
+    Comparison("reg/Gloo", REGISTERED, GLOO),
+    Comparison("of bound", REGISTERED, BOUND),
+)
+
+_LEGEND = {
+    REGISTERED: "mpidist.all_reduce(x, group, out=x), x made by group.empty",
+    ORDINARY: "the same, x made by numpy",
+    LIBRARY: "comm.Allreduce(MPI.IN_PLACE, x) of mpi4py, x made by numpy",
+    GLOO: "torch.distributed.all_reduce(torch.from_numpy(x))",
+    BOUND: "the additions and copies alone, on private memory, by all ranks at once; no meeting",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    add_effort(parser, sizes=sweep("4", "64MiB", 4))
+    parser.add_argument("--no-gloo", action="store_true", help="leave out the peer Gloo")
+
+
+def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
+    """Measure all_reduce over the sizes; collective over `world`."""
+    require_ranks(world, "all_reduce")
+    machine, rows = Machine.of(world), []
+    peer = nullcontext("Gloo was left out") if options.no_gloo else open_gloo(world)
+    with peer as gloo:
+        notes = [] if isinstance(gloo, Gloo) else [gloo]
+        if isinstance(gloo, Gloo):
+            notes.append(f"torch {gloo.version}, {gloo.torch.get_num_threads()} threads")
+        for nbytes in options.sizes:
+            series = mpidist_and_library(world, nbytes, notes)
+            if isinstance(gloo, Gloo):
+                series.append(_gloo(gloo, nbytes))
+            series.append(bound_series(world, nbytes))
+            times = measure(series, world, effort=effort(options))
+            tell_progress(world, "all_reduce", nbytes)
+            rows += [
+                Row(
+                    operation="all_reduce",
+                    series=name,
+                    nbytes=nbytes,
+                    times=each,
+                    bus_factor=bus_factor("all_reduce", world.size),
+                )
+                for name, each in times.items()
+            ]
+    return Report(
+        benchmark="all_reduce",
+        machine=machine,
+        rows=rows,
+        comparisons=COMPARISONS,
+        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def mpidist_and_library(world: ProcessGroup, nbytes: int, notes: list[str]) -> list[Series]:
+    """Return the series of mpidist and, where there is one, of the MPI library.
+
+    Parameters
+    ----------
+    world : ProcessGroup
+        The ranks taking part.
+    nbytes : int
+        Of the array that each rank reduces.
+    notes : list of str
+        Gets a sentence if there is no MPI library.
+
+    Returns
+    -------
+    list of Series
+        Each has given the right sum once. The sums that are timed are of zeros: in place, others
+        would grow without end.
+
+    Notes
+    -----
+    Collective over `world`; blocks.
+    """
+    registered = world.empty(nbytes // _DTYPE.itemsize, _DTYPE)
+    ordinary = np.empty(nbytes // _DTYPE.itemsize, _DTYPE)
+    series = [
+        _checked(
+            REGISTERED, partial(all_reduce, registered, world, out=registered), registered, world
+        ),
+        _checked(ORDINARY, partial(all_reduce, ordinary, world, out=ordinary), ordinary, world),
+    ]
+    try:
+        peer = library(world)
+    except BackendUnavailableError as error:
+        notes.append(f"the MPI library is missing: {error}")
+        return series
+    call = partial(peer.comm.Allreduce, peer.mpi.IN_PLACE, ordinary)
+    return [*series, _checked(LIBRARY, call, ordinary, world)]
+
+
+def _gloo(gloo: Gloo, nbytes: int) -> Series:
+    distributed = gloo.torch.distributed
+    x = np.zeros(nbytes // _DTYPE.itemsize, _DTYPE)
+    x.fill(0)
+    return Series(GLOO, partial(distributed.all_reduce, gloo.torch.from_numpy(x)))
+
+
+def _checked(name: str, call: Callable[[], Any], x: Array, world: ProcessGroup) -> Series:
+    """Return a series whose call has summed the ranks' numbers into `x` as it should."""
+    x.fill(world.rank + 1)
+    call()
+    expected = world.size * (world.size + 1) // 2
+    if not (x == expected).all():
+        raise RuntimeError(
+            f"all_reduce of the series {name}: expected the sum {expected} everywhere, got {x}"
+        )
+    x.fill(0)
+    return Series(name, call)
+
+
+def bound_series(world: ProcessGroup, nbytes: int) -> Series:
+    """Return the work that remains where nothing is sent and nobody waits.
+
+    Parameters
+    ----------
+    world : ProcessGroup
+        Its size decides how much there is; local.
+    nbytes : int
+        Of the array that each rank reduces.
+
+    Returns
+    -------
+    Series
+        A rank's share of the direct path on memory of its own: of p arrays, laid out as
+        registered ones are, it adds its 1/p slices into the first one, a block at a time, and
+        copies the block into the others.
+    """
+    stride, count = Block.stride(nbytes), nbytes // _DTYPE.itemsize
+    memory = np.frombuffer(mmap(-1, world.size * stride), np.uint8).reshape(world.size, stride)
+    start, size = split_evenly(count, world.size)[world.rank]
+    slices = memory.view(_DTYPE)[:, start : start + size]
+    slices[...] = 0
+    step = _BLOCK_BYTES // _DTYPE.itemsize
+    blocks = [list(slices[:, at : at + step]) for at in range(0, size, step)]
+    return Series(BOUND, partial(_add_and_copy, blocks))
+
+
+def _add_and_copy(blocks: list[list[Array]]) -> None:
+    for first, *others in blocks:
+        for other in others:
+            np.add(first, other, out=first)
+        for other in others:
+            np.copyto(other, first)

@@ -1,0 +1,127 @@
+"""``python -m mpidist bench``: which benchmarks there are, and what is done with a report.
+
+A benchmark is a module with a docstring, whose first line is its help, and two functions:
+``configure(parser)`` adds its options; ``run(world, options)`` is collective over all ranks and
+returns a `Report`. It is known once it stands in `BENCHMARKS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from mpidist._optional import require
+from mpidist.bench import all_reduce
+from mpidist.bench.options import BenchmarkError
+from mpidist.bench.plot import plot_report
+from mpidist.bench.report import Report
+from mpidist.bench.table import render_table
+from mpidist.collectives import broadcast_object
+from mpidist.errors import BackendUnavailableError
+from mpidist.group import ProcessGroup
+from mpidist.launch import init
+
+__all__ = ["BENCHMARKS", "Benchmark", "configure", "run"]
+
+
+class Benchmark(Protocol):
+    """A module that measures something."""
+
+    __doc__: str | None
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options of this benchmark."""
+
+    def run(self, world: ProcessGroup, options: argparse.Namespace) -> Report:
+        """Measure; collective over `world`."""
+        ...
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "all_reduce": all_reduce,
+}
+"""Every benchmark by its name on the command line."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmarks and their options."""
+    choices = parser.add_subparsers(title="benchmarks", dest="benchmark", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        text = (benchmark.__doc__ or "").strip()
+        own = choices.add_parser(name, help=text.split("\n")[0], description=text)
+        benchmark.configure(own)
+        own.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+        own.add_argument(
+            "--plot", type=Path, metavar="FILE", help="draw a picture; .png, .svg or .pdf"
+        )
+
+
+def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+    """Run a benchmark, and print, write and draw what it found on the first rank.
+
+    Parameters
+    ----------
+    options : Namespace
+        What the parser of `configure` made.
+    words : sequence of str
+        The command line from ``bench`` on, for the report.
+
+    Returns
+    -------
+    int
+        Exit code: 0; 1 if the benchmark is a check that failed; 2 if it cannot run as asked.
+
+    Notes
+    -----
+    Collective over all ranks of the job.
+    """
+    with init() as world:
+        try:
+            _agree(_problem(options) if world.rank == 0 else "", world)
+            report = BENCHMARKS[options.benchmark].run(world, options)
+        except BenchmarkError as error:
+            if world.rank == 0:
+                sys.stderr.write(f"{error}\n")
+            return 2
+        if world.rank == 0:
+            _publish(dataclasses.replace(report, command=_command(words, world)), options)
+        return 1 if report.failures else 0
+
+
+def _problem(options: argparse.Namespace) -> str:
+    """Return what would fail after the measuring, or nothing."""
+    try:
+        require("tabulate", extra="bench", purpose="the tables of mpidist bench")
+        if options.plot is not None:
+            require("matplotlib", extra="bench", purpose="--plot")
+    except BackendUnavailableError as error:
+        return str(error)
+    for path in filter(None, (options.json, options.plot)):
+        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+            return f"bench {options.benchmark}: cannot write {path}"
+    return ""
+
+
+def _agree(problem: str, world: ProcessGroup) -> None:
+    """Raise on all ranks if the first one has a problem."""
+    if told := broadcast_object(problem, world):
+        raise BenchmarkError(told)
+
+
+def _command(words: Sequence[str], world: ProcessGroup) -> tuple[str, ...]:
+    start = ("mpirun", "-n", str(world.size)) if world.size > 1 else ()
+    return (*start, "python", "-m", "mpidist", *words)
+
+
+def _publish(report: Report, options: argparse.Namespace) -> None:
+    sys.stdout.write(render_table(report))
+    sys.stdout.flush()
+    if options.json is not None:
+        report.save(options.json)
+    if options.plot is not None:
+        plot_report(report, options.plot)

@@ -1,0 +1,110 @@
+"""What the benchmarks' command lines have in common, and how they refuse to run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from mpidist.bench.sizes import read_size, tell_size
+from mpidist.bench.times import Effort
+from mpidist.group import ProcessGroup
+
+__all__ = ["BenchmarkError", "add_effort", "effort", "require_ranks", "tell_progress"]
+
+
+class BenchmarkError(Exception):
+    """A benchmark cannot run as asked; raised by all ranks alike, before anything is measured."""
+
+
+def add_effort(
+    parser: argparse.ArgumentParser, *, sizes: Sequence[int] | None, seconds: float = 2.0
+) -> None:
+    """Add ``--sizes``, ``--seconds`` and ``--repeats``.
+
+    Parameters
+    ----------
+    parser : ArgumentParser
+        Of one benchmark.
+    sizes : sequence of int or None
+        Default of ``--sizes`` in bytes; None for a benchmark without sizes.
+    seconds : float, optional
+        Default of ``--seconds``.
+    """
+    if sizes is not None:
+        parser.add_argument(
+            "--sizes",
+            type=read_size,
+            nargs="+",
+            default=list(sizes),
+            metavar="SIZE",
+            help=f"bytes, such as 4, 64K or 16MiB (default: {' '.join(map(_word, sizes))})",
+        )
+    parser.add_argument(
+        "--seconds",
+        type=_positive(float),
+        default=seconds,
+        help="about how long to measure at each size, at least 25 calls of each series "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=_positive(int),
+        metavar="N",
+        help="time N calls of each series at each size instead",
+    )
+
+
+def effort(options: argparse.Namespace) -> Effort:
+    """Return what `add_effort` was given."""
+    return Effort(seconds=options.seconds, repeats=options.repeats)
+
+
+def require_ranks(world: ProcessGroup, benchmark: str, *, least: int = 2) -> None:
+    """Raise unless there are enough ranks.
+
+    Parameters
+    ----------
+    world : ProcessGroup
+        All ranks.
+    benchmark : str
+        For the message.
+    least : int, optional
+        Number of ranks from which on it can run.
+
+    Raises
+    ------
+    BenchmarkError
+        If there are fewer.
+    """
+    if world.size < least:
+        raise BenchmarkError(
+            f"bench {benchmark}: expected at least {least} ranks, got {world.size}; start it with "
+            f"mpirun -n {least} python -m mpidist bench {benchmark}"
+        )
+
+
+def tell_progress(world: ProcessGroup, operation: str, nbytes: int) -> None:
+    """Write on the first rank's standard error that a size has been measured."""
+    if world.rank == 0:
+        sys.stderr.write(f"measured {operation} at {tell_size(nbytes)}\n")
+        sys.stderr.flush()
+
+
+def _word(nbytes: int) -> str:
+    return tell_size(nbytes).removesuffix(" B").replace(" ", "")
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a reader of numbers above 0."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+        return value
+
+    return read

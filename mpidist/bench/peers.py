@@ -1,0 +1,135 @@
+"""The peers that are measured beside mpidist. With torch this is the only module that deals."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from mpidist._optional import require
+from mpidist.backends.mpi import load_mpi
+from mpidist.collectives import all_gather_object, broadcast_object
+from mpidist.errors import BackendUnavailableError
+from mpidist.group import ProcessGroup
+
+__all__ = ["Gloo", "Library", "library", "open_gloo"]
+
+_TIMEOUT = timedelta(seconds=60)
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The MPI library on which a group stands.
+
+    Attributes
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    comm : mpi4py.MPI.Intracomm
+        Of the group's ranks.
+    """
+
+    mpi: Any
+    comm: Any
+
+
+def library(group: ProcessGroup) -> Library:
+    """Return the MPI library of a group.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the group does not stand on MPI.
+    """
+    return Library(load_mpi(), group.mpi_comm)
+
+
+@dataclass(frozen=True, slots=True)
+class Gloo:
+    """torch.distributed with Gloo as its default process group.
+
+    Attributes
+    ----------
+    torch : module
+        ``torch``; ``torch.distributed`` is imported.
+    version : str
+        Of torch.
+    """
+
+    torch: Any
+    version: str
+
+
+@contextmanager
+def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
+    """Start torch.distributed with Gloo on the ranks of a group, if all of them have torch.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Its ranks become those of torch's default process group, in the same order.
+
+    Yields
+    ------
+    Gloo or str
+        On all ranks the same: the peer, or the sentence that says why there is none. The default
+        process group is destroyed at the end of the ``with`` block.
+
+    Notes
+    -----
+    Collective over `group`; blocks. The ranks meet at a TCP store on the first rank's host, whose
+    port the kernel chooses; no variable of the environment is read or set.
+    """
+    try:
+        torch: Any = require("torch", extra="torch", purpose="the peer Gloo")
+        require("torch.distributed", extra="torch", purpose="the peer Gloo")
+        problem = "" if torch.distributed.is_gloo_available() else "this torch has no Gloo"
+    except BackendUnavailableError as error:
+        torch, problem = None, str(error)
+    problem = _first(problem, group)
+    if not problem:
+        problem = _first(_start(torch, group), group)
+    if problem:
+        yield f"Gloo is missing: {problem}"
+        return
+    try:
+        yield Gloo(torch, torch.__version__)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _start(torch: Any, group: ProcessGroup) -> str:
+    """Make torch's default process group; return what failed, or nothing."""
+    distributed = torch.distributed
+    store, address = None, ("", 0)
+    host = "127.0.0.1" if group.num_nodes == 1 else socket.gethostname()
+    options = {"world_size": group.size, "timeout": _TIMEOUT, "wait_for_workers": False}
+    try:
+        if group.rank == 0:
+            store = distributed.TCPStore(host, 0, is_master=True, **options)
+            address = (host, store.port)
+    except Exception as error:  # noqa: BLE001  # a peer that cannot start is a note in the table
+        address = ("", 0)
+        failed = f"torch's TCP store did not start ({error})"
+    else:
+        failed = ""
+    host, port = broadcast_object(address, group)
+    if not host:
+        return failed or "torch's TCP store did not start on rank 0"
+    try:
+        if store is None:
+            store = distributed.TCPStore(host, port, is_master=False, **options)
+        distributed.init_process_group(
+            "gloo", store=store, rank=group.rank, world_size=group.size, timeout=_TIMEOUT
+        )
+    except Exception as error:  # noqa: BLE001  # the same
+        return f"torch.distributed did not start with Gloo ({error})"
+    return ""
+
+
+def _first(problem: str, group: ProcessGroup) -> str:
+    """Return the problem of the first rank that has one, the same on all."""
+    return next(filter(None, all_gather_object(problem, group)), "")

@@ -1,0 +1,281 @@
+"""What a benchmark found: values that are printed, drawn, written as JSON and read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from mpidist.bench.machine import Machine
+from mpidist.bench.times import Times
+
+__all__ = [
+    "BOUND",
+    "GLOO",
+    "LIBRARY",
+    "ORDINARY",
+    "REGISTERED",
+    "Comparison",
+    "Measure",
+    "Report",
+    "Row",
+    "bus_factor",
+]
+
+REGISTERED = "registered"
+"""Series: mpidist on arrays of `ProcessGroup.empty`."""
+
+ORDINARY = "ordinary"
+"""Series: mpidist on any other arrays."""
+
+LIBRARY = "library"
+"""Series: the MPI library itself, through mpi4py's buffer calls."""
+
+GLOO = "Gloo"
+"""Series: torch.distributed on Gloo."""
+
+BOUND = "bound"
+"""Series: the additions and copies that the operation cannot do without."""
+
+_FORMAT = 1
+
+_FACTORS: Mapping[str, tuple[float, float]] = {
+    "all_reduce": (2.0, -2.0),
+    "all_gather": (1.0, -1.0),
+    "all_to_all": (1.0, -1.0),
+    "reduce_scatter": (1.0, -1.0),
+    "broadcast": (1.0, 0.0),
+    "reduce": (1.0, 0.0),
+    "send and recv": (1.0, 0.0),
+    "sendrecv": (1.0, 0.0),
+}
+"""The bus factor is the first number plus the second over the number of ranks."""
+
+
+def bus_factor(operation: str, ranks: int) -> float | None:
+    """Return bus bandwidth over algorithm bandwidth, or None for what moves no bytes.
+
+    Parameters
+    ----------
+    operation : str
+        A verb; others have no bandwidth.
+    ranks : int
+        Number of ranks.
+
+    Returns
+    -------
+    float or None
+        2 (p - 1) / p for all_reduce, (p - 1) / p for all_gather, reduce_scatter and all_to_all,
+        and 1 for broadcast, reduce and messages.
+
+    References
+    ----------
+    NVIDIA, nccl-tests, doc/PERFORMANCE.md, sections "Algorithm bandwidth" and "Bus bandwidth".
+    """
+    if operation not in _FACTORS:
+        return None
+    constant, over_ranks = _FACTORS[operation]
+    return constant + over_ranks / ranks
+
+
+class Measure(Enum):
+    """How two series are compared, by their medians.
+
+    Notes
+    -----
+    `SPEEDUP` is the reference's time over the series' time, larger is faster; `ADDED` is the
+    series' time less the reference's, in seconds.
+    """
+
+    SPEEDUP = "speedup"
+    ADDED = "added"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A column of a table that compares two series of the same operation and size.
+
+    Attributes
+    ----------
+    title : str
+        Head of the column.
+    series, reference : str
+        Names of what is compared, and with what.
+    measure : Measure
+        How.
+    """
+
+    title: str
+    series: str
+    reference: str
+    measure: Measure = Measure.SPEEDUP
+
+    def of(self, time: Times, reference: Times) -> float:
+        """Return the value for two times."""
+        if self.measure is Measure.ADDED:
+            return time.median - reference.median
+        return reference.median / time.median
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One series at one size.
+
+    Attributes
+    ----------
+    operation : str
+        What was done, such as ``all_reduce``.
+    series : str
+        By whom, such as ``library``.
+    nbytes : int
+        Of the whole array: what every rank contributes to an all_reduce, what all ranks together
+        hold after an all_gather or contributed to a reduce_scatter.
+    times : Times
+        In seconds per operation, each that of the slowest rank.
+    bus_factor : float or None
+        See `bus_factor`; None where there is no bandwidth.
+    values : mapping of str to float
+        What else belongs to the row; the benchmark's docstring says what.
+    """
+
+    operation: str
+    series: str
+    nbytes: int
+    times: Times
+    bus_factor: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def algorithm_bandwidth(self) -> float | None:
+        """Bytes per second of median time: `nbytes` over time."""
+        return None if self.bus_factor is None else self.nbytes / self.times.median
+
+    @property
+    def bus_bandwidth(self) -> float | None:
+        """Algorithm bandwidth times the bus factor, in bytes per second."""
+        bandwidth = self.algorithm_bandwidth
+        return None if bandwidth is None or not self.bus_factor else bandwidth * self.bus_factor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that one run of a benchmark found.
+
+    Attributes
+    ----------
+    benchmark : str
+        Its name on the command line.
+    machine : Machine
+        Where it ran.
+    rows : sequence of Row
+        One per operation, size and series, in the order in which they were measured.
+    comparisons : sequence of Comparison
+        What the table compares.
+    legend : mapping of str to str
+        What each series is, for people.
+    notes : sequence of str
+        What is missing and why, for people.
+    failures : sequence of str
+        What the run was to show and did not; with any, the command's exit code is 1.
+    command : sequence of str
+        The words of the command line that made it, from ``bench`` on.
+    """
+
+    benchmark: str
+    machine: Machine
+    rows: Sequence[Row]
+    comparisons: Sequence[Comparison] = ()
+    legend: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    failures: Sequence[str] = ()
+    command: Sequence[str] = ()
+
+    def find(self, operation: str, series: str, nbytes: int) -> Row | None:
+        """Return the row of this operation, series and size, or None."""
+        for row in self.rows:
+            if (row.operation, row.series, row.nbytes) == (operation, series, nbytes):
+                return row
+        return None
+
+    def compare(self, comparison: Comparison, operation: str, nbytes: int) -> float | None:
+        """Return a comparison's value, or None where one of the two series is missing."""
+        row = self.find(operation, comparison.series, nbytes)
+        reference = self.find(operation, comparison.reference, nbytes)
+        if row is None or reference is None:
+            return None
+        return comparison.of(row.times, reference.times)
+
+    def to_json(self) -> str:
+        """Return the report as JSON: times in seconds, all percentiles, bandwidths in bytes/s."""
+        document: dict[str, Any] = {"format": _FORMAT} | asdict(self)
+        for written, row in zip(document["rows"], self.rows, strict=True):
+            written["algorithm_bandwidth"] = row.algorithm_bandwidth
+            written["bus_bandwidth"] = row.bus_bandwidth
+        for written, comparison in zip(document["comparisons"], self.comparisons, strict=True):
+            written["measure"] = comparison.measure.value
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote.
+
+        Parameters
+        ----------
+        text : str
+            A JSON document.
+
+        Returns
+        -------
+        Report
+            Equal to the one that was written.
+
+        Raises
+        ------
+        ValueError
+            If it is not such a document, or of another format.
+        """
+        document = json.loads(text)
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise ValueError(
+                "this is no report that `python -m mpidist bench ... --json FILE` of this version "
+                f"wrote: expected a JSON object with format {_FORMAT}"
+            )
+        machine = document["machine"]
+        return cls(
+            benchmark=document["benchmark"],
+            machine=Machine(**machine | {"caches": tuple(machine["caches"])}),
+            rows=tuple(_row(each) for each in document["rows"]),
+            comparisons=tuple(_comparison(each) for each in document["comparisons"]),
+            legend=document["legend"],
+            notes=tuple(document["notes"]),
+            failures=tuple(document["failures"]),
+            command=tuple(document["command"]),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON into a file."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read a report from a file that `save` or ``--json`` wrote."""
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def _row(written: Mapping[str, Any]) -> Row:
+    return Row(
+        operation=written["operation"],
+        series=written["series"],
+        nbytes=written["nbytes"],
+        times=Times(**written["times"]),
+        bus_factor=written["bus_factor"],
+        values=written["values"],
+    )
+
+
+def _comparison(written: Mapping[str, Any]) -> Comparison:
+    title, series, reference = (written[name] for name in ("title", "series", "reference"))
+    return Comparison(title, series, reference, Measure(written["measure"]))

@@ -1,0 +1,96 @@
+"""A report as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpidist._optional import require
+from mpidist.bench.report import Measure, Report, Row
+from mpidist.bench.sizes import tell_size
+
+__all__ = ["render_table"]
+
+
+def render_table(report: Report) -> str:
+    """Lay a report out as text: the machine, one table per operation, and what it says.
+
+    Parameters
+    ----------
+    report : Report
+        What a benchmark found.
+
+    Returns
+    -------
+    str
+        Lines of text. A row is a size; each series has its median time and in parentheses its 95th
+        percentile, in microseconds. Comparisons are of the medians. Bandwidths are those of the
+        first series, in 10**9 bytes per second.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If tabulate is not installed.
+    """
+    blocks = [[f"mpidist bench {report.benchmark}", *report.machine.lines()]]
+    if report.command:
+        blocks[0].append(f"$ {' '.join(report.command)}")
+    operations = list(dict.fromkeys(row.operation for row in report.rows))
+    blocks += [[operation, _table(report, operation)] for operation in operations]
+    legend = [f"{name}: {text}" for name, text in report.legend.items()]
+    blocks.append(["times in us: median (95th percentile), of the slowest rank", *legend])
+    blocks += [list(report.notes), [f"FAILED: {text}" for text in report.failures]]
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def _table(report: Report, operation: str) -> str:
+    tabulate = require("tabulate", extra="bench", purpose="the tables of mpidist bench").tabulate
+    rows = [row for row in report.rows if row.operation == operation]
+    series = list(dict.fromkeys(row.series for row in rows))
+    sizes = list(dict.fromkeys(row.nbytes for row in rows))
+    compared = [c for c in report.comparisons if {c.series, c.reference} <= set(series)]
+    wide = any(row.bus_factor is not None for row in rows)
+    heads = ["size", *series, *(comparison.title for comparison in compared)]
+    lines: list[list[Any]] = []
+    for size in sizes:
+        line: list[Any] = [tell_size(size)]
+        line += [_time(report.find(operation, name, size)) for name in series]
+        for comparison in compared:
+            value = report.compare(comparison, operation, size)
+            line.append(_compared(value, comparison.measure))
+        if wide:
+            line += _bandwidths(report.find(operation, series[0], size))
+        lines.append(line)
+    if wide:
+        heads += ["alg GB/s", "bus GB/s"]
+    return str(
+        tabulate(
+            lines, heads, tablefmt="simple", colalign=["right"] * len(heads), disable_numparse=True
+        )
+    )
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{_short(row.times.median * 1e6)} ({_short(row.times.p95 * 1e6)})"
+
+
+def _compared(value: float | None, measure: Measure) -> str:
+    if value is None:
+        return ""
+    return f"{value * 1e6:+.2f} us" if measure is Measure.ADDED else f"{value:.2f}"
+
+
+def _bandwidths(row: Row | None) -> Sequence[str]:
+    if row is None or row.algorithm_bandwidth is None or row.bus_bandwidth is None:
+        return ("", "")
+    return (_short(row.algorithm_bandwidth / 1e9), _short(row.bus_bandwidth / 1e9))
+
+
+def _short(value: float) -> str:
+    """Return a number with three digits that mean something, never as a power of ten."""
+    for bound, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
+        if value < bound:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"

@@ -1,0 +1,58 @@
+"""The command line, ``python -m mpidist``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from mpidist.bench import command as bench
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+
+class Command(Protocol):
+    """A module that is a command of its own; the first line of its docstring is its help."""
+
+    __doc__: str | None
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options of this command."""
+
+    def run(self, options: argparse.Namespace, *, words: Sequence[str]) -> int:
+        """Do it, and return the exit code; `words` is the command line from its name on."""
+        ...
+
+
+COMMANDS: Mapping[str, tuple[Command, str]] = {
+    "bench": (bench, "measure this machine, beside the MPI library and other peers"),
+}
+"""Every command with its one line of help."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command of the command line.
+
+    Parameters
+    ----------
+    words : sequence of str, optional
+        The command and its options. `sys.argv` without the program when omitted.
+
+    Returns
+    -------
+    int
+        Exit code.
+
+    Raises
+    ------
+    SystemExit
+        If the words are no command line (code 2), or ask for help (code 0).
+    """
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(prog="python -m mpidist", description=__doc__)
+    choices = parser.add_subparsers(title="commands", dest="command", required=True)
+    for name, (command, text) in COMMANDS.items():
+        command.configure(choices.add_parser(name, help=text, description=text))
+    options = parser.parse_args(words)
+    return COMMANDS[options.command][0].run(options, words=words)
