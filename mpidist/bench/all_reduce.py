@@ -1,4 +1,8 @@
-"""The sum of float32 arrays over all ranks, in place."""
+"""The sum of float32 arrays over all ranks, in place.
+
+Beside mpidist: the MPI library, Gloo through torch if it is installed, and the bound, which is the
+arithmetic and the copies alone.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +18,24 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.backends.registered import Block
 from mpidist.bench.machine import Machine
-from mpidist.bench.options import add_effort, effort, require_ranks, tell_progress
-from mpidist.bench.peers import Gloo, library, open_gloo
-from mpidist.bench.report import (
-    BOUND,
-    GLOO,
-    LIBRARY,
-    ORDINARY,
-    REGISTERED,
-    Comparison,
-    Report,
-    Row,
-    bus_factor,
-)
+from mpidist.bench.options import add_effort, require_ranks
+from mpidist.bench.peers import Gloo, find_library, open_gloo
+from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Comparison, Report
 from mpidist.bench.sizes import sweep
-from mpidist.bench.times import Series, measure
+from mpidist.bench.sweeps import rows_over
+from mpidist.bench.times import Series
 from mpidist.boxes import split_evenly
 from mpidist.collectives import all_reduce
-from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
-__all__ = ["COMPARISONS", "bound_series", "configure", "mpidist_and_library", "run"]
+__all__ = ["bound_series", "configure", "mpidist_and_library", "run"]
 
 _DTYPE = np.dtype(np.float32)
 
 _BLOCK_BYTES = 256 << 10
+"""What the bound adds and copies at a time, as the direct path does."""
 
-COMPARISONS = (
+_COMPARISONS = (
     Comparison("reg/library", REGISTERED, LIBRARY),
     Comparison("ord/library", ORDINARY, LIBRARY),
     Comparison("reg/Gloo", REGISTERED, GLOO),
@@ -65,34 +60,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure all_reduce over the sizes; collective over `world`."""
     require_ranks(world, "all_reduce")
-    machine, rows = Machine.of(world), []
+    machine = Machine.of(world)
+    notes: list[str] = []
+    shared_cores = world.local_size > machine.usable_cores
+    if shared_cores:
+        notes.append("no bound: there are more ranks than cores, and they would take turns")
     peer = nullcontext("Gloo was left out") if options.no_gloo else open_gloo(world)
     with peer as gloo:
-        notes = [] if isinstance(gloo, Gloo) else [gloo]
-        if isinstance(gloo, Gloo):
-            notes.append(f"torch {gloo.version}, {gloo.torch.get_num_threads()} threads")
-        for nbytes in options.sizes:
+        notes.append(gloo if isinstance(gloo, str) else gloo.describe())
+
+        def make(nbytes: int) -> list[Series]:
             series = mpidist_and_library(world, nbytes, notes)
             if isinstance(gloo, Gloo):
-                series.append(_gloo(gloo, nbytes))
-            series.append(bound_series(world, nbytes))
-            times = measure(series, world, effort=effort(options))
-            tell_progress(world, "all_reduce", nbytes)
-            rows += [
-                Row(
-                    operation="all_reduce",
-                    series=name,
-                    nbytes=nbytes,
-                    times=each,
-                    bus_factor=bus_factor("all_reduce", world.size),
-                )
-                for name, each in times.items()
-            ]
+                series.append(_gloo(gloo, world, nbytes))
+            return series if shared_cores else [*series, bound_series(world, nbytes)]
+
+        rows = rows_over(options.sizes, make, world, operation="all_reduce", options=options)
     return Report(
         benchmark="all_reduce",
         machine=machine,
         rows=rows,
-        comparisons=COMPARISONS,
+        comparisons=_COMPARISONS,
         legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -120,28 +108,23 @@ def mpidist_and_library(world: ProcessGroup, nbytes: int, notes: list[str]) -> l
     -----
     Collective over `world`; blocks.
     """
-    registered = world.empty(nbytes // _DTYPE.itemsize, _DTYPE)
-    ordinary = np.empty(nbytes // _DTYPE.itemsize, _DTYPE)
+    count = max(nbytes // _DTYPE.itemsize, 1)
+    registered, ordinary = world.empty(count, _DTYPE), np.empty(count, _DTYPE)
     series = [
-        _checked(
-            REGISTERED, partial(all_reduce, registered, world, out=registered), registered, world
-        ),
-        _checked(ORDINARY, partial(all_reduce, ordinary, world, out=ordinary), ordinary, world),
+        _checked(name, partial(all_reduce, x, world, out=x), x, world)
+        for name, x in ((REGISTERED, registered), (ORDINARY, ordinary))
     ]
-    try:
-        peer = library(world)
-    except BackendUnavailableError as error:
-        notes.append(f"the MPI library is missing: {error}")
-        return series
-    call = partial(peer.comm.Allreduce, peer.mpi.IN_PLACE, ordinary)
-    return [*series, _checked(LIBRARY, call, ordinary, world)]
+    peer = find_library(world, notes)
+    if peer is not None:
+        call = partial(peer.comm.Allreduce, peer.mpi.IN_PLACE, ordinary)
+        series.append(_checked(LIBRARY, call, ordinary, world))
+    return series
 
 
-def _gloo(gloo: Gloo, nbytes: int) -> Series:
-    distributed = gloo.torch.distributed
-    x = np.zeros(nbytes // _DTYPE.itemsize, _DTYPE)
-    x.fill(0)
-    return Series(GLOO, partial(distributed.all_reduce, gloo.torch.from_numpy(x)))
+def _gloo(gloo: Gloo, world: ProcessGroup, nbytes: int) -> Series:
+    x = np.empty(max(nbytes // _DTYPE.itemsize, 1), _DTYPE)
+    call = partial(gloo.torch.distributed.all_reduce, gloo.torch.from_numpy(x))
+    return _checked(GLOO, call, x, world)
 
 
 def _checked(name: str, call: Callable[[], Any], x: Array, world: ProcessGroup) -> Series:
@@ -151,7 +134,7 @@ def _checked(name: str, call: Callable[[], Any], x: Array, world: ProcessGroup) 
     expected = world.size * (world.size + 1) // 2
     if not (x == expected).all():
         raise RuntimeError(
-            f"all_reduce of the series {name}: expected the sum {expected} everywhere, got {x}"
+            f"all_reduce of the series {name}: expected {expected} everywhere, got {x}"
         )
     x.fill(0)
     return Series(name, call)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mpidist._optional import require
-from mpidist.bench import all_reduce
+from mpidist.bench import all_reduce, collectives, importing, overhead, p2p
 from mpidist.bench.options import BenchmarkError
 from mpidist.bench.plot import plot_report
 from mpidist.bench.report import Report
@@ -44,6 +44,10 @@ class Benchmark(Protocol):
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "all_reduce": all_reduce,
+    "collectives": collectives,
+    "p2p": p2p,
+    "overhead": overhead,
+    "import": importing,
 }
 """Every benchmark by its name on the command line."""
 

@@ -15,7 +15,7 @@ from mpidist.collectives import all_gather_object, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
-__all__ = ["Gloo", "Library", "library", "open_gloo"]
+__all__ = ["Gloo", "Library", "find_library", "open_gloo"]
 
 _TIMEOUT = timedelta(seconds=60)
 
@@ -36,15 +36,13 @@ class Library:
     comm: Any
 
 
-def library(group: ProcessGroup) -> Library:
-    """Return the MPI library of a group.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If the group does not stand on MPI.
-    """
-    return Library(load_mpi(), group.mpi_comm)
+def find_library(group: ProcessGroup, notes: list[str]) -> Library | None:
+    """Return the MPI library of a group, or None and a note where it stands on none."""
+    try:
+        return Library(load_mpi(), group.mpi_comm)
+    except BackendUnavailableError as error:
+        notes.append(f"the MPI library is missing: {error}")
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +59,12 @@ class Gloo:
 
     torch: Any
     version: str
+
+    def describe(self) -> str:
+        """Return version and threads, for a note."""
+        return (
+            f"Gloo is that of torch {self.version}, OpenMP threads: {self.torch.get_num_threads()}"
+        )
 
 
 @contextmanager

@@ -49,7 +49,8 @@ _FACTORS: Mapping[str, tuple[float, float]] = {
     "reduce_scatter": (1.0, -1.0),
     "broadcast": (1.0, 0.0),
     "reduce": (1.0, 0.0),
-    "send and recv": (1.0, 0.0),
+    "ping-pong": (1.0, 0.0),
+    "window": (1.0, 0.0),
     "sendrecv": (1.0, 0.0),
 }
 """The bus factor is the first number plus the second over the number of ranks."""

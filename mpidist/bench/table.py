@@ -38,7 +38,10 @@ def render_table(report: Report) -> str:
     operations = list(dict.fromkeys(row.operation for row in report.rows))
     blocks += [[operation, _table(report, operation)] for operation in operations]
     legend = [f"{name}: {text}" for name, text in report.legend.items()]
-    blocks.append(["times in us: median (95th percentile), of the slowest rank", *legend])
+    explained = "times in us: median (95th percentile), each of the slowest rank"
+    if any(row.bus_factor is not None for row in report.rows):
+        explained += "; bandwidths of the first series"
+    blocks.append([explained, *legend])
     blocks += [list(report.notes), [f"FAILED: {text}" for text in report.failures]]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
@@ -50,10 +53,11 @@ def _table(report: Report, operation: str) -> str:
     sizes = list(dict.fromkeys(row.nbytes for row in rows))
     compared = [c for c in report.comparisons if {c.series, c.reference} <= set(series)]
     wide = any(row.bus_factor is not None for row in rows)
-    heads = ["size", *series, *(comparison.title for comparison in compared)]
+    sized = sizes != [0]
+    heads = [*["size"] * sized, *series, *(comparison.title for comparison in compared)]
     lines: list[list[Any]] = []
     for size in sizes:
-        line: list[Any] = [tell_size(size)]
+        line: list[Any] = [tell_size(size)] if sized else []
         line += [_time(report.find(operation, name, size)) for name in series]
         for comparison in compared:
             value = report.compare(comparison, operation, size)
