@@ -150,6 +150,7 @@ def _draw_bars(axes: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str,
     axes.set(title=rows[0].operation, xlabel="time (ms): median, 5th to 95th percentile")
     axes.set_xlim(left=0)
     axes.margins(y=0.2)
+    axes.invert_yaxis()  # the first one above
     _tidy(axes)
 
 
