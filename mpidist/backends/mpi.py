@@ -16,7 +16,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,11 +29,10 @@ from mpidist.backends.board import ArrivalBoard
 from mpidist.backends.departures import Departures
 from mpidist.backends.direct import Block, Call, Direct, DirectBoard, supported
 from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
-from mpidist.backends.shared_memory import create_file, map_file
+from mpidist.backends.mpi_memory import share
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
-from mpidist.log import logger
 
 __all__ = ["MpiBackend", "is_mpi_available", "load_mpi", "world_ranks"]
 
@@ -324,7 +322,7 @@ class MpiBackend(Backend):
         """Make the board of arrivals where all ranks share memory; collective."""
         if not self._shares:
             return None
-        memory = _share(self._mpi, self._comm, ArrivalBoard.nbytes(1))
+        memory = share(self._mpi, self._comm, ArrivalBoard.nbytes(1))
         return None if memory is None else ArrivalBoard(memory, self.rank, self.size)
 
     def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
@@ -334,13 +332,13 @@ class MpiBackend(Backend):
         self._arrive(waiter)
         with self._within(waiter):
             if self._direct is None:
-                board = _share(self._mpi, self._comm, DirectBoard.nbytes(1))
+                board = share(self._mpi, self._comm, DirectBoard.nbytes(1))
                 if board is None:
                     return None
                 meet = DirectBoard(board, self.rank, self.size)
                 self._direct = Direct(meet, self.rank, self.size, self._next_lane)
             stride = Block.stride(nbytes)
-            memory = _share(self._mpi, self._comm, stride)
+            memory = share(self._mpi, self._comm, stride)
         if memory is None:
             return None
         parts = [memory[rank * stride : (rank + 1) * stride] for rank in range(self.size)]
@@ -420,34 +418,3 @@ def _all_equal(mpi: Any, comm: Any, number: int) -> bool:
     extremes = np.array([-number, number])
     comm.Allreduce(mpi.IN_PLACE, extremes, mpi.MAX)
     return bool(extremes.sum() == 0)
-
-
-def _share(mpi: Any, comm: Any, nbytes: int) -> memoryview | None:
-    """Map memory shared by all ranks, of so many bytes each, or return None on all; collective.
-
-    Each rank allocates its own bytes, so that they lie in the memory nearest to it.
-    Only buffer calls: the first pickled collective of a communicator duplicates it with Python's
-    lock held, and can deadlock a program of several threads.
-    """
-    name, memory, reason = np.zeros(256, np.uint8), None, "another rank could not map it"
-    try:
-        if comm.rank == 0:
-            path = bytes(create_file(comm.size * nbytes))
-            name[: len(path)] = np.frombuffer(path, np.uint8)
-    except OSError as error:
-        reason = str(error)
-    comm.Bcast(name, root=0)
-    file = Path(name.tobytes().rstrip(b"\0").decode())
-    try:
-        memory = map_file(file, slice(comm.rank * nbytes, (comm.rank + 1) * nbytes))
-    except OSError as error:
-        reason = str(error)
-    made = np.array(memory is not None)
-    comm.Allreduce(mpi.IN_PLACE, made, mpi.LAND)
-    if comm.rank == 0 and name.any():
-        file.unlink(missing_ok=True)
-    if memory is None or not made:
-        if comm.rank == 0:
-            logger.warning("no memory shared by the ranks of this node: %s; going without", reason)
-        return None
-    return memoryview(memory)

@@ -12,7 +12,6 @@ from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.direct import LEAST, supported
 from mpidist.backends.meetings import Until
-from mpidist.backends.shared_memory import create_file, map_file
 from mpidist.backends.waiting import WaitTimeout
 from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 
@@ -272,11 +271,11 @@ def test_short_and_empty_and_odd_arrays_are_like_any_other(world):
 
 @pytest.mark.ranks(2)
 def test_without_shared_memory_arrays_are_ordinary(world, monkeypatch):
-    def refuse(nbytes):
+    def refuse(*_):
         raise OSError("no space left, says the test")
 
     group = world.duplicate("poor")
-    monkeypatch.setattr("mpidist.backends.mpi.create_file", refuse)
+    monkeypatch.setattr("mpidist.backends.shared_memory.os.ftruncate", refuse)
     x = group.empty(LEAST, np.float64)
     x[...] = 1
     assert not group._backend.registered._blocks
@@ -303,24 +302,6 @@ def test_memory_refused_to_one_rank_is_ordinary_on_all_and_leaves_nothing(
         x[...] = 1
         assert (mpidist.all_reduce(x, group, out=x) == world.size).all()
     group.close()
-
-
-def test_each_process_allocates_its_own_part_of_a_file():
-    part = 4 << 20
-    path = create_file(3 * part)
-    try:
-        assert path.stat().st_size == 3 * part
-        assert path.stat().st_blocks == 0
-        memory = map_file(path, slice(part, 2 * part))
-        assert len(memory) == 3 * part
-        assert path.stat().st_blocks * 512 == part
-    finally:
-        path.unlink()
-
-
-def test_a_file_that_cannot_be_is_an_os_error():
-    with pytest.raises(OSError, match="bytes"):
-        create_file(2**80)
 
 
 def test_a_meeting_is_waited_for():
