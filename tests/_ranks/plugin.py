@@ -31,9 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "ranks_timeout", "seconds for a test on ranks without a timeout mark", default="60"
     )
     parser.addini("ranks_grace", "seconds to end a test that failed on another rank", default="10")
-    parser.addini(
-        "leftover_runs", "jobs that tests/test_leftovers.py starts and kills", default="6"
-    )
+    parser.addini("leftover_runs", "jobs of tests/test_leftovers.py", default="6")
 
 
 def pytest_configure(config: pytest.Config) -> None:
