@@ -24,14 +24,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from mpidist._types import Array
 from mpidist.nn.mode import Mode
 from mpidist.nn.parameter import Parameter
 
-__all__ = ["Context", "Module", "count_uses"]
+__all__ = ["Context", "Module", "after_backward", "count_uses"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +64,29 @@ def count_uses(*parts: Parameter | Context | None) -> dict[Parameter, int]:
     return total
 
 
+@contextmanager
+def after_backward(modules: Iterable[Module], call: Callable[[], None]) -> Iterator[None]:
+    """Call `call` at the end of each backward pass of these modules, inside the ``with`` block.
+
+    Parameters
+    ----------
+    modules : iterable of Module
+        Modules that make their backward pass of the two halves, as layers do; one that overrides
+        `Module.backward` is made of others, and does not call.
+    call : callable
+        Takes nothing. What is to be done between the layers of a model, such as letting
+        communication make progress.
+    """
+    modules = tuple(modules)
+    for module in modules:
+        object.__setattr__(module, "_after_backward", call)  # a frozen dataclass may be a layer
+    try:
+        yield
+    finally:
+        for module in modules:
+            object.__delattr__(module, "_after_backward")
+
+
 class _LabellingMeta(ABCMeta):
     """Wraps every constructor a class is given, also later, as `dataclasses.dataclass` does."""
 
@@ -91,6 +115,7 @@ class Module(metaclass=_LabellingMeta):
     layer_index: int | None = None
     """Position among the tree's leaves, which random layers draw by; None before `relabel`."""
     _is_labelled: bool = False
+    _after_backward: Callable[[], None] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -162,6 +187,8 @@ class Module(metaclass=_LabellingMeta):
         """
         dx, wctx = self.backward_input(ctx, dy)
         self.backward_weight(wctx)
+        if self._after_backward is not None:
+            self._after_backward()
         return dx
 
     def named_children(self) -> Iterator[tuple[str, Module]]:

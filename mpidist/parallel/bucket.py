@@ -15,7 +15,14 @@ from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
 from mpidist.parallel.compression import Compression, Hook, exchange_for
 
-__all__ = ["BUCKET_BYTES", "FIRST_BUCKET_BYTES", "Bucket", "BucketSizes", "assign_buckets"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "BUCKET_BYTES",
+    "FIRST_BUCKET_BYTES",
+    "Bucket",
+    "BucketSizes",
+    "assign_buckets",
+]
 
 BUCKET_BYTES = 25 << 20
 """Size at which a bucket is closed: large enough for full bandwidth, small enough that many are
@@ -24,7 +31,7 @@ under way while backward still runs. PyTorch's default too; Li et al. (2020), se
 FIRST_BUCKET_BYTES = 1 << 20
 """Size of the first bucket, so that communication begins early; PyTorch's default too."""
 
-_ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = 64
 """Every gradient begins on a cache line of its own."""
 
 
@@ -103,8 +110,7 @@ class Bucket:
     dtype : dtype, optional
         Of a bucket without gradients.
     empty : callable, optional
-        Makes host memory of a length and a dtype; `ProcessGroup.empty` makes memory that need not
-        be sent.
+        Gives host memory of a length and a dtype, beginning on a cache line.
 
     Attributes
     ----------
@@ -130,7 +136,7 @@ class Bucket:
         shapes = {name: array.shape for name, array in like}
         xp: Any = array_namespace(like[0][1]) if like else np
         dtype = like[0][1].dtype if like else np.dtype(dtype)
-        alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
+        alignment = max(ALIGNMENT_BYTES // dtype.itemsize, 1)
         length = FlatBuffer.length_of(shapes, alignment=alignment)
         make = empty if xp is np else xp.empty
         self.data: Array = make(length + num_flags, dtype)

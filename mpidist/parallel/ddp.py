@@ -10,11 +10,12 @@ from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module
+from mpidist.nn.module import Context, Module, after_backward
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.buffers import BufferSync, broadcast_in_place
 from mpidist.parallel.compression import Compression, Hook
+from mpidist.parallel.layout import ArrivalOrder
 from mpidist.parallel.reducer import GradientReducer
 
 __all__ = ["DDP"]
@@ -102,6 +103,13 @@ class DDP:
         self.op = op
         self._names = {parameter: name for name, parameter in named.items()}
         self._buffers = BufferSync(buffers, self.group)
+        self._silent = [
+            layer
+            for _, layer in module.named_modules()
+            if not any(isinstance(value, Parameter) for value in vars(layer).values())
+        ]
+        self._relayout_due = not callable(compression)
+        self._order: ArrivalOrder | None = None
         self._pending: _StepWork | None = None
         self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
         self._syncing = True
@@ -204,8 +212,13 @@ class DDP:
             return self.module.backward(ctx, dy), _NoWork()
         try:
             self._begin(ctx.uses)
-            dx = self.module.backward(ctx, dy)
+            with after_backward(self._silent, self._reducer.progress):
+                dx = self.module.backward(ctx, dy)
             self._reducer.check_complete("DDP.backward")
+            if self._relayout_due:
+                self._order = ArrivalOrder(
+                    list(self._reducer.grads), self._reducer.arrivals(), self.group
+                )
         except BaseException as error:
             self._abandon(error)
             raise
@@ -269,7 +282,8 @@ class DDP:
         self._reducer.ready(self._names[parameter])
 
     def _done(self) -> bool:
-        return self._buffers.done() and self._reducer.done()
+        order = self._order is None or self._order.done()
+        return order and self._buffers.done() and self._reducer.done()
 
     def _finish(self, timeout: float | None) -> None:
         """Take over the reduced gradients and rank 0's buffers."""
@@ -279,6 +293,9 @@ class DDP:
             parameter.release()
             if parameter.grad is None and name in used:
                 parameter.add_grad(self._reducer.grads[name])
+        if self._order is not None:
+            _relayout(self._names, self._reducer, self._order.wait(timeout))
+            self._order, self._relayout_due = None, False
         self._pending = None
         self._reduced = True
 
@@ -300,6 +317,18 @@ class DDP:
                 f"DDP on {self.group}: the gradients of the last ibackward are still under way; "
                 "wait() for its Work before the next backward"
             )
+
+
+def _relayout(names: Mapping[Parameter, str], reducer: GradientReducer, order: list[str]) -> None:
+    """Let gradients lie in this order from now on, those present too."""
+    present = [parameter for parameter in names if parameter.grad is not None]
+    for parameter in present:
+        parameter.zero_grad()  # `attach` would copy from memory where something else lies by then
+    reducer.relayout(order)
+    for parameter, name in names.items():
+        parameter.attach(reducer.grads[name])
+    for parameter in present:
+        parameter.add_grad(reducer.grads[names[parameter]])
 
 
 def _check_zeroed(names: Mapping[Parameter, str], group: ProcessGroup) -> None:

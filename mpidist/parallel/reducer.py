@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-
-import numpy as np
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
-from mpidist.parallel.bucket import Bucket, BucketSizes, assign_buckets
+from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.compression import Compression, Hook
+from mpidist.parallel.layout import Layout
 from mpidist.parallel.verify import Description, describe, verify_same
 
 __all__ = ["GradientReducer"]
@@ -50,7 +49,7 @@ class GradientReducer:
     ----------
     grads : dict of str to Array
         One array per name, of its shape and dtype, to write the gradient into: views of flat
-        buckets. They stay the same arrays for the life of the reducer.
+        buckets. They stay the same arrays, unless you call `relayout`.
     group : ProcessGroup
         The duplicate.
     op : ReduceOp
@@ -67,12 +66,13 @@ class GradientReducer:
     Notes
     -----
     Collective over `group`; blocks. Costs one exchange of 32 bytes per rank, the duplicate, and
-    per bucket the collective allocation of its memory (`ProcessGroup.empty`).
+    the collective allocation of the buckets' memory (`ProcessGroup.empty`).
 
     [Note: order of buckets] Collectives match by the order in which they start, so every rank must
     start its buckets in the same order, whatever order its gradients come in. A bucket that is
     complete therefore waits until all buckets before it have started. Buckets are laid out in
-    reverse order of the names, which is the order in which backward completes them.
+    reverse order of the names, which is the order in which backward completes them if it goes the
+    other way than forward. `relayout` takes the order in which they really came.
 
     References
     ----------
@@ -100,12 +100,19 @@ class GradientReducer:
         _check(named_arrays, op)
         self.op = op
         self.group = group.duplicate(f"{group.name}/gradients")
-        self._buckets = _make_buckets(named_arrays, self.group, compression, sizes)
-        self._home = {name: bucket for bucket in self._buckets for name in bucket.grads}
-        self.grads = {name: self._home[name].grads[name] for name in named_arrays}
+        self._layout = Layout(named_arrays, self.group, compression=compression, sizes=sizes)
         self._names = frozenset(named_arrays)
+        self._arrived: list[str] = []
         self._skipped: set[str] = set()
         self._launched = 0
+        assigned = self._layout.assign(named_arrays, list(reversed(named_arrays)))
+        self._lay_out(named_arrays, assigned)
+
+    def _lay_out(self, like: Mapping[str, Array], assigned: list[list[str]]) -> None:
+        self._assigned = assigned
+        self._buckets = self._layout.buckets(like, assigned)
+        self._home = {name: bucket for bucket in self._buckets for name in bucket.grads}
+        self.grads = {name: self._home[name].grads[name] for name in like}
 
     def ready(self, name: str) -> None:
         """Say that this rank's gradient `name` is complete in `grads[name]`.
@@ -132,7 +139,17 @@ class GradientReducer:
             known = ", ".join(list(self.grads)[:8])
             raise ValueError(f"GradientReducer: no gradient is named '{name}'; known: {known}")
         bucket.arrive(name)
-        self._launch_complete()
+        self._arrived.append(name)
+        if not bucket.missing:
+            self._launch_complete()
+        self.progress()
+
+    def progress(self) -> None:
+        """Let the buckets under way make progress; local, never blocks.
+
+        `ready` does it, too. A computation that goes on for long without a gradient calls this
+        now and then.
+        """
         if self._launched:
             self.group.progress()
 
@@ -196,9 +213,60 @@ class GradientReducer:
         used = self._used()
         for bucket in self._buckets:
             bucket.reset()
+        self._arrived.clear()
         self._skipped.clear()
         self._launched = 0
         return used
+
+    def arrivals(self) -> list[str]:
+        """Return the names in the order in which they became ready since the last `wait`.
+
+        Returns
+        -------
+        list of str
+            Every name once: those that were ready, in that order; then those that were skipped or
+            have not come, in the reverse order of the names.
+        """
+        ready = [name for name in self._arrived if name not in self._skipped]
+        came = set(ready)
+        return ready + [name for name in reversed(self.grads) if name not in came]
+
+    def relayout(self, order: Sequence[str]) -> None:
+        """Lay the buckets out anew, in the order in which gradients are going to come.
+
+        Parameters
+        ----------
+        order : sequence of str
+            Every name once, the same order on all ranks: rank 0's `arrivals`, broadcast.
+
+        Raises
+        ------
+        ValueError
+            If `order` is another set of names.
+        RuntimeError
+            If some gradients have come since the last `wait`; nothing has changed then.
+
+        Notes
+        -----
+        Local. `grads` are other arrays afterwards, with the values of those before. They lie in
+        the same memory, so that the arrays before must not be used any more. Costs two copies of
+        all gradients, and the memory of one in between; nothing if every bucket would hold the
+        same gradients.
+        """
+        if len(order) != len(self._names) or set(order) != self._names:
+            raise ValueError(f"GradientReducer.relayout: expected every name once, got {order}")
+        if self._arrived:
+            raise RuntimeError(
+                f"GradientReducer.relayout on {self.group}: {len(self._arrived)} gradients have "
+                "come already; wait() for all first"
+            )
+        assigned = self._layout.assign(self.grads, order)
+        if [set(names) for names in assigned] == [set(names) for names in self._assigned]:
+            return
+        before = {name: grad.copy() for name, grad in self.grads.items()}
+        self._lay_out(before, assigned)
+        for name, grad in before.items():
+            self.grads[name][...] = grad
 
     def check_complete(self, operation: str) -> None:
         """Raise an error that names what has not come, if anything has not.
@@ -261,34 +329,6 @@ class GradientReducer:
         if flags.all():
             return self._names
         return frozenset(name for name, flag in zip(self.grads, flags, strict=True) if flag)
-
-
-def _make_buckets(
-    arrays: Mapping[str, Array],
-    group: ProcessGroup,
-    compression: Compression | Hook | None,
-    sizes: BucketSizes,
-) -> list[Bucket]:
-    """Lay out all buckets in the group's shared memory, one flag per array behind the last one.
-
-    The flags say who had a gradient. They cost no message, except beside a hook of the user's:
-    what it makes of numbers is its own business, so they follow in a bucket of their own.
-    """
-    assigned = [[(name, arrays[name]) for name in names] for names in assign_buckets(arrays, sizes)]
-    own_flags = callable(compression)
-    buckets = [
-        Bucket(
-            like,
-            compression=compression,
-            num_flags=len(arrays) if i == len(assigned) and not own_flags else 0,
-            empty=group.empty,
-        )
-        for i, like in enumerate(assigned, start=1)
-    ]
-    if buckets and own_flags:
-        flags = Bucket([], compression=None, num_flags=len(arrays), dtype=np.dtype(np.float32))
-        buckets.append(flags)
-    return buckets
 
 
 def _settings(

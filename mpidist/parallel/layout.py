@@ -1,0 +1,139 @@
+"""Where gradients lie: all buckets in one piece of memory, in an order that may be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array, DType
+from mpidist.arrays import is_host
+from mpidist.backends.work import Work
+from mpidist.collectives import ibroadcast
+from mpidist.group import ProcessGroup
+from mpidist.parallel.bucket import ALIGNMENT_BYTES, Bucket, BucketSizes, assign_buckets
+from mpidist.parallel.compression import Compression, Hook
+
+__all__ = ["ArrivalOrder", "Layout"]
+
+_WIDEST = 16
+"""Bytes of the longest number, complex128: what a flag takes at most."""
+
+
+class Layout:
+    """Makes buckets for the same gradients in any order, in the same memory each time.
+
+    The memory is one piece that the ranks of a node share (`ProcessGroup.empty`), made once. So
+    another order needs no further memory and no message, and nothing of the old one is left.
+    Arrays on a device have memory of their own, made anew each time.
+
+    Parameters
+    ----------
+    arrays : mapping of str to Array
+        Whose gradients; names, shapes, dtypes and the kind of device are looked at.
+    group : ProcessGroup
+        Whose memory; collective over it, blocks.
+    compression : Compression, Hook or None
+        How buckets travel.
+    sizes : BucketSizes
+        How large buckets are.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Array],
+        group: ProcessGroup,
+        *,
+        compression: Compression | Hook | None,
+        sizes: BucketSizes,
+    ) -> None:
+        self._compression = compression
+        self._sizes = sizes
+        # Whichever dtype is last carries the flags. A bucket begins on a cache line.
+        parts = [_whole_lines(array.nbytes) for array in arrays.values() if is_host(array)]
+        nbytes = sum(parts) + _whole_lines(len(arrays) * _WIDEST) if parts else 0
+        self._memory = group.empty(nbytes, np.uint8)
+        self._taken = 0
+
+    def assign(self, arrays: Mapping[str, Array], order: Sequence[str]) -> list[list[str]]:
+        """Return the names in each bucket if gradients come in this order."""
+        return assign_buckets({name: arrays[name] for name in reversed(order)}, self._sizes)
+
+    def buckets(self, arrays: Mapping[str, Array], names: Sequence[Sequence[str]]) -> list[Bucket]:
+        """Lay out all buckets; those made earlier must not be used any more.
+
+        Parameters
+        ----------
+        arrays : mapping of str to Array
+            As for the constructor.
+        names : sequence of sequence of str
+            The names in each bucket, as `assign` gives them.
+
+        Returns
+        -------
+        list of Bucket
+            In the order in which they become complete. Behind the last one travels one flag per
+            array, in the order of `arrays`: who had a gradient. The flags cost no message, except
+            beside a hook of the user's: what it makes of numbers is its own business, so they
+            follow in a bucket of their own.
+        """
+        self._taken = 0
+        own_flags = callable(self._compression)
+        buckets = [
+            Bucket(
+                [(name, arrays[name]) for name in members],
+                compression=self._compression,
+                num_flags=len(arrays) if i == len(names) and not own_flags else 0,
+                empty=self._take,
+            )
+            for i, members in enumerate(names, start=1)
+        ]
+        if buckets and own_flags:
+            flags = Bucket([], compression=None, num_flags=len(arrays), dtype=np.dtype(np.float32))
+            buckets.append(flags)
+        return buckets
+
+    def _take(self, length: int, dtype: DType) -> Array:
+        """Return the next `length` elements of the memory."""
+        start = self._taken
+        stop = start + length * dtype.itemsize
+        self._taken = _whole_lines(stop)
+        return self._memory[start:stop].view(dtype)
+
+
+class ArrivalOrder:
+    """The order in which rank 0's gradients came, on its way to all ranks.
+
+    Parameters
+    ----------
+    names : sequence of str
+        All names, in the same order on all ranks.
+    arrived : sequence of str
+        The names in the order in which they came on this rank.
+    group : ProcessGroup
+        The ranks taking part.
+
+    Notes
+    -----
+    Collective over `group`; does not block. A broadcast of 8 bytes per name.
+    """
+
+    def __init__(self, names: Sequence[str], arrived: Sequence[str], group: ProcessGroup) -> None:
+        self._names = names
+        position = {name: i for i, name in enumerate(names)}
+        places = np.array([position[name] for name in arrived], np.int64)
+        self._work: Work[Any] = ibroadcast(places, group, root=0, out=places)
+
+    def done(self) -> bool:
+        """Whether it has come."""
+        return self._work.done()
+
+    def wait(self, timeout: float | None = None) -> list[str]:
+        """Return all names, in rank 0's order."""
+        places = self._work.wait(timeout)
+        return [self._names[place] for place in places.tolist()]
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
