@@ -79,12 +79,12 @@ def after_backward(modules: Iterable[Module], call: Callable[[], None]) -> Itera
     """
     modules = tuple(modules)
     for module in modules:
-        object.__setattr__(module, "_after_backward", call)  # a frozen dataclass may be a layer
+        vars(module)["_after_backward"] = call  # not by setattr: a frozen dataclass may be a layer
     try:
         yield
     finally:
         for module in modules:
-            object.__delattr__(module, "_after_backward")
+            vars(module).pop("_after_backward", None)
 
 
 class _LabellingMeta(ABCMeta):

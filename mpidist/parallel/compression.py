@@ -24,7 +24,8 @@ It is called once per bucket and step, with the same buckets in the same order o
 returns at once. When its `Work` has been waited for, `bucket` must hold the reduction over `group`
 by `op` (MEAN or SUM), or what stands for it, with the same bits on all ranks. `plain` is the
 simplest one. What a hook keeps between steps it keeps per bucket; buckets have different lengths
-or at least different addresses, and stay where they are.
+or at least different addresses, and stay where they are: `DDP` keeps its first layout beside a
+hook.
 """
 
 

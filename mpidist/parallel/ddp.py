@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -11,10 +11,10 @@ from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, after_backward
-from mpidist.nn.parameter import Parameter
 from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.buffers import BufferSync, broadcast_in_place
 from mpidist.parallel.compression import Compression, Hook
+from mpidist.parallel.gradients import ParameterGradients, layers_without_parameters
 from mpidist.parallel.layout import ArrivalOrder
 from mpidist.parallel.reducer import GradientReducer
 
@@ -76,7 +76,9 @@ class DDP:
 
     A parameter that no rank used keeps ``grad is None``, and the optimizer skips it; one that some
     ranks used is averaged, the others counting as zeros. Buffers: see [Note: buffers] in
-    `mpidist.parallel.buffers`.
+    `mpidist.parallel.buffers`. The first backward outside `no_sync` shows the order in which the
+    buckets are laid out from then on, once for all: see [Note: order of arrival] in
+    `mpidist.parallel.layout`.
 
     References
     ----------
@@ -101,13 +103,9 @@ class DDP:
         self.module = module
         self.group = self._reducer.group
         self.op = op
-        self._names = {parameter: name for name, parameter in named.items()}
         self._buffers = BufferSync(buffers, self.group)
-        self._silent = [
-            layer
-            for _, layer in module.named_modules()
-            if not any(isinstance(value, Parameter) for value in vars(layer).values())
-        ]
+        self._silent = layers_without_parameters(module)
+        # A hook of the user's may keep something per bucket.
         self._relayout_due = not callable(compression)
         self._order: ArrivalOrder | None = None
         self._pending: _StepWork | None = None
@@ -115,8 +113,7 @@ class DDP:
         self._syncing = True
         self._failure: str | None = None
         broadcast_in_place([*arrays.values(), *buffers.values()], self.group)
-        for name, parameter in named.items():
-            parameter.attach(self._reducer.grads[name])
+        self._gradients = ParameterGradients(named, self._reducer)
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Run the model forward on this rank's samples.
@@ -205,13 +202,14 @@ class DDP:
         """
         self._check_idle()
         if self._reduced and self.op is not MEAN:
-            _check_zeroed(self._names, self.group)
-        _check_owned(self._names, ctx.uses, self._reducer.grads, self.group)
+            self._gradients.check_zeroed()
+        self._gradients.check_owned(ctx.uses)
         if not self._syncing:
             self._reduced = False
             return self.module.backward(ctx, dy), _NoWork()
         try:
-            self._begin(ctx.uses)
+            self._buffers.start()
+            self._gradients.expect(ctx.uses)
             with after_backward(self._silent, self._reducer.progress):
                 dx = self.module.backward(ctx, dy)
             self._reducer.check_complete("DDP.backward")
@@ -264,47 +262,9 @@ class DDP:
         if error is None:
             self.close()
 
-    # -- one step ------------------------------------------------------------------------------
-
-    def _begin(self, uses: Mapping[Parameter, int]) -> None:
-        """Let every parameter count its contributions; those that expect none are complete."""
-        self._buffers.start()
-        for parameter in self._names:
-            parameter.expect(uses.get(parameter, 0), self._on_ready)
-        for parameter, name in self._names.items():
-            if not uses.get(parameter, 0):
-                # It may hold what earlier micro-batches gave it.
-                none = parameter.unreduced_grad() is None
-                give = self._reducer.skip if none else self._reducer.ready
-                give(name)
-
-    def _on_ready(self, parameter: Parameter) -> None:
-        self._reducer.ready(self._names[parameter])
-
-    def _done(self) -> bool:
-        order = self._order is None or self._order.done()
-        return order and self._buffers.done() and self._reducer.done()
-
-    def _finish(self, timeout: float | None) -> None:
-        """Take over the reduced gradients and rank 0's buffers."""
-        used = self._reducer.wait(timeout)
-        self._buffers.finish(timeout)
-        for parameter, name in self._names.items():
-            parameter.release()
-            if parameter.grad is None and name in used:
-                parameter.add_grad(self._reducer.grads[name])
-        if self._order is not None:
-            _relayout(self._names, self._reducer, self._order.wait(timeout))
-            self._order, self._relayout_due = None, False
-        self._pending = None
-        self._reduced = True
-
     def _abandon(self, error: BaseException) -> None:
-        for parameter in self._names:
-            parameter.release()
+        self._gradients.release()
         self._failure = repr(error)
-
-    # -- misuse --------------------------------------------------------------------------------
 
     def _check_idle(self) -> None:
         if self._failure is not None:
@@ -319,52 +279,6 @@ class DDP:
             )
 
 
-def _relayout(names: Mapping[Parameter, str], reducer: GradientReducer, order: list[str]) -> None:
-    """Let gradients lie in this order from now on, those present too."""
-    present = [parameter for parameter in names if parameter.grad is not None]
-    for parameter in present:
-        parameter.zero_grad()  # `attach` would copy from memory where something else lies by then
-    reducer.relayout(order)
-    for parameter, name in names.items():
-        parameter.attach(reducer.grads[name])
-    for parameter in present:
-        parameter.add_grad(reducer.grads[names[parameter]])
-
-
-def _check_zeroed(names: Mapping[Parameter, str], group: ProcessGroup) -> None:
-    """Refuse to sum again what is a sum already: it would count once per rank."""
-    for parameter, name in names.items():
-        if parameter.grad is not None:
-            raise RuntimeError(
-                f"DDP on {group}: parameter '{name}' still holds the sum over all ranks that an "
-                "earlier backward gave, and op=SUM would count it once per rank; zero_grad() "
-                "before the first backward of a step, and all but its last one inside no_sync()"
-            )
-
-
-def _check_owned(
-    names: Mapping[Parameter, str],
-    uses: Mapping[Parameter, int],
-    grads: Mapping[str, Array],
-    group: ProcessGroup,
-) -> None:
-    """Check that all parameters are ours, and that their gradients live in the buckets."""
-    for parameter in uses:
-        if parameter not in names:
-            raise RuntimeError(
-                f"DDP on {group}: parameter '{parameter.name}' was used, but was not part of the "
-                "module when DDP was made; change the module first, then wrap it"
-            )
-    for parameter, name in names.items():
-        home = parameter.first_grad() if parameter.grad is None else parameter.grad
-        if home is not grads[name]:
-            raise RuntimeError(
-                f"DDP on {group}: the gradient of parameter '{name}' does not live in this DDP's "
-                "bucket any more; something else has called attach(), perhaps a second DDP over "
-                "the same module"
-            )
-
-
 class _StepWork(Work[None]):
     """The gradients and buffers of one step, under way."""
 
@@ -372,13 +286,27 @@ class _StepWork(Work[None]):
         self._ddp = ddp
 
     def done(self) -> bool:
-        if self._ddp._pending is self and self._ddp._done():
+        ddp = self._ddp
+        if ddp._pending is not self:
+            return True
+        arrived = ddp._order is None or ddp._order.done()
+        if arrived and ddp._buffers.done() and ddp._reducer.done():
             self.wait()
-        return self._ddp._pending is not self
+        return ddp._pending is not self
 
     def wait(self, timeout: float | None = None) -> None:
-        if self._ddp._pending is self:
-            self._ddp._finish(timeout)
+        """Take over the reduced gradients and rank 0's buffers."""
+        ddp = self._ddp
+        if ddp._pending is not self:
+            return
+        order = None if ddp._order is None else ddp._order.wait(timeout)
+        used = ddp._reducer.wait(timeout)
+        ddp._buffers.finish(timeout)
+        ddp._gradients.take_over(used)
+        if order is not None:
+            ddp._gradients.relayout(order)
+            ddp._order, ddp._relayout_due = None, False
+        ddp._pending, ddp._reduced = None, True
 
 
 class _NoWork(Work[None]):

@@ -105,6 +105,14 @@ class Layout:
 class ArrivalOrder:
     """The order in which rank 0's gradients came, on its way to all ranks.
 
+    [Note: order of arrival] The reverse of the order of the parameters is a guess at the order in
+    which backward completes gradients. The first backward of a `DDP` outside `no_sync` shows the
+    real one: rank 0's is broadcast beside the gradients, and when they are waited for the buckets
+    are laid out anew in that order, in the same memory. What `Parameter.grad` returned before
+    that, inside `no_sync`, must not be used any more; what it returns afterwards stays the same
+    array. PyTorch does so, too. Beside a hook of the user's, which may keep something per bucket,
+    the first layout stays.
+
     Parameters
     ----------
     names : sequence of str
@@ -117,6 +125,11 @@ class ArrivalOrder:
     Notes
     -----
     Collective over `group`; does not block. A broadcast of 8 bytes per name.
+
+    References
+    ----------
+    Li et al. (2020), PyTorch Distributed: Experiences on Accelerating Data Parallel Training,
+    section 3.2.3.
     """
 
     def __init__(self, names: Sequence[str], arrived: Sequence[str], group: ProcessGroup) -> None:

@@ -105,7 +105,7 @@ class GradientReducer:
         self._arrived: list[str] = []
         self._skipped: set[str] = set()
         self._launched = 0
-        assigned = self._layout.assign(named_arrays, list(reversed(named_arrays)))
+        assigned = self._layout.assign(named_arrays, list(named_arrays)[::-1])
         self._lay_out(named_arrays, assigned)
 
     def _lay_out(self, like: Mapping[str, Array], assigned: list[list[str]]) -> None:
