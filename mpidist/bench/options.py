@@ -10,7 +10,7 @@ from mpidist.bench.sizes import read_size, tell_size
 from mpidist.bench.times import Effort
 from mpidist.group import ProcessGroup
 
-__all__ = ["BenchmarkError", "add_effort", "effort", "require_ranks", "tell_progress"]
+__all__ = ["BenchmarkError", "add_effort", "effort", "positive", "require_ranks", "tell_progress"]
 
 
 class BenchmarkError(Exception):
@@ -42,14 +42,14 @@ def add_effort(
         )
     parser.add_argument(
         "--seconds",
-        type=_positive(float),
+        type=positive(float),
         default=seconds,
         help="about how long to measure at each size, at least 25 calls of each series "
         "(default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
-        type=_positive(int),
+        type=positive(int),
         metavar="N",
         help="time N calls of each series at each size instead",
     )
@@ -95,8 +95,19 @@ def _word(nbytes: int) -> str:
     return tell_size(nbytes).removesuffix(" B").replace(" ", "")
 
 
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """Return a reader of numbers above 0."""
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a reader of numbers above 0, for the ``type`` of an option.
+
+    Parameters
+    ----------
+    kind : callable
+        Makes a number of a text, such as `int`.
+
+    Returns
+    -------
+    callable
+        Takes the text, and raises `argparse.ArgumentTypeError` unless it is such a number.
+    """
 
     def read(text: str) -> float:
         try:

@@ -1,0 +1,252 @@
+"""What communication adds to a training step, beside torch's DDP over Gloo.
+
+A step is forward, backward and the wait for the gradients of all ranks; no optimizer. The model
+is a stack of `Linear` layers with `ReLU` between them, the batch a small one, so that the gradients
+weigh much beside the computation. Sizes are the bytes of all gradients. The row of each series has
+the values `parameters`, `layers` and `width`; that of DDP also `added`, the seconds over the step
+alone, that of torch DDP too, and `ratio`, our added time over torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isqrt
+from typing import Any
+
+import numpy as np
+
+from mpidist import env, nn
+from mpidist._types import MEAN, Array
+from mpidist.bench.machine import Machine
+from mpidist.bench.options import add_effort, effort, positive, require_ranks, tell_progress
+from mpidist.bench.peers import Gloo, open_gloo
+from mpidist.bench.report import Comparison, Measure, Report, Row
+from mpidist.bench.times import Series, Times, measure
+from mpidist.collectives import all_reduce
+from mpidist.group import ProcessGroup
+from mpidist.parallel import DDP
+
+__all__ = ["COMPARISONS", "Shape", "configure", "run"]
+
+_DDP, _ALONE, _SUM = "DDP", "alone", "one all_reduce"
+_TORCH_DDP, _TORCH = "torch DDP", "torch alone"
+
+COMPARISONS = (
+    Comparison("added", _DDP, _ALONE, Measure.ADDED),
+    Comparison("torch added", _TORCH_DDP, _TORCH, Measure.ADDED),
+)
+
+_LEGEND = {
+    _DDP: "a step with mpidist.parallel.DDP",
+    _ALONE: "the same step without communication, by all ranks at once; gradients written in place",
+    _SUM: "mpidist.all_reduce of as many bytes of registered memory in one call, and nothing else",
+    _TORCH_DDP: "the same model with torch's DistributedDataParallel over Gloo",
+    _TORCH: "the same without it, by all ranks at once",
+}
+
+_WIDEST = 1024
+"""Layers are at most so wide: wider ones would make a model of two or three gradients."""
+
+_STEP = 32
+"""Widths are multiples of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model: `layers` square layers of `width` inputs and a bias each.
+
+    Attributes
+    ----------
+    width, layers : int
+        At least 1 and 2.
+    """
+
+    width: int
+    layers: int
+
+    @classmethod
+    def of(cls, parameters: float) -> Shape:
+        """Return a shape of about so many parameters, with at least four layers."""
+        width = min(max(round(isqrt(int(parameters / 4)) / _STEP), 1) * _STEP, _WIDEST)
+        return cls(width, max(round(parameters / (width * (width + 1))), 4))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, biases included."""
+        return self.layers * self.width * (self.width + 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradients, in float32."""
+        return 4 * self.parameters
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument(
+        "--millions",
+        type=positive(float),
+        nargs="+",
+        default=[1.0, 10.0, 50.0],
+        metavar="N",
+        help="about how many million parameters the models have (default: 1 10 50)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive(int),
+        default=16,
+        help="samples of each rank (default: %(default)s)",
+    )
+    parser.add_argument("--no-torch", action="store_true", help="leave out the peer torch")
+    add_effort(parser, sizes=None, seconds=10.0)
+
+
+def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
+    """Measure the step of each model; collective over `world`."""
+    require_ranks(world, "ddp")
+    machine, rows = Machine.of(world), list[Row]()
+    notes = [f"{options.batch} samples on each rank in each step"]
+    if env.omp_num_threads() != "1":
+        notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
+    peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
+    with peer as gloo:
+        notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}, 1 thread")
+        for millions in options.millions:
+            shape = Shape.of(millions * 1e6)
+            with _ours(world, shape, options.batch) as series, _theirs(gloo, shape, options) as b:
+                times = measure([*series, *b], world, effort=effort(options))
+            tell_progress(world, "DDP step", shape.nbytes)
+            rows += _rows(shape, times)
+    return Report(
+        benchmark="ddp",
+        machine=machine,
+        rows=rows,
+        comparisons=COMPARISONS,
+        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
+        notes=[*notes, *(_verdict(row) for row in rows if "added" in row.values)],
+    )
+
+
+def _rows(shape: Shape, times: Mapping[str, Times]) -> list[Row]:
+    values = {"parameters": float(shape.parameters)}
+    values |= {"layers": float(shape.layers), "width": float(shape.width)}
+    rows = {
+        name: Row(operation="DDP step", series=name, nbytes=shape.nbytes, times=each, values=values)
+        for name, each in times.items()
+    }
+    for comparison in COMPARISONS:
+        if comparison.series in rows:
+            added = comparison.of(times[comparison.series], times[comparison.reference])
+            _note(rows, comparison.series, added=added)
+    if _TORCH_DDP in rows:
+        added, theirs = (rows[name].values["added"] for name in (_DDP, _TORCH_DDP))
+        _note(rows, _DDP, ratio=added / theirs)
+    return list(rows.values())
+
+
+def _note(rows: dict[str, Row], series: str, **values: float) -> None:
+    rows[series] = replace(rows[series], values={**rows[series].values, **values})
+
+
+def _verdict(row: Row) -> str:
+    """Say in a sentence what the series adds."""
+    millions = row.values["parameters"] / 1e6
+    told = (
+        f"{millions:.2f} million parameters in {row.values['layers']:.0f} layers: {row.series} "
+        f"adds {row.values['added'] * 1e3:.2f} ms"
+    )
+    ratio = row.values.get("ratio")
+    return told if ratio is None else f"{told}, {ratio:.3f} of what torch DDP adds"
+
+
+@contextmanager
+def _ours(world: ProcessGroup, shape: Shape, batch: int) -> Iterator[list[Series]]:
+    """Give the series of mpidist, whose gradients have been compared with each other once."""
+    x, dy = _samples(world, shape, batch)
+    alone, wrapped = _model(shape), _model(shape)
+    with DDP(wrapped, world) as ddp:
+        steps = {
+            _DDP: partial(_step, [*wrapped.parameters()], ddp.forward, ddp.backward, x, dy),
+            _ALONE: partial(_step, [*alone.parameters()], alone.forward, alone.backward, x, dy),
+        }
+        for step in steps.values():
+            step()
+        mean = all_reduce(_gradient(alone), world, op=MEAN)
+        if not np.allclose(_gradient(wrapped), mean, rtol=1e-4, atol=1e-6):
+            raise RuntimeError("bench ddp: DDP's gradient is not the mean of the ranks' gradients")
+        whole = world.empty(shape.parameters)
+        whole.fill(0)
+        yield [
+            *(Series(name, step) for name, step in steps.items()),
+            Series(_SUM, partial(all_reduce, whole, world, out=whole)),
+        ]
+
+
+def _model(shape: Shape) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for seed in range(shape.layers):
+        layers += [nn.Linear(shape.width, shape.width, rng=seed), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _samples(world: ProcessGroup, shape: Shape, batch: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(world.rank)
+    x, dy = rng.standard_normal((2, batch, shape.width), np.float32)
+    return x, dy
+
+
+def _gradient(model: nn.Sequential) -> Array:
+    gradient = next(iter(model.parameters())).grad
+    assert gradient is not None, "a step has been made"
+    return gradient
+
+
+def _step(
+    parameters: Sequence[nn.Parameter],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    x: Array,
+    dy: Array,
+) -> None:
+    for parameter in parameters:
+        parameter.zero_grad()
+    _, ctx = forward(x, nn.Mode(training=True))
+    backward(ctx, dy)
+
+
+@contextmanager
+def _theirs(
+    gloo: Gloo | str, shape: Shape, options: argparse.Namespace
+) -> Iterator[Sequence[Series]]:
+    """Give the series of torch, if there is one."""
+    if isinstance(gloo, str):
+        yield []
+        return
+    torch = gloo.torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a rank has one core
+    try:
+        x, dy = torch.randn(2, options.batch, shape.width)
+        wrapped = torch.nn.parallel.DistributedDataParallel(_torch_model(torch, shape))
+        yield [
+            Series(_TORCH_DDP, partial(_torch_step, wrapped, x, dy)),
+            Series(_TORCH, partial(_torch_step, _torch_model(torch, shape), x, dy)),
+        ]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _torch_model(torch: Any, shape: Shape) -> Any:
+    layers: list[Any] = []
+    for _ in range(shape.layers):
+        layers += [torch.nn.Linear(shape.width, shape.width), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def _torch_step(model: Any, x: Any, dy: Any) -> None:
+    model.zero_grad()
+    model(x).backward(dy)
