@@ -26,7 +26,7 @@ from mpidist._types import (
     SUM,
     ReduceOp,
 )
-from mpidist.backends.mpi import is_mpi_available
+from mpidist.backends.availability import is_mpi_available
 from mpidist.backends.work import ANY_SOURCE, Work
 from mpidist.collectives import (
     all_gather,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = [
     "BAND",
@@ -25,7 +27,7 @@ __all__ = [
     "ReduceOp",
 ]
 
-Array: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = "npt.NDArray[Any]"
 """A numpy array; cupy arrays have the same interface and are accepted where the text says so."""
 
 DType: TypeAlias = np.dtype[Any]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.errors import SizeMismatchError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = ["FlatBuffer"]
 

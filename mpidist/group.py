@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from operator import index
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.backends.base import Backend, Capabilities
@@ -24,8 +24,12 @@ from mpidist.errors import (
     SizeMismatchError,
     UnsupportedOperationError,
 )
-from mpidist.log import rank_logger
 from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
+
+if TYPE_CHECKING:
+    import logging
+
+    import numpy.typing as npt
 
 __all__ = ["Layout", "ProcessGroup", "broken_groups"]
 
@@ -83,8 +87,6 @@ class ProcessGroup:
         Seconds after which a wait logs a warning, and again at each doubling.
     operations : int
         How many operations this rank has begun on the group.
-    log : logging.LoggerAdapter
-        Logger whose messages carry group and rank.
     """
 
     def __init__(
@@ -114,7 +116,6 @@ class ProcessGroup:
         self.name = name
         self.timeout = timeout
         self.warn_after = warn_after
-        self.log = rank_logger(name, self.rank, self.size)
         nodes = layout.of(self.ranks)
         self.node_rank = nodes[self.rank]
         self.num_nodes = max(nodes) + 1
@@ -169,6 +170,14 @@ class ProcessGroup:
             self.close()
 
     # -- facts ---------------------------------------------------------------------------------
+
+    @cached_property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """Logger whose messages carry group and rank."""
+        # Here, since few programs log: it is a part of the import that can be saved.
+        from mpidist.log import rank_logger
+
+        return rank_logger(self.name, self.rank, self.size)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -313,7 +322,7 @@ class ProcessGroup:
     def _introduce(self, number: int) -> tuple[list[int], int]:
         """Return a number of each rank, and an identity on which all agree."""
         numbers = np.empty((self.size, 2), np.int64)
-        mine = np.array([number, secrets.randbits(62)], np.int64)
+        mine = np.array([number, int.from_bytes(os.urandom(7), "little")], np.int64)
         counts = (mine.size,) * self.size
         self.run(Plan("all_gather", (mine, numbers.reshape(-1), counts), lambda: None))
         return numbers[:, 0].tolist(), int(numbers[0, 1])

@@ -82,6 +82,39 @@ def test_nothing_starts(imported: dict[str, object]) -> None:
     assert imported["environment_changed"] is False
 
 
+COST = """
+import sys
+from time import process_time
+start = process_time()
+import {}
+print(process_time() - start, *sys.modules)
+"""
+
+
+def cost(module: str) -> tuple[float, set[str]]:
+    """Return the processor's seconds of an import in a fresh interpreter, and what it brings."""
+    dropped = ("COVERAGE", "COV_", "PYTHONDONTWRITEBYTECODE")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *sys.path[1:]])
+    command = [sys.executable, "-c", COST.format(module)]
+    seconds, *modules = subprocess.check_output(command, env=environment, text=True).split()
+    return float(seconds), set(modules)
+
+
+def test_importing_costs_little_more_than_numpy() -> None:
+    """A guard, with room for a busy machine; `python -m mpidist bench import` gives the figure."""
+    cost("mpidist")  # once more, since the files may not be compiled
+    pairs = [(cost("mpidist")[0], cost("numpy")[0]) for _ in range(9)]
+    ours, numpys = (min(seconds) for seconds in zip(*pairs, strict=True))
+    assert ours < 1.45 * numpys, pairs
+
+
+def test_importing_brings_nothing_heavy_that_is_not_needed_yet() -> None:
+    """These, and what they import themselves, were two fifths of what mpidist adds to numpy."""
+    late = {"argparse", "logging", "pathlib", "secrets", "socket", "subprocess", "tempfile"}
+    assert not late & (cost("mpidist")[1] - cost("numpy")[1])
+
+
 def constants_classes_functions(name: str) -> tuple[int, list[tuple[int, str]]]:
     """Return the key of ruff's order: constants, classes, functions; numbers by value."""
     kind = 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2

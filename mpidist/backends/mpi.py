@@ -8,14 +8,11 @@ by the algorithms (`mpidist.backends.mpi_calls` says what).
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,7 +31,7 @@ from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
 
-__all__ = ["MpiBackend", "is_mpi_available", "load_mpi", "world_ranks"]
+__all__ = ["MpiBackend", "load_mpi", "world_ranks"]
 
 _CHUNK = 2**30
 """Bytes of the longest single message; longer ones travel in several."""
@@ -58,27 +55,6 @@ def load_mpi() -> Any:
     except (ImportError, RuntimeError, OSError) as error:
         raise BackendUnavailableError(f"mpi: {error}; {_CURE}") from error
     return MPI
-
-
-@cache
-def is_mpi_available() -> bool:
-    """Whether `init` with the MPI backend can work here.
-
-    Never raises, and does not initialise MPI: another process tries to load the library, unless
-    this one has done so. Takes about 0.2 s the first time.
-    """
-    if "mpi4py.MPI" in sys.modules:
-        return True
-    if importlib.util.find_spec("mpi4py") is None:
-        return False
-    attempt = "import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI"
-    try:
-        tried = subprocess.run(  # noqa: S603  # this interpreter, and a text of ours
-            [sys.executable, "-c", attempt], capture_output=True, check=False, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return tried.returncode == 0
 
 
 class _Requests(Work[tuple[int, ...]]):
