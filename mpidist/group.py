@@ -359,12 +359,61 @@ class ProcessGroup:
         dtype is: all ranks pass the same place of the same array, or none does. Where there is no
         shared memory (several nodes, or none left) it is an ordinary array on all ranks.
         """
+        memory = self._memory("empty", shape, dtype, self._backend.allocate)
+        if memory is None:
+            return np.empty(shape, dtype)
+        return memory.view(dtype).reshape(shape)
+
+    def shared(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array | None:
+        """Make one array that all ranks of the group see, where they share memory.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+            The same on all ranks.
+        dtype : dtype, optional
+            The same on all ranks.
+
+        Returns
+        -------
+        Array or None
+            Not initialised, and the same memory on every rank: what one writes, all read. None on
+            all ranks where there is no such memory. It stays valid after `close`.
+
+        Raises
+        ------
+        CollectiveMismatchError
+            If the ranks ask for different numbers of bytes; on all of them, and nothing is made.
+        SizeMismatchError
+            If a length is negative.
+
+        Notes
+        -----
+        Collective over the group; blocks. Usually asked of a `node_group`: over several nodes it is
+        None. A rank may read what another has written when both have passed a `barrier` since, and
+        write over what another has read likewise. Each rank provides an equal share of the pages.
+        Collectives take it as any other array, and no two ranks may receive in one place of it.
+        """
+        memory = self._memory("shared", shape, dtype, self._backend.share)
+        if memory is not None:
+            return memory.view(dtype).reshape(shape)
+        fresh = np.empty(shape, dtype)
+        return fresh if self.size == 1 or not fresh.nbytes else None
+
+    def _memory(
+        self,
+        operation: str,
+        shape: int | Sequence[int],
+        dtype: npt.DTypeLike,
+        make: Callable[..., Array | None],
+    ) -> Array | None:
+        """Make bytes for an array of this shape; None for no bytes, or where there are none."""
         dtype = np.dtype(dtype)
         shape = tuple(map(index, np.atleast_1d(np.asarray(shape, object))))
         if any(length < 0 for length in shape):
-            raise SizeMismatchError(f"empty on {self}: no array has the shape {shape}")
+            raise SizeMismatchError(f"{operation} on {self}: no array has the shape {shape}")
         nbytes = prod(shape) * dtype.itemsize
-        waiter = self._collective_waiter("empty")
+        waiter = self._collective_waiter(operation)
         with self._breaking():
             # A block has parts of one size: with another stride, ranks would overlap.
             mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
@@ -375,8 +424,7 @@ class ProcessGroup:
                     "and nothing has been made; all must give the same shape and dtype, here "
                     f"{shape} and {dtype}. Bytes by rank: {sizes.tolist()}"
                 )
-            memory = self._backend.allocate(nbytes, waiter=waiter) if nbytes else None
-        return np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
+            return make(nbytes, waiter=waiter) if nbytes else None
 
     # -- operations ----------------------------------------------------------------------------
 

@@ -170,6 +170,23 @@ class Backend(ABC):
         """
         return None
 
+    def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
+        """Make one piece of memory that all ranks see; collective, blocks.
+
+        Parameters
+        ----------
+        nbytes : int
+            Its size, more than 0.
+        waiter : Waiter
+            How to wait.
+
+        Returns
+        -------
+        Array, shape (nbytes,), uint8, or None
+            The same memory on every rank; None on all where there is none.
+        """
+        return None
+
     def begin(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
         """Start a collective, and return at once.
 

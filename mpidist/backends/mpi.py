@@ -320,6 +320,15 @@ class MpiBackend(Backend):
         parts = [memory[rank * stride : (rank + 1) * stride] for rank in range(self.size)]
         return self.registered.add(parts, self.rank, nbytes)
 
+    def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
+        """Make one piece of memory for all ranks, where they share memory; collective, blocks."""
+        if not self._shares:
+            return None
+        self._arrive(waiter)
+        with self._within(waiter):
+            memory = _share(self._mpi, self._comm, Block.stride(-(-nbytes // self.size)))
+        return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
+
     def _arrive(self, waiter: Waiter) -> None:
         """Wait, with the deadline, until all ranks have come to this operation."""
         if self.size == 1:

@@ -309,18 +309,42 @@ class Module(metaclass=_LabellingMeta):
         Raises
         ------
         ValueError
-            Listing every name that is missing or unknown and every shape or dtype that differs;
-            nothing has been changed then.
+            Listing every name that is missing or unknown and every shape or dtype that differs, or
+            naming a parameter that is read-only because its memory is shared; nothing has been
+            changed then.
         """
+        self.check_state_dict(state)
         own = self.state_dict()
-        problems = _differences(own, state)
+        for name, array in own.items():
+            if not getattr(array.flags, "writeable", True):  # cupy's arrays always are
+                raise ValueError(
+                    f"load_state_dict: '{name}' is read-only: other processes see this memory, and "
+                    "the optimizer that made it so writes it; nothing was changed. Load through "
+                    "ShardedOptimizer.load_module_state_dict on all ranks, or give the parameter "
+                    "memory of its own first (parameter.data = parameter.data.copy())"
+                )
+        for name, array in own.items():
+            array[...] = state[name]
+
+    def check_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Raise unless `load_state_dict` could take these values.
+
+        Parameters
+        ----------
+        state : mapping of str to Array
+            As `state_dict` gives it: the same names, shapes and dtypes.
+
+        Raises
+        ------
+        ValueError
+            Listing every name that is missing or unknown and every shape or dtype that differs.
+        """
+        problems = _differences(self.state_dict(), state)
         if problems:
             raise ValueError(
                 f"load_state_dict: the state does not fit {type(self).__name__}; nothing was "
                 "changed:\n  " + "\n  ".join(problems)
             )
-        for name, array in own.items():
-            array[...] = state[name]
 
 
 def _labelling(init: Callable[..., None]) -> Callable[..., None]:

@@ -80,6 +80,11 @@ class Parameter:
         self._check_open()
         return self.unreduced_grad()
 
+    @property
+    def grad_nbytes(self) -> int:
+        """Bytes of the gradient's memory; 0 before any has been made or attached."""
+        return 0 if self._buffer is None else int(self._buffer.nbytes)
+
     def unreduced_grad(self) -> Array | None:
         """Return what `grad` does, also while all contributions are in: for who communicates it.
 

@@ -13,7 +13,7 @@ from mpidist.nn.parameter import Parameter
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.optim.schedule import Schedule
 
-__all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
+__all__ = ["SGD", "Adam", "AdamW", "Optimizer", "check_same_state"]
 
 # Elements that are updated at once: a parameter, its gradient and its state of this length stay in
 # a core's cache over the dozen passes of a rule, and the scratch stays small.
@@ -140,7 +140,7 @@ class Optimizer:
             If class, names, shapes or dtypes differ; nothing has been changed then.
         """
         mine = self.state_dict()
-        _check_same(mine, state)
+        check_same_state(mine, state)
         self._steps = int(state["step"])
         for name, slots in self._state.items():
             self._updates[name] = int(state[f"{name}/updates"])
@@ -322,7 +322,8 @@ def _blocks(*arrays: Array) -> Iterator[tuple[tuple[Array, ...], Array]]:
         yield block, scratch[:, : block[0].size]
 
 
-def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+def check_same_state(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state has the kind, names, shapes and dtypes of this one."""
     if theirs.get("kind") != mine["kind"]:
         raise ValueError(
             f"load_state_dict: this is {mine['kind']}, the state is of {theirs.get('kind')!r}"

@@ -9,6 +9,8 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays import array_namespace
+from mpidist.collectives import all_reduce
+from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
 
 __all__ = ["clip_grad_norm"]
@@ -17,7 +19,9 @@ _BLOCK = 1 << 16
 """Elements widened to float64 at once."""
 
 
-def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
+def clip_grad_norm(
+    parameters: Iterable[Parameter], max_norm: float, *, group: ProcessGroup | None = None
+) -> float:
     """Scale all gradients down together so that their norm is at most `max_norm`.
 
     Between backward and the step; with a `GradScaler` after its `unscale`, since scaled gradients
@@ -34,11 +38,14 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
         Those without a gradient are passed over.
     max_norm : float
         The largest Euclidean norm of all gradients taken as one vector, positive.
+    group : ProcessGroup, optional
+        The ranks over which the gradients are spread, where each has other elements of them, as
+        the shards of a `ShardedOptimizer`: their norm is that of all together.
 
     Returns
     -------
     float
-        The norm before clipping, summed in float64.
+        The norm before clipping, summed in float64; the same on all ranks of `group`.
 
     Raises
     ------
@@ -48,7 +55,8 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     Notes
     -----
     Local: after `DDP.backward` the gradients are the same on all ranks, bit by bit, so the norm is
-    too. Blocks the host. A norm that is not finite is returned, and nothing is scaled.
+    too. With `group` collective over it: one all_reduce of 8 bytes. Blocks the host. A norm that is
+    not finite is returned, and nothing is scaled.
 
     References
     ----------
@@ -58,7 +66,10 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = math.sqrt(math.fsum(_sum_of_squares(grad) for grad in grads))
+    squares = math.fsum(_sum_of_squares(grad) for grad in grads)
+    if group is not None:
+        squares = float(all_reduce(np.array(squares), group))
+    norm = math.sqrt(squares)
     if math.isfinite(norm) and norm > max_norm:
         for grad in grads:
             grad[...] *= max_norm / norm

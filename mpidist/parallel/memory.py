@@ -1,0 +1,163 @@
+"""What training holds in memory: the bytes that are accounted for, and what the kernel counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpidist.collectives import all_reduce
+from mpidist.group import ProcessGroup
+from mpidist.nn.module import Module
+from mpidist.optim import Optimizer
+
+__all__ = ["MemoryLedger", "MemoryUse", "memory_ledger", "memory_use", "proportional_set_size"]
+
+_ROLLUP = Path("/proc/self/smaps_rollup")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes that training holds, by what they are for.
+
+    Attributes
+    ----------
+    parameters, gradients, optimizer_state : int
+        Bytes. Of memory that the ranks of a node share, each rank counts an equal share, so that
+        the sum over a node's ranks is what the node holds.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+
+    @property
+    def total(self) -> int:
+        """All of them together, in bytes."""
+        return self.parameters + self.gradients + self.optimizer_state
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLedger:
+    """What one rank and all ranks of its node hold.
+
+    Attributes
+    ----------
+    rank, node : MemoryUse
+        Accounted for, of this rank and of all ranks of its node.
+    rank_pss, node_pss : int or None
+        What the kernel counts for the whole process, and for all of the node, in bytes; None where
+        it does not tell. See `proportional_set_size`.
+    """
+
+    rank: MemoryUse
+    node: MemoryUse
+    rank_pss: int | None
+    node_pss: int | None
+
+    def __str__(self) -> str:
+        """Return a table in MiB."""
+        rows = [
+            ("parameters", self.rank.parameters, self.node.parameters),
+            ("gradients", self.rank.gradients, self.node.gradients),
+            ("optimizer state", self.rank.optimizer_state, self.node.optimizer_state),
+            ("total", self.rank.total, self.node.total),
+            ("whole process (PSS)", self.rank_pss, self.node_pss),
+        ]
+        lines = [f"{'MiB':<20}{'this rank':>12}{'its node':>12}"]
+        lines += [f"{what:<20}{_mebibytes(rank)}{_mebibytes(node)}" for what, rank, node in rows]
+        return "\n".join(lines)
+
+
+def memory_use(module: Module, optimizer: Optimizer) -> MemoryUse:
+    """Count what a model and its optimizer hold on this rank alone.
+
+    Parameters
+    ----------
+    module : Module
+        The model; a shared parameter counts once.
+    optimizer : Optimizer
+        Its optimizer. A `ShardedOptimizer` counts by `ShardedOptimizer.memory_use`.
+
+    Returns
+    -------
+    MemoryUse
+        Gradients count from the first backward on, or once they are attached, as by `DDP`.
+
+    Notes
+    -----
+    Local. Padding between gradients in a bucket, activations and buffers are not counted.
+    """
+    parameters = list(module.parameters())
+    return MemoryUse(
+        parameters=sum(int(parameter.data.nbytes) for parameter in parameters),
+        gradients=sum(parameter.grad_nbytes for parameter in parameters),
+        optimizer_state=array_bytes(optimizer.state_dict()),
+    )
+
+
+def array_bytes(state: Mapping[str, Any]) -> int:
+    """Return the bytes of all arrays in a state dict."""
+    return sum(int(getattr(value, "nbytes", 0)) for value in state.values())
+
+
+def memory_ledger(use: MemoryUse, group: ProcessGroup) -> MemoryLedger:
+    """Add up what the ranks of each node hold.
+
+    Parameters
+    ----------
+    use : MemoryUse
+        Of this rank: `memory_use`, or `ShardedOptimizer.memory_use`.
+    group : ProcessGroup
+        The ranks.
+
+    Returns
+    -------
+    MemoryLedger
+        Of this rank and its node.
+
+    Notes
+    -----
+    Collective over `group`; blocks. One all_reduce of 40 bytes in its `node_group`.
+    """
+    pss = proportional_set_size()
+    mine = np.array([*astuple(use), pss or 0, pss is not None], np.int64)
+    *counted, pss_sum, told = all_reduce(mine, group.node_group()).tolist()
+    node_pss = pss_sum if told == group.local_size else None
+    return MemoryLedger(use, MemoryUse(*counted), pss, node_pss)
+
+
+def proportional_set_size() -> int | None:
+    """Return the kernel's count of this process's memory.
+
+    Returns
+    -------
+    int or None
+        Bytes in memory, a page that n processes have mapped counting for one n-th in each: the sum
+        over the ranks of a node is what they take together. None where the kernel does not tell
+        (before Linux 4.14, elsewhere than Linux, or where ``/proc`` is hidden).
+
+    Notes
+    -----
+    Local. The resident set size (RSS), which most tools show, counts a shared page once in each
+    process. The kernel walks all of the process's pages: some milliseconds per GiB.
+
+    References
+    ----------
+    proc_pid_smaps(5), ``/proc/pid/smaps_rollup``.
+    """
+    try:
+        text = _ROLLUP.read_text(encoding="ascii")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _mebibytes(count: int | None) -> str:
+    return f"{'not told':>12}" if count is None else f"{count / 2**20:>12.1f}"

@@ -1,0 +1,120 @@
+"""Training by a sharded optimizer, and what is checked alike on simulated and on real ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import SUM, Array
+from mpidist.group import ProcessGroup
+from mpidist.nn import Linear, Mode, Module, Parameter, Sequential, cross_entropy
+from mpidist.nn.module import Context
+from mpidist.optim import SGD, AdamW
+from mpidist.parallel import DDP, ShardedOptimizer
+from tests.parallel.training import OPTIMIZERS, SMALL, Case, batches, digest
+
+FACTORIES: dict[str, Callable[..., Any]] = {
+    "sgd": partial(SGD, lr=0.2, momentum=0.9, weight_decay=1e-3),
+    "adamw": partial(AdamW, lr=0.02, weight_decay=0.1),
+}
+"""The optimizers of `tests.parallel.training`, for slices."""
+
+
+def scattered(model: Module, group: ProcessGroup, case: Case, name: str) -> ShardedOptimizer:
+    return ShardedOptimizer(model, group, optimizer=FACTORIES[name], op=case.op, sizes=SMALL)
+
+
+def after_ddp(model: Module, group: ProcessGroup, case: Case, name: str) -> ShardedOptimizer:
+    ddp = DDP(model, group, op=case.op, sizes=SMALL)
+    return ShardedOptimizer(ddp, group, optimizer=FACTORIES[name], sizes=SMALL)
+
+
+WAYS = {"scattered": scattered, "after ddp": after_ddp}
+
+
+def train_sharded(group: ProcessGroup, case: Case, name: str, way: str) -> dict[str, Array]:
+    """Train on this rank's shares, from parameters that differ at first."""
+    model = case.build(np.random.default_rng(group.rank))
+    with WAYS[way](model, group, case, name) as optimizer:
+        for step, x, target in batches():
+            start, end = case.share(group.rank, group.size, len(x))
+            denominator = len(x) if case.op is SUM else end - start
+            optimizer.zero_grad()
+            cuts = np.linspace(start, end, case.micro_batches + 1).astype(int)
+            for i, (a, b) in enumerate(pairwise(cuts)):
+                last = i == case.micro_batches - 1
+                with nullcontext() if last else optimizer.no_sync():
+                    mode = Mode(True, seed=5, step=step, sample_offset=int(a))
+                    y, ctx = model.forward(x[a:b], mode)
+                    _, dy = cross_entropy(y, target[a:b], denominator=denominator)
+                    optimizer.backward(ctx, dy)
+            optimizer.step()
+    return {name: array.copy() for name, array in model.state_dict().items()}
+
+
+def digests_after_ddp(group: ProcessGroup, case: Case, name: str, *, shard: bool) -> list[str]:
+    """Train by DDP with equal shares, and return the parameters' digest after each step."""
+    model = case.build(np.random.default_rng(3))
+    ddp = DDP(model, group, sizes=SMALL)
+    if shard:
+        optimizer = ShardedOptimizer(ddp, group, optimizer=FACTORIES[name])
+    else:
+        optimizer = OPTIMIZERS[name](model)
+    found = []
+    for step, x, target in batches():
+        start, end = case.share(group.rank, group.size, len(x))
+        optimizer.zero_grad()
+        y, ctx = ddp.forward(x[start:end], Mode(True, seed=5, step=step, sample_offset=start))
+        ddp.backward(ctx, cross_entropy(y, target[start:end])[1])
+        optimizer.step()
+        found.append(digest(model))
+    return found
+
+
+class Given(Module):
+    """Parameters whose gradients are simply given: `dy` is a dict of them, None where unused."""
+
+    def __init__(self, **arrays: Any) -> None:
+        self.names = list(arrays)
+        for name, array in arrays.items():
+            setattr(self, name, Parameter(np.array(array)))
+
+    def forward(self, x: Any, mode: Mode) -> tuple[Any, Context]:
+        used = [name for name in self.names if name in x]
+        return x, Context(x, {getattr(self, name): 1 for name in used})
+
+    def backward_input(self, ctx: Context, dy: Any) -> tuple[Any, Any]:
+        return dy, dy
+
+    def backward_weight(self, wctx: Any) -> None:
+        for name, grad in wctx.items():
+            getattr(self, name).add_grad(np.asarray(grad))
+
+
+def whole_numbers(model: Module, rank: int, step: int) -> dict[str, Array]:
+    """Return a gradient per parameter whose sums over ranks are exact in any order."""
+    rng = np.random.default_rng([rank, step])
+    return {
+        name: rng.integers(-8, 9, size=p.shape).astype(p.dtype)
+        for name, p in model.named_parameters()
+    }
+
+
+def give(optimizer: ShardedOptimizer, grads: dict[str, Array]) -> None:
+    """Run a backward that makes these gradients."""
+    _, ctx = optimizer.module.forward(grads, Mode(training=True))
+    optimizer.backward(ctx, grads)
+
+
+def large(seed: int = 0) -> Module:
+    """Build a model of 8 MiB in float32, with a length that no number of ranks divides."""
+    rng = np.random.default_rng(seed)
+    return Sequential(
+        Linear(1021, 1024, rng=rng, dtype=np.float32),
+        Linear(1024, 1027, rng=rng, dtype=np.float32),
+    )
