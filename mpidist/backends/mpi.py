@@ -326,7 +326,7 @@ class MpiBackend(Backend):
             return None
         self._arrive(waiter)
         with self._within(waiter):
-            memory = _share(self._mpi, self._comm, Block.stride(-(-nbytes // self.size)))
+            memory = share(self._mpi, self._comm, Block.stride(-(-nbytes // self.size)))
         return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
 
     def _arrive(self, waiter: Waiter) -> None:

@@ -22,7 +22,7 @@ NOT_BUILT = {
         "mpidist.backends.ucc",
     ],
     "GPU collectives": ["mpidist:gpu_all_reduce"],
-    "FSDP, sharded optimizer": ["mpidist.parallel.fsdp", "mpidist.parallel.zero"],
+    "FSDP": ["mpidist.parallel.fsdp"],
     "Pipeline, tensor parallel": ["mpidist.parallel.pipeline", "mpidist.parallel.tensor"],
     "Device mesh, DTensor": ["mpidist.mesh", "mpidist.dtensor"],
     "SyncBatchNorm": ["mpidist.parallel.sync_batch_norm"],

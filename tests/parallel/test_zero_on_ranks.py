@@ -61,7 +61,7 @@ def test_after_a_ddp_it_is_the_unsharded_optimizer_bit_by_bit(world):
 def test_large_buckets_equal_the_unsharded_optimizer_bit_by_bit(world, memory, monkeypatch):
     """Long enough for the direct path, and without any shared memory."""
     if memory == "refused":
-        monkeypatch.setattr(mpi, "_share", lambda *_: None)
+        monkeypatch.setattr(mpi, "share", lambda *_: None)
     rule = partial(AdamW, lr=0.02, weight_decay=0.1)
 
     def start(rank):
