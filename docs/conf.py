@@ -20,6 +20,7 @@ except metadata.PackageNotFoundError:  # read from a checkout that is not instal
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "myst_parser",
     "sphinx_copybutton",
     "numpydoc",
     "members",
@@ -74,7 +75,7 @@ html_theme_options = {
     "secondary_sidebar_items": {"**": ["page-toc"], "names": []},
 }
 # A page that is no section's has no neighbours to show.
-html_sidebars = {page.stem: [] for page in DOCS.glob("*.rst")}
+html_sidebars = {page.stem: [] for page in DOCS.iterdir() if page.suffix in (".rst", ".md")}
 html_show_sourcelink = False
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True

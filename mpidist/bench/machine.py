@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mpidist import env
 from mpidist.backends.mpi import load_mpi
+from mpidist.collectives import all_gather_object
 from mpidist.group import ProcessGroup
 
 __all__ = ["Machine"]
@@ -20,7 +21,7 @@ _CPU = Path("/sys/devices/system/cpu/cpu0")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a benchmark ran on, as the first rank sees it.
+    """What a benchmark ran on, seen from one rank.
 
     Attributes
     ----------
@@ -29,7 +30,7 @@ class Machine:
     cores : int
         Of this node, as the kernel counts them.
     usable_cores : int
-        On which this rank may run.
+        On which the ranks of this node may run, all of them together.
     caches : tuple of str
         Of the first core, with how many cores share each.
     memory_bytes : int
@@ -66,11 +67,13 @@ class Machine:
 
     @classmethod
     def of(cls, group: ProcessGroup) -> Machine:
-        """Describe the machine of this rank; local."""
+        """Describe the machine of this rank; collective over `group`."""
+        allowed = all_gather_object((group.node_rank, os.sched_getaffinity(0)), group)
+        usable = {core for node, cores in allowed if node == group.node_rank for core in cores}
         return cls(
             processor=_processor(),
             cores=os.cpu_count() or 1,
-            usable_cores=len(os.sched_getaffinity(0)),
+            usable_cores=len(usable),
             caches=_caches(),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             kernel=f"{platform.system()} {platform.release()}",
@@ -89,7 +92,7 @@ class Machine:
         """Return the description as people read it."""
         mpi = f", mpi4py {self.mpi4py}, {self.mpi}" if self.mpi else ""
         ranks, nodes = _number(self.ranks, "rank"), _number(self.nodes, "node")
-        cores = f"{_number(self.cores, 'core')}, {self.usable_cores} for rank 0"
+        cores = f"{_number(self.cores, 'core')} ({self.usable_cores} usable)"
         caches = ", ".join(self.caches) or "caches unknown"
         memory = f"{self.memory_bytes / 2**30:.0f} GiB of memory"
         return [

@@ -124,8 +124,8 @@ def measure(
 
     References
     ----------
-    Hoefler, Belli (2015), Scientific Benchmarking of Parallel Computing Systems, sections 4.1 and
-    4.2, for summaries and for the times of several processes.
+    Hoefler, Belli (2015), Scientific Benchmarking of Parallel Computing Systems, rules 8 and 10,
+    on percentiles and on the times of several processes.
     """
     with _no_garbage_collection():
         length, rounds = _extent(series, group, effort)

@@ -1,0 +1,122 @@
+"""The command line: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpidist import cli
+from mpidist.bench import command
+from mpidist.bench.report import Report
+from mpidist.errors import BackendUnavailableError
+from tests._ranks.launcher import clean_environment
+
+ROOT = Path(__file__).parents[1]
+
+QUICK = ["--sizes", "4", "64K", "--repeats", "2"]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["bench", "--help"]])
+def test_help_names_what_there_is(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name in command.BENCHMARKS if words[0] == "bench" else cli.COMMANDS:
+        assert name in shown
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", name, "--help"])
+    assert ended.value.code == 0
+    assert "--json FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "required: command"),
+        (["bench"], "required: benchmark"),
+        (["bench", "all_reduce", "--sizes", "big"], "'big' is no size"),
+        (["bench", "all_reduce", "--repeats", "0"], "expected a number above 0"),
+    ],
+)
+def test_what_is_no_command_line_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_one_rank_is_told_how_to_start_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "all_reduce"]) == 2
+    assert "mpirun -n 2 python -m mpidist bench all_reduce" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_told_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "none" / "report.json"
+    assert cli.main(["bench", "import", "--json", str(path)]) == 2
+    assert f"cannot write {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["tabulate", "matplotlib"])
+def test_a_missing_package_is_told_before_measuring(
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def require(module: str, **_: str) -> None:
+        if module == missing:
+            raise BackendUnavailableError(f"no {module}: pip install 'mpidist[bench]'")
+
+    monkeypatch.setattr(command, "require", require)
+    assert cli.main(["bench", "import", "--plot", str(tmp_path / "p.png")]) == 2
+    assert f"no {missing}: pip install 'mpidist[bench]'" in capsys.readouterr().err
+
+
+def test_import_is_measured_without_ranks(tmp_path: Path) -> None:
+    words = ["bench", "import", "--repeats", "2", "--json", str(tmp_path / "import.json")]
+    answer = run(sys.executable, "-m", "mpidist", *words)
+    assert answer.returncode == 0, answer.stderr
+    assert f"$ python -m mpidist {' '.join(words)}" in answer.stdout
+    report = Report.load(tmp_path / "import.json")
+    assert [row.series for row in report.rows] == ["mpidist", "numpy"]
+
+
+@pytest.mark.mpirun
+@pytest.mark.timeout(70)
+def test_a_job_prints_writes_and_draws_once(mpirun: list[str], tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "picture.png")]
+    words = ["bench", "all_reduce", "--no-gloo", *QUICK, *files]
+    answer = run(*mpirun, "-n", "2", sys.executable, "-m", "mpidist", *words)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("mpidist bench all_reduce\n") == 1
+    report = Report.load(tmp_path / "report.json")
+    assert " ".join(report.command) == f"mpirun -n 2 python -m mpidist {' '.join(words)}"
+    assert {row.nbytes for row in report.rows} == {4, 65536}
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.mpirun
+@pytest.mark.timeout(70)
+def test_a_refusal_is_told_once(mpirun: list[str]) -> None:
+    answer = run(*mpirun, "-n", "2", sys.executable, "-m", "mpidist", "bench", "import")
+    assert answer.returncode != 0
+    assert answer.stderr.count("bench import: expected one rank") == 1
