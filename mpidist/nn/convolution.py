@@ -18,6 +18,10 @@ from mpidist.nn.parameter import Parameter
 
 __all__ = ["Conv2d"]
 
+_TURNED = 2 << 20
+"""Bytes of a gradient that are turned at a time: most kernels are smaller than this, and a product
+of few rows is slow."""
+
 
 class Conv2d(Module):
     """Cross-correlation of images with learned kernels.
@@ -110,7 +114,18 @@ class Conv2d(Module):
         padded, rows = wctx
         xp = array_namespace(rows)
         c_out, c_in, kh, kw = self.weight.shape
-        dweight = xp.matmul(rows.T, self.window.columns(padded))
-        self.weight.add_grad(channels_first(dweight.reshape(c_out, kh, kw, c_in)))
+        columns = self.window.columns(padded)
+        buffer = self.weight.first_grad()
+        grad = xp.empty_like(self.weight.data) if buffer is None else buffer
+        # The columns have their channels last and the gradient has them first: some of its rows
+        # at a time are turned, so that there is no second array of its size.
+        height = max(_TURNED // max(columns.shape[1] * rows.dtype.itemsize, 1), 1)
+        for start in range(0, c_out, height):
+            part = slice(start, start + height)
+            # Not kept in a name: it would live while the next one is made.
+            grad[part] = channels_first(
+                xp.matmul(rows[:, part].T, columns).reshape(-1, kh, kw, c_in)
+            )
+        self.weight.add_grad(grad)
         if self.bias is not None:
             self.bias.add_grad(column_sums(rows))
