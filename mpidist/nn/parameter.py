@@ -69,6 +69,15 @@ class Parameter:
         return int(self.data.size)
 
     @property
+    def buffer(self) -> Array | None:
+        """The memory of the gradient, whether there is one or not; None until it is needed.
+
+        `attach` sets it. Read and write it by way of `grad`, `first_grad` and `add_grad`, which
+        know whether it may be touched just now.
+        """
+        return self._buffer
+
+    @property
     def grad(self) -> Array | None:
         """The gradient summed so far; None while no contribution has come since `zero_grad`.
 

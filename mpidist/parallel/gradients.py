@@ -52,7 +52,7 @@ class ParameterGradients:
         """Give the parameters that some rank used what has been reduced."""
         for parameter, name in self._names.items():
             parameter.release()
-            if name in used and parameter.grad is None:
+            if parameter.unreduced_grad() is None and name in used:
                 parameter.add_grad(self._reducer.grads[name])
 
     def relayout(self, order: list[str]) -> None:
@@ -106,10 +106,7 @@ class ParameterGradients:
                 )
         grads = self._reducer.grads
         for parameter, name in self._names.items():
-            home = parameter.grad
-            if home is None:
-                home = parameter.first_grad()
-            if home is not grads[name]:
+            if parameter.buffer is not grads[name]:
                 raise RuntimeError(
                     f"DDP on {self._reducer.group}: the gradient of parameter '{name}' does not "
                     "live in this DDP's bucket any more; something else has called attach(), "

@@ -105,6 +105,7 @@ class GradientReducer:
         self._arrived: list[str] = []
         self._skipped: set[str] = set()
         self._launched = 0
+        self._landed = 0
         assigned = self._layout.assign(named_arrays, list(named_arrays)[::-1])
         self._lay_out(named_arrays, assigned)
 
@@ -128,6 +129,8 @@ class GradientReducer:
             If there is no such name.
         RuntimeError
             If it is complete already.
+        DistributedError
+            If the reduction of an earlier bucket has failed.
 
         Notes
         -----
@@ -145,13 +148,23 @@ class GradientReducer:
         self.progress()
 
     def progress(self) -> None:
-        """Let the buckets under way make progress; local, never blocks.
+        """Let the buckets under way make progress.
 
         `ready` does it, too. A computation that goes on for long without a gradient calls this
         now and then.
+
+        Raises
+        ------
+        DistributedError
+            If the reduction of a bucket has failed.
+
+        Notes
+        -----
+        Local; does not block. Costs nothing while no bucket is under way.
         """
-        if self._launched:
-            self.group.progress()
+        # They end in the order in which they began, and asking one drives all.
+        while self._landed < self._launched and self._buckets[self._landed].done():
+            self._landed += 1
 
     def skip(self, name: str) -> None:
         """Say that this rank has no gradient `name` in this step; it counts as zeros.
@@ -163,7 +176,7 @@ class GradientReducer:
 
         Raises
         ------
-        ValueError, RuntimeError
+        ValueError, RuntimeError, DistributedError
             As `ready`.
         """
         if name in self._home and name in self._home[name].missing:
@@ -176,9 +189,8 @@ class GradientReducer:
 
         Makes progress. Before every name is ready or skipped, it is False.
         """
-        if self._launched < len(self._buckets):
-            return False
-        return all(bucket.done() for bucket in self._buckets)
+        self.progress()
+        return self._landed == len(self._buckets)
 
     def wait(self, timeout: float | None = None) -> frozenset[str]:
         """Wait until `grads` hold the reduction over all ranks, and begin the next step.
@@ -215,7 +227,7 @@ class GradientReducer:
             bucket.reset()
         self._arrived.clear()
         self._skipped.clear()
-        self._launched = 0
+        self._launched = self._landed = 0
         return used
 
     def arrivals(self) -> list[str]:
