@@ -471,10 +471,12 @@ class ProcessGroup:
 
     def _collective_waiter(self, verb: str) -> GroupWaiter:
         """Count a collective and return what waits for it."""
-        operation = self._begin(verb)
-        self._collectives[0] += 1
-        number = (self._identity, self._collectives[0])
-        return GroupWaiter(self, operation, collective=number)
+        self._count(verb)
+        begun = self._collectives
+        begun[0] += 1
+        return GroupWaiter(
+            self, verb, number=self.operations, collective=(self._identity, begun[0])
+        )
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -498,9 +500,12 @@ class ProcessGroup:
 
     def _begin(self, verb: str) -> str:
         """Count an operation and return its words for messages."""
+        self._count(verb)
+        return f"{verb} #{self.operations}"
+
+    def _count(self, verb: str) -> None:
         self._check_usable(verb)
         self.operations += 1
-        return f"{verb} #{self.operations}"
 
     def progress(self) -> None:
         """Drive what is under way as far as it can go now; local, never blocks.

@@ -68,16 +68,31 @@ EVERYBODY = Peers()
 class GroupWaiter(Waiter):
     """Waits for one operation with its group's deadline, warnings and losses."""
 
+    # One is made for every blocking call, most of which never have to wait for long.
+    __slots__ = (
+        "_collective",
+        "_group",
+        "_lost_since",
+        "_missing",
+        "_next_warning",
+        "_number",
+        "_peers",
+        "_verb",
+        "timeout",
+    )
+
     def __init__(
         self,
         group: ProcessGroup,
-        operation: str,
+        verb: str,
         *,
+        number: int | None = None,
         collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
         timeout: float | None = None,
     ) -> None:
-        self.operation = operation
+        self._verb = verb
+        self._number = number
         self._collective = collective
         self.timeout = group.timeout if timeout is None else timeout
         self._group = group
@@ -85,6 +100,11 @@ class GroupWaiter(Waiter):
         self._next_warning = group.warn_after
         self._lost_since: float | None = None
         self._missing: Callable[[], Sequence[int]] | None = None
+
+    @property
+    def operation(self) -> str:
+        """What is being waited for, for messages."""
+        return self._verb if self._number is None else f"{self._verb} #{self._number}"
 
     def wait_for(
         self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None

@@ -16,7 +16,10 @@ from typing import Any
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
-from mpidist.backends.direct import Call, Direct, Registry
+from mpidist.backends.agreement import Call
+from mpidist.backends.crossovers import Crossovers
+from mpidist.backends.direct import Direct
+from mpidist.backends.registered import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
 
@@ -77,6 +80,7 @@ class Backend(ABC):
         self.size = size
         self.capabilities = capabilities
         self.registered = Registry()
+        self.crossovers = Crossovers()
         self._direct: Direct | None = None
         self.engine = Engine()
         self._collectives = 0
@@ -207,7 +211,7 @@ class Backend(ABC):
         On registered memory it is performed where the arrays lie; else by `transfer`.
         """
         if self._direct is not None:
-            call = Call.of(verb, args, self.registered)
+            call = Call.of(verb, args, self.registered, self.crossovers.registered)
             if call is not None:
                 return self.start(self._direct.plan(call, args))
         return self.transfer(verb, args)
@@ -235,9 +239,11 @@ class Backend(ABC):
     def join(self, parent: Backend) -> None:
         """Drive from now on what `parent` has under way, too, and let it drive this one's.
 
-        While this rank waits on one group, others may wait for its next phase on another.
+        While this rank waits on one group, others may wait for its next phase on another. The
+        crossovers are the parent's, too.
         """
         self.engine = parent.engine
+        self.crossovers = parent.crossovers
 
     def progress(self) -> None:
         """Drive every operation that has been started, and the transport itself."""
@@ -255,8 +261,11 @@ class Backend(ABC):
 
     def _next_lane(self) -> algorithms.Lane:
         """Open the lane of the next collective; the same one on all ranks."""
+        return algorithms.Lane(self, self._open_lane())
+
+    def _open_lane(self) -> int:
         self._collectives += 1
-        return algorithms.Lane(self, self.lane(Traffic.COLLECTIVE, self._collectives))
+        return self.lane(Traffic.COLLECTIVE, self._collectives)
 
     # -- collectives, by messages --------------------------------------------------------------
 

@@ -1,34 +1,46 @@
-"""The direct path: collectives where the arrays lie, in memory that all ranks of a node share.
+"""The direct path: collectives by way of memory that all ranks of a node share.
 
-Nothing is packed, sent or received. Each rank reads and writes the others' arrays between two
-meetings: at the first all have come with their contribution, at the second all are done.
+Arrays that lie there are worked on where they lie: nothing is packed, sent or received inside the
+node. Each rank reads and writes the others' arrays between two meetings: at the first all have come
+with their contribution, at the second all are done. Other arrays are summed by way of room that the
+ranks keep there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import gcd
-from typing import Any
-from zlib import crc32
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpidist._types import SUM, Array, DType, ReduceOp
-from mpidist.arrays import DTYPES, reduce_in_rank_order
-from mpidist.backends import algorithms
-from mpidist.backends.meetings import RING, DirectBoard, Meetings, Until, supported
-from mpidist.backends.registered import LEAST, Block, Place, Registry
-from mpidist.backends.work import Steps
-from mpidist.boxes import split_evenly
+from mpidist._types import MAX, Array, DType, ReduceOp
+from mpidist.backends import algorithms, in_place
+from mpidist.backends.agreement import RECORD, Call, tell_difference
+from mpidist.backends.kernels import Combine, combination, even_slices, quiet, reduce_into
+from mpidist.backends.meetings import RING, DirectBoard, Meetings, Until
+from mpidist.backends.neighbours import Neighbours
+from mpidist.backends.work import Steps, Waiter
 from mpidist.errors import CollectiveMismatchError
 
-__all__ = ["LEAST", "Block", "Call", "Direct", "DirectBoard", "Place", "Registry", "supported"]
+__all__ = ["Direct"]
 
-_CACHE_LINE = 64
+CHUNK = 4 << 20
+"""Bytes of an ordinary array that are summed at a time by way of shared memory."""
 
-_BLOCK_BYTES = 256 << 10
-"""What is reduced at a time: small enough to stay in a core's cache for the copies that follow."""
+_REMEMBERED = 256
+"""Small calls whose preparations are kept."""
+
+_NOTHING = bytes(RECORD.size)
+"""What a rank tells the other nodes when its own does not agree."""
+
+_SKEW = 2048
+"""Bytes between the beginning of a page and that of the room for ordinary arrays in it.
+
+Arrays begin at the beginning of a page, or a few bytes behind it, and copying from one to another
+that is a little ahead of it modulo 4096 is several times slower: processors compare these 12 bits
+of the addresses alone (4K aliasing; Fog, The microarchitecture of Intel, AMD and VIA CPUs, sections on
+store forwarding).
+"""
 
 _BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
     "all_reduce": algorithms.all_reduce,
@@ -36,78 +48,19 @@ _BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
     "broadcast": algorithms.tree_broadcast,
     "reduce_scatter": algorithms.pairwise_reduce_scatter,
 }
-"""The collectives that have a direct path, and how they go where the arrays lie elsewhere."""
-
-_VERBS = tuple(_BY_MESSAGES)
-_OPS = tuple(ReduceOp)
-_DTYPES: tuple[DType, ...] = tuple(sorted(DTYPES, key=lambda dtype: dtype.name))
+"""How the collectives with a direct path go where the arrays lie elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a rank comes with.
+class _Small(NamedTuple):
+    """A sum of small arrays, prepared: its record, room for them twice, and what combines them."""
 
-    Attributes
-    ----------
-    verb : str
-        One that has a direct path.
-    whole : Array
-        The argument that has the same size on all ranks.
-    place : Place or None
-        Where it lies; None unless it is registered and the call one that has a direct path.
-    op : ReduceOp
-        SUM where nothing is reduced.
-    root : int
-        0 where there is none.
-    counts : sequence of int
-        Elements of each rank's part; none where there are no parts.
-    """
-
-    verb: str
-    whole: Array
-    place: Place | None
-    op: ReduceOp = SUM
-    root: int = 0
-    counts: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, verb: str, args: tuple[Any, ...], registered: Registry) -> Call | None:
-        """Return a call that the ranks have to agree on, or None: all ranks alike.
-
-        So it depends on what is the same on all ranks only: on verb and size, not on where the
-        arrays of this rank lie.
-        """
-        if verb not in _BY_MESSAGES:
-            return None
-        whole = args[1] if verb == "all_gather" else args[0]
-        if whole.nbytes < LEAST:
-            return None
-        place = registered.place(whole)
-        if verb == "all_reduce":
-            x, out, op = args
-            return cls(verb, x, place if x is out else None, op)
-        if verb == "reduce_scatter":
-            x, _, counts, op = args
-            return cls(verb, x, place, op, counts=counts)
-        if verb == "all_gather":
-            x, out, counts = args
-            return cls(verb, out, place if x is None else None, counts=counts)
-        return cls(verb, whole, place, root=args[1])
-
-    def record(self) -> tuple[int, ...]:
-        """Return the numbers that must be the same on all ranks."""
-        where = (0, 0) if self.place is None else (self.place.block.number, self.place.offset)
-        return (
-            _VERBS.index(self.verb) << 32 | _OPS.index(self.op) << 16 | self.root,
-            _DTYPES.index(self.whole.dtype),
-            self.whole.size,
-            *where,
-            crc32(np.array(self.counts, np.int64).tobytes()),
-        )
+    record: bytes
+    halves: tuple[list[Array], list[Array]]
+    combine: Combine
 
 
 class Direct:
-    """The collectives of one group on the memory that its ranks share.
+    """The collectives of one group by way of the memory that the ranks of each node share.
 
     Operations go through first in, first out: none does its work before those begun earlier are
     done here, so that the ranks need not agree on anything but the order of their calls.
@@ -115,23 +68,46 @@ class Direct:
     Parameters
     ----------
     board : DirectBoard
-        Where they meet.
-    rank, size : int
-        This rank, and the number of ranks.
+        Where the ranks of this node meet.
+    near : Neighbours
+        Who they are.
+    transport : Exchanger
+        Carries messages to other nodes.
     open_lane : callable
-        Returns the lane of the next collective that may need one, the same on all ranks.
+        Returns the number of the next lane, the same on all ranks.
+    share : callable
+        Returns memory of so many bytes of each rank of the node, or None; collective, blocks.
     """
 
     def __init__(
-        self, board: DirectBoard, rank: int, size: int, open_lane: Callable[[], algorithms.Lane]
+        self,
+        board: DirectBoard,
+        near: Neighbours,
+        transport: algorithms.Exchanger,
+        *,
+        open_lane: Callable[[], int],
+        share: Callable[[int], list[memoryview] | None],
     ) -> None:
         self._board = board
-        self._rank = rank
-        self._size = size
+        self._near = near
+        self._team = in_place.Team(near, transport, quiet())
+        self._rank = transport.rank
         self._open_lane = open_lane
+        self._share = share
         self._begun = 0
         self._entered = 0
         self._finished = 0
+        self._free = 0
+        self._stage = 0
+        self._chunks = 0
+        self._small: dict[tuple[ReduceOp, DType, int], _Small] = {}
+        self._scratch: list[Array] | None = None
+        self._scratch_refused = False
+
+    @property
+    def one_node(self) -> bool:
+        """Whether all ranks of the group share memory."""
+        return self._team.alone
 
     def plan(self, call: Call, args: tuple[Any, ...]) -> Meetings[None]:
         """Return the steps of a collective that the ranks have to agree on.
@@ -150,105 +126,228 @@ class Direct:
             lane of its own: it may be immediate, see [Note: phases].
         """
         # Also where the array is registered: the lanes stay in step when the ranks disagree.
-        lane = self._open_lane()
+        lane, team = self._open_lane(), self._team
         if call.place is None:
-            return self._elsewhere(call, _BY_MESSAGES[call.verb](lane, *args))
+            everybody = algorithms.Lane(team.transport, lane)
+            return self._elsewhere(call, lane, _BY_MESSAGES[call.verb](everybody, *args))
+        arrays = call.place.arrays()
         if call.verb == "all_reduce":
-            return self._operate(call, self._all_reduce(call.place, call.op))
-        if call.verb == "reduce_scatter":
-            return self._operate(call, self._reduce_scatter(call.place, args[1], call))
-        if call.verb == "all_gather":
-            return self._operate(call, self._all_gather(call.place, call.counts))
-        return self._operate(call, self._broadcast(call.place, call.root))
+            work = in_place.all_reduce(team, lane, arrays, call.op)
+        elif call.verb == "reduce_scatter":
+            work = in_place.reduce_scatter(team, lane, arrays, args[1], call.counts, call.op)
+        elif call.verb == "all_gather":
+            work = in_place.all_gather(team, lane, arrays, call.counts)
+        else:
+            work = in_place.broadcast(team, lane, arrays, call.root)
+        return self._operate(call, lane, work)
 
     def meet(self, call: Call) -> Meetings[None]:
         """Return the steps of the first meeting alone, before a call that goes another way."""
-        self._open_lane()
-        return self._meet(call)
+        return self._meet(call, self._open_lane())
 
-    def _all_reduce(self, place: Place, op: ReduceOp) -> Callable[[], None]:
-        """Combine the arrays of all ranks in rank order, in place.
-
-        Each rank combines one slice of all arrays and writes the result into all: 2 (p - 1) / p
-        of the array read from others and written to others, nothing sent.
-        """
-        unit = _CACHE_LINE // gcd(_CACHE_LINE, place.dtype.itemsize)
-        start, size = split_evenly(-(-place.count // unit), self._size)[self._rank]
-        mine = slice(start * unit, (start + size) * unit)
-        return lambda: reduce_into_all([array[mine] for array in place.arrays()], op)
-
-    def _reduce_scatter(self, place: Place, out: Array, call: Call) -> Callable[[], None]:
-        """Combine this rank's part of all arrays in rank order into `out`, anywhere."""
-        start = sum(call.counts[: self._rank])
-        mine = slice(start, start + call.counts[self._rank])
-        return lambda: reduce_into([array[mine] for array in place.arrays()], call.op, out)
-
-    def _all_gather(self, place: Place, counts: Sequence[int]) -> Callable[[], None]:
-        """Copy every rank's own part of the arrays from its array into this rank's."""
-
-        def work() -> None:
-            arrays, start = place.arrays(), 0
-            for rank, count in enumerate(counts):
-                if rank != self._rank:
-                    arrays[self._rank][start : start + count] = arrays[rank][start : start + count]
-                start += count
-
-        return work
-
-    def _broadcast(self, place: Place, root: int) -> Callable[[], None]:
-        """Copy the array of `root` into this rank's."""
-
-        def work() -> None:
-            if self._rank != root:
-                arrays = place.arrays()
-                arrays[self._rank][...] = arrays[root]
-
-        return work
-
-    # -- the meetings ----------------------------------------------------------------------------
-
-    def _operate(self, call: Call, work: Callable[[], None]) -> Meetings[None]:
+    def _operate(self, call: Call, lane: int, work: Steps) -> Meetings[None]:
         """Meet, work, meet."""
-        number = yield from self._agree(call)
-        work()
+        number = yield from self._agree(call, lane)
+        yield from _phases(work)
         yield from self._part(number)
 
-    def _elsewhere(self, call: Call, steps: Steps) -> Meetings[None]:
+    def _elsewhere(self, call: Call, lane: int, steps: Steps) -> Meetings[None]:
         """Meet, and go by messages."""
-        yield from self._meet(call)
-        for phase in steps:
-            yield Until(phase.done, list)
+        yield from self._meet(call, lane)
+        yield from _phases(steps)
 
-    def _meet(self, call: Call) -> Meetings[None]:
-        number = yield from self._agree(call)
+    def _meet(self, call: Call, lane: int) -> Meetings[None]:
+        number = yield from self._agree(call, lane)
         self._finish(number)
 
-    def _agree(self, call: Call) -> Meetings[int]:
+    # -- sums of other arrays, on one node -------------------------------------------------------
+
+    def all_reduce_small(self, x: Array, out: Array, op: ReduceOp, *, waiter: Waiter) -> None:
+        """Combine arrays of at most `SMALL` bytes in rank order: each rank gives its own to all.
+
+        One meeting; p arrays read per rank.
+
+        [Note: two halves] A rank may write its next array while others still read this one, so
+        there is room for two. There is no need for more: nobody gets beyond the meeting of the next
+        one before all have come to it, and whoever has is done with this one.
+        """
+        key = (op, x.dtype, x.size)
+        small = self._small.get(key) or self._prepare_small(key)
+        number = self._open(waiter)
+        parts = small.halves[number & 1]
+        parts[self._near.rank][...] = x
+        self._enter(number, small.record, waiter)
+        if not self._board.same(number, small.record):
+            self._refuse(number, Call("all_reduce", x, None, op), waiter)
+        self._team.quiet.run(small.combine, parts, out)
+        self._finish(number)
+
+    def _prepare_small(self, key: tuple[ReduceOp, DType, int]) -> _Small:
+        op, dtype, count = key
+        if len(self._small) >= _REMEMBERED:
+            self._small.clear()
+        small = self._small[key] = _Small(
+            Call("all_reduce", np.empty(count, dtype), None, op).record(),
+            (self._board.small(0, dtype, count), self._board.small(1, dtype, count)),
+            combination(op, dtype),
+        )
+        return small
+
+    def all_reduce_by_scratch(self, x: Array, out: Array, op: ReduceOp, *, waiter: Waiter) -> bool:
+        """Combine arrays in rank order by way of room in shared memory; False if there is none.
+
+        For each chunk a rank lays down the slices that the others combine, combines its own, and
+        takes the others' results: 2 meetings, and 2 (p - 1) / p of the array copied in and out.
+        Two halves of the room serve in turn, see [Note: two halves].
+        """
+        call = Call("all_reduce", x, None, op)
+        if self._scratch is None and not self._make_scratch(call, waiter):
+            return False
+        record, combine, me = call.record(), combination(op, x.dtype), self._near.rank
+        number, step = self._open(waiter), CHUNK // x.itemsize
+        for start in range(0, x.size, step):
+            given, result = x[start : start + step], out[start : start + step]
+            rooms = self._rooms(x.dtype, given.size)
+            slices = even_slices(given.size, x.itemsize, len(rooms))
+            mine = slices.pop(me)
+            others = [room for place, room in enumerate(rooms) if place != me]
+            for part in slices:
+                rooms[me][part] = given[part]
+            if start == 0:
+                self._enter(number, record, waiter)
+                if not self._board.same(number, record):
+                    self._refuse(number, call, waiter)
+            else:
+                self._reach(waiter)
+            parts = [room[mine] for room in rooms]
+            parts[me] = given[mine]
+            self._team.quiet.run(reduce_into, parts, combine, rooms[me][mine])
+            self._reach(waiter)
+            result[mine] = rooms[me][mine]
+            for part, room in zip(slices, others, strict=True):
+                result[part] = room[part]
+            self._chunks += 1
+        self._finish(number)
+        return True
+
+    def _rooms(self, dtype: DType, count: int) -> list[Array]:
+        """Return every rank's room for a chunk, in the half whose turn it is."""
+        start = _SKEW + (self._chunks & 1) * CHUNK
+        stop = start + count * dtype.itemsize
+        return [room[start:stop].view(dtype) for room in self._scratch or ()]
+
+    def _make_scratch(self, call: Call, waiter: Waiter) -> bool:
+        """Make the room when all have come for it; it is asked for once."""
+        if self._scratch_refused:
+            return False
+        number, record = self._open(waiter), call.record()
+        self._enter(number, record, waiter)
+        if not self._board.same(number, record):
+            self._refuse(number, call, waiter)
+        self._finish(number)
+        parts = self._share(_SKEW + 2 * CHUNK)
+        if parts is None:
+            self._scratch_refused = True
+            return False
+        self._scratch = [np.frombuffer(part, np.uint8) for part in parts]
+        return True
+
+    # -- the meetings of a blocking call ---------------------------------------------------------
+
+    def _open(self, waiter: Waiter) -> int:
+        """Return the number of a blocking operation, when all before it are done here."""
+        self._open_lane()  # the lanes stay in step when the ranks disagree
+        if self._finished != self._begun:
+            waiter.wait_for(lambda: self._finished == self._begun)
+        self._begun = number = self._begun + 1
+        if not self._slot_free(number):
+            waiter.wait_for(lambda: self._slot_free(number))
+        return number
+
+    def _enter(self, number: int, record: bytes, waiter: Waiter) -> None:
+        board = self._board
+        board.enter(number, record)
+        self._entered = number
+        waiter.wait_for(
+            lambda: board.all_entered(number), missing=lambda: self._ranks(board.absent(number))
+        )
+
+    def _reach(self, waiter: Waiter) -> None:
+        """Meet again inside an operation."""
+        self._stage = stage = self._stage + 1
+        board = self._board
+        board.reach(stage)
+        waiter.wait_for(
+            lambda: board.all_reached(stage), missing=lambda: self._ranks(board.behind(stage))
+        )
+
+    def _refuse(self, number: int, call: Call, waiter: Waiter) -> None:
+        """Raise the error that says who came with what."""
+        records = self._board.records(number)
+        for meeting in self._part(number):
+            waiter.wait_for(meeting.condition, missing=meeting.missing)
+        raise self._difference(records, call)
+
+    # -- the meetings, waited for by whoever drives the operation --------------------------------
+
+    def _agree(self, call: Call, lane: int) -> Meetings[int]:
         """Meet, and return the operation's number if all came with the same."""
         self._begun += 1
         number, board, record = self._begun, self._board, call.record()
         if self._entered < number - 1 or not self._slot_free(number):
             yield Until(
                 lambda: self._entered == number - 1 and self._slot_free(number),
-                lambda: board.unfinished(number - RING),
+                lambda: self._ranks(board.unfinished(number - RING)),
             )
         board.enter(number, record)
         self._entered = number
         yield Until(
             lambda: self._finished == number - 1 and board.all_entered(number),
-            lambda: board.absent(number),
+            lambda: self._ranks(board.absent(number)),
         )
-        records = board.records(number)
-        if any(other != record for other in records):
+        if not board.same(number, record):
+            # Whoever finds a difference here need not ask the other nodes: these wait for it.
+            records = board.records(number)
+            if not self._team.alone:
+                yield from self._agree_across(_NOTHING, lane)
             yield from self._part(number)
-            raise CollectiveMismatchError(_tell_difference(records, self._rank, call))
+            raise self._difference(records, call)
+        if not self._team.alone:
+            if not (yield from self._agree_across(record, lane)):
+                board.object(number)
+            yield from self._pause()
+            if board.objected(number):
+                yield from self._part(number)
+                raise self._difference(board.records(number), call)
         return number
 
+    def _agree_across(self, record: bytes, lane: int) -> Meetings[bool]:
+        """Return whether the worker in this place on every node came with the same record."""
+        across = self._team.across(lane)
+        if across is None:
+            return True
+        numbers = np.frombuffer(record, np.uint64)
+        extremes = np.concatenate([numbers, ~numbers])
+        greatest = np.empty_like(extremes)
+        yield from _phases(
+            algorithms.recursive_doubling_all_reduce(across, extremes, greatest, MAX)
+        )
+        return bool((greatest == extremes).all())
+
+    def _pause(self) -> Meetings[None]:
+        """Meet the ranks of the node again inside an operation."""
+        self._stage = stage = self._stage + 1
+        board = self._board
+        board.reach(stage)
+        yield Until(lambda: board.all_reached(stage), lambda: self._ranks(board.behind(stage)))
+
     def _part(self, number: int) -> Meetings[None]:
-        """Be done with an operation, and wait until all are."""
+        """Be done with an operation, and wait until all of the node are."""
         self._finish(number)
         board = self._board
-        yield Until(lambda: board.all_finished(number), lambda: board.unfinished(number))
+        yield Until(
+            lambda: board.all_finished(number), lambda: self._ranks(board.unfinished(number))
+        )
 
     def _finish(self, number: int) -> None:
         self._finished = number
@@ -256,44 +355,22 @@ class Direct:
 
     def _slot_free(self, number: int) -> bool:
         last = number - RING
-        return last <= 0 or (self._finished >= last and self._board.all_finished(last))
+        if last <= self._free:
+            return True
+        if self._finished < last or not self._board.all_finished(last):
+            return False
+        # No need to look again for the many operations that all have finished since.
+        self._free = last
+        return True
+
+    def _ranks(self, places: list[int]) -> list[int]:
+        return [self._near.local[place] for place in places]
+
+    def _difference(self, records: list[bytes], call: Call) -> CollectiveMismatchError:
+        return CollectiveMismatchError(tell_difference(records, self._near.local, self._rank, call))
 
 
-def _tell_difference(records: Sequence[tuple[int, ...]], rank: int, call: Call) -> str:
-    told = "; ".join(f"rank {other}: {_tell(record)}" for other, record in enumerate(records))
-    parts = f" Here, on rank {rank}, the counts are {list(call.counts)}." if call.counts else ""
-    return (
-        f"{call.verb} on rank {rank} of {len(records)}: the ranks called different things; nothing "
-        "has been changed. All must make the same call with the same counts, on the same place of "
-        f"the same registered block or all on other memory.{parts} {told}"
-    )
-
-
-def _tell(record: tuple[int, ...]) -> str:
-    what, dtype, count, block, offset, checksum = record
-    verb, op, root = _VERBS[what >> 32], _OPS[what >> 16 & 0xFFFF], what & 0xFFFF
-    where = f"at byte {offset} of registered block {block}" if block else "not registered"
-    if not block and verb in ("all_reduce", "all_gather"):
-        where = "not in place in registered memory"
-    counts = f", counts with checksum {checksum:08x}" if checksum else ""
-    return f"{verb} (op {op.name}, root {root}) of {count} {_DTYPES[dtype]}{counts}, {where}"
-
-
-def _blocks(arrays: Sequence[Array]) -> Iterator[list[Array]]:
-    step = max(_BLOCK_BYTES // arrays[0].itemsize, 1)
-    for start in range(0, arrays[0].size, step):
-        yield [array[start : start + step] for array in arrays]
-
-
-def reduce_into_all(arrays: Sequence[Array], op: ReduceOp) -> None:
-    """Combine arrays in their order, and write the result into each, a cacheful at a time."""
-    for first, *others in _blocks(arrays):
-        reduce_in_rank_order([first, *others], op, first)
-        for other in others:
-            np.copyto(other, first)
-
-
-def reduce_into(arrays: Sequence[Array], op: ReduceOp, out: Array) -> None:
-    """Combine arrays in their order into `out`, a cacheful at a time."""
-    for *blocks, target in _blocks([*arrays, out]):
-        reduce_in_rank_order(blocks, op, target)
+def _phases(steps: Steps) -> Meetings[None]:
+    """Wait for each phase as for a meeting."""
+    for phase in steps:
+        yield Until(phase.done, list)

@@ -21,12 +21,16 @@ from mpidist import env
 from mpidist._types import Array
 from mpidist.arrays import as_bytes
 from mpidist.backends import algorithms
+from mpidist.backends.agreement import Call
 from mpidist.backends.base import Backend, Capabilities, Traffic
 from mpidist.backends.board import ArrivalBoard
 from mpidist.backends.departures import Departures
-from mpidist.backends.direct import Block, Call, Direct, DirectBoard, supported
+from mpidist.backends.direct import Direct
+from mpidist.backends.meetings import DirectBoard, supported
 from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
 from mpidist.backends.mpi_memory import share
+from mpidist.backends.neighbours import Neighbours
+from mpidist.backends.registered import Block
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
@@ -168,9 +172,13 @@ class MpiBackend(Backend):
         self._places = places
         self._calls = LibraryCalls(mpi, comm.rank, comm.size)
         self._world_ranks = world_ranks(mpi, comm)
-        self._node = _node(mpi, comm)
-        self._shares = self.size > 1 and _all_equal(mpi, comm, self._node)
+        nodes = _nodes(mpi, comm)
+        self._node = nodes[self.rank]
+        self._near = Neighbours.of(nodes, self.rank)
+        # The ranks of this node: who shares memory.
+        self._local = comm if len(set(nodes)) == 1 else comm.Split(self._node, self.rank)
         self._board = self._make_board()
+        self._direct = self._make_direct()
         self.inside: tuple[Waiter, float] | None = None
         with _ALIVE_LOCK:
             self._alive.add(self)
@@ -228,6 +236,8 @@ class MpiBackend(Backend):
         """Free the communicator."""
         with _ALIVE_LOCK:
             self._alive.discard(self)
+        if self._local != self._comm:
+            self._local.Free()
         self._comm.Free()
 
     def abort(self, code: int) -> None:
@@ -266,23 +276,46 @@ class MpiBackend(Backend):
     # -- collectives ---------------------------------------------------------------------------
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
-        """Perform a collective by the library's blocking call, if it has one."""
-        call: LibraryCall | None = getattr(self._calls, verb)(*args)
-        if self._direct is not None:
-            whole = Call.of(verb, args, self.registered)
-            # A blocking call of the library starts in the same order on all ranks.
-            by_library = whole is not None and whole.place is None and call is not None
+        """Perform a collective: by shared memory, or by the library's blocking call."""
+        direct = self._direct
+        call: LibraryCall | None = None
+        if direct is not None:
+            if verb == "all_reduce" and self._by_shared_memory(direct, args, waiter):
+                return
+            whole = Call.of(verb, args, self.registered, self.crossovers.registered)
             if whole is not None:
-                direct = self._direct
-                meetings = direct.meet(whole) if by_library else direct.plan(whole, args)
+                if whole.place is None:
+                    call = getattr(self._calls, verb)(*args)
+                # A blocking call of the library starts in the same order on all ranks.
+                meetings = direct.plan(whole, args) if call is None else direct.meet(whole)
                 for meeting in meetings:
                     waiter.wait_for(meeting.condition, missing=meeting.missing)
-                if not by_library:
-                    return
+                if call is not None:
+                    self._call(call, waiter)
+                return
+        call = getattr(self._calls, verb)(*args)
         if call is None:
             super().run(verb, args, waiter=waiter)
             return
         self._arrive(waiter)
+        self._call(call, waiter)
+
+    def _by_shared_memory(self, direct: Direct, args: tuple[Any, ...], waiter: Waiter) -> bool:
+        """Sum arrays that are small, or that lie elsewhere, by shared memory if that is faster."""
+        x, out, op = args
+        if not direct.one_node:
+            return False
+        if x.nbytes <= self.crossovers.small:
+            direct.all_reduce_small(x, out, op, waiter=waiter)
+            return True
+        if x.nbytes < self.crossovers.scratch:
+            return False
+        if x.nbytes >= self.crossovers.registered and x is out and self.registered.place(x):
+            return False
+        return direct.all_reduce_by_scratch(x, out, op, waiter=waiter)
+
+    def _call(self, call: LibraryCall, waiter: Waiter) -> None:
+        """Make a blocking call of the library, to which all have come."""
         # As `_within`, without the microseconds that two context managers cost.
         self.inside = (waiter, time.monotonic())
         try:
@@ -296,29 +329,50 @@ class MpiBackend(Backend):
 
     def _make_board(self) -> ArrivalBoard | None:
         """Make the board of arrivals where all ranks share memory; collective."""
-        if not self._shares:
+        if self.size == 1 or self._local != self._comm:
             return None
         memory = share(self._mpi, self._comm, ArrivalBoard.nbytes(1))
         return None if memory is None else ArrivalBoard(memory, self.rank, self.size)
 
+    def _make_direct(self) -> Direct | None:
+        """Make the direct path where the ranks of every node share memory; collective."""
+        near = self._near
+        if not supported() or max(map(len, near.nodes)) == 1:
+            return None
+        memory = self._share(DirectBoard.nbytes(1))
+        if memory is None:
+            return None
+        return Direct(
+            DirectBoard(memory, near.rank, len(near.local)),
+            near,
+            self,
+            open_lane=self._open_lane,
+            share=self._parts,
+        )
+
+    def _share(self, nbytes: int) -> memoryview | None:
+        """Map memory of so many bytes of each rank of this node, or None on all; collective."""
+        memory = share(self._mpi, self._local, nbytes)
+        made = np.array(memory is not None)
+        self._comm.Allreduce(self._mpi.IN_PLACE, made, self._mpi.LAND)
+        return memory if made else None
+
+    def _parts(self, nbytes: int) -> list[memoryview] | None:
+        """Return every rank's part of such memory, each beginning with a page."""
+        stride = Block.stride(nbytes)
+        memory = self._share(stride)
+        if memory is None:
+            return None
+        return [memory[start : start + stride] for start in range(0, len(memory), stride)]
+
     def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
-        """Make memory that all ranks share, where they do; collective, blocks."""
-        if not (self._shares and supported()):
+        """Make memory that the ranks of a node share; collective, blocks."""
+        if self._direct is None:
             return None
         self._arrive(waiter)
         with self._within(waiter):
-            if self._direct is None:
-                board = share(self._mpi, self._comm, DirectBoard.nbytes(1))
-                if board is None:
-                    return None
-                meet = DirectBoard(board, self.rank, self.size)
-                self._direct = Direct(meet, self.rank, self.size, self._next_lane)
-            stride = Block.stride(nbytes)
-            memory = share(self._mpi, self._comm, stride)
-        if memory is None:
-            return None
-        parts = [memory[rank * stride : (rank + 1) * stride] for rank in range(self.size)]
-        return self.registered.add(parts, self.rank, nbytes)
+            parts = self._parts(nbytes)
+        return None if parts is None else self.registered.add(parts, self._near.rank, nbytes)
 
     def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
         """Make one piece of memory for all ranks, where they share memory; collective, blocks."""
@@ -387,19 +441,16 @@ def world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
     return ranks
 
 
-def _node(mpi: Any, comm: Any) -> int:
-    """Return the world rank of the first rank with which this one shares memory; collective."""
+def _nodes(mpi: Any, comm: Any) -> list[int]:
+    """Return for each rank the world rank of the first that shares its memory; collective."""
     shared = comm.Split_type(mpi.COMM_TYPE_SHARED, key=comm.rank)
     first = np.array(mpi.COMM_WORLD.rank)
     shared.Bcast(first, root=0)
     local = shared.rank
     shared.Free()
     pretended = env.ranks_per_node()
-    return int(first) if pretended is None else int(first) + local // pretended * pretended
-
-
-def _all_equal(mpi: Any, comm: Any, number: int) -> bool:
-    """Whether all ranks have the same number; collective."""
-    extremes = np.array([-number, number])
-    comm.Allreduce(mpi.IN_PLACE, extremes, mpi.MAX)
-    return bool(extremes.sum() == 0)
+    if pretended is not None:
+        first += local // pretended * pretended
+    nodes = np.empty(comm.size, first.dtype)
+    comm.Allgather(first, nodes)
+    return [int(node) for node in nodes]

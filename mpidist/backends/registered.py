@@ -11,12 +11,9 @@ import numpy as np
 
 from mpidist._types import Array, DType
 
-__all__ = ["LEAST", "Block", "Place", "Registry"]
+__all__ = ["Block", "Place", "Registry"]
 
 _PAGE = 4096
-
-LEAST = 512 << 10
-"""Bytes of the shortest array that goes the direct path; below, a library's latency wins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +108,6 @@ class Registry:
         return root[:]
 
     def place(self, x: Array) -> Place | None:
-        """Return where a flat array lies, if it is registered and not short."""
-        if x.nbytes < LEAST:
-            return None
+        """Return where a flat array lies, if it is registered."""
         block = self._blocks.get(id(x.base))
         return None if block is None else Place.of(x, block)

@@ -213,8 +213,14 @@ class Waiter(ABC):
         Seconds.
     """
 
-    operation: str
+    __slots__ = ()
+
     timeout: float
+
+    @property
+    @abstractmethod
+    def operation(self) -> str:
+        """What is being waited for."""
 
     @abstractmethod
     def wait_for(
