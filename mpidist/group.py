@@ -474,9 +474,8 @@ class ProcessGroup:
         self._count(verb)
         begun = self._collectives
         begun[0] += 1
-        return GroupWaiter(
-            self, verb, number=self.operations, collective=(self._identity, begun[0])
-        )
+        collective = (self._identity, begun[0])
+        return GroupWaiter(self, verb, number=self.operations, collective=collective)
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -504,7 +503,8 @@ class ProcessGroup:
         return f"{verb} #{self.operations}"
 
     def _count(self, verb: str) -> None:
-        self._check_usable(verb)
+        if self._reason is not None:
+            self._check_usable(verb)
         self.operations += 1
 
     def progress(self) -> None:

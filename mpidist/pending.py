@@ -97,9 +97,6 @@ class GroupWaiter(Waiter):
         self.timeout = group.timeout if timeout is None else timeout
         self._group = group
         self._peers = peers
-        self._next_warning = group.warn_after
-        self._lost_since: float | None = None
-        self._missing: Callable[[], Sequence[int]] | None = None
 
     @property
     def operation(self) -> str:
@@ -112,6 +109,8 @@ class GroupWaiter(Waiter):
         """Wait as `Waiter` says; a missed deadline and a lost rank break the group."""
         group = self._group
         self._missing = missing
+        self._next_warning = group.warn_after
+        self._lost_since: float | None = None
         try:
             wait_until(
                 ready,

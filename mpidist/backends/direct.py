@@ -19,6 +19,7 @@ from mpidist.backends.agreement import RECORD, Call, tell_difference
 from mpidist.backends.kernels import Combine, combination, even_slices, quiet, reduce_into
 from mpidist.backends.meetings import RING, DirectBoard, Meetings, Until
 from mpidist.backends.neighbours import Neighbours
+from mpidist.backends.registered import Place
 from mpidist.backends.work import Steps, Waiter
 from mpidist.errors import CollectiveMismatchError
 
@@ -38,8 +39,8 @@ _SKEW = 2048
 
 Arrays begin at the beginning of a page, or a few bytes behind it, and copying from one to another
 that is a little ahead of it modulo 4096 is several times slower: processors compare these 12 bits
-of the addresses alone (4K aliasing; Fog, The microarchitecture of Intel, AMD and VIA CPUs, sections on
-store forwarding).
+of the addresses alone (4K aliasing; Fog, The microarchitecture of Intel, AMD and VIA CPUs, sections
+on store forwarding).
 """
 
 _BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
@@ -57,6 +58,31 @@ class _Small(NamedTuple):
     record: bytes
     halves: tuple[list[Array], list[Array]]
     combine: Combine
+
+
+class _Chunk(NamedTuple):
+    """Room for a chunk of ordinary arrays, cut into one slice per rank.
+
+    Attributes
+    ----------
+    mine : slice
+        What this rank combines.
+    given : list of (slice, Array)
+        What the others combine, and where they find this rank's.
+    before, after : list of Array
+        Where the ranks before and after this one lay what it combines.
+    result : Array
+        Where they find what it has combined; they leave their own there.
+    results : list of (slice, Array)
+        What the others combine, and where this rank finds it.
+    """
+
+    mine: slice
+    given: list[tuple[slice, Array]]
+    before: list[Array]
+    after: list[Array]
+    result: Array
+    results: list[tuple[slice, Array]]
 
 
 class Direct:
@@ -103,6 +129,7 @@ class Direct:
         self._small: dict[tuple[ReduceOp, DType, int], _Small] = {}
         self._scratch: list[Array] | None = None
         self._scratch_refused = False
+        self._prepared_chunks: dict[tuple[int, DType, int], _Chunk] = {}
 
     @property
     def one_node(self) -> bool:
@@ -130,9 +157,9 @@ class Direct:
         if call.place is None:
             everybody = algorithms.Lane(team.transport, lane)
             return self._elsewhere(call, lane, _BY_MESSAGES[call.verb](everybody, *args))
-        arrays = call.place.arrays()
+        arrays = call.place.arrays
         if call.verb == "all_reduce":
-            work = in_place.all_reduce(team, lane, arrays, call.op)
+            work = in_place.all_reduce(team, lane, call.place, call.op)
         elif call.verb == "reduce_scatter":
             work = in_place.reduce_scatter(team, lane, arrays, args[1], call.counts, call.op)
         elif call.verb == "all_gather":
@@ -160,7 +187,26 @@ class Direct:
         number = yield from self._agree(call, lane)
         self._finish(number)
 
-    # -- sums of other arrays, on one node -------------------------------------------------------
+    # -- blocking sums on one node, without the cost of steps ------------------------------------
+
+    def all_reduce_in_place(self, place: Place, op: ReduceOp, *, waiter: Waiter) -> None:
+        """Combine registered arrays where they lie; see `in_place.all_reduce`."""
+        key = ("record", op)
+        record = place.prepared.get(key)
+        if record is None:
+            record = Call("all_reduce", place.arrays[0], place, op).record()
+            place.prepared[key] = record
+        number, board = self._open(waiter), self._board
+        self._enter(number, record, waiter)
+        if not board.same(number, record):
+            self._refuse(number, Call("all_reduce", place.arrays[0], place, op), waiter)
+        self._team.quiet.run(*in_place.prepare_all_reduce(self._team, place, op))
+        self._finish(number)
+        if not board.all_finished(number):
+            waiter.wait_for(
+                lambda: board.all_finished(number),
+                missing=lambda: self._ranks(board.unfinished(number)),
+            )
 
     def all_reduce_small(self, x: Array, out: Array, op: ReduceOp, *, waiter: Waiter) -> None:
         """Combine arrays of at most `SMALL` bytes in rank order: each rank gives its own to all.
@@ -203,38 +249,54 @@ class Direct:
         call = Call("all_reduce", x, None, op)
         if self._scratch is None and not self._make_scratch(call, waiter):
             return False
-        record, combine, me = call.record(), combination(op, x.dtype), self._near.rank
+        record, combine = call.record(), combination(op, x.dtype)
         number, step = self._open(waiter), CHUNK // x.itemsize
         for start in range(0, x.size, step):
             given, result = x[start : start + step], out[start : start + step]
-            rooms = self._rooms(x.dtype, given.size)
-            slices = even_slices(given.size, x.itemsize, len(rooms))
-            mine = slices.pop(me)
-            others = [room for place, room in enumerate(rooms) if place != me]
-            for part in slices:
-                rooms[me][part] = given[part]
+            chunk = self._chunk(x.dtype, given.size)
+            for part, room in chunk.given:
+                room[...] = given[part]
             if start == 0:
                 self._enter(number, record, waiter)
                 if not self._board.same(number, record):
                     self._refuse(number, call, waiter)
             else:
                 self._reach(waiter)
-            parts = [room[mine] for room in rooms]
-            parts[me] = given[mine]
-            self._team.quiet.run(reduce_into, parts, combine, rooms[me][mine])
+            parts = [*chunk.before, given[chunk.mine], *chunk.after]
+            self._team.quiet.run(reduce_into, parts, combine, chunk.result)
             self._reach(waiter)
-            result[mine] = rooms[me][mine]
-            for part, room in zip(slices, others, strict=True):
-                result[part] = room[part]
+            result[chunk.mine] = chunk.result
+            for part, room in chunk.results:
+                result[part] = room
             self._chunks += 1
         self._finish(number)
         return True
 
-    def _rooms(self, dtype: DType, count: int) -> list[Array]:
+    def _chunk(self, dtype: DType, count: int) -> _Chunk:
         """Return every rank's room for a chunk, in the half whose turn it is."""
-        start = _SKEW + (self._chunks & 1) * CHUNK
+        key = (self._chunks & 1, dtype, count)
+        chunk = self._prepared_chunks.get(key)
+        if chunk is None:
+            if len(self._prepared_chunks) >= _REMEMBERED:
+                self._prepared_chunks.clear()
+            chunk = self._prepared_chunks[key] = self._prepare_chunk(*key)
+        return chunk
+
+    def _prepare_chunk(self, half: int, dtype: DType, count: int) -> _Chunk:
+        start, me = _SKEW + half * CHUNK, self._near.rank
         stop = start + count * dtype.itemsize
-        return [room[start:stop].view(dtype) for room in self._scratch or ()]
+        rooms = [room[start:stop].view(dtype) for room in self._scratch or ()]
+        slices = even_slices(count, dtype.itemsize, len(rooms))
+        others = [place for place in range(len(rooms)) if place != me]
+        mine = slices[me]
+        return _Chunk(
+            mine,
+            [(slices[place], rooms[me][slices[place]]) for place in others],
+            [room[mine] for room in rooms[:me]],
+            [room[mine] for room in rooms[me + 1 :]],
+            rooms[me][mine],
+            [(slices[place], rooms[place][slices[place]]) for place in others],
+        )
 
     def _make_scratch(self, call: Call, waiter: Waiter) -> bool:
         """Make the room when all have come for it; it is asked for once."""
@@ -268,18 +330,22 @@ class Direct:
         board = self._board
         board.enter(number, record)
         self._entered = number
-        waiter.wait_for(
-            lambda: board.all_entered(number), missing=lambda: self._ranks(board.absent(number))
-        )
+        if not board.all_entered(number):
+            waiter.wait_for(
+                lambda: board.all_entered(number),
+                missing=lambda: self._ranks(board.absent(number)),
+            )
 
     def _reach(self, waiter: Waiter) -> None:
         """Meet again inside an operation."""
         self._stage = stage = self._stage + 1
         board = self._board
         board.reach(stage)
-        waiter.wait_for(
-            lambda: board.all_reached(stage), missing=lambda: self._ranks(board.behind(stage))
-        )
+        if not board.all_reached(stage):
+            waiter.wait_for(
+                lambda: board.all_reached(stage),
+                missing=lambda: self._ranks(board.behind(stage)),
+            )
 
     def _refuse(self, number: int, call: Call, waiter: Waiter) -> None:
         """Raise the error that says who came with what."""

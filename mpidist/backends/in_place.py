@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,25 @@ from mpidist._types import MEAN, SUM, Array, DType, ReduceOp
 from mpidist.arrays import HALVES
 from mpidist.backends import algorithms
 from mpidist.backends.algorithms import Exchanger, Lane
-from mpidist.backends.kernels import combination, even_slices, reduce_into, reduce_into_all
+from mpidist.backends.kernels import (
+    combination,
+    even_slices,
+    in_blocks,
+    reduce_into,
+    reduce_into_all,
+)
 from mpidist.backends.neighbours import Neighbours
+from mpidist.backends.registered import Place
 from mpidist.backends.work import Steps
 
-__all__ = ["Team", "all_gather", "all_reduce", "broadcast", "reduce_scatter"]
+__all__ = [
+    "Team",
+    "all_gather",
+    "all_reduce",
+    "broadcast",
+    "prepare_all_reduce",
+    "reduce_scatter",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +69,28 @@ class Team:
         return Lane(self.transport, lane, cross) if cross else None
 
 
-def all_reduce(team: Team, lane: int, arrays: list[Array], op: ReduceOp) -> Steps:
+def slice_of(near: Neighbours, arrays: list[Array]) -> list[Array]:
+    """Return the slice of a node's arrays with which this rank deals, if it is a worker."""
+    first = arrays[0]
+    mine = even_slices(first.size, first.itemsize, near.workers)[near.rank]
+    return [array[mine] for array in arrays]
+
+
+def all_reduce(team: Team, lane: int, place: Place, op: ReduceOp) -> Steps:
     """Combine the arrays of all ranks, in place: in rank order on one node.
 
     Each worker combines one slice of its node's arrays and writes the result into all of them: of
     q workers of p ranks of a node each, p / q of an array read and written. Over nodes the slices
     are all-reduced, 2 (m - 1) / m / q of an array sent per worker for m nodes.
     """
-    near, first = team.near, arrays[0]
-    if near.rank >= near.workers:
+    if team.alone:
+        team.quiet.run(*prepare_all_reduce(team, place, op))
         return
-    mine = even_slices(first.size, first.itemsize, near.workers)[near.rank]
-    parts = [array[mine] for array in arrays]
     across = team.across(lane)
-    if team.alone or across is None:
-        team.quiet.run(reduce_into_all, parts, combination(op, first.dtype))
+    if across is None:
         return
-    wide = _wide(first.dtype)
-    total = parts[0] if wide == first.dtype else np.empty(parts[0].size, wide)
+    parts, wide = slice_of(team.near, place.arrays), _wide(place.dtype)
+    total = parts[0] if wide == place.dtype else np.empty(parts[0].size, wide)
     team.quiet.run(_sum_widely, parts, op, total)
     yield from algorithms.all_reduce(across, total, total, _plain(op))
     if op is MEAN:
@@ -79,6 +98,16 @@ def all_reduce(team: Team, lane: int, arrays: list[Array], op: ReduceOp) -> Step
     for part in parts:
         if part is not total:
             np.copyto(part, total, casting="unsafe")
+
+
+def prepare_all_reduce(team: Team, place: Place, op: ReduceOp) -> tuple[Any, ...]:
+    """Return the function, and its arguments, that does this rank's share of it on one node."""
+    prepared: tuple[Any, ...] | None = place.prepared.get(op)
+    if prepared is None:
+        blocks = in_blocks(slice_of(team.near, place.arrays))
+        prepared = (reduce_into_all, blocks, combination(op, place.dtype))
+        place.prepared[op] = prepared
+    return prepared
 
 
 def broadcast(team: Team, lane: int, arrays: list[Array], root: int) -> Steps:
@@ -96,10 +125,10 @@ def broadcast(team: Team, lane: int, arrays: list[Array], root: int) -> Steps:
     across = team.across(lane)
     if across is None:
         return
-    mine = even_slices(arrays[0].size, arrays[0].itemsize, near.workers)[near.rank]
-    source = arrays[near.local.index(root) if here else near.rank][mine]
+    slices = slice_of(near, arrays)
+    source = slices[near.local.index(root) if here else near.rank]
     yield from algorithms.tree_broadcast(across, source, node)
-    _spread(source, [array[mine] for array in arrays])
+    _spread(source, slices)
 
 
 def all_gather(team: Team, lane: int, arrays: list[Array], counts: Sequence[int]) -> Steps:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,7 +13,15 @@ from mpidist._types import LAND, LOR, LXOR, MEAN, Array, DType, ReduceOp
 from mpidist.arrays import HALVES, reduce_in_rank_order, ufunc_of
 from mpidist.boxes import split_evenly
 
-__all__ = ["Combine", "combination", "even_slices", "quiet", "reduce_into", "reduce_into_all"]
+__all__ = [
+    "Combine",
+    "combination",
+    "even_slices",
+    "in_blocks",
+    "quiet",
+    "reduce_into",
+    "reduce_into_all",
+]
 
 CACHE_LINE = 64
 
@@ -65,25 +73,22 @@ def even_slices(count: int, itemsize: int, size: int) -> list[slice]:
     ]
 
 
-def _blocks(arrays: Sequence[Array]) -> Iterator[list[Any]]:
+def in_blocks(arrays: Sequence[Array]) -> list[list[Array]]:
+    """Cut arrays of one size into pieces of `BLOCK_BYTES`, those of all arrays together."""
     count, step = arrays[0].size, max(BLOCK_BYTES // arrays[0].itemsize, 1)
-    if 0 < count <= step:
-        yield list(arrays)
-        return
-    for start in range(0, count, step):
-        yield [array[start : start + step] for array in arrays]
+    return [[array[start : start + step] for array in arrays] for start in range(0, count, step)]
 
 
-def reduce_into_all(arrays: Sequence[Array], combine: Combine) -> None:
-    """Combine arrays in their order, and write the result into each."""
-    for blocks in _blocks(arrays):
-        first = blocks[0]
-        combine(blocks, first)
-        for other in blocks[1:]:
+def reduce_into_all(blocks: Sequence[list[Array]], combine: Combine) -> None:
+    """Combine arrays in their order, block by block, and write the result into each of them."""
+    for arrays in blocks:
+        first = arrays[0]
+        combine(arrays, first)
+        for other in arrays[1:]:
             np.copyto(other, first)
 
 
 def reduce_into(arrays: Sequence[Array], combine: Combine, out: Array) -> None:
     """Combine arrays in their order into `out`."""
-    for *blocks, target in _blocks([*arrays, out]):
+    for *blocks, target in in_blocks([*arrays, out]):
         combine(blocks, target)

@@ -301,16 +301,20 @@ class MpiBackend(Backend):
         self._call(call, waiter)
 
     def _by_shared_memory(self, direct: Direct, args: tuple[Any, ...], waiter: Waiter) -> bool:
-        """Sum arrays that are small, or that lie elsewhere, by shared memory if that is faster."""
+        """Sum arrays by shared memory, if they are registered or it is faster."""
         x, out, op = args
         if not direct.one_node:
             return False
         if x.nbytes <= self.crossovers.small:
             direct.all_reduce_small(x, out, op, waiter=waiter)
             return True
+        place = None
+        if x is out and x.nbytes >= self.crossovers.registered:
+            place = self.registered.place(x)
+        if place is not None:
+            direct.all_reduce_in_place(place, op, waiter=waiter)
+            return True
         if x.nbytes < self.crossovers.scratch:
-            return False
-        if x.nbytes >= self.crossovers.registered and x is out and self.registered.place(x):
             return False
         return direct.all_reduce_by_scratch(x, out, op, waiter=waiter)
 

@@ -40,11 +40,10 @@ class Block:
         return max(-(-nbytes // _PAGE), 1) * _PAGE
 
 
-@dataclass(frozen=True, slots=True)
 class Place:
     """Where an array lies in a block: the same place in every rank's part.
 
-    Attributes
+    Parameters
     ----------
     block : Block
         The memory.
@@ -54,22 +53,25 @@ class Place:
         Of the elements.
     count : int
         Number of elements.
+
+    Attributes
+    ----------
+    arrays : list of Array
+        The array of every rank.
+    prepared : dict
+        What those who work on these arrays want to keep for the next time.
     """
 
-    block: Block
-    offset: int
-    dtype: DType
-    count: int
+    __slots__ = ("arrays", "block", "count", "dtype", "offset", "prepared")
 
-    @classmethod
-    def of(cls, x: Array, block: Block) -> Place:
-        """Return the place of a flat array in its block."""
-        return cls(block, x.ctypes.data - block.address, x.dtype, x.size)
-
-    def arrays(self) -> list[Array]:
-        """Return the array of every rank."""
-        stop = self.offset + self.count * self.dtype.itemsize
-        return [part[self.offset : stop].view(self.dtype) for part in self.block.parts]
+    def __init__(self, block: Block, offset: int, dtype: DType, count: int) -> None:
+        self.block = block
+        self.offset = offset
+        self.dtype = dtype
+        self.count = count
+        stop = offset + count * dtype.itemsize
+        self.arrays: list[Array] = [part[offset:stop].view(dtype) for part in block.parts]
+        self.prepared: dict[Any, Any] = {}
 
 
 class Registry:
@@ -80,6 +82,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._blocks: dict[int, Block] = {}
+        self._places: dict[int, tuple[weakref.ref[Array], Place]] = {}
         self._made = 0
 
     def add(self, parts: Sequence[Any], rank: int, nbytes: int) -> Array:
@@ -109,5 +112,17 @@ class Registry:
 
     def place(self, x: Array) -> Place | None:
         """Return where a flat array lies, if it is registered."""
+        known = self._places.get(id(x))
+        if known is not None:
+            array, place = known
+            # Another array may have got the address of one that is gone, and an array's dtype
+            # can be changed in place.
+            if array() is x and place.count == x.size and place.dtype == x.dtype:
+                return place
         block = self._blocks.get(id(x.base))
-        return None if block is None else Place.of(x, block)
+        if block is None:
+            return None
+        place = Place(block, x.ctypes.data - block.address, x.dtype, x.size)
+        key, places = id(x), self._places
+        places[key] = (weakref.ref(x, lambda _: places.pop(key, None)), place)
+        return place

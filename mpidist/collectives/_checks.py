@@ -22,6 +22,7 @@ __all__ = [
     "check_reduction",
     "check_writable",
     "flat_source",
+    "is_plain",
     "land",
     "nothing",
     "separate",
@@ -76,6 +77,11 @@ def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") ->
             "complex dtype of at most 64 bits per number (the *_object forms take anything)"
         )
     return x
+
+
+def is_plain(x: Array) -> bool:
+    """Whether the transport may work on `x` as it is, as on nearly every array in place."""
+    return type(x) is np.ndarray and x.dtype in DTYPES and x.flags.carray and x.size > 0
 
 
 def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> None:

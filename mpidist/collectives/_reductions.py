@@ -13,6 +13,7 @@ from mpidist.collectives._checks import (
     check_rank,
     check_reduction,
     flat_source,
+    is_plain,
     land,
     nothing,
     separate,
@@ -66,6 +67,10 @@ def ibarrier(group: ProcessGroup) -> Work[None]:
 
 def plan_all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None) -> Plan[Array]:
     """Check the arguments of `all_reduce` and prepare it."""
+    if out is x and is_plain(x):
+        check_reduction(x, op, "all_reduce", group)
+        same = x if x.ndim == 1 else x.reshape(-1)
+        return Plan("all_reduce", (same, same, op), lambda: x)
     x = check_array(x, "all_reduce", group)
     check_reduction(x, op, "all_reduce", group)
     flat, finish = land(out, x.shape, x.dtype, verb="all_reduce", group=group)
