@@ -11,8 +11,10 @@ import pytest
 
 import mpidist
 from mpidist.backends import mpi_memory, shared_memory
-from mpidist.backends.registered import LEAST
 from mpidist.backends.shared_memory import NamedFile, SharedFile, map_part, open_address
+
+COUNT = 1 << 19
+
 
 KINDS = pytest.mark.parametrize("kind", [SharedFile, NamedFile])
 PART = 4 << 20
@@ -112,11 +114,11 @@ def test_where_descriptors_of_others_cannot_be_opened_a_name_serves(world, monke
 
     group = world.duplicate("contained")
     monkeypatch.setattr(mpi_memory, "open_address", refuse)
-    x = group.empty(LEAST, np.float64)
+    x = group.empty(COUNT, np.float64)
     x[...] = group.rank
     assert len(group._backend.registered._blocks) == 1
     mpidist.all_reduce(x, group, out=x)
-    np.testing.assert_array_equal(x, np.full(LEAST, sum(range(world.size))))
+    np.testing.assert_array_equal(x, np.full(COUNT, sum(range(world.size))))
     assert set(kinds) == (set() if world.rank == 0 else {True, False})
     assert list(directory.iterdir()) == []
     group.close()
@@ -131,7 +133,7 @@ def test_memory_refused_is_told_once(world, monkeypatch, caplog):
     monkeypatch.setattr("os.posix_fallocate", refuse)
     with caplog.at_level(logging.WARNING, "mpidist"):
         for _ in range(3):
-            group.empty(LEAST, np.float64)
+            group.empty(COUNT, np.float64)
     told = [record for record in caplog.records if "no memory shared" in record.message]
     assert len(told) == (1 if world.rank == 0 else 0)
     group.close()
