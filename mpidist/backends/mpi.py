@@ -380,7 +380,7 @@ class MpiBackend(Backend):
 
     def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
         """Make one piece of memory for all ranks, where they share memory; collective, blocks."""
-        if not self._shares:
+        if self.size == 1 or self._local != self._comm:
             return None
         self._arrive(waiter)
         with self._within(waiter):
