@@ -14,7 +14,7 @@ from mpidist._types import SUM, Array
 from mpidist.group import ProcessGroup
 from mpidist.nn import Linear, Mode, Module, Parameter, Sequential, cross_entropy
 from mpidist.nn.module import Context
-from mpidist.optim import SGD, AdamW
+from mpidist.optim import SGD, Adam, AdamW
 from mpidist.parallel import DDP, ShardedOptimizer
 from tests.parallel.training import OPTIMIZERS, SMALL, Case, batches, digest
 
@@ -118,3 +118,53 @@ def large(seed: int = 0) -> Module:
         Linear(1021, 1024, rng=rng, dtype=np.float32),
         Linear(1024, 1027, rng=rng, dtype=np.float32),
     )
+
+
+RULES = {
+    "sgd": partial(SGD, lr=0.25),
+    "momentum": partial(SGD, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adam": partial(Adam, lr=0.02, weight_decay=1e-2),
+    "adamw": partial(AdamW, lr=0.02, weight_decay=0.1),
+}
+
+
+def mixture(seed=0):
+    """Build parameters of several dtypes, and of sizes that no number of ranks divides."""
+    rng = np.random.default_rng(seed)
+    return Given(
+        a=rng.normal(size=(7, 5)),
+        b=rng.normal(size=()),
+        c=rng.normal(size=(3, 41)).astype(np.float32),
+        d=np.empty((0, 4)),
+        e=rng.normal(size=13),
+        f=rng.normal(size=(50, 3)).astype(np.float32),
+    )
+
+
+def summed(model, size, step):
+    """Return the sum over the ranks of what they are given."""
+    each = [whole_numbers(model, rank, step) for rank in range(size)]
+    return {name: sum(grads[name] for grads in each) for name in each[0]}
+
+
+def alone(rule, size, steps, *, model=None, gradients=summed):
+    """Train in one process on the summed gradients."""
+    model = model or mixture()
+    optimizer = rule(model.named_parameters())
+    for step in range(steps):
+        optimizer.zero_grad()
+        for name, grad in gradients(model, size, step).items():
+            getattr(model, name).add_grad(grad)
+        optimizer.step()
+    return model, optimizer
+
+
+def values(model):
+    return {name: p.data.copy() for name, p in model.named_parameters()}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name, strict=True)

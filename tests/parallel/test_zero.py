@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN, SUM
-from mpidist.boxes import Box
 from mpidist.collectives import ireduce_scatter
-from mpidist.errors import CollectiveMismatchError, PeerLostError
-from mpidist.nn import BatchNorm2d, Linear, Mode, Sequential
-from mpidist.optim import SGD, Adam, AdamW, WarmupCosine
+from mpidist.errors import PeerLostError
+from mpidist.optim import SGD, AdamW, WarmupCosine
 from mpidist.parallel import (
     DDP,
     BucketSizes,
@@ -24,67 +22,23 @@ from mpidist.parallel import (
     shard_gradients,
 )
 from mpidist.testing import Death, Faults, run_ranks
-from tests.parallel.checks import TINY, TRAINING
+from tests.parallel.checks import TINY
 from tests.parallel.sharded import (
     FACTORIES,
+    RULES,
     WAYS,
     Given,
+    alone,
+    assert_same,
     digests_after_ddp,
     give,
+    mixture,
+    summed,
     train_sharded,
+    values,
     whole_numbers,
 )
 from tests.parallel.training import CASES, assert_close, train_alone
-
-RULES = {
-    "sgd": partial(SGD, lr=0.25),
-    "momentum": partial(SGD, lr=0.1, momentum=0.9, weight_decay=1e-2),
-    "nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
-    "adam": partial(Adam, lr=0.02, weight_decay=1e-2),
-    "adamw": partial(AdamW, lr=0.02, weight_decay=0.1),
-}
-
-
-def mixture(seed=0):
-    """Build parameters of several dtypes, and of sizes that no number of ranks divides."""
-    rng = np.random.default_rng(seed)
-    return Given(
-        a=rng.normal(size=(7, 5)),
-        b=rng.normal(size=()),
-        c=rng.normal(size=(3, 41)).astype(np.float32),
-        d=np.empty((0, 4)),
-        e=rng.normal(size=13),
-        f=rng.normal(size=(50, 3)).astype(np.float32),
-    )
-
-
-def summed(model, size, step):
-    """Return the sum over the ranks of what they are given."""
-    each = [whole_numbers(model, rank, step) for rank in range(size)]
-    return {name: sum(grads[name] for grads in each) for name in each[0]}
-
-
-def alone(rule, size, steps, *, model=None, gradients=summed):
-    """Train in one process on the summed gradients."""
-    model = model or mixture()
-    optimizer = rule(model.named_parameters())
-    for step in range(steps):
-        optimizer.zero_grad()
-        for name, grad in gradients(model, size, step).items():
-            getattr(model, name).add_grad(grad)
-        optimizer.step()
-    return model, optimizer
-
-
-def values(model):
-    return {name: p.data.copy() for name, p in model.named_parameters()}
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(got[name], array, err_msg=name, strict=True)
-
 
 # -- equal to the unsharded optimizer --------------------------------------------------------------
 
@@ -360,282 +314,3 @@ def test_the_death_of_a_rank_ends_the_step_of_the_others():
 
     run_ranks(3, body, faults=Faults(deaths=(Death(rank=1, call=150),)), timeout=10)
     assert len(seen) == 2
-
-
-# -- state -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_each_rank_keeps_the_state_of_its_slice(size):
-    def body(group):
-        model = mixture()
-        with ShardedOptimizer(model, group, optimizer=RULES["adam"]) as optimizer:
-            state, boxes = optimizer.state_dict(), optimizer.boxes()
-            for name in boxes:
-                assert state[f"{name}/mean"].shape == boxes[name].sizes
-            return boxes, sum(getattr(value, "nbytes", 0) for value in state.values())
-
-    found = run_ranks(size, body)
-    for name, parameter in mixture().named_parameters():
-        covered = np.zeros(parameter.size, int)
-        for boxes, _ in found:
-            covered[boxes[name].slices] += 1
-        np.testing.assert_array_equal(covered, 1)
-    whole = 2 * sum(p.data.nbytes for p in mixture().parameters())
-    assert sum(nbytes for _, nbytes in found) == whole
-    # A cache line per bucket, and less than one per parameter, cannot be shared out evenly.
-    assert max(nbytes for _, nbytes in found) <= whole / size + 2 * 64 * (2 + 6)
-
-
-def train_and_stop(group, start, stop, given=None):
-    """Make some of the steps, from another run's parameters and its state."""
-    model = mixture(seed=5)
-    with ShardedOptimizer(model, group, optimizer=RULES["adamw"], op=SUM) as optimizer:
-        if given is not None:
-            optimizer.load_module_state_dict(given[0])
-            load_full_state_dict(optimizer, given[1])
-        for step in range(start, stop):
-            # What the ranks are given sums up to the same, however many they are.
-            whole = whole_numbers(model, 0, step)
-            share = {n: g if group.rank == 0 else np.zeros_like(g) for n, g in whole.items()}
-            give(optimizer, share)
-            optimizer.step()
-        return values(model), full_state_dict(optimizer)
-
-
-def test_training_goes_on_with_another_number_of_ranks():
-    _, expected = run_ranks(1, train_and_stop, 0, 6)[0]
-    halfway = run_ranks(3, train_and_stop, 0, 3)[0]
-    for _, state in run_ranks(4, train_and_stop, 3, 6, halfway):
-        assert_same(state, expected)
-
-
-def test_a_shard_is_found_by_its_boxes():
-    """What a checkpoint will do: read parts of the pieces of other ranks."""
-
-    def save(group):
-        model = mixture()
-        with ShardedOptimizer(model, group, optimizer=RULES["adam"], op=SUM) as optimizer:
-            give(optimizer, whole_numbers(model, group.rank, 0))
-            optimizer.step()
-            state = {k: np.copy(v) for k, v in optimizer.state_dict().items() if k != "kind"}
-            return state, optimizer.boxes(), full_state_dict(optimizer)
-
-    saved = run_ranks(3, save)
-
-    def load(group):
-        with ShardedOptimizer(mixture(), group, optimizer=RULES["adam"]) as optimizer:
-            mine = optimizer.state_dict()
-            for name, box in optimizer.boxes().items():
-                mine[f"{name}/updates"] = saved[0][0][f"{name}/updates"]
-                for slot in ("mean", "mean_square"):
-                    piece = mine[f"{name}/{slot}"] = np.full(box.sizes, np.nan)
-                    piece = mine[f"{name}/{slot}"] = piece.astype(
-                        saved[0][0][f"{name}/{slot}"].dtype
-                    )
-                    for state, boxes, _ in saved:
-                        common = box.intersect(boxes[name])
-                        if common is not None:
-                            source = common.relative_to(boxes[name]).slices
-                            piece[common.relative_to(box).slices] = state[f"{name}/{slot}"][source]
-            optimizer.load_state_dict(mine | {"step": 1})
-            return full_state_dict(optimizer)
-
-    for state in run_ranks(2, load):
-        assert_same(state, saved[0][2])
-
-
-def test_a_state_that_does_not_fit_changes_nothing():
-    def body(group):
-        with ShardedOptimizer(mixture(), group, optimizer=RULES["adam"]) as optimizer:
-            whole = full_state_dict(optimizer)
-            with pytest.raises(ValueError, match="this is Adam, the state is of 'SGD'"):
-                load_full_state_dict(optimizer, whole | {"kind": "SGD"})
-            with pytest.raises(ValueError, match=r"'a/mean' has shape \(2,\), expected \(7, 5\)"):
-                load_full_state_dict(optimizer, whole | {"a/mean": np.ones(2)})
-            with pytest.raises(ValueError, match=r"missing .'b/mean'"):
-                load_full_state_dict(optimizer, {k: v for k, v in whole.items() if k != "b/mean"})
-            assert not any(np.any(v) for k, v in full_state_dict(optimizer).items() if k != "kind")
-
-    run_ranks(2, body)
-
-
-# -- parameters are read-only ----------------------------------------------------------------------
-
-
-def two_layers(seed):
-    rng = np.random.default_rng(seed)
-    return Sequential(
-        Linear(3, 5, rng=rng, dtype=np.float64),
-        BatchNorm2d(2, dtype=np.float64),
-        Linear(5, 2, rng=rng, dtype=np.float64),
-    )
-
-
-@pytest.mark.parametrize("per_node", [None, 1])
-def test_parameters_can_be_read_only(per_node):
-    def body(group):
-        model = two_layers(group.rank)
-        with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
-            assert optimizer.shared == (per_node == 1)
-            weight = model.layers[0].weight
-            np.testing.assert_array_equal(weight.data, two_layers(0).layers[0].weight.data)
-            with pytest.raises(ValueError, match="read-only"):
-                weight.data[0, 0] = 1
-        return weight.data
-
-    for data in run_ranks(2, body, ranks_per_node=per_node):
-        np.testing.assert_array_equal(data, two_layers(0).layers[0].weight.data)
-
-
-@pytest.mark.parametrize("per_node", [None, 1, 2])
-def test_a_model_is_loaded_through_the_optimizer(per_node):
-    state = two_layers(9).state_dict()
-    state["1.running_mean"] = np.array([5.0, 6.0])
-
-    def body(group):
-        model = two_layers(0)
-        with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
-            before = {name: array.copy() for name, array in model.state_dict().items()}
-            with pytest.raises(ValueError, match=r"read-only.*load_module_state_dict"):
-                model.load_state_dict(state)
-            with pytest.raises(ValueError, match="missing"):
-                optimizer.load_module_state_dict({"0.weight": state["0.weight"]})
-            assert_same(model.state_dict(), before)
-            optimizer.load_module_state_dict(state)
-            return {name: array.copy() for name, array in model.state_dict().items()}
-
-    for found in run_ranks(3, body, ranks_per_node=per_node):
-        assert_same(found, state)
-
-
-def test_parameters_outlive_the_optimizer():
-    def body(group):
-        model = two_layers(0)
-        ShardedOptimizer(model, group, optimizer=RULES["sgd"]).close()
-        for parameter in model.parameters():
-            parameter.data = parameter.data.copy()
-        model.load_state_dict(two_layers(4).state_dict())
-        return ShardedOptimizer(model, group, optimizer=RULES["sgd"]).boxes()
-
-    assert len(run_ranks(2, body)[0]) == 6
-
-
-# -- misuse ----------------------------------------------------------------------------------------
-
-
-def refused(error, match, act, size=2):
-    """Let every rank of a group do what must raise, and check the words."""
-
-    def body(group):
-        with pytest.raises(error, match=match):
-            act(group)
-
-    run_ranks(size, body)
-
-
-def test_gradients_are_closed_until_the_step():
-    def body(group):
-        model = mixture()
-        with ShardedOptimizer(model, group, optimizer=RULES["adam"]) as optimizer:
-            give(optimizer, whole_numbers(model, group.rank, 0))
-            optimizer.shards()
-            with pytest.raises(RuntimeError, match=r"'a'.*in communication"):
-                model.a.grad  # noqa: B018
-            with pytest.raises(RuntimeError, match=r"step\(\) or zero_grad\(\) first"):
-                give(optimizer, whole_numbers(model, group.rank, 0))
-            optimizer.step()
-            assert model.a.grad is None
-            before = values(model)
-            give(optimizer, whole_numbers(model, group.rank, 1))
-            optimizer.zero_grad()
-            optimizer.step()
-            assert_same(values(model), before)
-
-    run_ranks(2, body)
-
-
-def test_local_gradients_are_not_stepped_with():
-    def act(group):
-        model = mixture()
-        optimizer = ShardedOptimizer(model, group, optimizer=RULES["adam"])
-        with optimizer.no_sync():
-            give(optimizer, whole_numbers(model, group.rank, 0))
-        optimizer.step()
-
-    refused(RuntimeError, "'a' holds a gradient of this rank alone", act)
-
-
-def test_a_module_has_one_sharded_optimizer():
-    def act(group):
-        model = mixture()
-        for _ in range(2):
-            ShardedOptimizer(model, group, optimizer=RULES["adam"])
-
-    refused(ValueError, "'a' is read-only, as another ShardedOptimizer leaves it", act)
-
-
-@pytest.mark.parametrize(
-    ("factory", "match"),
-    [
-        (lambda named: [SGD(named, lr=1), SGD(named[:1], lr=1)], r"made an optimizer of \['a'\]"),
-        (lambda named: SGD([("x", named[0][1])], lr=1), r"made an optimizer of \['x'\]"),
-        (lambda _: [], "made no optimizer"),
-    ],
-)
-def test_a_factory_uses_what_it_is_given_once(factory, match):
-    refused(ValueError, match, lambda g: ShardedOptimizer(mixture(), g, optimizer=factory))
-
-
-def test_adam_refuses_halves_here_too():
-    model = {"w": np.ones(3, np.float16)}
-    refused(
-        ValueError,
-        "too coarse",
-        lambda g: ShardedOptimizer(Given(**model), g, optimizer=RULES["adam"]),
-    )
-
-
-def test_the_op_of_a_ddp_is_its_own():
-    def act(group):
-        ShardedOptimizer(DDP(mixture(), group), group, optimizer=RULES["adam"], op=SUM)
-
-    refused(ValueError, "op belongs to the DDP", act)
-
-
-def test_a_ddp_has_the_same_ranks():
-    def act(group):
-        part = group.split(group.rank)
-        ShardedOptimizer(DDP(mixture(), group), part, optimizer=RULES["adam"])
-
-    refused(ValueError, "give the group that the DDP was made over", act)
-
-
-def test_ranks_with_different_models_are_told():
-    def act(group):
-        model = Given(w=np.ones(3 + group.rank))
-        ShardedOptimizer(model, group, optimizer=RULES["adam"])
-
-    refused(CollectiveMismatchError, r"parameter 'w' is \(4,\)", act)
-
-
-def test_the_modes_of_a_layer_pass_through():
-    """Nothing between the module and the optimizer changes what forward returns."""
-
-    def body(group):
-        model = two_layers(0).layers[0]
-        x = np.ones((2, 3))
-        before, _ = model.forward(x, Mode(training=False))
-        with ShardedOptimizer(model, group, optimizer=RULES["sgd"]):
-            after, _ = model.forward(x, TRAINING)
-        np.testing.assert_array_equal(before, after)
-
-    run_ranks(1, body)
-
-
-def test_an_empty_box_has_one_dimension():
-    def body(group):
-        with ShardedOptimizer(Given(w=np.ones(1)), group, optimizer=RULES["sgd"]) as optimizer:
-            return optimizer.boxes()["w"]
-
-    assert run_ranks(2, body) == [Box((0,), (1,)), Box((0,), (0,))]

@@ -96,6 +96,7 @@ def test_nobody_writes_what_another_still_reads(world):
     with ShardedOptimizer(model, world, optimizer=partial(SGD, lr=1.0)) as optimizer:
         for step in range(3):
             give(optimizer, {"w": np.ones(4096)})
+            optimizer.shards()  # so that only the barrier is left to wait for
             if world.rank == step % world.size:
                 time.sleep(0.05)
                 np.testing.assert_array_equal(model.w.data, -float(step))
@@ -128,17 +129,15 @@ def test_all_have_written_when_a_step_returns(world):
 @on_ranks
 def test_the_norm_is_that_of_whole_gradients(world):
     model = Given(w=np.zeros((50, 3)), v=np.zeros(5))
-    whole = {n: np.arange(p.size, dtype=float).reshape(p.shape) for n, p in vars_of(model)}
+    whole = {
+        n: np.arange(p.size, dtype=float).reshape(p.shape) for n, p in model.named_parameters()
+    }
     norm = np.sqrt(sum((grad**2).sum() for grad in whole.values()))
     with ShardedOptimizer(model, world, optimizer=partial(SGD, lr=1.0)) as optimizer:
         give(optimizer, whole)
         assert clip_grad_norm(optimizer.shards(), 1.0, group=world) == pytest.approx(norm)
         optimizer.step()
     np.testing.assert_allclose(model.w.data, -whole["w"] / norm, rtol=1e-12)
-
-
-def vars_of(model):
-    return list(model.named_parameters())
 
 
 # -- memory ----------------------------------------------------------------------------------------

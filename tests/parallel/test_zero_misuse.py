@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpidist._types import SUM
+from mpidist.errors import CollectiveMismatchError
+from mpidist.optim import SGD
+from mpidist.parallel import DDP, ShardedOptimizer
+from mpidist.testing import run_ranks
+from tests.parallel.sharded import RULES, Given, assert_same, give, mixture, values, whole_numbers
+
+
+def refused(error, match, act, size=2):
+    """Let every rank of a group do what must raise, and check the words."""
+
+    def body(group):
+        with pytest.raises(error, match=match):
+            act(group)
+
+    run_ranks(size, body)
+
+
+def test_gradients_are_closed_until_the_step():
+    def body(group):
+        model = mixture()
+        with ShardedOptimizer(model, group, optimizer=RULES["adam"]) as optimizer:
+            give(optimizer, whole_numbers(model, group.rank, 0))
+            optimizer.shards()
+            with pytest.raises(RuntimeError, match=r"'a'.*in communication"):
+                model.a.grad  # noqa: B018
+            with pytest.raises(RuntimeError, match=r"step\(\) or zero_grad\(\) first"):
+                give(optimizer, whole_numbers(model, group.rank, 0))
+            optimizer.step()
+            assert model.a.grad is None
+            before = values(model)
+            give(optimizer, whole_numbers(model, group.rank, 1))
+            optimizer.zero_grad()
+            optimizer.step()
+            assert_same(values(model), before)
+
+    run_ranks(2, body)
+
+
+def test_local_gradients_are_not_stepped_with():
+    def act(group):
+        model = mixture()
+        optimizer = ShardedOptimizer(model, group, optimizer=RULES["adam"])
+        with optimizer.no_sync():
+            give(optimizer, whole_numbers(model, group.rank, 0))
+        optimizer.step()
+
+    refused(RuntimeError, "'a' holds a gradient of this rank alone", act)
+
+
+def test_a_module_has_one_sharded_optimizer():
+    def act(group):
+        model = mixture()
+        for _ in range(2):
+            ShardedOptimizer(model, group, optimizer=RULES["adam"])
+
+    refused(ValueError, "'a' is read-only, as another ShardedOptimizer leaves it", act)
+
+
+@pytest.mark.parametrize(
+    ("factory", "match"),
+    [
+        (lambda named: [SGD(named, lr=1), SGD(named[:1], lr=1)], r"made an optimizer of \['a'\]"),
+        (lambda named: SGD([("x", named[0][1])], lr=1), r"made an optimizer of \['x'\]"),
+        (lambda _: [], "made no optimizer"),
+    ],
+)
+def test_a_factory_uses_what_it_is_given_once(factory, match):
+    refused(ValueError, match, lambda g: ShardedOptimizer(mixture(), g, optimizer=factory))
+
+
+def test_adam_refuses_halves_here_too():
+    model = {"w": np.ones(3, np.float16)}
+    refused(
+        ValueError,
+        "too coarse",
+        lambda g: ShardedOptimizer(Given(**model), g, optimizer=RULES["adam"]),
+    )
+
+
+def test_the_op_of_a_ddp_is_its_own():
+    def act(group):
+        ShardedOptimizer(DDP(mixture(), group), group, optimizer=RULES["adam"], op=SUM)
+
+    refused(ValueError, "op belongs to the DDP", act)
+
+
+def test_a_ddp_has_the_same_ranks():
+    def act(group):
+        part = group.split(group.rank)
+        ShardedOptimizer(DDP(mixture(), group), part, optimizer=RULES["adam"])
+
+    refused(ValueError, "give the group that the DDP was made over", act)
+
+
+def test_ranks_with_different_models_are_told():
+    def act(group):
+        model = Given(w=np.ones(3 + group.rank))
+        ShardedOptimizer(model, group, optimizer=RULES["adam"])
+
+    refused(CollectiveMismatchError, r"parameter 'w' is \(4,\)", act)
