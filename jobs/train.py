@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from task import Task
 
     from mpidist.group import ProcessGroup
+    from mpidist.nn import Parameter
     from mpidist.optim import Optimizer
-    from mpidist.parallel import DDP, Compression
+    from mpidist.parallel import DDP, Compression, ShardedOptimizer
     from mpidist.train import Plan, Record
 
 DIVERGED = 1
@@ -71,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("adamw", "adam", "sgd"),
         default="adamw",
         help="sgd is with Nesterov momentum 0.9 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--sharded-optimizer",
+        action="store_true",
+        help="let each rank keep the optimizer's state of its share of the parameters only, and "
+        "the ranks of a node one copy of the parameters; the curve stays the same",
     )
     p.add_argument(
         "--lr",
@@ -140,13 +148,18 @@ def run(options: argparse.Namespace) -> None:
     """Train as the options say; called by every rank of the job."""
     # The first import of numpy fixes the number of threads, so it comes after limit_threads().
     import mpidist
-    from mpidist.parallel import DDP
+    from mpidist.parallel import DDP, ShardedOptimizer
 
     with mpidist.init() as world:
         task = make_task(options)
         plan = make_plan(options, task)
         model = DDP(task.model, world, op=mpidist.SUM, compression=make_compression(options))
-        optimizer = make_optimizer(options, task, plan)
+        build = choose_optimizer(options, task, plan)
+        optimizer: Optimizer | ShardedOptimizer
+        if options.sharded_optimizer:
+            optimizer = ShardedOptimizer(model, world, optimizer=build)
+        else:
+            optimizer = build(list(task.model.named_parameters()))
         if world.rank == 0:
             do_without(options)
             announce(options, task, plan, world)
@@ -223,16 +236,17 @@ def make_compression(options: argparse.Namespace) -> Compression | None:
     return {"none": None, "fp16": Compression.FP16, "bf16": Compression.BF16}[options.compression]
 
 
-def make_optimizer(options: argparse.Namespace, task: Task, plan: Plan) -> Optimizer:
-    """Build the optimizer with a warm-up over a tenth of the steps."""
+def choose_optimizer(
+    options: argparse.Namespace, task: Task, plan: Plan
+) -> Callable[[list[tuple[str, Parameter]]], Optimizer]:
+    """Choose how to make an optimizer, with a warm-up over a tenth of the steps."""
     from mpidist.optim import SGD, Adam, AdamW, WarmupCosine
 
     peak = options.lr or task.defaults.lr * (10 if options.optimizer == "sgd" else 1)
     rate = WarmupCosine(peak, warmup_steps=plan.steps // 10, total_steps=plan.steps)
     if options.optimizer == "sgd":
-        return SGD(task.model.named_parameters(), lr=rate, momentum=0.9, nesterov=True)
-    choice = {"adam": Adam, "adamw": AdamW}[options.optimizer]
-    return choice(task.model.named_parameters(), lr=rate)
+        return partial(SGD, lr=rate, momentum=0.9, nesterov=True)
+    return partial({"adam": Adam, "adamw": AdamW}[options.optimizer], lr=rate)
 
 
 def train_and_record(
@@ -240,7 +254,7 @@ def train_and_record(
     task: Task,
     plan: Plan,
     model: DDP,
-    optimizer: Optimizer,
+    optimizer: Optimizer | ShardedOptimizer,
     world: ProcessGroup,
 ) -> list[Record]:
     """Run the loop; rank 0 shows its progress and writes metrics.jsonl."""
@@ -280,6 +294,7 @@ def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "seed": plan.seed,
         "optimizer": options.optimizer,
+        "sharded_optimizer": options.sharded_optimizer,
         "compression": options.compression,
         "python": sys.version.split()[0],
         "numpy": np.__version__,

@@ -18,7 +18,7 @@ from mpidist.data import ArrayDataset, Batch, ShardedSampler
 from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
 from mpidist.optim import Optimizer
-from mpidist.parallel import DDP, Metrics, clip_grad_norm
+from mpidist.parallel import DDP, Metrics, ShardedOptimizer, clip_grad_norm
 from mpidist.train.records import Record
 
 __all__ = ["Plan", "evaluate", "train", "train_step"]
@@ -64,7 +64,7 @@ class Plan:
 
 def train(
     model: DDP,
-    optimizer: Optimizer,
+    optimizer: Optimizer | ShardedOptimizer,
     train_set: ArrayDataset,
     held_out: ArrayDataset,
     plan: Plan,
@@ -76,8 +76,8 @@ def train(
     ----------
     model : DDP
         Made with ``op=SUM``; its output has the classes last.
-    optimizer : Optimizer
-        Of the model's parameters. Training goes on from its `step_count`.
+    optimizer : Optimizer or ShardedOptimizer
+        Of the model's parameters, or made with `model`. Training goes on from its `step_count`.
     train_set, held_out : ArrayDataset
         What to learn from, and what to judge by; the same on all ranks.
     plan : Plan
@@ -136,7 +136,7 @@ def train(
 
 def train_step(
     model: DDP,
-    optimizer: Optimizer,
+    optimizer: Optimizer | ShardedOptimizer,
     data: ArrayDataset,
     batch: Batch,
     plan: Plan,
@@ -146,7 +146,7 @@ def train_step(
 
     Parameters
     ----------
-    model, optimizer : DDP, Optimizer
+    model, optimizer : DDP, Optimizer or ShardedOptimizer
         As in `train`.
     data : ArrayDataset
         The samples.

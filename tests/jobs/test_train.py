@@ -75,7 +75,14 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
     assert ended.returncode == 0
     for option in (
         *("--task", "--epochs", "--steps", "--batch-size", "--optimizer", "--lr", "--seed"),
-        *("--compression", "--log-every", "--out", "--no-progress", "--no-plot"),
+        *(
+            "--sharded-optimizer",
+            "--compression",
+            "--log-every",
+            "--out",
+            "--no-progress",
+            "--no-plot",
+        ),
     ):
         assert option in ended.stdout
     lines = "import sys, train; train.parser().format_help(); assert 'numpy' not in sys.modules"
@@ -224,3 +231,20 @@ def test_curve_is_the_same_on_any_number_of_ranks(
         # Dropout is on: equal curves also mean that the same elements were dropped.
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.01)
+
+
+@pytest.mark.mpirun
+def test_a_sharded_optimizer_changes_no_bit_of_the_curve(
+    run: Run, mpirun: list[str], tmp_path: Path
+) -> None:
+    for out, arguments in (("whole", ()), ("sharded", ("--sharded-optimizer",))):
+        ended = run(*SHORT, *arguments, "--no-plot", "--out", out, launcher=(*mpirun, "-n", "3"))
+        assert ended.returncode == 0, ended.stdout
+    whole, sharded = (
+        read_records(tmp_path / out / "metrics.jsonl") for out in ("whole", "sharded")
+    )
+    assert sharded[0]["sharded_optimizer"]
+    assert not whole[0]["sharded_optimizer"]
+    for mine, theirs in zip(sharded[1:], whole[1:], strict=True):
+        del mine["samples_per_second"], theirs["samples_per_second"]
+        assert mine == theirs
