@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = [
     "Evidence",
+    "cache_directory",
+    "crossovers",
     "launcher_evidence",
     "omp_num_threads",
     "ranks_per_node",
@@ -80,6 +83,17 @@ def store_evidence() -> Evidence | None:
     if rank is None or size is None:
         return None
     return Evidence("RANK and WORLD_SIZE", "WORLD_SIZE", size)
+
+
+def crossovers() -> str | None:
+    """Return ``MPIDIST_CROSSOVERS``: sizes as text, or the path of a file; None if not set."""
+    return os.environ.get("MPIDIST_CROSSOVERS") or None
+
+
+def cache_directory() -> Path:
+    """Return the directory for what can be measured again, by the XDG base directory rules."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "mpidist"
 
 
 def ranks_per_node() -> int | None:

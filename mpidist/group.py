@@ -16,6 +16,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.backends.base import Backend, Capabilities
+from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.work import Steps
 from mpidist.errors import (
     CollectiveMismatchError,
@@ -188,6 +189,15 @@ class ProcessGroup:
     def backend(self) -> str:
         """Name of the transport."""
         return self._backend.name
+
+    @property
+    def crossovers(self) -> Crossovers:
+        """From which sizes on this group takes which path; may be set, to the same on all ranks."""
+        return self._backend.crossovers
+
+    @crossovers.setter
+    def crossovers(self, sizes: Crossovers) -> None:
+        self._backend.take({1: sizes})
 
     @property
     def mpi_comm(self) -> Any:

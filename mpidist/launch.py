@@ -7,9 +7,12 @@ would be a third of the time that importing this package takes.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mpidist import env
+from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import BackendUnavailableError, LaunchError
 from mpidist.group import ProcessGroup
 
@@ -93,7 +96,7 @@ def _init_mpi(
     evidence: env.Evidence | None, comm: Any, timeout: float, warn_after: float
 ) -> ProcessGroup:
     from mpidist import hooks
-    from mpidist.backends.mpi import MpiBackend, load_mpi, world_ranks
+    from mpidist.backends.mpi import MpiBackend, library_name, load_mpi, world_ranks
     from mpidist.log import logger
 
     mpi = load_mpi()
@@ -102,9 +105,41 @@ def _init_mpi(
     with hooks.starting(mpi, comm, timeout) as departures:
         backend = MpiBackend(comm.Dup(), departures=departures, places=world_ranks(mpi, comm))
         world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after)
+    if world.size > 1:
+        world._backend.take(_agreed_crossovers(world, library_name(mpi)))
     hooks.follow(world)
     logger.debug("rank %d of %d is %s:%d", comm.rank, comm.size, os.uname().nodename, os.getpid())
     return world
+
+
+def _agreed_crossovers(world: ProcessGroup, library: str) -> Mapping[int, Crossovers]:
+    """Return what rank 0 finds in the environment or in the user's file; collective."""
+    from mpidist.collectives import broadcast_object
+
+    table: Mapping[int, Crossovers] = {}
+    problem = None
+    if world.rank == 0:
+        try:
+            table = _found_crossovers(library)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    table, problem = broadcast_object((table, problem), world, root=0)
+    if problem is not None:
+        raise LaunchError(f"init: the crossovers that rank 0 found cannot be used: {problem}")
+    return table
+
+
+def _found_crossovers(library: str) -> Mapping[int, Crossovers]:
+    from mpidist.backends.crossover_file import FILE_NAME, machine_name, read
+    from mpidist.backends.crossovers import parse
+
+    given = env.crossovers()
+    if given is not None and "=" in given:
+        return {1: parse(given)}
+    path = env.cache_directory() / FILE_NAME if given is None else Path(given)
+    if given is not None and not path.is_file():
+        raise ValueError(f"MPIDIST_CROSSOVERS names the file {path}, and there is none")
+    return read(path, machine_name(library)) if path.is_file() else {}
 
 
 def _refuse_strangers(evidence: env.Evidence | None, mpi: Any) -> None:

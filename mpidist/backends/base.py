@@ -17,7 +17,7 @@ from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
 from mpidist.backends.agreement import Call
-from mpidist.backends.crossovers import Crossovers
+from mpidist.backends.crossovers import Crossovers, choose
 from mpidist.backends.direct import Direct
 from mpidist.backends.registered import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
@@ -81,6 +81,7 @@ class Backend(ABC):
         self.capabilities = capabilities
         self.registered = Registry()
         self.crossovers = Crossovers()
+        self._table: Mapping[int, Crossovers] = {}
         self._direct: Direct | None = None
         self.engine = Engine()
         self._collectives = 0
@@ -127,6 +128,11 @@ class Backend(ABC):
     def node(self) -> int:
         """Return a number that is the same for exactly the ranks that share this one's memory."""
         return 0
+
+    @property
+    def local_size(self) -> int:
+        """The largest number of ranks on any node."""
+        return self.size
 
     def mpi_comm(self) -> Any:
         """Return the mpi4py communicator of these ranks."""
@@ -243,7 +249,18 @@ class Backend(ABC):
         crossovers are the parent's, too.
         """
         self.engine = parent.engine
-        self.crossovers = parent.crossovers
+        self.take(parent._table)
+
+    def take(self, table: Mapping[int, Crossovers]) -> None:
+        """Take these crossovers from now on, those for the ranks of a node; the same on all ranks.
+
+        Parameters
+        ----------
+        table : mapping of int to Crossovers
+            By the number of ranks on a node.
+        """
+        self._table = table
+        self.crossovers = choose(table, self.local_size)
 
     def progress(self) -> None:
         """Drive every operation that has been started, and the transport itself."""

@@ -46,6 +46,13 @@ _CURE = (
 )
 
 
+def library_name(mpi: Any) -> str:
+    """Return name and version of the MPI library, the first words of what it says of itself."""
+    text: str = mpi.Get_library_version()
+    name = text.splitlines()[0].partition(",")[0]
+    return " ".join(name.replace("Version:", " ").replace("\0", "").split())
+
+
 def load_mpi() -> Any:
     """Import and return ``mpi4py.MPI``, which initialises MPI.
 
@@ -250,6 +257,11 @@ class MpiBackend(Backend):
         """Return the world rank of the first rank that shares this one's memory."""
         return self._node
 
+    @property
+    def local_size(self) -> int:
+        """The largest number of ranks on any node."""
+        return max(map(len, self._near.nodes))
+
     def mpi_comm(self) -> Any:
         """Return the communicator."""
         return self._comm
@@ -341,7 +353,7 @@ class MpiBackend(Backend):
     def _make_direct(self) -> Direct | None:
         """Make the direct path where the ranks of every node share memory; collective."""
         near = self._near
-        if not supported() or max(map(len, near.nodes)) == 1:
+        if not supported() or self.local_size == 1:
             return None
         memory = self._share(DirectBoard.nbytes(1))
         if memory is None:

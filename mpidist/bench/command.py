@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Protocol
 
 from mpidist._optional import require
-from mpidist.bench import all_reduce, collectives, ddp, guard, importing, overhead, p2p
+from mpidist.bench import (
+    all_reduce,
+    collectives,
+    crossovers,
+    ddp,
+    guard,
+    importing,
+    overhead,
+    p2p,
+)
 from mpidist.bench.options import BenchmarkError
 from mpidist.bench.plot import plot_report
 from mpidist.bench.report import Report
@@ -49,6 +58,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "overhead": overhead,
     "ddp": ddp,
     "import": importing,
+    "crossovers": crossovers,
     "guard": guard,
 }
 """Every benchmark by its name on the command line."""

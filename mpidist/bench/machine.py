@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from mpidist import env
-from mpidist.backends.mpi import load_mpi
+from mpidist.backends.crossover_file import processor
+from mpidist.backends.mpi import library_name, load_mpi
 from mpidist.collectives import all_gather_object
 from mpidist.group import ProcessGroup
 
@@ -71,7 +72,7 @@ class Machine:
         allowed = all_gather_object((group.node_rank, os.sched_getaffinity(0)), group)
         usable = {core for node, cores in allowed if node == group.node_rank for core in cores}
         return cls(
-            processor=_processor(),
+            processor=processor(),
             cores=os.cpu_count() or 1,
             usable_cores=len(usable),
             caches=_caches(),
@@ -80,7 +81,7 @@ class Machine:
             python=platform.python_version(),
             numpy=metadata.version("numpy"),
             mpi4py=_version("mpi4py"),
-            mpi=_mpi_library() if group.backend == "mpi" else "",
+            mpi=library_name(load_mpi()) if group.backend == "mpi" else "",
             ranks=group.size,
             nodes=group.num_nodes,
             omp_num_threads=env.omp_num_threads(),
@@ -105,14 +106,6 @@ class Machine:
 
 def _number(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' * (count != 1)}"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("model name", "Model", "cpu"):
-            return value.strip()
-    return platform.machine()
 
 
 def _caches() -> tuple[str, ...]:
@@ -140,10 +133,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _mpi_library() -> str:
-    """Return the first words of what the library says of itself: name and version."""
-    text: str = load_mpi().Get_library_version()
-    name = text.splitlines()[0].partition(",")[0]
-    return " ".join(name.replace("Version:", " ").replace("\0", "").split())

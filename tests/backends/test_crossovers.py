@@ -1,0 +1,126 @@
+"""The sizes from which on a path is taken: where they come from, and that all ranks have them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mpidist
+from mpidist.backends.crossover_file import machine_name, processor, read, write
+from mpidist.backends.crossovers import NEVER, Crossovers, choose, parse
+from mpidist.backends.meetings import SMALL, supported
+from tests._ranks.launcher import clean_environment
+
+ROOT = str(Path(__file__).parents[2])
+
+
+def test_text_gives_some_sizes_and_the_rest_have_their_defaults():
+    assert parse("small=64, scratch = never") == Crossovers(small=64, scratch=NEVER)
+    assert parse("registered=4096") == Crossovers(registered=4096)
+    for wrong in ("", "small", "small=-1", "large=3", "small=1k", "small=1;scratch=2"):
+        with pytest.raises(ValueError, match="expected sizes in bytes such as"):
+            parse(wrong)
+    with pytest.raises(ValueError, match=f"small at most {SMALL}"):
+        parse(f"small={SMALL + 1}")
+
+
+def test_the_next_smaller_number_of_ranks_decides():
+    table = {2: Crossovers(small=2), 8: Crossovers(small=8)}
+    assert [choose(table, ranks).small for ranks in (1, 2, 7, 8, 100)] == [2, 2, 2, 8, 8]
+    assert choose({}, 4) == Crossovers()
+
+
+def test_a_file_keeps_every_machine_and_number_of_ranks(tmp_path):
+    path = tmp_path / "deep" / "crossovers.json"
+    here, there = machine_name("MPI 1"), machine_name("MPI 2")
+    assert processor() in here
+    for number in (2, 4):
+        write(path, here, number, Crossovers(small=number))
+    write(path, there, 2, Crossovers(scratch=NEVER))
+    assert read(path, here) == {2: Crossovers(small=2), 4: Crossovers(small=4)}
+    assert read(path, there) == {2: Crossovers(scratch=NEVER)}
+    assert read(path, "a stranger") == {}
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"here": 3}', '{"here": {"2": {"tiny": 1}}}', '{"here": {"x": {}}}']
+)
+def test_a_file_of_something_else_is_refused_with_its_name(tmp_path, text):
+    path = tmp_path / "crossovers.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"crossovers\.json does not hold .* remove it"):
+        read(path, "here")
+
+
+@pytest.mark.skipif(not supported(), reason="this processor has no direct path")
+@pytest.mark.ranks(2, 4)
+def test_every_path_gives_the_sum_in_rank_order(world):
+    group = world.duplicate("paths")
+    paths = (
+        Crossovers(small=SMALL, registered=NEVER, scratch=NEVER),
+        Crossovers(small=0, registered=0, scratch=NEVER),
+        Crossovers(small=0, registered=NEVER, scratch=0),
+    )
+    for count in (1, 7, 1023, SMALL // 8, 600_001):
+        parts = [np.random.default_rng([rank]).standard_normal(count) for rank in range(world.size)]
+        expected = parts[0].copy()
+        for part in parts[1:]:
+            expected += part
+        registered = group.empty(count, np.float64)
+        for sizes in paths:
+            group.crossovers = sizes
+            assert group.crossovers == sizes
+            if count * 8 > sizes.small and sizes.registered == sizes.scratch == NEVER:
+                continue  # that would be the library's order
+            registered[...] = parts[world.rank]
+            mpidist.all_reduce(registered, group, out=registered)
+            assert registered.tobytes() == expected.tobytes(), (count, sizes)
+            if sizes.scratch == NEVER and sizes.small == 0:
+                continue
+            given = parts[world.rank].copy()
+            assert mpidist.all_reduce(given, group).tobytes() == expected.tobytes(), (count, sizes)
+            assert given.tobytes() == parts[world.rank].tobytes()
+    assert group.duplicate("child").crossovers == paths[-1]
+    group.close()
+
+
+_SHOW = """
+import mpidist
+world = mpidist.init()
+world.print(world.crossovers.small, world.split(0).crossovers.scratch)
+"""
+
+
+@pytest.mark.mpirun
+def test_init_takes_what_rank_0_finds(mpirun, tmp_path):
+    from mpidist.backends.mpi import library_name, load_mpi
+
+    def run(**variables):
+        environment = clean_environment() | {"PYTHONPATH": ROOT, "XDG_CACHE_HOME": str(tmp_path)}
+        environment["MPIDIST_CROSSOVERS"] = ""
+        command = [*mpirun, "-n", "2", sys.executable, "-c", _SHOW]
+        return subprocess.run(
+            command,
+            check=False,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    assert run(MPIDIST_CROSSOVERS="small=77,scratch=12345").stdout.count("77 12345") == 2
+    default = Crossovers()
+    assert run().stdout.count(f"{default.small} {default.scratch}") == 2
+    name = machine_name(library_name(load_mpi()))
+    write(tmp_path / "mpidist" / "crossovers.json", name, 2, Crossovers(small=5, scratch=6))
+    assert run().stdout.count("5 6") == 2
+    (tmp_path / "bad.json").write_text("[1]")
+    for wrong in ("small=x", str(tmp_path / "bad.json"), str(tmp_path / "none.json")):
+        result = run(MPIDIST_CROSSOVERS=wrong)
+        assert result.returncode != 0
+        assert "LaunchError: init: the crossovers that rank 0 found cannot be used" in result.stderr
