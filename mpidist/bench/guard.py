@@ -46,7 +46,7 @@ FLOORS = (
     Floor(REGISTERED, 1 << 20, 1.5),
     Floor(REGISTERED, 16 << 20, 1.5),
     Floor(ORDINARY, 1 << 20, 0.7),
-    Floor(ORDINARY, 16 << 20, 0.7),
+    Floor(ORDINARY, 16 << 20, 0.6),
 )
 """Far below what an idle machine with a core for each rank shows, far above the speed of a path
 that has been lost."""
