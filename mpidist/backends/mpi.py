@@ -30,7 +30,9 @@ from mpidist.backends.meetings import DirectBoard, supported
 from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
 from mpidist.backends.mpi_memory import share
 from mpidist.backends.neighbours import Neighbours
+from mpidist.backends.node_sums import NodeSums
 from mpidist.backends.registered import Block
+from mpidist.backends.turns import Turns
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
@@ -292,7 +294,8 @@ class MpiBackend(Backend):
         direct = self._direct
         call: LibraryCall | None = None
         if direct is not None:
-            if verb == "all_reduce" and self._by_shared_memory(direct, args, waiter):
+            sums = direct.sums
+            if verb == "all_reduce" and sums is not None and self._summed(sums, args, waiter):
                 return
             whole = Call.of(verb, args, self.registered, self.crossovers.registered)
             if whole is not None:
@@ -312,23 +315,20 @@ class MpiBackend(Backend):
         self._arrive(waiter)
         self._call(call, waiter)
 
-    def _by_shared_memory(self, direct: Direct, args: tuple[Any, ...], waiter: Waiter) -> bool:
+    def _summed(self, sums: NodeSums, args: tuple[Any, ...], waiter: Waiter) -> bool:
         """Sum arrays by shared memory, if they are registered or it is faster."""
         x, out, op = args
-        if not direct.one_node:
-            return False
-        if x.nbytes <= self.crossovers.small:
-            direct.all_reduce_small(x, out, op, waiter=waiter)
+        sizes, nbytes = self.crossovers, x.nbytes
+        if nbytes <= sizes.small:
+            sums.small(x, out, op, waiter=waiter)
             return True
         place = None
-        if x is out and x.nbytes >= self.crossovers.registered:
+        if x is out and nbytes >= sizes.registered:
             place = self.registered.place(x)
         if place is not None:
-            direct.all_reduce_in_place(place, op, waiter=waiter)
+            sums.in_place(place, op, waiter=waiter)
             return True
-        if x.nbytes < self.crossovers.scratch:
-            return False
-        return direct.all_reduce_by_scratch(x, out, op, waiter=waiter)
+        return nbytes >= sizes.scratch and sums.by_scratch(x, out, op, waiter=waiter)
 
     def _call(self, call: LibraryCall, waiter: Waiter) -> None:
         """Make a blocking call of the library, to which all have come."""
@@ -358,13 +358,8 @@ class MpiBackend(Backend):
         memory = self._share(DirectBoard.nbytes(1))
         if memory is None:
             return None
-        return Direct(
-            DirectBoard(memory, near.rank, len(near.local)),
-            near,
-            self,
-            open_lane=self._open_lane,
-            share=self._parts,
-        )
+        board = DirectBoard(memory, near.rank, len(near.local))
+        return Direct(Turns(board, near, self._open_lane), self, self._parts)
 
     def _share(self, nbytes: int) -> memoryview | None:
         """Map memory of so many bytes of each rank of this node, or None on all; collective."""
