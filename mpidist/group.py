@@ -367,7 +367,7 @@ class ProcessGroup:
         -----
         Collective over the group; blocks. Being registered is part of a collective call, as the
         dtype is: all ranks pass the same place of the same array, or none does. Where there is no
-        shared memory (several nodes, or none left) it is an ordinary array on all ranks.
+        shared memory (one rank per node, or none left) it is an ordinary array on all ranks.
         """
         memory = self._memory("empty", shape, dtype, self._backend.allocate)
         if memory is None:

@@ -35,8 +35,9 @@ Combine: TypeAlias = Callable[[list[Array], Array], None]
 def quiet() -> contextvars.Context:
     """Return a context in which numpy says nothing of infinities and NaN.
 
-    They are results here, as in every MPI library. A context is entered in a tenth of the
-    time that `numpy.errstate` takes, which is longer than adding a thousand numbers.
+    They are results here, as in every MPI library. Since numpy 2.0 its error state belongs to the
+    context. One is entered in a tenth of the time that `numpy.errstate` takes, which is longer
+    than adding a thousand numbers.
     """
     context = contextvars.copy_context()
     context.run(np.seterr, all="ignore")

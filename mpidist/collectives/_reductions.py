@@ -109,8 +109,10 @@ def all_reduce(
 
     Notes
     -----
-    Collective over `group`; blocks. About 2 (p - 1) / p of the bytes of `x` sent per rank. float16
-    and bfloat16 are summed in float32 in rank order and rounded once.
+    Collective over `group`; blocks. Ranks of one node sum by shared memory, in rank order, in
+    registered memory without sending or copying anything (see `ProcessGroup.empty`); else about
+    2 (p - 1) / p of the bytes of `x` are sent per rank. float16 and bfloat16 are summed in float32
+    and rounded once.
     """
     return group.run(plan_all_reduce(x, group, op, out))
 
