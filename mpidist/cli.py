@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mpidist.bench import command as bench
+from mpidist.bench import plan
 
 __all__ = ["COMMANDS", "Command", "main"]
 
@@ -27,6 +28,7 @@ class Command(Protocol):
 
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "bench": (bench, "measure this machine, beside the MPI library and other peers"),
+    "plan": (plan, "predict all_reduce and training steps on other numbers of ranks and nodes"),
 }
 """Every command with its one line of help."""
 

@@ -1,0 +1,335 @@
+"""What an all_reduce costs, as a few numbers that are fitted to measured times.
+
+A message costs a latency and its bytes a bandwidth (Hockney). Inside a node the direct path is two
+meetings and 2 n bytes of memory traffic of each rank: a time that does not depend on n, bytes that
+find their arrays in the caches, and, from some size on, bytes that do not. Over nodes every rank
+all-reduces its slice with its counterparts, by the algorithm that `mpidist.backends.algorithms`
+takes, while the ranks of a node share the network's bandwidth.
+
+References
+----------
+Hockney (1994), The communication challenge for MPP: Intel Paragon and Meiko CS-2, section 2.
+Thakur, Rabenseifner, Gropp (2005), Optimization of Collective Communication Operations in MPICH,
+sections 3 (the cost model) and 4.5 (all_reduce).
+Patarasuk, Yuan (2009), Bandwidth optimal all-reduce algorithms for clusters of workstations,
+section 3 (the ring).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import log2
+from typing import Protocol
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.backends.algorithms import SHORT
+
+__all__ = ["Errors", "Model", "Network", "Node", "NodeFit", "Point", "leave_one_out"]
+
+_RECORD = 96
+"""Bytes by which the nodes compare what their ranks call, before anything is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A measured time.
+
+    Attributes
+    ----------
+    nbytes : int
+        Of the array.
+    seconds : float
+        Median over calls, each the slowest rank's.
+    """
+
+    nbytes: int
+    seconds: float
+
+
+class Fit(Protocol):
+    """Something that predicts a time from a size."""
+
+    def time(self, nbytes: float) -> float:
+        """Return seconds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """How far a fit is off, as shares of the measured times.
+
+    Attributes
+    ----------
+    median, worst : float
+        Of the absolute values; 0.1 is ten per cent. NaN where nothing was compared.
+    count : int
+        How many points were compared.
+    """
+
+    median: float
+    worst: float
+    count: int
+
+    @classmethod
+    def of(cls, fit: Fit, points: Sequence[Point]) -> Errors:
+        """Compare a fit with measured points."""
+        return cls.among([fit.time(point.nbytes) / point.seconds - 1 for point in points])
+
+    @classmethod
+    def among(cls, errors: Sequence[float]) -> Errors:
+        """Summarise relative errors."""
+        if not errors:
+            return cls(float("nan"), float("nan"), 0)
+        return cls(float(np.median(np.abs(errors))), float(np.max(np.abs(errors))), len(errors))
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Messages between nodes.
+
+    Attributes
+    ----------
+    latency : float
+        Seconds of a message without bytes.
+    bandwidth : float
+        Bytes per second of a node in one direction, for all its ranks together.
+    """
+
+    latency: float
+    bandwidth: float
+
+    @classmethod
+    def fit(cls, points: Sequence[Point]) -> Network:
+        """Fit to the times of single messages of at least two sizes."""
+        columns = np.array([[1.0, point.nbytes] for point in points])
+        latency, per_byte = _least_squares(columns, points)
+        return cls(latency, 1 / per_byte if per_byte else float("inf"))
+
+    def time(self, nbytes: float) -> float:
+        """Return the seconds that one message takes."""
+        return self.latency + nbytes / self.bandwidth
+
+    def all_reduce(self, nbytes: float, nodes: int, *, sharing: int, combine: float) -> float:
+        """Return the seconds of an all_reduce among one rank of every node.
+
+        Parameters
+        ----------
+        nbytes : float
+            Of each rank's array.
+        nodes : int
+            How many ranks take part.
+        sharing : int
+            How many such operations go on at the same time and share a node's bandwidth.
+        combine : float
+            Seconds per byte of combining two arrays.
+
+        Returns
+        -------
+        float
+            Of recursive doubling up to 2 KiB, of the ring above, as mpidist does it.
+        """
+        if nodes == 1:
+            return 0.0
+        per_byte = sharing / self.bandwidth
+        if nbytes <= SHORT:
+            folding = 0 if nodes & (nodes - 1) == 0 else 1
+            rounds = int(log2(nodes))
+            exchange = self.latency + nbytes * per_byte
+            return (rounds + 2 * folding) * exchange + (rounds + folding) * nbytes * combine
+        share = (nodes - 1) / nodes * nbytes
+        return 2 * (nodes - 1) * self.latency + 2 * share * per_byte + share * combine
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFit:
+    """An all_reduce by the ranks of one node, for one number of ranks.
+
+    Attributes
+    ----------
+    ranks : int
+        Of the node.
+    meetings : float
+        Seconds of all that does not depend on the size: two meetings and the call itself.
+    near, far : float
+        Seconds per byte of the array up to the knee, and beyond it.
+    knee : float
+        Bytes from which on the arrays do not stay in the caches; infinite if none was found.
+    """
+
+    ranks: int
+    meetings: float
+    near: float
+    far: float
+    knee: float
+
+    @classmethod
+    def fit(cls, ranks: int, points: Sequence[Point]) -> NodeFit:
+        """Fit to times of at least two sizes; the knee is the measured size that fits best."""
+        sizes = np.array([point.nbytes for point in points], float)
+        found: list[tuple[float, NodeFit]] = []
+        for knee in [*np.unique(sizes)[1:-1], float("inf")]:
+            beyond = np.maximum(sizes - knee, 0)
+            columns = np.stack([np.ones_like(sizes), sizes, beyond], axis=1)
+            meetings, near, more = _least_squares(columns, points)
+            fit = cls(ranks, meetings, near, near + more, float(knee))
+            found.append((_badness(fit, points), fit))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def time(self, nbytes: float) -> float:
+        """Return seconds."""
+        beyond = max(nbytes - self.knee, 0.0)
+        return self.meetings + self.near * (nbytes - beyond) + self.far * beyond
+
+    def combining(self, nbytes: float) -> float:
+        """Return the seconds per byte of adding one array of this size to another.
+
+        An all_reduce makes each rank read and write 2 n bytes; an addition of n bytes is 3 n.
+        """
+        return 1.5 * (self.near if nbytes <= self.knee else self.far)
+
+    def scaled(self, ranks: int) -> NodeFit:
+        """Return what is assumed of more ranks than were measured.
+
+        The memory gives no more bytes per second, so that p ranks with p times the bytes take p
+        times as long; a meeting looks at p places; and the caches hold p arrays no longer.
+        """
+        factor = ranks / self.ranks
+        return replace(
+            self,
+            ranks=ranks,
+            meetings=self.meetings * factor,
+            near=self.near * factor,
+            far=self.far * factor,
+            knee=self.knee / factor,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """All fits of one kind of node, by number of ranks.
+
+    Attributes
+    ----------
+    fits : tuple of NodeFit
+        At least one, in the order of their ranks.
+    """
+
+    fits: tuple[NodeFit, ...]
+
+    def time(self, nbytes: float, ranks: int) -> float:
+        """Return the seconds of an all_reduce on one node.
+
+        Between two measured numbers of ranks the times are interpolated; fewer ranks than were
+        measured are taken to be no faster than the fewest; for more, see `NodeFit.scaled`.
+        """
+        if ranks == 1:
+            return 0.0
+        times = [fit.time(nbytes) for fit in self.fits]
+        if ranks > self.fits[-1].ranks:
+            return self.fits[-1].scaled(ranks).time(nbytes)
+        return float(np.interp(ranks, [fit.ranks for fit in self.fits], times))
+
+    def combining(self, nbytes: float) -> float:
+        """Return the seconds per byte of adding arrays, by the fit of the most ranks."""
+        return self.fits[-1].combining(nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What an all_reduce costs on any number of nodes.
+
+    Attributes
+    ----------
+    node : Node
+        Inside a node.
+    network : Network or None
+        Between nodes; None if only one node is asked for.
+    """
+
+    node: Node
+    network: Network | None = None
+
+    def all_reduce(self, nbytes: float, *, ranks: int, nodes: int = 1) -> float:
+        """Return the seconds of an all_reduce of registered arrays.
+
+        Parameters
+        ----------
+        nbytes : float
+            Of each rank's array.
+        ranks : int
+            On each node.
+        nodes : int, optional
+            How many.
+
+        Returns
+        -------
+        float
+            The time inside the node, and that of the slices over the network.
+        """
+        inside = self.node.time(nbytes, ranks)
+        return inside + self.across(nbytes, ranks=ranks, nodes=nodes)
+
+    def across(self, nbytes: float, *, ranks: int, nodes: int) -> float:
+        """Return the part of it that is spent between nodes."""
+        if nodes == 1:
+            return 0.0
+        if self.network is None:
+            raise ValueError(f"a model of {nodes} nodes needs a network; there is none")
+        combine = self.node.combining(nbytes)
+        agree = self.network.all_reduce(_RECORD, nodes, sharing=ranks, combine=0.0)
+        slices = self.network.all_reduce(nbytes / ranks, nodes, sharing=ranks, combine=combine)
+        return agree + slices
+
+
+def leave_one_out(fit: Callable[[Sequence[Point]], Fit], points: Sequence[Point]) -> Errors:
+    """Predict each size but the first and the last from a fit without it.
+
+    Parameters
+    ----------
+    fit : callable
+        Takes points, returns something with a method ``time``.
+    points : sequence of Point
+        In the order of their sizes; fewer than four give no errors.
+
+    Returns
+    -------
+    Errors
+        Of the predictions.
+    """
+    if len(points) < 4:
+        return Errors.among([])
+    errors = []
+    for place in range(1, len(points) - 1):
+        without = fit([*points[:place], *points[place + 1 :]])
+        errors.append(without.time(points[place].nbytes) / points[place].seconds - 1)
+    return Errors.among(errors)
+
+
+def _least_squares(columns: Array, points: Sequence[Point]) -> list[float]:
+    """Return the coefficients, none of them negative, with the least relative errors.
+
+    There are two or three, so that each choice of those that are not 0 can be tried.
+    """
+    weighted = columns / np.array([[point.seconds] for point in points])
+    ones, count = np.ones(len(points)), columns.shape[1]
+    best = np.zeros(count)
+    least = float("inf")
+    for size in range(1, count + 1):
+        for chosen in map(list, combinations(range(count), size)):
+            scale = np.abs(weighted[:, chosen]).max(axis=0)
+            if not (scale > 0).all():
+                continue
+            solution = np.linalg.lstsq(weighted[:, chosen] / scale, ones, rcond=None)[0] / scale
+            left = float(np.square(weighted[:, chosen] @ solution - 1).sum())
+            if (solution >= 0).all() and left < least:
+                least, best = left, np.zeros(count)
+                best[chosen] = solution
+    return [float(value) for value in best]
+
+
+def _badness(fit: NodeFit, points: Sequence[Point]) -> float:
+    return float(np.square([fit.time(point.nbytes) / point.seconds - 1 for point in points]).sum())

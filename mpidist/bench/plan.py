@@ -1,0 +1,302 @@
+"""Predict all_reduce and training steps on other numbers of ranks and nodes.
+
+The reports of ``bench all_reduce``, ``bench ddp`` and ``bench p2p``, written with ``--json``, are
+fitted by a model of latencies and bandwidths. What was measured and what is extrapolated is told
+apart everywhere, and so is how far the model is off where it can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from mpidist._optional import require
+from mpidist.bench.model import Errors, Network
+from mpidist.bench.options import BenchmarkError, positive
+from mpidist.bench.plan_plot import plot_plan
+from mpidist.bench.predictions import BACKWARD, Fitted, Layout, Plan, make_plan
+from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
+from mpidist.bench.sizes import read_size, tell_size
+from mpidist.errors import BackendUnavailableError
+
+__all__ = ["configure", "render_plan", "run"]
+
+_FORMAT = 1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument(
+        "reports", nargs="+", type=Path, metavar="REPORT", help="JSON files of bench"
+    )
+    count = positive(int)
+    parser.add_argument(
+        "--ranks", type=count, nargs="+", metavar="N", help="on each node (default: as measured)"
+    )
+    parser.add_argument(
+        "--nodes", type=count, nargs="+", metavar="N", default=[1], help="how many (default: 1)"
+    )
+    parser.add_argument(
+        "--latency", type=positive(float), help="of a message between nodes, in seconds"
+    )
+    parser.add_argument(
+        "--bandwidth", type=positive(float), help="of a node's network, in bytes per second"
+    )
+    parser.add_argument(
+        "--sizes", type=read_size, nargs="+", default=[], help="bytes (default: as measured)"
+    )
+    parser.add_argument(
+        "--series",
+        choices=(REGISTERED, ORDINARY, LIBRARY),
+        default=REGISTERED,
+        help="whose all_reduce (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a picture; .png, .svg or .pdf"
+    )
+
+
+def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+    """Predict, and print, write and draw it.
+
+    Parameters
+    ----------
+    options : Namespace
+        What the parser of `configure` made.
+    words : sequence of str
+        The command line, for the output.
+
+    Returns
+    -------
+    int
+        Exit code: 0; 2 if it cannot be done as asked.
+    """
+    command = " ".join(["python", "-m", "mpidist", *words])
+    try:
+        _check(options)
+        reports = {path.name: _load(path) for path in options.reports}
+        plan = make_plan(
+            reports,
+            _layouts(options, reports),
+            series=options.series,
+            sizes=options.sizes,
+            network=_network(options),
+        )
+        text = render_plan(plan, reports, command)
+        if options.plot is not None:
+            plot_plan(plan, reports, options.plot)
+    except (BenchmarkError, BackendUnavailableError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(text)
+    if options.json is not None:
+        options.json.write_text(_to_json(plan, command), encoding="utf-8")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise what would otherwise be found out after the work."""
+    if (options.latency is None) != (options.bandwidth is None):
+        raise BenchmarkError("plan: --latency and --bandwidth make a network only together")
+    if options.plot is not None:
+        require("matplotlib", extra="bench", purpose="--plot")
+    for path in filter(None, (options.json, options.plot)):
+        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+            raise BenchmarkError(f"plan: cannot write {path}")
+
+
+def _load(path: Path) -> Report:
+    try:
+        return Report.load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"plan: {path}: {error}") from error
+
+
+def _network(options: argparse.Namespace) -> Network | None:
+    return None if options.latency is None else Network(options.latency, options.bandwidth)
+
+
+def _layouts(options: argparse.Namespace, reports: dict[str, Report]) -> list[Layout]:
+    measured = {r.machine.ranks for r in reports.values() if r.benchmark == "all_reduce"}
+    ranks = options.ranks or sorted(measured)
+    return [Layout(nodes, each) for nodes, each in product(options.nodes, ranks)]
+
+
+def render_plan(plan: Plan, reports: dict[str, Report], command: str) -> str:
+    """Lay a plan out as text: the numbers, the model beside the measurements, the predictions.
+
+    Parameters
+    ----------
+    plan : Plan
+        What was found.
+    reports : dict of str to Report
+        From which it was made.
+    command : str
+        The command line, for the head.
+
+    Returns
+    -------
+    str
+        Lines of text.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If tabulate is not installed.
+    """
+    sources = [f"{name}: {_source(report)}" for name, report in reports.items()]
+    blocks = [
+        ["mpidist plan", f"$ {command}", *sources],
+        ["Fitted: time = meetings + bytes / bandwidth", _fits(plan.fitted), _FITS, *_across(plan)],
+        ["Measured, all_reduce: the model beside the medians", _compared(plan)],
+    ]
+    if any(each.measured is None for each in plan.predictions):
+        blocks.append(["Extrapolated, all_reduce: nobody has measured these", _predicted(plan)])
+    if plan.steps:
+        blocks.append(["DDP step, ms", _stepped(plan), _STEPS])
+    blocks.append(list(plan.notes))
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+_FITS = (
+    "off by: median and worst of |model / measured - 1|, of the fit to all sizes, and of each size "
+    "but the first and the last by a fit without it"
+)
+
+_STEPS = (
+    "alone: without communication, measured. model: all communication after the computation. "
+    f"hidden: the network works during the whole backward pass, {BACKWARD:.2f} of the computation"
+)
+
+
+def _source(report: Report) -> str:
+    machine = report.machine
+    parts = (f"bench {report.benchmark}", f"{machine.ranks} ranks", f"{machine.nodes} node(s)")
+    return ", ".join([*parts, machine.processor, machine.mpi, machine.date])
+
+
+def _fits(fitted: Sequence[Fitted]) -> str:
+    heads = [
+        "ranks",
+        "meetings us",
+        "GB/s",
+        "up to",
+        "GB/s beyond",
+        "fit off by",
+        "left-out off by",
+    ]
+    lines = []
+    for each in fitted:
+        fit = each.fit
+        bounded = fit.knee < float("inf")
+        lines.append(
+            [
+                fit.ranks,
+                _short(fit.meetings * 1e6),
+                _short(_rate(fit.near)),
+                tell_size(int(fit.knee)) if bounded else "any size",
+                _short(_rate(fit.far)) if bounded else "",
+                _off(each.errors),
+                _off(each.left_out),
+            ]
+        )
+    return _table(lines, heads)
+
+
+def _rate(per_byte: float) -> float:
+    """Return 10**9 bytes of the array per second."""
+    return 1e-9 / per_byte if per_byte else float("inf")
+
+
+def _off(errors: Errors) -> str:
+    if not errors.count:
+        return "too few sizes"
+    return f"{errors.median:.0%}, at worst {errors.worst:.0%}"
+
+
+def _across(plan: Plan) -> list[str]:
+    network = plan.model.network
+    if network is None:
+        return []
+    told = f"{network.latency * 1e6:.2f} us, {network.bandwidth / 1e9:.2f} GB/s for each node"
+    return [f"network, {plan.network_source}: {told}"]
+
+
+def _compared(plan: Plan) -> str:
+    lines = []
+    for each in plan.predictions:
+        if each.measured is None:
+            continue
+        off = each.seconds / each.measured - 1
+        times = [_short(each.measured * 1e6), _short(each.seconds * 1e6), f"{off:+.0%}"]
+        lines.append([str(each.layout), tell_size(each.nbytes), *times])
+    return _table(lines, ["nodes x ranks", "size", "measured us", "model us", "off"])
+
+
+def _predicted(plan: Plan) -> str:
+    times = {
+        (each.layout, each.nbytes): _short(each.seconds * 1e6)
+        for each in plan.predictions
+        if each.measured is None
+    }
+    layouts = list(dict.fromkeys(layout for layout, _ in times))
+    lines = [
+        [tell_size(nbytes), *(times.get((layout, nbytes), "") for layout in layouts)]
+        for nbytes in dict.fromkeys(nbytes for _, nbytes in times)
+    ]
+    return _table(lines, ["time in us, nodes x ranks", *map(str, layouts)])
+
+
+def _stepped(plan: Plan) -> str:
+    lines = []
+    for step in plan.steps:
+        measured = "extrapolated" if step.measured is None else _short(step.measured * 1e3)
+        times = [_short(each * 1e3) for each in (step.alone, step.seconds, step.hidden)]
+        lines.append([f"{step.parameters / 1e6:.2f}", str(step.layout), *times, measured])
+    return _table(
+        lines, ["million parameters", "nodes x ranks", "alone", "model", "hidden", "measured"]
+    )
+
+
+def _table(lines: Sequence[Sequence[Any]], heads: Sequence[str]) -> str:
+    tabulate = require("tabulate", extra="bench", purpose="the tables of mpidist plan").tabulate
+    aligned = ["right"] * len(heads)
+    return str(tabulate(lines, heads, tablefmt="simple", colalign=aligned, disable_numparse=True))
+
+
+def _short(value: float) -> str:
+    """Return a number with three digits that mean something, never as a power of ten."""
+    for bound, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
+        if value < bound:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"
+
+
+def _to_json(plan: Plan, command: str) -> str:
+    """Return everything as JSON: seconds, bytes, and what was measured."""
+    document: dict[str, Any] = {"format": _FORMAT, "command": command}
+    document |= dataclasses.asdict(plan)
+    for written, each in zip(document["predictions"], plan.predictions, strict=True):
+        written["extrapolated"] = each.measured is None
+    for written, step in zip(document["steps"], plan.steps, strict=True):
+        written["extrapolated"] = step.measured is None
+    return json.dumps(_finite(document), indent=1) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Return a document in which infinity and NaN, which JSON does not know, are null."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):  # noqa: PLR0124
+        return None
+    return value

@@ -1,0 +1,305 @@
+"""From reports of benchmarks to predictions: what was measured, what is extrapolated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from mpidist.bench.model import Errors, Model, Network, Node, NodeFit, Point, leave_one_out
+from mpidist.bench.options import BenchmarkError
+from mpidist.bench.report import ORDINARY, Report
+from mpidist.parallel import BUCKET_BYTES
+
+__all__ = ["Fitted", "Layout", "Plan", "Prediction", "Step", "make_plan"]
+
+BACKWARD = 2 / 3
+"""The share of a step's computation that is its backward pass: two products of three."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Layout:
+    """How many nodes, and how many ranks on each.
+
+    Attributes
+    ----------
+    nodes, ranks : int
+        `ranks` is that of a node.
+    """
+
+    nodes: int
+    ranks: int
+
+    def __str__(self) -> str:
+        """Return it as tables show it."""
+        return f"{self.nodes} x {self.ranks}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The fit of one number of ranks, and how far it is off.
+
+    Attributes
+    ----------
+    fit : NodeFit
+        The numbers.
+    points : tuple of Point
+        To which it was fitted, in the order of their sizes.
+    errors : Errors
+        Of the fit at these points.
+    left_out : Errors
+        Of predictions of each size from a fit without it.
+    """
+
+    fit: NodeFit
+    points: tuple[Point, ...]
+    errors: Errors
+    left_out: Errors
+
+    @classmethod
+    def of(cls, ranks: int, points: Sequence[Point]) -> Fitted:
+        """Fit times of at least two sizes."""
+        in_order = tuple(sorted(points, key=lambda point: point.nbytes))
+        fit = NodeFit.fit(ranks, in_order)
+        left_out = leave_one_out(lambda some: NodeFit.fit(ranks, some), in_order)
+        return cls(fit, in_order, Errors.of(fit, in_order), left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The time of one all_reduce.
+
+    Attributes
+    ----------
+    layout : Layout
+        Where.
+    nbytes : int
+        Of each rank's array.
+    seconds : float
+        As the model says.
+    measured : float or None
+        The median that was measured in this layout at this size; None where nothing was.
+    """
+
+    layout: Layout
+    nbytes: int
+    seconds: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The time of one training step with DDP.
+
+    Attributes
+    ----------
+    layout : Layout
+        Where.
+    parameters : int
+        Of the model.
+    alone : float
+        Seconds of the step without communication, as measured.
+    seconds : float
+        As the model says, if nothing goes on at the same time.
+    hidden : float
+        As the model says, if the network works during all of the backward pass.
+    measured : float or None
+        The median that was measured in this layout; None where nothing was.
+    """
+
+    layout: Layout
+    parameters: int
+    alone: float
+    seconds: float
+    hidden: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that `make_plan` found.
+
+    Attributes
+    ----------
+    model : Model
+        The numbers.
+    fitted : tuple of Fitted
+        One per measured number of ranks.
+    network_source : str
+        Where the network's numbers come from; empty without a network.
+    predictions : tuple of Prediction
+        By layout, then size.
+    steps : tuple of Step
+        By model, then layout; none without a report of ``bench ddp``.
+    notes : tuple of str
+        What has to be known about it, for people.
+    """
+
+    model: Model
+    fitted: tuple[Fitted, ...]
+    network_source: str
+    predictions: tuple[Prediction, ...]
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    reports: Mapping[str, Report],
+    layouts: Sequence[Layout],
+    *,
+    series: str,
+    sizes: Sequence[int] = (),
+    network: Network | None = None,
+) -> Plan:
+    """Fit a model to reports, and predict.
+
+    Parameters
+    ----------
+    reports : mapping of str to Report
+        By name, for messages: at least one of ``bench all_reduce`` on one node; any of ``bench
+        ddp`` on one node, and one of ``bench p2p`` between nodes.
+    layouts : sequence of Layout
+        What to predict, beside what was measured.
+    series : str
+        Whose all_reduce.
+    sizes : sequence of int, optional
+        Bytes to predict; those that were measured when omitted.
+    network : Network, optional
+        Between nodes; overrides what a report of ``bench p2p`` says.
+
+    Returns
+    -------
+    Plan
+        All of it.
+
+    Raises
+    ------
+    BenchmarkError
+        If there is nothing to fit, or several nodes are asked for without a network.
+    """
+    notes: list[str] = []
+    fitted = tuple(
+        Fitted.of(ranks, points) for ranks, points in _inside(reports, series, notes).items()
+    )
+    source = "given" if network is not None else ""
+    for name, report in reports.items():
+        if report.benchmark == "p2p" and network is None:
+            network, source = _network(name, report), f"fitted to {name}"
+    if network is None and any(layout.nodes > 1 for layout in layouts):
+        raise BenchmarkError(
+            "plan: several nodes need a network; give --latency SECONDS and --bandwidth BYTES/S, "
+            "or the report of bench p2p with one rank on each of two nodes"
+        )
+    model = Model(Node(tuple(each.fit for each in fitted)), network)
+    measured = {
+        (Layout(1, each.fit.ranks), point.nbytes): point.seconds
+        for each in fitted
+        for point in each.points
+    }
+    wanted = sorted({*layouts, *(layout for layout, _ in measured)})
+    at = sorted({*sizes} or {nbytes for _, nbytes in measured})
+    predictions = tuple(
+        Prediction(
+            layout,
+            nbytes,
+            model.all_reduce(nbytes, ranks=layout.ranks, nodes=layout.nodes),
+            measured.get((layout, nbytes)),
+        )
+        for layout in wanted
+        for nbytes in at
+    )
+    steps = tuple(
+        step
+        for name, report in reports.items()
+        if report.benchmark == "ddp"
+        for step in _steps(name, report, wanted, model, notes)
+    )
+    return Plan(model, fitted, source, predictions, steps, tuple(notes))
+
+
+def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dict[int, list[Point]]:
+    """Return the times of all_reduces on one node, by number of ranks."""
+    found: dict[int, list[Point]] = {}
+    in_turns: dict[int, list[Point]] = {}
+    for name, report in reports.items():
+        machine = report.machine
+        if report.benchmark != "all_reduce":
+            continue
+        if machine.nodes > 1:
+            notes.append(f"{name}: left out, since it was measured on several nodes")
+            continue
+        rows = [row for row in report.rows if row.series == series]
+        points = [Point(row.nbytes, row.times.median) for row in rows]
+        if machine.ranks > machine.cores:
+            in_turns.setdefault(machine.ranks, []).extend(points)
+            notes.append(
+                f"{name}: {machine.ranks} ranks took turns on {machine.cores} cores, which says "
+                "nothing about a core for each; left out if there is another report"
+            )
+        else:
+            found.setdefault(machine.ranks, []).extend(points)
+    usable = {ranks: points for ranks, points in found.items() if len(points) > 1}
+    usable = usable or {ranks: points for ranks, points in in_turns.items() if len(points) > 1}
+    if not usable:
+        raise BenchmarkError(
+            f"plan: there is nothing to fit: expected a report with two sizes or more of the "
+            f"series {series!r}, from python -m mpidist bench all_reduce --json FILE on one node; "
+            f"got {', '.join(reports) or 'none'}"
+        )
+    return dict(sorted(usable.items()))
+
+
+def _network(name: str, report: Report) -> Network:
+    """Fit a network to messages between two nodes."""
+    if report.machine.nodes < 2:
+        raise BenchmarkError(
+            f"plan: {name} was measured inside one node and says nothing about a network; run "
+            "bench p2p with one rank on each of two nodes, or give --latency and --bandwidth"
+        )
+    rows = [row for row in report.rows if (row.operation, row.series) == ("ping-pong", ORDINARY)]
+    return Network.fit([Point(row.nbytes, row.times.median) for row in rows])
+
+
+def _steps(
+    name: str, report: Report, layouts: Sequence[Layout], model: Model, notes: list[str]
+) -> list[Step]:
+    """Predict the steps of the models of one report."""
+    here = Layout(1, report.machine.ranks)
+    if report.machine.nodes > 1:
+        notes.append(f"{name}: left out, since it was measured on several nodes")
+        return []
+    steps = []
+    for row in report.rows:
+        if row.series != "DDP":
+            continue
+        alone, whole = (
+            report.find(row.operation, each, row.nbytes) for each in ("alone", "one all_reduce")
+        )
+        if alone is None or whole is None:
+            continue
+        added = row.times.median - alone.times.median
+        factor = max(added, 0.0) / whole.times.median
+        parameters = int(row.values["parameters"])
+        notes.append(
+            f"{parameters / 1e6:.2f} million parameters: DDP on {here.ranks} ranks adds "
+            f"{added * 1e3:.2f} ms, {factor:.2f} times one all_reduce of all gradients; on other "
+            "layouts it is taken to be as many times the model's all_reduce"
+        )
+        for layout in sorted({*layouts, here}):
+            inside = factor * model.node.time(row.nbytes, layout.ranks)
+            buckets = max(ceil(row.nbytes / BUCKET_BYTES), 1)
+            across = buckets * model.across(
+                row.nbytes / buckets, ranks=layout.ranks, nodes=layout.nodes
+            )
+            base = alone.times.median
+            steps.append(
+                Step(
+                    layout=layout,
+                    parameters=parameters,
+                    alone=base,
+                    seconds=base + inside + across,
+                    hidden=base + inside + max(across - BACKWARD * base, 0.0),
+                    measured=row.times.median if layout == here else None,
+                )
+            )
+    return steps
