@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 __all__ = [
     "Evidence",
@@ -90,10 +89,10 @@ def crossovers() -> str | None:
     return os.environ.get("MPIDIST_CROSSOVERS") or None
 
 
-def cache_directory() -> Path:
-    """Return the directory for what can be measured again, by the XDG base directory rules."""
+def cache_directory() -> str:
+    """Return the directory for what can be measured again, as XDG says; it may begin with ``~``."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "mpidist"
+    return f"{base}/mpidist"
 
 
 def ranks_per_node() -> int | None:

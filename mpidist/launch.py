@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mpidist import env
@@ -130,13 +129,15 @@ def _agreed_crossovers(world: ProcessGroup, library: str) -> Mapping[int, Crosso
 
 
 def _found_crossovers(library: str) -> Mapping[int, Crossovers]:
+    from pathlib import Path
+
     from mpidist.backends.crossover_file import FILE_NAME, machine_name, read
     from mpidist.backends.crossovers import parse
 
     given = env.crossovers()
     if given is not None and "=" in given:
         return {1: parse(given)}
-    path = env.cache_directory() / FILE_NAME if given is None else Path(given)
+    path = Path(given) if given else Path(env.cache_directory(), FILE_NAME).expanduser()
     if given is not None and not path.is_file():
         raise ValueError(f"MPIDIST_CROSSOVERS names the file {path}, and there is none")
     return read(path, machine_name(library)) if path.is_file() else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -11,15 +10,13 @@ import numpy as np
 
 from mpidist._types import SUM, Array, DType, ReduceOp
 from mpidist.arrays import DTYPES
+from mpidist.backends.meetings import Record
 from mpidist.backends.registered import Place, Registry
 
-__all__ = ["DIRECT_VERBS", "RECORD", "Call", "tell_difference"]
+__all__ = ["DIRECT_VERBS", "Call", "tell_difference"]
 
 DIRECT_VERBS = ("all_reduce", "all_gather", "broadcast", "reduce_scatter")
 """The collectives that can be performed where the arrays lie."""
-
-RECORD = struct.Struct("<6Q")
-"""A call as the ranks compare it."""
 
 _OPS = tuple(ReduceOp)
 _OP_NUMBERS = {op: number for number, op in enumerate(_OPS)}
@@ -87,25 +84,27 @@ class Call(NamedTuple):
             return cls(verb, out, place if x is None else None, counts=counts)
         return cls(verb, whole, place, root=args[1])
 
-    def record(self) -> bytes:
+    def record(self) -> Record:
         """Return the numbers that must be the same on all ranks."""
         place = self.place
-        return RECORD.pack(
-            _VERB_NUMBERS[self.verb] << 32 | _OP_NUMBERS[self.op] << 16 | self.root,
-            _DTYPE_NUMBERS[self.whole.dtype],
-            self.whole.size,
-            0 if place is None else place.block.number,
-            0 if place is None else place.offset,
-            crc32(np.array(self.counts, np.int64).tobytes()) if self.counts else 0,
+        return Record.of(
+            (
+                _VERB_NUMBERS[self.verb] << 32 | _OP_NUMBERS[self.op] << 16 | self.root,
+                _DTYPE_NUMBERS[self.whole.dtype],
+                self.whole.size,
+                0 if place is None else place.block.number,
+                0 if place is None else place.offset,
+                crc32(np.array(self.counts, np.int64).tobytes()) if self.counts else 0,
+            )
         )
 
 
-def tell_difference(records: Sequence[bytes], ranks: Sequence[int], rank: int, call: Call) -> str:
+def tell_difference(records: Sequence[Array], ranks: Sequence[int], rank: int, call: Call) -> str:
     """Return words for calls that differ, of these ranks of a group, for this one."""
     told = "; ".join(
         f"rank {other}: {_tell(record)}" for other, record in zip(ranks, records, strict=True)
     )
-    if len(set(records)) == 1:
+    if all((record == records[0]).all() for record in records):
         told += "; on another node a rank called something else"
     parts = f" Here, on rank {rank}, the counts are {list(call.counts)}." if call.counts else ""
     return (
@@ -115,8 +114,8 @@ def tell_difference(records: Sequence[bytes], ranks: Sequence[int], rank: int, c
     )
 
 
-def _tell(record: bytes) -> str:
-    what, dtype, count, block, offset, checksum = RECORD.unpack(record)
+def _tell(record: Array) -> str:
+    what, dtype, count, block, offset, checksum = record.tolist()
     verb, op, root = DIRECT_VERBS[what >> 32], _OPS[what >> 16 & 0xFFFF], what & 0xFFFF
     where = f"at byte {offset} of registered block {block}" if block else "not registered"
     if not block and verb in ("all_reduce", "all_gather"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from mpidist.backends.meetings import SMALL
+__all__ = ["NEVER", "SMALL", "Crossovers", "choose", "parse"]
 
-__all__ = ["NEVER", "Crossovers", "choose", "parse"]
+SMALL = 16 << 10
+"""Bytes of the largest array that ranks can give each other together with their arrival."""
 
 NEVER = 2**62
 """A size for a path that is not taken."""

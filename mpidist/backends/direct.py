@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mpidist._types import MAX
+from mpidist._types import MAX, Array
 from mpidist.backends import algorithms, in_place
-from mpidist.backends.agreement import RECORD, Call
+from mpidist.backends.agreement import Call
 from mpidist.backends.kernels import quiet
 from mpidist.backends.meetings import Meetings, Until
 from mpidist.backends.node_sums import NodeSums
@@ -24,7 +24,7 @@ from mpidist.backends.work import Steps
 
 __all__ = ["Direct"]
 
-_NOTHING = bytes(RECORD.size)
+_NOTHING = np.zeros(6, np.uint64)
 """What a rank tells the other nodes when its own does not agree."""
 
 _BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
@@ -127,7 +127,7 @@ class Direct:
             yield from turns.parting(number)
             raise turns.difference(records, call)
         if not self.team.alone:
-            if not (yield from self._agree_across(record, lane)):
+            if not (yield from self._agree_across(record.words[:6], lane)):
                 board.object(number)
             yield from turns.reaching()
             if board.objected(number):
@@ -135,12 +135,11 @@ class Direct:
                 raise turns.difference(board.records(number), call)
         return number
 
-    def _agree_across(self, record: bytes, lane: int) -> Meetings[bool]:
+    def _agree_across(self, numbers: Array, lane: int) -> Meetings[bool]:
         """Return whether the worker in this place on every node came with the same record."""
         across = self.team.across(lane)
         if across is None:
             return True
-        numbers = np.frombuffer(record, np.uint64)
         extremes = np.concatenate([numbers, ~numbers])
         greatest = np.empty_like(extremes)
         yield from _phases(

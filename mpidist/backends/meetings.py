@@ -12,26 +12,47 @@ from __future__ import annotations
 import mmap
 import platform
 import threading
-from collections.abc import Callable, Generator
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from mpidist._types import Array, DType
+from mpidist.backends.crossovers import SMALL
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Work
 
-__all__ = ["RING", "SMALL", "DirectBoard", "Meetings", "Until", "supported"]
+__all__ = ["RING", "DirectBoard", "Meetings", "Record", "Until", "supported"]
 
 T = TypeVar("T")
 
 RING = 64
 """Operations that may be under way at once; a further one is delayed."""
 
-SMALL = 16 << 10
-"""Bytes of the largest array that the ranks can give each other together with their arrival."""
-
 _FENCE = threading.Lock()
+
+
+class Record(NamedTuple):
+    """What a rank comes with, in a form that is quick to compare.
+
+    Attributes
+    ----------
+    words : Array, shape (7,), uint64
+        Six numbers, and the digest.
+    digest : int
+        A hash of the six.
+    """
+
+    words: Array
+    digest: int
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Record:
+        """Make the record of six numbers."""
+        # Python salts the hashes of texts, not those of whole numbers: all ranks get the same.
+        digest = hash(tuple(numbers)) & (2**64 - 1)
+        words = np.array([*numbers, digest], np.uint64)
+        return cls(words, digest)
 
 
 def supported() -> bool:
@@ -50,10 +71,10 @@ class DirectBoard:
         This rank, and the number of ranks.
     """
 
-    # In words of 8 bytes. A slot holds a record, a number where somebody objects, and the number
-    # of its operation; a rank's part begins with a slot of its counters: finished, reached.
+    # In words of 8 bytes. A slot holds a record, its digest, and the number of its operation; a
+    # rank's part begins with a slot of its counters: finished, reached, objected.
     _SLOT = 8
-    _OBJECTION, _NUMBER = 6, 7
+    _DIGEST, _NUMBER = 6, 7
     _ROOM = _SLOT * (RING + 1) * 8
     _PART = -(-(_ROOM + 2 * SMALL) // mmap.PAGESIZE) * mmap.PAGESIZE
 
@@ -63,6 +84,9 @@ class DirectBoard:
         self._starts = tuple(other * self._PART // 8 for other in range(size))
         self._others = tuple(s for other, s in enumerate(self._starts) if other != rank)
         self._mine = self._starts[rank]
+        slots = np.frombuffer(self._bytes, np.uint64, self._SLOT * (RING + 1), 8 * self._mine)
+        self._slots = [slot[: self._NUMBER] for slot in slots.reshape(-1, self._SLOT)[1:]]
+        self._standing: list[Record | None] = [None] * RING
 
     @classmethod
     def nbytes(cls, size: int) -> int:
@@ -71,13 +95,15 @@ class DirectBoard:
 
     # -- operations, by their number -------------------------------------------------------------
 
-    def enter(self, number: int, record: bytes) -> None:
+    def enter(self, number: int, record: Record) -> None:
         """Come to operation `number` with these arguments; what was written before is visible."""
-        slot = self._mine + self._SLOT * (1 + number % RING)
-        self._bytes[8 * slot : 8 * slot + len(record)] = record
+        place = number % RING
+        if self._standing[place] is not record:
+            self._slots[place][...] = record.words
+            self._standing[place] = record
         with _FENCE:
             pass
-        self._words[slot + 7] = number
+        self._words[self._mine + self._SLOT * (1 + place) + 7] = number
 
     def all_entered(self, number: int) -> bool:
         """Whether the others have come to it."""
@@ -92,29 +118,30 @@ class DirectBoard:
         place = self._SLOT * (1 + number % RING) + self._NUMBER
         return [at for at, start in enumerate(self._starts) if self._words[start + place] != number]
 
-    def same(self, number: int, record: bytes) -> bool:
+    def same(self, number: int, record: Record) -> bool:
         """Whether all came to it with this record."""
-        place, length = 8 * self._SLOT * (1 + number % RING), len(record)
-        for start in self._others:
-            at = 8 * start + place
-            if self._bytes[at : at + length] != record:
+        words, place = self._words, self._SLOT * (1 + number % RING) + 6
+        digest = record.digest
+        for start in self._others:  # noqa: SIM110  # part of every operation
+            if words[start + place] != digest:
                 return False
         return True
 
-    def records(self, number: int) -> list[bytes]:
+    def records(self, number: int) -> list[Array]:
         """Return what each rank came with."""
-        place = 8 * self._SLOT * (1 + number % RING)
-        places = [8 * start + place for start in self._starts]
-        return [bytes(self._bytes[at : at + 8 * self._OBJECTION]) for at in places]
+        place = self._SLOT * (1 + number % RING)
+        return [
+            np.array(self._words[start + place : start + place + self._DIGEST], np.uint64)
+            for start in self._starts
+        ]
 
     def object(self, number: int) -> None:
-        """Say to the others, before `finish`, that an operation was not performed."""
-        self._words[self._mine + self._SLOT * (1 + number % RING) + self._OBJECTION] = number
+        """Say to the others of the node, before the next stage, that an operation cannot be."""
+        self._words[self._mine + 2] = number
 
     def objected(self, number: int) -> bool:
         """Whether anybody did."""
-        place = self._SLOT * (1 + number % RING) + self._OBJECTION
-        return any(self._words[start + place] == number for start in self._starts)
+        return any(self._words[start + 2] == number for start in self._starts)
 
     def finish(self, number: int) -> None:
         """Be done with operation `number` and all before it."""

@@ -14,6 +14,7 @@ from mpidist._types import Array, DType, ReduceOp
 from mpidist.backends.agreement import Call
 from mpidist.backends.in_place import Team, prepare_all_reduce
 from mpidist.backends.kernels import Combine, combination, even_slices, reduce_into
+from mpidist.backends.meetings import Record
 from mpidist.backends.registered import Place
 from mpidist.backends.turns import Turns
 from mpidist.backends.work import Waiter
@@ -39,7 +40,7 @@ _REMEMBERED = 256
 class _Small(NamedTuple):
     """A sum of small arrays, prepared: its record, room for them twice, and what combines them."""
 
-    record: bytes
+    record: Record
     halves: tuple[list[Array], list[Array]]
     combine: Combine
 

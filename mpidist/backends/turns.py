@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from mpidist._types import Array
 from mpidist.backends.agreement import Call, tell_difference
-from mpidist.backends.meetings import RING, DirectBoard, Meetings, Until
+from mpidist.backends.meetings import RING, DirectBoard, Meetings, Record, Until
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.work import Waiter
 from mpidist.errors import CollectiveMismatchError
@@ -58,7 +59,7 @@ class Turns:
             waiter.wait_for(lambda: self._slot_free(number))
         return number
 
-    def enter(self, number: int, record: bytes, waiter: Waiter) -> bool:
+    def enter(self, number: int, record: Record, waiter: Waiter) -> bool:
         """Come to an operation, wait for the others, and return whether all came with the same."""
         board = self.board
         board.enter(number, record)
@@ -102,7 +103,7 @@ class Turns:
 
     # -- the same for whoever drives the operation -----------------------------------------------
 
-    def entering(self, record: bytes) -> Meetings[int]:
+    def entering(self, record: Record) -> Meetings[int]:
         """Begin an operation, and return its number when it has its turn and all have come."""
         self._begun += 1
         number, board = self._begun, self.board
@@ -134,7 +135,7 @@ class Turns:
             lambda: board.all_finished(number), lambda: self._ranks(board.unfinished(number))
         )
 
-    def difference(self, records: Sequence[bytes], call: Call) -> CollectiveMismatchError:
+    def difference(self, records: Sequence[Array], call: Call) -> CollectiveMismatchError:
         """Return the error that says who came with what."""
         near = self.near
         return CollectiveMismatchError(

@@ -18,8 +18,7 @@ import numpy as np
 from mpidist import env
 from mpidist._types import Array
 from mpidist.backends.crossover_file import FILE_NAME, machine_name, write
-from mpidist.backends.crossovers import NEVER, Crossovers
-from mpidist.backends.meetings import SMALL
+from mpidist.backends.crossovers import NEVER, SMALL, Crossovers
 from mpidist.backends.mpi import library_name, load_mpi
 from mpidist.bench.machine import Machine
 from mpidist.bench.options import BenchmarkError, add_effort, require_ranks
@@ -58,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--save",
         nargs="?",
         type=Path,
-        const=env.cache_directory() / FILE_NAME,
+        const=Path(env.cache_directory(), FILE_NAME).expanduser(),
         metavar="FILE",
         help="keep the result (default: %(const)s)",
     )

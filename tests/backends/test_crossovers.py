@@ -11,8 +11,8 @@ import pytest
 
 import mpidist
 from mpidist.backends.crossover_file import machine_name, processor, read, write
-from mpidist.backends.crossovers import NEVER, Crossovers, choose, parse
-from mpidist.backends.meetings import SMALL, supported
+from mpidist.backends.crossovers import NEVER, SMALL, Crossovers, choose, parse
+from mpidist.backends.meetings import supported
 from tests._ranks.launcher import clean_environment
 
 ROOT = str(Path(__file__).parents[2])
