@@ -11,17 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
 from mpidist.backends.agreement import Call
 from mpidist.backends.crossovers import Crossovers, choose
-from mpidist.backends.direct import Direct
 from mpidist.backends.registered import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from mpidist.backends.direct import Direct
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
 
