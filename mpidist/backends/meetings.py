@@ -72,10 +72,13 @@ class DirectBoard:
     """
 
     # In words of 8 bytes. A slot holds a record, its digest, and the number of its operation; a
-    # rank's part begins with a slot of its counters: finished, reached, objected.
+    # rank's part begins with a slot of its counters: finished, reached. Behind the slots stand the
+    # numbers of the operations to which it objected: one word would not do, since a rank may come
+    # to object to the next one before another has looked for its objection to this one.
     _SLOT = 8
     _DIGEST, _NUMBER = 6, 7
-    _ROOM = _SLOT * (RING + 1) * 8
+    _OBJECTIONS = _SLOT * (RING + 1)
+    _ROOM = (_OBJECTIONS + RING) * 8
     _PART = -(-(_ROOM + 2 * SMALL) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def __init__(self, memory: Any, rank: int, size: int) -> None:
@@ -137,11 +140,12 @@ class DirectBoard:
 
     def object(self, number: int) -> None:
         """Say to the others of the node, before the next stage, that an operation cannot be."""
-        self._words[self._mine + 2] = number
+        self._words[self._mine + self._OBJECTIONS + number % RING] = number
 
     def objected(self, number: int) -> bool:
         """Whether anybody did."""
-        return any(self._words[start + 2] == number for start in self._starts)
+        place = self._OBJECTIONS + number % RING
+        return any(self._words[start + place] == number for start in self._starts)
 
     def finish(self, number: int) -> None:
         """Be done with operation `number` and all before it."""
