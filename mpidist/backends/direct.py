@@ -131,8 +131,9 @@ class Direct:
                 board.object(number)
             yield from turns.reaching()
             if board.objected(number):
+                records = board.records(number)
                 yield from turns.parting(number)
-                raise turns.difference(board.records(number), call)
+                raise turns.difference(records, call)
         return number
 
     def _agree_across(self, numbers: Array, lane: int) -> Meetings[bool]:

@@ -82,8 +82,10 @@ class Turns:
 
     def finish(self, number: int) -> None:
         """Be done with an operation."""
-        self.finished = number
+        # In this order: where another thread drives this one, the next may be over as soon as this
+        # is finished here, and the number on the board must not go back.
         self.board.finish(number)
+        self.finished = number
 
     def part(self, number: int, waiter: Waiter) -> None:
         """Be done with an operation, and wait until all of the node are."""

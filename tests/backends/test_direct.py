@@ -11,6 +11,8 @@ import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.meetings import Until, supported
+from mpidist.backends.neighbours import Neighbours
+from mpidist.backends.turns import Turns
 from mpidist.backends.waiting import WaitTimeout
 from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 
@@ -311,3 +313,17 @@ def test_a_meeting_is_waited_for():
     assert next(polled, None) is None
     with pytest.raises(WaitTimeout):
         Until(lambda: False, list).wait(timeout=0.01)
+
+
+def test_the_next_operation_does_not_begin_before_the_board_says_that_one_is_done():
+    seen = []
+
+    class Board:
+        def finish(self, number):
+            # Another thread may begin, and end, the next operation from here on.
+            seen.append((number, turns.finished))
+
+    turns = Turns(Board(), Neighbours.of([0, 0], 0), lambda: 0)
+    turns.finish(1)
+    assert seen == [(1, 0)]
+    assert turns.finished == 1
