@@ -93,11 +93,7 @@ def all_reduce(team: Team, lane: int, place: Place, op: ReduceOp) -> Steps:
     total = parts[0] if wide == place.dtype else np.empty(parts[0].size, wide)
     team.quiet.run(_sum_widely, parts, op, total)
     yield from algorithms.all_reduce(across, total, total, _plain(op))
-    if op is MEAN:
-        total /= team.transport.size
-    for part in parts:
-        if part is not total:
-            np.copyto(part, total, casting="unsafe")
+    team.quiet.run(_settle, total, op, team.transport.size, parts)
 
 
 def prepare_all_reduce(team: Team, place: Place, op: ReduceOp) -> tuple[Any, ...]:
@@ -202,9 +198,7 @@ def reduce_scatter(
     )
     total = np.empty(counts[me], wide)
     team.quiet.run(reduce_into, heard, combination(_plain(op), wide), total)
-    if op is MEAN:
-        total /= team.transport.size
-    np.copyto(out, total, casting="unsafe")
+    team.quiet.run(_settle, total, op, team.transport.size, [out])
 
 
 def _share(node: tuple[int, ...], near: Neighbours) -> list[int]:
@@ -237,3 +231,12 @@ def _sum_widely(parts: list[Array], op: ReduceOp, total: Array) -> None:
     """Combine a node's parts, without dividing yet."""
     wide = [part.astype(total.dtype, copy=False) for part in parts]
     reduce_into(wide, combination(_plain(op), total.dtype), total)
+
+
+def _settle(total: Array, op: ReduceOp, size: int, parts: list[Array]) -> None:
+    """Divide what all ranks have given together, if asked for, and round it to where it belongs."""
+    if op is MEAN:
+        total /= size
+    for part in parts:
+        if part is not total:
+            np.copyto(part, total, casting="unsafe")

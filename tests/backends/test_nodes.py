@@ -106,6 +106,22 @@ def test_halves_are_rounded_once_and_all_ranks_have_the_same_bits(group):
         assert again.tobytes() == buffer.tobytes()
 
 
+@pytest.mark.ranks(3)
+def test_infinities_are_results_whatever_numpy_is_told_to_do_about_them(group):
+    with np.errstate(all="raise"):
+        for dtype in (np.float16, np.float32):
+            for value in (np.finfo(dtype).max, np.finfo(dtype).tiny):
+                for op in (ReduceOp.SUM, ReduceOp.MEAN):
+                    with np.errstate(all="ignore"):
+                        expected = combined([np.full(1, value)] * group.size, op)[0]
+                    buffer = registered(group, np.full(COUNT, value))
+                    counts = (COUNT, *(0 for _ in range(group.size - 1)))
+                    out = mpidist.reduce_scatter(buffer, group, op=op, counts=counts)
+                    assert (out == expected).all()
+                    mpidist.all_reduce(buffer, group, op=op, out=buffer)
+                    assert (buffer == expected).all()
+
+
 @pytest.mark.ranks(3, 4)
 def test_many_outstanding_among_ordinary_ones(group):
     total = group.size * (group.size - 1) / 2
