@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -13,7 +14,7 @@ from mpidist.arrays import DTYPES
 from mpidist.backends.meetings import Record
 from mpidist.backends.registered import Place, Registry
 
-__all__ = ["DIRECT_VERBS", "Call", "tell_difference"]
+__all__ = ["DIRECT_VERBS", "Call", "Way", "tell_difference"]
 
 DIRECT_VERBS = ("all_reduce", "all_gather", "broadcast", "reduce_scatter")
 """The collectives that can be performed where the arrays lie."""
@@ -23,6 +24,26 @@ _OP_NUMBERS = {op: number for number, op in enumerate(_OPS)}
 _VERB_NUMBERS = {verb: number for number, verb in enumerate(DIRECT_VERBS)}
 _DTYPES: tuple[DType, ...] = tuple(sorted(DTYPES, key=lambda dtype: dtype.name))
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(_DTYPES)}
+
+
+class Way(IntEnum):
+    """How a call goes on after the meeting, where the arrays are not worked on where they lie.
+
+    Ranks that go different ways would take what lies in shared memory for something else.
+    """
+
+    MESSAGES = 1
+    LIBRARY = 2
+    ARRIVAL = 3
+    SCRATCH = 4
+
+
+_WAY_WORDS = {
+    Way.MESSAGES: "by messages",
+    Way.LIBRARY: "by the MPI library's blocking call",
+    Way.ARRIVAL: "blocking and small enough to come with the arrival",
+    Way.SCRATCH: "blocking, by way of shared memory",
+}
 
 
 class Call(NamedTuple):
@@ -42,6 +63,8 @@ class Call(NamedTuple):
         0 where there is none.
     counts : sequence of int
         Elements of each rank's part; none where there are no parts.
+    way : Way
+        Counts only where `place` is None.
     """
 
     verb: str
@@ -50,6 +73,7 @@ class Call(NamedTuple):
     op: ReduceOp = SUM
     root: int = 0
     counts: Sequence[int] = ()
+    way: Way = Way.MESSAGES
 
     @classmethod
     def of(cls, verb: str, args: tuple[Any, ...], registered: Registry, least: int) -> Call | None:
@@ -90,7 +114,7 @@ class Call(NamedTuple):
         return Record.of(
             (
                 _VERB_NUMBERS[self.verb] << 32 | _OP_NUMBERS[self.op] << 16 | self.root,
-                _DTYPE_NUMBERS[self.whole.dtype],
+                (self.way << 16 if place is None else 0) | _DTYPE_NUMBERS[self.whole.dtype],
                 self.whole.size,
                 0 if place is None else place.block.number,
                 0 if place is None else place.offset,
@@ -109,8 +133,9 @@ def tell_difference(records: Sequence[Array], ranks: Sequence[int], rank: int, c
     parts = f" Here, on rank {rank}, the counts are {list(call.counts)}." if call.counts else ""
     return (
         f"{call.verb} on rank {rank}: the ranks called different things; nothing "
-        "has been changed. All must make the same call with the same counts, on the same place of "
-        f"the same registered block or all on other memory.{parts} {told}"
+        "has been changed. All must make the same call with the same counts, all blocking or all "
+        "immediate, with the same crossovers, on the same place of the same registered block or "
+        f"all on other memory.{parts} {told}"
     )
 
 
@@ -121,4 +146,6 @@ def _tell(record: Array) -> str:
     if not block and verb in ("all_reduce", "all_gather"):
         where = "not in place in registered memory"
     counts = f", counts with checksum {checksum:08x}" if checksum else ""
-    return f"{verb} (op {op.name}, root {root}) of {count} {_DTYPES[dtype]}{counts}, {where}"
+    way = f", {_WAY_WORDS[Way(dtype >> 16)]}" if dtype >> 16 else ""
+    kind = _DTYPES[dtype & 0xFFFF]
+    return f"{verb} (op {op.name}, root {root}) of {count} {kind}{counts}, {where}{way}"

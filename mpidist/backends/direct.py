@@ -15,12 +15,12 @@ import numpy as np
 
 from mpidist._types import MAX, Array
 from mpidist.backends import algorithms, in_place
-from mpidist.backends.agreement import Call
+from mpidist.backends.agreement import Call, Way
 from mpidist.backends.kernels import quiet
 from mpidist.backends.meetings import Meetings, Until
 from mpidist.backends.node_sums import NodeSums
 from mpidist.backends.turns import Turns
-from mpidist.backends.work import Steps
+from mpidist.backends.work import Steps, Waiter
 
 __all__ = ["Direct"]
 
@@ -58,7 +58,7 @@ class Direct:
         self,
         turns: Turns,
         transport: algorithms.Exchanger,
-        share: Callable[[int], list[memoryview] | None],
+        share: Callable[[int, Waiter], list[memoryview] | None],
     ) -> None:
         self._turns = turns
         self.team = in_place.Team(turns.near, transport, quiet())
@@ -97,8 +97,8 @@ class Direct:
         return self._operate(call, lane, work)
 
     def meet(self, call: Call) -> Meetings[None]:
-        """Return the steps of the first meeting alone, before a call that goes another way."""
-        return self._meet(call, self._turns.open_lane())
+        """Return the steps of the first meeting alone, before a blocking call of the library."""
+        return self._meet(call._replace(way=Way.LIBRARY), self._turns.open_lane())
 
     def _operate(self, call: Call, lane: int, work: Steps) -> Meetings[None]:
         """Meet, work, meet."""

@@ -368,10 +368,11 @@ class MpiBackend(Backend):
         self._comm.Allreduce(self._mpi.IN_PLACE, made, self._mpi.LAND)
         return memory if made else None
 
-    def _parts(self, nbytes: int) -> list[memoryview] | None:
+    def _parts(self, nbytes: int, waiter: Waiter) -> list[memoryview] | None:
         """Return every rank's part of such memory, each beginning with a page."""
         stride = Block.stride(nbytes)
-        memory = self._share(stride)
+        with self._within(waiter):
+            memory = self._share(stride)
         if memory is None:
             return None
         return [memory[start : start + stride] for start in range(0, len(memory), stride)]
@@ -381,8 +382,7 @@ class MpiBackend(Backend):
         if self._direct is None:
             return None
         self._arrive(waiter)
-        with self._within(waiter):
-            parts = self._parts(nbytes)
+        parts = self._parts(nbytes, waiter)
         return None if parts is None else self.registered.add(parts, self._near.rank, nbytes)
 
     def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:

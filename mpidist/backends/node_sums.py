@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.backends.agreement import Call
+from mpidist.backends.agreement import Call, Way
 from mpidist.backends.in_place import Team, prepare_all_reduce
 from mpidist.backends.kernels import Combine, combination, even_slices, reduce_into
 from mpidist.backends.meetings import Record
@@ -84,7 +84,7 @@ class NodeSums:
     """
 
     def __init__(
-        self, turns: Turns, team: Team, share: Callable[[int], list[memoryview] | None]
+        self, turns: Turns, team: Team, share: Callable[[int, Waiter], list[memoryview] | None]
     ) -> None:
         self._turns = turns
         self._team = team
@@ -126,7 +126,7 @@ class NodeSums:
         parts = small.halves[number & 1]
         parts[self._me][...] = x
         if not turns.enter(number, small.record, waiter):
-            turns.refuse(number, Call("all_reduce", x, None, op), waiter)
+            turns.refuse(number, Call("all_reduce", x, None, op, way=Way.ARRIVAL), waiter)
         self._team.quiet.run(small.combine, parts, out)
         turns.finish(number)
 
@@ -135,7 +135,7 @@ class NodeSums:
         if len(self._small) >= _REMEMBERED:
             self._small.clear()
         small = self._small[key] = _Small(
-            Call("all_reduce", np.empty(count, dtype), None, op).record(),
+            Call("all_reduce", np.empty(count, dtype), None, op, way=Way.ARRIVAL).record(),
             (self._turns.board.small(0, dtype, count), self._turns.board.small(1, dtype, count)),
             combination(op, dtype),
         )
@@ -148,7 +148,7 @@ class NodeSums:
         takes the others' results: 2 meetings, and 2 (p - 1) / p of the array copied in and out.
         Two halves of the room serve in turn, see [Note: two halves].
         """
-        call = Call("all_reduce", x, None, op)
+        call = Call("all_reduce", x, None, op, way=Way.SCRATCH)
         if self._scratch is None and not self._make_scratch(call, waiter):
             return False
         record, combine = call.record(), combination(op, x.dtype)
@@ -208,7 +208,7 @@ class NodeSums:
         if not turns.enter(number, call.record(), waiter):
             turns.refuse(number, call, waiter)
         turns.finish(number)
-        parts = self._share(_SKEW + 2 * CHUNK)
+        parts = self._share(_SKEW + 2 * CHUNK, waiter)
         if parts is None:
             self._scratch_refused = True
             return False

@@ -13,6 +13,7 @@ import mpidist
 from mpidist.backends.crossover_file import machine_name, processor, read, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers, choose, parse
 from mpidist.backends.meetings import supported
+from mpidist.errors import CollectiveMismatchError
 from tests._ranks.launcher import clean_environment
 
 ROOT = str(Path(__file__).parents[2])
@@ -124,3 +125,53 @@ def test_init_takes_what_rank_0_finds(mpirun, tmp_path):
         result = run(MPIDIST_CROSSOVERS=wrong)
         assert result.returncode != 0
         assert "LaunchError: init: the crossovers that rank 0 found cannot be used" in result.stderr
+
+
+def _wait_for_all_reduce(x, group):
+    return mpidist.iall_reduce(x, group).wait()
+
+
+@pytest.mark.skipif(not supported(), reason="this processor has no direct path")
+@pytest.mark.ranks(2, 3)
+def test_ranks_that_go_different_ways_are_told_and_get_no_wrong_sums(world):
+    group = world.duplicate("ways")
+    x = np.full(1000, 1.0)
+    ways = (
+        Crossovers(small=SMALL, registered=0, scratch=NEVER),
+        Crossovers(small=0, registered=0, scratch=0),
+        Crossovers(small=0, registered=0, scratch=NEVER),
+    )
+    for mine in ways:
+        for others in ways:
+            group.crossovers = mine if group.rank == 0 else others
+            if mine == others:
+                assert (mpidist.all_reduce(x, group) == group.size).all()
+                continue
+            with pytest.raises(CollectiveMismatchError, match="with the same crossovers"):
+                mpidist.all_reduce(x, group)
+    for way in ways:
+        group.crossovers = way
+        call = mpidist.all_reduce if group.rank == 0 else _wait_for_all_reduce
+        with pytest.raises(CollectiveMismatchError, match="all blocking or all immediate"):
+            call(x, group)
+    assert (x == 1).all()
+    group.close()
+
+
+@pytest.mark.skipif(not supported(), reason="this processor has no direct path")
+@pytest.mark.ranks(2)
+def test_making_room_for_sums_has_a_deadline(world, monkeypatch):
+    group = world.duplicate("room")
+    group.crossovers = Crossovers(small=0, registered=NEVER, scratch=0)
+    backend, watched = group._backend, []
+    share = backend._share
+
+    def spy(nbytes):
+        watched.append(backend.inside)  # what the watchdog sees
+        return share(nbytes)
+
+    monkeypatch.setattr(backend, "_share", spy)
+    assert (mpidist.all_reduce(np.full(1000, 1.0), group) == 2).all()
+    [(waiter, _)] = watched
+    assert waiter.operation.startswith("all_reduce #")
+    group.close()
