@@ -238,6 +238,10 @@ class GroupWork(Work[T]):
         self._group._backend.engine.held.discard(self)
         del self._inner, self._finish
 
+    def missing(self) -> Sequence[int]:
+        """Return the ranks for which it waits, where they are known; else none."""
+        return () if self._over else self._inner.missing()
+
     def done(self) -> bool:
         """Make progress on the whole group, and return whether this operation is complete."""
         if not self._over:
@@ -261,7 +265,7 @@ class GroupWork(Work[T]):
                 timeout=timeout,
             )
             try:
-                waiter.wait_for(self._complete)
+                waiter.wait_for(self._complete, missing=self.missing)
             except (CollectiveTimeoutError, PeerLostError) as error:
                 self._end(error, broken=True)
         if self._error is not None:

@@ -208,11 +208,15 @@ class Until(Work[None]):
 
     def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
         self.condition = condition
-        self.missing = missing
+        self._missing = missing
 
     def done(self) -> bool:
         """Return whether the condition holds."""
         return self.condition()
+
+    def missing(self) -> list[int]:
+        """Return the ranks that keep it from holding."""
+        return self._missing()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until it holds, without driving anything else."""

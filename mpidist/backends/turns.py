@@ -53,10 +53,16 @@ class Turns:
         """Return the number of a blocking operation, when all before it are done here."""
         self.open_lane()  # the lanes stay in step when the ranks disagree
         if self.finished != self._begun:
-            waiter.wait_for(lambda: self.finished == self._begun)
+            waiter.wait_for(
+                lambda: self.finished == self._begun,
+                missing=lambda: self._ranks(self.board.absent(self.finished + 1)),
+            )
         self._begun = number = self._begun + 1
         if not self._slot_free(number):
-            waiter.wait_for(lambda: self._slot_free(number))
+            waiter.wait_for(
+                lambda: self._slot_free(number),
+                missing=lambda: self._ranks(self.board.unfinished(number - RING)),
+            )
         return number
 
     def enter(self, number: int, record: Record, waiter: Waiter) -> bool:

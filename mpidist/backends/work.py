@@ -69,6 +69,10 @@ class Work(ABC, Generic[T]):
         """
         return self.wait(timeout)
 
+    def missing(self) -> Sequence[int]:
+        """Return the ranks for which it waits, where they are known; else none."""
+        return ()
+
 
 class Message(NamedTuple):
     """One array on its way to or from a peer.
@@ -156,6 +160,11 @@ class StepsWork(Work[None]):
                 self._fail(error)
                 return
             self._advance()
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks for which the phase under way waits."""
+        current = self._current
+        return () if current is None else current.missing()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait without driving anything else; groups wait through `Backend.progress`."""

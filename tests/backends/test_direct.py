@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mpidist.backends.meetings import Until, supported
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.turns import Turns
 from mpidist.backends.waiting import WaitTimeout
-from mpidist.errors import CollectiveMismatchError, SizeMismatchError
+from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, SizeMismatchError
 
 PAIRS = sorted(REDUCTIONS, key=lambda pair: (pair[0].name, pair[1].name))
 
@@ -327,3 +328,18 @@ def test_the_next_operation_does_not_begin_before_the_board_says_that_one_is_don
     turns.finish(1)
     assert seen == [(1, 0)]
     assert turns.finished == 1
+
+
+@direct_only
+@pytest.mark.ranks(3)
+def test_a_missed_deadline_names_who_did_not_come(world):
+    for blocking in (False, True):
+        group = world.duplicate("late")
+        x = group.empty(LEAST, np.uint8)
+        if group.rank == 1:
+            time.sleep(0.8)  # and never comes
+        else:
+            group.timeout = 0.3
+            work = mpidist.iall_reduce(x, group, out=x)
+            with pytest.raises(CollectiveTimeoutError, match=r"all_reduce.*waiting for rank 1;"):
+                mpidist.all_reduce(np.ones(3), group) if blocking else work.wait()
