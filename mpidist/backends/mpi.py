@@ -242,12 +242,14 @@ class MpiBackend(Backend):
         self._comm.Iprobe()
 
     def close(self) -> None:
-        """Free the communicator."""
+        """Free the communicator, and the memory by way of which arrays are summed."""
         with _ALIVE_LOCK:
             self._alive.discard(self)
         if self._local != self._comm:
             self._local.Free()
         self._comm.Free()
+        # Its memory, megabytes of it, would wait for the garbage collector: it refers to this.
+        self._direct = None
 
     def abort(self, code: int) -> None:
         """End the whole job now."""

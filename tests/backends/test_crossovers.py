@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,30 @@ def test_making_room_for_sums_has_a_deadline(world, monkeypatch):
     [(waiter, _)] = watched
     assert waiter.operation.startswith("all_reduce #")
     group.close()
+
+
+def _shared_bytes():
+    """Bytes that this process maps of memory that the ranks share."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/dev/shm/#" in line or "/dev/shm/mpidist-" in line:
+            start, stop = (int(word, 16) for word in line.split()[0].split("-"))
+            total += stop - start
+    return total
+
+
+@pytest.mark.skipif(not supported(), reason="this processor has no direct path")
+@pytest.mark.ranks(2)
+def test_a_closed_group_gives_its_room_back_at_once(world):
+    gc.collect()
+    before = _shared_bytes()
+    group = world.duplicate("closed")
+    group.crossovers = Crossovers(small=0, registered=NEVER, scratch=0)
+    gc.disable()
+    try:
+        mpidist.all_reduce(np.full(1000, 1.0), group)
+        assert _shared_bytes() > before + (8 << 20)
+        group.close()
+        assert _shared_bytes() < before + (1 << 20)
+    finally:
+        gc.enable()
