@@ -125,7 +125,7 @@ def ufunc_of(op: ReduceOp) -> np.ufunc:
 
 
 def as_native(x: Array) -> Array:
-    """Return `x` itself if it is contiguous and of native byte order, else such a copy.
+    """Return `x` itself if it is contiguous, aligned and of native byte order, else such a copy.
 
     Parameters
     ----------
@@ -135,11 +135,13 @@ def as_native(x: Array) -> Array:
     Returns
     -------
     Array, shape of `x`
-        C-contiguous, native byte order; `x` itself where it already is.
+        C-contiguous, aligned, native byte order; `x` itself where it already is.
     """
-    if x.flags.c_contiguous and x.dtype.isnative:
+    flags = x.flags
+    # mpi4py finds no MPI datatype for arrays that are not aligned.
+    if flags.c_contiguous and flags.aligned and x.dtype.isnative:
         return x
-    return np.asarray(x, dtype=x.dtype.newbyteorder("="), order="C")
+    return np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
 
 
 def as_bytes(x: Array) -> Array:

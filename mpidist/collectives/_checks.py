@@ -176,8 +176,8 @@ def land(
     Parameters
     ----------
     out : Array or None
-        The caller's array; allocated when None. Need not be contiguous or of native byte order:
-        the result is written back to it then.
+        The caller's array; allocated when None. Need not be contiguous, aligned or of native byte
+        order: the result is written back to it then.
     shape, dtype : tuple of int, dtype
         Of the result.
     verb, group : str, ProcessGroup
@@ -193,7 +193,7 @@ def land(
         fresh = np.empty(shape, native)
         return Landing(fresh.reshape(-1), lambda: fresh)
     plain = check_out(out, shape, native, verb=verb, group=group)
-    if plain.flags.c_contiguous and plain.dtype.isnative and plain.size:
+    if plain.flags.carray and plain.dtype.isnative and plain.size:
         return Landing(plain.reshape(-1), lambda: out)
     # Empty results land elsewhere, too: an empty part of `x` may have the address of `x`.
     landed: Any = np.empty(shape, native)

@@ -11,6 +11,7 @@ import pytest
 import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
+from mpidist.backends.crossovers import NEVER, Crossovers
 from mpidist.backends.meetings import Until, supported
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.turns import Turns
@@ -271,6 +272,25 @@ def test_short_and_empty_and_odd_arrays_are_like_any_other(world):
     out = mpidist.all_reduce(x[:, ::2], world)  # not contiguous: by way of a copy
     np.testing.assert_array_equal(out, np.ones((200, 100)))
     np.testing.assert_array_equal(x, np.full((200, 200), world.rank))
+
+
+@pytest.mark.ranks(2)
+def test_arrays_that_are_not_aligned_are_like_any_other(world):
+    for crossovers in (Crossovers(), Crossovers(small=0, registered=NEVER, scratch=NEVER)):
+        group = world.duplicate("odd")
+        group.crossovers = crossovers
+        for memory in (np.empty(80_001, np.uint8), group.empty(80_001, np.uint8)):
+            x = memory[1:].view(np.float64)
+            assert not x.flags.aligned
+            x[...] = group.rank + 1
+            assert (mpidist.all_reduce(x, group) == 3).all()
+            assert mpidist.all_reduce(x, group, out=x) is x
+            assert (x == 3).all()
+            mpidist.broadcast(x + group.rank, group, root=1, out=x)
+            assert (x == 4).all()
+            gathered = mpidist.all_gather(x, group)
+            assert (gathered == 4).all()
+        group.close()
 
 
 @pytest.mark.ranks(2)
