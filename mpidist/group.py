@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidist._types import Array
+from mpidist._types import Array, ReduceOp
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.work import Steps
@@ -86,8 +86,6 @@ class ProcessGroup:
         Seconds after which a wait fails and the group is broken.
     warn_after : float
         Seconds after which a wait logs a warning, and again at each doubling.
-    operations : int
-        How many operations this rank has begun on the group.
     """
 
     def __init__(
@@ -104,8 +102,8 @@ class ProcessGroup:
         self._backend = backend
         self._layout = layout
         self._outstanding: list[GroupWork[Any]] = []
-        self.operations = 0
         self._identity = identity
+        self._messages = 0
         self._collectives = [0]
         backend.follow(identity, self._collectives)
         self._payloads = 0
@@ -179,6 +177,11 @@ class ProcessGroup:
         from mpidist.log import rank_logger
 
         return rank_logger(self.name, self.rank, self.size)
+
+    @property
+    def operations(self) -> int:
+        """How many operations this rank has begun on the group."""
+        return self._collectives[0] + self._messages
 
     @property
     def capabilities(self) -> Capabilities:
@@ -451,10 +454,33 @@ class ProcessGroup:
             raise
         return plan.finish()
 
+    def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
+        """Perform an all_reduce in place if one like it has been prepared; else do nothing.
+
+        Returns
+        -------
+        bool
+            Whether it was done. A plan, its checks and a waiter cost more than a small sum.
+        """
+        sums = self._backend.sums
+        if sums is None or self._reason is not None:
+            return False
+        prepared = sums.find(x, op)
+        if prepared is None:
+            return False
+        self._collectives[0] += 1
+        try:
+            prepared.run(x, x, self._sum_waiter)
+        except CollectiveMismatchError:
+            raise
+        except BaseException as error:
+            self._break(error)
+            raise
+        return True
+
     def start(self, plan: Plan[T]) -> GroupWork[T]:
         """Start a collective and return at once."""
         operation = self._begin(f"i{plan.verb}")
-        self._collectives[0] += 1
         number = (self._identity, self._collectives[0])
         with self._breaking():
             inner = self._backend.begin(plan.verb, plan.args)
@@ -469,7 +495,9 @@ class ProcessGroup:
         peers: Peers,
     ) -> GroupWork[T]:
         """Start an operation of several phases among some ranks and return at once."""
-        operation = self._begin(verb)
+        self._check_usable(verb)
+        self._messages += 1
+        operation = f"{verb} #{self.operations}"
         with self._breaking():
             inner = self._backend.start(steps(self._backend))
         return GroupWork(self, operation, inner, finish, peers=peers)
@@ -481,11 +509,18 @@ class ProcessGroup:
 
     def _collective_waiter(self, verb: str) -> GroupWaiter:
         """Count a collective and return what waits for it."""
-        self._count(verb)
-        begun = self._collectives
-        begun[0] += 1
-        collective = (self._identity, begun[0])
+        if self._reason is not None:
+            self._check_usable(verb)
+        self._collectives[0] += 1
+        return self._waiter(verb)
+
+    def _waiter(self, verb: str) -> GroupWaiter:
+        """Return what waits for the collective that was begun last."""
+        collective = (self._identity, self._collectives[0])
         return GroupWaiter(self, verb, number=self.operations, collective=collective)
+
+    def _sum_waiter(self) -> GroupWaiter:
+        return self._waiter("all_reduce")
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -508,14 +543,10 @@ class ProcessGroup:
             )
 
     def _begin(self, verb: str) -> str:
-        """Count an operation and return its words for messages."""
-        self._count(verb)
+        """Count a collective and return its words for messages."""
+        self._check_usable(verb)
+        self._collectives[0] += 1
         return f"{verb} #{self.operations}"
-
-    def _count(self, verb: str) -> None:
-        if self._reason is not None:
-            self._check_usable(verb)
-        self.operations += 1
 
     def progress(self) -> None:
         """Drive what is under way as far as it can go now; local, never blocks.

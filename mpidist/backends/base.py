@@ -24,6 +24,7 @@ from mpidist.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     from mpidist.backends.direct import Direct
+    from mpidist.backends.node_sums import NodeSums
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
 
@@ -57,6 +58,7 @@ class Traffic(IntEnum):
     ENVELOPE = 1
     PAYLOAD = 2
     CREATE = 3
+    TURN = 4
 
 
 class Backend(ABC):
@@ -85,6 +87,7 @@ class Backend(ABC):
         self.crossovers = Crossovers()
         self._table: Mapping[int, Crossovers] = {}
         self._direct: Direct | None = None
+        self.sums: NodeSums | None = None
         self.engine = Engine()
         self._collectives = 0
 
@@ -263,6 +266,8 @@ class Backend(ABC):
         """
         self._table = table
         self.crossovers = choose(table, self.local_size)
+        if self.sums is not None:
+            self.sums.take(self.crossovers)
 
     def progress(self) -> None:
         """Drive every operation that has been started, and the transport itself."""
@@ -280,13 +285,8 @@ class Backend(ABC):
 
     def _next_lane(self) -> algorithms.Lane:
         """Open the lane of the next collective; the same one on all ranks."""
-        return algorithms.Lane(self, self._open_lane())
-
-    def _open_lane(self) -> int:
         self._collectives += 1
-        # As `lane` says, without its cost: this is part of every collective.
-        span = self.capabilities.max_tag + 1
-        return span + self._collectives % span
+        return algorithms.Lane(self, self.lane(Traffic.COLLECTIVE, self._collectives))
 
     # -- collectives, by messages --------------------------------------------------------------
 

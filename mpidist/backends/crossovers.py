@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 __all__ = ["NEVER", "SMALL", "Crossovers", "choose", "parse"]
 
-SMALL = 16 << 10
+SMALL = 128 << 10
 """Bytes of the largest array that ranks can give each other together with their arrival."""
 
 NEVER = 2**62
@@ -25,7 +25,7 @@ class Crossovers:
     ----------
     small : int
         A blocking all_reduce of at most so many bytes goes with the ranks' arrival, and each rank
-        combines all for itself. At most 16 KiB.
+        combines all for itself. At most 128 KiB.
     registered : int
         Arrays in registered memory, of at least so many bytes, are worked on where they lie.
     scratch : int
@@ -38,9 +38,9 @@ class Crossovers:
         If one is negative, or `small` is larger than it can be.
     """
 
-    small: int = 8 << 10
+    small: int = 128 << 10
     registered: int = 16 << 10
-    scratch: int = 8 << 10
+    scratch: int = 128 << 10
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""

@@ -18,9 +18,8 @@ from mpidist.backends import algorithms, in_place
 from mpidist.backends.agreement import Call, Way
 from mpidist.backends.kernels import quiet
 from mpidist.backends.meetings import Meetings, Until
-from mpidist.backends.node_sums import NodeSums
 from mpidist.backends.turns import Turns
-from mpidist.backends.work import Steps, Waiter
+from mpidist.backends.work import Steps
 
 __all__ = ["Direct"]
 
@@ -45,24 +44,19 @@ class Direct:
         The order of its operations.
     transport : Exchanger
         Carries messages to other nodes.
-    share : callable
-        Returns memory of so many bytes of each rank of the node, or None; collective, blocks.
-
-    Attributes
-    ----------
-    sums : NodeSums or None
-        Blocking sums; None where the group has several nodes.
+    lane_of : callable
+        Returns the lane of the operation with a number.
     """
 
     def __init__(
         self,
         turns: Turns,
         transport: algorithms.Exchanger,
-        share: Callable[[int, Waiter], list[memoryview] | None],
+        lane_of: Callable[[int], int],
     ) -> None:
-        self._turns = turns
+        self.turns = turns
         self.team = in_place.Team(turns.near, transport, quiet())
-        self.sums = NodeSums(turns, self.team, share) if self.team.alone else None
+        self._lane_of = lane_of
 
     def plan(self, call: Call, args: tuple[Any, ...]) -> Meetings[None]:
         """Return the steps of a collective that the ranks have to agree on.
@@ -80,8 +74,7 @@ class Direct:
             Where no rank's array is registered the call goes by messages when all have come, in a
             lane of its own: it may be immediate, see [Note: phases].
         """
-        # Also where the array is registered: the lanes stay in step when the ranks disagree.
-        lane, team = self._turns.open_lane(), self.team
+        lane, team = self._next_lane(), self.team
         if call.place is None:
             everybody = algorithms.Lane(team.transport, lane)
             return self._elsewhere(call, lane, _BY_MESSAGES[call.verb](everybody, *args))
@@ -98,13 +91,17 @@ class Direct:
 
     def meet(self, call: Call) -> Meetings[None]:
         """Return the steps of the first meeting alone, before a blocking call of the library."""
-        return self._meet(call._replace(way=Way.LIBRARY), self._turns.open_lane())
+        return self._meet(call._replace(way=Way.LIBRARY), self._next_lane())
+
+    def _next_lane(self) -> int:
+        """Return the lane of the operation that begins next; the same on all ranks."""
+        return self._lane_of(self.turns.begun + 1)
 
     def _operate(self, call: Call, lane: int, work: Steps) -> Meetings[None]:
         """Meet, work, meet."""
         number = yield from self._agree(call, lane)
         yield from _phases(work)
-        yield from self._turns.parting(number)
+        yield from self.turns.parting(number)
 
     def _elsewhere(self, call: Call, lane: int, steps: Steps) -> Meetings[None]:
         """Meet, and go by messages."""
@@ -113,11 +110,11 @@ class Direct:
 
     def _meet(self, call: Call, lane: int) -> Meetings[None]:
         number = yield from self._agree(call, lane)
-        self._turns.finish(number)
+        self.turns.board.finish(number)
 
     def _agree(self, call: Call, lane: int) -> Meetings[int]:
         """Meet, and return the operation's number if all came with the same."""
-        turns, board, record = self._turns, self._turns.board, call.record()
+        turns, board, record = self.turns, self.turns.board, call.record()
         number = yield from turns.entering(record)
         if not board.same(number, record):
             records = board.records(number)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Sequence
 from math import gcd
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from mpidist._types import LAND, LOR, LXOR, MEAN, Array, DType, ReduceOp
+from mpidist._types import LAND, LOR, LXOR, MEAN, PROD, SUM, Array, DType, ReduceOp
 from mpidist.arrays import HALVES, reduce_in_rank_order, ufunc_of
 from mpidist.boxes import split_evenly
 
 __all__ = [
     "Combine",
     "combination",
+    "combining",
     "even_slices",
     "in_blocks",
     "quiet",
@@ -51,18 +52,36 @@ def combination(op: ReduceOp, dtype: DType) -> Combine:
     ufunc = ufunc_of(op)
 
     def combine(parts: list[Array], out: Array) -> None:
-        if len(parts) == 1:
+        number = len(parts)
+        if number == 1:
             np.copyto(out, parts[0])
-        else:
-            ufunc(parts[0], parts[1], out=out)
-        for part in parts[2:]:
-            ufunc(out, part, out=out)
+            return
+        ufunc(parts[0], parts[1], out=out)
+        if number > 2:
+            for part in parts[2:]:
+                ufunc(out, part, out=out)
 
     def combine_and_divide(parts: list[Array], out: Array) -> None:
         combine(parts, out)
         np.divide(out, len(parts), out=out)
 
     return combine_and_divide if op is MEAN else combine
+
+
+def combining(parts: list[Array], op: ReduceOp) -> tuple[Any, ...]:
+    """Return a function and all its arguments but the last, the array that receives the result.
+
+    Parameters
+    ----------
+    parts : list of Array
+        What is combined, one array per rank.
+    op : ReduceOp
+        How.
+    """
+    dtype = parts[0].dtype
+    if len(parts) == 2 and op in (SUM, PROD) and dtype not in HALVES:
+        return (ufunc_of(op), *parts)
+    return (combination(op, dtype), parts)
 
 
 def even_slices(count: int, itemsize: int, size: int) -> list[slice]:

@@ -13,23 +13,30 @@ import mmap
 import platform
 import threading
 from collections.abc import Callable, Generator, Sequence
+from os import sched_yield
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from mpidist._types import Array, DType
-from mpidist.backends.crossovers import SMALL
+from mpidist._types import Array
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Work
 
-__all__ = ["RING", "DirectBoard", "Meetings", "Record", "Until", "supported"]
+__all__ = ["RING", "ROOM", "DirectBoard", "Meetings", "Record", "Until", "supported"]
 
 T = TypeVar("T")
 
 RING = 64
 """Operations that may be under way at once; a further one is delayed."""
 
+ROOM = 16 << 10
+"""Bytes of the largest array for which there is room beside the counters, twice."""
+
 _FENCE = threading.Lock()
+
+_SPINS, _POLLS = 20, 80
+"""How often a counter is looked at before the core is yielded in between, and before a wait does
+something else, too."""
 
 
 class Record(NamedTuple):
@@ -69,6 +76,11 @@ class DirectBoard:
         `nbytes(size)` bytes, zero at first, shared by all ranks.
     rank, size : int
         This rank, and the number of ranks.
+
+    Attributes
+    ----------
+    finished : int
+        Number of the last operation with which this rank is done.
     """
 
     # In words of 8 bytes. A slot holds a record, its digest, and the number of its operation; a
@@ -79,7 +91,7 @@ class DirectBoard:
     _DIGEST, _NUMBER = 6, 7
     _OBJECTIONS = _SLOT * (RING + 1)
     _ROOM = (_OBJECTIONS + RING) * 8
-    _PART = -(-(_ROOM + 2 * SMALL) // mmap.PAGESIZE) * mmap.PAGESIZE
+    _PART = -(-(_ROOM + 2 * ROOM) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def __init__(self, memory: Any, rank: int, size: int) -> None:
         self._bytes = memoryview(memory).cast("B")
@@ -87,8 +99,10 @@ class DirectBoard:
         self._starts = tuple(other * self._PART // 8 for other in range(size))
         self._others = tuple(s for other, s in enumerate(self._starts) if other != rank)
         self._mine = self._starts[rank]
+        self._numbers = [self._mine + self._SLOT * (2 + place) - 1 for place in range(RING)]
         slots = np.frombuffer(self._bytes, np.uint64, self._SLOT * (RING + 1), 8 * self._mine)
         self._slots = [slot[: self._NUMBER] for slot in slots.reshape(-1, self._SLOT)[1:]]
+        self.finished = 0
         self._standing: list[Record | None] = [None] * RING
 
     @classmethod
@@ -106,13 +120,35 @@ class DirectBoard:
             self._standing[place] = record
         with _FENCE:
             pass
-        self._words[self._mine + self._SLOT * (1 + place) + 7] = number
+        self._words[self._numbers[place]] = number
 
     def all_entered(self, number: int) -> bool:
         """Whether the others have come to it."""
-        words, place = self._words, self._SLOT * (1 + number % RING) + 7
-        for start in self._others:  # noqa: SIM110  # this is polled
-            if words[start + place] != number:
+        return self._all_at(self._SLOT * (1 + number % RING) + self._NUMBER, number)
+
+    def meet(self, number: int, record: Record) -> bool:
+        """Come to an operation, and say whether all have soon come to it with the same."""
+        # One body, not three methods: this is part of every blocking sum.
+        place = number % RING
+        if self._standing[place] is not record:
+            self._slots[place][...] = record.words
+            self._standing[place] = record
+        words, digest = self._words, record.digest
+        with _FENCE:
+            pass
+        words[self._numbers[place]] = number
+        place = 8 * place + 15
+        for start in self._others:
+            at = start + place
+            if words[at] < number:
+                for polls in range(_POLLS):
+                    if polls >= _SPINS:
+                        sched_yield()
+                    if words[at] >= number:
+                        break
+                else:
+                    return False
+            if words[at - 1] != digest:
                 return False
         return True
 
@@ -152,14 +188,21 @@ class DirectBoard:
         with _FENCE:
             pass
         self._words[self._mine] = number
+        # Last: where another thread drives this one, the next may be over as soon as this is
+        # finished here, and the number on the board must not go back.
+        self.finished = number
 
     def all_finished(self, number: int) -> bool:
         """Whether the others are, too."""
-        words = self._words
-        for start in self._others:  # noqa: SIM110  # this is polled
-            if words[start] < number:
-                return False
-        return True
+        return self._all_at(0, number)
+
+    def soon_finished(self, number: int) -> bool:
+        """Whether they are, or will be within a few microseconds."""
+        return self._soon_at(0, number)
+
+    def least_finished(self) -> int:
+        """Return the last operation with which all are done."""
+        return min(self._words[start] for start in self._starts)
 
     def unfinished(self, number: int) -> list[int]:
         """Return the places of the ranks that are not done with operation `number`."""
@@ -175,24 +218,46 @@ class DirectBoard:
 
     def all_reached(self, stage: int) -> bool:
         """Whether the others have, too."""
-        words = self._words
-        for start in self._others:  # noqa: SIM110  # this is polled
-            if words[start + 1] < stage:
-                return False
-        return True
+        return self._all_at(1, stage)
+
+    def soon_reached(self, stage: int) -> bool:
+        """Whether they have, or do so within a few microseconds."""
+        return self._soon_at(1, stage)
 
     def behind(self, stage: int) -> list[int]:
         """Return the places of the ranks that have not come to a stage."""
         return [at for at, start in enumerate(self._starts) if self._words[start + 1] < stage]
 
-    # -- room for small arrays -------------------------------------------------------------------
+    # -- counters --------------------------------------------------------------------------------
 
-    def small(self, half: int, dtype: DType, count: int) -> list[Array]:
-        """Return room of each rank for an array of at most `SMALL` bytes, in one of two halves."""
-        return [
-            np.frombuffer(self._bytes, dtype, count, 8 * start + self._ROOM + half * SMALL)
-            for start in self._starts
-        ]
+    def _all_at(self, place: int, number: int) -> bool:
+        """Whether this word of all others has come to a number."""
+        words = self._words
+        for start in self._others:  # noqa: SIM110  # this is polled
+            if words[start + place] < number:
+                return False
+        return True
+
+    def _soon_at(self, place: int, number: int) -> bool:
+        """Whether it has, or comes to it soon."""
+        words = self._words
+        for start in self._others:
+            at = start + place
+            if words[at] >= number:
+                continue
+            for polls in range(_POLLS):
+                if polls >= _SPINS:
+                    sched_yield()
+                if words[at] >= number:
+                    break
+            else:
+                return False
+        return True
+
+    def rooms(self) -> list[memoryview]:
+        """Return `2 * ROOM` bytes of each rank, for small arrays."""
+        starts = [8 * start + self._ROOM for start in self._starts]
+        return [self._bytes[start : start + 2 * ROOM] for start in starts]
 
 
 class Until(Work[None]):

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -187,7 +188,9 @@ class MpiBackend(Backend):
         # The ranks of this node: who shares memory.
         self._local = comm if len(set(nodes)) == 1 else comm.Split(self._node, self.rank)
         self._board = self._make_board()
-        self._direct = self._make_direct()
+        self._direct = direct = self._make_direct()
+        if direct is not None and direct.team.alone:
+            self.sums = NodeSums(direct.turns, direct.team, self.registered, self._parts)
         self.inside: tuple[Waiter, float] | None = None
         with _ALIVE_LOCK:
             self._alive.add(self)
@@ -295,10 +298,13 @@ class MpiBackend(Backend):
         """Perform a collective: by shared memory, or by the library's blocking call."""
         direct = self._direct
         call: LibraryCall | None = None
-        if direct is not None:
-            sums = direct.sums
-            if verb == "all_reduce" and sums is not None and self._summed(sums, args, waiter):
+        if verb == "all_reduce" and self.sums is not None:
+            x, out, op = args
+            summed = self.sums.prepare(x, out, op, lambda: waiter)
+            if summed is not None:
+                summed.run(x, out, lambda: waiter)
                 return
+        if direct is not None:
             whole = Call.of(verb, args, self.registered, self.crossovers.registered)
             if whole is not None:
                 if whole.place is None:
@@ -316,21 +322,6 @@ class MpiBackend(Backend):
             return
         self._arrive(waiter)
         self._call(call, waiter)
-
-    def _summed(self, sums: NodeSums, args: tuple[Any, ...], waiter: Waiter) -> bool:
-        """Sum arrays by shared memory, if they are registered or it is faster."""
-        x, out, op = args
-        sizes, nbytes = self.crossovers, x.nbytes
-        if nbytes <= sizes.small:
-            sums.small(x, out, op, waiter=waiter)
-            return True
-        place = None
-        if x is out and nbytes >= sizes.registered:
-            place = self.registered.place(x)
-        if place is not None:
-            sums.in_place(place, op, waiter=waiter)
-            return True
-        return nbytes >= sizes.scratch and sums.by_scratch(x, out, op, waiter=waiter)
 
     def _call(self, call: LibraryCall, waiter: Waiter) -> None:
         """Make a blocking call of the library, to which all have come."""
@@ -361,7 +352,7 @@ class MpiBackend(Backend):
         if memory is None:
             return None
         board = DirectBoard(memory, near.rank, len(near.local))
-        return Direct(Turns(board, near, self._open_lane), self, self._parts)
+        return Direct(Turns(board, near), self, partial(self.lane, Traffic.TURN))
 
     def _share(self, nbytes: int) -> memoryview | None:
         """Map memory of so many bytes of each rank of this node, or None on all; collective."""

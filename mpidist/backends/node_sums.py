@@ -1,28 +1,38 @@
 """Blocking sums over the ranks of one node by way of the memory that they share.
 
-There are three, by where the arrays lie and how long they are. All combine in rank order.
+There are three kinds, by where the arrays lie and how long they are. All combine in rank order. A
+program makes the same few calls again and again, and the shortest take microseconds: what can be
+prepared is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.backends.agreement import Call, Way
+from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.in_place import Team, prepare_all_reduce
-from mpidist.backends.kernels import Combine, combination, even_slices, reduce_into
-from mpidist.backends.meetings import Record
-from mpidist.backends.registered import Place
-from mpidist.backends.turns import Turns
+from mpidist.backends.kernels import combination, combining, even_slices
+from mpidist.backends.meetings import ROOM
+from mpidist.backends.registered import Place, Registry
+from mpidist.backends.turns import Turns, Waiters
 from mpidist.backends.work import Waiter
 
-__all__ = ["NodeSums"]
+__all__ = ["NodeSums", "Sum"]
 
-CHUNK = 4 << 20
-"""Bytes of an ordinary array that are summed at a time by way of shared memory."""
+K = TypeVar("K")
+V = TypeVar("V")
+
+_ALL_CHUNKS, _SHORTEST_CHUNK = 2 << 20, 256 << 10
+"""Bytes of an ordinary array that are summed at a time, by all ranks together and at least by each.
+
+Long enough to lie in a cache that cores share when others read it, short enough to stay there; the
+more ranks, the less memory for each.
+"""
 
 _SKEW = 2048
 """Bytes between the beginning of a page and that of the room for ordinary arrays in it.
@@ -37,12 +47,135 @@ _REMEMBERED = 256
 """Calls whose preparations are kept, of each kind."""
 
 
-class _Small(NamedTuple):
-    """A sum of small arrays, prepared: its record, room for them twice, and what combines them."""
+class Sum(Protocol):
+    """A blocking all_reduce of one kind of array, prepared."""
 
-    record: Record
-    halves: tuple[list[Array], list[Array]]
-    combine: Combine
+    def run(self, x: Array, out: Array, waiters: Waiters) -> None:
+        """Combine `x` of all ranks into `out`, which may be `x`."""
+
+
+class SmallSum:
+    """Each rank gives its array to all together with its arrival, and combines all for itself.
+
+    One meeting; p arrays read per rank.
+
+    [Note: two halves] A rank may write its next array while others still read this one, so there is
+    room for two. There is no need for more: nobody gets beyond the meeting of the next one before
+    all have come to it, and whoever has is done with this one.
+    """
+
+    def __init__(
+        self, turns: Turns, team: Team, rooms: _Rooms, op: ReduceOp, dtype: DType, count: int
+    ) -> None:
+        self._turns = turns
+        self._rooms = rooms
+        self._run: Callable[..., None] = team.quiet.run
+        self._call = Call("all_reduce", np.empty(count, dtype), None, op, way=Way.ARRIVAL)
+        self._record = self._call.record()
+        halves = [rooms.arrays(half, dtype, count) for half in (0, 1)]
+        self._mine = [parts[team.near.rank] for parts in halves]
+        self._work = [combining(parts, op) for parts in halves]
+
+    def run(self, x: Array, out: Array, waiters: Waiters) -> None:
+        """Combine; see `Sum`."""
+        turns, rooms = self._turns, self._rooms
+        half = rooms.half
+        if turns.begun != turns.board.finished:
+            turns.settle(waiters)
+        self._mine[half][...] = x
+        number = turns.enter(self._record, self._call, waiters)
+        rooms.half = 1 - half
+        self._run(*self._work[half], out)
+        turns.board.finish(number)
+
+
+class PlaceSum:
+    """Arrays in registered memory, where they lie.
+
+    Two meetings; see `in_place.all_reduce`.
+    """
+
+    def __init__(self, turns: Turns, team: Team, place: Place, op: ReduceOp) -> None:
+        self._turns = turns
+        self._run = team.quiet.run
+        self._work = prepare_all_reduce(team, place, op)
+        self._call = Call("all_reduce", place.arrays[team.near.rank], place, op)
+        self._record = self._call.record()
+
+    def run(self, x: Array, out: Array, waiters: Waiters) -> None:
+        """Combine; see `Sum`."""
+        turns = self._turns
+        turns.settle(waiters)
+        number = turns.enter(self._record, self._call, waiters)
+        self._run(*self._work)
+        turns.part(number, waiters)
+
+
+class ScratchSum:
+    """Other arrays, by way of room in shared memory.
+
+    For each chunk a rank lays down the slices that the others combine, combines its own, and takes
+    the others' results: 2 meetings, and 2 (p - 1) / p of the array copied in and out. Two halves of
+    the room serve in turn, see [Note: two halves].
+    """
+
+    def __init__(self, turns: Turns, team: Team, rooms: _Rooms, x: Array, op: ReduceOp) -> None:
+        self._turns = turns
+        self._run = team.quiet.run
+        self._rooms = rooms
+        self._combine = combination(op, x.dtype)
+        # The array itself is the caller's, and is not to be kept.
+        self._call = Call("all_reduce", np.empty(0, x.dtype), None, op, way=Way.SCRATCH)
+        self._record = self._call._replace(whole=x).record()
+        self._step = rooms.nbytes // x.itemsize
+        self._chunks: dict[tuple[int, int], _Chunk] = {}
+        self._me = team.near.rank
+
+    def run(self, x: Array, out: Array, waiters: Waiters) -> None:
+        """Combine; see `Sum`."""
+        turns, rooms, step = self._turns, self._rooms, self._step
+        turns.settle(waiters)
+        number = 0
+        for start in range(0, x.size, step):
+            given, result = x[start : start + step], out[start : start + step]
+            chunk = self._chunk(given)
+            for part, room in chunk.given:
+                room[...] = given[part]
+            if start:
+                turns.reach(waiters)
+            else:
+                number = turns.enter(self._record, self._call._replace(whole=x), waiters)
+            rooms.half ^= 1
+            mine, total = given[chunk.mine], result[chunk.mine]
+            if x is out and self._me > 1:
+                # It is added third or later, when the sum of the first two lies in its place.
+                mine = mine.copy()
+            # Straight into the result: it is in the cache, the room for it perhaps in another's.
+            self._run(self._combine, [*chunk.before, mine, *chunk.after], total)
+            chunk.result[...] = total
+            turns.reach(waiters)
+            for part, room in chunk.results:
+                result[part] = room
+        turns.board.finish(number)
+
+    def _chunk(self, given: Array) -> _Chunk:
+        """Return every rank's room for a chunk, in the half whose turn it is."""
+        key = (self._rooms.half, given.size)
+        return self._chunks.get(key) or _remember(self._chunks, key, self._cut(given))
+
+    def _cut(self, given: Array) -> _Chunk:
+        me, rooms = self._me, self._rooms.arrays(self._rooms.half, given.dtype, given.size)
+        slices = even_slices(given.size, given.itemsize, len(rooms))
+        others = [place for place in range(len(rooms)) if place != me]
+        mine = slices[me]
+        return _Chunk(
+            mine,
+            [(slices[place], rooms[me][slices[place]]) for place in others],
+            [room[mine] for room in rooms[:me]],
+            [room[mine] for room in rooms[me + 1 :]],
+            rooms[me][mine],
+            [(slices[place], rooms[place][slices[place]]) for place in others],
+        )
 
 
 class _Chunk(NamedTuple):
@@ -70,6 +203,39 @@ class _Chunk(NamedTuple):
     results: list[tuple[slice, Array]]
 
 
+class _Rooms:
+    """Room of every rank for an array, twice.
+
+    Parameters
+    ----------
+    parts : sequence of buffer
+        Of each rank.
+    nbytes : int
+        Of the largest array.
+    skew : int, optional
+        Bytes that are left out at the beginning.
+
+    Attributes
+    ----------
+    nbytes : int
+        As given.
+    half : int
+        Whose turn it is, the same on all ranks: 0 or 1.
+    """
+
+    def __init__(self, parts: Sequence[memoryview], nbytes: int, skew: int = 0) -> None:
+        self._parts = [np.frombuffer(part, np.uint8) for part in parts]
+        self._skew = skew
+        self.nbytes = nbytes
+        self.half = 0
+
+    def arrays(self, half: int, dtype: DType, count: int) -> list[Array]:
+        """Return the room of every rank for an array."""
+        start = self._skew + half * self.nbytes
+        stop = start + count * dtype.itemsize
+        return [part[start:stop].view(dtype) for part in self._parts]
+
+
 class NodeSums:
     """The blocking all_reduces of a group whose ranks all share memory.
 
@@ -79,138 +245,109 @@ class NodeSums:
         Their order among the group's operations.
     team : Team
         The ranks.
+    registered : Registry
+        Knows the arrays that lie in shared memory.
     share : callable
         Returns memory of so many bytes of each rank of the node, or None; collective, blocks.
     """
 
     def __init__(
-        self, turns: Turns, team: Team, share: Callable[[int, Waiter], list[memoryview] | None]
+        self,
+        turns: Turns,
+        team: Team,
+        registered: Registry,
+        share: Callable[[int, Waiter], list[memoryview] | None],
     ) -> None:
         self._turns = turns
         self._team = team
+        self._registered = registered
         self._share = share
-        self._me = team.near.rank
-        self._small: dict[tuple[ReduceOp, DType, int], _Small] = {}
-        self._chunks = 0
-        self._prepared_chunks: dict[tuple[int, DType, int], _Chunk] = {}
-        self._scratch: list[Array] | None = None
+        self._sizes = Crossovers()
+        self._small: dict[tuple[ReduceOp, DType, int], SmallSum] = {}
+        self._long: dict[tuple[ReduceOp, DType, int], ScratchSum] = {}
+        self._beside = _Rooms(turns.board.rooms(), ROOM)
+        self._scratch: _Rooms | None = None
         self._scratch_refused = False
 
-    def in_place(self, place: Place, op: ReduceOp, *, waiter: Waiter) -> None:
-        """Combine registered arrays where they lie; 2 meetings, see `in_place.all_reduce`."""
-        key = ("record", op)
-        record = place.prepared.get(key)
-        if record is None:
-            record = Call("all_reduce", place.arrays[0], place, op).record()
-            place.prepared[key] = record
-        turns = self._turns
-        number = turns.open(waiter)
-        if not turns.enter(number, record, waiter):
-            turns.refuse(number, Call("all_reduce", place.arrays[0], place, op), waiter)
-        self._team.quiet.run(*prepare_all_reduce(self._team, place, op))
-        turns.part(number, waiter)
+    def take(self, sizes: Crossovers) -> None:
+        """Change the way at these sizes from now on; the same on all ranks."""
+        self._sizes = sizes
 
-    def small(self, x: Array, out: Array, op: ReduceOp, *, waiter: Waiter) -> None:
-        """Combine arrays of at most `SMALL` bytes in rank order: each rank gives its own to all.
+    def find(self, x: Array, op: ReduceOp) -> Sum | None:
+        """Return the sum of `x` in place, if one like it has been prepared before.
 
-        One meeting; p arrays read per rank.
-
-        [Note: two halves] A rank may write its next array while others still read this one, so
-        there is room for two. There is no need for more: nobody gets beyond the meeting of the next
-        one before all have come to it, and whoever has is done with this one.
+        Parameters
+        ----------
+        x : Array
+            Any, as the caller gave it.
+        op : ReduceOp
+            How to combine.
         """
-        key = (op, x.dtype, x.size)
-        small = self._small.get(key) or self._prepare_small(key)
-        turns = self._turns
-        number = turns.open(waiter)
-        parts = small.halves[number & 1]
-        parts[self._me][...] = x
-        if not turns.enter(number, small.record, waiter):
-            turns.refuse(number, Call("all_reduce", x, None, op, way=Way.ARRIVAL), waiter)
-        self._team.quiet.run(small.combine, parts, out)
-        turns.finish(number)
+        if type(x) is not np.ndarray or x.ndim != 1 or not x.flags.carray:
+            return None
+        if x.nbytes <= self._sizes.small:
+            return self._small.get((op, x.dtype, x.size))
+        if x.nbytes >= self._sizes.registered:
+            place = self._registered.place(x)
+            if place is not None:
+                found: Sum | None = place.prepared.get(("sum", op))
+                return found
+        if x.nbytes >= self._sizes.scratch:
+            return self._long.get((op, x.dtype, x.size))
+        return None
 
-    def _prepare_small(self, key: tuple[ReduceOp, DType, int]) -> _Small:
-        op, dtype, count = key
-        if len(self._small) >= _REMEMBERED:
-            self._small.clear()
-        small = self._small[key] = _Small(
-            Call("all_reduce", np.empty(count, dtype), None, op, way=Way.ARRIVAL).record(),
-            (self._turns.board.small(0, dtype, count), self._turns.board.small(1, dtype, count)),
-            combination(op, dtype),
-        )
-        return small
+    def prepare(self, x: Array, out: Array, op: ReduceOp, waiters: Waiters) -> Sum | None:
+        """Return the sum of flat arrays, or None where the library is faster.
 
-    def by_scratch(self, x: Array, out: Array, op: ReduceOp, *, waiter: Waiter) -> bool:
-        """Combine arrays in rank order by way of room in shared memory; False if there is none.
-
-        For each chunk a rank lays down the slices that the others combine, combines its own, and
-        takes the others' results: 2 meetings, and 2 (p - 1) / p of the array copied in and out.
-        Two halves of the room serve in turn, see [Note: two halves].
+        Notes
+        -----
+        Collective; it makes room in shared memory for the first array that needs it.
         """
-        call = Call("all_reduce", x, None, op, way=Way.SCRATCH)
-        if self._scratch is None and not self._make_scratch(call, waiter):
-            return False
-        record, combine = call.record(), combination(op, x.dtype)
-        turns, step = self._turns, CHUNK // x.itemsize
-        number = turns.open(waiter)
-        for start in range(0, x.size, step):
-            given, result = x[start : start + step], out[start : start + step]
-            chunk = self._chunk(x.dtype, given.size)
-            for part, room in chunk.given:
-                room[...] = given[part]
-            if start:
-                turns.reach(waiter)
-            elif not turns.enter(number, record, waiter):
-                turns.refuse(number, call, waiter)
-            parts = [*chunk.before, given[chunk.mine], *chunk.after]
-            self._team.quiet.run(reduce_into, parts, combine, chunk.result)
-            turns.reach(waiter)
-            result[chunk.mine] = chunk.result
-            for part, room in chunk.results:
-                result[part] = room
-            self._chunks += 1
-        turns.finish(number)
-        return True
+        place = None
+        if x is out and x.nbytes >= max(self._sizes.registered, self._sizes.small + 1):
+            place = self._registered.place(x)
+        if place is not None:
+            return self._of_place(place, op)
+        return self._of_others(x, op, waiters)
 
-    def _chunk(self, dtype: DType, count: int) -> _Chunk:
-        """Return every rank's room for a chunk, in the half whose turn it is."""
-        key = (self._chunks & 1, dtype, count)
-        chunk = self._prepared_chunks.get(key)
-        if chunk is None:
-            if len(self._prepared_chunks) >= _REMEMBERED:
-                self._prepared_chunks.clear()
-            chunk = self._prepared_chunks[key] = self._prepare_chunk(*key)
-        return chunk
+    def _of_place(self, place: Place, op: ReduceOp) -> Sum:
+        found: Sum | None = place.prepared.get(("sum", op))
+        if found is None:
+            found = place.prepared["sum", op] = PlaceSum(self._turns, self._team, place, op)
+        return found
 
-    def _prepare_chunk(self, half: int, dtype: DType, count: int) -> _Chunk:
-        start, me = _SKEW + half * CHUNK, self._me
-        stop = start + count * dtype.itemsize
-        rooms = [room[start:stop].view(dtype) for room in self._scratch or ()]
-        slices = even_slices(count, dtype.itemsize, len(rooms))
-        others = [place for place in range(len(rooms)) if place != me]
-        mine = slices[me]
-        return _Chunk(
-            mine,
-            [(slices[place], rooms[me][slices[place]]) for place in others],
-            [room[mine] for room in rooms[:me]],
-            [room[mine] for room in rooms[me + 1 :]],
-            rooms[me][mine],
-            [(slices[place], rooms[place][slices[place]]) for place in others],
-        )
+    def _of_others(self, x: Array, op: ReduceOp, waiters: Waiters) -> Sum | None:
+        key, small = (op, x.dtype, x.size), x.nbytes <= self._sizes.small
+        found: Sum | None = self._small.get(key) if small else self._long.get(key)
+        if found is not None or (not small and x.nbytes < self._sizes.scratch):
+            return found
+        beside = small and x.nbytes <= ROOM
+        rooms = self._beside if beside else self._make_scratch(x, op, waiters)
+        if rooms is None:
+            return None
+        if small:
+            return _remember(self._small, key, SmallSum(self._turns, self._team, rooms, *key))
+        return _remember(self._long, key, ScratchSum(self._turns, self._team, rooms, x, op))
 
-    def _make_scratch(self, call: Call, waiter: Waiter) -> bool:
-        """Make the room when all have come for it; it is asked for once."""
-        if self._scratch_refused:
-            return False
-        turns = self._turns
-        number = turns.open(waiter)
-        if not turns.enter(number, call.record(), waiter):
-            turns.refuse(number, call, waiter)
-        turns.finish(number)
-        parts = self._share(_SKEW + 2 * CHUNK, waiter)
+    def _make_scratch(self, x: Array, op: ReduceOp, waiters: Waiters) -> _Rooms | None:
+        """Make room for long arrays when all have come for it; it is asked for once."""
+        if self._scratch is not None or self._scratch_refused:
+            return self._scratch
+        turns, call = self._turns, Call("all_reduce", x, None, op, way=Way.SCRATCH)
+        turns.settle(waiters)
+        turns.board.finish(turns.enter(call.record(), call, waiters))
+        chunk = max(_ALL_CHUNKS // self._team.transport.size, _SHORTEST_CHUNK)
+        parts = self._share(_SKEW + 2 * chunk, waiters())
         if parts is None:
             self._scratch_refused = True
-            return False
-        self._scratch = [np.frombuffer(part, np.uint8) for part in parts]
-        return True
+            return None
+        self._scratch = _Rooms(parts, chunk, _SKEW)
+        return self._scratch
+
+
+def _remember(kept: dict[K, V], key: K, value: V) -> V:
+    """Keep what was prepared; all is forgotten where there is too much of it."""
+    if len(kept) >= _REMEMBERED:
+        kept.clear()
+    kept[key] = value
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TypeAlias
 
 from mpidist._types import Array
 from mpidist.backends.agreement import Call, tell_difference
@@ -12,15 +12,20 @@ from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.work import Waiter
 from mpidist.errors import CollectiveMismatchError
 
-__all__ = ["Turns"]
+__all__ = ["Turns", "Waiters"]
+
+
+Waiters: TypeAlias = Callable[[], Waiter]
+"""Makes the waiter of the operation that has begun: few have to wait for so long."""
 
 
 class Turns:
     """The operations of a group that meet on a board, in the order of the calls.
 
     None does its work before those begun earlier are done here, so that the ranks need not agree on
-    anything but the order of their calls. A blocking call has its turn by `open`, `enter` and
-    `finish`; an immediate one by the same steps as a generator, which waits for nothing itself.
+    anything but the order of their calls. A blocking call has its turn by `settle` and `enter`, and
+    ends by `part`, or by the board's `finish`; an immediate one by the same steps as a generator,
+    which waits for nothing itself.
 
     Parameters
     ----------
@@ -28,93 +33,88 @@ class Turns:
         Where the ranks of this node meet.
     near : Neighbours
         Who they are.
-    open_lane : callable
-        Returns the number of the next lane, the same on all ranks.
 
     Attributes
     ----------
-    finished : int
-        Number of the last operation that is done here; all before it are, too.
+    begun : int
+        Number of the last operation that this rank has begun.
     """
 
-    def __init__(self, board: DirectBoard, near: Neighbours, open_lane: Callable[[], int]) -> None:
+    def __init__(self, board: DirectBoard, near: Neighbours) -> None:
         self.board = board
         self.near = near
-        self.open_lane = open_lane
-        self.finished = 0
-        self._begun = 0
+        self.begun = 0
         self._entered = 0
         self._free = 0
         self._stage = 0
 
     # -- a blocking call -------------------------------------------------------------------------
 
-    def open(self, waiter: Waiter) -> int:
-        """Return the number of a blocking operation, when all before it are done here."""
-        self.open_lane()  # the lanes stay in step when the ranks disagree
-        if self.finished != self._begun:
-            waiter.wait_for(
-                lambda: self.finished == self._begun,
-                missing=lambda: self._ranks(self.board.absent(self.finished + 1)),
+    def settle(self, waiters: Waiters) -> None:
+        """Wait until all operations that were begun before are done here."""
+        if self.board.finished != self.begun:
+            waiters().wait_for(
+                lambda: self.board.finished == self.begun,
+                missing=lambda: self._ranks(self.board.absent(self.board.finished + 1)),
             )
-        self._begun = number = self._begun + 1
-        if not self._slot_free(number):
-            waiter.wait_for(
+
+    def enter(self, record: Record, call: Call, waiters: Waiters) -> int:
+        """Begin an operation when all before are done here, and wait until all have come to it.
+
+        Returns
+        -------
+        int
+            Its number.
+
+        Raises
+        ------
+        CollectiveMismatchError
+            If they came with different records; `call` is what this one stands for.
+        """
+        board = self.board
+        self.begun = self._entered = number = self.begun + 1
+        if number > self._free + RING and not self._slot_free(number):
+            waiters().wait_for(
                 lambda: self._slot_free(number),
-                missing=lambda: self._ranks(self.board.unfinished(number - RING)),
+                missing=lambda: self._ranks(board.unfinished(number - RING)),
             )
+        if board.meet(number, record):
+            return number
+        waiters().wait_for(
+            lambda: board.all_entered(number), missing=lambda: self._ranks(board.absent(number))
+        )
+        if not board.same(number, record):
+            records = board.records(number)
+            self.part(number, waiters)
+            raise self.difference(records, call)
         return number
 
-    def enter(self, number: int, record: Record, waiter: Waiter) -> bool:
-        """Come to an operation, wait for the others, and return whether all came with the same."""
-        board = self.board
-        board.enter(number, record)
-        self._entered = number
-        if not board.all_entered(number):
-            waiter.wait_for(
-                lambda: board.all_entered(number), missing=lambda: self._ranks(board.absent(number))
-            )
-        return board.same(number, record)
-
-    def reach(self, waiter: Waiter) -> None:
+    def reach(self, waiters: Waiters) -> None:
         """Meet again inside an operation."""
         self._stage = stage = self._stage + 1
         board = self.board
         board.reach(stage)
-        if not board.all_reached(stage):
-            waiter.wait_for(
+        if not board.soon_reached(stage):
+            waiters().wait_for(
                 lambda: board.all_reached(stage), missing=lambda: self._ranks(board.behind(stage))
             )
 
-    def finish(self, number: int) -> None:
-        """Be done with an operation."""
-        # In this order: where another thread drives this one, the next may be over as soon as this
-        # is finished here, and the number on the board must not go back.
-        self.board.finish(number)
-        self.finished = number
-
-    def part(self, number: int, waiter: Waiter) -> None:
+    def part(self, number: int, waiters: Waiters) -> None:
         """Be done with an operation, and wait until all of the node are."""
-        self.finish(number)
         board = self.board
-        if not board.all_finished(number):
-            waiter.wait_for(
+        board.finish(number)
+        if not board.soon_finished(number):
+            waiters().wait_for(
                 lambda: board.all_finished(number),
                 missing=lambda: self._ranks(board.unfinished(number)),
             )
-
-    def refuse(self, number: int, call: Call, waiter: Waiter) -> NoReturn:
-        """Raise the error that says who came with what."""
-        records = self.board.records(number)
-        self.part(number, waiter)
-        raise self.difference(records, call)
 
     # -- the same for whoever drives the operation -----------------------------------------------
 
     def entering(self, record: Record) -> Meetings[int]:
         """Begin an operation, and return its number when it has its turn and all have come."""
-        self._begun += 1
-        number, board = self._begun, self.board
+        self.begun += 1
+        number, board = self.begun, self.board
         if self._entered < number - 1 or not self._slot_free(number):
             yield Until(
                 lambda: self._entered == number - 1 and self._slot_free(number),
@@ -123,7 +123,7 @@ class Turns:
         board.enter(number, record)
         self._entered = number
         yield Until(
-            lambda: self.finished == number - 1 and board.all_entered(number),
+            lambda: self.board.finished == number - 1 and board.all_entered(number),
             lambda: self._ranks(board.absent(number)),
         )
         return number
@@ -137,8 +137,8 @@ class Turns:
 
     def parting(self, number: int) -> Meetings[None]:
         """Be done with an operation, and wait until all of the node are."""
-        self.finish(number)
         board = self.board
+        board.finish(number)
         yield Until(
             lambda: board.all_finished(number), lambda: self._ranks(board.unfinished(number))
         )
@@ -151,14 +151,11 @@ class Turns:
         )
 
     def _slot_free(self, number: int) -> bool:
+        """Whether nobody needs any more what stands where this operation's record will."""
         last = number - RING
-        if last <= self._free:
-            return True
-        if self.finished < last or not self.board.all_finished(last):
-            return False
-        # No need to look again for the many operations that all have finished since.
-        self._free = last
-        return True
+        if last > self._free:
+            self._free = self.board.least_finished()
+        return last <= self._free
 
     def _ranks(self, places: list[int]) -> list[int]:
         return [self.near.local[place] for place in places]

@@ -66,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure every path over the sizes; collective over `world`."""
     require_ranks(world, "crossovers")
-    if world.num_nodes > 1 or world.backend != "mpi" or world._backend._direct is None:
+    if world._backend.sums is None:
         raise BenchmarkError(
             "bench crossovers: expected ranks of one node that share memory, under MPI; start it "
             "on one node with as many ranks as a job has there"
@@ -110,8 +110,8 @@ def _series(world: ProcessGroup, nbytes: int) -> list[Series]:
 
 def _forced(world: ProcessGroup, sizes: Crossovers, x: Array) -> Callable[[], Array]:
     def call() -> Array:
-        # Straight to the transport: the property would cost what is to be measured.
-        world._backend.crossovers = sizes
+        if world.crossovers is not sizes:
+            world.crossovers = sizes
         return all_reduce(x, world, out=x)
 
     return call
