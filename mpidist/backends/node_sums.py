@@ -272,6 +272,8 @@ class NodeSums:
     def take(self, sizes: Crossovers) -> None:
         """Change the way at these sizes from now on; the same on all ranks."""
         self._sizes = sizes
+        self._small.clear()
+        self._long.clear()
 
     def find(self, x: Array, op: ReduceOp) -> Sum | None:
         """Return the sum of `x` in place, if one like it has been prepared before.

@@ -12,9 +12,7 @@ import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.crossovers import NEVER, Crossovers
-from mpidist.backends.meetings import Until, supported
-from mpidist.backends.neighbours import Neighbours
-from mpidist.backends.turns import Turns
+from mpidist.backends.meetings import DirectBoard, Until, supported
 from mpidist.backends.waiting import WaitTimeout
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, SizeMismatchError
 
@@ -339,15 +337,16 @@ def test_a_meeting_is_waited_for():
 def test_the_next_operation_does_not_begin_before_the_board_says_that_one_is_done():
     seen = []
 
-    class Board:
-        def finish(self, number):
+    class Words:
+        def __setitem__(self, place, number):
             # Another thread may begin, and end, the next operation from here on.
-            seen.append((number, turns.finished))
+            seen.append((number, board.finished))
 
-    turns = Turns(Board(), Neighbours.of([0, 0], 0), lambda: 0)
-    turns.finish(1)
+    board = DirectBoard(bytearray(DirectBoard.nbytes(2)), 0, 2)
+    board._words = Words()
+    board.finish(1)
     assert seen == [(1, 0)]
-    assert turns.finished == 1
+    assert board.finished == 1
 
 
 @direct_only
