@@ -252,7 +252,7 @@ class MpiBackend(Backend):
             self._local.Free()
         self._comm.Free()
         # Its memory, megabytes of it, would wait for the garbage collector: it refers to this.
-        self._direct = None
+        self._direct = self.sums = None
 
     def abort(self, code: int) -> None:
         """End the whole job now."""
