@@ -55,6 +55,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     add_effort(parser, sizes=sweep("4", "64MiB", 4))
     parser.add_argument("--no-gloo", action="store_true", help="leave out the peer Gloo")
+    parser.add_argument(
+        "--rewrite",
+        action="store_true",
+        help="let each rank write its array before each call, as a program does: a rank that sums "
+        "arrays again and again otherwise finds what it needs in its own cache",
+    )
 
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
@@ -62,6 +68,10 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     require_ranks(world, "all_reduce")
     machine = Machine.of(world)
     notes: list[str] = []
+    if options.rewrite:
+        notes.append(
+            "each rank writes its array before each call; the bound works on its own memory"
+        )
     shared_cores = world.local_size > machine.usable_cores
     if shared_cores:
         notes.append("no bound: there are more ranks than cores, and they would take turns")
@@ -70,9 +80,9 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         notes.append(gloo if isinstance(gloo, str) else gloo.describe())
 
         def make(nbytes: int) -> list[Series]:
-            series = mpidist_and_library(world, nbytes, notes)
+            series = mpidist_and_library(world, nbytes, notes, rewrite=options.rewrite)
             if isinstance(gloo, Gloo):
-                series.append(_gloo(gloo, world, nbytes))
+                series.append(_gloo(gloo, world, nbytes, rewrite=options.rewrite))
             return series if shared_cores else [*series, bound_series(world, nbytes)]
 
         rows = rows_over(options.sizes, make, world, operation="all_reduce", options=options)
@@ -86,7 +96,9 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     )
 
 
-def mpidist_and_library(world: ProcessGroup, nbytes: int, notes: list[str]) -> list[Series]:
+def mpidist_and_library(
+    world: ProcessGroup, nbytes: int, notes: list[str], *, rewrite: bool = False
+) -> list[Series]:
     """Return the series of mpidist and, where there is one, of the MPI library.
 
     Parameters
@@ -97,6 +109,8 @@ def mpidist_and_library(world: ProcessGroup, nbytes: int, notes: list[str]) -> l
         Of the array that each rank reduces.
     notes : list of str
         Gets a sentence if there is no MPI library.
+    rewrite : bool, optional
+        Whether each rank writes its array before each call.
 
     Returns
     -------
@@ -111,23 +125,25 @@ def mpidist_and_library(world: ProcessGroup, nbytes: int, notes: list[str]) -> l
     count = max(nbytes // _DTYPE.itemsize, 1)
     registered, ordinary = world.empty(count, _DTYPE), np.empty(count, _DTYPE)
     series = [
-        _checked(name, partial(all_reduce, x, world, out=x), x, world)
+        _checked(name, partial(all_reduce, x, world, out=x), x, world, rewrite=rewrite)
         for name, x in ((REGISTERED, registered), (ORDINARY, ordinary))
     ]
     peer = find_library(world, notes)
     if peer is not None:
         call = partial(peer.comm.Allreduce, peer.mpi.IN_PLACE, ordinary)
-        series.append(_checked(LIBRARY, call, ordinary, world))
+        series.append(_checked(LIBRARY, call, ordinary, world, rewrite=rewrite))
     return series
 
 
-def _gloo(gloo: Gloo, world: ProcessGroup, nbytes: int) -> Series:
+def _gloo(gloo: Gloo, world: ProcessGroup, nbytes: int, *, rewrite: bool) -> Series:
     x = np.empty(max(nbytes // _DTYPE.itemsize, 1), _DTYPE)
     call = partial(gloo.torch.distributed.all_reduce, gloo.torch.from_numpy(x))
-    return _checked(GLOO, call, x, world)
+    return _checked(GLOO, call, x, world, rewrite=rewrite)
 
 
-def _checked(name: str, call: Callable[[], Any], x: Array, world: ProcessGroup) -> Series:
+def _checked(
+    name: str, call: Callable[[], Any], x: Array, world: ProcessGroup, *, rewrite: bool
+) -> Series:
     """Return a series whose call has summed the ranks' numbers into `x` as it should."""
     x.fill(world.rank + 1)
     call()
@@ -137,7 +153,7 @@ def _checked(name: str, call: Callable[[], Any], x: Array, world: ProcessGroup) 
             f"all_reduce of the series {name}: expected {expected} everywhere, got {x}"
         )
     x.fill(0)
-    return Series(name, call)
+    return Series(name, call, before=partial(x.fill, 0) if rewrite else None)
 
 
 def bound_series(world: ProcessGroup, nbytes: int) -> Series:

@@ -37,11 +37,14 @@ class Series:
         Called without arguments, again and again; by all ranks alike.
     operations : int
         How many operations one call makes one after another: the time is divided by it.
+    before : callable or None
+        Called before each call, and not timed.
     """
 
     name: str
     call: Callable[[], object]
     operations: int = 1
+    before: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,8 @@ def _block(series: Series, group: ProcessGroup, length: int) -> Array:
     """Call `length` times and return this rank's times but the first, per operation."""
     times, call = np.empty(length), series.call
     for number in range(length):
+        if series.before is not None:
+            series.before()
         barrier(group)
         start = perf_counter()
         call()
