@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
-from mpidist.backends.agreement import Call
 from mpidist.backends.crossovers import Crossovers, choose
 from mpidist.backends.registered import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
@@ -222,9 +221,9 @@ class Backend(ABC):
         On registered memory it is performed where the arrays lie; else by `transfer`.
         """
         if self._direct is not None:
-            call = Call.of(verb, args, self.registered, self.crossovers.registered)
-            if call is not None:
-                return self.start(self._direct.plan(call, args))
+            meetings = self._direct.begin(verb, args, self.registered, self.crossovers.registered)
+            if meetings is not None:
+                return self.start(meetings)
         return self.transfer(verb, args)
 
     def transfer(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:

@@ -18,6 +18,7 @@ from mpidist.backends import algorithms, in_place
 from mpidist.backends.agreement import Call, Way
 from mpidist.backends.kernels import quiet
 from mpidist.backends.meetings import Meetings, Until
+from mpidist.backends.registered import Registry
 from mpidist.backends.turns import Turns
 from mpidist.backends.work import Steps
 
@@ -57,6 +58,13 @@ class Direct:
         self.turns = turns
         self.team = in_place.Team(turns.near, transport, quiet())
         self._lane_of = lane_of
+
+    def begin(
+        self, verb: str, args: tuple[Any, ...], registered: Registry, least: int
+    ) -> Meetings[None] | None:
+        """Return the steps of a collective on which the ranks have to agree, else None."""
+        call = Call.of(verb, args, registered, least)
+        return None if call is None else self.plan(call, args)
 
     def plan(self, call: Call, args: tuple[Any, ...]) -> Meetings[None]:
         """Return the steps of a collective that the ranks have to agree on.

@@ -10,7 +10,6 @@ a lock is one (any locked instruction is). Other processors promise less, and ha
 from __future__ import annotations
 
 import mmap
-import platform
 import threading
 from collections.abc import Callable, Generator, Sequence
 from os import sched_yield
@@ -64,6 +63,8 @@ class Record(NamedTuple):
 
 def supported() -> bool:
     """Whether this processor orders memory as the direct path needs; see [Note: memory order]."""
+    import platform  # of the standard library, but not needed to import this package
+
     return platform.machine() in ("x86_64", "AMD64")
 
 
