@@ -206,7 +206,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
         ([*FILES, "--latency", "1e-6"], "only together"),
         ([*FILES, "--nodes", "2"], "need a network"),
         ([*FILES, "--json", "/nowhere/plan.json"], "cannot write"),
-        ([*FILES, "--series", "nobody"], "nothing to fit"),
+        ([str(MEASURED / "ddp.json")], "nothing to fit"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_do(words, told, capsys):
