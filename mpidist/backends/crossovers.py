@@ -39,7 +39,7 @@ class Crossovers:
     """
 
     small: int = 128 << 10
-    registered: int = 16 << 10
+    registered: int = 32 << 10
     scratch: int = 128 << 10
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ def clean_environment() -> dict[str, str]:
     foreign = (*_LAUNCHER_PREFIXES, *_OUTER_PYTEST)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    environment["MPIDIST_CROSSOVERS"] = "registered=16384"
+    environment["MPIDIST_CROSSOVERS"] = "registered=32768"
     if os.geteuid() == 0:
         environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     return environment
