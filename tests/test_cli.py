@@ -97,7 +97,7 @@ def test_import_is_measured_without_ranks(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert f"$ python -m mpidist {' '.join(words)}" in answer.stdout
     report = Report.load(tmp_path / "import.json")
-    assert [row.series for row in report.rows] == ["mpidist", "numpy"]
+    assert [row.series for row in report.rows] == ["mpidist", "all names", "numpy"]
 
 
 @pytest.mark.mpirun
