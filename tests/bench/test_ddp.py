@@ -4,11 +4,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mpidist.bench import Times, ddp
 from mpidist.bench.ddp import Shape
+from tests._ranks.launcher import clean_environment
 
 
 @pytest.mark.parametrize("millions", [0.1, 1, 10, 50, 1000])
@@ -54,7 +56,10 @@ def test_the_command_measures_a_small_model(mpirun, tmp_path, peer):
     words = ["bench", "ddp", "--millions", "0.1", "--repeats", "5", "--json", str(tmp_path / "r")]
     words += [] if peer else ["--no-torch"]
     command = [*mpirun, "-n", "2", sys.executable, "-m", "mpidist", *words]
-    job = subprocess.run(command, check=False, capture_output=True, text=True, timeout=110)
+    environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    job = subprocess.run(
+        command, env=environment, check=False, capture_output=True, text=True, timeout=110
+    )
     assert job.returncode == 0, job.stderr
     report = json.loads((tmp_path / "r").read_text())
     series = ["DDP", "alone", "one all_reduce"] + ["torch DDP", "torch alone"] * peer
