@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -62,6 +62,9 @@ class DDP:
         The duplicate.
     op : ReduceOp
         As given.
+    order : tuple of str or None
+        The order in which the gradients' buckets have been laid out for good; None before that. A
+        checkpoint keeps it for `lay_out`.
 
     Raises
     ------
@@ -107,7 +110,8 @@ class DDP:
         self._silent = layers_without_parameters(module)
         # A hook of the user's may keep something per bucket.
         self._relayout_due = not callable(compression)
-        self._order: ArrivalOrder | None = None
+        self.order: tuple[str, ...] | None = None
+        self._arriving: ArrivalOrder | None = None
         self._pending: _StepWork | None = None
         self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
         self._syncing = True
@@ -214,7 +218,7 @@ class DDP:
                 dx = self.module.backward(ctx, dy)
             self._reducer.check_complete("DDP.backward")
             if self._relayout_due:
-                self._order = ArrivalOrder(
+                self._arriving = ArrivalOrder(
                     list(self._reducer.grads), self._reducer.arrivals(), self.group
                 )
         except BaseException as error:
@@ -238,6 +242,39 @@ class DDP:
             yield
         finally:
             self._syncing = before
+
+    def lay_out(self, order: Sequence[str]) -> None:
+        """Lay the gradients' buckets out as in an earlier run of this model.
+
+        Which elements travel together decides, from three ranks on, in which order some are added.
+        A run that is resumed has the bits of one that was never interrupted if its first step finds
+        the buckets as the other one's did.
+
+        Parameters
+        ----------
+        order : sequence of str
+            The `order` of the earlier run's DDP; the same on all ranks.
+
+        Raises
+        ------
+        ValueError
+            If it does not hold the name of every parameter once.
+        RuntimeError
+            If gradients are under way.
+
+        Notes
+        -----
+        Local; to be called on all ranks, before the first backward. Beside a hook of the user's,
+        which may keep something per bucket, it changes nothing.
+        """
+        self._check_idle()
+        if self._relayout_due:
+            self._settle(order)
+
+    def _settle(self, order: Sequence[str]) -> None:
+        """Lay the buckets out in this order for good."""
+        self._gradients.relayout(order)
+        self.order, self._relayout_due = tuple(order), False
 
     def close(self) -> None:
         """Wait for what is under way, and release DDP's duplicate of the group.
@@ -289,7 +326,7 @@ class _StepWork(Work[None]):
         ddp = self._ddp
         if ddp._pending is not self:
             return True
-        arrived = ddp._order is None or ddp._order.done()
+        arrived = ddp._arriving is None or ddp._arriving.done()
         if arrived and ddp._buffers.done() and ddp._reducer.done():
             self.wait()
         return ddp._pending is not self
@@ -299,13 +336,13 @@ class _StepWork(Work[None]):
         ddp = self._ddp
         if ddp._pending is not self:
             return
-        order = None if ddp._order is None else ddp._order.wait(timeout)
+        order = None if ddp._arriving is None else ddp._arriving.wait(timeout)
         used = ddp._reducer.wait(timeout)
         ddp._buffers.finish(timeout)
         ddp._gradients.take_over(used)
         if order is not None:
-            ddp._gradients.relayout(order)
-            ddp._order, ddp._relayout_due = None, False
+            ddp._arriving = None
+            ddp._settle(order)
         ddp._pending, ddp._reduced = None, True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mpidist.nn.module import Module
 from mpidist.nn.parameter import Parameter
@@ -55,7 +55,7 @@ class ParameterGradients:
             if parameter.unreduced_grad() is None and name in used:
                 parameter.add_grad(self._reducer.grads[name])
 
-    def relayout(self, order: list[str]) -> None:
+    def relayout(self, order: Sequence[str]) -> None:
         """Let gradients lie in this order from now on, those present too."""
         present = [parameter for parameter in self._names if parameter.grad is not None]
         for parameter in present:
