@@ -66,6 +66,10 @@ if TYPE_CHECKING:
     )
     from mpidist.errors import (
         BackendUnavailableError,
+        CheckpointCorruptError,
+        CheckpointError,
+        CheckpointIncompatibleError,
+        CheckpointNotFoundError,
         CollectiveMismatchError,
         CollectiveTimeoutError,
         DistributedError,
@@ -110,6 +114,10 @@ __all__ = [
     "PROD",
     "SUM",
     "BackendUnavailableError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointIncompatibleError",
+    "CheckpointNotFoundError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "DistributedError",

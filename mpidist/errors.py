@@ -15,7 +15,11 @@
     ├── CollectiveMismatchError          the ranks called different things
     ├── PeerLostError                    a rank died
     ├── GroupBrokenError                 the group was left unusable by an earlier error
-    └── TransportError                   the vendor's library failed; keeps its code
+    ├── TransportError                   the vendor's library failed; keeps its code
+    └── CheckpointError                  a run could not be written to files, or read
+        ├── CheckpointNotFoundError      there is none
+        ├── CheckpointCorruptError       cut off, damaged, or another kind of file
+        └── CheckpointIncompatibleError  of another model, optimizer or order of samples
 
 A mistake of the caller is also a `ValueError`, a missed deadline also a `TimeoutError`, so that
 code which knows nothing of mpidist can still catch them.
@@ -25,6 +29,10 @@ from __future__ import annotations
 
 __all__ = [
     "BackendUnavailableError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointIncompatibleError",
+    "CheckpointNotFoundError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "DistributedError",
@@ -107,3 +115,19 @@ class TransportError(DistributedError, RuntimeError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class CheckpointError(DistributedError):
+    """What was to be kept in files could not be written, or not be read."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at this place."""
+
+
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """The files are cut off, damaged, or of another kind."""
+
+
+class CheckpointIncompatibleError(CheckpointError, ValueError):
+    """The checkpoint is of another model, optimizer or order of samples."""

@@ -8,6 +8,8 @@ CLASSES = [getattr(errors, name) for name in errors.__all__]
 
 ALSO: dict[type[Exception], set[str]] = {
     ValueError: {
+        "CheckpointCorruptError",
+        "CheckpointIncompatibleError",
         "CollectiveMismatchError",
         "InvalidRankError",
         "InvalidWorldSizeError",
@@ -15,6 +17,7 @@ ALSO: dict[type[Exception], set[str]] = {
         "SizeMismatchError",
         "UnsupportedOperationError",
     },
+    FileNotFoundError: {"CheckpointNotFoundError"},
     TimeoutError: {"CollectiveTimeoutError"},
     ConnectionError: {"NoConnectionError", "PeerLostError"},
     RuntimeError: {"BackendUnavailableError", "GroupBrokenError", "TransportError"},
