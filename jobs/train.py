@@ -3,11 +3,14 @@
     python jobs/train.py --task digits
     mpirun -n 4 python jobs/train.py --task digits
     mpirun -n 4 python jobs/train.py --task text --out runs/text
+    sbatch jobs/ddp-one-node.sbatch --task text --out runs/text
 
-Writes metrics.jsonl and loss.png into --out. The curve does not depend on the number of ranks,
-apart from rounding: --batch-size counts the samples of all ranks together, and samples, initial
-values and dropout follow from --seed alone. Training that diverges ends with exit code 1. The loop
-itself is mpidist/train/loop.py.
+Writes metrics.jsonl, save.npz and loss.png into --out. The curve does not depend on the number of
+ranks, apart from rounding: --batch-size counts the samples of all ranks together, and samples,
+initial values and dropout follow from --seed alone. The loop itself is mpidist/train/loop.py.
+
+At SIGUSR1 or SIGTERM on any rank all ranks finish their step, save, and end with exit code 75: run
+it again with --resume. Training that diverges ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import importlib
 import math
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -30,10 +34,14 @@ if TYPE_CHECKING:
     from mpidist.nn import Parameter
     from mpidist.optim import Optimizer
     from mpidist.parallel import DDP, Compression, ShardedOptimizer
-    from mpidist.train import Plan, Record
+    from mpidist.train import Plan, SavedRun, StopSignal
 
 DIVERGED = 1
 """Exit code after a loss or gradient that is not finite."""
+
+STOPPED = 75
+"""Exit code after a signal and a save, EX_TEMPFAIL of sysexits.h: not done, no failure, try again.
+Batch scripts start the job again after this one and no other."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it: 128 + SIGINT."""
@@ -107,10 +115,23 @@ def parser() -> argparse.ArgumentParser:
         help="steps per training record (default: %(default)s)",
     )
     p.add_argument(
+        "--save-every",
+        type=_positive(int),
+        default=0,
+        metavar="STEPS",
+        help="steps between saves (default: only at the end, and when stopped by a signal)",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the save in --out, if there is one, on any number of ranks; the options "
+        "must be those of that run",
+    )
+    p.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="where metrics.jsonl and loss.png go; made if missing (default: runs/TASK)",
+        help="where metrics.jsonl, save.npz and loss.png go; made if missing (default: runs/TASK)",
     )
     p.add_argument("--no-progress", action="store_true", help="draw no progress bar")
     p.add_argument("--no-plot", action="store_true", help="draw no picture")
@@ -123,14 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out = options.out or Path("runs", options.task)
     limit_threads()
     try:
-        run(options)
+        return 0 if run(options) else STOPPED
     except KeyboardInterrupt:
         if sys.excepthook is not sys.__excepthook__:
             raise  # to mpidist's hook, which ends all ranks with the same code, without a traceback
         return INTERRUPTED
     except FloatingPointError:  # on all ranks together; rank 0 has said so
         return DIVERGED
-    return 0
 
 
 def limit_threads() -> None:
@@ -144,28 +164,37 @@ def limit_threads() -> None:
         os.environ.update(dict.fromkeys(names, "1"))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train as the options say; called by every rank of the job."""
+def run(options: argparse.Namespace) -> bool:
+    """Train as the options say; called by every rank of the job. Return whether it is done."""
     # The first import of numpy fixes the number of threads, so it comes after limit_threads().
     import mpidist
-    from mpidist.parallel import DDP, ShardedOptimizer
+    from mpidist.parallel import DDP
+    from mpidist.train import Run, SavedRun, StopSignal, make_sampler
 
-    with mpidist.init() as world:
+    with StopSignal() as stop, mpidist.init() as world:
         task = make_task(options)
         plan = make_plan(options, task)
         model = DDP(task.model, world, op=mpidist.SUM, compression=make_compression(options))
-        build = choose_optimizer(options, task, plan)
-        optimizer: Optimizer | ShardedOptimizer
-        if options.sharded_optimizer:
-            optimizer = ShardedOptimizer(model, world, optimizer=build)
+        optimizer = make_optimizer(options, task, plan, model, world)
+        saved = SavedRun(options.out, world)
+        if options.resume and saved.exists():
+            saved.load(Run(model, optimizer, make_sampler(task.train, plan, world)))
         else:
-            optimizer = build(list(task.model.named_parameters()))
+            saved.discard()  # a later --resume must not go on from an earlier run
         if world.rank == 0:
             do_without(options)
-            announce(options, task, plan, world)
-        records = train_and_record(options, task, plan, model, optimizer, world)
-        if world.rank == 0:
-            report(options, task, records, ranks=world.size)
+            announce(options, task, plan, world, step=optimizer.step_count)
+        train_and_record(options, task, plan, model, optimizer, saved, stop, world)
+        done = optimizer.step_count == plan.steps
+        if world.rank == 0 and done:
+            report(options, task, ranks=world.size)
+        elif world.rank == 0:
+            print(
+                f"stopped by {signal.Signals(stop.stopping).name} after step "
+                f"{optimizer.step_count} of {plan.steps}; --resume goes on from {saved.path}",
+                flush=True,
+            )
+    return done
 
 
 def do_without(options: argparse.Namespace) -> None:
@@ -183,13 +212,16 @@ def do_without(options: argparse.Namespace) -> None:
             print(f"no {what}: {error}; to get it: pip install 'mpidist[train]'", flush=True)
 
 
-def announce(options: argparse.Namespace, task: Task, plan: Plan, world: ProcessGroup) -> None:
+def announce(
+    options: argparse.Namespace, task: Task, plan: Plan, world: ProcessGroup, *, step: int
+) -> None:
     """Print what is going to happen."""
     name, nats = task.baseline
+    going_on = f", going on after step {step:,}" if step else ""
     print(
         f"{options.task}: {len(task.train):,} samples to learn from and {len(task.held_out):,} "
         f"held out, {sum(p.size for p in task.model.parameters()):,} parameters\n"
-        f"{plan.steps:,} steps of {plan.batch_size} samples, ranks: {world.size}; "
+        f"{plan.steps:,} steps of {plan.batch_size} samples{going_on}, ranks: {world.size}; "
         f"{name}: {nats:.3f} nats per target",
         flush=True,
     )
@@ -223,6 +255,7 @@ def make_plan(options: argparse.Namespace, task: Task) -> Plan:
         batch_size=batch_size,
         seed=options.seed,
         log_every=options.log_every,
+        save_every=options.save_every,
         evaluate_every=max(
             min(per_epoch, math.ceil(steps / 10)), math.ceil(len(task.held_out) / batch_size)
         ),
@@ -249,30 +282,44 @@ def choose_optimizer(
     return partial({"adam": Adam, "adamw": AdamW}[options.optimizer], lr=rate)
 
 
+def make_optimizer(
+    options: argparse.Namespace, task: Task, plan: Plan, model: DDP, world: ProcessGroup
+) -> Optimizer | ShardedOptimizer:
+    """Make the optimizer, sharded or not."""
+    from mpidist.parallel import ShardedOptimizer
+
+    build = choose_optimizer(options, task, plan)
+    if options.sharded_optimizer:
+        return ShardedOptimizer(model, world, optimizer=build)
+    return build(list(task.model.named_parameters()))
+
+
 def train_and_record(
     options: argparse.Namespace,
     task: Task,
     plan: Plan,
     model: DDP,
     optimizer: Optimizer | ShardedOptimizer,
+    saved: SavedRun,
+    stop: StopSignal,
     world: ProcessGroup,
-) -> list[Record]:
+) -> None:
     """Run the loop; rank 0 shows its progress and writes metrics.jsonl."""
     from mpidist.train import MetricsFile, ProgressBar, train
 
-    first = world.rank == 0
+    first, begin = world.rank == 0, optimizer.step_count
     if first:
         options.out.mkdir(parents=True, exist_ok=True)
-    records: list[Record] = []
     show = first and not options.no_progress
+    header = {"kind": "resume", "step": begin} if begin else {"kind": "run"}
+    data = (task.train, task.held_out)
     try:
         with (
-            MetricsFile(options.out / METRICS if first else None) as file,
-            ProgressBar(plan.steps, name=options.task, show=show) as bar,
+            MetricsFile(options.out / METRICS if first else None, after=begin) as file,
+            ProgressBar(plan.steps, name=options.task, show=show, done=begin) as bar,
         ):
-            file.write({"kind": "run", "ranks": world.size, **describe(options, plan)})
-            for record in train(model, optimizer, task.train, task.held_out, plan, world):
-                records.append(record)
+            file.write({**header, "ranks": world.size, **describe(options, plan)})
+            for record in train(model, optimizer, *data, plan, world, saved=saved, stop=stop):
                 file.write(record.as_json())
                 bar.show(record)
     except (KeyboardInterrupt, FloatingPointError) as error:
@@ -281,7 +328,6 @@ def train_and_record(
             why = f"interrupted {at}" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
             print(f"{why}; the records so far are in {options.out / METRICS}", flush=True)
         raise
-    return records
 
 
 def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
@@ -301,12 +347,11 @@ def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     }
 
 
-def report(
-    options: argparse.Namespace, task: Task, records: Sequence[Record], *, ranks: int
-) -> None:
+def report(options: argparse.Namespace, task: Task, *, ranks: int) -> None:
     """Print the result and draw the picture."""
-    from mpidist.train import plot_records
+    from mpidist.train import plot_records, read_records
 
+    records = read_records(options.out / METRICS)  # with those of the jobs before this one
     last, name, nats = records[-1], *task.baseline
     speeds = [r.samples_per_second for r in records if r.kind == "train"]
     print(

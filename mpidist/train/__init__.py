@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from mpidist.train.loop import Plan, evaluate, train, train_step
+from mpidist.train.loop import Plan, evaluate, make_sampler, train, train_step
 from mpidist.train.plot import plot_records
 from mpidist.train.progress import ProgressBar
-from mpidist.train.records import MetricsFile, Record
+from mpidist.train.records import MetricsFile, Record, read_records
+from mpidist.train.saving import Run, SavedRun
+from mpidist.train.stopping import StopSignal
 
 __all__ = [
     "MetricsFile",
     "Plan",
     "ProgressBar",
     "Record",
+    "Run",
+    "SavedRun",
+    "StopSignal",
     "evaluate",
+    "make_sampler",
     "plot_records",
+    "read_records",
     "train",
     "train_step",
 ]

@@ -20,8 +20,10 @@ from mpidist.nn import EVAL, Mode, cross_entropy
 from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, Metrics, ShardedOptimizer, clip_grad_norm
 from mpidist.train.records import Record
+from mpidist.train.saving import Run, SavedRun
+from mpidist.train.stopping import StopSignal
 
-__all__ = ["Plan", "evaluate", "train", "train_step"]
+__all__ = ["Plan", "evaluate", "make_sampler", "train", "train_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class Plan:
         Steps between training records.
     evaluate_every : int, optional
         Steps between evaluations of the held-out samples; 0 is only at the end.
+    save_every : int, optional
+        Steps between saves; 0 is only at the end, and when the run is stopped.
 
     Raises
     ------
@@ -55,11 +59,34 @@ class Plan:
     max_norm: float = 1.0
     log_every: int = 10
     evaluate_every: int = 0
+    save_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Plan: {name} must be at least 1, got {getattr(self, name)}")
+
+
+def make_sampler(train_set: ArrayDataset, plan: Plan, group: ProcessGroup) -> ShardedSampler:
+    """Return what decides the samples of each step of `train`.
+
+    Parameters
+    ----------
+    train_set, plan, group : ArrayDataset, Plan, ProcessGroup
+        As for `train`.
+
+    Returns
+    -------
+    ShardedSampler
+        At the first step. `Run` takes it, too.
+    """
+    return ShardedSampler(
+        len(train_set),
+        rank=group.rank,
+        size=group.size,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+    )
 
 
 def train(
@@ -69,6 +96,9 @@ def train(
     held_out: ArrayDataset,
     plan: Plan,
     group: ProcessGroup,
+    *,
+    saved: SavedRun | None = None,
+    stop: StopSignal | None = None,
 ) -> Iterator[Record]:
     """Train, yielding a record now and then.
 
@@ -84,11 +114,18 @@ def train(
         How long and how often.
     group : ProcessGroup
         The ranks that share each batch.
+    saved : SavedRun, optional
+        Where to save: every `Plan.save_every` steps, at the end, and when stopped.
+    stop : StopSignal, optional
+        Asked after every step. Once it says so, the run is saved and the iteration ends, with
+        ``optimizer.step_count < plan.steps``.
 
     Yields
     ------
     Record
-        Equal on all ranks, apart from the times. Means are over the steps since the last one.
+        Equal on all ranks, apart from the times. Means are over the steps since the last one. One
+        comes before every save, so that the records of a run that goes on from there cover each
+        step once.
 
     Raises
     ------
@@ -97,22 +134,21 @@ def train(
     FloatingPointError
         On every rank, naming the step, if a gradient or the loss on `held_out` is not finite. The
         record with that loss has been yielded.
+    CheckpointError
+        On every rank, if a save fails.
 
     Notes
     -----
     Collective over `group`: every rank must iterate to the end. Per step the ranks communicate the
-    gradients, and per record one all_reduce of a few numbers.
+    gradients, with `stop` 4 bytes more, and per record one all_reduce of a few numbers.
+
+    A run that is stopped, loaded into another job of as many ranks, and trained on ends with the
+    same parameters, bit for bit, as one that was never stopped.
     """
     _check_sums(model, "train")
-    sampler = ShardedSampler(
-        len(train_set),
-        rank=group.rank,
-        size=group.size,
-        batch_size=plan.batch_size,
-        seed=plan.seed,
-    )
+    sampler = make_sampler(train_set, plan, group)
     sampler.skip_to(optimizer.step_count)
-    meter = _Meter(group)
+    run, meter = Run(model, optimizer, sampler), _Meter(group)
     while optimizer.step_count < plan.steps:
         for batch in sampler:
             rate = optimizer.lr
@@ -121,16 +157,22 @@ def train(
 
             done, last = optimizer.step_count, optimizer.step_count == plan.steps
             epoch = done / sampler.steps_per_epoch
-            if last or done % plan.log_every == 0:
+            over = (stop is not None and stop.agreed(group)) or last
+            saving = saved if over or _due(done, plan.save_every) else None
+            if over or saving is not None or _due(done, plan.log_every):
                 yield meter.record("train", step=done, epoch=epoch, lr=rate)
                 meter.resume()
-            if last or (plan.evaluate_every and done % plan.evaluate_every == 0):
+            if last or _due(done, plan.evaluate_every):
                 meter.pause()
                 record = evaluate(model, held_out, plan, group, step=done, epoch=epoch)
                 yield record
                 _check_finite("loss on held-out samples", record.loss, after=done)
                 meter.resume()
-            if last:
+            if saving is not None:
+                meter.pause()
+                saving.save(run)
+                meter.resume()
+            if over:
                 return
 
 
@@ -235,6 +277,11 @@ def evaluate(
         _add(meter.metrics, y, target, loss=float(loss))
         meter.samples += batch.global_size
     return meter.record("held-out", step=step, epoch=epoch)
+
+
+def _due(done: int, every: int) -> bool:
+    """Return whether it is time for what is done every so many steps, or never if that is 0."""
+    return every > 0 and done % every == 0
 
 
 def _check_sums(model: DDP, operation: str) -> None:

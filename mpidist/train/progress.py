@@ -23,6 +23,8 @@ class ProgressBar:
         Before the bar.
     show : bool
         Whether to draw it: usually on rank 0 only.
+    done : int, optional
+        Steps made by an earlier job.
 
     Raises
     ------
@@ -35,7 +37,7 @@ class ProgressBar:
     there too, but less often and with a fixed width.
     """
 
-    def __init__(self, steps: int, *, name: str, show: bool) -> None:
+    def __init__(self, steps: int, *, name: str, show: bool, done: int = 0) -> None:
         self._bar: Any = None
         self._figures: dict[str, str] = {}
         if show:
@@ -43,6 +45,7 @@ class ProgressBar:
             terminal = sys.stderr.isatty()
             self._bar = tqdm(
                 total=steps,
+                initial=done,
                 desc=name,
                 unit="step",
                 file=sys.stderr,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["MetricsFile", "Record"]
+__all__ = ["MetricsFile", "Record", "read_records"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,21 @@ class MetricsFile:
     Parameters
     ----------
     path : Path or None
-        Where to write, replacing what is there. None writes nothing: what every rank but 0 does.
+        Where to write. None writes nothing: what every rank but 0 does.
+    after : int, optional
+        The run goes on after this step: lines of later steps are dropped, since those steps are
+        made again, and lines are added behind the others. 0 replaces the file.
 
     Notes
     -----
-    Local. A run that is killed leaves every line it has written, none of them cut off.
+    Local. A run that is killed leaves every line it has written, none of them cut off. If the
+    system is, the last one may be, and is dropped.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else path.open("w", encoding="utf-8")
+    def __init__(self, path: Path | None, *, after: int = 0) -> None:
+        if path is not None and after:
+            _keep(path, after)
+        self._file = None if path is None else path.open("a" if after else "w", encoding="utf-8")
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -95,6 +102,57 @@ class MetricsFile:
         """Close the file; may be called twice."""
         if self._file is not None:
             self._file.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read the records of a file of JSON lines; what else stands there is left out.
+
+    Parameters
+    ----------
+    path : Path
+        What a `MetricsFile` wrote.
+
+    Returns
+    -------
+    list of Record
+        In order. What is null there is NaN.
+    """
+    names = [field.name for field in fields(Record)]
+    return [
+        Record(**{name: _number(values[name]) for name in names if name in values})
+        for values in _lines(path)
+        if values["kind"] in _KINDS
+    ]
+
+
+_KINDS = ("train", "held-out")
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file that are whole."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def _keep(path: Path, step: int) -> None:
+    """Drop the lines of later steps; whoever is killed leaves the old file or the new one."""
+    if not path.exists():
+        return
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        for values in _lines(path):
+            if values.get("step", 0) <= step:
+                file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def _unknown(value: object) -> bool:

@@ -3,71 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests._ranks.launcher import MARK, clean_environment, end_job
+from tests.jobs.running import SCRIPT, Run, Start, read_records
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "jobs" / "train.py"
 SHORT = ["--steps", "12", "--log-every", "5", "--no-progress"]
-
-Start = Callable[..., "subprocess.Popen[bytes]"]
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start the job; `launcher` is mpirun with its arguments, or nothing."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start_job(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        with (tmp_path / "output").open("w") as output:
-            process = subprocess.Popen(
-                [*launcher, sys.executable, str(SCRIPT), *arguments],
-                cwd=tmp_path,
-                env=clean_environment() | {"PYTHONPATH": path, MARK: str(tmp_path)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        started.append(process)
-        return process
-
-    yield start_job
-    for process in started:
-        end_job(process, tmp_path)
-
-
-@pytest.fixture
-def run(start: Start, tmp_path: Path) -> Run:
-    """Run the job to its end; return code and output."""
-
-    def run_job(*arguments: str, launcher: tuple[str, ...] = ()) -> Any:
-        process = start(*arguments, launcher=launcher)
-        code = process.wait(timeout=100)
-        text = (tmp_path / "output").read_text()
-        return subprocess.CompletedProcess(arguments, code, text)
-
-    return run_job
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
@@ -79,6 +29,8 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
             "--sharded-optimizer",
             "--compression",
             "--log-every",
+            "--save-every",
+            "--resume",
             "--out",
             "--no-progress",
             "--no-plot",
@@ -133,7 +85,10 @@ def test_digits_on_one_rank(run: Run, tmp_path: Path) -> None:
 def test_options_are_heard(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
     ended = run(*SHORT, *options)
     assert ended.returncode == 0, ended.stdout
-    assert sorted(p.name for p in (tmp_path / "runs/digits").iterdir()) == ["metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "runs/digits").iterdir()) == [
+        "metrics.jsonl",
+        "save.npz",
+    ]
     header = read_records(tmp_path / "runs/digits/metrics.jsonl")[0]
     given = dict(zip(options[::2], options[1::2], strict=False))
     for name in ("optimizer", "compression"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpidist.errors import BackendUnavailableError
-from mpidist.train import MetricsFile, ProgressBar, Record, plot_records
+from mpidist.train import MetricsFile, ProgressBar, Record, plot_records, read_records
 
 RECORDS = [
     Record("train", 10, 1.0, 2.0, 0.25, 1000.0, lr=0.1, grad_norm=3.0),
@@ -41,6 +41,36 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
         file.write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5, "e": 2})
     expected = {"a": None, "b": None, "c": None, "d": 1.5, "e": 2}
     assert json.loads(path.read_text(), parse_constant=refuse) == expected
+
+
+def test_a_run_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.write({"kind": "run", "steps": 20})
+        for record in RECORDS:
+            file.write(record.as_json())
+    with path.open("a") as raw:
+        raw.write('{"kind": "train", "st')  # cut off when the power failed
+    assert read_records(path) == RECORDS
+    with MetricsFile(path, after=10) as file:
+        file.write({"kind": "resume", "step": 10})
+        file.write(RECORDS[2].as_json())
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["kind"], line.get("step")) for line in kept] == [
+        ("run", None),
+        ("train", 10),
+        ("held-out", 10),
+        ("resume", 10),
+        ("train", 20),
+    ]
+    assert read_records(path) == RECORDS[:3]
+    with MetricsFile(path):  # a run that begins anew
+        pass
+    assert path.read_text() == ""
+    with MetricsFile(tmp_path / "new", after=10) as file:  # only the save was kept
+        file.write(Record("train", 11, 1.0, math.nan, 0.0, 1.0).as_json())
+    (record,) = read_records(tmp_path / "new")
+    assert math.isnan(record.loss)
 
 
 def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:

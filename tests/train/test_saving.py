@@ -1,0 +1,271 @@
+"""A run that is stopped, saved and loaded elsewhere ends as one that was never stopped."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpidist import nn
+from mpidist._types import SUM, Array
+from mpidist.data import ArrayDataset
+from mpidist.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointIncompatibleError,
+    CheckpointNotFoundError,
+)
+from mpidist.group import ProcessGroup
+from mpidist.optim import SGD, AdamW, Optimizer
+from mpidist.parallel import DDP, BucketSizes, ShardedOptimizer
+from mpidist.testing import run_ranks
+from mpidist.train import Plan, Record, Run, SavedRun, StopSignal, make_sampler, train
+
+CLASSES = 3
+SHAPE = (3, 1, 2)
+WIDTH = 6
+# Five batches per epoch, the last one of 1 sample: some ranks have none.
+PLAN = Plan(steps=12, batch_size=8, seed=3, log_every=4, evaluate_every=6)
+# Several buckets, which the first backward lays out anew.
+SMALL = BucketSizes(first=200, rest=400)
+
+
+def data(samples: int, *, seed: int) -> ArrayDataset:
+    inputs = np.random.default_rng(seed).normal(size=(samples, *SHAPE)).astype(np.float32)
+    return ArrayDataset(inputs, inputs[:, :, 0, 0].argmax(-1))
+
+
+def module(seed: int, width: int = 16) -> nn.Module:
+    rng = np.random.default_rng(seed)
+    return nn.Sequential(
+        nn.BatchNorm2d(SHAPE[0]),
+        nn.Flatten(),
+        nn.Linear(WIDTH, width, rng=rng),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(width, width, rng=rng),
+        nn.ReLU(),
+        nn.Linear(width, CLASSES, rng=rng),
+    )
+
+
+def job(
+    group: ProcessGroup,
+    directory: Path,
+    *,
+    plan: Plan = PLAN,
+    sharded: bool = False,
+    stop_after: int | None = None,
+    load: bool = False,
+    **changed: Any,
+) -> tuple[list[Record], dict[str, Array]]:
+    """Run as jobs/train.py does; the last rank asks for a stop in the step after `stop_after`."""
+    samples: int = changed.get("samples", 33)
+    model_of = changed.get("model", module)
+    build = changed.get("optimizer", partial(AdamW, lr=0.05))
+    train_set, held_out = data(samples, seed=0), data(9, seed=1)
+    stop, saved = StopSignal(), SavedRun(directory, group)
+    # Another seed after a stop: all that matters comes out of the file.
+    with DDP(model_of(1 if load else 0), group, op=SUM, sizes=SMALL) as model:
+        optimizer: Optimizer | ShardedOptimizer
+        if sharded:
+            optimizer = ShardedOptimizer(model, group, optimizer=build)
+        else:
+            optimizer = build(list(model.module.named_parameters()))
+        if load:
+            assert saved.exists()
+            saved.load(Run(model, optimizer, make_sampler(train_set, plan, group)))
+        records = []
+        for record in train(
+            model, optimizer, train_set, held_out, plan, group, saved=saved, stop=stop
+        ):
+            records.append(record)
+            if record.step == stop_after and group.rank == group.size - 1:
+                stop.request()
+        state = {name: array.copy() for name, array in model.module.state_dict().items()}
+    return records, state
+
+
+def same_bits(mine: dict[str, Array], theirs: dict[str, Array]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        assert array.tobytes() == theirs[name].tobytes(), name
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_stopped_and_resumed_has_the_bits_of_never_stopped(
+    tmp_path: Path, size: int, sharded: bool
+) -> None:
+    whole = run_ranks(size, lambda g: job(g, tmp_path / "a", sharded=sharded))
+    parts = run_ranks(size, lambda g: job(g, tmp_path / "b", sharded=sharded, stop_after=4))
+    assert [record.step for record in parts[0][0]] == [4, 5]  # one before the save
+    ends = run_ranks(size, lambda g: job(g, tmp_path / "b", sharded=sharded, load=True))
+    kept = [(record.kind, record.step) for record in ends[0][0]]
+    assert kept == [("held-out", 6), ("train", 8), ("train", 12), ("held-out", 12)]
+    for (_, mine), (_, theirs) in zip(ends, whole, strict=True):
+        same_bits(mine, theirs)
+    assert ends[0][0][-1].loss == whole[0][0][-1].loss
+    # The saves at the end hold the same, the optimizer's state included.
+    files = [np.load(tmp_path / name / "save.npz") for name in ("a", "b")]
+    for name in files[0].files:
+        assert files[0][name].tobytes() == files[1][name].tobytes(), name
+    for file in files:
+        file.close()
+
+
+def test_the_first_step_finds_the_buckets_as_they_were(tmp_path: Path) -> None:
+    """From three ranks on, the order of a sum may depend on an element's place in its bucket."""
+
+    def places(model: DDP) -> list[int]:
+        buffers = [p.buffer for p in model.module.parameters() if p.buffer is not None]
+        first = min(buffer.ctypes.data for buffer in buffers)
+        return [buffer.ctypes.data - first for buffer in buffers]
+
+    def body(group: ProcessGroup) -> tuple[list[int], list[int], list[int]]:
+        samples, saved = data(33, seed=0), SavedRun(tmp_path, group)
+        with DDP(module(0), group, op=SUM, sizes=SMALL) as model:
+            new = places(model)
+            optimizer = AdamW(model.module.named_parameters())
+            plan = Plan(steps=1, batch_size=8)
+            for _ in train(model, optimizer, samples, samples, plan, group, saved=saved):
+                pass
+            trained = places(model)
+        with DDP(module(0), group, op=SUM, sizes=SMALL) as model:
+            optimizer = AdamW(model.module.named_parameters())
+            saved.load(Run(model, optimizer, make_sampler(samples, plan, group)))
+            return new, trained, places(model)
+
+    for new, trained, loaded in run_ranks(2, body):
+        assert loaded == trained
+        assert loaded != new
+
+
+@pytest.mark.ranks(3, 4)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_on_real_ranks_too(world: ProcessGroup, tmp_path_factory: Any, sharded: bool) -> None:
+    from mpidist.collectives import broadcast_object
+
+    directory = broadcast_object(tmp_path_factory.mktemp("saves"), world)
+    _, whole = job(world, directory / "a", sharded=sharded)
+    job(world, directory / "b", sharded=sharded, stop_after=4)
+    _, resumed = job(world, directory / "b", sharded=sharded, load=True)
+    same_bits(resumed, whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3), (2, 4)])
+def test_any_number_of_ranks_goes_on_sharded_or_not(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    def plain(seed: int) -> nn.Module:  # batch statistics are each rank's own
+        rng = np.random.default_rng(seed)
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(WIDTH, 8, rng=rng),
+            nn.Dropout(0.3),
+            nn.Linear(8, CLASSES, rng=rng),
+        )
+
+    ((records, whole),) = run_ranks(1, lambda g: job(g, tmp_path / "a", model=plain))
+    run_ranks(before, lambda g: job(g, tmp_path, model=plain, sharded=True, stop_after=4))
+    ends = run_ranks(after, lambda g: job(g, tmp_path, model=plain, load=True))
+    for resumed, state in ends:
+        assert resumed[-1].loss == pytest.approx(records[-1].loss, rel=1e-4)
+        for name, array in state.items():
+            np.testing.assert_allclose(array, whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_saves_come_when_the_plan_says(tmp_path: Path) -> None:
+    plan = Plan(steps=7, batch_size=8, log_every=100, save_every=3)
+
+    def body(group: ProcessGroup) -> list[int]:
+        seen = []
+        with DDP(module(0), group, op=SUM) as model:
+            optimizer, saved = AdamW(model.module.named_parameters()), SavedRun(tmp_path, group)
+            samples = data(33, seed=0)
+            for record in train(model, optimizer, samples, samples, plan, group, saved=saved):
+                at = 0
+                if saved.exists():
+                    with np.load(saved.path) as file:
+                        at = int(bytes(file["header"]).split(b'"step": ')[1].split(b",")[0])
+                seen.append((record.kind, record.step, at))
+            saved.discard()
+            saved.discard()
+            assert not saved.exists()
+        return seen
+
+    expected = [("train", 3, 0), ("train", 6, 3), ("train", 7, 6), ("held-out", 7, 6)]
+    assert run_ranks(2, body) == [expected] * 2
+
+
+def test_a_run_that_is_done_has_nothing_left_to_do(tmp_path: Path) -> None:
+    run_ranks(2, lambda g: job(g, tmp_path))
+    assert all(records == [] for records, _ in run_ranks(2, lambda g: job(g, tmp_path, load=True)))
+
+
+def test_bad_saves_raise_the_same_error_on_all_ranks(tmp_path: Path) -> None:
+    def failing(group: ProcessGroup) -> CheckpointError:
+        with pytest.raises(CheckpointError) as caught:
+            job(group, tmp_path, load=True)
+        return caught.value
+
+    def load_nothing(group: ProcessGroup) -> None:
+        with DDP(module(0), group, op=SUM) as model:
+            run = Run(
+                model,
+                AdamW(model.module.named_parameters()),
+                make_sampler(data(33, seed=0), PLAN, group),
+            )
+            with pytest.raises(
+                CheckpointNotFoundError, match=r"cannot read .*save\.npz: .*No such"
+            ):
+                SavedRun(tmp_path / "nowhere", group).load(run)
+
+    run_ranks(3, load_nothing)
+    run_ranks(1, lambda g: job(g, tmp_path, stop_after=4))
+    file = tmp_path / "save.npz"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for error in run_ranks(3, failing):
+        assert type(error) is CheckpointCorruptError
+        assert "save.npz is not, or not all of" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": partial(module, width=17)}, "2.weight: expected"),
+        ({"optimizer": partial(SGD, lr=0.1)}, "this is SGD, the state is of 'AdamW'"),
+        ({"samples": 40}, "num_samples is 40 here and 33"),
+        ({"plan": Plan(steps=12, batch_size=8, seed=4)}, "seed is 4 here and 3"),
+        ({"plan": Plan(steps=12, batch_size=9, seed=3)}, "batch_size is 9 here and 8"),
+    ],
+)
+def test_another_run_is_refused_on_all_ranks(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    def failing(group: ProcessGroup) -> str:
+        with pytest.raises(CheckpointIncompatibleError, match="is of another run") as caught:
+            job(group, tmp_path, load=True, **changed)
+        return str(caught.value)
+
+    run_ranks(1, lambda g: job(g, tmp_path, stop_after=4))
+    assert all(said in error for error in run_ranks(2, failing))
+
+
+def test_a_save_that_fails_raises_on_all_ranks_and_keeps_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(2, lambda g: job(g, tmp_path, stop_after=4))
+    before = (tmp_path / "save.npz").read_bytes()
+    (tmp_path / "save.npz.part").mkdir()  # so that it cannot be opened
+
+    def failing(group: ProcessGroup) -> str:
+        with pytest.raises(CheckpointError, match="save: rank 0 of 'world' could not") as caught:
+            job(group, tmp_path, load=True)
+        return str(caught.value)
+
+    assert all("IsADirectoryError" in error for error in run_ranks(2, failing))
+    assert (tmp_path / "save.npz").read_bytes() == before
