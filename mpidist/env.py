@@ -14,6 +14,8 @@ __all__ = [
     "Evidence",
     "cache_directory",
     "crossovers",
+    "debug",
+    "dump_directory",
     "launcher_evidence",
     "omp_num_threads",
     "ranks_per_node",
@@ -87,6 +89,16 @@ def store_evidence() -> Evidence | None:
 def crossovers() -> str | None:
     """Return ``MPIDIST_CROSSOVERS``: sizes as text, or the path of a file; None if not set."""
     return os.environ.get("MPIDIST_CROSSOVERS") or None
+
+
+def debug() -> bool:
+    """Whether ``MPIDIST_DEBUG`` asks for all collectives to be compared before they begin."""
+    return os.environ.get("MPIDIST_DEBUG", "0") not in ("", "0")
+
+
+def dump_directory() -> str:
+    """Return where reports go as JSON: ``MPIDIST_DUMP``, or the current directory."""
+    return os.environ.get("MPIDIST_DUMP") or "."
 
 
 def cache_directory() -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from operator import index
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from mpidist._types import Array, ReduceOp
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
+from mpidist.backends.journal import Journal, describe
 from mpidist.backends.work import Steps
 from mpidist.errors import (
     CollectiveMismatchError,
@@ -26,6 +28,8 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
+from mpidist.recorder import Kind
+from mpidist.watch import Watch
 
 if TYPE_CHECKING:
     import logging
@@ -97,9 +101,12 @@ class ProcessGroup:
         layout: Layout,
         timeout: float,
         warn_after: float,
+        watch: Watch,
         identity: int = 0,
     ) -> None:
         self._backend = backend
+        self._watch = watch
+        self._journal = Journal(backend.recorder, name, identity)
         self._layout = layout
         self._outstanding: list[GroupWork[Any]] = []
         self._identity = identity
@@ -124,7 +131,13 @@ class ProcessGroup:
 
     @classmethod
     def over(
-        cls, backend: Backend, *, name: str = "world", timeout: float, warn_after: float
+        cls,
+        backend: Backend,
+        *,
+        name: str = "world",
+        timeout: float,
+        warn_after: float,
+        answers: bool = False,
     ) -> ProcessGroup:
         """Make the group of all ranks of a transport; collective over them.
 
@@ -136,6 +149,8 @@ class ProcessGroup:
             For messages.
         timeout, warn_after : float
             Seconds; see the attributes.
+        answers : bool, optional
+            Whether a thread of this process answers ranks that want to know what it is doing.
 
         Returns
         -------
@@ -144,10 +159,17 @@ class ProcessGroup:
         """
         ranks = range(backend.size)
         lone = Layout((0,) * backend.size)
-        options: dict[str, Any] = {"timeout": timeout, "warn_after": warn_after}
+        recordings = backend.record()
+        watch = Watch(backend.rank, backend.recorder, recordings)
+        options: dict[str, Any] = {"timeout": timeout, "warn_after": warn_after, "watch": watch}
         group = cls(backend, name=name, ranks=ranks, layout=lone, **options)
         nodes, identity = group._introduce(backend.node())
         layout = Layout(tuple(nodes))
+        if answers:
+            from mpidist.watch.helper import helper
+
+            helper().serve(watch, nodes)
+        watch.meet(nodes, group._cards(watch.card()))
         return cls(backend, name=name, ranks=ranks, layout=layout, identity=identity, **options)
 
     def __repr__(self) -> str:
@@ -246,8 +268,7 @@ class ProcessGroup:
         Collective over the group; blocks.
         """
         self._check_color(color, key)
-        waiter = self._collective_waiter("split")
-        with self._breaking():
+        with self._performing("split") as waiter:
             backend = self._backend.split(color, key, waiter=waiter)
         return None if backend is None else self._child(backend, name or f"{self.name}/{color}")
 
@@ -284,9 +305,7 @@ class ProcessGroup:
             )
         if self.rank not in ranks:
             return None
-        self._check_usable("new_group")
-        waiter = GroupWaiter(self, f"new_group({list(ranks)})", peers=Peers(frozenset(ranks)))
-        with self._breaking():
+        with self._performing(f"new_group({list(ranks)})", among=ranks) as waiter:
             backend = self._backend.create(ranks, waiter=waiter)
         label = name or f"{self.name}[{','.join(map(str, ranks))}]"
         return self._child(backend, label)
@@ -325,6 +344,7 @@ class ProcessGroup:
             "name": name,
             "timeout": self.timeout,
             "warn_after": self.warn_after,
+            "watch": self._watch,
         }
         backend.join(self._backend)
         lone = Layout((0,) * backend.size)
@@ -339,6 +359,13 @@ class ProcessGroup:
         counts = (mine.size,) * self.size
         self.run(Plan("all_gather", (mine, numbers.reshape(-1), counts), lambda: None))
         return numbers[:, 0].tolist(), int(numbers[0, 1])
+
+    def _cards(self, mine: bytes) -> list[bytes]:
+        """Return a few bytes of each rank, of the same length on all."""
+        cards = np.empty((self.size, len(mine)), np.uint8)
+        args = (np.frombuffer(mine, np.uint8), cards.reshape(-1), (len(mine),) * self.size)
+        self.run(Plan("all_gather", args, lambda: None))
+        return [card.tobytes() for card in cards]
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -426,16 +453,15 @@ class ProcessGroup:
         if any(length < 0 for length in shape):
             raise SizeMismatchError(f"{operation} on {self}: no array has the shape {shape}")
         nbytes = prod(shape) * dtype.itemsize
-        waiter = self._collective_waiter(operation)
-        with self._breaking():
+        with self._performing(f"{operation} {dtype}{list(shape)}") as waiter:
             # A block has parts of one size: with another stride, ranks would overlap.
             mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
             self._backend.run("all_gather", (mine, sizes, (1,) * self.size), waiter=waiter)
             if (sizes != mine).any():
                 raise CollectiveMismatchError(
-                    f"{waiter.operation} on {self}: the ranks ask for arrays of different sizes, "
-                    "and nothing has been made; all must give the same shape and dtype, here "
-                    f"{shape} and {dtype}. Bytes by rank: {sizes.tolist()}"
+                    "the ranks ask for arrays of different sizes, and nothing has been made; all "
+                    f"must give the same shape and dtype, here {shape} and {dtype}. Bytes by rank: "
+                    f"{sizes.tolist()}"
                 )
             return make(nbytes, waiter=waiter) if nbytes else None
 
@@ -443,16 +469,24 @@ class ProcessGroup:
 
     def run(self, plan: Plan[T]) -> T:
         """Perform a collective and return its result."""
-        waiter = self._collective_waiter(plan.verb)
+        number = self._count(plan.verb)
+        journal = self._journal
+        name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
+        record = journal.begin(name, number, sys._getframe(2))
+        waiter = self._waiter(plan.verb, record)
         try:
+            if self._watch.debug:
+                waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
             self._backend.run(plan.verb, plan.args, waiter=waiter)
-        except CollectiveMismatchError:
-            raise
         except BaseException as error:
-            # Also an interrupt: the other ranks have gone on to the next operation.
-            self._break(error)
+            self._failed(error, waiter)
             raise
+        journal.end(record)
         return plan.finish()
+
+    def _told(self, plan: Plan[Any], kind: str, record: int) -> tuple[str, str]:
+        """Return what a rank says of a plan before it begins, in debug mode."""
+        return f"{kind}{describe(plan.verb, plan.args, plan.shape)}", self._watch.here(record)
 
     def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
         """Perform an all_reduce in place if one like it has been prepared; else do nothing.
@@ -468,23 +502,35 @@ class ProcessGroup:
         prepared = sums.find(x, op)
         if prepared is None:
             return False
-        self._collectives[0] += 1
+        self._collectives[0] = number = self._collectives[0] + 1
+        journal = self._journal
+        name = prepared.name or journal.name_sum(prepared, x, op)
+        record = journal.begin(name, number, sys._getframe(2))
         try:
-            prepared.run(x, x, self._sum_waiter)
-        except CollectiveMismatchError:
-            raise
+            prepared.run(x, x, lambda: self._waiter("all_reduce", record))
         except BaseException as error:
-            self._break(error)
+            self._failed(error, self._waiter("all_reduce", record))
             raise
+        journal.end(record)
         return True
 
     def start(self, plan: Plan[T]) -> GroupWork[T]:
         """Start a collective and return at once."""
-        operation = self._begin(f"i{plan.verb}")
-        number = (self._identity, self._collectives[0])
-        with self._breaking():
-            inner = self._backend.begin(plan.verb, plan.args)
-        return GroupWork(self, operation, inner, plan.finish, collective=number)
+        verb = f"i{plan.verb}"
+        number = self._count(verb)
+        name = self._journal.name_collective(plan.verb, plan.args, plan.shape, Kind.IMMEDIATE)
+        record = self._journal.begin(name, number, sys._getframe(2))
+        waiter = self._waiter(verb, record)
+        try:
+            if self._watch.debug:
+                told = self._told(plan, "i", record)
+                inner = self._backend.begin_compared(plan.verb, plan.args, *told)
+            else:
+                inner = self._backend.begin(plan.verb, plan.args)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        return GroupWork(waiter, inner, plan.finish)
 
     def start_steps(
         self,
@@ -493,45 +539,85 @@ class ProcessGroup:
         finish: Callable[[], T],
         *,
         peers: Peers,
+        words: str = "",
     ) -> GroupWork[T]:
-        """Start an operation of several phases among some ranks and return at once."""
-        self._check_usable(verb)
-        self._messages += 1
-        operation = f"{verb} #{self.operations}"
-        with self._breaking():
+        """Start an operation of several phases among some ranks and return at once.
+
+        Parameters
+        ----------
+        verb : str
+            For messages.
+        steps, finish : callable
+            Return the operation's steps, and its result when they are over.
+        peers : Peers
+            The ranks that it depends on.
+        words : str, optional
+            What else there is to say of it.
+        """
+        waiter = self._message_waiter(verb, words, peers, sys._getframe(2))
+        try:
             inner = self._backend.start(steps(self._backend))
-        return GroupWork(self, operation, inner, finish, peers=peers)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        return GroupWork(waiter, inner, finish)
 
     def next_payload(self) -> int:
         """Return the number of the next lane for a message that follows its envelope."""
         self._payloads += 1
         return self._payloads
 
-    def _collective_waiter(self, verb: str) -> GroupWaiter:
-        """Count a collective and return what waits for it."""
+    def _count(self, verb: str) -> int:
+        """Return the number of the collective that begins; the same on all ranks."""
         if self._reason is not None:
             self._check_usable(verb)
-        self._collectives[0] += 1
-        return self._waiter(verb)
+        self._collectives[0] = number = self._collectives[0] + 1
+        return number
 
-    def _waiter(self, verb: str) -> GroupWaiter:
+    def _waiter(self, verb: str, record: int) -> GroupWaiter:
         """Return what waits for the collective that was begun last."""
         collective = (self._identity, self._collectives[0])
-        return GroupWaiter(self, verb, number=self.operations, collective=collective)
+        return GroupWaiter(self, verb, record, collective=collective)
 
-    def _sum_waiter(self) -> GroupWaiter:
-        return self._waiter("all_reduce")
+    def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
+        """Count an operation among some ranks, record it, and return what waits for it."""
+        self._check_usable(verb)
+        self._messages += 1
+        name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
+        record = self._journal.begin(name, self._messages, frame)
+        return GroupWaiter(self, verb, record, number=self._messages, peers=peers)
 
     @contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """Break the group on an error that may have left its ranks at different places."""
+    def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
+        """Count and record what blocks and is no plan; yield what waits for it."""
+        frame = sys._getframe(3)
+        if among is None:
+            number = self._count(what)
+            name = self._journal.name(what, Kind.BLOCKING)
+            waiter = self._waiter(what, self._journal.begin(name, number, frame))
+        else:
+            waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
         try:
-            yield
-        except CollectiveMismatchError:
-            raise
+            yield waiter
         except BaseException as error:
-            self._break(error)
+            self._failed(error, waiter)
             raise
+        self._journal.end(waiter.record)
+
+    def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:
+        """Break the group on an error that may have left its ranks at different places."""
+        self._journal.end(waiter.record, failed=True)
+        if isinstance(error, CollectiveMismatchError):
+            self._tell_callers(error, waiter)
+        else:
+            # Also an interrupt: the other ranks have gone on to the next operation.
+            self._break(error)
+
+    def _tell_callers(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
+        """Add to an error who called what, and where."""
+        if waiter.collective is not None:
+            told = self._watch.callers(self.ranks, waiter.collective)
+            error.args = (f"{waiter.operation} on {self}: {error}. {told}",)
 
     def _check_color(self, color: int | None, key: int) -> None:
         """Raise unless every MPI library takes these for a split."""
@@ -541,12 +627,6 @@ class ProcessGroup:
                 f"split on {self}: color must be None or an integer from 0 to 2**31 - 1 and key an "
                 f"integer below 2**31; got color {color!r}, key {key!r}"
             )
-
-    def _begin(self, verb: str) -> str:
-        """Count a collective and return its words for messages."""
-        self._check_usable(verb)
-        self._collectives[0] += 1
-        return f"{verb} #{self.operations}"
 
     def progress(self) -> None:
         """Drive what is under way as far as it can go now; local, never blocks.

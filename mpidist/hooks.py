@@ -1,8 +1,9 @@
 """How a job ends: nobody hangs because one rank raised, left, or was lost.
 
 The hooks are the only state of the process that mpidist sets, and `mpidist.init` sets it once:
-`sys.excepthook`, `threading.excepthook`, one exit handler, and a watchdog thread. None of them is
-set inside pytest or IPython, which handle exceptions themselves.
+`sys.excepthook`, `threading.excepthook`, one exit handler, and a handler of SIGUSR2 with the
+wake-up descriptor that it needs, where nobody else handles that signal. None of them is set inside
+pytest or IPython, which handle exceptions themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 
 from mpidist.backends.departures import Departures
 from mpidist.backends.mpi import MpiBackend
+from mpidist.backends.work import Waiter
 from mpidist.group import ProcessGroup, broken_groups
+from mpidist.watch.helper import helper
 
 __all__ = ["follow", "starting"]
 
@@ -30,9 +33,6 @@ _INTERRUPTED = 130
 
 _FLUSH = 0.2
 """Seconds that a rank which raised leaves to others that raise the same, before the job ends."""
-
-_ROUND = 0.5
-"""Seconds between two rounds of the watchdog."""
 
 
 class _Hooks:
@@ -56,11 +56,13 @@ class _Hooks:
         self._groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
         self._next_hook = sys.excepthook
         self.starting: tuple[float, float] | None = None
+        self._ending = False
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
         atexit.register(self._on_exit)
-        threading.Thread(target=self._watch, name="mpidist-watchdog", daemon=True).start()
+        helper().catch()
+        helper().rounds.append(self._check_deadlines)
 
     def join(self, comm: Any, timeout: float) -> Departures:
         """Let the ranks of a communicator tell each other when they leave; collective over it."""
@@ -70,6 +72,9 @@ class _Hooks:
 
     def follow(self, group: ProcessGroup) -> None:
         """Drive this group at the exit, and count its operations in the notice of departure."""
+        if not self._groups and group.rank == 0:
+            who = (f"rank {rank} is {process}" for rank, process in enumerate(group._watch.who()))
+            os.write(2, f"{self._words} mpidist: {', '.join(who)}\n".encode())
         self._groups.add(group)
 
     def _abort(self, code: int) -> None:
@@ -96,6 +101,7 @@ class _Hooks:
         else:
             self._next_hook(kind, error, trace)
         self._say(f"raised {kind.__name__}; ending the job{told}")
+        self._report(f"this rank raised {kind.__name__}")
         # Ranks that check the same arguments raise together; let each show its traceback.
         time.sleep(_FLUSH)
         self._abort(1)
@@ -108,6 +114,8 @@ class _Hooks:
         """Tell all that this rank leaves, and stay until they do; abort if the job is broken."""
         if self._mpi.Is_finalized():
             return
+        for group in tuple(self._groups):
+            group._watch.leave()
         broken = [group for group in broken_groups() if group.backend == MpiBackend.name]
         if broken:
             self._say(f"ends with a broken group ({broken[0]}); ending the job")
@@ -130,33 +138,51 @@ class _Hooks:
             with contextlib.suppress(Exception):
                 group.progress()
 
-    def _watch(self) -> None:
-        """End the job if a call of the library outlasts its deadline.
+    def _check_deadlines(self) -> None:
+        """End the job if a call of the library outlasts its deadline; called by the helper thread.
 
         All ranks had come to a collective, so one of them has been lost since, or is in another
         call. This one cannot be ended in any other way.
         """
-        while True:
-            time.sleep(_ROUND)
-            now = time.monotonic()
-            if self.starting is not None and now - self.starting[0] > self.starting[1]:
-                self._say(
-                    f"has been in init for {now - self.starting[0]:.0f} s: another rank has not "
-                    "called it, or calls it on other ranks; ending the job"
+        if self._ending:
+            return
+        now = time.monotonic()
+        if self.starting is not None and now - self.starting[0] > self.starting[1]:
+            self._end_late(
+                f"has been in init for {now - self.starting[0]:.0f} s: another rank has not "
+                "called it, or calls it on other ranks"
+            )
+        for backend in MpiBackend.alive():
+            if backend.inside is None:
+                continue
+            waiter, since = backend.inside
+            if now - since > waiter.timeout:
+                self._end_late(
+                    f"is stuck in the MPI library's part of {waiter.operation} for "
+                    f"{now - since:.0f} s. All ranks had come to a collective: one has been "
+                    "lost since (its own output, or the launcher's, may say why), or called "
+                    "another collective, or this one with another shape",
+                    waiter,
                 )
-                self._abort(1)
-            for backend in MpiBackend.alive():
-                if backend.inside is None:
-                    continue
-                waiter, since = backend.inside
-                if now - since > waiter.timeout:
-                    self._say(
-                        f"is stuck in the MPI library's part of {waiter.operation} for "
-                        f"{now - since:.0f} s. All ranks had come to a collective: one has been "
-                        "lost since (its own output, or the launcher's, may say why), or called "
-                        "another collective, or this one with another shape; ending the job"
-                    )
-                    self._abort(1)
+
+    def _end_late(self, words: str, waiter: Waiter | None = None) -> None:
+        """Report and abort, in a thread of its own: the helper has to answer the other ranks."""
+
+        def end() -> None:
+            if waiter is not None:
+                waiter.report(words)
+            self._say(f"{words}; ending the job")
+            self._abort(1)
+
+        self._ending = True
+        threading.Thread(target=end, name="mpidist-end", daemon=True).start()
+
+    def _report(self, title: str) -> None:
+        """Tell what all ranks of this node are doing, unless that has just been told."""
+        for group in tuple(self._groups):
+            watch = group._watch
+            if not watch.reported_lately():
+                watch.report(title, missing=[watch.rank], ask=False, dump=True)
 
     def _say(self, text: str) -> None:
         """Write to the error output in one piece."""

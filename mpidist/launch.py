@@ -6,7 +6,6 @@ would be a third of the time that importing this package takes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,18 +95,17 @@ def _init_mpi(
 ) -> ProcessGroup:
     from mpidist import hooks
     from mpidist.backends.mpi import MpiBackend, library_name, load_mpi, world_ranks
-    from mpidist.log import logger
 
     mpi = load_mpi()
     _refuse_strangers(evidence, mpi)
     comm = mpi.COMM_WORLD if comm is None else comm
     with hooks.starting(mpi, comm, timeout) as departures:
         backend = MpiBackend(comm.Dup(), departures=departures, places=world_ranks(mpi, comm))
-        world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after)
-    if world.size > 1:
+        several = backend.size > 1
+        world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after, answers=several)
+    if several:
         world._backend.take(_agreed_crossovers(world, library_name(mpi)))
     hooks.follow(world)
-    logger.debug("rank %d of %d is %s:%d", comm.rank, comm.size, os.uname().nodename, os.getpid())
     return world
 
 

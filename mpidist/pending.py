@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -39,11 +40,14 @@ class Plan(Generic[T]):
         Its arguments: flat arrays, counts, op, root.
     finish : callable
         Called once when the operation is complete; returns the verb's result.
+    shape : tuple of int, optional
+        Of the caller's array, where it is the same on all ranks.
     """
 
     verb: str
     args: tuple[Any, ...]
     finish: Callable[[], T]
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +70,35 @@ EVERYBODY = Peers()
 
 
 class GroupWaiter(Waiter):
-    """Waits for one operation with its group's deadline, warnings and losses."""
+    """Waits for one operation with its group's deadline, warnings and losses.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Whose operation it is.
+    verb : str
+        For messages.
+    record : int
+        The operation's, in the recorder.
+    number : int, optional
+        Of the operation; that of the collective when omitted.
+    collective : (int, int), optional
+        The group's identity and the number of the operation among its collectives.
+    peers : Peers, optional
+        The ranks it depends on; all when omitted.
+    """
 
     # One is made for every blocking call, most of which never have to wait for long.
     __slots__ = (
-        "_collective",
-        "_group",
         "_lost_since",
         "_missing",
         "_next_warning",
         "_number",
-        "_peers",
         "_verb",
+        "collective",
+        "group",
+        "peers",
+        "record",
         "timeout",
     )
 
@@ -85,29 +106,31 @@ class GroupWaiter(Waiter):
         self,
         group: ProcessGroup,
         verb: str,
+        record: int,
         *,
-        number: int | None = None,
+        number: int = 0,
         collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
-        timeout: float | None = None,
     ) -> None:
+        self.group = group
+        self.record = record
+        self.collective = collective
+        self.peers = peers
+        self.timeout = group.timeout
         self._verb = verb
         self._number = number
-        self._collective = collective
-        self.timeout = group.timeout if timeout is None else timeout
-        self._group = group
-        self._peers = peers
 
     @property
     def operation(self) -> str:
         """What is being waited for, for messages."""
-        return self._verb if self._number is None else f"{self._verb} #{self._number}"
+        number = self._number if self.collective is None else self.collective[1]
+        return f"{self._verb} #{number}"
 
     def wait_for(
         self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None
     ) -> None:
         """Wait as `Waiter` says; a missed deadline and a lost rank break the group."""
-        group = self._group
+        group = self.group
         self._missing = missing
         self._next_warning = group.warn_after
         self._lost_since: float | None = None
@@ -120,48 +143,66 @@ class GroupWaiter(Waiter):
             )
         except WaitTimeout:
             error = CollectiveTimeoutError(
-                f"{self.operation} on {group}: not complete after {self.timeout:g} s"
-                f"{self._who()}; a rank did not call it, called something else, or is gone. The "
-                "group is broken: let this error end the job, and look at what the missing ranks "
-                "were doing; init(timeout=...) sets the deadline"
+                f"{self._told()}: not complete after {self.timeout:g} s{self._who()}. The group is "
+                "broken: let this error end the job, and look at what the missing ranks were "
+                "doing; init(timeout=...) sets the deadline"
             )
             group._break(error)
+            self.report(f"not complete after {self.timeout:g} s")
             raise error from None
         except (TransportError, PeerLostError) as error:
             group._break(error)
             raise
 
+    def _told(self) -> str:
+        """Return the operation, its group and where it was called."""
+        return f"{self.operation} on {self.group}, called at {self.group._watch.here(self.record)}"
+
     def _who(self) -> str:
-        """Return words for the ranks that have not come, where they are known."""
+        """Return words for the ranks that have not come, and for where they are instead."""
+        words = self.group._watch.accuse(self.group.ranks, self.collective, self._absent())
+        return f". {words}" if words else ""
+
+    def _absent(self) -> list[int]:
+        """Return the ranks of the world that are known not to have come."""
+        members = self.group.ranks
         missing = self._missing() if self._missing is not None else ()
-        return f", waiting for rank {', '.join(map(str, missing))}" if missing else ""
+        if not missing and self.collective is None:
+            missing = sorted(self.peers.ranks or ())
+        return [members[rank] for rank in missing]
+
+    def report(self, why: str, *, dump: bool = True) -> None:
+        """Tell what all ranks are doing, if no other rank is telling it."""
+        self.group._watch.report(
+            f"{self._told()}: {why}",
+            members=self.group.ranks,
+            key=self.collective,
+            missing=self._absent(),
+            dump=dump,
+        )
 
     def _patrol(self, waited: float) -> None:
-        group = self._group
+        group = self.group
         if waited >= self._next_warning:
             self._next_warning *= 2
-            group.log.warning(
-                "%s has been waiting for %.0f s%s; the deadline is at %.0f s",
-                self.operation,
-                waited,
-                self._who(),
-                self.timeout,
-            )
-        needed = self._peers.ranks
+            why = f"has waited for {waited:.0f} s, the deadline is at {self.timeout:g} s"
+            self.report(why, dump=False)
+        needed = self.peers.ranks
         lost = {
             rank: words
-            for rank, words in group._backend.lost(self._collective).items()
+            for rank, words in group._backend.lost(self.collective).items()
             if needed is None or rank in needed
         }
-        if len(lost) <= self._peers.spare:
+        if len(lost) <= self.peers.spare:
             return
         if self._lost_since is None:
             self._lost_since = waited
         if waited - self._lost_since >= GRACE:
             told = "; ".join(f"rank {rank} {words}" for rank, words in sorted(lost.items()))
+            self.report(told)
             raise PeerLostError(
-                f"{self.operation} on {group}: {told}. The group is broken: let this error end "
-                "the job; every rank must call the same collectives"
+                f"{self._told()}: {told}. The group is broken: let this error end the job; every "
+                "rank must call the same collectives"
             )
 
 
@@ -170,41 +211,24 @@ class GroupWork(Work[T]):
 
     Parameters
     ----------
-    group : ProcessGroup
-        Whose operation it is; holds it until it is complete, also if nobody else does.
-    operation : str
-        Verb and number, for messages.
+    waiter : GroupWaiter
+        What waits for it; its group holds it until it is complete, also if nobody else does.
     inner : Work
         The transport's part.
     finish : callable
         Called once on completion; returns the result.
-    collective : (int, int), optional
-        The group's identity and the number of the operation among its collectives.
-    peers : Peers, optional
-        The ranks it depends on; all when omitted.
     """
 
-    def __init__(
-        self,
-        group: ProcessGroup,
-        operation: str,
-        inner: Work[Any],
-        finish: Callable[[], T],
-        *,
-        collective: tuple[int, int] | None = None,
-        peers: Peers = EVERYBODY,
-    ) -> None:
-        self._group = group
-        self._operation = operation
+    def __init__(self, waiter: GroupWaiter, inner: Work[Any], finish: Callable[[], T]) -> None:
+        self._waiter = waiter
+        self._group = waiter.group
         self._inner = inner
         self._finish = finish
-        self._collective = collective
-        self._peers = peers
         self._over = False
         self._error: BaseException | None = None
         self._result: list[T] = []
-        group._outstanding.append(self)
-        group._backend.engine.held.add(self)
+        self._group._outstanding.append(self)
+        self._group._backend.engine.held.add(self)
 
     def _complete(self) -> bool:
         """Poll the transport's part, and finish when it is over."""
@@ -214,10 +238,14 @@ class GroupWork(Work[T]):
             if not self._inner.done():
                 return False
             self._result.append(self._finish())
-        except (SizeMismatchError, CollectiveMismatchError) as error:
+        except CollectiveMismatchError as error:
+            self._group._tell_callers(error, self._waiter)
+            self._end(error)
+        except SizeMismatchError as error:
             self._end(error)
         except TransportError as error:
-            told = TransportError(f"{self._operation} on {self._group}: {error}", error.code)
+            words = f"{self._waiter.operation} on {self._group}: {error}"
+            told = TransportError(words, error.code)
             told.__cause__ = error
             self._end(told, broken=True)
         except BaseException as error:
@@ -231,11 +259,13 @@ class GroupWork(Work[T]):
     def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
         """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
         self._over, self._error = True, error
-        self._group._outstanding.remove(self)
+        group = self._group
+        group._outstanding.remove(self)
+        group._journal.end(self._waiter.record, failed=error is not None)
         if broken and error is not None:
-            self._group._break(error)
+            group._break(error)
             return
-        self._group._backend.engine.held.discard(self)
+        group._backend.engine.held.discard(self)
         del self._inner, self._finish
 
     def missing(self) -> Sequence[int]:
@@ -245,7 +275,7 @@ class GroupWork(Work[T]):
     def done(self) -> bool:
         """Make progress on the whole group, and return whether this operation is complete."""
         if not self._over:
-            self._group._check_usable(self._operation)
+            self._group._check_usable(self._waiter.operation)
             self._group._backend.progress()
         if not self._complete():
             return False
@@ -256,18 +286,19 @@ class GroupWork(Work[T]):
     def wait(self, timeout: float | None = None) -> T:
         """Wait for the result; see `Work.wait`."""
         if not self._over:
-            self._group._check_usable(self._operation)
-            waiter = GroupWaiter(
-                self._group,
-                self._operation,
-                collective=self._collective,
-                peers=self._peers,
-                timeout=timeout,
-            )
-            try:
-                waiter.wait_for(self._complete, missing=self.missing)
-            except (CollectiveTimeoutError, PeerLostError) as error:
-                self._end(error, broken=True)
+            self._group._check_usable(self._waiter.operation)
+            self._wait(timeout)
         if self._error is not None:
             raise self._error
         return self._result[0]
+
+    def _wait(self, timeout: float | None) -> None:
+        waiter, journal = self._waiter, self._group._journal
+        waiter.timeout = self._group.timeout if timeout is None else timeout
+        journal.wait(waiter.record, sys._getframe(2))
+        try:
+            waiter.wait_for(self._complete, missing=self.missing)
+        except (CollectiveTimeoutError, PeerLostError) as error:
+            self._end(error, broken=True)
+        finally:
+            journal.waited()

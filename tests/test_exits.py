@@ -87,7 +87,8 @@ def run(tmp_path: Path, mpirun: list[str]) -> Iterator[Run]:
         job = Running(
             subprocess.Popen(
                 [*mpirun, "-n", str(SIZE), sys.executable, str(script)],
-                env=clean_environment() | {"PYTHONPATH": path, MARK: str(tmp_path)},
+                env=clean_environment()
+                | {"PYTHONPATH": path, MARK: str(tmp_path), "MPIDIST_DUMP": str(tmp_path)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

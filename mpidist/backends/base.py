@@ -8,7 +8,7 @@ of `mpidist.backends.algorithms`, and a transport overrides those that it does b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.backends import algorithms
+from mpidist.backends.compared import BY_MESSAGES, compare
 from mpidist.backends.crossovers import Crossovers, choose
 from mpidist.backends.registered import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
+from mpidist.recorder import Recorder, Recording
 
 if TYPE_CHECKING:
     from mpidist.backends.direct import Direct
@@ -77,6 +79,9 @@ class Backend(ABC):
 
     name: str
     """Name of the transport, as `init` takes it."""
+
+    recorder: Recorder
+    """Where this rank's operations are recorded, once `record` or `join` has been called."""
 
     def __init__(self, rank: int, size: int, capabilities: Capabilities) -> None:
         self.rank = rank
@@ -155,6 +160,18 @@ class Backend(ABC):
         begun : list of int
             One number, which the group counts up.
         """
+
+    def record(self) -> Mapping[int, Recording]:
+        """Begin to record; called once for the world, collective, blocks.
+
+        Returns
+        -------
+        mapping of int to Recording
+            What can be read here of the ranks, at least of this one.
+        """
+        memory = memoryview(bytearray(Recorder.nbytes()))
+        self.recorder = Recorder(memory)
+        return {self.rank: Recording(memory)}
 
     def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
         """Return the ranks of this group that are known to be gone, and what they said.
@@ -238,6 +255,27 @@ class Backend(ABC):
         """Perform a collective, and return when this rank's result is there; see `begin`."""
         waiter.wait_for(self.begin(verb, args).done)
 
+    def compare(self, what: str, site: str) -> Work[None]:
+        """Find out whether all ranks are about to call the same; see `compared.compare`."""
+        return self.start(self._comparing(what, site))
+
+    def begin_compared(self, verb: str, args: tuple[Any, ...], what: str, site: str) -> Work[None]:
+        """Start a collective that begins when all ranks have come to it with the same call.
+
+        Notes
+        -----
+        By messages: one of the library's collectives would start when this rank notices that the
+        comparison is over, which may be in another order on another rank; see [Note: phases].
+        """
+        return self.start(self._comparing(what, site, BY_MESSAGES[verb], args))
+
+    def _comparing(
+        self, what: str, site: str, verb: Callable[..., Steps] | None = None, args: Any = ()
+    ) -> Steps:
+        first = self._next_lane()
+        then = () if verb is None else verb(self._next_lane(), *args)
+        return _in_turn(compare(first, what, site, rank=self.rank, size=self.size), then)
+
     # -- operations of several phases ----------------------------------------------------------
 
     def start(self, steps: Steps) -> Work[None]:
@@ -250,9 +288,10 @@ class Backend(ABC):
         """Drive from now on what `parent` has under way, too, and let it drive this one's.
 
         While this rank waits on one group, others may wait for its next phase on another. The
-        crossovers are the parent's, too.
+        crossovers and the recorder are the parent's, too.
         """
         self.engine = parent.engine
+        self.recorder = parent.recorder
         self.take(parent._table)
 
     def take(self, table: Mapping[int, Crossovers]) -> None:
@@ -330,3 +369,8 @@ class Backend(ABC):
         return self.start(
             algorithms.pairwise_all_to_all(self._next_lane(), x, out, send_counts, recv_counts)
         )
+
+
+def _in_turn(*operations: Iterable[Work[Any]]) -> Steps:
+    for steps in operations:
+        yield from steps

@@ -37,6 +37,7 @@ from mpidist.backends.turns import Turns
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
+from mpidist.recorder import Recorder, Recording
 
 __all__ = ["MpiBackend", "load_mpi", "world_ranks"]
 
@@ -386,6 +387,16 @@ class MpiBackend(Backend):
         with self._within(waiter):
             memory = share(self._mpi, self._comm, Block.stride(-(-nbytes // self.size)))
         return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
+
+    def record(self) -> Mapping[int, Recording]:
+        """Begin to record where the other ranks of the node can read it; collective, blocks."""
+        near, nbytes = self._near, Recorder.nbytes()
+        memory = None if len(near.local) == 1 else share(self._mpi, self._local, nbytes)
+        if memory is None:
+            return super().record()
+        parts = [memory[start : start + nbytes] for start in range(0, len(memory), nbytes)]
+        self.recorder = Recorder(parts[near.rank])
+        return {rank: Recording(part) for rank, part in zip(near.local, parts, strict=True)}
 
     def _arrive(self, waiter: Waiter) -> None:
         """Wait, with the deadline, until all ranks have come to this operation."""

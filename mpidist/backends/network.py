@@ -16,6 +16,7 @@ from mpidist.backends.matching import Matcher, Parcel, Place, Slot
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work
 from mpidist.errors import TransportError
+from mpidist.recorder import Recorder
 
 __all__ = ["ExchangeWork", "Meeting", "Network"]
 
@@ -116,6 +117,7 @@ class Network:
         self._faults = faults or Faults()
         self.ranks_per_node = ranks_per_node or size
         self.lost: dict[int, str] = {}
+        self.records = [memoryview(bytearray(Recorder.nbytes())) for _ in range(size)]
         """Ranks of the world whose end was announced, and how they ended."""
         self._seed = seed
         self._lock = threading.RLock()

@@ -48,7 +48,15 @@ _REMEMBERED = 256
 
 
 class Sum(Protocol):
-    """A blocking all_reduce of one kind of array, prepared."""
+    """A blocking all_reduce of one kind of array, prepared.
+
+    Attributes
+    ----------
+    name : int
+        Under which it is recorded; 0 as long as it has none.
+    """
+
+    name: int
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine `x` of all ranks into `out`, which may be `x`."""
@@ -63,6 +71,8 @@ class SmallSum:
     room for two. There is no need for more: nobody gets beyond the meeting of the next one before
     all have come to it, and whoever has is done with this one.
     """
+
+    name = 0
 
     def __init__(
         self, turns: Turns, team: Team, rooms: _Rooms, op: ReduceOp, dtype: DType, count: int
@@ -95,6 +105,8 @@ class PlaceSum:
     Two meetings; see `in_place.all_reduce`.
     """
 
+    name = 0
+
     def __init__(self, turns: Turns, team: Team, place: Place, op: ReduceOp) -> None:
         self._turns = turns
         self._run = team.quiet.run
@@ -118,6 +130,8 @@ class ScratchSum:
     the others' results: 2 meetings, and 2 (p - 1) / p of the array copied in and out. Two halves of
     the room serve in turn, see [Note: two halves].
     """
+
+    name = 0
 
     def __init__(self, turns: Turns, team: Team, rooms: _Rooms, x: Array, op: ReduceOp) -> None:
         self._turns = turns

@@ -244,3 +244,6 @@ class Waiter(ABC):
         missing : callable, optional
             Returns the ranks that have not come, where that is known.
         """
+
+    def report(self, why: str) -> None:  # noqa: B027  # optional
+        """Tell what all ranks are doing, since the job is about to be ended."""

@@ -70,11 +70,11 @@ def plan_all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | No
     if out is x and is_plain(x):
         check_reduction(x, op, "all_reduce", group)
         same = x if x.ndim == 1 else x.reshape(-1)
-        return Plan("all_reduce", (same, same, op), lambda: x)
+        return Plan("all_reduce", (same, same, op), lambda: x, x.shape)
     x = check_array(x, "all_reduce", group)
     check_reduction(x, op, "all_reduce", group)
     flat, finish = land(out, x.shape, x.dtype, verb="all_reduce", group=group)
-    return Plan("all_reduce", (separate(flat_source(x), flat, out), flat, op), finish)
+    return Plan("all_reduce", (separate(flat_source(x), flat, out), flat, op), finish, x.shape)
 
 
 def all_reduce(
@@ -135,7 +135,7 @@ def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) 
         source = separate(flat_source(x), flat, out)
         if source is not flat:
             flat[...] = source
-    return Plan("broadcast", (flat, root), finish)
+    return Plan("broadcast", (flat, root), finish, x.shape)
 
 
 def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None) -> Array:
@@ -189,9 +189,9 @@ def plan_reduce(
     check_reduction(x, op, "reduce", group)
     source = flat_source(x)
     if group.rank != root:
-        return Plan("reduce", (source, None, op, root), nothing)
+        return Plan("reduce", (source, None, op, root), nothing, x.shape)
     flat, finish = land(out, x.shape, x.dtype, verb="reduce", group=group)
-    return Plan("reduce", (separate(source, flat, out), flat, op, root), finish)
+    return Plan("reduce", (separate(source, flat, out), flat, op, root), finish, x.shape)
 
 
 def reduce(

@@ -97,7 +97,8 @@ class Job:
         (self._directory / "plan.json").write_text(json.dumps(plan))
         (self._directory / "gate").write_bytes(bytes(len(deadlines) * size))
         self._readers = [LineReader(self._directory / f"rank-{r}.jsonl") for r in range(size)]
-        environment = clean_environment() | {MARK: str(self._directory)}
+        directory = str(self._directory)
+        environment = clean_environment() | {MARK: directory, "MPIDIST_DUMP": directory}
         path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(path)
         self._since = time.monotonic()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,12 +52,14 @@ def clean_environment() -> dict[str, str]:
     -------
     dict of str to str
         One BLAS thread per rank; Open MPI is allowed to run as root where the user is root; paths
-        change at the package's own crossovers, whatever was measured on this machine.
+        change at the package's own crossovers, whatever was measured on this machine; reports
+        do not go into the current directory.
     """
     foreign = (*_LAUNCHER_PREFIXES, *_OUTER_PYTEST)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     environment["MPIDIST_CROSSOVERS"] = "registered=32768"
+    environment["MPIDIST_DUMP"] = tempfile.gettempdir()
     if os.geteuid() == 0:
         environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     return environment

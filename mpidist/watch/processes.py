@@ -1,0 +1,64 @@
+"""Whether a process of this node is alive."""
+
+from __future__ import annotations
+
+import os
+import select
+from enum import Enum
+from pathlib import Path
+
+__all__ = ["Process", "Status"]
+
+
+class Status(str, Enum):
+    """What is known of a rank."""
+
+    ALIVE = "alive"
+    STOPPED = "stopped"
+    DEAD = "dead"
+    LEAVING = "at its exit"
+    SILENT = "silent"
+    UNKNOWN = "?"
+
+    def __str__(self) -> str:
+        """Return the word."""
+        return self.value
+
+
+class Process:
+    """A process of this node, held so that its number cannot come to stand for another one.
+
+    Parameters
+    ----------
+    pid : int
+        Its number, in this process's namespace.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        try:
+            self._descriptor: int | None = os.pidfd_open(pid)
+        except OSError:
+            self._descriptor = None
+
+    def status(self) -> Status:
+        """Return whether it is alive, stopped or dead."""
+        if self._descriptor is None:
+            return Status.UNKNOWN
+        if select.select([self._descriptor], [], [], 0)[0]:
+            return Status.DEAD
+        return Status.STOPPED if self._state() in ("T", "t") else Status.ALIVE
+
+    def _state(self) -> str:
+        """Return the letter for what the kernel does with it (proc(5), /proc/pid/stat)."""
+        try:
+            text = Path(f"/proc/{self._pid}/stat").read_text()
+        except OSError:
+            return "?"
+        return text.rpartition(")")[2].split()[0]  # the name, in parentheses, may hold anything
+
+    def __del__(self) -> None:
+        """Let go of the process."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,214 @@
+"""Reports in words: who is missing, and what every rank was doing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from mpidist.recorder import Record, Site, is_inside
+from mpidist.watch.processes import Status
+from mpidist.watch.states import RankState
+
+__all__ = ["accuse", "callers", "place", "suspects", "tell"]
+
+_NAMED = 4
+"""Ranks whose doings are told one by one in a sentence."""
+
+_ROWS = 32
+"""Ranks of which each has a line; of more, those that do the same share one."""
+
+_FRAMES = 6
+
+Key = tuple[int, int]
+States = Mapping[int, RankState]
+
+
+def place(site: Site) -> str:
+    """Return a place as short as it can be found by: file and line, and the function's name."""
+    if not site.file:
+        return "?"
+    here = os.getcwd() + os.sep  # noqa: PTH109  # a text is wanted
+    file = site.file.removeprefix(here)
+    inside = f" in {site.function}" if site.function not in ("", "<module>") else ""
+    return f"{file}:{site.line}{inside}"
+
+
+def accuse(states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]) -> str:
+    """Return words for the ranks that keep an operation from being complete.
+
+    Parameters
+    ----------
+    states : mapping of int to RankState
+        What is known, by rank of the world.
+    members : sequence of int
+        The ranks of the group, in the world.
+    key : (int, int), optional
+        Of the collective.
+    missing : sequence of int
+        Ranks of the world that are known not to have come.
+    """
+    came = _came(states, members, key)
+    absent = _absent(states, members, key, missing)
+    sentences = []
+    if key is not None and len(_calls(came)) > 1:
+        sentences.append(f"The ranks called different things: {callers(states, members, key)}")
+    if absent:
+        named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
+        if len(absent) > _NAMED:
+            named.append(f"and {len(absent) - _NAMED} more: {_ranges(absent[_NAMED:])}")
+        sentences.append(f"Missing: {'; '.join(named)}")
+    for status in (Status.DEAD, Status.STOPPED):
+        ranks = [rank for rank in came if states[rank].status is status]
+        if ranks:
+            sentences.append(f"{status.value.capitalize()}: rank {_ranges(ranks)}")
+    return ". ".join(sentences)
+
+
+def suspects(
+    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+) -> list[int]:
+    """Return the ranks that keep an operation from being complete; see `accuse`."""
+    came = _came(states, members, key)
+    gone = [rank for rank in came if states[rank].status in (Status.DEAD, Status.STOPPED)]
+    calls = _calls(came)
+    odd = [rank for ranks in list(calls.values())[:-1] for rank in ranks]
+    return sorted({*_absent(states, members, key, missing), *gone, *odd})
+
+
+def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, Record]:
+    """Return the record of a collective of each rank that has come to it."""
+    if key is None:
+        return {}
+    known = {rank: states[rank].came_to(key) for rank in members if rank in states}
+    return {rank: record for rank, record in known.items() if record is not None}
+
+
+def _absent(
+    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+) -> list[int]:
+    """Return the ranks that have not come, as far as is known."""
+    came = _came(states, members, key)
+    seen = [rank for rank in members if key is not None and rank in states]
+    known = [rank for rank in seen if states[rank].records]
+    return sorted({*missing, *known} - came.keys())
+
+
+def _calls(came: Mapping[int, Record]) -> dict[str, list[int]]:
+    """Return who called what, the fewest first: they are the likeliest to be wrong."""
+    calls: dict[str, list[int]] = {}
+    for rank, record in came.items():
+        calls.setdefault(record.what, []).append(rank)
+    return dict(sorted(calls.items(), key=lambda call: len(call[1])))
+
+
+def callers(states: States, members: Sequence[int], key: Key) -> str:
+    """Return who called what where, as far as is known; the rarest calls first."""
+    calls: dict[str, list[int]] = {}
+    for rank, record in _came(states, members, key).items():
+        calls.setdefault(f"{record.what} at {place(record.site)}", []).append(rank)
+    ordered = sorted(calls.items(), key=lambda call: len(call[1]))
+    told = [f"rank {_ranges(ranks)} called {call}" for call, ranks in ordered[:_NAMED]]
+    return "; ".join([*told, "..."] if len(ordered) > _NAMED else told)
+
+
+def _absence(rank: int, state: RankState | None) -> str:
+    if state is None:
+        return f"rank {rank} (on another node)"
+    status = "" if state.status is Status.ALIVE else f", {state.status}"
+    head = f"rank {rank} ({state.process}{status}), "
+    record = state.current
+    if record is None:
+        return f"{head}which has called nothing"
+    group, called = f"of group {record.group!r}", f"called at {place(record.site)}"
+    if state.wait is not None and state.wait.sequence == record.sequence:
+        return f"{head}waiting at {place(state.wait.site)} for {record} {group}, {called}"
+    if not record.ended:
+        return f"{head}for {_ago(state, record.began)} in {record} {group}, {called}"
+    word = "failed" if record.ended < 0 else "done"
+    return f"{head}{word} {_ago(state, record.ended)} ago with {record} {group}, {called}"
+
+
+def tell(title: str, states: Iterable[RankState], missing: Sequence[int]) -> str:
+    """Return a report: a title, a table of the ranks, and where the missing ones are.
+
+    Parameters
+    ----------
+    title : str
+        First line.
+    states : iterable of RankState
+        The ranks to be told of.
+    missing : sequence of int
+        Those that come first, with their stacks.
+    """
+    first = set(missing)
+    ordered = sorted(states, key=lambda state: (state.rank not in first, state.rank))
+    rows = [_row(state) for state in ordered]
+    if len(rows) > _ROWS:
+        rows = _joined(rows)
+    header = ("rank", "node", "process", "state", "last operation", "called at", "when", "now at")
+    lines = [title, *_columns([header, *rows])]
+    for state in [state for state in ordered if state.rank in first][:_NAMED]:
+        for stack in state.stacks:
+            outside = [site for site in stack.frames if not is_inside(site.file)]
+            frames = " < ".join(place(site) for site in outside[:_FRAMES])
+            lines.append(f"  rank {state.rank}, {stack.thread}: {frames}")
+    return "\n".join(lines)
+
+
+def _row(state: RankState) -> tuple[str, ...]:
+    record, now = state.current, _now_at(state)
+    head = (str(state.rank), str(state.node), state.process, str(state.status))
+    if record is None:
+        return (*head, "none", "", "", now)
+    name = f"{record} of {record.group}"
+    return (*head, name, place(record.site), _when(state, record), now)
+
+
+def _when(state: RankState, record: Record) -> str:
+    if state.wait is not None and state.wait.sequence == record.sequence:
+        return f"waits {state.wait.seconds:.1f} s"
+    if not record.ended:
+        return f"for {_ago(state, record.began)}"
+    word = "failed" if record.ended < 0 else "done"
+    return f"{word} {_ago(state, record.ended)} ago"
+
+
+def _now_at(state: RankState) -> str:
+    """Return the innermost place outside this package at which the main thread is."""
+    for stack in state.stacks:
+        if stack.thread == "MainThread":
+            outside = [site for site in stack.frames if not is_inside(site.file)]
+            return place(outside[0]) if outside else ""
+    return ""
+
+
+def _joined(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Let ranks that do the same share a line, with the first one's node and process."""
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        alike.setdefault((row[3], row[4], row[5], row[7]), []).append(row)
+    return [
+        (_ranges([int(row[0]) for row in same]), *same[0][1:])
+        for same in sorted(alike.values(), key=len)
+    ]
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = [at for at in range(len(widths)) if any(row[at] for row in rows[1:])]
+    return ["  " + "  ".join(row[at].ljust(widths[at]) for at in shown).rstrip() for row in rows]
+
+
+def _ago(state: RankState, time: int) -> str:
+    return f"{state.seconds(time):.1f} s"
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Return ranks as people write them: 0-2, 5."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,360 @@
+"""What is known of the ranks of a job, and who tells it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from time import monotonic_ns
+from typing import TYPE_CHECKING
+
+from mpidist import env
+from mpidist.recorder import Head, Recorder, Recording
+from mpidist.watch.processes import Process, Status
+from mpidist.watch.report import accuse, callers, place, suspects, tell
+from mpidist.watch.states import RankState, own_stacks
+
+if TYPE_CHECKING:
+    from mpidist.watch.listener import Listener
+
+__all__ = ["Watch"]
+
+_CARD = 512
+"""Bytes with which each rank introduces itself."""
+
+_ANSWER = 1.5
+"""Seconds that a process of this node has to say where its threads are."""
+
+_WRITING = 8.0
+"""Seconds that a rank which has set out to write a report has for it."""
+
+_FRESH = 3.0
+"""Seconds during which nobody repeats a report."""
+
+_ASKED_AT_ONCE = 32
+"""Nodes."""
+
+_POLL = 0.02
+
+
+class Watch:
+    """Sees what the ranks of a job are doing.
+
+    The memory of the ranks of this node is read as it is, also after their death. Their processes,
+    and other nodes, are asked.
+
+    Parameters
+    ----------
+    rank : int
+        This rank, in the world.
+    recorder : Recorder
+        Its own.
+    recordings : mapping of int to Recording
+        What can be read here, by rank.
+
+    Attributes
+    ----------
+    debug : bool
+        Whether all collectives are compared before they begin.
+    """
+
+    def __init__(self, rank: int, recorder: Recorder, recordings: Mapping[int, Recording]) -> None:
+        self.rank = rank
+        self._recorder = recorder
+        self.debug = False
+        self.listener: Listener | None = None
+        self._recordings = recordings
+        self._words = recorder.words
+        self._secret = b""
+        self._nodes: Sequence[int] = [0] * (rank + 1)
+        self._hosts = ["?"] * (rank + 1)
+        self._pids = [os.getpid()] * (rank + 1)
+        self._processes: dict[int, Process] = {}
+        self._doors: list[tuple[str, int]] = []
+
+    # -- how the ranks get to know each other --------------------------------------------------
+
+    def listen(self, nodes: Sequence[int]) -> None:
+        """Promise that `answer` is called from now on, several times a second.
+
+        Parameters
+        ----------
+        nodes : sequence of int
+            The node of each rank. Where there are several, the first rank of each listens for the
+            others.
+        """
+        self._words[Head.LISTENING] = 1
+        if max(nodes) and nodes.index(nodes[self.rank]) == self.rank:
+            from mpidist.watch.listener import Listener
+
+            self.listener = Listener(self._answer)
+
+    def card(self) -> bytes:
+        """Return how this rank introduces itself to the others."""
+        words = {
+            "host": os.uname().nodename[:200],
+            "pid": os.getpid(),
+            "port": 0 if self.listener is None else self.listener.port,
+            "secret": os.urandom(32).hex(),
+            "debug": env.debug(),
+        }
+        return json.dumps(words).encode().ljust(_CARD)
+
+    def meet(self, nodes: Sequence[int], cards: Sequence[bytes]) -> None:
+        """Take the others' introductions; rank 0's settings count for all.
+
+        The cards travel from rank to rank of one job, so that its secret is known to nobody else.
+        """
+        read = [json.loads(card) for card in cards]
+        self._nodes = nodes
+        self._hosts = [card["host"] for card in read]
+        self._pids = [card["pid"] for card in read]
+        self._doors = [(card["host"], card["port"]) for card in read if card["port"]]
+        self._secret = bytes.fromhex(read[0]["secret"])
+        self.debug = read[0]["debug"]
+        if self.listener is not None:
+            self.listener.open(self._secret)
+        for rank, recording in self._recordings.items():
+            same = recording.words[Head.PID_NAMESPACE] == self._words[Head.PID_NAMESPACE]
+            if rank != self.rank and same and self._pids[rank] != os.getpid():
+                self._processes[rank] = Process(self._pids[rank])
+
+    def who(self) -> list[str]:
+        """Return host and process number of every rank."""
+        return [f"{host}:{pid}" for host, pid in zip(self._hosts, self._pids, strict=True)]
+
+    # -- what they are doing -------------------------------------------------------------------
+
+    def here(self, sequence: int) -> str:
+        """Return where this rank called an operation."""
+        return place(self._recordings[self.rank].site_of(sequence))
+
+    def states(self, *, ask: bool = True) -> dict[int, RankState]:
+        """Return what is known of the ranks of this node.
+
+        Parameters
+        ----------
+        ask : bool, optional
+            Whether to ask their processes where the threads are, which may take 1.5 s.
+        """
+        stacks = self._ask() if ask else {}
+        found = {}
+        for rank in self._recordings:
+            status = self._status(rank)
+            if ask and status is Status.ALIVE and rank not in stacks and self._listens(rank):
+                status = Status.SILENT
+            found[rank] = self._read(rank, status, stacks.get(rank, ""))
+        return found
+
+    def all_states(self) -> dict[int, RankState]:
+        """Return what is known of all ranks, other nodes asked as well, which may take 5 s."""
+        here = self._nodes[self.rank]
+        far = [door for node, door in enumerate(self._doors) if node != here]
+        if not far:
+            return self.states() | self._unknown(self._recordings)
+        from concurrent.futures import ThreadPoolExecutor
+
+        from mpidist.watch.listener import ask
+
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            answers = [pool.submit(ask, host, port, self._secret) for host, port in far]
+            found = self.states()
+            for answer in answers:
+                try:
+                    told = [RankState.from_json(fields) for fields in json.loads(answer.result())]
+                except (OSError, ValueError):
+                    continue
+                found |= {state.rank: state for state in told}
+        return found | self._unknown(found)
+
+    def _unknown(self, found: Collection[int]) -> dict[int, RankState]:
+        """Return what is known of the ranks of which nothing has been heard."""
+        status = Status.SILENT if self._doors else Status.UNKNOWN
+        return {
+            rank: RankState(rank, node, who, status)
+            for rank, (node, who) in enumerate(zip(self._nodes, self.who(), strict=True))
+            if rank not in found
+        }
+
+    def _answer(self) -> bytes:
+        """Return the states of this node's ranks, for another node."""
+        return json.dumps([state.as_json() for state in self.states().values()]).encode()
+
+    def _read(self, rank: int, status: Status, stacks: str) -> RankState:
+        return RankState.read(
+            self._recordings[rank],
+            rank=rank,
+            node=self._nodes[rank],
+            process=f"{self._hosts[rank]}:{self._pids[rank]}",
+            status=status,
+            stacks=stacks,
+        )
+
+    def _status(self, rank: int) -> Status:
+        process = self._processes.get(rank)
+        if process is not None:
+            return process.status()
+        return Status.ALIVE if self._pids[rank] == os.getpid() else Status.UNKNOWN
+
+    def _listens(self, rank: int) -> bool:
+        return bool(self._recordings[rank].words[Head.LISTENING])
+
+    def _ask(self) -> dict[int, str]:
+        """Ask all that listen where their threads are."""
+        asked, stacks = monotonic_ns(), {self.rank: own_stacks()}
+        waiting = [rank for rank in self._recordings if rank != self.rank and self._listens(rank)]
+        for rank in waiting:
+            self._recordings[rank].words[Head.ASKED] = asked
+        deadline = time.monotonic() + _ANSWER
+        while waiting and time.monotonic() < deadline:
+            for rank in tuple(waiting):
+                recording = self._recordings[rank]
+                if recording.words[Head.ANSWERED] >= asked:
+                    stacks[rank] = recording.stacks()
+                    waiting.remove(rank)
+                elif self._status(rank) in (Status.DEAD, Status.STOPPED):
+                    waiting.remove(rank)
+            if waiting:
+                time.sleep(_POLL)
+        return stacks
+
+    # -- reports -------------------------------------------------------------------------------
+
+    def accuse(
+        self, members: Sequence[int], key: tuple[int, int] | None, missing: Sequence[int]
+    ) -> str:
+        """Return words for who keeps an operation from ending, as far as is known on this node.
+
+        Parameters
+        ----------
+        members : sequence of int
+            The ranks of the group, in the world.
+        key : (int, int), optional
+            The group's identity and the number of the collective.
+        missing : sequence of int
+            Ranks of the world that are known not to have come.
+        """
+        return accuse(self.states(ask=False), members, key, missing)
+
+    def callers(self, members: Sequence[int], key: tuple[int, int]) -> str:
+        """Return who called what where, as far as is known on this node; see `accuse`."""
+        return callers(self.states(ask=False), members, key)
+
+    def report(
+        self,
+        title: str,
+        *,
+        members: Sequence[int] | None = None,
+        key: tuple[int, int] | None = None,
+        missing: Sequence[int] = (),
+        ask: bool = True,
+        dump: bool = False,
+    ) -> None:
+        """Log what all ranks are doing, if no other rank has just done so or is about to.
+
+        Parameters
+        ----------
+        title : str
+            First words.
+        members : sequence of int, optional
+            The ranks of the group, in the world; all when omitted.
+        key : (int, int), optional
+            Of the collective that does not end.
+        missing : sequence of int, optional
+            Ranks of the world that are known not to have come.
+        ask : bool, optional
+            Whether to ask other processes and nodes.
+        dump : bool, optional
+            Whether to write it as JSON, too; see `mpidist.env.dump_directory`.
+
+        Notes
+        -----
+        Returns when the rank that writes the report has written it, at the latest after 8 s:
+        whoever ends the job afterwards must not take it from the screen.
+        """
+        if not self._claim():
+            return
+        states = self.all_states() if ask else self.states(ask=False)
+        mine = states[self.rank].claimed
+        others = [state for state in states.values() if state.rank != self.rank]
+        if not any(mine < state.claimed < _WRITING for state in others):
+            members = range(len(self._nodes)) if members is None else members
+            told = accuse(states, members, key, missing)
+            first = suspects(states, members, key, missing)
+            text = tell(f"{title}. {told}" if told else title, states.values(), first)
+            if dump and self._listening:
+                text += f"\n  {self._dump(title, states)}"
+            from mpidist.log import rank_logger
+
+            rank_logger("world", self.rank, len(self._nodes)).warning("%s", text)
+        self._words[Head.REPORTED] = monotonic_ns()
+
+    def reported_lately(self) -> bool:
+        """Whether this rank has just told what all ranks are doing."""
+        return 0 < monotonic_ns() - self._words[Head.REPORTED] < _FRESH * 1e9
+
+    def _claim(self) -> bool:
+        """Set out to write a report; False if another rank of this node does, when it is done."""
+        self._words[Head.CLAIMED] = claimed = monotonic_ns()
+        deadline = time.monotonic() + _WRITING
+        while time.monotonic() < deadline:
+            faster = [rank for rank in self._recordings if self._is_faster(rank, claimed)]
+            if not faster:
+                return True
+            self._words[Head.CLAIMED] = 0
+            if any(self._is_done(rank) for rank in faster):
+                return False
+            time.sleep(_POLL)
+        return True
+
+    def _is_faster(self, rank: int, claimed: int) -> bool:
+        """Whether a rank set out before, not long ago, and lives."""
+        words = self._recordings[rank].words
+        theirs, done = words[Head.CLAIMED], self._is_done(rank)
+        if rank == self.rank or not theirs or (theirs, rank) > (claimed, self.rank):
+            return False
+        last = words[Head.REPORTED] if done else theirs
+        fresh = claimed - last < (_FRESH if done else _WRITING) * 1e9
+        return fresh and (done or self._status(rank) in (Status.ALIVE, Status.LEAVING))
+
+    def _is_done(self, rank: int) -> bool:
+        words = self._recordings[rank].words
+        return bool(words[Head.REPORTED] >= words[Head.CLAIMED] > 0)
+
+    def _dump(self, title: str, states: Mapping[int, RankState]) -> str:
+        """Write what is known as JSON, and return words for where it is."""
+        name = f"mpidist-report-{os.uname().nodename}-{os.getpid()}.json"
+        path = Path(env.dump_directory(), name).absolute()
+        content = {
+            "format": 1,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "title": title,
+            "ranks": [state.as_json() for _, state in sorted(states.items())],
+        }
+        try:
+            path.write_text(json.dumps(content))
+        except OSError as error:
+            return f"The records could not be written to {path}: {error}"
+        return f"The last operations and all stacks of these ranks are in {path}"
+
+    # -- the helper thread ---------------------------------------------------------------------
+
+    @property
+    def _listening(self) -> bool:
+        return bool(self._words[Head.LISTENING])
+
+    def answer(self) -> None:
+        """Write where the threads are, if somebody has asked."""
+        words = self._words
+        if words[Head.ASKED] > words[Head.ANSWERED]:
+            self._recorder.write_stacks(own_stacks())
+
+    def leave(self) -> None:
+        """Say that this rank has come to its exit."""
+        self._words[Head.LEAVING] = monotonic_ns()
+
+    def report_signal(self) -> None:
+        """Report because the user has asked for it, by a signal."""
+        self.report("SIGUSR2: what all ranks are doing", dump=True)
