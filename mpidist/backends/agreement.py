@@ -123,25 +123,44 @@ class Call(NamedTuple):
         )
 
 
-def tell_difference(records: Sequence[Array], ranks: Sequence[int], rank: int, call: Call) -> str:
-    """Return words for calls that differ, of these ranks of a group, for this one."""
+def tell_difference(
+    records: Sequence[Array], ranks: Sequence[int], place: int, counts: Sequence[int] = ()
+) -> str:
+    """Return words for calls that differ.
+
+    Parameters
+    ----------
+    records : sequence of Array, shape (6,), uint64
+        What each rank of a node came with.
+    ranks : sequence of int
+        Who they are.
+    place : int
+        Which of them is this one.
+    counts : sequence of int, optional
+        Elements of each rank's part as this one has them, where there are parts.
+    """
+    rank, verb = ranks[place], _verb(records[place])
     told = "; ".join(
         f"rank {other}: {_tell(record)}" for other, record in zip(ranks, records, strict=True)
     )
     if all((record == records[0]).all() for record in records):
         told += "; on another node a rank called something else"
-    parts = f" Here, on rank {rank}, the counts are {list(call.counts)}." if call.counts else ""
+    parts = f" Here, on rank {rank}, the counts are {list(counts)}." if counts else ""
     return (
-        f"{call.verb} on rank {rank}: the ranks called different things; nothing "
+        f"{verb} on rank {rank}: the ranks called different things; nothing "
         "has been changed. All must make the same call with the same counts, all blocking or all "
         "immediate, with the same crossovers, on the same place of the same registered block or "
         f"all on other memory.{parts} {told}"
     )
 
 
+def _verb(record: Array) -> str:
+    return DIRECT_VERBS[int(record[0]) >> 32]
+
+
 def _tell(record: Array) -> str:
     what, dtype, count, block, offset, checksum = record.tolist()
-    verb, op, root = DIRECT_VERBS[what >> 32], _OPS[what >> 16 & 0xFFFF], what & 0xFFFF
+    verb, op, root = _verb(record), _OPS[what >> 16 & 0xFFFF], what & 0xFFFF
     where = f"at byte {offset} of registered block {block}" if block else "not registered"
     if not block and verb in ("all_reduce", "all_gather"):
         where = "not in place in registered memory"

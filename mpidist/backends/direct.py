@@ -130,7 +130,7 @@ class Direct:
                 # The other nodes wait for what this one says.
                 yield from self._agree_across(_NOTHING, lane)
             yield from turns.parting(number)
-            raise turns.difference(records, call)
+            raise turns.difference(records, call.counts)
         if not self.team.alone:
             if not (yield from self._agree_across(record.words[:6], lane)):
                 board.object(number)
@@ -138,7 +138,7 @@ class Direct:
             if board.objected(number):
                 records = board.records(number)
                 yield from turns.parting(number)
-                raise turns.difference(records, call)
+                raise turns.difference(records, call.counts)
         return number
 
     def _agree_across(self, numbers: Array, lane: int) -> Meetings[bool]:

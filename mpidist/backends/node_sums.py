@@ -80,8 +80,8 @@ class SmallSum:
         self._turns = turns
         self._rooms = rooms
         self._run: Callable[..., None] = team.quiet.run
-        self._call = Call("all_reduce", np.empty(count, dtype), None, op, way=Way.ARRIVAL)
-        self._record = self._call.record()
+        like = np.empty(count, dtype)
+        self._record = Call("all_reduce", like, None, op, way=Way.ARRIVAL).record()
         halves = [rooms.arrays(half, dtype, count) for half in (0, 1)]
         self._mine = [parts[team.near.rank] for parts in halves]
         self._work = [combining(parts, op) for parts in halves]
@@ -93,7 +93,7 @@ class SmallSum:
         if turns.begun != turns.board.finished:
             turns.settle(waiters)
         self._mine[half][...] = x
-        number = turns.enter(self._record, self._call, waiters)
+        number = turns.enter(self._record, waiters)
         rooms.half = 1 - half
         self._run(*self._work[half], out)
         turns.board.finish(number)
@@ -102,7 +102,8 @@ class SmallSum:
 class PlaceSum:
     """Arrays in registered memory, where they lie.
 
-    Two meetings; see `in_place.all_reduce`.
+    Two meetings; see `in_place.all_reduce`. The place keeps this, so this does not keep the place:
+    the memory is to go with its last array, and not wait for the garbage collector.
     """
 
     name = 0
@@ -111,14 +112,13 @@ class PlaceSum:
         self._turns = turns
         self._run = team.quiet.run
         self._work = prepare_all_reduce(team, place, op)
-        self._call = Call("all_reduce", place.arrays[team.near.rank], place, op)
-        self._record = self._call.record()
+        self._record = Call("all_reduce", place.arrays[team.near.rank], place, op).record()
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
         turns = self._turns
         turns.settle(waiters)
-        number = turns.enter(self._record, self._call, waiters)
+        number = turns.enter(self._record, waiters)
         self._run(*self._work)
         turns.part(number, waiters)
 
@@ -138,9 +138,7 @@ class ScratchSum:
         self._run = team.quiet.run
         self._rooms = rooms
         self._combine = combination(op, x.dtype)
-        # The array itself is the caller's, and is not to be kept.
-        self._call = Call("all_reduce", np.empty(0, x.dtype), None, op, way=Way.SCRATCH)
-        self._record = self._call._replace(whole=x).record()
+        self._record = Call("all_reduce", x, None, op, way=Way.SCRATCH).record()
         self._step = rooms.nbytes // x.itemsize
         self._chunks: dict[tuple[int, int], _Chunk] = {}
         self._me = team.near.rank
@@ -158,7 +156,7 @@ class ScratchSum:
             if start:
                 turns.reach(waiters)
             else:
-                number = turns.enter(self._record, self._call._replace(whole=x), waiters)
+                number = turns.enter(self._record, waiters)
             rooms.half ^= 1
             mine, total = given[chunk.mine], result[chunk.mine]
             if x is out and self._me > 1:
@@ -349,9 +347,9 @@ class NodeSums:
         """Make room for long arrays when all have come for it; it is asked for once."""
         if self._scratch is not None or self._scratch_refused:
             return self._scratch
-        turns, call = self._turns, Call("all_reduce", x, None, op, way=Way.SCRATCH)
+        turns, record = self._turns, Call("all_reduce", x, None, op, way=Way.SCRATCH).record()
         turns.settle(waiters)
-        turns.board.finish(turns.enter(call.record(), call, waiters))
+        turns.board.finish(turns.enter(record, waiters))
         chunk = max(_ALL_CHUNKS // self._team.transport.size, _SHORTEST_CHUNK)
         parts = self._share(_SKEW + 2 * chunk, waiters())
         if parts is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from mpidist._types import Array
-from mpidist.backends.agreement import Call, tell_difference
+from mpidist.backends.agreement import tell_difference
 from mpidist.backends.meetings import RING, DirectBoard, Meetings, Record, Until
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.work import Waiter
@@ -58,7 +58,7 @@ class Turns:
                 missing=lambda: self._ranks(self.board.absent(self.board.finished + 1)),
             )
 
-    def enter(self, record: Record, call: Call, waiters: Waiters) -> int:
+    def enter(self, record: Record, waiters: Waiters) -> int:
         """Begin an operation when all before are done here, and wait until all have come to it.
 
         Returns
@@ -69,7 +69,7 @@ class Turns:
         Raises
         ------
         CollectiveMismatchError
-            If they came with different records; `call` is what this one stands for.
+            If they came with different records.
         """
         board = self.board
         self.begun = self._entered = number = self.begun + 1
@@ -86,7 +86,7 @@ class Turns:
         if not board.same(number, record):
             records = board.records(number)
             self.part(number, waiters)
-            raise self.difference(records, call)
+            raise self.difference(records)
         return number
 
     def reach(self, waiters: Waiters) -> None:
@@ -143,12 +143,12 @@ class Turns:
             lambda: board.all_finished(number), lambda: self._ranks(board.unfinished(number))
         )
 
-    def difference(self, records: Sequence[Array], call: Call) -> CollectiveMismatchError:
-        """Return the error that says who came with what."""
+    def difference(
+        self, records: Sequence[Array], counts: Sequence[int] = ()
+    ) -> CollectiveMismatchError:
+        """Return the error that says who came with what; this rank with these counts."""
         near = self.near
-        return CollectiveMismatchError(
-            tell_difference(records, near.local, near.local[near.rank], call)
-        )
+        return CollectiveMismatchError(tell_difference(records, near.local, near.rank, counts))
 
     def _slot_free(self, number: int) -> bool:
         """Whether nobody needs any more what stands where this operation's record will."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
+from mpidist.backends.agreement import DIRECT_VERBS
 from mpidist.backends.crossovers import NEVER, Crossovers
 from mpidist.backends.meetings import DirectBoard, Until, supported
 from mpidist.backends.waiting import WaitTimeout
@@ -257,6 +259,49 @@ def test_arrays_outlive_their_group_and_blocks_their_arrays(world):
     del view
     gc.collect()
     assert not registry._blocks
+
+
+def mapped():
+    """How many pieces of shared memory this process has."""
+    return sum("/dev/shm/" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@direct_only
+@pytest.mark.ranks(2, 3)
+def test_memory_goes_with_its_last_array_without_the_garbage_collector(world):
+    group = world.duplicate("tidy")
+    count = LEAST // 8 * world.size
+    mpidist.all_reduce(np.ones(count), group)  # makes the room for arrays that lie elsewhere
+    before = mapped()
+
+    def use(verb):
+        x = group.empty(count, np.float64)
+        x[...] = 1
+        assert mapped() == before + 1
+        if verb == "all_reduce":
+            for op in (mpidist.SUM, mpidist.MEAN):
+                for array in (x, x[: count // 2], x[:3]):
+                    mpidist.all_reduce(array, group, op=op, out=array)
+                    mpidist.iall_reduce(array, group, op=op, out=array).wait()
+                    mpidist.all_reduce(array, group, op=op)
+        elif verb == "broadcast":
+            mpidist.broadcast(x, group, out=x)
+        elif verb == "reduce_scatter":
+            mpidist.reduce_scatter(x, group)
+        else:
+            mine = np.array_split(x, group.size)[group.rank]
+            mpidist.all_gather(mine, group, out=x)
+
+    gc.collect()
+    gc.disable()
+    try:
+        for verb in DIRECT_VERBS:
+            use(verb)
+            assert mapped() == before, verb
+            assert not group._backend.registered._blocks, verb
+    finally:
+        gc.enable()
+    group.close()
 
 
 @pytest.mark.ranks(2)
