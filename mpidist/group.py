@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from operator import index
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -29,12 +28,14 @@ from mpidist.errors import (
 )
 from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
 from mpidist.recorder import Kind
-from mpidist.watch import Watch
 
 if TYPE_CHECKING:
     import logging
+    from types import FrameType, TracebackType
 
     import numpy.typing as npt
+
+    from mpidist.watch import Watch
 
 __all__ = ["Layout", "ProcessGroup", "broken_groups"]
 
@@ -159,8 +160,10 @@ class ProcessGroup:
         """
         ranks = range(backend.size)
         lone = Layout((0,) * backend.size)
-        recordings = backend.record()
-        watch = Watch(backend.rank, backend.recorder, recordings)
+        from mpidist.watch import Watch
+
+        records = backend.record()
+        watch = Watch(backend.rank, backend.recorder, records)
         options: dict[str, Any] = {"timeout": timeout, "warn_after": warn_after, "watch": watch}
         group = cls(backend, name=name, ranks=ranks, layout=lone, **options)
         nodes, identity = group._introduce(backend.node())

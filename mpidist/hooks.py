@@ -101,7 +101,7 @@ class _Hooks:
         else:
             self._next_hook(kind, error, trace)
         self._say(f"raised {kind.__name__}; ending the job{told}")
-        self._report(f"this rank raised {kind.__name__}")
+        self._report(f"raised {kind.__name__}")
         # Ranks that check the same arguments raise together; let each show its traceback.
         time.sleep(_FLUSH)
         self._abort(1)
@@ -177,12 +177,13 @@ class _Hooks:
         self._ending = True
         threading.Thread(target=end, name="mpidist-end", daemon=True).start()
 
-    def _report(self, title: str) -> None:
+    def _report(self, what: str) -> None:
         """Tell what all ranks of this node are doing, unless that has just been told."""
         for group in tuple(self._groups):
             watch = group._watch
             if not watch.reported_lately():
-                watch.report(title, missing=[watch.rank], ask=False, dump=True)
+                title = f"rank {watch.rank} {what}"
+                watch.report(title, first=[watch.rank], ask=False, dump=True)
 
     def _say(self, text: str) -> None:
         """Write to the error output in one piece."""

@@ -21,7 +21,7 @@ from mpidist.backends.crossovers import Crossovers, choose
 from mpidist.backends.registered import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
-from mpidist.recorder import Recorder, Recording
+from mpidist.recorder import Recorder
 
 if TYPE_CHECKING:
     from mpidist.backends.direct import Direct
@@ -161,17 +161,17 @@ class Backend(ABC):
             One number, which the group counts up.
         """
 
-    def record(self) -> Mapping[int, Recording]:
+    def record(self) -> Mapping[int, memoryview]:
         """Begin to record; called once for the world, collective, blocks.
 
         Returns
         -------
-        mapping of int to Recording
-            What can be read here of the ranks, at least of this one.
+        mapping of int to memoryview
+            The records of the ranks that can be read here, at least of this one.
         """
         memory = memoryview(bytearray(Recorder.nbytes()))
         self.recorder = Recorder(memory)
-        return {self.rank: Recording(memory)}
+        return {self.rank: memory}
 
     def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
         """Return the ranks of this group that are known to be gone, and what they said.

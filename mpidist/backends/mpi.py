@@ -37,7 +37,7 @@ from mpidist.backends.turns import Turns
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
-from mpidist.recorder import Recorder, Recording
+from mpidist.recorder import Recorder
 
 __all__ = ["MpiBackend", "load_mpi", "world_ranks"]
 
@@ -388,7 +388,7 @@ class MpiBackend(Backend):
             memory = share(self._mpi, self._comm, Block.stride(-(-nbytes // self.size)))
         return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
 
-    def record(self) -> Mapping[int, Recording]:
+    def record(self) -> Mapping[int, memoryview]:
         """Begin to record where the other ranks of the node can read it; collective, blocks."""
         near, nbytes = self._near, Recorder.nbytes()
         memory = None if len(near.local) == 1 else share(self._mpi, self._local, nbytes)
@@ -396,7 +396,7 @@ class MpiBackend(Backend):
             return super().record()
         parts = [memory[start : start + nbytes] for start in range(0, len(memory), nbytes)]
         self.recorder = Recorder(parts[near.rank])
-        return {rank: Recording(part) for rank, part in zip(near.local, parts, strict=True)}
+        return dict(zip(near.local, parts, strict=True))
 
     def _arrive(self, waiter: Waiter) -> None:
         """Wait, with the deadline, until all ranks have come to this operation."""

@@ -14,7 +14,7 @@ from mpidist.backends.faults import JobAborted
 from mpidist.backends.matching import Place
 from mpidist.backends.network import ExchangeWork, Network
 from mpidist.backends.work import Message, Waiter
-from mpidist.recorder import Recorder, Recording
+from mpidist.recorder import Recorder
 
 __all__ = ["SimulatedBackend"]
 
@@ -96,13 +96,13 @@ class SimulatedBackend(Backend):
         """Return the number of the pretended node."""
         return self._world_rank // self._network.ranks_per_node
 
-    def record(self) -> Mapping[int, Recording]:
+    def record(self) -> Mapping[int, memoryview]:
         """Begin to record where the other threads of the node can read it."""
         records = self._network.records
         self.recorder = Recorder(records[self.rank])
         first = self.rank // self._network.ranks_per_node * self._network.ranks_per_node
         near = range(first, min(first + self._network.ranks_per_node, self.size))
-        return {rank: Recording(records[rank]) for rank in near}
+        return {rank: records[rank] for rank in near}
 
     def poll(self) -> None:
         """Take this rank's turns; a short wait where nothing has happened."""

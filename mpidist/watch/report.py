@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from mpidist.recorder import Record, Site, is_inside
+from mpidist.recorder import is_inside
+from mpidist.recorder.recording import Record, Site
 from mpidist.watch.processes import Status
 from mpidist.watch.states import RankState
 
@@ -128,8 +129,8 @@ def _absence(rank: int, state: RankState | None) -> str:
     return f"{head}{word} {_ago(state, record.ended)} ago with {record} {group}, {called}"
 
 
-def tell(title: str, states: Iterable[RankState], missing: Sequence[int]) -> str:
-    """Return a report: a title, a table of the ranks, and where the missing ones are.
+def tell(title: str, states: Iterable[RankState], first: Collection[int]) -> str:
+    """Return a report: a title, a table of the ranks, and where some of them are.
 
     Parameters
     ----------
@@ -137,10 +138,9 @@ def tell(title: str, states: Iterable[RankState], missing: Sequence[int]) -> str
         First line.
     states : iterable of RankState
         The ranks to be told of.
-    missing : sequence of int
+    first : collection of int
         Those that come first, with their stacks.
     """
-    first = set(missing)
     ordered = sorted(states, key=lambda state: (state.rank not in first, state.rank))
     rows = [_row(state) for state in ordered]
     if len(rows) > _ROWS:
@@ -149,9 +149,10 @@ def tell(title: str, states: Iterable[RankState], missing: Sequence[int]) -> str
     lines = [title, *_columns([header, *rows])]
     for state in [state for state in ordered if state.rank in first][:_NAMED]:
         for stack in state.stacks:
-            outside = [site for site in stack.frames if not is_inside(site.file)]
-            frames = " < ".join(place(site) for site in outside[:_FRAMES])
-            lines.append(f"  rank {state.rank}, {stack.thread}: {frames}")
+            outside = [place(site) for site in stack.frames if not is_inside(site.file)]
+            if outside:
+                called = " < ".join(outside[:_FRAMES])
+                lines.append(f"  rank {state.rank}, {stack.thread}: {called}")
     return "\n".join(lines)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import traceback
 from dataclasses import asdict, dataclass
 from itertools import islice
 from time import monotonic_ns
 from typing import Any
 
-from mpidist.recorder import Head, Kind, Record, Recording, Site
+from mpidist.recorder import Head, Kind
+from mpidist.recorder.recording import Record, Recording, Site
 from mpidist.watch.processes import Status
 
 __all__ = ["RankState", "Stack", "Wait", "own_stacks"]
@@ -80,7 +83,7 @@ class RankState:
     stacks : tuple of Stack
         Where its threads are; none where it was not asked or did not answer.
     claimed : float
-        Seconds since it last set out to write a report; below 0 if it never did.
+        Seconds since it set out to write a report; below 0 if it is not writing one.
     """
 
     rank: int
@@ -155,7 +158,7 @@ class RankState:
         if sequence:
             since = (now - words[Head.WAITS_SINCE]) / 1e9
             wait = Wait(sequence, recording.waits_site(), since)
-        claimed = words[Head.CLAIMED]
+        claimed = words[Head.CLAIMED] if words[Head.CLAIMED] > words[Head.REPORTED] else 0
         if status is Status.ALIVE and words[Head.LEAVING]:
             status = Status.LEAVING
         return cls(
@@ -181,9 +184,6 @@ def _read_stacks(text: str) -> tuple[Stack, ...]:
 
 def own_stacks() -> str:
     """Return where the threads of this process are, as text for `_read_stacks`."""
-    import threading
-    import traceback  # both of the standard library, but not needed to import this package
-
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()
     text = "[]"

@@ -11,7 +11,9 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from mpidist import env
-from mpidist.recorder import Head, Recorder, Recording
+from mpidist.log import rank_logger
+from mpidist.recorder import Head, Recorder
+from mpidist.recorder.recording import Recording
 from mpidist.watch.processes import Process, Status
 from mpidist.watch.report import accuse, callers, place, suspects, tell
 from mpidist.watch.states import RankState, own_stacks
@@ -33,6 +35,9 @@ _WRITING = 8.0
 _FRESH = 3.0
 """Seconds during which nobody repeats a report."""
 
+_FAR = 3.0
+"""Seconds that a rank leaves to one of another node which set out to write before it did."""
+
 _ASKED_AT_ONCE = 32
 """Nodes."""
 
@@ -51,8 +56,8 @@ class Watch:
         This rank, in the world.
     recorder : Recorder
         Its own.
-    recordings : mapping of int to Recording
-        What can be read here, by rank.
+    records : mapping of int to memoryview
+        Of the ranks that can be read here.
 
     Attributes
     ----------
@@ -60,12 +65,12 @@ class Watch:
         Whether all collectives are compared before they begin.
     """
 
-    def __init__(self, rank: int, recorder: Recorder, recordings: Mapping[int, Recording]) -> None:
+    def __init__(self, rank: int, recorder: Recorder, records: Mapping[int, memoryview]) -> None:
         self.rank = rank
         self._recorder = recorder
         self.debug = False
         self.listener: Listener | None = None
-        self._recordings = recordings
+        self._recordings = {other: Recording(memory) for other, memory in records.items()}
         self._words = recorder.words
         self._secret = b""
         self._nodes: Sequence[int] = [0] * (rank + 1)
@@ -249,6 +254,7 @@ class Watch:
         members: Sequence[int] | None = None,
         key: tuple[int, int] | None = None,
         missing: Sequence[int] = (),
+        first: Sequence[int] = (),
         ask: bool = True,
         dump: bool = False,
     ) -> None:
@@ -264,6 +270,8 @@ class Watch:
             Of the collective that does not end.
         missing : sequence of int, optional
             Ranks of the world that are known not to have come.
+        first : sequence of int, optional
+            Other ranks of the world that stand at the top.
         ask : bool, optional
             Whether to ask other processes and nodes.
         dump : bool, optional
@@ -278,17 +286,17 @@ class Watch:
             return
         states = self.all_states() if ask else self.states(ask=False)
         mine = states[self.rank].claimed
-        others = [state for state in states.values() if state.rank != self.rank]
-        if not any(mine < state.claimed < _WRITING for state in others):
-            members = range(len(self._nodes)) if members is None else members
-            told = accuse(states, members, key, missing)
-            first = suspects(states, members, key, missing)
-            text = tell(f"{title}. {told}" if told else title, states.values(), first)
-            if dump and self._listening:
-                text += f"\n  {self._dump(title, states)}"
-            from mpidist.log import rank_logger
-
-            rank_logger("world", self.rank, len(self._nodes)).warning("%s", text)
+        far = [state for rank, state in states.items() if rank not in self._recordings]
+        if any(mine < state.claimed < _WRITING for state in far):
+            time.sleep(_FAR)  # it is on another node: it cannot be seen when it is done
+            return
+        members = range(len(self._nodes)) if members is None else members
+        told = accuse(states, members, key, missing)
+        top = {*first, *suspects(states, members, key, missing)}
+        text = tell(f"{title}. {told}" if told else title, states.values(), top)
+        if dump and self._words[Head.LISTENING]:
+            text += f"\n  {self._dump(title, states)}"
+        rank_logger("world", self.rank, len(self._nodes)).warning("%s", text)
         self._words[Head.REPORTED] = monotonic_ns()
 
     def reported_lately(self) -> bool:
@@ -340,10 +348,6 @@ class Watch:
         return f"The last operations and all stacks of these ranks are in {path}"
 
     # -- the helper thread ---------------------------------------------------------------------
-
-    @property
-    def _listening(self) -> bool:
-        return bool(self._words[Head.LISTENING])
 
     def answer(self) -> None:
         """Write where the threads are, if somebody has asked."""

@@ -1,0 +1,80 @@
+"""How the memory of a rank's recorder is laid out: the head, the ring of records, texts, stacks."""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+__all__ = [
+    "BEGAN",
+    "ENDED",
+    "NBYTES",
+    "NUMBER",
+    "RECORD",
+    "RING",
+    "SEQUENCE",
+    "SITE",
+    "STACKS",
+    "TEXTS",
+    "TEXTS_NBYTES",
+    "TEXT_BITS",
+    "TEXT_MASK",
+    "WHAT",
+    "Head",
+    "Kind",
+    "place",
+]
+
+RING = 128
+"""Records that are kept."""
+
+NBYTES, TEXTS_NBYTES = 36 << 10, 16 << 10
+"""Bytes of each rank's part, whole pages, and of the texts that the records in it refer to."""
+
+_HEAD_WORDS, _RECORD_WORDS = 64, 8
+_RING = _HEAD_WORDS * 8
+
+TEXTS = _RING + RING * _RECORD_WORDS * 8
+"""Where the texts begin."""
+
+STACKS = TEXTS + TEXTS_NBYTES
+"""Where it is written where the threads are; from here to the end."""
+
+RECORD = struct.Struct("<6q")
+WHAT, NUMBER, SITE, BEGAN, ENDED, SEQUENCE = range(6)
+
+TEXT_BITS = 20
+TEXT_MASK = (1 << TEXT_BITS) - 1
+"""A text is known by where it begins; several of them share a word."""
+
+
+class Kind(IntEnum):
+    """What an entry of the record, or of a trace, stands for."""
+
+    BLOCKING = 0
+    IMMEDIATE = 1
+    MESSAGE = 2
+    WAIT = 3
+
+
+class Head(IntEnum):
+    """The words of a rank's part that stand for themselves; times by `time.monotonic_ns`."""
+
+    PID = 1
+    PID_NAMESPACE = 2
+    WAITS_FOR = 3  # sequence of the record for which a Work.wait waits
+    WAITS_SITE = 4
+    WAITS_SINCE = 5
+    TEXTS = 6  # bytes of texts in use
+    LISTENING = 7  # whether a helper thread answers
+    ASKED = 8  # when somebody last asked where the threads are
+    ANSWERED = 9  # when that was last written
+    STACKS = 10  # its length
+    CLAIMED = 11  # when this rank last set out to write a report
+    REPORTED = 12  # when it had written it
+    LEAVING = 13  # when it came to its exit
+
+
+def place(sequence: int) -> int:
+    """Return where a record stands."""
+    return _RING + sequence % RING * _RECORD_WORDS * 8

@@ -1,0 +1,232 @@
+"""What a rank writes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from time import monotonic_ns
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, TypeAlias
+
+from mpidist.recorder.layout import (
+    BEGAN,
+    ENDED,
+    NBYTES,
+    NUMBER,
+    RECORD,
+    RING,
+    SEQUENCE,
+    SITE,
+    STACKS,
+    TEXT_BITS,
+    TEXTS,
+    TEXTS_NBYTES,
+    WHAT,
+    Head,
+    Kind,
+    place,
+)
+
+if TYPE_CHECKING:
+    from mpidist.recorder.recording import Event
+
+__all__ = ["Recorder", "is_inside"]
+
+Over: TypeAlias = tuple[Kind, int, int, int, int, int]
+"""An operation that is over, or a wait: kind, what, number, site, began, ended."""
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120
+_OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "testing"))
+"""Parts of this package that use it as anybody does."""
+
+_REMEMBERED = 4096
+"""Functions whose places are remembered."""
+
+
+class Recorder:
+    """What one rank writes.
+
+    Parameters
+    ----------
+    memory : memoryview, optional
+        `nbytes()` bytes, zero at first, that others may read. Memory of its own when omitted.
+
+    Attributes
+    ----------
+    sink : list or None
+        While it is a list, every operation that is over, and every wait for one, is appended, in
+        numbers; `events` turns them into words.
+    words : memoryview
+        The head; see `Head`.
+    """
+
+    def __init__(self, memory: memoryview | None = None) -> None:
+        if memory is None:
+            memory = memoryview(bytearray(NBYTES))
+        self._memory = memory
+        self.words = memory.cast("q")
+        self.sink: list[Over] | None = None
+        self._next = itertools.count(1).__next__
+        self._sites: dict[tuple[int, int], int] = {}
+        self._inside: dict[int, tuple[bool, CodeType]] = {}
+        self._offsets: dict[str, int] = {}
+        self._places = [place(slot) for slot in range(RING)]
+        # A text begins behind the first byte: none begins at 0, which stands for no text.
+        self.words[Head.TEXTS] = 1
+        self.words[Head.PID] = os.getpid()
+        self.words[Head.PID_NAMESPACE] = _pid_namespace()
+
+    @staticmethod
+    def nbytes() -> int:
+        """Return the memory that one rank's part takes."""
+        return NBYTES
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def name(self, what: str, group: int, kind: Kind) -> int:
+        """Return the number under which operations of this name are recorded.
+
+        Parameters
+        ----------
+        what : str
+            Verb, op, dtype and shape.
+        group : int
+            From `name_group`.
+        kind : Kind
+            How it is called.
+        """
+        return self._text(what) | group << TEXT_BITS | kind << 2 * TEXT_BITS
+
+    def name_group(self, name: str, identity: int) -> int:
+        """Return the number under which operations of a group are recorded."""
+        return self._text(f"{identity} {name}")
+
+    def begin(self, what: int, number: int, frame: FrameType) -> int:
+        """Record that an operation begins.
+
+        Parameters
+        ----------
+        what : int
+            From `name`.
+        number : int
+            Of the operation; for a collective the same on all ranks of its group.
+        frame : FrameType
+            Of the caller, or of a function of this package that it has called.
+
+        Returns
+        -------
+        int
+            The record's sequence number.
+        """
+        sequence = self._next()
+        site = self._sites.get((id(frame.f_code), frame.f_lasti)) or self._find_site(frame)
+        at = self._places[sequence % RING]
+        RECORD.pack_into(self._memory, at, what, number, site, monotonic_ns(), 0, sequence)
+        return sequence
+
+    def end(self, sequence: int, *, failed: bool = False) -> None:
+        """Record that an operation is over; a time below 0 stands for one that failed."""
+        words = self.words
+        at = self._places[sequence % RING] >> 3
+        if words[at + SEQUENCE] == sequence:
+            words[at + ENDED] = -monotonic_ns() if failed else monotonic_ns()
+            if self.sink is not None:
+                self._tell(at, Kind(words[at + WHAT] >> 2 * TEXT_BITS), words[at + BEGAN])
+
+    def wait(self, sequence: int, frame: FrameType) -> None:
+        """Record that this rank waits for an immediate operation."""
+        words = self.words
+        words[Head.WAITS_SITE] = self._find_site(frame)
+        words[Head.WAITS_SINCE] = monotonic_ns()
+        words[Head.WAITS_FOR] = sequence
+
+    def waited(self) -> None:
+        """Record that it does so no more."""
+        words = self.words
+        sequence, words[Head.WAITS_FOR] = words[Head.WAITS_FOR], 0
+        if self.sink is not None and sequence:
+            at = self._places[sequence % RING] >> 3
+            if words[at + SEQUENCE] == sequence:
+                self._tell(at, Kind.WAIT, words[Head.WAITS_SINCE])
+
+    def _tell(self, at: int, kind: Kind, began: int) -> None:
+        if self.sink is not None:
+            words = self.words
+            what, number, site = words[at + WHAT], words[at + NUMBER], words[at + SITE]
+            self.sink.append((kind, what, number, site, began, monotonic_ns()))
+
+    def events(self, sink: Iterable[Over]) -> list[Event]:
+        """Return in words what a sink has collected."""
+        from mpidist.recorder.recording import Event, decode
+
+        found = []
+        for kind, what, number, site, began, ended in sink:
+            record = decode(self._memory, (what, number, site, began, ended, 0))
+            found.append(Event(kind, record, began, ended))
+        return found
+
+    # -- texts ---------------------------------------------------------------------------------
+
+    def _text(self, text: str) -> int:
+        """Return where a text stands; 0 when there is no room for it."""
+        found = self._offsets.get(text)
+        if found is not None:
+            return found
+        data = text.encode(errors="replace")
+        start = self.words[Head.TEXTS]
+        if start + 2 + len(data) > TEXTS_NBYTES:
+            return 0
+        at = TEXTS + start
+        self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
+        self.words[Head.TEXTS] = start + 2 + len(data)
+        self._offsets[text] = start
+        return start
+
+    def _find_site(self, frame: FrameType) -> int:
+        """Return the place outside this package from which a frame was called."""
+        user = frame
+        while self._is_inside(user.f_code) and user.f_back is not None:
+            if user.f_back.f_code.co_filename == "<frozen runpy>":
+                break  # the package's own programs
+            user = user.f_back
+        key = (id(user.f_code), user.f_lasti)
+        site = self._sites.get(key)
+        if site is None:
+            code = user.f_code
+            site = self._text(f"{code.co_filename}\n{code.co_name}") | user.f_lineno << TEXT_BITS
+            self._sites[key] = site
+        return site
+
+    def _is_inside(self, code: CodeType) -> bool:
+        # By identity: hashing a code object takes longer than all the rest. Holding it keeps the
+        # identity from being given to another.
+        found = self._inside.get(id(code))
+        if found is None:
+            if len(self._inside) >= _REMEMBERED:
+                self._inside.clear()
+                self._sites.clear()
+            found = self._inside[id(code)] = (is_inside(code.co_filename), code)
+        return found[0]
+
+    # -- the helper thread ---------------------------------------------------------------------
+
+    def write_stacks(self, text: str) -> None:
+        """Say where this process's threads are; what is too long is cut."""
+        data = text.encode(errors="replace")[: NBYTES - STACKS]
+        self._memory[STACKS : STACKS + len(data)] = data
+        self.words[Head.STACKS] = len(data)
+        self.words[Head.ANSWERED] = monotonic_ns()
+
+
+def is_inside(file: str) -> bool:
+    """Whether a file is one of this package's own, rather than one that calls it."""
+    return file.startswith(_PACKAGE) and not file.startswith(_OUTSIDE)
+
+
+def _pid_namespace() -> int:
+    """Return a number that is the same for processes that see each other under the same numbers."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  # pathlib is a part of the import
+    except OSError:
+        return 0
