@@ -166,8 +166,9 @@ class ProcessGroup:
         watch = Watch(backend.rank, backend.recorder, records)
         options: dict[str, Any] = {"timeout": timeout, "warn_after": warn_after, "watch": watch}
         group = cls(backend, name=name, ranks=ranks, layout=lone, **options)
-        nodes, identity = group._introduce(backend.node())
-        layout = Layout(tuple(nodes))
+        numbers, identity = group._introduce(backend.node())
+        layout = Layout(tuple(numbers))
+        nodes = layout.of(ranks)
         if answers:
             from mpidist.watch.helper import helper
 
