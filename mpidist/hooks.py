@@ -126,6 +126,7 @@ class _Hooks:
         for departures, timeout in self._worlds:
             remaining = departures.wait_for_all(timeout, self._progress)
             if remaining:
+                self._report(f"has waited {timeout:g} s for the exit of others")
                 self._say(
                     f"left after operation {operations} and has waited {timeout:g} s for the exit "
                     f"of rank {', '.join(map(str, remaining))}; ending the job"
