@@ -153,6 +153,9 @@ class GroupWaiter(Waiter):
         except (TransportError, PeerLostError) as error:
             group._break(error)
             raise
+        finally:
+            # It may hold the operation, which holds this: its arrays would wait for the collector.
+            self._missing = None
 
     def _told(self) -> str:
         """Return the operation, its group and where it was called."""
