@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -88,6 +90,19 @@ def test_a_long_wait_is_logged_again_at_each_doubling(caplog):
     assert 2 <= len(waits) <= 3, waits
     assert all(wait.startswith("[world 0/2] barrier #") for wait in waits)
     assert "the deadline is at 30 s" in waits[0]
+
+
+@pytest.mark.ranks(2)
+def test_a_result_that_was_waited_for_goes_without_the_garbage_collector(world):
+    gc.disable()
+    try:
+        work = mpidist.iall_reduce(np.ones(3), world)
+        result = weakref.ref(work.wait())
+        assert result() is not None
+        del work
+        assert result() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.ranks(3)
