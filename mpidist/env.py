@@ -16,11 +16,48 @@ __all__ = [
     "crossovers",
     "debug",
     "dump_directory",
+    "keep_mpi_from_starting",
     "launcher_evidence",
+    "launcher_rank",
     "omp_num_threads",
+    "process_managers",
     "ranks_per_node",
+    "settings",
+    "slurm_tasks",
+    "slurm_tasks_per_node",
     "store_evidence",
 ]
+
+_SETTINGS = (
+    "MPIDIST_",
+    "MPI4PY_",
+    "OMP_",
+    "OPENBLAS_",
+    "GOTO_",
+    "MKL_",
+    "BLIS_",
+    "MPIR_CVAR_",
+    "MPICH_",
+    "I_MPI_",
+    "MV2_",
+    "UCX_",
+    "FI_",
+    "PSM2_",
+    "NCCL_",
+    "CUDA_VISIBLE_DEVICES",
+    "HDF5_",
+    "OMPI_MCA_",
+    "PRTE_MCA_",
+    "PMIX_MCA_",
+)
+# What Open MPI's launchers set by themselves for every rank.
+_OPEN_MPI_OWN = (
+    "OMPI_MCA_PREFIXES",
+    "OMPI_MCA_num_procs",
+    "OMPI_MCA_initial_wdir",
+    "OMPI_MCA_cpu_type",
+)
+_SECRET = ("SECRET", "TOKEN", "PASSWORD", "KEY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +152,49 @@ def ranks_per_node() -> int | None:
 def omp_num_threads() -> str:
     """Return ``OMP_NUM_THREADS``, or nothing where it is not set."""
     return os.environ.get("OMP_NUM_THREADS", "")
+
+
+def launcher_rank() -> int:
+    """Return the rank that a launcher gave to this process; 0 where there is none."""
+    for variable in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"):
+        rank = _integer(variable)
+        if rank is not None:
+            return rank
+    return 0
+
+
+def process_managers() -> tuple[str, ...]:
+    """Return the interfaces by which a rank can find the others: ``PMI``, ``PMIx``, or both."""
+    variables = {"PMI": ("PMI_FD", "PMI_RANK", "PMI_PORT"), "PMIx": ("PMIX_RANK",)}
+    return tuple(name for name, some in variables.items() if any(v in os.environ for v in some))
+
+
+def slurm_tasks() -> int | None:
+    """Return how many tasks this step of Slurm has; None outside Slurm."""
+    return _integer("SLURM_STEP_NUM_TASKS")
+
+
+def slurm_tasks_per_node() -> int | None:
+    """Return the most tasks that this step of Slurm has on one node; None outside Slurm."""
+    # Such as 4(x2),1: four tasks on each of two nodes, and one on a third.
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    try:
+        return max(int(part.partition("(")[0]) for part in text.split(","))
+    except ValueError:
+        return None
+
+
+def settings() -> dict[str, str]:
+    """Return the variables that change what MPI, BLAS, NCCL and mpidist do, but for secrets."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_SETTINGS)
+        and name not in _OPEN_MPI_OWN
+        and not any(word in name for word in _SECRET)
+    }
+
+
+def keep_mpi_from_starting() -> None:
+    """Let imports of mpi4py in this process not initialise MPI; changes the environment."""
+    os.environ["MPI4PY_RC_INITIALIZE"] = "0"

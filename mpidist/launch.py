@@ -14,7 +14,7 @@ from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import BackendUnavailableError, LaunchError
 from mpidist.group import ProcessGroup
 
-__all__ = ["init"]
+__all__ = ["found_crossovers", "init"]
 
 _TIMEOUT = 1800.0
 _WARN_AFTER = 60.0
@@ -117,7 +117,7 @@ def _agreed_crossovers(world: ProcessGroup, library: str) -> Mapping[int, Crosso
     problem = None
     if world.rank == 0:
         try:
-            table = _found_crossovers(library)
+            table, _ = found_crossovers(library)
         except (ValueError, OSError) as error:
             problem = str(error)
     table, problem = broadcast_object((table, problem), world, root=0)
@@ -126,7 +126,26 @@ def _agreed_crossovers(world: ProcessGroup, library: str) -> Mapping[int, Crosso
     return table
 
 
-def _found_crossovers(library: str) -> Mapping[int, Crossovers]:
+def found_crossovers(library: str) -> tuple[Mapping[int, Crossovers], str]:
+    """Find the sizes at which paths change, in the environment or in the user's file.
+
+    Parameters
+    ----------
+    library : str
+        Name and version of the MPI library.
+
+    Returns
+    -------
+    (mapping of int to Crossovers, str)
+        By the number of ranks on a node, and where they were found; both empty where nothing was.
+
+    Raises
+    ------
+    ValueError
+        If what is found cannot be used.
+    OSError
+        If the file cannot be read.
+    """
     from pathlib import Path
 
     from mpidist.backends.crossover_file import FILE_NAME, machine_name, read
@@ -134,11 +153,12 @@ def _found_crossovers(library: str) -> Mapping[int, Crossovers]:
 
     given = env.crossovers()
     if given is not None and "=" in given:
-        return {1: parse(given)}
+        return {1: parse(given)}, "MPIDIST_CROSSOVERS"
     path = Path(given) if given else Path(env.cache_directory(), FILE_NAME).expanduser()
     if given is not None and not path.is_file():
         raise ValueError(f"MPIDIST_CROSSOVERS names the file {path}, and there is none")
-    return read(path, machine_name(library)) if path.is_file() else {}
+    table = read(path, machine_name(library)) if path.is_file() else {}
+    return table, str(path) if table else ""
 
 
 def _refuse_strangers(evidence: env.Evidence | None, mpi: Any) -> None:

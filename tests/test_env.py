@@ -13,6 +13,12 @@ VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "MPIDIST_RANKS_PER_NODE",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "PMI_FD",
+    "PMI_PORT",
+    "SLURM_PROCID",
+    "SLURM_STEP_TASKS_PER_NODE",
 )
 
 
@@ -78,3 +84,56 @@ def test_pretended_nodes(environment: pytest.MonkeyPatch) -> None:
     assert env.ranks_per_node() is None
     environment.setenv("MPIDIST_RANKS_PER_NODE", "2")
     assert env.ranks_per_node() == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({}, 0),
+        ({"OMPI_COMM_WORLD_RANK": "3", "PMIX_RANK": "3"}, 3),
+        ({"PMI_RANK": "2"}, 2),
+        ({"PMIX_RANK": "1"}, 1),
+        ({"SLURM_PROCID": "4"}, 4),
+        # mpirun inside a batch script, which is process 0 of its own step
+        ({"SLURM_PROCID": "0", "PMI_RANK": "5"}, 5),
+    ],
+)
+def test_rank_of_the_launcher(
+    environment: pytest.MonkeyPatch, variables: dict[str, str], rank: int
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert env.launcher_rank() == rank
+
+
+def test_process_managers(environment: pytest.MonkeyPatch) -> None:
+    assert env.process_managers() == ()
+    environment.setenv("PMIX_RANK", "0")
+    assert env.process_managers() == ("PMIx",)
+    environment.setenv("PMI_FD", "7")
+    assert env.process_managers() == ("PMI", "PMIx")
+
+
+@pytest.mark.parametrize(
+    ("text", "tasks"), [("4", 4), ("2(x3)", 2), ("4(x2),1", 4), ("1,3(x2)", 3), ("", None)]
+)
+def test_tasks_per_node(environment: pytest.MonkeyPatch, text: str, tasks: int | None) -> None:
+    environment.setenv("SLURM_STEP_TASKS_PER_NODE", text)
+    assert env.slurm_tasks_per_node() == tasks
+
+
+def test_settings_are_what_changes_something_and_no_secret(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    before = env.settings()
+    shown = {"MPIDIST_X": "1", "OMP_NUM_THREADS": "3", "OMPI_MCA_btl": "self"}
+    hidden = {"MPIDIST_SECRET": "s", "OMPI_MCA_num_procs": "4", "HOME_OF_OMP_": "no"}
+    for name, value in (shown | hidden).items():
+        environment.setenv(name, value)
+    assert env.settings() == dict(sorted((before | shown).items()))
+
+
+def test_mpi_can_be_kept_from_starting(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("MPI4PY_RC_INITIALIZE", "1")
+    env.keep_mpi_from_starting()
+    assert env.settings()["MPI4PY_RC_INITIALIZE"] == "0"
