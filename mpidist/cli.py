@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mpidist.bench import command as bench
 from mpidist.bench import plan
+from mpidist.info import command as info
 
 __all__ = ["COMMANDS", "Command", "main"]
 
@@ -28,6 +29,7 @@ class Command(Protocol):
 
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "bench": (bench, "measure this machine, beside the MPI library and other peers"),
+    "info": (info, "say what is here, and what is wrong with it, each with its cure"),
     "plan": (plan, "predict all_reduce and training steps on other numbers of ranks and nodes"),
 }
 """Every command with its one line of help."""

@@ -1,0 +1,91 @@
+"""Say what is here, and what is wrong with it.
+
+Alone, or on all ranks of a job: mpirun -n 4 python -m mpidist info. The exit code is 1 if no job
+can run like this, and 0 if there are only warnings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from mpidist import env
+from mpidist.bench.options import positive
+from mpidist.info.ask import Answer, ask
+from mpidist.info.checks import find_problems
+from mpidist.info.facts import FORMAT, JobFacts
+from mpidist.info.problems import Problem
+from mpidist.info.text import tell
+
+__all__ = ["as_fields", "configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("--json", action="store_true", help="print everything, as JSON")
+    parser.add_argument(
+        "--timeout",
+        type=positive(float),
+        default=60.0,
+        metavar="SECONDS",
+        help="for MPI to start on all ranks (default: %(default)g)",
+    )
+
+
+def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+    """Collect, judge and print, on the first rank.
+
+    Parameters
+    ----------
+    options : Namespace
+        What the parser of `configure` made.
+    words : sequence of str
+        The command line, of which nothing is told.
+
+    Returns
+    -------
+    int
+        Exit code: 0; 1 if something is wrong with which no job can run.
+    """
+    del words
+    answer = ask(options.timeout)
+    if answer.job is None or not _is_first(answer.job):
+        return _say_failure(answer)
+    problems = find_problems(answer.job)
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    if options.json:
+        text = json.dumps(as_fields(answer.job, problems, date=date), indent=1) + "\n"
+    else:
+        text = tell(answer.job, problems, date=date)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return int(any(problem.fatal for problem in problems))
+
+
+def as_fields(job: JobFacts, problems: Sequence[Problem], *, date: str) -> dict[str, Any]:
+    """Return what is printed as JSON."""
+    return {
+        "format": FORMAT,
+        "date": date,
+        "problems": [dataclasses.asdict(problem) for problem in problems],
+        **dataclasses.asdict(job),
+    }
+
+
+def _is_first(job: JobFacts) -> bool:
+    """Whether this process reports: of ranks that do not see each other, the launcher's first."""
+    return len(job.ranks) > 1 or env.launcher_rank() == 0
+
+
+def _say_failure(answer: Answer) -> int:
+    """Tell in one line what kept this rank from answering; the first rank reports the rest."""
+    rank = env.launcher_rank()
+    if answer.failure is not None:
+        text = f"[rank {rank}] mpidist info: MPI does not start here: {answer.failure.reason}\n"
+        sys.stderr.write(text)
+    return int(answer.failure is not None and rank == 0)
