@@ -14,6 +14,7 @@ PUBLIC = [
     "mpidist.backends.base",
     "mpidist.bench",
     "mpidist.data",
+    "mpidist.info",
     "mpidist.nn",
     "mpidist.optim",
     "mpidist.parallel",
