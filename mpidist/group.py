@@ -11,6 +11,7 @@ from functools import cached_property
 from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 
@@ -477,7 +478,7 @@ class ProcessGroup:
         journal = self._journal
         name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
         record = journal.begin(name, number, sys._getframe(2))
-        waiter = self._waiter(plan.verb, record)
+        waiter = self._waiter(plan.verb, record, journal.digest(name))
         try:
             if self._watch.debug:
                 waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
@@ -578,10 +579,10 @@ class ProcessGroup:
         self._collectives[0] = number = self._collectives[0] + 1
         return number
 
-    def _waiter(self, verb: str, record: int) -> GroupWaiter:
+    def _waiter(self, verb: str, record: int, digest: int = 0) -> GroupWaiter:
         """Return what waits for the collective that was begun last."""
         collective = (self._identity, self._collectives[0])
-        return GroupWaiter(self, verb, record, collective=collective)
+        return GroupWaiter(self, verb, record, collective=collective, digest=digest)
 
     def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
         """Count an operation among some ranks, record it, and return what waits for it."""
@@ -598,7 +599,9 @@ class ProcessGroup:
         if among is None:
             number = self._count(what)
             name = self._journal.name(what, Kind.BLOCKING)
-            waiter = self._waiter(what, self._journal.begin(name, number, frame))
+            record = self._journal.begin(name, number, frame)
+            # The rest of what it is differs legitimately, or is compared by itself.
+            waiter = self._waiter(what, record, crc32(what.partition(" ")[0].encode()))
         else:
             waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
         try:
@@ -619,7 +622,7 @@ class ProcessGroup:
 
     def _tell_callers(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
         """Add to an error who called what, and where."""
-        if waiter.collective is not None:
+        if waiter.collective is not None and self._reason is None:
             told = self._watch.callers(self.ranks, waiter.collective)
             error.args = (f"{waiter.operation} on {self}: {error}. {told}",)
 

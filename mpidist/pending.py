@@ -24,6 +24,9 @@ __all__ = ["EVERYBODY", "GroupWaiter", "GroupWork", "Peers", "Plan"]
 
 T = TypeVar("T")
 
+_LONGEST_PAUSE = 10.0
+"""Seconds between two looks at what the others have called."""
+
 GRACE = 3.0
 """Seconds that a wait for a rank goes on after it has left: its last messages may be on the way."""
 
@@ -86,16 +89,20 @@ class GroupWaiter(Waiter):
         The group's identity and the number of the operation among its collectives.
     peers : Peers, optional
         The ranks it depends on; all when omitted.
+    digest : int, optional
+        Of what has to be the same on all ranks.
     """
 
     # One is made for every blocking call, most of which never have to wait for long.
     __slots__ = (
         "_lost_since",
         "_missing",
+        "_next_look",
         "_next_warning",
         "_number",
         "_verb",
         "collective",
+        "digest",
         "group",
         "peers",
         "record",
@@ -111,8 +118,10 @@ class GroupWaiter(Waiter):
         number: int = 0,
         collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
+        digest: int = 0,
     ) -> None:
         self.group = group
+        self.digest = digest
         self.record = record
         self.collective = collective
         self.peers = peers
@@ -132,7 +141,7 @@ class GroupWaiter(Waiter):
         """Wait as `Waiter` says; a missed deadline and a lost rank break the group."""
         group = self.group
         self._missing = missing
-        self._next_warning = group.warn_after
+        self._next_warning, self._next_look = group.warn_after, 0.0
         self._lost_since: float | None = None
         try:
             wait_until(
@@ -184,8 +193,24 @@ class GroupWaiter(Waiter):
             dump=dump,
         )
 
+    def _look_for_differences(self, waited: float) -> None:
+        """Raise if all have come with different calls, of which some meet nowhere."""
+        if self.collective is None or waited < self._next_look:
+            return
+        self._next_look = min(2 * waited, waited + _LONGEST_PAUSE)
+        told = self.group._watch.differences(self.group.ranks, self.collective)
+        if told:
+            error = CollectiveMismatchError(
+                f"{self._told()}: the ranks called different things: {told}. The group is broken: "
+                "let this error end the job; all ranks must make the same calls in the same order"
+            )
+            self.group._break(error)
+            self.report("will never be complete")
+            raise error
+
     def _patrol(self, waited: float) -> None:
         group = self.group
+        self._look_for_differences(waited)
         if waited >= self._next_warning:
             self._next_warning *= 2
             why = f"has waited for {waited:.0f} s, the deadline is at {self.timeout:g} s"
@@ -301,7 +326,7 @@ class GroupWork(Work[T]):
         journal.wait(waiter.record, sys._getframe(2))
         try:
             waiter.wait_for(self._complete, missing=self.missing)
-        except (CollectiveTimeoutError, PeerLostError) as error:
+        except (CollectiveTimeoutError, CollectiveMismatchError, PeerLostError) as error:
             self._end(error, broken=True)
         finally:
             journal.waited()

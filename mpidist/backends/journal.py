@@ -44,6 +44,7 @@ class Journal:
         self._recorder = recorder
         self._group = recorder.name_group(name, identity)
         self._names: dict[object, int] = {}
+        self._digests: dict[int, int] = {}
 
     def name(self, what: str, kind: Kind) -> int:
         """Return the number under which operations of this name are recorded."""
@@ -51,7 +52,12 @@ class Journal:
         found = self._names.get(key)
         if found is None:
             found = self._names[key] = self._recorder.name(what, self._group, kind)
+            self._digests[found] = crc32(what.encode())
         return found
+
+    def digest(self, name: int) -> int:
+        """Return a number that is the same on all ranks for the same name."""
+        return self._digests[name]
 
     def name_collective(
         self, verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None, kind: Kind

@@ -36,7 +36,7 @@ from mpidist.backends.registered import Block
 from mpidist.backends.turns import Turns
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
-from mpidist.errors import BackendUnavailableError, TransportError
+from mpidist.errors import BackendUnavailableError, CollectiveMismatchError, TransportError
 from mpidist.recorder import Recorder
 
 __all__ = ["MpiBackend", "load_mpi", "world_ranks"]
@@ -403,8 +403,13 @@ class MpiBackend(Backend):
         if self.size == 1:
             return
         if self._board is not None:
-            self._board.arrive()
+            self._board.arrive(waiter.digest)
             waiter.wait_for(self._board.all_here, missing=self._board.missing)
+            if not self._board.alike():
+                raise CollectiveMismatchError(
+                    "the ranks called different things; nothing has been changed. All must make "
+                    "the same calls in the same order"
+                )
         else:
             waiter.wait_for(_Requests(self._mpi, [self._comm.Ibarrier()], keep=None).done)
 

@@ -220,11 +220,14 @@ class Waiter(ABC):
         What is being waited for, for messages.
     timeout : float
         Seconds.
+    digest : int
+        Of what has to be the same on all ranks.
     """
 
     __slots__ = ()
 
     timeout: float
+    digest: int
 
     @property
     @abstractmethod

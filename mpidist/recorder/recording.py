@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mpidist.recorder.layout import (
+    NUMBER,
     RECORD,
     RING,
     SEQUENCE,
@@ -77,10 +78,9 @@ class Record:
     began: int
     ended: int
 
-    @property
-    def key(self) -> tuple[int, int]:
-        """What a collective has in common on all ranks."""
-        return self.identity, self.number
+    def is_of(self, key: tuple[int, int]) -> bool:
+        """Whether this is of a collective: of its group's identity and number on all ranks."""
+        return self.kind is not Kind.MESSAGE and (self.identity, self.number) == key
 
     def __str__(self) -> str:
         """Return the operation as messages name it."""
@@ -128,6 +128,17 @@ class Recording:
             if fields[SEQUENCE] and fields == RECORD.unpack_from(memory, place(slot)):
                 found.append(decode(memory, fields))
         return sorted(found, key=lambda record: record.sequence)
+
+    def find(self, key: tuple[int, int]) -> Record | None:
+        """Return the newest record of a collective, if it is still there."""
+        memory, found = self._memory, None
+        for slot in range(RING):
+            fields = RECORD.unpack_from(memory, place(slot))
+            if fields[NUMBER] == key[1] and fields[SEQUENCE]:
+                record = decode(memory, fields)
+                if record.is_of(key) and (found is None or record.sequence > found.sequence):
+                    found = record
+        return found
 
     def site_of(self, sequence: int) -> Site:
         """Return from where an operation was called; unknown if its record is gone."""

@@ -110,7 +110,7 @@ class RankState:
     def came_to(self, key: tuple[int, int]) -> Record | None:
         """Return this rank's record of a collective, if it has come to it."""
         for record in reversed(self.records):
-            if record.kind is not Kind.MESSAGE and record.key == key:
+            if record.is_of(key):
                 return record
         return None
 

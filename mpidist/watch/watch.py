@@ -247,6 +247,17 @@ class Watch:
         """Return who called what where, as far as is known on this node; see `accuse`."""
         return callers(self.states(ask=False), members, key)
 
+    def differences(self, members: Sequence[int], key: tuple[int, int]) -> str:
+        """Return who called what where if all have come to a collective with different calls.
+
+        Nothing if they have called the same, or as long as it is not known of all of them.
+        """
+        if any(rank not in self._recordings for rank in members):
+            return ""
+        found = {self._recordings[rank].find(key) for rank in members}
+        calls = {None if record is None else record.what for record in found}
+        return self.callers(members, key) if len(calls) > 1 and None not in calls else ""
+
     def report(
         self,
         title: str,
