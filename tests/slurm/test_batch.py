@@ -1,0 +1,130 @@
+"""The batch scripts of jobs/, as they are, submitted to a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests._ranks.launcher import marked_processes
+from tests.jobs.running import read_records
+from tests.slurm.cluster import ROOT, Cluster, Job
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
+
+NODES = ("--nodes=2", "--ntasks-per-node=1", "jobs/ddp-nodes.sbatch")
+ONE_NODE = ("--ntasks=2", "jobs/ddp-one-node.sbatch")
+STEPS = 120
+
+
+def submit(cluster: Cluster, script: tuple[str, ...], out: Path, *options: str) -> Job:
+    """Submit a script of jobs/ with options of train.py."""
+    arguments = (
+        *script,
+        "--no-plot",
+        "--log-every=5",
+        f"--steps={STEPS}",
+        f"--out={out}",
+        *options,
+    )
+    return cluster.submit(*arguments, PYTHON=sys.executable)
+
+
+def wait_for_step(job: Job, out: Path, step: int) -> None:
+    file = out / "metrics.jsonl"
+    job.wait_until(lambda: file.exists() and f'"step": {step},' in file.read_text(), f"step {step}")
+
+
+def arrays(out: Path) -> dict[str, Any]:
+    with np.load(out / "save.npz") as file:
+        return {name: file[name] for name in file.files if name.startswith("array/")}
+
+
+@pytest.mark.parametrize(
+    ("script", "to", "started"),
+    [
+        # What --signal=B:USR1 sends, and what scancel --signal=USR1 does: to the ranks only.
+        (NODES, ["--batch"], "start {n}, on n[0-1]"),
+        (ONE_NODE, [], "start {n}, on n0"),
+    ],
+    ids=["two nodes", "one node"],
+)
+def test_signalled_requeued_and_resumed_has_the_bits_of_undisturbed(
+    pmi2: Cluster, tmp_path: Path, script: tuple[str, ...], to: list[str], started: str
+) -> None:
+    job = submit(pmi2, script, tmp_path / "stopped")
+    wait_for_step(job, tmp_path / "stopped", 10)
+    job.signal(*to, "--signal=USR1")
+    job.wait_until(lambda: job.fact("Restarts") == "1", "second start")
+    whole = submit(pmi2, script, tmp_path / "whole")
+    assert job.wait() == "COMPLETED", job.output
+    assert whole.wait() == "COMPLETED", whole.output
+
+    said = job.output  # of both starts: --open-mode=append
+    assert [started.format(n=n) in said for n in (0, 1, 2)] == [True, True, False]
+    (stopped,) = re.findall(r"stopped by SIGUSR1 after step (\d+) of", said)
+    assert 10 <= int(stopped) < STEPS
+    assert f"going on after step {stopped}" in said
+    assert (job.fact("Restarts"), whole.fact("Restarts")) == ("1", "0")
+    mine, theirs = arrays(tmp_path / "stopped"), arrays(tmp_path / "whole")
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 20
+    for name, array in mine.items():
+        assert array.tobytes() == theirs[name].tobytes(), name
+    records = read_records(tmp_path / "stopped/metrics.jsonl")
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == STEPS
+
+
+def test_a_failure_is_not_queued_again(pmi2: Cluster, tmp_path: Path) -> None:
+    job = submit(pmi2, ONE_NODE, tmp_path / "out", "--lr=1e30")
+    assert job.wait() == "FAILED", job.output
+    assert (job.fact("ExitCode"), job.fact("Restarts")) == ("1:0", "0")
+    assert "training has diverged" in job.output
+
+
+def test_a_killed_rank_ends_the_job(pmi2: Cluster, tmp_path: Path) -> None:
+    job = submit(pmi2, NODES, tmp_path / "out", "--steps=100000")
+    wait_for_step(job, tmp_path / "out", 5)
+    os.kill(ranks_of(pmi2, tmp_path)[-1], signal.SIGKILL)
+    assert job.wait(timeout=30) == "FAILED", job.output
+    assert job.fact("Restarts") == "0"
+    assert ranks_of(pmi2, tmp_path) == []
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(pmi2: Cluster, tmp_path: Path) -> None:
+    job = submit(pmi2, NODES, tmp_path / "out", "--steps=100000")
+    wait_for_step(job, tmp_path / "out", 5)
+    job.signal()
+    assert job.wait(timeout=30) == "CANCELLED", job.output
+    job.wait_until(lambda: ranks_of(pmi2, tmp_path) == [], "end of its ranks")
+    assert "stopped by SIGTERM after step" in job.output
+    assert (tmp_path / "out/save.npz").exists()
+    assert job.fact("Restarts") == "0"
+
+
+def ranks_of(cluster: Cluster, directory: Path) -> list[int]:
+    """Return the process ids of the ranks that write into this directory."""
+    found = []
+    for pid in marked_processes(str(cluster.directory)):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if words.startswith(sys.executable.encode()) and str(directory).encode() in words:
+            found.append(pid)
+    return found
+
+
+def test_the_scripts_differ_in_their_nodes_only() -> None:
+    one, several = (
+        (ROOT / name).read_text().splitlines()
+        for name in ("jobs/ddp-one-node.sbatch", "jobs/ddp-nodes.sbatch")
+    )
+    changed = [(a, b) for a, b in zip(one, several, strict=True) if a != b]
+    assert all(a.startswith(("# ", "#SBATCH --n")) for a, _ in changed)
+    assert len(changed) <= 5
