@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
+from mpidist.regions import region
 
 __all__ = ["ArrayDataset", "split_off"]
 
@@ -64,7 +65,8 @@ class ArrayDataset:
         targets : Array, shape (n, ...)
             Their targets.
         """
-        return self.inputs[indices], self.targets[indices]
+        with region("data"):
+            return self.inputs[indices], self.targets[indices]
 
 
 def split_off(data: ArrayDataset, part: float, *, seed: int) -> tuple[ArrayDataset, ArrayDataset]:

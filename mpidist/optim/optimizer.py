@@ -12,6 +12,7 @@ from mpidist.arrays import HALVES, array_namespace, is_host
 from mpidist.nn.parameter import Parameter
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.optim.schedule import Schedule
+from mpidist.regions import region
 
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer", "check_same_state"]
 
@@ -92,6 +93,11 @@ class Optimizer:
         Local. Temporaries: two blocks of 32,768 elements (on a device: two arrays of the
         parameter's size), whatever the sizes of the parameters.
         """
+        with region("optimizer"):
+            self._update()
+        self._steps += 1
+
+    def _update(self) -> None:
         lr = self.lr
         for name, p in self._params.items():
             if p.grad is None:
@@ -108,7 +114,6 @@ class Optimizer:
                     lr=lr,
                     t=self._updates[name],
                 )
-        self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must keep, as one flat mapping.

@@ -17,6 +17,7 @@ from mpidist.parallel.compression import Compression, Hook
 from mpidist.parallel.gradients import ParameterGradients, layers_without_parameters
 from mpidist.parallel.layout import ArrivalOrder
 from mpidist.parallel.reducer import GradientReducer
+from mpidist.regions import region
 
 __all__ = ["DDP"]
 
@@ -141,7 +142,8 @@ class DDP:
         -----
         Local.
         """
-        return self.module.forward(x, mode)
+        with region("forward"):
+            return self.module.forward(x, mode)
 
     def backward(self, ctx: Context, dy: Array) -> Array:
         """Run backward, and return when the gradients of all ranks have been averaged.
@@ -210,11 +212,12 @@ class DDP:
         self._gradients.check_owned(ctx.uses)
         if not self._syncing:
             self._reduced = False
-            return self.module.backward(ctx, dy), _NoWork()
+            with region("backward"):
+                return self.module.backward(ctx, dy), _NoWork()
         try:
             self._buffers.start()
             self._gradients.expect(ctx.uses)
-            with after_backward(self._silent, self._reducer.progress):
+            with region("backward"), after_backward(self._silent, self._reducer.progress):
                 dx = self.module.backward(ctx, dy)
             self._reducer.check_complete("DDP.backward")
             if self._relayout_due:
@@ -336,6 +339,11 @@ class _StepWork(Work[None]):
         ddp = self._ddp
         if ddp._pending is not self:
             return
+        with region("gradients"):
+            self._finish(timeout)
+
+    def _finish(self, timeout: float | None) -> None:
+        ddp = self._ddp
         order = None if ddp._arriving is None else ddp._arriving.wait(timeout)
         used = ddp._reducer.wait(timeout)
         ddp._buffers.finish(timeout)

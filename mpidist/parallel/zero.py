@@ -20,6 +20,7 @@ from mpidist.parallel.shard_gradients import check_model, make_gradients
 from mpidist.parallel.shard_state import check_names, load_merged_state, merged_state
 from mpidist.parallel.slabs import lay_out
 from mpidist.parallel.stores import NodeStore, by_node, make_store
+from mpidist.regions import region
 
 __all__ = ["OptimizerFactory", "ShardedOptimizer"]
 
@@ -226,7 +227,8 @@ class ShardedOptimizer:
         self._store.settle()
         for optimizer in self.optimizers:
             optimizer.step()
-        self._store.publish()
+        with region("publish"):
+            self._store.publish()
         self._gradients.spend()
 
     def zero_grad(self) -> None:

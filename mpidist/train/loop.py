@@ -19,6 +19,7 @@ from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
 from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, Metrics, ShardedOptimizer, clip_grad_norm
+from mpidist.regions import STEP, region
 from mpidist.train.records import Record
 from mpidist.train.saving import Run, SavedRun
 from mpidist.train.stopping import StopSignal
@@ -152,7 +153,8 @@ def train(
     while optimizer.step_count < plan.steps:
         for batch in sampler:
             rate = optimizer.lr
-            train_step(model, optimizer, train_set, batch, plan, meter.metrics)
+            with region(STEP):
+                train_step(model, optimizer, train_set, batch, plan, meter.metrics)
             meter.samples += batch.global_size
 
             done, last = optimizer.step_count, optimizer.step_count == plan.steps
@@ -164,7 +166,8 @@ def train(
                 meter.resume()
             if last or _due(done, plan.evaluate_every):
                 meter.pause()
-                record = evaluate(model, held_out, plan, group, step=done, epoch=epoch)
+                with region("evaluate"):
+                    record = evaluate(model, held_out, plan, group, step=done, epoch=epoch)
                 yield record
                 _check_finite("loss on held-out samples", record.loss, after=done)
                 meter.resume()
