@@ -99,6 +99,8 @@ if TYPE_CHECKING:
         send_object,
         sendrecv,
     )
+    from mpidist.regions import region
+    from mpidist.tracing import trace
 
 __all__ = [
     "ANY_SOURCE",
@@ -172,11 +174,13 @@ __all__ = [
     "reduce",
     "reduce_scatter",
     "reduce_scatter_coalesced",
+    "region",
     "scatter",
     "scatter_object",
     "send",
     "send_object",
     "sendrecv",
+    "trace",
 ]
 
 _PARTS = (
@@ -188,6 +192,8 @@ _PARTS = (
     "launch",
     "collectives",
     "point_to_point",
+    "regions",
+    "tracing",
 )
 """The modules that offer these names, each after those on which it stands."""
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from mpidist.bench import command as bench
 from mpidist.bench import plan
 from mpidist.info import command as info
+from mpidist.tracing import command as trace
 
 __all__ = ["COMMANDS", "Command", "main"]
 
@@ -31,6 +32,7 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
     "bench": (bench, "measure this machine, beside the MPI library and other peers"),
     "info": (info, "say what is here, and what is wrong with it, each with its cure"),
     "plan": (plan, "predict all_reduce and training steps on other numbers of ranks and nodes"),
+    "trace": (trace, "say what a trace shows: communication, overlap, the slowest rank per step"),
 }
 """Every command with its one line of help."""
 

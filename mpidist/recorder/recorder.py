@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from time import monotonic_ns
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from mpidist.recorder.layout import (
     BEGAN,
@@ -31,7 +31,7 @@ from mpidist.recorder.layout import (
 if TYPE_CHECKING:
     from mpidist.recorder.recording import Event
 
-__all__ = ["Recorder", "is_inside"]
+__all__ = ["Over", "Recorder", "Sink", "is_inside"]
 
 Over: TypeAlias = tuple[Kind, int, int, int, int, int]
 """An operation that is over, or a wait: kind, what, number, site, began, ended."""
@@ -44,6 +44,13 @@ _REMEMBERED = 4096
 """Functions whose places are remembered."""
 
 
+class Sink(Protocol):
+    """Whoever wants to know of every operation; a list will do."""
+
+    def append(self, over: Over, /) -> None:
+        """Take an operation that is over, or a wait."""
+
+
 class Recorder:
     """What one rank writes.
 
@@ -54,8 +61,8 @@ class Recorder:
 
     Attributes
     ----------
-    sink : list or None
-        While it is a list, every operation that is over, and every wait for one, is appended, in
+    sink : Sink or None
+        While there is one, every operation that is over, and every wait for one, is appended, in
         numbers; `events` turns them into words.
     words : memoryview
         The head; see `Head`.
@@ -66,7 +73,7 @@ class Recorder:
             memory = memoryview(bytearray(NBYTES))
         self._memory = memory
         self.words = memory.cast("q")
-        self.sink: list[Over] | None = None
+        self.sink: Sink | None = None
         self._next = itertools.count(1).__next__
         self._sites: dict[tuple[int, int], int] = {}
         self._inside: dict[int, tuple[bool, CodeType]] = {}

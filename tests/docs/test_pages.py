@@ -12,6 +12,12 @@ from tests.docs.pages import DOCS, PAGES, code_of
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(DOCS)) for p in PAGES])
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pages write files."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(page: Path) -> None:
     exec(compile(code_of(page), str(page), "exec"), {"__name__": "__main__"})
 

@@ -28,7 +28,6 @@ NOT_BUILT = {
     "SyncBatchNorm": ["mpidist.parallel.sync_batch_norm"],
     "RPC": ["mpidist.rpc"],
     "Checkpoints": ["mpidist.checkpoint"],
-    "Flight recorder, mismatch detection, traces": ["mpidist.recorder", "mpidist.trace"],
     "PyTorch adapter": ["mpidist.adapters"],
 }
 """What would be there if a system of the table were."""

@@ -1,0 +1,354 @@
+"""The parts of all ranks as one file in the Trace Event Format, which Perfetto and Chrome open.
+
+A process is a rank. Its thread 0 is the thread that began the trace: regions, and inside them
+``compute``, blocking collectives and waits, which never overlap. Thread 1 is what is in flight:
+immediate operations and messages, as pairs of asynchronous events. Other threads that communicate
+follow.
+
+References
+----------
+Duca, Sinclair et al., Trace Event Format (Google, 2016).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+from mpidist.tracing.clock import Clock, Reading
+from mpidist.tracing.parts import Part, Row
+
+__all__ = ["COMPUTE", "MAIN", "MERGED", "write_trace"]
+
+COMPUTE = "compute"
+"""Category and name of the main thread's time in no collective and no wait."""
+
+MAIN, _IN_FLIGHT = 0, 1
+"""Threads of a process; others that communicate follow."""
+
+MERGED = 1
+"""Version of what this module writes into ``otherData``."""
+
+_BUSY = ("blocking", "wait")
+_FLYING = ("immediate", "message")
+
+_ARRAY = re.compile(r"(\w+)\[([\d, ]*)\]")
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """The rank that came last to a collective, as far as is known."""
+
+    verb: str
+    rank: int
+    time: int
+    ranks: int = 1
+
+    def add(self, rank: int, time: int) -> None:
+        self.ranks += 1
+        if time > self.time:
+            self.rank, self.time = rank, time
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """A rank's part, on the clock of all."""
+
+    part: Part
+    clock: Clock
+    began: int
+    ended: int
+
+    @property
+    def rank(self) -> int:
+        rank: int = self.part.facts["rank"]
+        return rank
+
+    def rows(self) -> Iterator[Row]:
+        """Give the rows within the trace, on the clock of all."""
+        translate = self.clock.translate
+        for row in self.part.rows():
+            began, ended = translate(row.began), translate(row.ended)
+            if ended > self.began and began < self.ended:
+                began, ended = max(began, self.began), min(ended, self.ended)
+                yield row._replace(began=began, ended=ended)
+
+
+def write_trace(parts: Iterable[Part], path: Path) -> None:
+    """Write the trace of all ranks.
+
+    Parameters
+    ----------
+    parts : iterable of Part
+        One of each rank; of a job that ended badly some may be missing, or end early.
+    path : Path
+        The file; compressed if its name ends with ``.gz``. It appears when it is complete.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+
+    Notes
+    -----
+    Holds the events of one rank at a time, and a few numbers for each collective.
+    """
+    lanes = _lanes(sorted(parts, key=lambda part: int(part.facts["rank"])))
+    arrivals = _arrivals(lanes)
+    origin = min(lane.began for lane in lanes)
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with _open(fresh, compressed=path.suffix == ".gz") as file:
+            about = {"displayTimeUnit": "ms", "otherData": _about(lanes, origin)}
+            file.write(json.dumps(about, indent=1)[:-2] + ',\n "traceEvents": [\n')
+            comma = ""
+            for lane in lanes:
+                for event in _events(lane, arrivals, origin):
+                    file.write(comma + _encode(event))
+                    comma = ",\n"
+            file.write("\n]}\n")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _open(path: Path, *, compressed: bool) -> IO[str]:
+    if not compressed:
+        return path.open("w", encoding="utf-8")
+    return io.TextIOWrapper(gzip.GzipFile(path, "wb", compresslevel=5, mtime=0), encoding="utf-8")
+
+
+def _lanes(parts: Sequence[Part]) -> list[_Lane]:
+    clocks = {parts[0].facts["clock"]: Clock()}
+    for part in parts:
+        readings = [Reading(*each) for each in part.facts.get("readings", ())]
+        if readings:
+            clocks[part.facts["clock"]] = Clock(*readings)
+    lanes = []
+    for part in parts:
+        facts = part.facts
+        clock = clocks.get(facts["clock"], Clock())
+        ended = facts.get("full_at") or facts.get("ended")
+        if ended is None:  # the rank was killed
+            ended = max((row.ended for row in part.rows()), default=facts["began"])
+        lanes.append(_Lane(part, clock, *map(clock.translate, (facts["began"], ended))))
+    return lanes
+
+
+def _arrivals(lanes: Sequence[_Lane]) -> dict[tuple[int, int], _Arrival]:
+    """Find out who came last to each collective."""
+    found: dict[tuple[int, int], _Arrival] = {}
+    for lane in lanes:
+        for row in lane.rows():
+            if row.identity and row.kind in ("blocking", "immediate"):
+                key = (row.identity, row.number)
+                if key in found:
+                    found[key].add(lane.rank, row.began)
+                else:
+                    found[key] = _Arrival(_verb(row), lane.rank, row.began)
+    return found
+
+
+def _verb(row: Row) -> str:
+    return row.what.partition(" ")[0]
+
+
+# -- what stands at the head of the file -----------------------------------------------------------
+
+
+def _about(lanes: Sequence[_Lane], origin: int) -> dict[str, Any]:
+    ranks = [
+        {
+            "rank": lane.rank,
+            "host": lane.part.facts["host"],
+            "pid": lane.part.facts["pid"],
+            "began": _microseconds(lane.began - origin),
+            "ended": _microseconds(lane.ended - origin),
+            "clock_uncertainty": _microseconds(lane.clock.uncertainty),
+            "dropped": lane.part.facts.get("dropped", 0),
+            "complete": lane.part.facts.get("complete", False),
+        }
+        for lane in lanes
+    ]
+    return {
+        "mpidist": MERGED,
+        "size": lanes[0].part.facts["size"],
+        "started": lanes[0].part.facts["started"],
+        "ranks": ranks,
+        "notes": [*_notes(lanes)],
+    }
+
+
+def _notes(lanes: Sequence[_Lane]) -> Iterator[str]:
+    size = lanes[0].part.facts["size"]
+    missing = sorted(set(range(size)) - {lane.rank for lane in lanes})
+    if missing:
+        yield f"nothing is known of rank {', '.join(map(str, missing))}"
+    for lane in lanes:
+        facts = lane.part.facts
+        if facts.get("dropped"):
+            yield (
+                f"rank {lane.rank} was recorded up to its event {facts['limit']:,}, as many as "
+                f"are kept; {facts['dropped']:,} more are missing"
+            )
+        if not facts.get("complete"):
+            yield f"rank {lane.rank} did not come to the trace's end; its last events are missing"
+        if facts["clock"] != lanes[0].part.facts["clock"] and lane.clock.first is None:
+            yield f"the clock of rank {lane.rank} was never compared with rank 0's"
+
+
+# -- events ----------------------------------------------------------------------------------------
+
+
+def _events(
+    lane: _Lane, arrivals: dict[tuple[int, int], _Arrival], origin: int
+) -> Iterator[dict[str, Any]]:
+    """Give the events of one rank, those of each thread in the order of their times."""
+    rows = sorted(lane.rows(), key=lambda row: (row.thread, row.began, -row.ended))
+    flying = [row for row in rows if row.kind in _FLYING]
+    threads = sorted({row.thread for row in rows} | {0})
+    yield from _names(lane, threads)
+    for thread in threads:
+        mine = [row for row in rows if row.thread == thread and row.kind not in _FLYING]
+        # Only of the main thread it is known that it computes when it does not communicate.
+        spans = _with_compute(mine, lane.began, lane.ended) if thread == 0 else _nested(mine)
+        for row in spans:
+            event = {
+                "ph": "X",
+                "name": _name(row),
+                "cat": row.kind,
+                "pid": lane.rank,
+                "tid": thread + 1 if thread else MAIN,
+                "ts": _microseconds(row.began - origin),
+                "dur": _microseconds(row.ended - row.began),
+            }
+            yield event | {"args": _args(row, arrivals)} if row.kind in _BUSY else event
+    yield from _pairs(flying, lane, arrivals, origin)
+
+
+def _name(row: Row) -> str:
+    if row.kind in _BUSY:
+        return f"wait {_verb(row)}" if row.kind == "wait" else _verb(row)
+    return row.what
+
+
+def _names(lane: _Lane, threads: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def named(what: str, thread: int, **args: Any) -> dict[str, Any]:
+        return {"ph": "M", "name": what, "pid": lane.rank, "tid": thread, "args": args}
+
+    yield named("process_name", MAIN, name=f"rank {lane.rank} ({lane.part.facts['host']})")
+    yield named("process_sort_index", MAIN, sort_index=lane.rank)
+    names = {MAIN: "main", _IN_FLIGHT: "in flight"}
+    names |= {thread + 1: f"thread {thread}" for thread in threads if thread}
+    for number, name in names.items():
+        yield named("thread_name", number, name=name)
+        yield named("thread_sort_index", number, sort_index=number)
+
+
+def _pairs(
+    rows: Sequence[Row],
+    lane: _Lane,
+    arrivals: dict[tuple[int, int], _Arrival],
+    origin: int,
+) -> Iterator[dict[str, Any]]:
+    """Give the begins and ends of what was in flight, in the order of their times."""
+    timed: list[tuple[int, int, dict[str, Any]]] = []
+    for count, row in enumerate(sorted(rows, key=lambda row: row.began)):
+        common = {
+            "name": _verb(row),
+            "cat": row.kind,
+            "id": hex(lane.rank << 32 | count),
+            "pid": lane.rank,
+            "tid": _IN_FLIGHT,
+        }
+        begin = {"ph": "b", **common, "ts": _microseconds(row.began - origin)}
+        end = {"ph": "e", **common, "ts": _microseconds(row.ended - origin)}
+        timed.append((row.began, 2 * count, begin | {"args": _args(row, arrivals)}))
+        timed.append((row.ended, 2 * count + 1, end))
+    timed.sort(key=lambda each: each[:2])
+    for _, _, event in timed:
+        yield event
+
+
+def _nested(rows: Iterable[Row]) -> Iterator[Row]:
+    """Cut off what ends after the event around it, as a region can that a generator has left."""
+    around: list[int] = []
+    for row in rows:
+        while around and around[-1] <= row.began:
+            around.pop()
+        ended = min(row.ended, around[-1]) if around else row.ended
+        around.append(ended)
+        yield row._replace(ended=ended)
+
+
+def _with_compute(rows: Iterable[Row], began: int, ended: int) -> Iterator[Row]:
+    """Fill what no collective and no wait takes; each filling lies within one region."""
+    around: list[Row] = []
+    done = began
+    end = Row("", "", "", 0, 0, "", ended, ended, 0)
+    for row in (*_nested(rows), end):
+        while around and around[-1].ended <= row.began:
+            yield from _filling(done, around[-1].ended, around)
+            done = max(done, around.pop().ended)
+        yield from _filling(done, row.began, around)
+        done = max(done, row.began)
+        if row is not end:
+            yield row
+            around.append(row)
+
+
+def _filling(began: int, ended: int, around: Sequence[Row]) -> Iterator[Row]:
+    if began < ended and not any(row.kind in _BUSY for row in around):
+        yield Row(COMPUTE, COMPUTE, "", 0, 0, "", began, ended, 0)
+
+
+def _args(row: Row, arrivals: dict[tuple[int, int], _Arrival]) -> dict[str, Any]:
+    """Say what is known of an operation: of a collective also for whom it waited, and how long."""
+    args: dict[str, Any] = {"what": row.what, "group": row.group, "site": row.site}
+    args["number"] = row.number
+    nbytes = bytes_of(row.what)
+    if nbytes is not None:
+        args["bytes"] = nbytes
+    arrival = arrivals.get((row.identity, row.number))
+    # A message has a number of its own, which may be that of a collective.
+    if arrival is not None and arrival.ranks > 1 and arrival.verb == _verb(row):
+        args["last"] = arrival.rank
+        args["waited_ms"] = max(0, min(arrival.time, row.ended) - row.began) / 1e6
+    return args
+
+
+def bytes_of(what: str) -> int | None:
+    """Return the bytes of the array in the words for an operation, or None.
+
+    Examples
+    --------
+    >>> bytes_of("all_reduce SUM float32[10, 100]")
+    4000
+    >>> bytes_of("barrier") is None
+    True
+    """
+    found = _ARRAY.search(what)
+    if found is None:
+        return None
+    itemsize = _itemsize(found[1])
+    shape = [int(length) for length in found[2].split(",") if length.strip()]
+    return None if itemsize is None else itemsize * prod(shape)
+
+
+def _itemsize(dtype: str) -> int | None:
+    bits = re.search(r"\d+$", dtype)
+    return 1 if dtype == "bool" else int(bits[0]) // 8 if bits else None
+
+
+def _microseconds(nanoseconds: int) -> float:
+    return nanoseconds / 1000

@@ -1,0 +1,276 @@
+"""One rank's part of a trace: kept in memory for a second, then in a file, a row per event.
+
+The file is what is left of a rank that is killed. It is a sequence of gzip members, each written in
+one piece, of lines of JSON: objects say what is true of the whole part, arrays are rows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from mpidist.recorder import Recorder
+    from mpidist.recorder.recorder import Over, Sink
+    from mpidist.regions import Marks
+
+
+__all__ = ["Events", "Part", "PartFile", "Row", "part_path"]
+
+FORMAT = 1
+
+_SECONDS = 1.0
+"""What a killed rank loses at most; also how long events stay in memory."""
+
+_KINDS = ("blocking", "immediate", "message", "wait")
+"""By the number of `mpidist.recorder.Kind`."""
+
+REGION = "region"
+
+
+class Row(NamedTuple):
+    """One event of a part.
+
+    Attributes
+    ----------
+    kind : str
+        ``blocking``, ``immediate``, ``message``, ``wait`` or ``region``.
+    what, group : str
+        Name of the operation or region; name of the group.
+    identity, number : int
+        Of the group and the operation; the same on all ranks of a collective.
+    site : str
+        The caller's file and line.
+    began, ended : int
+        Nanoseconds by the rank's own clock.
+    thread : int
+        0 for the thread that began the trace, then counted in the order of their first events.
+    """
+
+    kind: str
+    what: str
+    group: str
+    identity: int
+    number: int
+    site: str
+    began: int
+    ended: int
+    thread: int
+
+
+class Events:
+    """What a rank has recorded and not yet written: takes operations and regions.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        From which the operations come.
+    limit : int
+        How many events are taken; the others are only counted.
+    marks : Marks, optional
+        Who listened to regions before, and is told of them on: the trace around this one. Whom the
+        recorder told before is told on, too.
+
+    Attributes
+    ----------
+    dropped : int
+        How many came after the last that was taken.
+    full_at : int or None
+        When the last was taken that there was room for.
+    """
+
+    def __init__(self, recorder: Recorder, limit: int, *, marks: Marks | None = None) -> None:
+        self.outer_sink: Sink | None = recorder.sink
+        self.outer_marks = marks
+        self.dropped = 0
+        self.full_at: int | None = None
+        self._recorder = recorder
+        self._room = limit
+        self._kept: list[tuple[Any, int]] = []
+        self._thread = threading.get_ident()
+        self._others: dict[int, int] = {}
+        self._words: dict[tuple[int, int], tuple[str, str, int, str]] = {}
+
+    def append(self, over: Over) -> None:
+        """Take an operation, or a wait, from the recorder."""
+        if self.outer_sink is not None:
+            self.outer_sink.append(over)
+        self._take(over, over[-1])
+
+    def mark(self, name: str, began: int, ended: int) -> None:
+        """Take a region."""
+        if self.outer_marks is not None:
+            self.outer_marks.mark(name, began, ended)
+        self._take((name, began, ended), ended)
+
+    def _take(self, event: Any, ended: int) -> None:
+        if not self._room:
+            self.dropped += 1
+            return
+        self._room -= 1
+        if not self._room:
+            self.full_at = ended
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self._kept.append((event, self._others.setdefault(thread, len(self._others) + 1)))
+        else:
+            self._kept.append((event, 0))
+
+    def drain(self) -> list[Row]:
+        """Return what has come since the last call; from one thread at a time."""
+        kept = self._kept[:]
+        # Others may have been appended meanwhile.
+        del self._kept[: len(kept)]
+        return [self._row(event, thread) for event, thread in kept]
+
+    def _row(self, event: Any, thread: int) -> Row:
+        if len(event) == 3:
+            name, began, ended = event
+            return Row(REGION, name, "", 0, 0, "", began, ended, thread)
+        kind, what, number, site, began, ended = event
+        words = self._words.get((what, site))
+        if words is None:
+            ((_, record, *_),) = self._recorder.events([event])
+            words = record.what, record.group, record.identity, str(record.site)
+            self._words[what, site] = words
+        name, group, identity, place = words
+        return Row(_KINDS[kind], name, group, identity, number, place, began, ended, thread)
+
+
+def part_path(trace: Path, rank: int) -> Path:
+    """Return where a rank's part of a trace is kept until the trace is written."""
+    return trace.with_name(trace.name + ".parts") / f"rank-{rank:05d}.jsonl.gz"
+
+
+class PartFile:
+    """Writes a rank's events into its file, from a thread of its own.
+
+    Parameters
+    ----------
+    path : Path
+        The file; overwritten.
+    events : Events
+        What is written.
+    facts : mapping of str to object
+        What is known at the begin.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be made.
+    """
+
+    def __init__(self, path: Path, events: Events, facts: Mapping[str, Any]) -> None:
+        self.path = path
+        self.problem: OSError | None = None
+        self._events = events
+        self._facts: list[Mapping[str, Any]] = []
+        self._writing = threading.Lock()
+        self._over = threading.Event()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_packed([{"format": FORMAT, **facts}]))
+        self._thread = threading.Thread(target=self._work, name="mpidist-trace", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while not self._over.wait(_SECONDS):
+            self._write()
+
+    def _write(self) -> None:
+        """Write what there is; an error is kept as `problem`, and nothing is written after it."""
+        with self._writing:
+            facts, self._facts = self._facts, []
+            lines = [*facts, *self._events.drain()]
+            if self.problem is not None or not lines:
+                return
+            try:
+                with self.path.open("ab") as file:
+                    file.write(_packed(lines))
+            except OSError as error:
+                self.problem = error
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Let something be written that has become known."""
+        with self._writing:
+            self._facts.append(facts)
+
+    def close(self) -> None:
+        """Write the last events."""
+        self._over.set()
+        self._thread.join()
+        self._write()
+
+    def remove(self) -> None:
+        """Delete the file, and its directory after the last rank's."""
+        self.path.unlink(missing_ok=True)
+        try:
+            self.path.parent.rmdir()
+        except OSError:
+            return  # others' parts are there still
+
+
+def _packed(lines: Iterable[Any]) -> bytes:
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    return gzip.compress(text.encode(), 1, mtime=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's part, as it was written.
+
+    Parameters
+    ----------
+    data : bytes
+        Of its file.
+
+    Attributes
+    ----------
+    facts : dict
+        ``run``, ``rank``, ``size``, ``host``, ``pid``, ``clock``, ``limit``, ``started``, and what
+        became known later: ``began``, ``readings``, ``ended``, ``dropped``, ``full_at`` and
+        ``complete``.
+    """
+
+    data: bytes
+    facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, data: bytes) -> Part:
+        """Read what a `PartFile` has written, whole or cut off.
+
+        Raises
+        ------
+        ValueError
+            If it was written by something else.
+        """
+        facts: dict[str, Any] = {}
+        for line in _lines(data):
+            if line.startswith("{"):
+                facts.update(json.loads(line))
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"this is no part of a trace of format {FORMAT}")
+        return cls(data, facts)
+
+    def rows(self) -> Iterator[Row]:
+        """Give the events in the order in which they ended."""
+        for line in _lines(self.data):
+            if line.startswith("["):
+                yield Row(*json.loads(line))
+
+
+def _lines(data: bytes) -> Iterator[str]:
+    """Give the whole lines of what may have been cut off anywhere."""
+    while data:
+        member = zlib.decompressobj(wbits=31)
+        try:
+            text = member.decompress(data)
+        except zlib.error:
+            return
+        yield from text[: text.rfind(b"\n") + 1].decode().splitlines()
+        data = member.unused_data

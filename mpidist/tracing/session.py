@@ -1,0 +1,252 @@
+"""How a trace begins and ends: together on all ranks, or, when a job breaks, each for itself."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpidist.collectives import all_gather_object, barrier, broadcast_object
+from mpidist.group import ProcessGroup
+from mpidist.point_to_point import recv, send
+from mpidist.regions import listener
+from mpidist.tracing.chrome import write_trace
+from mpidist.tracing.clock import Reading, clock_name, compare_clocks
+from mpidist.tracing.parts import Events, Part, PartFile, part_path
+
+__all__ = ["EVENTS", "Session", "trace"]
+
+EVENTS = 100_000
+"""Events of each rank that are kept."""
+
+_PATIENCE = 2.0
+"""Seconds that a job which is ending waits for the file system."""
+
+
+@contextmanager
+def trace(
+    path: str | os.PathLike[str], group: ProcessGroup, *, limit: int = EVENTS
+) -> Iterator[None]:
+    """Write down what the ranks of a group do inside the ``with`` block, and when.
+
+    Parameters
+    ----------
+    path : path
+        One file for all ranks, in the Trace Event Format: open it in https://ui.perfetto.dev, or
+        let ``python -m mpidist trace summary`` read it. Compressed if its name ends with ``.gz``.
+        Rank 0's counts.
+    group : ProcessGroup
+        The ranks. Their operations on all groups of the same world are recorded.
+    limit : int, optional
+        How many events of each rank are kept: operations, waits and regions. A rank that has more
+        is recorded up to there, and the file says so.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    OSError
+        On all ranks, if the file cannot be written.
+    ValueError
+        If `limit` is not positive.
+
+    Notes
+    -----
+    Collective over `group`; blocks at the begin and at the end. Where ranks are on several hosts
+    their clocks are compared at both, see [Note: clocks] in `mpidist.tracing.clock`. Every second
+    a thread of each rank writes what has come since into a file beside `path`, in a directory
+    ``<path>.parts``, which is deleted at the end. It stays when the block ends by an error, or the
+    rank is killed: then ``python -m mpidist trace merge`` makes the trace of it.
+    """
+    session = Session.begin(Path(path), group, limit=limit)
+    try:
+        yield
+    except BaseException:
+        session.abandon()
+        raise
+    session.end()
+
+
+class Session:
+    """One trace under way, on one rank; see `trace`.
+
+    Parameters
+    ----------
+    path : Path
+        Where rank 0 writes it; the same on all ranks.
+    group : ProcessGroup
+        A duplicate, for this session's own messages.
+    events : Events
+        What takes this rank's events.
+    file : PartFile
+        Where they go.
+
+    Notes
+    -----
+    Collective over `group`; blocks.
+    """
+
+    def __init__(self, path: Path, group: ProcessGroup, events: Events, file: PartFile) -> None:
+        self._path = path
+        self._group = group
+        self._events = events
+        self._file = file
+        self._recorder = group._backend.recorder
+        self._clocks = all_gather_object(clock_name(), group)
+        first = compare_clocks(group, self._clocks)
+        self._readings: list[Reading] = [] if first is None else [first]
+        # Together: a rank that is not recorded yet would look as if the others did not wait for it.
+        barrier(group)
+        file.note({"readings": self._readings, "began": time.monotonic_ns()})
+        self._recorder.sink = events
+        listener.set(events)
+
+    @classmethod
+    def begin(cls, path: Path, group: ProcessGroup, *, limit: int = EVENTS) -> Session:
+        """Begin to record; see `trace`. Collective over `group`."""
+        if limit < 1:
+            raise ValueError(f"trace on {group}: limit must be positive, got {limit}")
+        path, run = broadcast_object((path.absolute(), os.urandom(8).hex()), group)
+        own = group.duplicate(f"{group.name}/trace")
+        problem = _prepare(path) if own.rank == 0 else ""
+        try:
+            _raise_together(problem, own)
+            events = Events(own._backend.recorder, limit, marks=listener.get())
+            file = _part_file(path, own, events, {"run": run, "limit": limit})
+        except OSError:
+            own.close()
+            raise
+        return cls(path, own, events, file)
+
+    def end(self, *, together: bool = True) -> None:
+        """Write the trace.
+
+        Parameters
+        ----------
+        together : bool, optional
+            Whether all ranks wait for rank 0 to have written it, and hear of its errors. Otherwise
+            the others only wait until it has their parts.
+
+        Raises
+        ------
+        OSError
+            If a rank's part, or the trace, could not be written.
+
+        Notes
+        -----
+        Collective over the group.
+        """
+        self._stop()
+        last = compare_clocks(self._group, self._clocks)
+        readings = self._readings if last is None else [*self._readings, last]
+        self._file.note({"readings": readings, "complete": True})
+        self._file.close()
+        problem = "" if self._file.problem is None else str(self._file.problem)
+        _raise_together(problem, self._group)
+        problem = self._collect()
+        if together:
+            _raise_together(problem, self._group)
+        elif problem:
+            raise OSError(problem)
+        self._file.remove()
+        self._group.close()
+
+    def _collect(self) -> str:
+        """Bring the parts to rank 0 and let it write the trace; return what went wrong."""
+        group, data = self._group, self._file.path.read_bytes()
+        if group.rank:
+            send(np.frombuffer(data, np.uint8), group, dst=0)
+            return ""
+        others = [recv(group, src=rank).tobytes() for rank in range(1, group.size)]
+        try:
+            write_trace([Part.of(each) for each in (data, *others)], self._path)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def abandon(self) -> None:
+        """Leave this rank's part behind, since the others may not come; local.
+
+        Notes
+        -----
+        Waits at most 2 seconds for the file system: the job is ending.
+        """
+        self._stop()
+        last = threading.Thread(target=self._file.close, daemon=True)
+        last.start()
+        last.join(_PATIENCE)
+
+    @property
+    def parts(self) -> Path:
+        """Directory of the ranks' parts."""
+        return self._file.path.parent
+
+    def _stop(self) -> None:
+        """Record no more, and note how far it went."""
+        events = self._events
+        self._recorder.sink = events.outer_sink
+        listener.set(events.outer_marks)
+        self._file.note(
+            {
+                "ended": time.monotonic_ns(),
+                "dropped": events.dropped,
+                "full_at": events.full_at if events.dropped else None,
+            }
+        )
+
+
+def _prepare(path: Path) -> str:
+    """Make room for the trace, and return what is wrong with its place."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in part_path(path, 0).parent.glob("rank-*"):
+            old.unlink()
+    except OSError as error:
+        return str(error)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        return f"cannot write {path}"
+    return ""
+
+
+def _part_file(
+    path: Path, group: ProcessGroup, events: Events, facts: Mapping[str, Any]
+) -> PartFile:
+    """Make this rank's file; raises on all ranks if one of them cannot."""
+    problem, file = "", None
+    own = {
+        "rank": group.rank,
+        "size": group.size,
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "clock": clock_name(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    try:
+        file = PartFile(part_path(path, group.rank), events, {**facts, **own})
+    except OSError as error:
+        problem = str(error)
+    try:
+        _raise_together(problem, group)
+    except OSError:
+        if file is not None:
+            file.close()
+            file.remove()
+        raise
+    assert file is not None, "there was no problem"
+    return file
+
+
+def _raise_together(problem: str, group: ProcessGroup) -> None:
+    """Raise on all ranks what has gone wrong on one; collective."""
+    for rank, told in enumerate(all_gather_object(problem, group)):
+        if told:
+            raise OSError(f"trace on {group}: rank {rank}: {told}")

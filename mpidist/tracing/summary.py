@@ -1,0 +1,373 @@
+"""What a trace says: where each rank's time went, and for whom the others waited."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mpidist.regions import STEP
+from mpidist.tracing.chrome import COMPUTE, MAIN, MERGED
+
+__all__ = ["CallTime", "Lateness", "RankTime", "StepTime", "Summary", "load", "summarise"]
+
+Spans: TypeAlias = "list[tuple[float, float]]"
+"""Disjoint spans of time, in order."""
+
+_BUSY = ("blocking", "wait")
+
+
+@dataclass(frozen=True, slots=True)
+class RankTime:
+    """Where the time of one rank's main thread went, in seconds.
+
+    Attributes
+    ----------
+    rank : int
+        In the group that was traced.
+    host : str
+        Name of its machine.
+    wall : float
+        From the begin of its part of the trace to the end; `compute` and `communication` make up
+        all of it.
+    compute : float
+        In no collective and in no wait.
+    communication : float
+        In blocking collectives and in waits.
+    waiting : float
+        The part of it in which another rank had not come yet.
+    in_flight : float
+        While an immediate operation or a message was under way.
+    hidden : float or None
+        The share of it in which this rank computed, from 0 to 1; None if nothing was under way.
+    """
+
+    rank: int
+    host: str
+    wall: float
+    compute: float
+    communication: float
+    waiting: float
+    in_flight: float
+    hidden: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CallTime:
+    """What the calls of one operation at one place cost, over all ranks.
+
+    Attributes
+    ----------
+    operation : str
+        The verb.
+    site : str
+        File and line.
+    calls : int
+        How many.
+    seconds : float
+        Of the ranks' main threads, in the calls and in waiting for them.
+    waiting : float
+        The part of them in which another rank had not come yet.
+    nbytes : int or None
+        Of all arrays together, where they are known.
+    """
+
+    operation: str
+    site: str
+    calls: int
+    seconds: float
+    waiting: float
+    nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One training step.
+
+    Attributes
+    ----------
+    step : int
+        Counted from 0, from the begin of the trace.
+    seconds : float
+        Of the rank that took longest.
+    last : int or None
+        The rank for which another one waited longest; None if nobody waited.
+    behind : float
+        How many seconds that was.
+    """
+
+    step: int
+    seconds: float
+    last: int | None
+    behind: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lateness:
+    """How often the others waited for a rank.
+
+    Attributes
+    ----------
+    rank : int
+        Which one.
+    steps : int
+        In how many steps it was the one for which another waited longest.
+    mean, worst : float
+        How many seconds that was.
+    """
+
+    rank: int
+    steps: int
+    mean: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `summarise` found.
+
+    Attributes
+    ----------
+    ranks : list of RankTime
+        By rank.
+    calls : list of CallTime
+        Those that took longest first.
+    steps : list of StepTime
+        Those that all ranks made, in order.
+    lateness : list of Lateness
+        Those that were last most often first.
+    notes : list of str
+        What is missing.
+    """
+
+    ranks: list[RankTime]
+    calls: list[CallTime]
+    steps: list[StepTime]
+    lateness: list[Lateness]
+    notes: list[str]
+
+
+def load(path: Path) -> Any:
+    """Read a trace.
+
+    Parameters
+    ----------
+    path : Path
+        What `mpidist.trace` has written, compressed or not.
+
+    Returns
+    -------
+    dict
+        The JSON document.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it was written by something else.
+    """
+    data = path.read_bytes()
+    try:
+        document = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no JSON document: {error}") from error
+    about = document.get("otherData") if isinstance(document, dict) else None
+    if not isinstance(about, dict) or about.get("mpidist") != MERGED:
+        raise ValueError(f"{path} is no trace that mpidist.trace or MPIDIST_TRACE has written")
+    return document
+
+
+def summarise(document: Mapping[str, Any]) -> Summary:
+    """Add up a trace.
+
+    Parameters
+    ----------
+    document : mapping
+        From `load`.
+
+    Returns
+    -------
+    Summary
+        Its figures.
+    """
+    about = document["otherData"]
+    events: dict[int, list[Any]] = {rank["rank"]: [] for rank in about["ranks"]}
+    for event in document["traceEvents"]:
+        events[event["pid"]].append(event)
+    notes = list(about["notes"])
+    steps = _steps(events, notes)
+    return Summary(
+        ranks=[_rank_time(rank, events[rank["rank"]]) for rank in about["ranks"]],
+        calls=_calls(event for mine in events.values() for event in mine),
+        steps=steps,
+        lateness=_lateness(steps),
+        notes=notes,
+    )
+
+
+def _rank_time(about: Mapping[str, Any], events: Sequence[Any]) -> RankTime:
+    main = [event for event in events if event["ph"] == "X" and event["tid"] == MAIN]
+    compute = _union(_span(event) for event in main if event["cat"] == COMPUTE)
+    busy = [event for event in main if event["cat"] in _BUSY]
+    flights = _union(_flights(events))
+    in_flight = _length(flights)
+    return RankTime(
+        rank=about["rank"],
+        host=about["host"],
+        wall=(about["ended"] - about["began"]) / 1e6,
+        compute=_length(compute),
+        communication=_length(_union(map(_span, busy))),
+        waiting=sum(map(_waited, busy)),
+        in_flight=in_flight,
+        hidden=_length(_common(flights, compute)) / in_flight if in_flight else None,
+    )
+
+
+def _span(event: Mapping[str, Any]) -> tuple[float, float]:
+    """Return begin and end in seconds."""
+    return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
+
+
+def _waited(event: Mapping[str, Any]) -> float:
+    return float(event["args"].get("waited_ms", 0.0)) / 1e3
+
+
+def _flights(events: Sequence[Any]) -> Spans:
+    begun = {event["id"]: event["ts"] / 1e6 for event in events if event["ph"] == "b"}
+    return [(begun[e["id"]], e["ts"] / 1e6) for e in events if e["ph"] == "e"]
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> Spans:
+    joined: Spans = []
+    for began, ended in sorted(spans):
+        if joined and began <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(ended, joined[-1][1]))
+        else:
+            joined.append((began, ended))
+    return joined
+
+
+def _common(a: Spans, b: Spans) -> Spans:
+    found: Spans = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        began, ended = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if began < ended:
+            found.append((began, ended))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def _length(spans: Spans) -> float:
+    return sum(ended - began for began, ended in spans)
+
+
+def _calls(events: Iterable[Any]) -> list[CallTime]:
+    """Add up the operations of all ranks by verb and call site."""
+    calls: dict[tuple[str, str], int] = defaultdict(int)
+    nbytes: dict[tuple[str, str], list[int | None]] = defaultdict(list)
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    waiting: dict[tuple[str, str], float] = defaultdict(float)
+    for event in events:
+        category = event.get("cat")
+        if event["ph"] == "e" or category not in ("blocking", "wait", "immediate", "message"):
+            continue
+        key = event["name"].removeprefix("wait "), event["args"]["site"]
+        if category != "wait":
+            calls[key] += 1
+            nbytes[key].append(event["args"].get("bytes"))
+        if category in _BUSY:
+            seconds[key] += event["dur"] / 1e6
+            waiting[key] += _waited(event)
+    found = [
+        CallTime(*key, calls[key], seconds[key], waiting[key], _sum(nbytes[key]))
+        for key in {**seconds, **calls}
+    ]
+    return sorted(found, key=lambda call: -call.seconds)
+
+
+def _sum(numbers: Sequence[int | None]) -> int | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+
+def _steps(events: Mapping[int, Sequence[Any]], notes: list[str]) -> list[StepTime]:
+    """Find the steps that all ranks made, and for whom the others waited in each."""
+    regions = {rank: _step_spans(mine) for rank, mine in events.items()}
+    counts = {len(spans) for spans in regions.values()}
+    if counts == {0}:
+        notes.append(
+            f'no steps: put each in `with mpidist.region("{STEP}"):`, as mpidist.train does'
+        )
+        return []
+    if len(counts) > 1:
+        notes.append(
+            f"the ranks made from {min(counts)} to {max(counts)} steps; the first ones count"
+        )
+    behind: list[dict[int, float]] = [{} for _ in range(min(counts))]
+    for rank, mine in events.items():
+        for step, waited in enumerate(_waits(mine, regions[rank][: min(counts)])):
+            for last, seconds in waited.items():
+                behind[step][last] = max(seconds, behind[step].get(last, 0.0))
+    lengths = [
+        max(ended - began for began, ended in spans)
+        for spans in zip(*(regions[rank][: min(counts)] for rank in events), strict=True)
+    ]
+    return [_step(*each) for each in zip(range(min(counts)), lengths, behind, strict=True)]
+
+
+def _step_spans(events: Sequence[Any]) -> Spans:
+    """Return the steps of one rank; a step inside a step counts as a part of it."""
+    found: Spans = []
+    for event in events:
+        if event["ph"] == "X" and event["cat"] == "region" and event["name"] == STEP:
+            began, ended = _span(event)
+            if not found or began >= found[-1][1]:
+                found.append((began, ended))
+    return found
+
+
+def _waits(events: Sequence[Any], steps: Spans) -> list[dict[int, float]]:
+    """Return how long a rank waited for each other one, by step."""
+    waited: list[dict[int, float]] = [{} for _ in steps]
+    step = 0
+    for event in events:
+        if event["ph"] != "X" or event["tid"] != MAIN or event["cat"] not in _BUSY:
+            continue
+        began = event["ts"] / 1e6
+        while step < len(steps) and steps[step][1] <= began:
+            step += 1
+        if step == len(steps):
+            break
+        seconds = _waited(event)
+        if steps[step][0] <= began and seconds:
+            last = event["args"]["last"]
+            waited[step][last] = waited[step].get(last, 0.0) + seconds
+    return waited
+
+
+def _step(number: int, seconds: float, behind: Mapping[int, float]) -> StepTime:
+    last = max(behind, key=lambda rank: behind[rank], default=None)
+    return StepTime(number, seconds, last, 0.0 if last is None else behind[last])
+
+
+def _lateness(steps: Sequence[StepTime]) -> list[Lateness]:
+    times: dict[int, list[float]] = defaultdict(list)
+    for step in steps:
+        if step.last is not None:
+            times[step.last].append(step.behind)
+    found = [
+        Lateness(rank, len(each), sum(each) / len(each), max(each)) for rank, each in times.items()
+    ]
+    return sorted(found, key=lambda each: (-each.steps, -each.mean))
