@@ -26,6 +26,7 @@ __all__ = [
     "slurm_tasks",
     "slurm_tasks_per_node",
     "store_evidence",
+    "trace_directory",
 ]
 
 _SETTINGS = (
@@ -136,6 +137,11 @@ def debug() -> bool:
 def dump_directory() -> str:
     """Return where reports go as JSON: ``MPIDIST_DUMP``, or the current directory."""
     return os.environ.get("MPIDIST_DUMP") or "."
+
+
+def trace_directory() -> str | None:
+    """Return ``MPIDIST_TRACE``: where the trace of the whole job goes; None for no trace."""
+    return os.environ.get("MPIDIST_TRACE") or None
 
 
 def cache_directory() -> str:

@@ -18,15 +18,19 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpidist.backends.departures import Departures
 from mpidist.backends.mpi import MpiBackend
 from mpidist.backends.work import Waiter
+from mpidist.errors import DistributedError
 from mpidist.group import ProcessGroup, broken_groups
 from mpidist.watch.helper import helper
 
-__all__ = ["follow", "starting"]
+if TYPE_CHECKING:
+    from mpidist.tracing.session import Session
+
+__all__ = ["attend", "follow", "starting"]
 
 _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
@@ -54,6 +58,7 @@ class _Hooks:
         self._words = f"[world {mpi.COMM_WORLD.rank}/{mpi.COMM_WORLD.size}]"
         self._worlds: list[tuple[Departures, float]] = []
         self._groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+        self.traces: list[Session] = []
         self._next_hook = sys.excepthook
         self.starting: tuple[float, float] | None = None
         self._ending = False
@@ -78,6 +83,9 @@ class _Hooks:
         self._groups.add(group)
 
     def _abort(self, code: int) -> None:
+        for trace in self.traces:
+            trace.abandon()
+            self._say(f"has left its part of the trace in {trace.parts}")
         sys.stdout.flush()
         sys.stderr.flush()
         self._mpi.COMM_WORLD.Abort(code)
@@ -132,6 +140,16 @@ class _Hooks:
                     f"of rank {', '.join(map(str, remaining))}; ending the job"
                 )
                 self._abort(1)
+        self._end_traces()
+
+    def _end_traces(self) -> None:
+        """Write what `MPIDIST_TRACE` asked for: all ranks are here."""
+        while self.traces:
+            trace = self.traces.pop()
+            try:
+                trace.end(together=False)
+            except (OSError, DistributedError) as error:
+                self._say(f"could not write the trace of {trace.parts}: {error}")
 
     def _progress(self) -> None:
         """Drive the operations that were begun here and never waited for."""
@@ -236,3 +254,22 @@ def follow(group: ProcessGroup) -> None:
     """Drive a group at this rank's exit, and count its operations in the notice of departure."""
     if _installed is not None:
         _installed.follow(group)
+
+
+def attend(trace: Session) -> bool:
+    """End a trace when all ranks have come to their exit, or abandon it when the job is aborted.
+
+    Parameters
+    ----------
+    trace : Session
+        Of the whole job.
+
+    Returns
+    -------
+    bool
+        Whether the hooks are installed; otherwise nothing was done.
+    """
+    if _installed is None:
+        return False
+    _installed.traces.append(trace)
+    return True

@@ -71,7 +71,9 @@ def init(
         from mpidist.backends.simulated import SimulatedBackend
 
         lone = SimulatedBackend(Network(1), 0)
-        return ProcessGroup.over(lone, timeout=timeout, warn_after=warn_after)
+        world = ProcessGroup.over(lone, timeout=timeout, warn_after=warn_after)
+        _trace(env.trace_directory(), world)
+        return world
     raise BackendUnavailableError(
         f"init: there is no backend {backend!r}; expected 'mpi' or 'simulated' (one rank in this "
         "process)"
@@ -103,14 +105,29 @@ def _init_mpi(
         backend = MpiBackend(comm.Dup(), departures=departures, places=world_ranks(mpi, comm))
         several = backend.size > 1
         world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after, answers=several)
+    directory = env.trace_directory()
     if several:
-        world._backend.take(_agreed_crossovers(world, library_name(mpi)))
+        table, directory = _agreed(world, library_name(mpi))
+        world._backend.take(table)
     hooks.follow(world)
+    _trace(directory, world)
     return world
 
 
-def _agreed_crossovers(world: ProcessGroup, library: str) -> Mapping[int, Crossovers]:
-    """Return what rank 0 finds in the environment or in the user's file; collective."""
+def _trace(directory: str | None, world: ProcessGroup) -> None:
+    """Begin the trace of the job, if one is wanted; collective."""
+    if directory is None:
+        return
+    from mpidist.tracing.job import begin_job_trace
+
+    try:
+        begin_job_trace(directory, world)
+    except OSError as error:
+        raise LaunchError(f"init: there can be no MPIDIST_TRACE={directory}: {error}") from error
+
+
+def _agreed(world: ProcessGroup, library: str) -> tuple[Mapping[int, Crossovers], str | None]:
+    """Return the crossovers and the directory for traces that rank 0 finds; collective."""
     from mpidist.collectives import broadcast_object
 
     table: Mapping[int, Crossovers] = {}
@@ -120,10 +137,11 @@ def _agreed_crossovers(world: ProcessGroup, library: str) -> Mapping[int, Crosso
             table, _ = found_crossovers(library)
         except (ValueError, OSError) as error:
             problem = str(error)
-    table, problem = broadcast_object((table, problem), world, root=0)
+    told = (table, problem, env.trace_directory())
+    table, problem, directory = broadcast_object(told, world, root=0)
     if problem is not None:
         raise LaunchError(f"init: the crossovers that rank 0 found cannot be used: {problem}")
-    return table
+    return table, directory
 
 
 def found_crossovers(library: str) -> tuple[Mapping[int, Crossovers], str]:
