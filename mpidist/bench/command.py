@@ -25,6 +25,7 @@ from mpidist.bench import (
     importing,
     overhead,
     p2p,
+    tracing,
 )
 from mpidist.bench.options import BenchmarkError
 from mpidist.bench.plot import plot_report
@@ -60,6 +61,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "import": importing,
     "crossovers": crossovers,
     "guard": guard,
+    "trace": tracing,
 }
 """Every benchmark by its name on the command line."""
 

@@ -30,7 +30,7 @@ from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.parallel import DDP
 
-__all__ = ["COMPARISONS", "Shape", "configure", "run"]
+__all__ = ["COMPARISONS", "Shape", "configure", "our_series", "run"]
 
 _DDP, _ALONE, _SUM = "DDP", "alone", "one all_reduce"
 _TORCH_DDP, _TORCH = "torch DDP", "torch alone"
@@ -117,7 +117,8 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}, 1 thread")
         for millions in options.millions:
             shape = Shape.of(millions * 1e6)
-            with _ours(world, shape, options.batch) as series, _theirs(gloo, shape, options) as b:
+            ours = our_series(world, shape, options.batch)
+            with ours as series, _theirs(gloo, shape, options) as b:
                 times = measure([*series, *b], world, effort=effort(options))
             tell_progress(world, "DDP step", shape.nbytes)
             rows += _rows(shape, times)
@@ -164,8 +165,8 @@ def _verdict(row: Row) -> str:
 
 
 @contextmanager
-def _ours(world: ProcessGroup, shape: Shape, batch: int) -> Iterator[list[Series]]:
-    """Give the series of mpidist, whose gradients have been compared with each other once."""
+def our_series(world: ProcessGroup, shape: Shape, batch: int) -> Iterator[list[Series]]:
+    """Give the series of mpidist, DDP first, whose gradients have been compared once."""
     x, dy = _samples(world, shape, batch)
     alone, wrapped = _model(shape), _model(shape)
     with DDP(wrapped, world) as ddp:

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidist.bench import all_reduce, collectives, guard, importing, overhead, p2p, peers
+from mpidist.bench import (
+    all_reduce,
+    collectives,
+    guard,
+    importing,
+    overhead,
+    p2p,
+    peers,
+    tracing,
+)
 from mpidist.bench.all_reduce import bound_series
 from mpidist.bench.command import BENCHMARKS
 from mpidist.bench.options import BenchmarkError
@@ -148,3 +157,13 @@ def test_the_guard_fails_without_a_library_after_all_attempts(attempts: int) -> 
     assert {row.operation for row in report.rows} == {
         f"all_reduce, attempt {number}" for number in range(1, attempts + 1)
     }
+
+
+@pytest.mark.ranks(2)
+def test_what_a_trace_adds(world: ProcessGroup) -> None:
+    words = ["--millions", "0.1", "--block", "0.05", "--rounds", "2"]
+    report = report_of(tracing, world, *words)
+    assert series_of(report) == {"traced", "plain"}
+    assert all(row.times.median > 0 for row in report.rows)
+    assert world._backend.recorder.sink is None
+    assert "to the median step" in report.notes[1]
