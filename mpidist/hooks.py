@@ -79,7 +79,7 @@ class _Hooks:
         """Drive this group at the exit, and count its operations in the notice of departure."""
         if not self._groups and group.rank == 0:
             who = (f"rank {rank} is {process}" for rank, process in enumerate(group._watch.who()))
-            os.write(2, f"{self._words} mpidist: {', '.join(who)}\n".encode())
+            os.write(2, f"mpidist: {', '.join(who)}\n".encode())
         self._groups.add(group)
 
     def _abort(self, code: int) -> None:

@@ -272,8 +272,9 @@ class Backend(ABC):
     def _comparing(
         self, what: str, site: str, verb: Callable[..., Steps] | None = None, args: Any = ()
     ) -> Steps:
-        first = self._next_lane()
-        then = () if verb is None else verb(self._next_lane(), *args)
+        # Two lanes in any case: also ranks that differ in this stay in step.
+        first, second = self._next_lane(), self._next_lane()
+        then = () if verb is None else verb(second, *args)
         return _in_turn(compare(first, what, site, rank=self.rank, size=self.size), then)
 
     # -- operations of several phases ----------------------------------------------------------

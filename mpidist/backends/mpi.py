@@ -318,11 +318,12 @@ class MpiBackend(Backend):
                     self._call(call, waiter)
                 return
         call = getattr(self._calls, verb)(*args)
-        if call is None:
+        if call is not None or self._board is not None:
+            self._arrive(waiter)
+        if call is not None:
+            self._call(call, waiter)
+        else:
             super().run(verb, args, waiter=waiter)
-            return
-        self._arrive(waiter)
-        self._call(call, waiter)
 
     def _call(self, call: LibraryCall, waiter: Waiter) -> None:
         """Make a blocking call of the library, to which all have come."""

@@ -1,0 +1,102 @@
+"""Debug mode: calls that differ are an error on all ranks before anything has moved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import mpidist
+from mpidist.errors import CollectiveMismatchError
+from mpidist.testing import run_ranks
+
+X = np.arange(12.0)
+
+CALLS = {
+    "verb": (lambda x, g: mpidist.barrier(g), mpidist.all_reduce),
+    "op": (
+        lambda x, g: mpidist.all_reduce(x, g, op=mpidist.MAX),
+        mpidist.all_reduce,
+    ),
+    "dtype": (
+        lambda x, g: mpidist.all_reduce(x.astype(np.int64), g),
+        mpidist.all_reduce,
+    ),
+    "count": (lambda x, g: mpidist.all_reduce(x[:5], g), mpidist.all_reduce),
+    "shape": (
+        lambda x, g: mpidist.all_reduce(x.reshape(3, 4), g),
+        lambda x, g: mpidist.all_reduce(x.reshape(4, 3), g),
+    ),
+    "root": (
+        lambda x, g: mpidist.broadcast(x, g, root=0),
+        lambda x, g: mpidist.broadcast(x, g, root=1),
+    ),
+    "counts": (
+        lambda x, g: mpidist.reduce_scatter(x, g, counts=[4, 4, 4]),
+        lambda x, g: mpidist.reduce_scatter(x, g, counts=[5, 3, 4]),
+    ),
+    "immediate": (
+        lambda x, g: mpidist.iall_reduce(x, g).wait(),
+        mpidist.all_reduce,
+    ),
+    "both immediate": (
+        lambda x, g: mpidist.iall_gather(x, g).wait(),
+        lambda x, g: mpidist.iall_reduce(x, g).wait(),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_a_difference_is_told_on_all_ranks_and_the_group_stays_usable(what: str) -> None:
+    odd, usual = CALLS[what]
+
+    def one(group: mpidist.ProcessGroup) -> str:
+        group._watch.debug = True
+        x = X.copy()
+        with pytest.raises(CollectiveMismatchError) as caught:
+            (odd if group.rank == 1 else usual)(x, group)
+        assert (x == X).all()
+        assert (mpidist.all_reduce(X, group) == 3 * X).all()
+        return str(caught.value)
+
+    for rank, text in enumerate(run_ranks(3, one)):
+        assert f"rank {rank} of 3" in text
+        # Who is in the minority comes first, with the line.
+        assert text.index("rank 1: ") < text.index("rank 0, 2: ")
+        assert text.count(f"{__file__.rpartition('/')[2]}:") >= 2
+
+
+def test_equal_calls_give_the_same_results_as_without() -> None:
+    def one(group: mpidist.ProcessGroup) -> list[np.ndarray]:
+        group._watch.debug = True
+        x = X + group.rank
+        works = [
+            mpidist.iall_reduce(x, group),
+            mpidist.iall_gather(x, group),
+            mpidist.ibroadcast(x, group, root=2),
+            mpidist.iall_to_all(x, group),
+        ]
+        return [work.wait() for work in works]
+
+    ranks = [X + rank for rank in range(3)]
+    for rank, (total, gathered, sent, exchanged) in enumerate(run_ranks(3, one)):
+        assert (total == sum(ranks)).all()
+        assert (gathered == np.concatenate(ranks)).all()
+        assert (sent == ranks[2]).all()
+        assert (exchanged == np.concatenate([x[4 * rank : 4 * rank + 4] for x in ranks])).all()
+
+
+def test_an_immediate_call_returns_before_the_others_have_come() -> None:
+    """Rank 0 begins, then sends the message for which the others wait before they begin."""
+
+    def one(group: mpidist.ProcessGroup) -> float:
+        group._watch.debug = True
+        if group.rank == 0:
+            work = mpidist.iall_reduce(X, group)
+            for other in range(1, group.size):
+                mpidist.send(X, group, dst=other)
+        else:
+            mpidist.recv(group, src=0)
+            work = mpidist.iall_reduce(X, group)
+        return float(work.wait()[1])
+
+    assert run_ranks(3, one) == [3.0] * 3

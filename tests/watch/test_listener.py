@@ -1,0 +1,108 @@
+"""Only those who know the secret of the job are heard, and answered."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mpidist.watch import listener as module
+from mpidist.watch.listener import Listener, ask
+
+SECRET = bytes(range(32))
+ANSWER = b"what they are doing" * 100_000
+
+
+class Served:
+    """A listener and the thread that serves it."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.listener = Listener(self.answer)
+        self.over = False
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def answer(self) -> bytes:
+        self.answers += 1
+        return ANSWER
+
+    def run(self) -> None:
+        while not self.over:
+            if select.select([self.listener], [], [], 0.02)[0]:
+                self.listener.serve()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    served = Served()
+    yield served
+    served.over = True
+    served.thread.join()
+
+
+def test_who_knows_the_secret_gets_the_answer(served: Served) -> None:
+    served.listener.open(SECRET)
+    assert ask("127.0.0.1", served.listener.port, SECRET) == ANSWER
+
+
+def test_who_does_not_is_not_even_asked_for_an_answer(served: Served) -> None:
+    served.listener.open(SECRET)
+    with pytest.raises(OSError, match="closed"):
+        ask("127.0.0.1", served.listener.port, bytes(32))
+    assert served.answers == 0
+
+
+def test_before_there_is_a_secret_nobody_is_heard(served: Served) -> None:
+    with pytest.raises(OSError, match=r"closed|reset"):
+        ask("127.0.0.1", served.listener.port, b"")
+    assert served.answers == 0
+
+
+def test_a_stranger_that_answers_in_its_place_is_not_believed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+
+        def lie() -> None:
+            connection, _ = stranger.accept()
+            with connection:
+                connection.sendall(bytes(32))
+                received = b""
+                while len(received) < 64:
+                    received += connection.recv(64)
+                connection.sendall(bytes(32) + (2).to_bytes(8, "big") + b"[]")
+
+        thread = threading.Thread(target=lie)
+        thread.start()
+        with pytest.raises(OSError, match="does not know the secret"):
+            ask("127.0.0.1", stranger.getsockname()[1], SECRET)
+        thread.join()
+
+
+def test_silent_strangers_keep_nobody_from_being_answered(served: Served, monkeypatch) -> None:
+    served.listener.open(SECRET)
+    strangers = [
+        socket.create_connection(("127.0.0.1", served.listener.port))
+        for _ in range(module._MOST - 1)
+    ]
+    began = time.monotonic()
+    assert ask("127.0.0.1", served.listener.port, SECRET) == ANSWER
+    assert time.monotonic() - began < module._PATIENCE
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_nobody_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        ask("127.0.0.1", port, SECRET)
+
+
+def test_one_that_accepts_and_says_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(TimeoutError):
+        ask("127.0.0.1", mute.getsockname()[1], SECRET)

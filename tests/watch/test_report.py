@@ -1,0 +1,163 @@
+"""Reports in words, of states made up here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mpidist.recorder import Kind
+from mpidist.recorder.recording import Record, Site
+from mpidist.watch.processes import Status
+from mpidist.watch.report import accuse, callers, place, suspects, tell
+from mpidist.watch.states import RankState, Stack, Wait
+
+SECOND = 10**9
+NOW = 1000 * SECOND
+KEY = (7, 42)
+
+
+def record(
+    what: str = "all_reduce SUM float32[3]",
+    *,
+    number: int = 42,
+    group: str = "world",
+    identity: int = 7,
+    line: int = 31,
+    began: float = 60,
+    ended: float | None = None,
+    sequence: int = 1,
+    kind: Kind = Kind.BLOCKING,
+) -> Record:
+    over = 0 if ended is None else NOW - int(ended * SECOND)
+    site = Site("/elsewhere/train.py", line, "step")
+    began_ns = NOW - int(began * SECOND)
+    return Record(sequence, kind, what, group, identity, number, site, began_ns, over)
+
+
+def state(rank: int, *records: Record, **more: object) -> RankState:
+    fields = {"status": Status.ALIVE, "records": records, "now": NOW} | more
+    return RankState(rank, rank // 2, f"host{rank // 2}:{100 + rank}", **fields)
+
+
+def world(*states: RankState) -> dict[int, RankState]:
+    return {each.rank: each for each in states}
+
+
+def test_a_rank_that_has_not_come_is_named_with_what_it_did_last() -> None:
+    late = record("barrier", number=41, line=29, ended=55)
+    states = world(state(0, record()), state(1, record()), state(2, late))
+    told = accuse(states, [0, 1, 2], KEY, [])
+    assert told == (
+        "Missing: rank 2 (host1:102), done 55.0 s ago with barrier #41 of group 'world', called at "
+        "/elsewhere/train.py:29 in step"
+    )
+    assert suspects(states, [0, 1, 2], KEY, []) == [2]
+
+
+def test_a_rank_in_another_group_is_named_with_that_group() -> None:
+    other = record(number=3, group="pipeline", identity=8, began=12)
+    told = accuse(world(state(0, record()), state(1, other)), [0, 1], KEY, [1])
+    assert "rank 1 (host0:101), for 12.0 s in all_reduce SUM float32[3] #3 of group 'pi" in told
+
+
+def test_a_rank_that_waits_for_an_immediate_operation_is_named_with_both_lines() -> None:
+    pending = record("iall_gather", number=40, kind=Kind.IMMEDIATE, line=20)
+    waiting = Wait(sequence=1, site=Site("/elsewhere/train.py", 25, "step"), seconds=9.0)
+    states = world(state(0, record()), state(1, pending, wait=waiting))
+    told = accuse(states, [0, 1], KEY, [])
+    assert "waiting at /elsewhere/train.py:25 in step for iall_gather #40" in told
+    assert "called at /elsewhere/train.py:20" in told
+    assert "waits 9.0 s" in tell("title", states.values(), [])
+
+
+@pytest.mark.parametrize("status", [Status.DEAD, Status.STOPPED])
+def test_a_rank_that_came_and_is_gone_is_named(status: Status) -> None:
+    states = world(state(0, record()), state(1, record(), status=status))
+    assert accuse(states, [0, 1], KEY, []) == f"{status.value.capitalize()}: rank 1"
+    assert suspects(states, [0, 1], KEY, []) == [1]
+
+
+def test_the_status_of_a_missing_rank_is_told() -> None:
+    states = world(state(0, record()), state(1, status=Status.SILENT))
+    assert accuse(states, [0, 1], KEY, [1]) == (
+        "Missing: rank 1 (host0:101, silent), which has called nothing"
+    )
+
+
+def test_different_calls_are_told_the_rarest_first() -> None:
+    odd = record("broadcast float32[3] root 0", line=77)
+    states = world(*(state(rank, odd if rank == 2 else record()) for rank in range(5)))
+    assert callers(states, range(5), KEY) == (
+        "rank 2 called broadcast float32[3] root 0 at /elsewhere/train.py:77 in step; "
+        "rank 0-1, 3-4 called all_reduce SUM float32[3] at /elsewhere/train.py:31 in step"
+    )
+    told = accuse(states, range(5), KEY, [])
+    assert told.startswith("The ranks called different things: rank 2 called broadcast")
+    assert suspects(states, range(5), KEY, []) == [2]
+
+
+def test_messages_have_the_number_of_no_collective() -> None:
+    message = record("send float32[3] to 1", kind=Kind.MESSAGE)
+    states = world(state(0, record()), state(1, message))
+    assert suspects(states, [0, 1], KEY, []) == [1]
+
+
+def test_many_missing_ranks_are_counted() -> None:
+    states = world(state(0, record()), *(state(rank, record(number=1)) for rank in range(1, 9)))
+    told = accuse(states, range(9), KEY, [])
+    assert told.count("(host") == 4
+    assert told.endswith("and 4 more: 5-8")
+
+
+def test_ranks_of_other_nodes_that_are_not_known_are_not_accused_without_evidence() -> None:
+    states = world(state(0, record()), state(1, record()))
+    assert accuse(states, range(4), KEY, []) == ""
+    assert accuse(states, range(4), KEY, [3]) == "Missing: rank 3 (on another node)"
+
+
+def test_all_have_come_and_called_the_same() -> None:
+    states = world(state(0, record()), state(1, record()))
+    assert accuse(states, [0, 1], KEY, []) == ""
+    assert suspects(states, [0, 1], KEY, []) == []
+
+
+def test_the_table_has_a_row_per_rank_and_the_suspects_first() -> None:
+    frames = (Site("/elsewhere/load.py", 5, "read"), Site("/elsewhere/train.py", 80, "<module>"))
+    late = state(2, record(number=41, ended=55), stacks=(Stack("MainThread", frames),))
+    lines = tell("title", [state(0, record()), state(1, record()), late], [2]).splitlines()
+    assert lines[0] == "title"
+    assert [line.split()[0] for line in lines[1:5]] == ["rank", "2", "0", "1"]
+    assert "done 55.0 s ago  /elsewhere/load.py:5 in read" in lines[2]
+    assert "for 60.0 s" in lines[3]
+    assert lines[5] == (
+        "  rank 2, MainThread: /elsewhere/load.py:5 in read < /elsewhere/train.py:80"
+    )
+
+
+def test_of_many_ranks_those_that_do_the_same_share_a_row() -> None:
+    states = [state(rank, record(number=41 if rank == 70 else 42)) for rank in range(100)]
+    lines = tell("title", states, [70]).splitlines()
+    assert len(lines) == 4
+    assert lines[2].split()[:3] == ["70", "35", "host35:170"]
+    assert lines[3].startswith("  0-69, 71-99")
+
+
+def test_a_failed_operation_is_told_apart() -> None:
+    failed = Record(1, Kind.BLOCKING, "x", "g", 7, 1, Site("", 0, ""), NOW, -(NOW - SECOND))
+    assert "failed 1.0 s ago" in tell("title", [state(0, failed)], [])
+
+
+def test_places_are_short(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place(Site(f"{tmp_path}/a/b.py", 3, "f")) == "a/b.py:3 in f"
+    assert place(Site("/else/b.py", 3, "<module>")) == "/else/b.py:3"
+    assert place(Site("", 0, "")) == "?"
+
+
+def test_a_state_survives_json() -> None:
+    wait = Wait(1, Site("a.py", 2, "f"), 0.5)
+    stacks = (Stack("MainThread", (Site("a.py", 3, "g"),)),)
+    before = state(3, record(), record("b", number=1), wait=wait, stacks=stacks, claimed=0.25)
+    after = RankState.from_json(json.loads(json.dumps(before.as_json())))
+    assert after == before

@@ -1,0 +1,207 @@
+"""What ranks see of each other while one keeps the others waiting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import mpidist
+from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError
+from mpidist.testing import run_ranks
+from mpidist.watch.processes import Status
+
+LATE = 1  # the rank that keeps the others waiting
+
+
+@pytest.fixture
+def reports(caplog):
+    """The reports that this rank has written."""
+
+    def written():
+        return [r.message for r in caplog.records if r.name == "mpidist"]
+
+    with caplog.at_level(logging.WARNING, logger="mpidist"):
+        yield written
+
+
+def everywhere(world, mine):
+    """What every rank has to say."""
+    return mpidist.all_gather_object(mine, world)
+
+
+@pytest.mark.ranks(2, 4)
+def test_everybody_sees_what_everybody_does(world):
+    mpidist.all_reduce(np.ones(5), world)
+    mpidist.barrier(world)
+    if world.rank == 0:
+        states = world._watch.all_states()
+        assert sorted(states) == list(range(world.size))
+        for rank, state in states.items():
+            assert state.status is Status.ALIVE
+            whats = [record.what for record in state.records]
+            assert "all_reduce SUM float64[5]" in whats
+            (main,) = (stack for stack in state.stacks if stack.thread == "MainThread")
+            assert any("test_everybody" in site.function for site in main.frames), rank
+    mpidist.barrier(world)
+
+
+@pytest.mark.ranks(3, 4)
+def test_other_nodes_are_asked(world, monkeypatch):
+    monkeypatch.setenv("MPIDIST_RANKS_PER_NODE", "2")
+    with mpidist.init("mpi", timeout=20) as again:
+        assert again.num_nodes == 2
+        mpidist.all_reduce(np.ones(5), again)
+        if again.rank == again.size - 1:
+            states = again._watch.all_states()
+            assert {rank: state.node for rank, state in states.items()} == {
+                rank: rank // 2 for rank in range(again.size)
+            }
+            assert all(state.status is Status.ALIVE for state in states.values())
+            assert all(state.stacks for state in states.values())
+            assert sorted(again._watch.states()) == [
+                rank for rank in range(again.size) if rank // 2 == again.node_rank
+            ]
+        mpidist.barrier(again)
+
+
+@pytest.mark.ranks(4)
+def test_one_rank_reports_a_missed_deadline_and_names_who_is_missing(world, reports):
+    group = world.duplicate("late")
+    group.timeout = 0.5
+    if group.rank == LATE:
+        time.sleep(2.5)
+    else:
+        with pytest.raises(CollectiveTimeoutError, match=rf"Missing: rank {LATE} \("):
+            mpidist.all_reduce(np.ones(3), group)
+    written = everywhere(world, reports())
+    lines = [report for of_rank in written for report in of_rank]
+    assert len(lines) == 1
+    first, _, row, *_ = lines[0].splitlines()
+    assert f"Missing: rank {LATE} (" in first
+    assert "not complete after 0.5 s" in first
+    assert row.split()[0] == str(LATE)
+    assert "in test_one_rank_reports" in row  # where its main thread is
+    assert f"rank {LATE}, MainThread: " in lines[0]
+
+
+@pytest.mark.ranks(2, 4)
+def test_a_long_wait_is_reported_and_goes_on(world, reports):
+    group = world.duplicate("slow")
+    group.warn_after = 0.3
+    if group.rank == LATE:
+        time.sleep(1.2)
+    assert mpidist.all_reduce(np.ones(3), group)[0] == world.size
+    written = [report for of_rank in everywhere(world, reports()) for report in of_rank]
+    assert written
+    assert all(f"Missing: rank {LATE} (" in report for report in written)
+    assert all("has waited for" in report for report in written)
+
+
+CALLS = {
+    "barrier": lambda x, g: mpidist.barrier(g),
+    "all_reduce": mpidist.all_reduce,
+    "long all_reduce": lambda x, g: mpidist.all_reduce(np.ones(100_000), g),
+    "iall_reduce": lambda x, g: mpidist.iall_reduce(np.ones(100_000), g).wait(),
+    "gather": mpidist.gather,
+    "all_to_all": mpidist.all_to_all,
+    "small broadcast": mpidist.broadcast,
+    "other root": lambda x, g: mpidist.broadcast(x, g, root=1),
+    "reduce": lambda x, g: mpidist.reduce(x, g, op=mpidist.MAX),
+    "other op": lambda x, g: mpidist.reduce(x, g, op=mpidist.MIN),
+    "other dtype": lambda x, g: mpidist.gather(x.astype(np.float32), g),
+    "other count": lambda x, g: mpidist.gather(x[:4], g),
+    "split": lambda x, g: g.split(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd"),
+    [
+        ("barrier", "all_reduce"),
+        ("barrier", "gather"),
+        ("all_reduce", "long all_reduce"),
+        ("all_reduce", "iall_reduce"),
+        ("gather", "all_to_all"),
+        ("gather", "other dtype"),
+        ("gather", "other count"),
+        ("small broadcast", "other root"),
+        ("reduce", "other op"),
+        ("split", "barrier"),
+    ],
+)
+@pytest.mark.ranks(2, 4)
+def test_a_rank_that_calls_something_else_is_told_before_the_deadline(world, usual, odd):
+    """On one node at arrival, or a moment later where the calls go different ways."""
+    group = world.duplicate("different")
+    began = time.monotonic()
+    with pytest.raises(CollectiveMismatchError) as caught:
+        CALLS[odd if group.rank == LATE else usual](np.arange(8.0), group)
+    assert time.monotonic() - began < 20
+    text = str(caught.value)
+    assert f"rank {LATE} called " in text
+    assert text.count("test_watch.py:") >= 2
+    mpidist.barrier(world)
+
+
+def test_simulated_ranks_report_too(caplog) -> None:
+    def one(group: mpidist.ProcessGroup) -> str:
+        group.timeout = 0.3
+        if group.rank == LATE:
+            time.sleep(0.6)
+            return ""
+        with pytest.raises(CollectiveTimeoutError) as caught:
+            mpidist.all_reduce(np.ones(3), group)
+        return str(caught.value)
+
+    with caplog.at_level(logging.WARNING, logger="mpidist"):
+        told = run_ranks(3, one)
+    assert all(f"Missing: rank {LATE}" in text for text in (told[0], told[2]))
+    assert [f"Missing: rank {LATE}" in r.message for r in caplog.records] == [True]
+
+
+def test_a_report_is_written_as_json(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("MPIDIST_DUMP", str(tmp_path))
+
+    def one(group: mpidist.ProcessGroup) -> None:
+        mpidist.barrier(group)
+        if group.rank == 0:
+            group._watch.listen([0, 0])
+            group._watch.report("a title", dump=True, ask=False)
+        mpidist.barrier(group)
+
+    run_ranks(2, one)
+    (path,) = tmp_path.iterdir()
+    assert str(path) in caplog.text
+    content = json.loads(path.read_text())
+    assert content["title"] == "a title"
+    assert [rank["rank"] for rank in content["ranks"]] == [0, 1]
+    assert all("barrier" in [r["what"] for r in rank["records"]] for rank in content["ranks"])
+
+
+def test_a_directory_that_cannot_be_written_is_told_and_harms_nothing(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("MPIDIST_DUMP", "/dev/full")
+
+    def one(group: mpidist.ProcessGroup) -> None:
+        group._watch.listen([0])
+        group._watch.report("a title", dump=True, ask=False)
+
+    run_ranks(1, one)
+    assert "could not be written to /dev/full/" in caplog.text
+
+
+def test_ranks_that_report_at_once_write_one_report(caplog) -> None:
+    ready = threading.Barrier(4)
+
+    def one(group: mpidist.ProcessGroup) -> float:
+        ready.wait()
+        began = time.monotonic()
+        group._watch.report("together", ask=False)
+        return time.monotonic() - began
+
+    assert max(run_ranks(4, one)) < 5
+    assert len(caplog.records) == 1
