@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpidist._types import MEAN, Array, ReduceOp
+from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays import HALVES, reduce_in_rank_order
 from mpidist.backends.work import Message, Steps, Work
 from mpidist.boxes import split_evenly
@@ -30,6 +30,7 @@ __all__ = [
     "linear_scatter",
     "pairwise_all_to_all",
     "pairwise_reduce_scatter",
+    "part_slices",
     "rank_order_all_reduce",
     "recursive_doubling_all_reduce",
     "reduce",
@@ -37,6 +38,7 @@ __all__ = [
     "ring_all_reduce",
     "tree_broadcast",
     "tree_reduce",
+    "undivided",
 ]
 
 SHORT = 2048
@@ -80,6 +82,14 @@ class Lane:
         self._transport = transport
         self._number = number
 
+    def neighbours(self, distance: int) -> tuple[int, int]:
+        """Return the ranks this far after and before this one, on a ring."""
+        return (self.rank + distance) % self.size, (self.rank - distance) % self.size
+
+    def partners(self) -> Iterator[tuple[int, int]]:
+        """Yield whom to send to and whom to hear from, in rounds in which all meet all."""
+        return map(self.neighbours, range(1, self.size))
+
     def exchange(
         self,
         sends: Sequence[tuple[Array, int]] = (),
@@ -92,10 +102,19 @@ class Lane:
         )
 
 
+def undivided(op: ReduceOp) -> ReduceOp:
+    """Return how to combine what is divided, if at all, when all has come together."""
+    return SUM if op is MEAN else op
+
+
+def part_slices(counts: Sequence[int]) -> list[slice]:
+    """Return where consecutive parts of a flat array lie."""
+    return [slice(stop - n, stop) for n, stop in zip(counts, accumulate(counts), strict=True)]
+
+
 def _parts(x: Array, counts: Sequence[int]) -> list[Array]:
     """Cut a flat array into consecutive parts."""
-    stops = list(accumulate(counts))
-    return [x[stop - count : stop] for stop, count in zip(stops, counts, strict=True)]
+    return [x[part] for part in part_slices(counts)]
 
 
 def _even_counts(length: int, size: int) -> list[int]:
@@ -114,8 +133,7 @@ def dissemination_barrier(lane: Lane) -> Steps:
     token, heard = np.zeros(1, np.uint8), np.empty(1, np.uint8)
     distance = 1
     while distance < lane.size:
-        ahead = (lane.rank + distance) % lane.size
-        behind = (lane.rank - distance) % lane.size
+        ahead, behind = lane.neighbours(distance)
         yield lane.exchange([(token, ahead)], [(heard, behind)])
         distance *= 2
 
@@ -164,7 +182,7 @@ def tree_reduce(lane: Lane, x: Array, out: Array | None, op: ReduceOp, root: int
     contributions = [np.empty_like(x) for _ in children]
     if children:
         yield lane.exchange(receives=list(zip(contributions, children, strict=True)))
-    plain = op if op is not MEAN else ReduceOp.SUM
+    plain = undivided(op)
     reduce_in_rank_order([x, *contributions], plain, total)
     if parent is not None:
         yield lane.exchange([(total, parent)])
@@ -184,7 +202,7 @@ def recursive_doubling_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp
     ----------
     Thakur et al. (2005), section 4.5.
     """
-    plain = op if op is not MEAN else ReduceOp.SUM
+    plain = undivided(op)
     power = 1 << (lane.size.bit_length() - 1)
     pairs = lane.size - power
     other = np.empty_like(x)
@@ -225,11 +243,11 @@ def ring_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
     Patarasuk, Yuan (2009), Bandwidth optimal all-reduce algorithms for clusters of workstations,
     section 3.
     """
-    plain = op if op is not MEAN else ReduceOp.SUM
+    plain = undivided(op)
     reduce_in_rank_order([x], plain, out)
     counts = _even_counts(out.size, lane.size)
     slices = _parts(out, counts)
-    after, before = (lane.rank + 1) % lane.size, (lane.rank - 1) % lane.size
+    after, before = lane.neighbours(1)
     arriving = np.empty(max(counts), out.dtype)
     for step in range(lane.size - 1):
         leaving = slices[(lane.rank - step) % lane.size]
@@ -240,10 +258,7 @@ def ring_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
     complete = slices[after]
     if op is MEAN:
         complete /= lane.size
-    for step in range(lane.size - 1):
-        leaving = slices[(after - step) % lane.size]
-        heard = slices[(lane.rank - step) % lane.size]
-        yield lane.exchange([(leaving, after)], [(heard, before)])
+    yield from _pass_round(lane, slices, after)
 
 
 def rank_order_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
@@ -328,10 +343,14 @@ def ring_all_gather(lane: Lane, x: Array | None, out: Array, counts: Sequence[in
     parts = _parts(out, counts)
     if x is not None:
         parts[lane.rank][...] = x
-    after, before = (lane.rank + 1) % lane.size, (lane.rank - 1) % lane.size
+    yield from _pass_round(lane, parts, lane.rank)
+
+
+def _pass_round(lane: Lane, parts: Sequence[Array], own: int) -> Steps:
+    """Pass parts round a ring until all have been everywhere; this rank begins with its own."""
+    after, before = lane.neighbours(1)
     for step in range(lane.size - 1):
-        leaving = parts[(lane.rank - step) % lane.size]
-        heard = parts[(lane.rank - step - 1) % lane.size]
+        leaving, heard = parts[(own - step) % lane.size], parts[(own - step - 1) % lane.size]
         yield lane.exchange([(leaving, after)], [(heard, before)])
 
 
@@ -349,7 +368,7 @@ def pairwise_reduce_scatter(
     parts = _parts(x, counts)
     heard = [np.empty_like(out) for _ in range(lane.size)]
     heard[lane.rank] = parts[lane.rank]
-    for after, before in _partners(lane):
+    for after, before in lane.partners():
         yield lane.exchange([(parts[after], after)], [(heard[before], before)])
     reduce_in_rank_order(heard, op, out)
 
@@ -367,11 +386,5 @@ def pairwise_all_to_all(
     """
     leaving, arriving = _parts(x, send_counts), _parts(out, recv_counts)
     arriving[lane.rank][...] = leaving[lane.rank]
-    for after, before in _partners(lane):
+    for after, before in lane.partners():
         yield lane.exchange([(leaving[after], after)], [(arriving[before], before)])
-
-
-def _partners(lane: Lane) -> Iterator[tuple[int, int]]:
-    """Yield whom to send to and whom to hear from in each round."""
-    for distance in range(1, lane.size):
-        yield (lane.rank + distance) % lane.size, (lane.rank - distance) % lane.size

@@ -8,7 +8,7 @@ ranks keep there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from mpidist._types import MAX, Array
 from mpidist.backends import algorithms, in_place
 from mpidist.backends.agreement import Call, Way
+from mpidist.backends.compared import BY_MESSAGES
 from mpidist.backends.kernels import quiet
 from mpidist.backends.meetings import Meetings, Until
 from mpidist.backends.registered import Registry
@@ -26,14 +27,6 @@ __all__ = ["Direct"]
 
 _NOTHING = np.zeros(6, np.uint64)
 """What a rank tells the other nodes when its own does not agree."""
-
-_BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
-    "all_reduce": algorithms.all_reduce,
-    "all_gather": algorithms.ring_all_gather,
-    "broadcast": algorithms.tree_broadcast,
-    "reduce_scatter": algorithms.pairwise_reduce_scatter,
-}
-"""How the collectives with a direct path go where the arrays lie elsewhere."""
 
 
 class Direct:
@@ -85,7 +78,7 @@ class Direct:
         lane, team = self._next_lane(), self.team
         if call.place is None:
             everybody = algorithms.Lane(team.transport, lane)
-            return self._elsewhere(call, lane, _BY_MESSAGES[call.verb](everybody, *args))
+            return self._elsewhere(call, lane, BY_MESSAGES[call.verb](everybody, *args))
         arrays = call.place.arrays
         if call.verb == "all_reduce":
             work = in_place.all_reduce(team, lane, call.place, call.op)

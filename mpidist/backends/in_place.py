@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from mpidist._types import MEAN, SUM, Array, DType, ReduceOp
+from mpidist._types import MEAN, Array, DType, ReduceOp
 from mpidist.arrays import HALVES
 from mpidist.backends import algorithms
-from mpidist.backends.algorithms import Exchanger, Lane
+from mpidist.backends.algorithms import Exchanger, Lane, part_slices, undivided
 from mpidist.backends.kernels import (
     combination,
     even_slices,
@@ -92,7 +91,7 @@ def all_reduce(team: Team, lane: int, place: Place, op: ReduceOp) -> Steps:
     parts, wide = slice_of(team.near, place.arrays), _wide(place.dtype)
     total = parts[0] if wide == place.dtype else np.empty(parts[0].size, wide)
     team.quiet.run(_sum_widely, parts, op, total)
-    yield from algorithms.all_reduce(across, total, total, _plain(op))
+    yield from algorithms.all_reduce(across, total, total, undivided(op))
     team.quiet.run(_settle, total, op, team.transport.size, parts)
 
 
@@ -134,7 +133,7 @@ def all_gather(team: Team, lane: int, arrays: list[Array], counts: Sequence[int]
     its share of its node's parts to the workers in its place, and writes those of all nodes into
     the arrays of its node.
     """
-    near, parts = team.near, _parts(counts)
+    near, parts = team.near, part_slices(counts)
     if team.alone:
         own = arrays[near.rank]
         for place, rank in enumerate(near.local):
@@ -147,11 +146,7 @@ def all_gather(team: Team, lane: int, arrays: list[Array], counts: Sequence[int]
     shares = [_share(node, near) for node in near.nodes]
     own = arrays[near.rank]
     sources = {rank: arrays[near.local.index(rank)][parts[rank]] for rank in shares[across.rank]}
-    for distance in range(1, across.size):
-        after, before = (
-            (across.rank + distance) % across.size,
-            (across.rank - distance) % across.size,
-        )
+    for after, before in across.partners():
         heard = {rank: own[parts[rank]] for rank in shares[before]}
         yield across.exchange(
             [(sources[rank], after) for rank in shares[across.rank]],
@@ -170,7 +165,7 @@ def reduce_scatter(
     On one node in rank order. Over nodes each worker combines its share of every other node's
     parts and sends them to where they belong; what comes is combined in the order of the nodes.
     """
-    near, parts, me = team.near, _parts(counts), team.transport.rank
+    near, parts, me = team.near, part_slices(counts), team.transport.rank
     here = near.node_of(me)
     if team.alone:
         mine = [array[parts[me]] for array in arrays]
@@ -197,7 +192,7 @@ def reduce_scatter(
         [(heard[place], node[worker]) for place, node in enumerate(near.nodes) if place != here],
     )
     total = np.empty(counts[me], wide)
-    team.quiet.run(reduce_into, heard, combination(_plain(op), wide), total)
+    team.quiet.run(reduce_into, heard, combination(undivided(op), wide), total)
     team.quiet.run(_settle, total, op, team.transport.size, [out])
 
 
@@ -212,16 +207,6 @@ def _spread(source: Array, targets: list[Array]) -> None:
             np.copyto(target, source)
 
 
-def _parts(counts: Sequence[int]) -> list[slice]:
-    return [
-        slice(stop - count, stop) for count, stop in zip(counts, accumulate(counts), strict=True)
-    ]
-
-
-def _plain(op: ReduceOp) -> ReduceOp:
-    return SUM if op is MEAN else op
-
-
 def _wide(dtype: DType) -> DType:
     """Return the dtype in which numbers are combined over nodes: halves are rounded once."""
     return np.dtype(np.float32) if dtype in HALVES else dtype
@@ -230,7 +215,7 @@ def _wide(dtype: DType) -> DType:
 def _sum_widely(parts: list[Array], op: ReduceOp, total: Array) -> None:
     """Combine a node's parts, without dividing yet."""
     wide = [part.astype(total.dtype, copy=False) for part in parts]
-    reduce_into(wide, combination(_plain(op), total.dtype), total)
+    reduce_into(wide, combination(undivided(op), total.dtype), total)
 
 
 def _settle(total: Array, op: ReduceOp, size: int, parts: list[Array]) -> None:

@@ -141,14 +141,8 @@ class DirectBoard:
         place = 8 * place + 15
         for start in self._others:
             at = start + place
-            if words[at] < number:
-                for polls in range(_POLLS):
-                    if polls >= _SPINS:
-                        sched_yield()
-                    if words[at] >= number:
-                        break
-                else:
-                    return False
+            if words[at] < number and not _comes(words, at, number):
+                return False
             if words[at - 1] != digest:
                 return False
         return True
@@ -244,14 +238,7 @@ class DirectBoard:
         words = self._words
         for start in self._others:
             at = start + place
-            if words[at] >= number:
-                continue
-            for polls in range(_POLLS):
-                if polls >= _SPINS:
-                    sched_yield()
-                if words[at] >= number:
-                    break
-            else:
+            if words[at] < number and not _comes(words, at, number):
                 return False
         return True
 
@@ -259,6 +246,16 @@ class DirectBoard:
         """Return `2 * ROOM` bytes of each rank, for small arrays."""
         starts = [8 * start + self._ROOM for start in self._starts]
         return [self._bytes[start : start + 2 * ROOM] for start in starts]
+
+
+def _comes(words: memoryview, at: int, number: int) -> bool:
+    """Whether a word comes to a number within a few microseconds."""
+    for polls in range(_POLLS):
+        if polls >= _SPINS:
+            sched_yield()
+        if words[at] >= number:
+            return True
+    return False
 
 
 class Until(Work[None]):

@@ -8,7 +8,7 @@ prepared is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -275,8 +275,8 @@ class NodeSums:
         self._registered = registered
         self._share = share
         self._sizes = Crossovers()
-        self._small: dict[tuple[ReduceOp, DType, int], SmallSum] = {}
-        self._long: dict[tuple[ReduceOp, DType, int], ScratchSum] = {}
+        self._small: dict[Any, Sum] = {}
+        self._long: dict[Any, Sum] = {}
         self._beside = _Rooms(turns.board.rooms(), ROOM)
         self._scratch: _Rooms | None = None
         self._scratch_refused = False
@@ -299,16 +299,8 @@ class NodeSums:
         """
         if type(x) is not np.ndarray or x.ndim != 1 or not x.flags.carray:
             return None
-        if x.nbytes <= self._sizes.small:
-            return self._small.get((op, x.dtype, x.size))
-        if x.nbytes >= self._sizes.registered:
-            place = self._registered.place(x)
-            if place is not None:
-                found: Sum | None = place.prepared.get(("sum", op))
-                return found
-        if x.nbytes >= self._sizes.scratch:
-            return self._long.get((op, x.dtype, x.size))
-        return None
+        kept = self._choose(x, x, op)
+        return None if kept is None else kept[0].get(kept[1])
 
     def prepare(self, x: Array, out: Array, op: ReduceOp, waiters: Waiters) -> Sum | None:
         """Return the sum of flat arrays, or None where the library is faster.
@@ -317,31 +309,44 @@ class NodeSums:
         -----
         Collective; it makes room in shared memory for the first array that needs it.
         """
-        place = None
-        if x is out and x.nbytes >= max(self._sizes.registered, self._sizes.small + 1):
-            place = self._registered.place(x)
-        if place is not None:
-            return self._of_place(place, op)
-        return self._of_others(x, op, waiters)
-
-    def _of_place(self, place: Place, op: ReduceOp) -> Sum:
-        found: Sum | None = place.prepared.get(("sum", op))
+        kept = self._choose(x, out, op)
+        if kept is None:
+            return None
+        sums, key, place = kept
+        found = sums.get(key)
         if found is None:
-            found = place.prepared["sum", op] = PlaceSum(self._turns, self._team, place, op)
+            found = self._make(x, op, place, waiters)
+            if found is not None:
+                _remember(sums, key, found)
         return found
 
-    def _of_others(self, x: Array, op: ReduceOp, waiters: Waiters) -> Sum | None:
-        key, small = (op, x.dtype, x.size), x.nbytes <= self._sizes.small
-        found: Sum | None = self._small.get(key) if small else self._long.get(key)
-        if found is not None or (not small and x.nbytes < self._sizes.scratch):
-            return found
+    def _choose(
+        self, x: Array, out: Array, op: ReduceOp
+    ) -> tuple[dict[Any, Sum], object, Place | None] | None:
+        """Choose the way by size and place: where its sums are kept, this one's key, the place."""
+        nbytes, sizes = x.nbytes, self._sizes
+        if nbytes <= sizes.small:
+            return self._small, (op, x.dtype, x.size), None
+        if x is out and nbytes >= sizes.registered:
+            place = self._registered.place(x)
+            if place is not None:
+                return place.prepared, ("sum", op), place
+        if nbytes >= sizes.scratch:
+            return self._long, (op, x.dtype, x.size), None
+        return None
+
+    def _make(self, x: Array, op: ReduceOp, place: Place | None, waiters: Waiters) -> Sum | None:
+        turns, team = self._turns, self._team
+        if place is not None:
+            return PlaceSum(turns, team, place, op)
+        small = x.nbytes <= self._sizes.small
         beside = small and x.nbytes <= ROOM
         rooms = self._beside if beside else self._make_scratch(x, op, waiters)
         if rooms is None:
             return None
         if small:
-            return _remember(self._small, key, SmallSum(self._turns, self._team, rooms, *key))
-        return _remember(self._long, key, ScratchSum(self._turns, self._team, rooms, x, op))
+            return SmallSum(turns, team, rooms, op, x.dtype, x.size)
+        return ScratchSum(turns, team, rooms, x, op)
 
     def _make_scratch(self, x: Array, op: ReduceOp, waiters: Waiters) -> _Rooms | None:
         """Make room for long arrays when all have come for it; it is asked for once."""
