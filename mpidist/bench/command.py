@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from mpidist._optional import require
@@ -27,7 +25,7 @@ from mpidist.bench import (
     p2p,
     tracing,
 )
-from mpidist.bench.options import BenchmarkError
+from mpidist.bench.options import BenchmarkError, add_files, check_files
 from mpidist.bench.plot import plot_report
 from mpidist.bench.report import Report
 from mpidist.bench.table import render_table
@@ -73,10 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         text = (benchmark.__doc__ or "").strip()
         own = choices.add_parser(name, help=text.split("\n")[0], description=text)
         benchmark.configure(own)
-        own.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-        own.add_argument(
-            "--plot", type=Path, metavar="FILE", help="draw a picture; .png, .svg or .pdf"
-        )
+        add_files(own)
 
 
 def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
@@ -115,13 +110,9 @@ def _problem(options: argparse.Namespace) -> str:
     """Return what would fail after the measuring, or nothing."""
     try:
         require("tabulate", extra="bench", purpose="the tables of mpidist bench")
-        if options.plot is not None:
-            require("matplotlib", extra="bench", purpose="--plot")
-    except BackendUnavailableError as error:
+        check_files(options, f"bench {options.benchmark}")
+    except (BackendUnavailableError, BenchmarkError) as error:
         return str(error)
-    for path in filter(None, (options.json, options.plot)):
-        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
-            return f"bench {options.benchmark}: cannot write {path}"
     return ""
 
 

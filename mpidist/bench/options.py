@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from mpidist._optional import require
 from mpidist.bench.sizes import read_size, tell_size
 from mpidist.bench.times import Effort
 from mpidist.group import ProcessGroup
 
-__all__ = ["BenchmarkError", "add_effort", "effort", "positive", "require_ranks", "tell_progress"]
+__all__ = [
+    "BenchmarkError",
+    "add_effort",
+    "add_files",
+    "check_files",
+    "effort",
+    "positive",
+    "require_ranks",
+    "tell_progress",
+]
 
 
 class BenchmarkError(Exception):
@@ -58,6 +70,38 @@ def add_effort(
 def effort(options: argparse.Namespace) -> Effort:
     """Return what `add_effort` was given."""
     return Effort(seconds=options.seconds, repeats=options.repeats)
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json`` and ``--plot``."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a picture; .png, .svg or .pdf"
+    )
+
+
+def check_files(options: argparse.Namespace, command: str) -> None:
+    """Raise what is wrong with the options of `add_files`, before the work.
+
+    Parameters
+    ----------
+    options : Namespace
+        What the parser made.
+    command : str
+        For the message.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If a picture is wanted and matplotlib is not installed.
+    BenchmarkError
+        If a file cannot be written.
+    """
+    if options.plot is not None:
+        require("matplotlib", extra="bench", purpose="--plot")
+    for path in filter(None, (options.json, options.plot)):
+        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+            raise BenchmarkError(f"{command}: cannot write {path}")
 
 
 def require_ranks(world: ProcessGroup, benchmark: str, *, least: int = 2) -> None:

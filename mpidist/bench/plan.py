@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -19,7 +18,7 @@ from typing import Any
 
 from mpidist._optional import require
 from mpidist.bench.model import Errors, Network
-from mpidist.bench.options import BenchmarkError, positive
+from mpidist.bench.options import BenchmarkError, add_files, check_files, positive
 from mpidist.bench.plan_plot import plot_plan
 from mpidist.bench.predictions import BACKWARD, Fitted, Layout, Plan, make_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
@@ -58,10 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=REGISTERED,
         help="whose all_reduce (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw a picture; .png, .svg or .pdf"
-    )
+    add_files(parser)
 
 
 def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
@@ -106,11 +102,7 @@ def _check(options: argparse.Namespace) -> None:
     """Raise what would otherwise be found out after the work."""
     if (options.latency is None) != (options.bandwidth is None):
         raise BenchmarkError("plan: --latency and --bandwidth make a network only together")
-    if options.plot is not None:
-        require("matplotlib", extra="bench", purpose="--plot")
-    for path in filter(None, (options.json, options.plot)):
-        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
-            raise BenchmarkError(f"plan: cannot write {path}")
+    check_files(options, "plan")
 
 
 def _load(path: Path) -> Report:
