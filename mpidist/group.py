@@ -15,6 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
+from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
@@ -32,7 +33,7 @@ from mpidist.recorder import Kind
 
 if TYPE_CHECKING:
     import logging
-    from types import FrameType, TracebackType
+    from types import FrameType
 
     import numpy.typing as npt
 
@@ -70,7 +71,7 @@ class Layout:
         return tuple(order.setdefault(self.nodes[rank], len(order)) for rank in ranks)
 
 
-class ProcessGroup:
+class ProcessGroup(Closing):
     """A group of ranks that call the same collectives.
 
     Made by `mpidist.init`, `split`, `new_group` and `duplicate`; closed by `close`, or at the end
@@ -180,20 +181,6 @@ class ProcessGroup:
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""
         return f"group {self.name!r}, rank {self.rank} of {self.size}"
-
-    def __enter__(self) -> ProcessGroup:
-        """Return the group itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the group; after an error leave it as it is, since others may not come to it."""
-        if error is None:
-            self.close()
 
     # -- facts ---------------------------------------------------------------------------------
 

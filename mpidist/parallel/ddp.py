@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
+from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
@@ -22,7 +22,7 @@ from mpidist.regions import region
 __all__ = ["DDP"]
 
 
-class DDP:
+class DDP(Closing):
     """Distributed data parallel: gradients are averaged over the ranks during backward.
 
     ::
@@ -287,20 +287,6 @@ class DDP:
         if self._pending is not None:
             self._pending.wait()
         self._reducer.close()
-
-    def __enter__(self) -> DDP:
-        """Return the wrapper itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close it; after an error without waiting for what is under way."""
-        if error is None:
-            self.close()
 
     def _abandon(self, error: BaseException) -> None:
         self._gradients.release()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
+from mpidist._closing import Closing
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.errors import UnsupportedOperationError
@@ -18,7 +18,7 @@ from mpidist.parallel.verify import Description, describe, verify_same
 __all__ = ["GradientReducer"]
 
 
-class GradientReducer:
+class GradientReducer(Closing):
     """Reduce named gradients over a group, many at a time, while others are being computed.
 
     Per step and rank, for any program that has gradients as arrays::
@@ -304,20 +304,6 @@ class GradientReducer:
     def close(self) -> None:
         """Release the reducer's duplicate of the group. `grads` stay valid."""
         self.group.close()
-
-    def __enter__(self) -> GradientReducer:
-        """Return the reducer itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the reducer; after an error without waiting for what is under way."""
-        if error is None:
-            self.close()
 
     def _launch_complete(self) -> None:
         """Start the buckets that are complete, in order; see [Note: order of buckets]."""

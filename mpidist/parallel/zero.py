@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any, TypeAlias
 
+from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.boxes import Box
 from mpidist.group import ProcessGroup
@@ -32,7 +32,7 @@ parameters that are updated differently. What it gets are this rank's slices, fl
 names of the whole parameters; some may be empty."""
 
 
-class ShardedOptimizer:
+class ShardedOptimizer(Closing):
     """An optimizer whose state is split over the ranks, and parameters that stand once per node.
 
     ::
@@ -352,20 +352,6 @@ class ShardedOptimizer:
         """
         self._gradients.close()
         self.group.close()
-
-    def __enter__(self) -> ShardedOptimizer:
-        """Return the optimizer itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close it; after an error without waiting for what is under way."""
-        if error is None:
-            self.close()
 
     def _write(self, values: Mapping[str, Array]) -> None:
         """Write this rank's slices of whole arrays."""
