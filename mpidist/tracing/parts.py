@@ -1,7 +1,7 @@
 """One rank's part of a trace: kept in memory for a second, then in a file, a row per event.
 
 The file is what is left of a rank that is killed. It is a sequence of gzip members, each written in
-one piece, of lines of JSON: objects say what is true of the whole part, arrays are rows.
+one piece, of lines of JSON: objects say what is true of the whole part, arrays hold rows.
 """
 
 from __future__ import annotations
@@ -185,8 +185,10 @@ class PartFile:
     def _write(self) -> None:
         """Write what there is; an error is kept as `problem`, and nothing is written after it."""
         with self._writing:
-            facts, self._facts = self._facts, []
-            lines = [*facts, *self._events.drain()]
+            lines: list[Any] = self._facts
+            self._facts = []
+            if rows := self._events.drain():
+                lines.append(rows)
             if self.problem is not None or not lines:
                 return
             try:
@@ -261,7 +263,8 @@ class Part:
         """Give the events in the order in which they ended."""
         for line in _lines(self.data):
             if line.startswith("["):
-                yield Row(*json.loads(line))
+                for row in json.loads(line):
+                    yield Row(*row)
 
 
 def _lines(data: bytes) -> Iterator[str]:

@@ -41,7 +41,7 @@ def part(
         "complete": True,
     }
     facts = {key: value for key, value in (known | facts).items() if value is not None}
-    return Part.of(_packed([facts, *rows]))
+    return Part.of(_packed([facts, rows]))
 
 
 def trace_of(parts: list[Part], directory: Path, name: str = "trace.json") -> dict[str, Any]:
