@@ -1,16 +1,24 @@
 """What mpidist adds to the time of a small all_reduce.
 
 20 calls in a row are timed together, as in a program that makes one call after another; the time
-is that of one call. "added" is mpidist's median time less that of mpi4py's buffer call.
+is that of one call. "added" is mpidist's median time less that of mpi4py's buffer call, "watched"
+what the flight recorder and the deadline add: the time less that of the same sum by the same code
+without them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
+
+from mpidist._types import SUM, Array, ReduceOp
+from mpidist.backends.work import Waiter
 from mpidist.bench.all_reduce import mpidist_and_library
 from mpidist.bench.machine import Machine
 from mpidist.bench.options import add_effort, require_ranks
@@ -18,9 +26,12 @@ from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Measure, Report
 from mpidist.bench.sizes import sweep
 from mpidist.bench.sweeps import rows_over
 from mpidist.bench.times import Series
+from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 
 __all__ = ["configure", "run"]
+
+UNWATCHED = "unwatched"
 
 _CALLS = 20
 
@@ -38,19 +49,69 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
 
     def make(nbytes: int) -> list[Series]:
         series = mpidist_and_library(world, nbytes, notes)
-        return [_in_a_row(each) for each in series if each.name in (ORDINARY, LIBRARY)]
+        series = [each for each in series if each.name in (ORDINARY, LIBRARY)]
+        return [_in_a_row(each) for each in (*series, *_unwatched(world, nbytes, notes))]
 
     return Report(
         benchmark="overhead",
         machine=machine,
         rows=rows_over(options.sizes, make, world, operation="all_reduce", options=options),
-        comparisons=(Comparison("added", ORDINARY, LIBRARY, Measure.ADDED),),
+        comparisons=(
+            Comparison("added", ORDINARY, LIBRARY, Measure.ADDED),
+            Comparison("watched", ORDINARY, UNWATCHED, Measure.ADDED),
+        ),
         legend={
             ORDINARY: "mpidist.all_reduce(x, group, out=x)",
             LIBRARY: "comm.Allreduce(MPI.IN_PLACE, x) of mpi4py",
+            UNWATCHED: "as ordinary, recording nothing and waiting for ever",
         },
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+class _Patience(Waiter):
+    """Waits without a deadline."""
+
+    operation = "all_reduce"
+
+    def wait_for(
+        self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None
+    ) -> None:
+        """Wait for ever."""
+        while not ready():
+            os.sched_yield()
+
+
+def _unwatched(world: ProcessGroup, nbytes: int, notes: list[str]) -> list[Series]:
+    """Return the sum as `ProcessGroup.repeat_sum` makes it, without recorder and deadline.
+
+    Nothing where the sums of this group are not made there.
+    """
+    x = np.zeros(max(nbytes // 4, 1), np.float32)
+    all_reduce(x, world, out=x)  # prepares it
+    sums, patience = world._backend.sums, _Patience()
+    if sums is None or sums.find(x, SUM) is None:
+        notes.append("recorder and deadline are measured where all ranks share memory")
+        return []
+
+    def repeat_sum(x: Array, op: ReduceOp) -> bool:
+        prepared = sums.find(x, op)
+        if prepared is None:
+            return False
+        world._collectives[0] += 1
+        try:
+            prepared.run(x, x, lambda: patience)
+        except BaseException as error:
+            world._break(error)
+            raise
+        return True
+
+    def call(x: Array, op: ReduceOp = SUM) -> Array:
+        if repeat_sum(x, op):
+            return x
+        raise RuntimeError("the sum is not prepared any more")
+
+    return [Series(UNWATCHED, partial(call, x))]
 
 
 def _in_a_row(series: Series) -> Series:

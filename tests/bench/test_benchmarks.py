@@ -129,10 +129,11 @@ def test_p2p(world: ProcessGroup) -> None:
 @pytest.mark.ranks(2)
 def test_overhead(world: ProcessGroup) -> None:
     report = report_of(overhead, world, "--sizes", "4", "1K", "--repeats", "2")
-    assert series_of(report) == {ORDINARY, LIBRARY}
-    added = report.compare(report.comparisons[0], "all_reduce", 4)
-    assert added is not None
-    assert added > 0
+    assert series_of(report) == {ORDINARY, LIBRARY, overhead.UNWATCHED}
+    for comparison in report.comparisons:
+        added = report.compare(comparison, "all_reduce", 4)
+        assert added is not None
+        assert added > 0
 
 
 def test_import_needs_one_rank() -> None:
