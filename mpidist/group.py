@@ -11,7 +11,6 @@ from functools import cached_property
 from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
-from zlib import crc32
 
 import numpy as np
 
@@ -465,7 +464,7 @@ class ProcessGroup(Closing):
         journal = self._journal
         name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
         record = journal.begin(name, number, sys._getframe(2))
-        waiter = self._waiter(plan.verb, record, journal.digest(name))
+        waiter = self._waiter(plan.verb, record, name.call)
         try:
             if self._watch.debug:
                 waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
@@ -585,10 +584,10 @@ class ProcessGroup(Closing):
         frame = sys._getframe(3)
         if among is None:
             number = self._count(what)
-            name = self._journal.name(what, Kind.BLOCKING)
-            record = self._journal.begin(name, number, frame)
             # The rest of what it is differs legitimately, or is compared by itself.
-            waiter = self._waiter(what, record, crc32(what.partition(" ")[0].encode()))
+            name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
+            record = self._journal.begin(name, number, frame)
+            waiter = self._waiter(what, record, name.call)
         else:
             waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
         try:

@@ -9,7 +9,7 @@ from zlib import crc32
 import numpy as np
 
 from mpidist._types import ReduceOp
-from mpidist.recorder import Kind, Recorder
+from mpidist.recorder import Kind, Name, Recorder
 
 if TYPE_CHECKING:
     from mpidist._types import Array
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Journal", "describe"]
 
 _ROOTED = ("broadcast", "reduce", "gather", "scatter")
+
+_REMEMBERED = 1024
+"""Names that are remembered: a job may call with other counts at every step."""
 
 _MOST_COUNTS = 8
 """Counts that are written out one by one; more of them would fill the record."""
@@ -43,38 +46,37 @@ class Journal:
         self.waited = recorder.waited
         self._recorder = recorder
         self._group = recorder.name_group(name, identity)
-        self._names: dict[object, int] = {}
-        self._digests: dict[int, int] = {}
+        self._names: dict[object, Name] = {}
 
-    def name(self, what: str, kind: Kind) -> int:
-        """Return the number under which operations of this name are recorded."""
+    def name(self, what: str, kind: Kind, alike: str | None = None) -> Name:
+        """Return how operations of this name are recorded; see `Recorder.name`."""
         key = (what, kind)
-        found = self._names.get(key)
-        if found is None:
-            found = self._names[key] = self._recorder.name(what, self._group, kind)
-            self._digests[found] = crc32(what.encode())
-        return found
-
-    def digest(self, name: int) -> int:
-        """Return a number that is the same on all ranks for the same name."""
-        return self._digests[name]
+        return self._names.get(key) or self._remember(
+            key, self._recorder.name(what, self._group, kind, alike)
+        )
 
     def name_collective(
         self, verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None, kind: Kind
-    ) -> int:
-        """Return the number of a collective; see `describe`."""
+    ) -> Name:
+        """Return how a collective is recorded; see `describe`."""
         key = (verb, kind, shape, *map(_key, args))
         found = self._names.get(key)
         if found is None:
-            what = describe(verb, args, shape)
-            found = self._names[key] = self.name("i" * (kind is Kind.IMMEDIATE) + what, kind)
+            what = "i" * (kind is Kind.IMMEDIATE) + describe(verb, args, shape)
+            found = self._remember(key, self._recorder.name(what, self._group, kind))
         return found
 
-    def name_sum(self, prepared: Sum, x: Array, op: ReduceOp) -> int:
-        """Return the number of an all_reduce in place of a 1-D array, and remember it there."""
+    def _remember(self, key: object, name: Name) -> Name:
+        if len(self._names) >= _REMEMBERED:
+            self._names.clear()
+        self._names[key] = name
+        return name
+
+    def name_sum(self, prepared: Sum, x: Array, op: ReduceOp) -> Name:
+        """Return the name of an all_reduce in place of a 1-D array, and remember it there."""
         args = (x, x, op)
-        prepared.name = self.name_collective("all_reduce", args, None, Kind.BLOCKING)
-        return prepared.name
+        prepared.name = name = self.name_collective("all_reduce", args, None, Kind.BLOCKING)
+        return name
 
 
 def describe(verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None) -> str:

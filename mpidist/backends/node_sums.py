@@ -21,6 +21,7 @@ from mpidist.backends.meetings import ROOM
 from mpidist.backends.registered import Place, Registry
 from mpidist.backends.turns import Turns, Waiters
 from mpidist.backends.work import Waiter
+from mpidist.recorder import Name
 
 __all__ = ["NodeSums", "Sum"]
 
@@ -52,11 +53,11 @@ class Sum(Protocol):
 
     Attributes
     ----------
-    name : int
-        Under which it is recorded; 0 as long as it has none.
+    name : Name or None
+        How it is recorded; None as long as nobody has asked.
     """
 
-    name: int
+    name: Name | None
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine `x` of all ranks into `out`, which may be `x`."""
@@ -72,7 +73,7 @@ class SmallSum:
     all have come to it, and whoever has is done with this one.
     """
 
-    name = 0
+    name: Name | None = None
 
     def __init__(
         self, turns: Turns, team: Team, rooms: _Rooms, op: ReduceOp, dtype: DType, count: int
@@ -106,7 +107,7 @@ class PlaceSum:
     the memory is to go with its last array, and not wait for the garbage collector.
     """
 
-    name = 0
+    name: Name | None = None
 
     def __init__(self, turns: Turns, team: Team, place: Place, op: ReduceOp) -> None:
         self._turns = turns
@@ -131,7 +132,7 @@ class ScratchSum:
     the room serve in turn, see [Note: two halves].
     """
 
-    name = 0
+    name: Name | None = None
 
     def __init__(self, turns: Turns, team: Team, rooms: _Rooms, x: Array, op: ReduceOp) -> None:
         self._turns = turns

@@ -7,7 +7,11 @@ from enum import IntEnum
 
 __all__ = [
     "BEGAN",
+    "CALL",
+    "DETAILS_NBYTES",
     "ENDED",
+    "GROUP",
+    "GROUPS_NBYTES",
     "NBYTES",
     "NUMBER",
     "RECORD",
@@ -28,8 +32,15 @@ __all__ = [
 RING = 128
 """Records that are kept."""
 
-NBYTES, TEXTS_NBYTES = 36 << 10, 16 << 10
+NBYTES, TEXTS_NBYTES = 52 << 10, 32 << 10
 """Bytes of each rank's part, whole pages, and of the texts that the records in it refer to."""
+
+DETAILS_NBYTES, GROUPS_NBYTES = TEXTS_NBYTES // 2, TEXTS_NBYTES * 3 // 4
+"""Where texts with shapes, and names of groups, find no room any more.
+
+A job may have any number of either. The rest is for what every job has few of: operations without
+their shapes, and places in the program.
+"""
 
 _HEAD_WORDS, _RECORD_WORDS = 64, 8
 _RING = _HEAD_WORDS * 8
@@ -40,8 +51,8 @@ TEXTS = _RING + RING * _RECORD_WORDS * 8
 STACKS = TEXTS + TEXTS_NBYTES
 """Where it is written where the threads are; from here to the end."""
 
-RECORD = struct.Struct("<6q")
-WHAT, NUMBER, SITE, BEGAN, ENDED, SEQUENCE = range(6)
+RECORD = struct.Struct("<8q")
+WHAT, GROUP, CALL, NUMBER, SITE, BEGAN, ENDED, SEQUENCE = range(8)
 
 TEXT_BITS = 20
 TEXT_MASK = (1 << TEXT_BITS) - 1

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import threading
 from collections.abc import Iterable
 from time import monotonic_ns
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from zlib import crc32
 
 from mpidist.recorder.layout import (
     BEGAN,
+    DETAILS_NBYTES,
     ENDED,
+    GROUP,
+    GROUPS_NBYTES,
     NBYTES,
     NUMBER,
     RECORD,
@@ -31,17 +37,39 @@ from mpidist.recorder.layout import (
 if TYPE_CHECKING:
     from mpidist.recorder.recording import Event
 
-__all__ = ["Over", "Recorder", "Sink", "is_inside"]
+__all__ = ["Name", "Over", "Recorder", "Sink", "is_inside"]
 
-Over: TypeAlias = tuple[Kind, int, int, int, int, int]
-"""An operation that is over, or a wait: kind, what, number, site, began, ended."""
+Over: TypeAlias = tuple[Kind, int, int, int, int, int, int]
+"""An operation that is over, or a wait: kind, what, group, number, site, began, ended."""
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120
 _OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "testing"))
 """Parts of this package that use it as anybody does."""
 
+_DETAILS = re.compile(r"(\[|\(| in parts of ).*")
+"""Of what differs without end."""
+
 _REMEMBERED = 4096
 """Functions whose places are remembered."""
+
+
+class Name(NamedTuple):
+    """How operations of one name are recorded, in numbers.
+
+    Attributes
+    ----------
+    what : int
+        Where the texts stand that say what it is, and how it is called.
+    group : int
+        Identity of the group.
+    call : int
+        A checksum of what has to be the same on all ranks. Calls are compared by it, never by the
+        texts: on one rank there may be room for them where there is none on another.
+    """
+
+    what: int
+    group: int
+    call: int
 
 
 class Sink(Protocol):
@@ -78,6 +106,7 @@ class Recorder:
         self._sites: dict[tuple[int, int], int] = {}
         self._inside: dict[int, tuple[bool, CodeType]] = {}
         self._offsets: dict[str, int] = {}
+        self._writing = threading.Lock()
         self._places = [place(slot) for slot in range(RING)]
         # A text begins behind the first byte: none begins at 0, which stands for no text.
         self.words[Head.TEXTS] = 1
@@ -91,30 +120,35 @@ class Recorder:
 
     # -- operations ----------------------------------------------------------------------------
 
-    def name(self, what: str, group: int, kind: Kind) -> int:
-        """Return the number under which operations of this name are recorded.
+    def name(self, what: str, group: tuple[int, int], kind: Kind, alike: str | None = None) -> Name:
+        """Return how operations of this name are recorded.
 
         Parameters
         ----------
         what : str
-            Verb, op, dtype and shape.
-        group : int
+            Verb, op, dtype and shape. Where there is no room for it, the text ends at the shape.
+        group : (int, int)
             From `name_group`.
         kind : Kind
             How it is called.
+        alike : str, optional
+            What of it has to be the same on all ranks; all when omitted.
         """
-        return self._text(what) | group << TEXT_BITS | kind << 2 * TEXT_BITS
+        text, identity = group
+        found = self._text(what, DETAILS_NBYTES) or self._text(_DETAILS.sub("...", what))
+        packed = found | text << TEXT_BITS | kind << 2 * TEXT_BITS
+        return Name(packed, identity, crc32((what if alike is None else alike).encode()))
 
-    def name_group(self, name: str, identity: int) -> int:
-        """Return the number under which operations of a group are recorded."""
-        return self._text(f"{identity} {name}")
+    def name_group(self, name: str, identity: int) -> tuple[int, int]:
+        """Return what `name` wants to know of a group."""
+        return self._text(name, GROUPS_NBYTES), identity
 
-    def begin(self, what: int, number: int, frame: FrameType) -> int:
+    def begin(self, name: Name, number: int, frame: FrameType) -> int:
         """Record that an operation begins.
 
         Parameters
         ----------
-        what : int
+        name : Name
             From `name`.
         number : int
             Of the operation; for a collective the same on all ranks of its group.
@@ -129,7 +163,7 @@ class Recorder:
         sequence = self._next()
         site = self._sites.get((id(frame.f_code), frame.f_lasti)) or self._find_site(frame)
         at = self._places[sequence % RING]
-        RECORD.pack_into(self._memory, at, what, number, site, monotonic_ns(), 0, sequence)
+        RECORD.pack_into(self._memory, at, *name, number, site, monotonic_ns(), 0, sequence)
         return sequence
 
     def end(self, sequence: int, *, failed: bool = False) -> None:
@@ -160,35 +194,37 @@ class Recorder:
     def _tell(self, at: int, kind: Kind, began: int) -> None:
         if self.sink is not None:
             words = self.words
-            what, number, site = words[at + WHAT], words[at + NUMBER], words[at + SITE]
-            self.sink.append((kind, what, number, site, began, monotonic_ns()))
+            what, group = words[at + WHAT], words[at + GROUP]
+            number, site = words[at + NUMBER], words[at + SITE]
+            self.sink.append((kind, what, group, number, site, began, monotonic_ns()))
 
     def events(self, sink: Iterable[Over]) -> list[Event]:
         """Return in words what a sink has collected."""
         from mpidist.recorder.recording import Event, decode
 
         found = []
-        for kind, what, number, site, began, ended in sink:
-            record = decode(self._memory, (what, number, site, began, ended, 0))
+        for kind, what, group, number, site, began, ended in sink:
+            record = decode(self._memory, (what, group, 0, number, site, began, ended, 0))
             found.append(Event(kind, record, began, ended))
         return found
 
     # -- texts ---------------------------------------------------------------------------------
 
-    def _text(self, text: str) -> int:
-        """Return where a text stands; 0 when there is no room for it."""
+    def _text(self, text: str, room: int = TEXTS_NBYTES) -> int:
+        """Return where a text stands; 0 when it would end beyond the room for such texts."""
         found = self._offsets.get(text)
         if found is not None:
             return found
         data = text.encode(errors="replace")
-        start = self.words[Head.TEXTS]
-        if start + 2 + len(data) > TEXTS_NBYTES:
-            return 0
-        at = TEXTS + start
-        self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
-        self.words[Head.TEXTS] = start + 2 + len(data)
-        self._offsets[text] = start
-        return start
+        with self._writing:  # threads may use groups of their own at once
+            start = self.words[Head.TEXTS]
+            if start + 2 + len(data) > room:
+                return 0
+            at = TEXTS + start
+            self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
+            self.words[Head.TEXTS] = start + 2 + len(data)
+            self._offsets[text] = start
+            return start
 
     def _find_site(self, frame: FrameType) -> int:
         """Return the place outside this package from which a frame was called."""
@@ -201,7 +237,10 @@ class Recorder:
         site = self._sites.get(key)
         if site is None:
             code = user.f_code
-            site = self._text(f"{code.co_filename}\n{code.co_name}") | user.f_lineno << TEXT_BITS
+            site = (
+                self._text(f"{code.co_filename}\n{code.co_name}")
+                | (user.f_lineno or 0) << TEXT_BITS
+            )
             self._sites[key] = site
         return site
 

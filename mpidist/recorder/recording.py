@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mpidist.recorder.layout import (
+    GROUP,
     NUMBER,
     RECORD,
     RING,
@@ -66,6 +67,8 @@ class Record:
         Nanoseconds of `time.monotonic_ns`, on this node.
     ended : int
         The same; 0 while it is under way, below 0 if it failed.
+    call : int
+        Checksum of what has to be the same on all ranks.
     """
 
     sequence: int
@@ -77,6 +80,7 @@ class Record:
     site: Site
     began: int
     ended: int
+    call: int
 
     def is_of(self, key: tuple[int, int]) -> bool:
         """Whether this is of a collective: of its group's identity and number on all ranks."""
@@ -134,7 +138,7 @@ class Recording:
         memory, found = self._memory, None
         for slot in range(RING):
             fields = RECORD.unpack_from(memory, place(slot))
-            if fields[NUMBER] == key[1] and fields[SEQUENCE]:
+            if (fields[GROUP], fields[NUMBER]) == key and fields[SEQUENCE]:
                 record = decode(memory, fields)
                 if record.is_of(key) and (found is None or record.sequence > found.sequence):
                     found = record
@@ -157,18 +161,18 @@ class Recording:
 
 def decode(memory: memoryview, fields: tuple[int, ...]) -> Record:
     """Return in words what the numbers of a record say."""
-    what, number, site, began, ended, sequence = fields
-    identity, _, group = _read_text(memory, what >> TEXT_BITS & TEXT_MASK).partition(" ")
+    what, identity, call, number, site, began, ended, sequence = fields
     return Record(
         sequence=sequence,
         kind=Kind(what >> 2 * TEXT_BITS),
         what=_read_text(memory, what & TEXT_MASK) or "?",
-        group=group or "?",
-        identity=int(identity or 0),
+        group=_read_text(memory, what >> TEXT_BITS & TEXT_MASK) or "?",
+        identity=identity,
         number=number,
         site=_site(memory, site),
         began=began,
         ended=ended,
+        call=call,
     )
 
 

@@ -95,7 +95,7 @@ class Events:
         self._kept: list[tuple[Any, int]] = []
         self._thread = threading.get_ident()
         self._others: dict[int, int] = {}
-        self._words: dict[tuple[int, int], tuple[str, str, int, str]] = {}
+        self._words: dict[tuple[int, int, int], tuple[str, str, str]] = {}
 
     def append(self, over: Over) -> None:
         """Take an operation, or a wait, from the recorder."""
@@ -133,13 +133,13 @@ class Events:
         if len(event) == 3:
             name, began, ended = event
             return Row(REGION, name, "", 0, 0, "", began, ended, thread)
-        kind, what, number, site, began, ended = event
-        words = self._words.get((what, site))
+        kind, what, identity, number, site, began, ended = event
+        words = self._words.get((what, identity, site))
         if words is None:
             ((_, record, *_),) = self._recorder.events([event])
-            words = record.what, record.group, record.identity, str(record.site)
-            self._words[what, site] = words
-        name, group, identity, place = words
+            words = record.what, record.group, str(record.site)
+            self._words[what, identity, site] = words
+        name, group, place = words
         return Row(_KINDS[kind], name, group, identity, number, place, began, ended, thread)
 
 

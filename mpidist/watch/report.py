@@ -94,21 +94,22 @@ def _absent(
     return sorted({*missing, *known} - came.keys())
 
 
-def _calls(came: Mapping[int, Record]) -> dict[str, list[int]]:
-    """Return who called what, the fewest first: they are the likeliest to be wrong."""
-    calls: dict[str, list[int]] = {}
+def _calls(came: Mapping[int, Record]) -> dict[int, list[int]]:
+    """Return who called the same, the fewest first: they are the likeliest to be wrong."""
+    calls: dict[int, list[int]] = {}
     for rank, record in came.items():
-        calls.setdefault(record.what, []).append(rank)
+        calls.setdefault(record.call, []).append(rank)
     return dict(sorted(calls.items(), key=lambda call: len(call[1])))
 
 
 def callers(states: States, members: Sequence[int], key: Key) -> str:
     """Return who called what where, as far as is known; the rarest calls first."""
-    calls: dict[str, list[int]] = {}
+    calls: dict[tuple[int, str], list[int]] = {}
     for rank, record in _came(states, members, key).items():
-        calls.setdefault(f"{record.what} at {place(record.site)}", []).append(rank)
+        words = f"{record.what} at {place(record.site)}"
+        calls.setdefault((record.call, words), []).append(rank)
     ordered = sorted(calls.items(), key=lambda call: len(call[1]))
-    told = [f"rank {_ranges(ranks)} called {call}" for call, ranks in ordered[:_NAMED]]
+    told = [f"rank {_ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
     return "; ".join([*told, "..."] if len(ordered) > _NAMED else told)
 
 

@@ -255,7 +255,7 @@ class Watch:
         if any(rank not in self._recordings for rank in members):
             return ""
         found = {self._recordings[rank].find(key) for rank in members}
-        calls = {None if record is None else record.what for record in found}
+        calls = {None if record is None else record.call for record in found}
         return self.callers(members, key) if len(calls) > 1 and None not in calls else ""
 
     def report(

@@ -86,6 +86,46 @@ def test_texts_for_which_there_is_no_room_are_unknown_and_harm_nothing() -> None
     assert [record.what for record in recording.records()] == ["known", "?", "known"]
 
 
+def test_shapes_and_groups_without_end_leave_room_for_all_else() -> None:
+    recorder, recording = pair()
+    for number in range(3000):
+        group = Journal(recorder, f"a group of number {number}", 1 + number)
+        group.name(f"all_gather uint8 in parts of {number}", Kind.BLOCKING)
+    journal = Journal(recorder, "another group", 7777)
+    journal.begin(journal.name("reduce SUM int8[9] root 1", Kind.BLOCKING), 1, sys._getframe())
+    odd = group.name("all_gather uint8 in parts of 9999", Kind.BLOCKING)
+    journal.begin(odd, 5, sys._getframe())
+    first, second = recording.records()
+    assert first.what == "reduce SUM int8..."
+    assert second.what == "all_gather uint8..."
+    assert first.site.file == second.site.file == __file__
+    assert recording.find((7777, 1)) == first
+    assert recording.find((3000, 5)) == second
+    assert first.call != second.call
+
+
+def test_calls_are_told_apart_by_numbers_also_when_their_texts_are_cut() -> None:
+    recorder, _ = pair()
+    roomy, _ = pair()
+    for number in range(3000):
+        recorder.name(f"x[{number}]", (0, 0), Kind.BLOCKING)
+    names = [recorder.name(f"all_gather uint8[{n}]", (0, 0), Kind.BLOCKING) for n in range(50)]
+    assert len({name.what for name in names}) == 1
+    assert len({name.call for name in names}) == 50
+    assert names[7].call == roomy.name("all_gather uint8[7]", (0, 0), Kind.BLOCKING).call
+
+
+def test_only_some_names_are_remembered() -> None:
+    recorder, _ = pair()
+    journal = Journal(recorder, "g", 1)
+    first = journal.name_collective("all_gather", (None, np.ones(1), (0, 1)), None, Kind.BLOCKING)
+    for size in range(5000):
+        args = (None, np.ones(1), (size, 1))
+        name = journal.name_collective("all_gather", args, None, Kind.BLOCKING)
+        assert size == 0 or name.call != first.call
+    assert len(journal._names) <= 1024
+
+
 def test_a_wait_is_recorded_while_it_lasts() -> None:
     recorder, recording = pair()
     journal = Journal(recorder, "g", 1)

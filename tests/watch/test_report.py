@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from zlib import crc32
 
 import pytest
 
@@ -32,7 +33,8 @@ def record(
     over = 0 if ended is None else NOW - int(ended * SECOND)
     site = Site("/elsewhere/train.py", line, "step")
     began_ns = NOW - int(began * SECOND)
-    return Record(sequence, kind, what, group, identity, number, site, began_ns, over)
+    call = crc32(what.encode())
+    return Record(sequence, kind, what, group, identity, number, site, began_ns, over, call)
 
 
 def state(rank: int, *records: Record, **more: object) -> RankState:
@@ -144,7 +146,7 @@ def test_of_many_ranks_those_that_do_the_same_share_a_row() -> None:
 
 
 def test_a_failed_operation_is_told_apart() -> None:
-    failed = Record(1, Kind.BLOCKING, "x", "g", 7, 1, Site("", 0, ""), NOW, -(NOW - SECOND))
+    failed = Record(1, Kind.BLOCKING, "x", "g", 7, 1, Site("", 0, ""), NOW, -(NOW - SECOND), 0)
     assert "failed 1.0 s ago" in tell("title", [state(0, failed)], [])
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import mpidist
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError
+from mpidist.recorder import Kind
 from mpidist.testing import run_ranks
 from mpidist.watch.processes import Status
 
@@ -146,6 +147,23 @@ def test_a_rank_that_calls_something_else_is_told_before_the_deadline(world, usu
     assert f"rank {LATE} called " in text
     assert text.count("test_watch.py:") >= 2
     mpidist.barrier(world)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_with_other_texts_in_their_recorders_call_the_same(world):
+    """As in a job that gathers objects of other sizes for days, of which one rank does more."""
+    recorder = world._backend.recorder
+    for number in range(2000 * world.rank):
+        recorder.name(f"something of this rank[{number}]", (0, 0), Kind.BLOCKING)
+    for number in [*range(0, 300, 2), *range(300)]:
+        gathered = mpidist.all_gather_object("x" * number, world)
+        assert gathered == ["x" * number] * world.size
+    group = world.duplicate("late")
+    sent = [group.rank] * 2  # how much a rank sends is its own affair
+    if group.rank == LATE:
+        time.sleep(0.5)  # long enough to be compared by what is recorded
+    mpidist.all_to_all(np.ones(2), group)
+    mpidist.iall_to_all(np.ones(sum(sent)), group, counts=sent, recv_counts=[0, 1]).wait()
 
 
 def test_simulated_ranks_report_too(caplog) -> None:
