@@ -100,3 +100,21 @@ def test_an_immediate_call_returns_before_the_others_have_come() -> None:
         return float(work.wait()[1])
 
     assert run_ranks(3, one) == [3.0] * 3
+
+
+@pytest.mark.ranks(2)
+def test_sums_that_go_other_ways_on_other_ranks_are_compared_on_all(world, monkeypatch):
+    group = world.duplicate("compared")
+    group.timeout = 5
+    monkeypatch.setattr(group._watch, "debug", True)
+    x = np.ones(100)
+    for _ in range(3):
+        assert mpidist.all_reduce(x.copy(), group, out=x) is x
+    x[:] = 1
+    y = x if group.rank == 0 else np.ones(200)[::2]
+    assert (mpidist.all_reduce(y, group, out=y) == 2).all()
+    x[:] = 1
+    for _ in range(3):
+        out = x if group.rank == 0 else np.empty(100)
+        assert (mpidist.all_reduce(x, group, out=out) == 2).all()
+        x[:] = 1
