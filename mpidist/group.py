@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
-from mpidist.recorder import Kind
+from mpidist.recorder import Kind, caller
 
 if TYPE_CHECKING:
     import logging
@@ -463,7 +462,7 @@ class ProcessGroup(Closing):
         number = self._count(plan.verb)
         journal = self._journal
         name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
-        record = journal.begin(name, number, sys._getframe(2))
+        record = journal.begin(name, number, caller(2))
         waiter = self._waiter(plan.verb, record, name.call)
         try:
             if self._watch.debug:
@@ -497,7 +496,7 @@ class ProcessGroup(Closing):
         self._collectives[0] = number = self._collectives[0] + 1
         journal = self._journal
         name = prepared.name or journal.name_sum(prepared, x, op)
-        record = journal.begin(name, number, sys._getframe(2))
+        record = journal.begin(name, number, caller(2))
         try:
             prepared.run(x, x, lambda: self._waiter("all_reduce", record))
         except BaseException as error:
@@ -511,7 +510,7 @@ class ProcessGroup(Closing):
         verb = f"i{plan.verb}"
         number = self._count(verb)
         name = self._journal.name_collective(plan.verb, plan.args, plan.shape, Kind.IMMEDIATE)
-        record = self._journal.begin(name, number, sys._getframe(2))
+        record = self._journal.begin(name, number, caller(2))
         waiter = self._waiter(verb, record)
         try:
             if self._watch.debug:
@@ -546,7 +545,7 @@ class ProcessGroup(Closing):
         words : str, optional
             What else there is to say of it.
         """
-        waiter = self._message_waiter(verb, words, peers, sys._getframe(2))
+        waiter = self._message_waiter(verb, words, peers, caller(2))
         try:
             inner = self._backend.start(steps(self._backend))
         except BaseException as error:
@@ -582,7 +581,7 @@ class ProcessGroup(Closing):
     @contextmanager
     def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
         """Count and record what blocks and is no plan; yield what waits for it."""
-        frame = sys._getframe(3)
+        frame = caller(3)
         if among is None:
             number = self._count(what)
             # The rest of what it is differs legitimately, or is compared by itself.

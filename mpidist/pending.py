@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -16,6 +15,7 @@ from mpidist.errors import (
     SizeMismatchError,
     TransportError,
 )
+from mpidist.recorder import caller
 
 if TYPE_CHECKING:
     from mpidist.group import ProcessGroup
@@ -126,6 +126,7 @@ class GroupWaiter(Waiter):
         self.collective = collective
         self.peers = peers
         self.timeout = group.timeout
+        self._missing: Callable[[], Sequence[int]] | None = None
         self._verb = verb
         self._number = number
 
@@ -323,7 +324,7 @@ class GroupWork(Work[T]):
     def _wait(self, timeout: float | None) -> None:
         waiter, journal = self._waiter, self._group._journal
         waiter.timeout = self._group.timeout if timeout is None else timeout
-        journal.wait(waiter.record, sys._getframe(2))
+        journal.wait(waiter.record, caller(2))
         try:
             waiter.wait_for(self._complete, missing=self.missing)
         except (CollectiveTimeoutError, CollectiveMismatchError, PeerLostError) as error:

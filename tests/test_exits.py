@@ -157,6 +157,22 @@ else:
     assert_ended_well(run(body), tmp_path, said=said)
 
 
+def test_collectives_in_exit_handlers(run: Run, tmp_path: Path) -> None:
+    """No Python calls them, so that nobody is there who could be named as the caller."""
+    body = """
+import atexit
+atexit.register(lambda work: print("sum", work.wait()[0]), mpidist.iall_reduce(x, world))
+atexit.register(mpidist.barrier, world)
+atexit.register(world.split, 0)
+atexit.register(mpidist.iall_reduce(x, world).wait)
+"""
+    ended = run(body)
+    assert ended.code == 0, ended.text
+    assert "Traceback" not in ended.text
+    assert ended.text.count(f"sum {float(SIZE)}") == SIZE
+    assert_nothing_left(tmp_path)
+
+
 def test_exception_while_others_compute(run: Run, tmp_path: Path) -> None:
     body = """
 if world.rank == 1:

@@ -16,6 +16,6 @@ see a record of which half is new; that is borne, since nothing but a report dep
 from __future__ import annotations
 
 from mpidist.recorder.layout import Head, Kind
-from mpidist.recorder.recorder import Name, Recorder, is_inside
+from mpidist.recorder.recorder import Name, Recorder, caller, is_inside
 
-__all__ = ["Head", "Kind", "Name", "Recorder", "is_inside"]
+__all__ = ["Head", "Kind", "Name", "Recorder", "caller", "is_inside"]

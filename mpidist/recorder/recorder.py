@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterable
 from time import monotonic_ns
@@ -37,7 +38,7 @@ from mpidist.recorder.layout import (
 if TYPE_CHECKING:
     from mpidist.recorder.recording import Event
 
-__all__ = ["Name", "Over", "Recorder", "Sink", "is_inside"]
+__all__ = ["Name", "Over", "Recorder", "Sink", "caller", "is_inside"]
 
 Over: TypeAlias = tuple[Kind, int, int, int, int, int, int]
 """An operation that is over, or a wait: kind, what, group, number, site, began, ended."""
@@ -263,6 +264,17 @@ class Recorder:
         self._memory[STACKS : STACKS + len(data)] = data
         self.words[Head.STACKS] = len(data)
         self.words[Head.ANSWERED] = monotonic_ns()
+
+
+def caller(depth: int) -> FrameType:
+    """Return the frame so many calls above that of the function which asks.
+
+    That function's own where there is none: an exit handler, for one, is called by no Python.
+    """
+    try:
+        return sys._getframe(depth + 1)
+    except ValueError:
+        return sys._getframe(1)
 
 
 def is_inside(file: str) -> bool:
