@@ -28,7 +28,10 @@ def place(site: Site) -> str:
     """Return a place as short as it can be found by: file and line, and the function's name."""
     if not site.file:
         return "?"
-    here = os.getcwd() + os.sep  # noqa: PTH109  # a text is wanted
+    try:
+        here = os.getcwd() + os.sep  # noqa: PTH109  # a text is wanted
+    except OSError:  # it has been removed
+        here = ""
     file = site.file.removeprefix(here)
     inside = f" in {site.function}" if site.function not in ("", "<module>") else ""
     return f"{file}:{site.line}{inside}"

@@ -345,7 +345,7 @@ class Watch:
     def _dump(self, title: str, states: Mapping[int, RankState]) -> str:
         """Write what is known as JSON, and return words for where it is."""
         name = f"mpidist-report-{os.uname().nodename}-{os.getpid()}.json"
-        path = Path(env.dump_directory(), name).absolute()
+        path = Path(env.dump_directory(), name)
         content = {
             "format": 1,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -353,6 +353,7 @@ class Watch:
             "ranks": [state.as_json() for _, state in sorted(states.items())],
         }
         try:
+            path = path.absolute()
             path.write_text(json.dumps(content))
         except OSError as error:
             return f"The records could not be written to {path}: {error}"

@@ -212,6 +212,23 @@ def test_a_directory_that_cannot_be_written_is_told_and_harms_nothing(monkeypatc
     assert "could not be written to /dev/full/" in caplog.text
 
 
+def test_a_report_needs_no_current_directory(tmp_path, monkeypatch, caplog) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    def one(group: mpidist.ProcessGroup) -> None:
+        group._watch.listen([0])
+        mpidist.barrier(group)
+        group._watch.report("a title", dump=True, ask=False)
+
+    monkeypatch.delenv("MPIDIST_DUMP", raising=False)
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    run_ranks(1, one)
+    assert f"{__file__}:" in caplog.text
+    assert "could not be written to mpidist-report-" in caplog.text
+
+
 def test_ranks_that_report_at_once_write_one_report(caplog) -> None:
     ready = threading.Barrier(4)
 
