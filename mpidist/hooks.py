@@ -25,7 +25,7 @@ from mpidist.backends.mpi import MpiBackend
 from mpidist.backends.work import Waiter
 from mpidist.errors import DistributedError
 from mpidist.group import ProcessGroup, broken_groups
-from mpidist.watch.helper import helper
+from mpidist.watch.helper import helper, in_thread
 
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
@@ -62,6 +62,7 @@ class _Hooks:
         self._next_hook = sys.excepthook
         self.starting: tuple[float, float] | None = None
         self._ending = False
+        self._pid = os.getpid()
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
@@ -99,6 +100,9 @@ class _Hooks:
         trace: TracebackType | None,
     ) -> None:
         """Print the traceback of an exception that nobody caught, and end the job."""
+        if os.getpid() != self._pid:  # a child that was forked is no rank
+            self._next_hook(kind, error, trace)
+            return
         if issubclass(kind, KeyboardInterrupt):
             self._say("interrupted; ending the job")
             self._abort(_INTERRUPTED)
@@ -109,7 +113,8 @@ class _Hooks:
         else:
             self._next_hook(kind, error, trace)
         self._say(f"raised {kind.__name__}; ending the job{told}")
-        self._report(f"raised {kind.__name__}")
+        with contextlib.suppress(Exception):  # whatever a report fails of, the job ends
+            self._report(f"raised {kind.__name__}")
         # Ranks that check the same arguments raise together; let each show its traceback.
         time.sleep(_FLUSH)
         self._abort(1)
@@ -120,7 +125,7 @@ class _Hooks:
 
     def _on_exit(self) -> None:
         """Tell all that this rank leaves, and stay until they do; abort if the job is broken."""
-        if self._mpi.Is_finalized():
+        if os.getpid() != self._pid or self._mpi.Is_finalized():
             return
         for group in tuple(self._groups):
             group._watch.leave()
@@ -189,12 +194,13 @@ class _Hooks:
 
         def end() -> None:
             if waiter is not None:
-                waiter.report(words)
+                with contextlib.suppress(Exception):  # whatever a report fails of, the job ends
+                    waiter.report(words)
             self._say(f"{words}; ending the job")
             self._abort(1)
 
         self._ending = True
-        threading.Thread(target=end, name="mpidist-end", daemon=True).start()
+        in_thread(end, "mpidist-end")
 
     def _report(self, what: str) -> None:
         """Tell what all ranks of this node are doing, unless that has just been told."""

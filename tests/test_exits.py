@@ -161,7 +161,8 @@ def test_collectives_in_exit_handlers(run: Run, tmp_path: Path) -> None:
     """No Python calls them, so that nobody is there who could be named as the caller."""
     body = """
 import atexit
-atexit.register(lambda work: print("sum", work.wait()[0]), mpidist.iall_reduce(x, world))
+tell = lambda work: os.write(1, f"sum {work.wait()[0]}\\n".encode())
+atexit.register(tell, mpidist.iall_reduce(x, world))
 atexit.register(mpidist.barrier, world)
 atexit.register(world.split, 0)
 atexit.register(mpidist.iall_reduce(x, world).wait)
@@ -170,6 +171,25 @@ atexit.register(mpidist.iall_reduce(x, world).wait)
     assert ended.code == 0, ended.text
     assert "Traceback" not in ended.text
     assert ended.text.count(f"sum {float(SIZE)}") == SIZE
+    assert_nothing_left(tmp_path)
+
+
+def test_a_forked_child_that_raises_is_no_rank(run: Run, tmp_path: Path) -> None:
+    """Such as a process that loads data: whoever started it sees how it ended."""
+    body = """
+if world.rank == 1:
+    child = os.fork()
+    if not child:
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+        os._exit(3)
+    assert os.waitpid(child, 0)[1] == 3 << 8
+mpidist.barrier(world)
+"""
+    ended = run(body)
+    assert ended.code == 0, ended.text
+    assert "ZeroDivisionError" in ended.text
     assert_nothing_left(tmp_path)
 
 

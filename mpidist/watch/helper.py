@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from mpidist.watch.watch import Watch
 
-__all__ = ["Helper", "helper"]
+__all__ = ["Helper", "helper", "in_thread"]
 
 _ROUND = 0.2
 """Seconds between two looks at whether anybody has asked."""
@@ -35,6 +35,7 @@ class Helper:
     def __init__(self) -> None:
         self.rounds: list[Callable[[], None]] = []
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._adding, self._reporting = threading.Lock(), threading.Lock()
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
@@ -53,7 +54,12 @@ class Helper:
             The node of each of its ranks.
         """
         watch.listen(nodes)
-        self._watches.add(watch)
+        with self._adding:
+            self._watches.add(watch)
+
+    def _served(self) -> list[Watch]:
+        with self._adding:
+            return list(self._watches)
 
     def catch(self) -> bool:
         """Report at SIGUSR2, unless this is not the main thread or somebody else handles it.
@@ -67,10 +73,34 @@ class Helper:
             return False
         if signal.getsignal(signal.SIGUSR2) is not signal.SIG_DFL:
             return False
-        signal.signal(signal.SIGUSR2, _nothing)
+        signal.signal(signal.SIGUSR2, self._on_signal)
         # Whoever has asked to be woken before, such as an event loop, still is.
         self._next_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._forget)
         return True
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Wake the helper unless the signal itself has; called when the main thread is in Python.
+
+        Others, such as event loops, take the descriptor, and give it up without giving it back.
+        """
+        if os.getpid() != self._pid:
+            return
+        taken = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        if taken == self._writer:
+            return
+        self._next_wakeup = -1
+        if taken >= 0:
+            signal.set_wakeup_fd(taken)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._writer, bytes([number]))
+
+    def _forget(self) -> None:
+        """In a child that was forked: its signals are not this process's."""
+        with contextlib.suppress(ValueError):  # not in the main thread of the main interpreter
+            taken = signal.set_wakeup_fd(-1)
+            if taken not in (-1, self._writer):
+                signal.set_wakeup_fd(taken)
 
     def _run(self) -> None:
         while os.getpid() == self._pid:  # not in a child that was forked
@@ -78,15 +108,17 @@ class Helper:
 
     def _round(self) -> None:
         """Wait for a moment, and do what there is to do."""
-        found = [watch.listener for watch in self._watches]
+        found = [watch.listener for watch in self._served()]
         listeners = {each.fileno(): each for each in found if each is not None}
-        ready, _, _ = select.select([self._reader, *listeners], [], [], _ROUND)
-        if self._reader in ready:
-            self._take_signals()
-        for descriptor in ready:
-            if descriptor in listeners:
+        poll = select.poll()  # not select, which takes descriptors below 1024 only
+        for descriptor in (self._reader, *listeners):
+            poll.register(descriptor, select.POLLIN)
+        for descriptor, _ in poll.poll(_ROUND * 1000):
+            if descriptor == self._reader:
+                self._take_signals()
+            else:
                 listeners[descriptor].serve()
-        for watch in tuple(self._watches):
+        for watch in self._served():
             watch.answer()
         for act in tuple(self.rounds):
             act()
@@ -96,16 +128,28 @@ class Helper:
         if self._next_wakeup >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._next_wakeup, numbers)
-        if signal.SIGUSR2 in numbers:
-            for watch in tuple(self._watches):
-                # In a thread of its own: this one has to answer meanwhile.
-                threading.Thread(
-                    target=watch.report_signal, name="mpidist-report", daemon=True
-                ).start()
+        # One report at a time, however many signals come.
+        if signal.SIGUSR2 in numbers and self._reporting.acquire(blocking=False):
+            in_thread(self._report, "mpidist-report")
+
+    def _report(self) -> None:
+        try:
+            for watch in self._served():
+                watch.report_signal()
+        finally:
+            self._reporting.release()
 
 
-def _nothing(number: int, frame: object) -> None:
-    """Do nothing: the helper thread has been woken."""
+def in_thread(act: Callable[[], None], name: str) -> None:
+    """Do something in a thread of its own: the helper has to answer meanwhile.
+
+    From Python 3.12 on an interpreter that ends starts no threads, and the helper does it itself.
+    """
+    thread = threading.Thread(target=act, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        act()
 
 
 _helper: Helper | None = None

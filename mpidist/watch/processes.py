@@ -45,7 +45,9 @@ class Process:
         """Return whether it is alive, stopped or dead."""
         if self._descriptor is None:
             return Status.UNKNOWN
-        if select.select([self._descriptor], [], [], 0)[0]:
+        poll = select.poll()  # not select, which takes descriptors below 1024 only
+        poll.register(self._descriptor, select.POLLIN)
+        if poll.poll(0):
             return Status.DEAD
         return Status.STOPPED if self._state() in ("T", "t") else Status.ALIVE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ class Watch:
         self.listener: Listener | None = None
         self._recordings = {other: Recording(memory) for other, memory in records.items()}
         self._words = recorder.words
+        self._reporting = threading.Lock()
         self._secret = b""
         self._nodes: Sequence[int] = [0] * (rank + 1)
         self._hosts = ["?"] * (rank + 1)
@@ -293,6 +295,25 @@ class Watch:
         Returns when the rank that writes the report has written it, at the latest after 8 s:
         whoever ends the job afterwards must not take it from the screen.
         """
+        # One thread of this process at a time: ranks see from each other which one reports.
+        held = self._reporting.acquire(timeout=_WRITING)
+        try:
+            self._report(title, members, key, missing, first, ask=ask, dump=dump)
+        finally:
+            if held:
+                self._reporting.release()
+
+    def _report(
+        self,
+        title: str,
+        members: Sequence[int] | None,
+        key: tuple[int, int] | None,
+        missing: Sequence[int],
+        first: Sequence[int],
+        *,
+        ask: bool,
+        dump: bool,
+    ) -> None:
         if not self._claim():
             return
         states = self.all_states() if ask else self.states(ask=False)
@@ -326,6 +347,7 @@ class Watch:
             if any(self._is_done(rank) for rank in faster):
                 return False
             time.sleep(_POLL)
+        self._words[Head.CLAIMED] = claimed  # whoever was faster has not come to an end
         return True
 
     def _is_faster(self, rank: int, claimed: int) -> bool:
