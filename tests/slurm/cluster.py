@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 CredType=cred/munge
+FirstJobId={first_job}
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/%n
 SlurmctldPidFile={directory}/slurmctld.pid
@@ -50,6 +52,9 @@ NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
 PartitionName=test Nodes=n0,n1 Default=YES
 """
+
+_JOBS = 100
+"""More than all tests together submit."""
 
 _READY = 30.0
 _POLL = 0.1
@@ -82,6 +87,10 @@ class Cluster:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             MARK: str(self.directory),
         }
+        # [Note: names of segments] MPICH's ranks under pmi2 share memory by a name made of job and
+        # step alone, and those that are killed leave it. So no two clusters on this machine have
+        # the same numbers of jobs, and each removes what its own have left.
+        self._first_job = random.randrange(1_000, 60_000_000)
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Cluster:
@@ -115,6 +124,9 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(_POLL)
+        for job in range(self._first_job, self._first_job + _JOBS):
+            for path in segments(job):
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.directory)
 
     def _running(self) -> list[object]:
@@ -122,19 +134,29 @@ class Cluster:
 
     # -- what tests do ---------------------------------------------------------------------------
 
-    def run(self, *command: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def srun(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a step of its own, in the environment that the batch scripts give to theirs."""
+        return self.run("srun", *command, MPIR_CVAR_CH4_NETMOD="ofi")
+
+    def run(
+        self, *command: str, timeout: float = 60.0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command of Slurm's; output and errors come together."""
-        return subprocess.run(
-            command,
-            env=self.environment,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                command,
+                env=self.environment | environment,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            told = (error.stdout or b"").decode(errors="replace")
+            raise AssertionError(f"{command} has not ended in {timeout:g} s:\n{told}") from None
 
     def submit(self, *arguments: str, **environment: str) -> Job:
         """Submit a batch job, with these variables besides, and return it."""
@@ -167,6 +189,7 @@ class Cluster:
             host=socket.gethostname().split(".")[0],
             user=getpass.getuser(),
             directory=self.directory,
+            first_job=self._first_job,
             ports=_free_ports(3),
         )
         (self.directory / "slurm.conf").write_text(text)
@@ -242,6 +265,17 @@ class Job:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait_until(lambda: self.fact("JobState") in over, "end", timeout=timeout)
         return self.fact("JobState")
+
+
+def segments(job: int, steps: int = 4) -> list[Path]:
+    """Return where MPICH keeps the shared memory of a job's first steps, node by node."""
+    found = []
+    for step in range(steps):
+        number = 2166136261  # FNV-1a
+        for byte in f"{job}.{step}".encode():
+            number = (number ^ byte) * 16777619 % 2**32
+        found += [Path(f"/dev/shm/mpich_shm_{number:x}_{node}") for node in range(len(NODES))]
+    return found
 
 
 def _free_ports(count: int) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 
 from tests._ranks.launcher import marked_processes
 from tests.jobs.running import read_records
-from tests.slurm.cluster import ROOT, Cluster, Job
+from tests.slurm.cluster import ROOT, Cluster, Job, segments
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
 
@@ -97,6 +97,25 @@ def test_a_killed_rank_ends_the_job(pmi2: Cluster, tmp_path: Path) -> None:
     assert job.wait(timeout=30) == "FAILED", job.output
     assert job.fact("Restarts") == "0"
     assert ranks_of(pmi2, tmp_path) == []
+
+
+def test_a_killed_job_that_is_queued_again_goes_on_from_its_last_save(
+    pmi2: Cluster, tmp_path: Path
+) -> None:
+    two_each = ("--nodes=2", "--ntasks-per-node=2", NODES[-1])
+    job = submit(pmi2, two_each, tmp_path / "out", "--save-every=7")
+    wait_for_step(job, tmp_path / "out", 21)
+    ranks = ranks_of(pmi2, tmp_path)
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    assert job.wait(timeout=30) == "FAILED", job.output
+    # The next start finds the shared memory of the dead; see [Note: names of segments].
+    assert len([path for path in segments(int(job.number)) if path.exists()]) == 2
+    assert pmi2.run("scontrol", "requeue", job.number).returncode == 0
+    assert job.wait() == "COMPLETED", job.output
+    (step,) = re.findall(r"going on after step (\d+),", job.output)
+    assert int(step) >= 14
+    assert int(step) % 7 == 0
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(pmi2: Cluster, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def script(tmp_path: Path) -> Path:
 
 def told(output: str) -> list[dict[str, Any]]:
     """Return what the ranks have printed, in the order of the ranks."""
-    found = [json.loads(line) for line in re.findall(r"RANK (\{.*\})", output)]
+    found = [json.loads(line) for line in re.findall(r"RANK (\{.*?\})", output)]
     return sorted(found, key=lambda ranks: ranks["rank"])
 
 
@@ -46,9 +46,7 @@ def told(output: str) -> list[dict[str, Any]]:
 def test_ranks_are_on_both_nodes_and_know_it(pmi2: Cluster, script: Path, tasks: list[int]) -> None:
     script.write_text(WHERE)
     each = ["--ntasks-per-node=2"] if tasks == [2, 2] else ["--distribution=block"]
-    ended = pmi2.run(
-        "srun", "-N2", f"-n{sum(tasks)}", *each, "--mpi=pmi2", sys.executable, str(script)
-    )
+    ended = pmi2.srun("-N2", f"-n{sum(tasks)}", *each, "--mpi=pmi2", sys.executable, str(script))
     assert ended.returncode == 0, ended.stdout
     ranks = told(ended.stdout)
     assert [r["rank"] for r in ranks] == [[i, 4, i] for i in range(4)]
@@ -64,6 +62,19 @@ def test_ranks_are_on_both_nodes_and_know_it(pmi2: Cluster, script: Path, tasks:
         across = [r for r in range(4) if places[r] == place]
         assert rank["node group"] == here
         assert rank["cross group"] == (across if place < min(tasks) else None)
+
+
+def test_mpirun_inside_a_batch_script_starts_ranks_on_both_nodes(
+    pmi2: Cluster, script: Path, mpirun: list[str]
+) -> None:
+    script.write_text(WHERE.replace('"SLURM_LOCALID"', '"SLURM_NODEID"').replace("PROC", "NODE"))
+    command = " ".join([*mpirun, "-n", "4", sys.executable, str(script)])
+    job = pmi2.submit("-N2", "--ntasks-per-node=2", f"--wrap={command}")
+    assert job.wait() == "COMPLETED", job.output
+    ranks = told(job.output)
+    assert [r["node"][:2] for r in ranks] == [[0, 2], [0, 2], [1, 2], [1, 2]]
+    assert {r["node"][2] for r in ranks} == {"n0", "n1"}
+    assert [r["cross group"] for r in ranks] == [[0, 2], [1, 3]] * 2
 
 
 HIERARCHICAL = """
@@ -103,8 +114,8 @@ with mpidist.init() as world:
 
 def test_registered_sums_go_by_nodes_and_equal_numpy(pmi2: Cluster, script: Path) -> None:
     script.write_text(HIERARCHICAL)
-    ended = pmi2.run(
-        "srun", "-N2", "-n4", "--ntasks-per-node=2", "--mpi=pmi2", sys.executable, str(script)
+    ended = pmi2.srun(
+        "-N2", "-n4", "--ntasks-per-node=2", "--mpi=pmi2", sys.executable, str(script)
     )
     assert ended.returncode == 0, ended.stdout
     ranks = told(ended.stdout)
@@ -124,7 +135,7 @@ def test_without_a_pmi_that_fits_the_ranks_are_refused_with_the_cure(
 ) -> None:
     script.write_text("import mpidist\nmpidist.init()\nprint('it runs')\n")
     for pmi in ("none", "pmi2") if "--oversubscribe" in mpirun else ("none",):  # Open MPI
-        ended = cluster.run("srun", "-N2", "-n2", f"--mpi={pmi}", sys.executable, str(script))
+        ended = cluster.srun("-N2", "-n2", f"--mpi={pmi}", sys.executable, str(script))
         assert ended.returncode == 1, ended.stdout
         assert "it runs" not in ended.stdout
         assert ended.stdout.count("mpidist.errors.LaunchError: init: ") == 2
