@@ -25,7 +25,8 @@ from mpidist.backends.mpi import MpiBackend
 from mpidist.backends.work import Waiter
 from mpidist.errors import DistributedError
 from mpidist.group import ProcessGroup, broken_groups
-from mpidist.watch.helper import helper, in_thread
+from mpidist.watch.helper import helper
+from mpidist.watch.threads import in_thread
 
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session

@@ -15,9 +15,10 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
+from mpidist.watch.threads import in_thread
 from mpidist.watch.watch import Watch
 
-__all__ = ["Helper", "helper", "in_thread"]
+__all__ = ["Helper", "helper"]
 
 _ROUND = 0.2
 """Seconds between two looks at whether anybody has asked."""
@@ -130,6 +131,7 @@ class Helper:
                 os.write(self._next_wakeup, numbers)
         # One report at a time, however many signals come.
         if signal.SIGUSR2 in numbers and self._reporting.acquire(blocking=False):
+            # In a thread of its own: this one has to answer meanwhile.
             in_thread(self._report, "mpidist-report")
 
     def _report(self) -> None:
@@ -138,18 +140,6 @@ class Helper:
                 watch.report_signal()
         finally:
             self._reporting.release()
-
-
-def in_thread(act: Callable[[], None], name: str) -> None:
-    """Do something in a thread of its own: the helper has to answer meanwhile.
-
-    From Python 3.12 on an interpreter that ends starts no threads, and the helper does it itself.
-    """
-    thread = threading.Thread(target=act, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        act()
 
 
 _helper: Helper | None = None

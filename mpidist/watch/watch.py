@@ -39,8 +39,8 @@ _FRESH = 3.0
 _FAR = 3.0
 """Seconds that a rank leaves to one of another node which set out to write before it did."""
 
-_ASKED_AT_ONCE = 32
-"""Nodes."""
+_HEARD = 6.0
+"""Seconds after which an answer of another node is not waited for."""
 
 _POLL = 0.02
 
@@ -156,23 +156,25 @@ class Watch:
         return found
 
     def all_states(self) -> dict[int, RankState]:
-        """Return what is known of all ranks, other nodes asked as well, which may take 5 s."""
+        """Return what is known of all ranks, other nodes asked as well, which may take 6 s."""
         here = self._nodes[self.rank]
         far = [door for node, door in enumerate(self._doors) if node != here]
         if not far:
             return self.states() | self._unknown(self._recordings)
-        from concurrent.futures import ThreadPoolExecutor
+        from queue import Empty
 
-        from mpidist.watch.listener import ask
+        from mpidist.watch.listener import ask_all
 
-        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-            answers = [pool.submit(ask, host, port, self._secret) for host, port in far]
-            found = self.states()
-            for answer in answers:
-                try:
-                    told = [RankState.from_json(fields) for fields in json.loads(answer.result())]
-                except (OSError, ValueError):
-                    continue
+        deadline = time.monotonic() + _HEARD
+        answers = ask_all(far, self._secret)
+        found = self.states()
+        for _ in far:
+            try:
+                answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
+            except Empty:
+                break
+            if answer is not None:
+                told = [RankState.from_json(fields) for fields in json.loads(answer)]
                 found |= {state.rank: state for state in told}
         return found | self._unknown(found)
 

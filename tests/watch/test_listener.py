@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from mpidist.watch import listener as module
-from mpidist.watch.listener import Listener, ask
+from mpidist.watch.listener import Listener, ask, ask_all
 
 SECRET = bytes(range(32))
 ANSWER = b"what they are doing" * 100_000
@@ -106,3 +107,51 @@ def test_one_that_accepts_and_says_nothing(monkeypatch) -> None:
     monkeypatch.setattr(module, "_PATIENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(TimeoutError):
         ask("127.0.0.1", mute.getsockname()[1], SECRET)
+
+
+def test_who_sends_a_byte_now_and_then_is_not_waited_for(served: Served, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.5)
+    served.listener.open(SECRET)
+    began = time.monotonic()
+    door = "127.0.0.1", served.listener.port
+    with socket.create_connection(door) as slow, contextlib.suppress(OSError):
+        while time.monotonic() - began < 6:
+            slow.send(b"x")
+            time.sleep(0.1)
+    assert time.monotonic() - began < 3
+
+
+def test_who_answers_byte_by_byte_is_silent(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+
+        def trickle() -> None:
+            connection, _ = stranger.accept()
+            with connection, contextlib.suppress(OSError):
+                for _ in range(50):
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(OSError, match="timed out"):
+            ask("127.0.0.1", stranger.getsockname()[1], SECRET)
+        assert time.monotonic() - began < 3
+        thread.join()
+
+
+def test_nobody_at_the_door_is_no_error(served: Served) -> None:
+    served.listener.serve()
+
+
+def test_many_are_asked_and_some_are_silent(served: Served, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_ASKED_AT_ONCE", 2)
+    served.listener.open(SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        closed = nobody.getsockname()[1]
+    doors = [("127.0.0.1", served.listener.port)] * 3 + [("127.0.0.1", closed)]
+    answers = ask_all(doors, SECRET)
+    got = [answers.get(timeout=10) for _ in doors]
+    assert got.count(ANSWER) == 3
+    assert got.count(None) == 1
