@@ -167,13 +167,18 @@ class GroupWaiter(Waiter):
             # It may hold the operation, which holds this: its arrays would wait for the collector.
             self._missing = None
 
+    @property
+    def _key(self) -> tuple[int, int] | None:
+        """The collective as the recorders know it; all groups that are being made have number 0."""
+        return self.collective if self.collective and self.collective[0] else None
+
     def _told(self) -> str:
         """Return the operation, its group and where it was called."""
         return f"{self.operation} on {self.group}, called at {self.group._watch.here(self.record)}"
 
     def _who(self) -> str:
         """Return words for the ranks that have not come, and for where they are instead."""
-        words = self.group._watch.accuse(self.group.ranks, self.collective, self._absent())
+        words = self.group._watch.accuse(self.group.ranks, self._key, self._absent())
         return f". {words}" if words else ""
 
     def _absent(self) -> list[int]:
@@ -189,17 +194,17 @@ class GroupWaiter(Waiter):
         self.group._watch.report(
             f"{self._told()}: {why}",
             members=self.group.ranks,
-            key=self.collective,
+            key=self._key,
             missing=self._absent(),
             dump=dump,
         )
 
     def _look_for_differences(self, waited: float) -> None:
         """Raise if all have come with different calls, of which some meet nowhere."""
-        if self.collective is None or waited < self._next_look:
+        if self._key is None or waited < self._next_look:
             return
         self._next_look = min(2 * waited, waited + _LONGEST_PAUSE)
-        told = self.group._watch.differences(self.group.ranks, self.collective)
+        told = self.group._watch.differences(self.group.ranks, self._key)
         if told:
             error = CollectiveMismatchError(
                 f"{self._told()}: the ranks called different things: {told}. The group is broken: "

@@ -62,7 +62,7 @@ def accuse(states: States, members: Sequence[int], key: Key | None, missing: Seq
             named.append(f"and {len(absent) - _NAMED} more: {_ranges(absent[_NAMED:])}")
         sentences.append(f"Missing: {'; '.join(named)}")
     for status in (Status.DEAD, Status.STOPPED):
-        ranks = [rank for rank in came if states[rank].status is status]
+        ranks = [rank for rank in _gone(states, members, absent) if states[rank].status is status]
         if ranks:
             sentences.append(f"{status.value.capitalize()}: rank {_ranges(ranks)}")
     return ". ".join(sentences)
@@ -72,11 +72,16 @@ def suspects(
     states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
 ) -> list[int]:
     """Return the ranks that keep an operation from being complete; see `accuse`."""
-    came = _came(states, members, key)
-    gone = [rank for rank in came if states[rank].status in (Status.DEAD, Status.STOPPED)]
-    calls = _calls(came)
+    absent = _absent(states, members, key, missing)
+    calls = _calls(_came(states, members, key))
     odd = [rank for ranks in list(calls.values())[:-1] for rank in ranks]
-    return sorted({*_absent(states, members, key, missing), *gone, *odd})
+    return sorted({*absent, *_gone(states, members, absent), *odd})
+
+
+def _gone(states: States, members: Sequence[int], absent: Sequence[int]) -> list[int]:
+    """Return the ranks that cannot go on, of those that are not missing anyway."""
+    here = [rank for rank in members if rank in states and rank not in absent]
+    return [rank for rank in here if states[rank].status in (Status.DEAD, Status.STOPPED)]
 
 
 def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, Record]:
@@ -91,10 +96,13 @@ def _absent(
     states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
 ) -> list[int]:
     """Return the ranks that have not come, as far as is known."""
-    came = _came(states, members, key)
-    seen = [rank for rank in members if key is not None and rank in states]
-    known = [rank for rank in seen if states[rank].records]
-    return sorted({*missing, *known} - came.keys())
+    came: set[int] = set()
+    known: set[int] = set()
+    if key is not None:
+        seen = [rank for rank in members if rank in states]
+        known = {rank for rank in seen if states[rank].records}
+        came = {rank for rank in seen if states[rank].came_to(key) or states[rank].has_passed(key)}
+    return sorted({*missing, *known} - came)
 
 
 def _calls(came: Mapping[int, Record]) -> dict[int, list[int]]:

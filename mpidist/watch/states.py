@@ -114,6 +114,11 @@ class RankState:
                 return record
         return None
 
+    def has_passed(self, key: tuple[int, int]) -> bool:
+        """Whether it has come to a later collective of the group: then to this one, too."""
+        group, number = key
+        return any(r.number > number and r.is_of((group, r.number)) for r in self.records)
+
     def seconds(self, time: int) -> float:
         """Return how long ago a time of its node's clock was when it was read."""
         return (self.now - abs(time)) / 1e9

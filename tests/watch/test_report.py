@@ -73,6 +73,20 @@ def test_a_rank_that_waits_for_an_immediate_operation_is_named_with_both_lines()
     assert "waits 9.0 s" in tell("title", states.values(), [])
 
 
+@pytest.mark.parametrize("status", [Status.ALIVE, Status.DEAD])
+def test_a_rank_that_is_far_beyond_an_operation_has_come_to_it(status: Status) -> None:
+    """Its record has been overwritten meanwhile."""
+    later = record("ibarrier", number=300, kind=Kind.IMMEDIATE)
+    late = record("barrier", number=41, ended=55)
+    states = world(state(0, record()), state(1, later, status=status), state(2, late))
+    told = accuse(states, [0, 1, 2], KEY, [])
+    assert told.startswith("Missing: rank 2 (")
+    assert "rank 1 (" not in told
+    assert told.endswith("Dead: rank 1") == (status is Status.DEAD)
+    expected = [2] if status is Status.ALIVE else [1, 2]
+    assert suspects(states, [0, 1, 2], KEY, []) == expected
+
+
 @pytest.mark.parametrize("status", [Status.DEAD, Status.STOPPED])
 def test_a_rank_that_came_and_is_gone_is_named(status: Status) -> None:
     states = world(state(0, record()), state(1, record(), status=status))
