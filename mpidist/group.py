@@ -1,54 +1,37 @@
-"""Who we are: a group of ranks, its deadline, and the operations it has under way."""
+"""Who we are: the ranks of a group, the groups made of them, and the memory that they share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidist._closing import Closing
-from mpidist._types import Array, ReduceOp
+from mpidist._types import Array
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
-from mpidist.backends.journal import Journal, describe
-from mpidist.backends.work import Steps
 from mpidist.errors import (
     CollectiveMismatchError,
-    GroupBrokenError,
     InvalidRankError,
     SizeMismatchError,
     UnsupportedOperationError,
 )
-from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
-from mpidist.recorder import Kind, caller
+from mpidist.operations import Operations
+from mpidist.pending import Plan
 
 if TYPE_CHECKING:
     import logging
-    from types import FrameType
 
     import numpy.typing as npt
 
     from mpidist.watch import Watch
 
-__all__ = ["Layout", "ProcessGroup", "broken_groups"]
-
-T = TypeVar("T")
-
-_BROKEN: list[ProcessGroup] = []
-# The buffers of a broken group may still be written by the transport. They live here, with their
-# group, until the process ends, and the exit handler sees that the job has to be aborted.
-
-
-def broken_groups() -> Sequence[ProcessGroup]:
-    """Return the groups that an error has broken in this process."""
-    return tuple(_BROKEN)
+__all__ = ["Layout", "ProcessGroup"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +52,7 @@ class Layout:
         return tuple(order.setdefault(self.nodes[rank], len(order)) for rank in ranks)
 
 
-class ProcessGroup(Closing):
+class ProcessGroup(Operations):
     """A group of ranks that call the same collectives.
 
     Made by `mpidist.init`, `split`, `new_group` and `duplicate`; closed by `close`, or at the end
@@ -105,24 +88,17 @@ class ProcessGroup(Closing):
         watch: Watch,
         identity: int = 0,
     ) -> None:
-        self._backend = backend
-        self._watch = watch
-        self._journal = Journal(backend.recorder, name, identity)
+        super().__init__(
+            backend,
+            watch,
+            ranks,
+            name=name,
+            timeout=timeout,
+            warn_after=warn_after,
+            identity=identity,
+        )
         self._layout = layout
-        self._outstanding: list[GroupWork[Any]] = []
-        self._identity = identity
-        self._messages = 0
-        self._collectives = [0]
-        backend.follow(identity, self._collectives)
-        self._payloads = 0
-        self._reason: str | None = None
         self._related: dict[str, ProcessGroup | None] = {}
-        self.rank = backend.rank
-        self.size = backend.size
-        self.ranks = tuple(ranks)
-        self.name = name
-        self.timeout = timeout
-        self.warn_after = warn_after
         nodes = layout.of(self.ranks)
         self.node_rank = nodes[self.rank]
         self.num_nodes = max(nodes) + 1
@@ -176,10 +152,6 @@ class ProcessGroup(Closing):
         watch.meet(nodes, group._cards(watch.card()))
         return cls(backend, name=name, ranks=ranks, layout=layout, identity=identity, **options)
 
-    def __repr__(self) -> str:
-        """Return name, rank and size, as messages show them."""
-        return f"group {self.name!r}, rank {self.rank} of {self.size}"
-
     # -- facts ---------------------------------------------------------------------------------
 
     @cached_property
@@ -189,11 +161,6 @@ class ProcessGroup(Closing):
         from mpidist.log import rank_logger
 
         return rank_logger(self.name, self.rank, self.size)
-
-    @property
-    def operations(self) -> int:
-        """How many operations this rank has begun on the group."""
-        return self._collectives[0] + self._messages
 
     @property
     def capabilities(self) -> Capabilities:
@@ -326,7 +293,9 @@ class ProcessGroup(Closing):
 
     def _relative(self, kind: str, color: int | None) -> ProcessGroup | None:
         if kind not in self._related:
-            self._related[kind] = self.split(color, self.rank, name=f"{self.name}/{kind}")
+            group = self.split(color, self.rank, name=f"{self.name}/{kind}")
+            self._related[kind] = group
+            self._closed_with += [] if group is None else [group]
         return self._related[kind]
 
     def _child(self, backend: Backend, name: str) -> ProcessGroup:
@@ -455,163 +424,6 @@ class ProcessGroup(Closing):
                 )
             return make(nbytes, waiter=waiter) if nbytes else None
 
-    # -- operations ----------------------------------------------------------------------------
-
-    def run(self, plan: Plan[T]) -> T:
-        """Perform a collective and return its result."""
-        number = self._count(plan.verb)
-        journal = self._journal
-        name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
-        record = journal.begin(name, number, caller(2))
-        waiter = self._waiter(plan.verb, record, name.call)
-        try:
-            if self._watch.debug:
-                waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
-            self._backend.run(plan.verb, plan.args, waiter=waiter)
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        journal.end(record)
-        return plan.finish()
-
-    def _told(self, plan: Plan[Any], kind: str, record: int) -> tuple[str, str]:
-        """Return what a rank says of a plan before it begins, in debug mode."""
-        return f"{kind}{describe(plan.verb, plan.args, plan.shape)}", self._watch.here(record)
-
-    def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
-        """Perform an all_reduce in place if one like it has been prepared; else do nothing.
-
-        Returns
-        -------
-        bool
-            Whether it was done. A plan, its checks and a waiter cost more than a small sum.
-        """
-        sums = self._backend.sums
-        # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
-        if sums is None or self._reason is not None or self._watch.debug:
-            return False
-        prepared = sums.find(x, op)
-        if prepared is None:
-            return False
-        self._collectives[0] = number = self._collectives[0] + 1
-        journal = self._journal
-        name = prepared.name or journal.name_sum(prepared, x, op)
-        record = journal.begin(name, number, caller(2))
-        try:
-            prepared.run(x, x, lambda: self._waiter("all_reduce", record))
-        except BaseException as error:
-            self._failed(error, self._waiter("all_reduce", record))
-            raise
-        journal.end(record)
-        return True
-
-    def start(self, plan: Plan[T]) -> GroupWork[T]:
-        """Start a collective and return at once."""
-        verb = f"i{plan.verb}"
-        number = self._count(verb)
-        name = self._journal.name_collective(plan.verb, plan.args, plan.shape, Kind.IMMEDIATE)
-        record = self._journal.begin(name, number, caller(2))
-        waiter = self._waiter(verb, record)
-        try:
-            if self._watch.debug:
-                told = self._told(plan, "i", record)
-                inner = self._backend.begin_compared(plan.verb, plan.args, *told)
-            else:
-                inner = self._backend.begin(plan.verb, plan.args)
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        return GroupWork(waiter, inner, plan.finish)
-
-    def start_steps(
-        self,
-        verb: str,
-        steps: Callable[[Backend], Steps],
-        finish: Callable[[], T],
-        *,
-        peers: Peers,
-        words: str = "",
-    ) -> GroupWork[T]:
-        """Start an operation of several phases among some ranks and return at once.
-
-        Parameters
-        ----------
-        verb : str
-            For messages.
-        steps, finish : callable
-            Return the operation's steps, and its result when they are over.
-        peers : Peers
-            The ranks that it depends on.
-        words : str, optional
-            What else there is to say of it.
-        """
-        waiter = self._message_waiter(verb, words, peers, caller(2))
-        try:
-            inner = self._backend.start(steps(self._backend))
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        return GroupWork(waiter, inner, finish)
-
-    def next_payload(self) -> int:
-        """Return the number of the next lane for a message that follows its envelope."""
-        self._payloads += 1
-        return self._payloads
-
-    def _count(self, verb: str) -> int:
-        """Return the number of the collective that begins; the same on all ranks."""
-        if self._reason is not None:
-            self._check_usable(verb)
-        self._collectives[0] = number = self._collectives[0] + 1
-        return number
-
-    def _waiter(self, verb: str, record: int, digest: int = 0) -> GroupWaiter:
-        """Return what waits for the collective that was begun last."""
-        collective = (self._identity, self._collectives[0])
-        return GroupWaiter(self, verb, record, collective=collective, digest=digest)
-
-    def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
-        """Count an operation among some ranks, record it, and return what waits for it."""
-        self._check_usable(verb)
-        self._messages += 1
-        name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
-        record = self._journal.begin(name, self._messages, frame)
-        return GroupWaiter(self, verb, record, number=self._messages, peers=peers)
-
-    @contextmanager
-    def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
-        """Count and record what blocks and is no plan; yield what waits for it."""
-        frame = caller(3)
-        if among is None:
-            number = self._count(what)
-            # The rest of what it is differs legitimately, or is compared by itself.
-            name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
-            record = self._journal.begin(name, number, frame)
-            waiter = self._waiter(what, record, name.call)
-        else:
-            waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
-        try:
-            yield waiter
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        self._journal.end(waiter.record)
-
-    def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:
-        """Break the group on an error that may have left its ranks at different places."""
-        self._journal.end(waiter.record, failed=True)
-        if isinstance(error, CollectiveMismatchError):
-            self._tell_callers(error, waiter)
-        else:
-            # Also an interrupt: the other ranks have gone on to the next operation.
-            self._break(error)
-
-    def _tell_callers(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
-        """Add to an error who called what, and where."""
-        if waiter.collective is not None and self._reason is None:
-            told = self._watch.callers(self.ranks, waiter.collective)
-            error.args = (f"{waiter.operation} on {self}: {error}. {told}",)
-
     def _check_color(self, color: int | None, key: int) -> None:
         """Raise unless every MPI library takes these for a split."""
         valid = color is None or (isinstance(color, int | np.integer) and 0 <= color < 2**31)
@@ -620,61 +432,6 @@ class ProcessGroup(Closing):
                 f"split on {self}: color must be None or an integer from 0 to 2**31 - 1 and key an "
                 f"integer below 2**31; got color {color!r}, key {key!r}"
             )
-
-    def progress(self) -> None:
-        """Drive what is under way as far as it can go now; local, never blocks.
-
-        MPI makes no progress by itself: a loop that computes for long while operations are
-        outstanding calls this now and then.
-        """
-        self._check_usable("progress")
-        self._backend.progress()
-        for work in tuple(self._outstanding):
-            work._complete()
-
-    # -- the end -------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Finish what is under way within the deadline and release the group.
-
-        Raises
-        ------
-        DistributedError
-            If an operation that nobody waited for failed; the group is closed all the same.
-
-        Notes
-        -----
-        Local, but waits for the group's outstanding operations, if it has any. Closing twice is
-        allowed; a broken group is not waited for.
-        """
-        if self._reason is not None:
-            return
-        failed: Exception | None = None
-        while self._outstanding and self._reason is None:
-            try:
-                self._outstanding[0].wait()
-            except Exception as error:  # noqa: BLE001  # raised below, when all are over
-                failed = failed or error
-        for related in self._related.values():
-            if related is not None:
-                related.close()
-        if self._reason is None:
-            self._reason = "it was closed"
-            self._backend.close()
-        if failed is not None:
-            raise failed
-
-    def _check_usable(self, operation: str) -> None:
-        if self._reason is not None:
-            raise GroupBrokenError(
-                f"{operation} on {self}: the group cannot be used any more: {self._reason}"
-            )
-
-    def _break(self, error: BaseException) -> None:
-        """Make the group unusable: `error` has left its ranks at different places."""
-        if self._reason is None:
-            self._reason = str(error) or type(error).__name__
-            _BROKEN.append(self)
 
     def print(self, *values: object, sep: str = " ") -> None:
         """Print one line that says which rank speaks.

@@ -24,7 +24,8 @@ from mpidist.backends.departures import Departures
 from mpidist.backends.mpi import MpiBackend
 from mpidist.backends.work import Waiter
 from mpidist.errors import DistributedError
-from mpidist.group import ProcessGroup, broken_groups
+from mpidist.group import ProcessGroup
+from mpidist.operations import broken_groups
 from mpidist.watch.helper import helper
 from mpidist.watch.threads import in_thread
 
@@ -130,7 +131,7 @@ class _Hooks:
             return
         for group in tuple(self._groups):
             group._watch.leave()
-        broken = [group for group in broken_groups() if group.backend == MpiBackend.name]
+        broken = [group for group in broken_groups() if group._backend.name == MpiBackend.name]
         if broken:
             self._say(f"ends with a broken group ({broken[0]}); ending the job")
             self._abort(1)

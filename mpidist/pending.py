@@ -18,7 +18,7 @@ from mpidist.errors import (
 from mpidist.recorder import caller
 
 if TYPE_CHECKING:
-    from mpidist.group import ProcessGroup
+    from mpidist.operations import Operations
 
 __all__ = ["EVERYBODY", "GroupWaiter", "GroupWork", "Peers", "Plan"]
 
@@ -77,7 +77,7 @@ class GroupWaiter(Waiter):
 
     Parameters
     ----------
-    group : ProcessGroup
+    group : Operations
         Whose operation it is.
     verb : str
         For messages.
@@ -111,7 +111,7 @@ class GroupWaiter(Waiter):
 
     def __init__(
         self,
-        group: ProcessGroup,
+        group: Operations,
         verb: str,
         record: int,
         *,

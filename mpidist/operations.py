@@ -1,0 +1,303 @@
+"""What the ranks of a group do together: operations are recorded, end, or break the group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpidist._closing import Closing
+from mpidist._types import Array, ReduceOp
+from mpidist.backends.base import Backend
+from mpidist.backends.journal import Journal, describe
+from mpidist.backends.work import Steps
+from mpidist.errors import CollectiveMismatchError, GroupBrokenError
+from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
+from mpidist.recorder import Kind, caller
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from mpidist.watch import Watch
+
+__all__ = ["Operations", "broken_groups"]
+
+T = TypeVar("T")
+
+_BROKEN: list[Operations] = []
+# The buffers of a broken group may still be written by the transport. They live here, with their
+# group, until the process ends, and the exit handler sees that the job has to be aborted.
+
+
+def broken_groups() -> Sequence[Operations]:
+    """Return the groups that an error has broken in this process."""
+    return tuple(_BROKEN)
+
+
+class Operations(Closing):
+    """The operations of one group; the groups themselves are `ProcessGroup`.
+
+    Parameters
+    ----------
+    backend : Backend
+        The transport; closed with the group.
+    watch : Watch
+        Sees what the ranks of the world are doing.
+    ranks : sequence of int
+        The rank in the world of each member.
+    name : str
+        For messages.
+    timeout, warn_after : float
+        Seconds after which a wait fails, and after which it is reported.
+    identity : int
+        The same on all ranks, and on no other group.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        watch: Watch,
+        ranks: Sequence[int],
+        *,
+        name: str,
+        timeout: float,
+        warn_after: float,
+        identity: int,
+    ) -> None:
+        self.rank = backend.rank
+        self.size = backend.size
+        self.ranks = tuple(ranks)
+        self.name = name
+        self.timeout = timeout
+        self.warn_after = warn_after
+        self._backend = backend
+        self._watch = watch
+        self._journal = Journal(backend.recorder, name, identity)
+        self._identity = identity
+        self._outstanding: list[GroupWork[Any]] = []
+        self._messages = 0
+        self._collectives = [0]
+        backend.follow(identity, self._collectives)
+        self._payloads = 0
+        self._reason: str | None = None
+        self._closed_with: list[Operations] = []
+
+    def __repr__(self) -> str:
+        """Return name, rank and size, as messages show them."""
+        return f"group {self.name!r}, rank {self.rank} of {self.size}"
+
+    @property
+    def operations(self) -> int:
+        """How many operations this rank has begun on the group."""
+        return self._collectives[0] + self._messages
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def run(self, plan: Plan[T]) -> T:
+        """Perform a collective and return its result."""
+        number = self._count(plan.verb)
+        journal = self._journal
+        name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
+        record = journal.begin(name, number, caller(2))
+        waiter = self._waiter(plan.verb, record, name.call)
+        try:
+            if self._watch.debug:
+                waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
+            self._backend.run(plan.verb, plan.args, waiter=waiter)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        journal.end(record)
+        return plan.finish()
+
+    def _told(self, plan: Plan[Any], kind: str, record: int) -> tuple[str, str]:
+        """Return what a rank says of a plan before it begins, in debug mode."""
+        return f"{kind}{describe(plan.verb, plan.args, plan.shape)}", self._watch.here(record)
+
+    def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
+        """Perform an all_reduce in place if one like it has been prepared; else do nothing.
+
+        Returns
+        -------
+        bool
+            Whether it was done. A plan, its checks and a waiter cost more than a small sum.
+        """
+        sums = self._backend.sums
+        # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
+        if sums is None or self._reason is not None or self._watch.debug:
+            return False
+        prepared = sums.find(x, op)
+        if prepared is None:
+            return False
+        self._collectives[0] = number = self._collectives[0] + 1
+        journal = self._journal
+        name = prepared.name or journal.name_sum(prepared, x, op)
+        record = journal.begin(name, number, caller(2))
+        try:
+            prepared.run(x, x, lambda: self._waiter("all_reduce", record))
+        except BaseException as error:
+            self._failed(error, self._waiter("all_reduce", record))
+            raise
+        journal.end(record)
+        return True
+
+    def start(self, plan: Plan[T]) -> GroupWork[T]:
+        """Start a collective and return at once."""
+        verb = f"i{plan.verb}"
+        number = self._count(verb)
+        name = self._journal.name_collective(plan.verb, plan.args, plan.shape, Kind.IMMEDIATE)
+        record = self._journal.begin(name, number, caller(2))
+        waiter = self._waiter(verb, record)
+        try:
+            if self._watch.debug:
+                told = self._told(plan, "i", record)
+                inner = self._backend.begin_compared(plan.verb, plan.args, *told)
+            else:
+                inner = self._backend.begin(plan.verb, plan.args)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        return GroupWork(waiter, inner, plan.finish)
+
+    def start_steps(
+        self,
+        verb: str,
+        steps: Callable[[Backend], Steps],
+        finish: Callable[[], T],
+        *,
+        peers: Peers,
+        words: str = "",
+    ) -> GroupWork[T]:
+        """Start an operation of several phases among some ranks and return at once.
+
+        Parameters
+        ----------
+        verb : str
+            For messages.
+        steps, finish : callable
+            Return the operation's steps, and its result when they are over.
+        peers : Peers
+            The ranks that it depends on.
+        words : str, optional
+            What else there is to say of it.
+        """
+        waiter = self._message_waiter(verb, words, peers, caller(2))
+        try:
+            inner = self._backend.start(steps(self._backend))
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        return GroupWork(waiter, inner, finish)
+
+    def next_payload(self) -> int:
+        """Return the number of the next lane for a message that follows its envelope."""
+        self._payloads += 1
+        return self._payloads
+
+    def _count(self, verb: str) -> int:
+        """Return the number of the collective that begins; the same on all ranks."""
+        if self._reason is not None:
+            self._check_usable(verb)
+        self._collectives[0] = number = self._collectives[0] + 1
+        return number
+
+    def _waiter(self, verb: str, record: int, digest: int = 0) -> GroupWaiter:
+        """Return what waits for the collective that was begun last."""
+        collective = (self._identity, self._collectives[0])
+        return GroupWaiter(self, verb, record, collective=collective, digest=digest)
+
+    def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
+        """Count an operation among some ranks, record it, and return what waits for it."""
+        self._check_usable(verb)
+        self._messages += 1
+        name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
+        record = self._journal.begin(name, self._messages, frame)
+        return GroupWaiter(self, verb, record, number=self._messages, peers=peers)
+
+    @contextmanager
+    def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
+        """Count and record what blocks and is no plan; yield what waits for it."""
+        frame = caller(3)
+        if among is None:
+            number = self._count(what)
+            # The rest of what it is differs legitimately, or is compared by itself.
+            name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
+            record = self._journal.begin(name, number, frame)
+            waiter = self._waiter(what, record, name.call)
+        else:
+            waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
+        try:
+            yield waiter
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        self._journal.end(waiter.record)
+
+    def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:
+        """Break the group on an error that may have left its ranks at different places."""
+        self._journal.end(waiter.record, failed=True)
+        if isinstance(error, CollectiveMismatchError):
+            self._tell_callers(error, waiter)
+        else:
+            # Also an interrupt: the other ranks have gone on to the next operation.
+            self._break(error)
+
+    def _tell_callers(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
+        """Add to an error who called what, and where."""
+        if waiter.collective is not None and self._reason is None:
+            told = self._watch.callers(self.ranks, waiter.collective)
+            error.args = (f"{waiter.operation} on {self}: {error}. {told}",)
+
+    def progress(self) -> None:
+        """Drive what is under way as far as it can go now; local, never blocks.
+
+        MPI makes no progress by itself: a loop that computes for long while operations are
+        outstanding calls this now and then.
+        """
+        self._check_usable("progress")
+        self._backend.progress()
+        for work in tuple(self._outstanding):
+            work._complete()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Finish what is under way within the deadline and release the group.
+
+        Raises
+        ------
+        DistributedError
+            If an operation that nobody waited for failed; the group is closed all the same.
+
+        Notes
+        -----
+        Local, but waits for the group's outstanding operations, if it has any. Closing twice is
+        allowed; a broken group is not waited for.
+        """
+        if self._reason is not None:
+            return
+        failed: Exception | None = None
+        while self._outstanding and self._reason is None:
+            try:
+                self._outstanding[0].wait()
+            except Exception as error:  # noqa: BLE001  # raised below, when all are over
+                failed = failed or error
+        for group in self._closed_with:
+            group.close()
+        if self._reason is None:
+            self._reason = "it was closed"
+            self._backend.close()
+        if failed is not None:
+            raise failed
+
+    def _check_usable(self, operation: str) -> None:
+        if self._reason is not None:
+            raise GroupBrokenError(
+                f"{operation} on {self}: the group cannot be used any more: {self._reason}"
+            )
+
+    def _break(self, error: BaseException) -> None:
+        """Make the group unusable: `error` has left its ranks at different places."""
+        if self._reason is None:
+            self._reason = str(error) or type(error).__name__
+            _BROKEN.append(self)
