@@ -243,10 +243,11 @@ class Operations(Closing):
             self._break(error)
 
     def _tell_callers(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
-        """Add to an error who called what, and where."""
+        """Add to an error who called what, and where; in debug mode it says so itself."""
         if waiter.collective is not None and self._reason is None:
-            told = self._watch.callers(self.ranks, waiter.collective)
-            error.args = (f"{waiter.operation} on {self}: {error}. {told}",)
+            debug, callers = self._watch.debug, self._watch.callers
+            told = "" if debug else f". {callers(self.ranks, waiter.collective)}"
+            error.args = (f"{waiter.operation} on {self}: {error}{told}",)
 
     def progress(self) -> None:
         """Drive what is under way as far as it can go now; local, never blocks.

@@ -67,6 +67,6 @@ def compare(lane: algorithms.Lane, what: str, site: str, *, rank: int, size: int
             for (theirs, where), ranks in sorted(calls.items(), key=lambda call: len(call[1]))
         )
         raise CollectiveMismatchError(
-            f"{what.partition(' ')[0]} on rank {rank}: the ranks called different things; nothing "
-            f"has been changed. All must make the same calls in the same order. {told}"
+            "the ranks called different things; nothing has been changed. All must make the same "
+            f"calls in the same order. {told}"
         )

@@ -59,7 +59,9 @@ class Journal:
         self, verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None, kind: Kind
     ) -> Name:
         """Return how a collective is recorded; see `describe`."""
-        key = (verb, kind, shape, *map(_key, args))
+        # What of an argument makes a difference to the name; this is part of every call.
+        keys = [(x.dtype, x.size) if isinstance(x, np.ndarray) else x for x in args]
+        key = (verb, kind, shape, *keys)
         found = self._names.get(key)
         if found is None:
             what = "i" * (kind is Kind.IMMEDIATE) + describe(verb, args, shape)
@@ -118,10 +120,3 @@ def _tell_counts(counts: Sequence[int]) -> str:
         return f"{list(counts)}"
     digest = crc32(np.array(counts, np.int64).tobytes())
     return f"{counts[0]}, {counts[1]}, ... (sum {sum(counts)}, checksum {digest:08x})"
-
-
-def _key(argument: Any) -> object:
-    """Return what of an argument makes a difference to its name."""
-    if isinstance(argument, np.ndarray):
-        return argument.dtype, argument.size
-    return tuple(argument) if isinstance(argument, list) else argument

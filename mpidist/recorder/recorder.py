@@ -163,8 +163,9 @@ class Recorder:
         """
         sequence = self._next()
         site = self._sites.get((id(frame.f_code), frame.f_lasti)) or self._find_site(frame)
-        at = self._places[sequence % RING]
-        RECORD.pack_into(self._memory, at, *name, number, site, monotonic_ns(), 0, sequence)
+        at, memory = self._places[sequence % RING], self._memory
+        what, group, call = name  # a star in the call takes 0.1 us
+        RECORD.pack_into(memory, at, what, group, call, number, site, monotonic_ns(), 0, sequence)
         return sequence
 
     def end(self, sequence: int, *, failed: bool = False) -> None:
