@@ -82,18 +82,24 @@ class _Hooks:
         """Drive this group at the exit, and count its operations in the notice of departure."""
         if not self._groups and group.rank == 0:
             who = (f"rank {rank} is {process}" for rank, process in enumerate(group._watch.who()))
-            os.write(2, f"mpidist: {', '.join(who)}\n".encode())
+            _write(f"mpidist: {', '.join(who)}")
         self._groups.add(group)
 
     def _abort(self, code: int) -> None:
         for trace in self.traces:
-            trace.abandon()
-            self._say(f"has left its part of the trace in {trace.parts}")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._mpi.COMM_WORLD.Abort(code)
-        # Some libraries only ask the launcher to end the job, and return.
-        os._exit(code)
+            try:
+                trace.abandon()
+                self._say(f"has left its part of the trace in {trace.parts}")
+            except Exception as error:  # noqa: BLE001  # whatever it is, the others must not wait
+                self._say(f"could not leave its part of the trace in {trace.parts}: {error!r}")
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # the disk is full, or it is closed
+                stream.flush()
+        try:
+            self._mpi.COMM_WORLD.Abort(code)
+        finally:
+            # Some libraries only ask the launcher to end the job, and return.
+            os._exit(code)
 
     def _on_exception(
         self,
@@ -105,21 +111,34 @@ class _Hooks:
         if os.getpid() != self._pid:  # a child that was forked is no rank
             self._next_hook(kind, error, trace)
             return
-        if issubclass(kind, KeyboardInterrupt):
-            self._say("interrupted; ending the job")
-            self._abort(_INTERRUPTED)
+        try:
+            if issubclass(kind, KeyboardInterrupt):
+                self._say("interrupted; ending the job")
+                self._abort(_INTERRUPTED)
+            self._tell(kind, error, trace)
+        except Exception as another:  # noqa: BLE001  # whatever it is, the others must not wait
+            self._say(f"could not tell all of it: {another!r}")
+        # Ranks that check the same arguments raise together; let each show its traceback.
+        time.sleep(_FLUSH)
+        self._abort(1)
+
+    def _tell(
+        self,
+        kind: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
+    ) -> None:
+        """Print an exception, its message first, and what all ranks are doing."""
         told = ""
         if self._next_hook is sys.__excepthook__:
             lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
             told = "".join(f"\n{self._words} {line}" for line in lines)
         else:
             self._next_hook(kind, error, trace)
-        self._say(f"raised {kind.__name__}; ending the job{told}")
-        with contextlib.suppress(Exception):  # whatever a report fails of, the job ends
-            self._report(f"raised {kind.__name__}")
-        # Ranks that check the same arguments raise together; let each show its traceback.
-        time.sleep(_FLUSH)
-        self._abort(1)
+        # The traceback ends with these words, too; but those of several ranks are long together.
+        words = traceback.format_exception_only(kind, error)[0].splitlines()[0]
+        self._say(f"raised {words}; ending the job{told}")
+        self._report(f"raised {kind.__name__}")
 
     def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit and args.exc_value is not None:
@@ -213,8 +232,13 @@ class _Hooks:
                 watch.report(title, first=[watch.rank], ask=False, dump=True)
 
     def _say(self, text: str) -> None:
-        """Write to the error output in one piece."""
-        os.write(2, f"{self._words} mpidist: this rank {text}\n".encode())
+        _write(f"{self._words} mpidist: this rank {text}")
+
+
+def _write(text: str) -> None:
+    """Write a line to the error output in one piece, if there is room where it goes."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 _installed: _Hooks | None = None
