@@ -54,8 +54,11 @@ def accuse(states: States, members: Sequence[int], key: Key | None, missing: Seq
     came = _came(states, members, key)
     absent = _absent(states, members, key, missing)
     sentences = []
-    if key is not None and len(_calls(came)) > 1:
-        sentences.append(f"The ranks called different things: {callers(states, members, key)}")
+    different = _first_difference(states, members, key)
+    if different is not None:
+        where = "" if different == key else f" in #{different[1]}"
+        told = callers(states, members, different)
+        sentences.append(f"The ranks called different things{where}: {told}")
     if absent:
         named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
         if len(absent) > _NAMED:
@@ -73,7 +76,8 @@ def suspects(
 ) -> list[int]:
     """Return the ranks that keep an operation from being complete; see `accuse`."""
     absent = _absent(states, members, key, missing)
-    calls = _calls(_came(states, members, key))
+    different = _first_difference(states, members, key)
+    calls = _calls(_came(states, members, different))
     odd = [rank for ranks in list(calls.values())[:-1] for rank in ranks]
     return sorted({*absent, *_gone(states, members, absent), *odd})
 
@@ -103,6 +107,22 @@ def _absent(
         known = {rank for rank in seen if states[rank].records}
         came = {rank for rank in seen if states[rank].came_to(key) or states[rank].has_passed(key)}
     return sorted({*missing, *known} - came)
+
+
+def _first_difference(states: States, members: Sequence[int], key: Key | None) -> Key | None:
+    """Return the first collective, up to this one, in which ranks are recorded to differ.
+
+    A rank may have passed it, and wait for the others somewhere else.
+    """
+    if key is None:
+        return None
+    calls: dict[int, set[int]] = {}
+    for rank in members:
+        for record in states[rank].records if rank in states else ():
+            if record.number <= key[1] and record.is_of((key[0], record.number)):
+                calls.setdefault(record.number, set()).add(record.call)
+    different = [number for number, call in calls.items() if len(call) > 1]
+    return (key[0], min(different)) if different else None
 
 
 def _calls(came: Mapping[int, Record]) -> dict[int, list[int]]:

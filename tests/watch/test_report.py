@@ -113,6 +113,19 @@ def test_different_calls_are_told_the_rarest_first() -> None:
     assert suspects(states, range(5), KEY, []) == [2]
 
 
+def test_a_difference_in_a_collective_that_is_over_is_told_with_its_number() -> None:
+    theirs, ours = record("gather", number=40, line=20), record("reduce", number=40)
+    states = world(
+        state(0, ours, record(sequence=2)),
+        state(1, theirs, record(number=41, sequence=2)),
+        state(2, ours, record(sequence=2)),
+    )
+    told = accuse(states, range(3), KEY, [1])
+    assert told.startswith("The ranks called different things in #40: rank 1 called gather at")
+    assert "Missing: rank 1" in told
+    assert suspects(states, range(3), KEY, [1]) == [1]
+
+
 def test_messages_have_the_number_of_no_collective() -> None:
     message = record("send float32[3] to 1", kind=Kind.MESSAGE)
     states = world(state(0, record()), state(1, message))
