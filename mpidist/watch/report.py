@@ -51,7 +51,6 @@ def accuse(states: States, members: Sequence[int], key: Key | None, missing: Seq
     missing : sequence of int
         Ranks of the world that are known not to have come.
     """
-    came = _came(states, members, key)
     absent = _absent(states, members, key, missing)
     sentences = []
     different = _first_difference(states, members, key)

@@ -319,10 +319,11 @@ class Watch:
         if not self._claim():
             return
         states = self.all_states() if ask else self.states(ask=False)
-        mine = states[self.rank].claimed
         far = [state for rank, state in states.items() if rank not in self._recordings]
-        if any(mine < state.claimed < _WRITING for state in far):
+        # By rank: nodes cannot tell who was first, and two that waited for each other told nothing.
+        if any(state.rank < self.rank and 0 <= state.claimed < _WRITING for state in far):
             time.sleep(_FAR)  # it is on another node: it cannot be seen when it is done
+            self._words[Head.REPORTED] = monotonic_ns()
             return
         members = range(len(self._nodes)) if members is None else members
         told = accuse(states, members, key, missing)
