@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.mpi)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mpirun() -> list[str]:
     """The start of an mpirun command line, for a test marked ``mpirun``."""
     found = find_mpirun()

@@ -1,0 +1,121 @@
+"""What a case of the matrix is: a short program in which one rank fails, and what must be seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+__all__ = ["LIMIT", "SIZES", "SOON", "TIMEOUT", "Case", "Ending"]
+
+TIMEOUT = 4.0  # seconds: the deadline of all jobs
+LIMIT = TIMEOUT + 5.0  # seconds from the event to the end of the job
+SOON = 2.5  # seconds, for what needs nobody's deadline, nor the time that leaving ranks are given
+SIZES = (2, 4)
+
+HEAD = f"""\
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import mpidist
+
+world = mpidist.init(timeout={TIMEOUT})
+guilty = world.size // 2
+small, large = np.ones(1000), np.ones(1 << 16)
+for x in (small, large):
+    mpidist.all_reduce(x, world)
+
+
+def it_happens():
+    time.sleep(0.5)  # the others go on to their next operation
+    Path(f"event-{{world.rank}}").write_text(repr(time.monotonic()))
+
+
+def work_for_ever():
+    while True:
+        mpidist.all_reduce(small, world)  # at: others
+
+
+"""
+
+
+class Ending(Enum):
+    """How a job ends, to its launcher."""
+
+    BAD = "with an exit code that is not 0"
+    UNSEEN = "with exit code 0: nobody can see that something is wrong"
+    ANY = "as the MPI library has it"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault, as it is and as it is seen.
+
+    Regular expressions may hold ``<guilty>`` and ``<size>``, and ``<at:NAME>`` for the line of the
+    program whose comment says ``# at: NAME``.
+
+    Attributes
+    ----------
+    name : str
+        Of the test.
+    fault : str
+        For people; docs/faults.rst has a row for it, which several cases may share.
+    body : str
+        The program, after `HEAD`. It calls `it_happens` where the seconds begin.
+    sees : tuple of str
+        Regular expressions, each of which the output must hold.
+    blames : str or None
+        One that a line of the first 20 must hold with 4 ranks; None where nobody can be named.
+    sites : tuple of str
+        Names of lines of the program that the output must tell with 2 ranks.
+    launcher : bool
+        Whether the launcher alone tells of it, by a process number.
+    dumps : bool
+        Whether the records are written as JSON.
+    within : float
+        Seconds from the event to the end of the job.
+    environment : mapping of str to str
+        What is set for the job.
+    ending : Ending
+        How it ends.
+    """
+
+    name: str
+    fault: str
+    body: str
+    sees: tuple[str, ...] = ()
+    blames: str | None = None
+    sites: tuple[str, ...] = ("guilty", "others")
+    launcher: bool = False
+    dumps: bool = True
+    within: float = LIMIT
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ending: Ending = Ending.BAD
+
+    @property
+    def script(self) -> str:
+        """The whole program."""
+        return HEAD + self.body.lstrip("\n")
+
+    def guilty(self, size: int) -> int:
+        """Return the rank that does it, of so many."""
+        return size // 2
+
+    def pattern(self, words: str, size: int) -> str:
+        """Return a regular expression for a job of so many ranks."""
+        words = words.replace("<guilty>", str(self.guilty(size))).replace("<size>", str(size))
+        return re.sub(r"<at:(\w+)>", lambda found: self.place(found[1]), words)
+
+    def place(self, name: str) -> str:
+        """Return a regular expression for a line of the program, as errors and reports tell it."""
+        lines = enumerate(self.script.split("\n"), 1)
+        line = max(number for number, text in lines if f"# at: {name}" in text)
+        return rf'script\.py(?::{line}\b|", line {line}\b)'

@@ -1,0 +1,80 @@
+"""Whatever one rank does, the job ends in time, says who it was, and leaves nothing behind.
+
+The jobs of all tests that were selected run a few at a time, from the first test on. The seconds
+that they took are told at the end of
+
+    python -m pytest tests/deaths/test_deaths.py -v
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.deaths import endings, mismatches
+from tests.deaths.case import SIZES, Case, Ending
+from tests.deaths.matrix import Matrix, Outcome
+
+pytestmark = pytest.mark.mpirun
+
+FIRST = 20  # lines
+WHO = r"rank (\d+) is [^ ,:]+:(\d+)"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size}-ranks")
+@pytest.mark.parametrize(
+    "case", [*endings.CASES, *mismatches.CASES], ids=lambda case: str(case.name)
+)
+def test_death(matrix: Matrix, case: Case, size: int) -> None:
+    outcome = matrix.outcome(case, size)
+    ended = outcome.ended
+    assert ended.code is not None, f"the job did not end by itself:\n{outcome}"
+    assert outcome.seconds < case.within, outcome
+    assert ended.left == [], outcome
+    if case.ending is not Ending.ANY:
+        assert (ended.code == 0) == (case.ending is Ending.UNSEEN), outcome
+    for words in case.sees:
+        assert re.search(case.pattern(words, size), ended.text), f"{words}\n{outcome}"
+    if size == 4:
+        assert_blamed(outcome, case, size)
+    if size == 2:
+        for name in case.sites:
+            assert re.search(case.place(name), ended.text), f"{name}: {case.place(name)}\n{outcome}"
+    if case.dumps:
+        assert_dumped(outcome, size)
+
+
+def assert_blamed(outcome: Outcome, case: Case, size: int) -> None:
+    """Check that the first lines tell which rank it was, the line that names all apart."""
+    lines = [line.text for line in outcome.ended.lines[:FIRST]]
+    if case.launcher:
+        assert_launcher_blames(outcome, case.guilty(size))
+    elif case.blames is not None:
+        pattern = case.pattern(case.blames, size)
+        assert any(re.search(pattern, line) for line in lines), f"{pattern}\n{outcome}"
+
+
+def assert_launcher_blames(outcome: Outcome, guilty: int) -> None:
+    """Check that the process that the launcher names is one of those that `init` told.
+
+    Open MPI names the one that was killed. MPICH kills the others before it looks, and names any
+    of them.
+    """
+    head = "\n".join(line.text for line in outcome.ended.lines[:FIRST])
+    ranks = {pid: int(rank) for rank, pid in re.findall(WHO, head)}
+    found = re.search(r"(?:process rank (\d+) with )?PID (\d+)", head)
+    assert found, f"no process is named:\n{outcome}"
+    assert found[2] in ranks, f"no line of init's says which rank is {found[2]}:\n{outcome}"
+    if found[1] is not None:
+        assert ranks[found[2]] == int(found[1]) == guilty, outcome
+
+
+def assert_dumped(outcome: Outcome, size: int) -> None:
+    """Check that somebody wrote the records of all ranks as JSON."""
+    files = list(outcome.directory.glob("mpidist-report-*.json"))
+    assert files, f"no records were written:\n{outcome}"
+    for file in files:
+        told = json.loads(file.read_text())["ranks"]
+        assert [state["rank"] for state in told] == list(range(size)), file.read_text()
