@@ -188,13 +188,17 @@ def _read_stacks(text: str) -> tuple[Stack, ...]:
 
 
 def own_stacks() -> str:
-    """Return where the threads of this process are, as text for `_read_stacks`."""
+    """Return where the threads of this process are, as text for `_read_stacks`.
+
+    The main thread first; of many threads, those for which there is room.
+    """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = sys._current_frames()
-    text = "[]"
+    main = threading.main_thread().ident
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
+    found: list[dict[str, Any]] = []
     for most in _FRAMES:
         found = []
-        for ident, frame in frames.items():
+        for ident, frame in frames:
             if names.get(ident, "").startswith(_OURS):
                 continue
             sites = tuple(
@@ -202,10 +206,11 @@ def own_stacks() -> str:
                 for at, line in islice(traceback.walk_stack(frame), most)
             )
             found.append(asdict(Stack(names.get(ident, str(ident)), sites)))
-        text = json.dumps(found)
-        if len(text) <= _ROOM:
+        if len(json.dumps(found)) <= _ROOM:
             break
-    return text
+    while found and len(json.dumps(found)) > _ROOM:
+        del found[-max(len(found) // 8, 1) :]
+    return json.dumps(found)
 
 
 def _stacks_from_json(stacks: list[dict[str, Any]]) -> tuple[Stack, ...]:

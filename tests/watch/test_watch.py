@@ -15,6 +15,7 @@ from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError
 from mpidist.recorder import Kind
 from mpidist.testing import run_ranks
 from mpidist.watch.processes import Status
+from mpidist.watch.states import own_stacks
 
 LATE = 1  # the rank that keeps the others waiting
 
@@ -210,6 +211,24 @@ def test_a_directory_that_cannot_be_written_is_told_and_harms_nothing(monkeypatc
 
     run_ranks(1, one)
     assert "could not be written to /dev/full/" in caplog.text
+
+
+def test_of_many_threads_the_main_one_is_told() -> None:
+    over = threading.Event()
+    threads = [threading.Thread(target=over.wait, name=f"loader-{n}") for n in range(100)]
+    for thread in threads:
+        thread.start()
+    try:
+        text = own_stacks()
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    stacks = json.loads(text)
+    assert len(text) <= 8000
+    assert stacks[0]["thread"] == "MainThread"
+    assert stacks[0]["frames"][1]["function"] == "test_of_many_threads_the_main_one_is_told"
+    assert len(stacks) > 3
 
 
 def test_a_report_needs_no_current_directory(tmp_path, monkeypatch, caplog) -> None:
