@@ -227,6 +227,9 @@ class Operations(Closing):
         else:
             waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
         try:
+            if self._watch.debug and among is None:
+                here = self._watch.here(waiter.record)
+                waiter.wait_for(self._backend.compare(what, here).done)
             yield waiter
         except BaseException as error:
             self._failed(error, waiter)

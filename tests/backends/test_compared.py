@@ -13,6 +13,9 @@ X = np.arange(12.0)
 
 CALLS = {
     "verb": (lambda x, g: mpidist.barrier(g), mpidist.all_reduce),
+    "split": (lambda x, g: g.split(0), mpidist.all_reduce),
+    "empty": (lambda x, g: g.empty(5), mpidist.all_reduce),
+    "bytes": (lambda x, g: g.shared(5), lambda x, g: g.shared(6)),
     "op": (
         lambda x, g: mpidist.all_reduce(x, g, op=mpidist.MAX),
         mpidist.all_reduce,
@@ -64,6 +67,20 @@ def test_a_difference_is_told_on_all_ranks_and_the_group_stays_usable(what: str)
         assert text.index("rank 1: ") < text.index("rank 0, 2: ")
         assert text.count(f"{__file__.rpartition('/')[2]}:") == 2
         assert text.count(" on rank ") == 0
+
+
+def test_groups_and_memory_are_made_as_without() -> None:
+    def one(group: mpidist.ProcessGroup) -> int:
+        group._watch.debug = True
+        half = group.split(group.rank % 2)
+        assert half is not None
+        x = half.empty(5)
+        x[:] = 1
+        pair = group.new_group([0, 2])
+        assert (pair is None) == (group.rank == 1)
+        return int(mpidist.all_reduce(x, half)[0])
+
+    assert run_ranks(3, one) == [2, 1, 2]
 
 
 def test_equal_calls_give_the_same_results_as_without() -> None:
