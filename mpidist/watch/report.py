@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from mpidist.recorder import is_inside
 from mpidist.recorder.recording import Record, Site
 from mpidist.watch.processes import Status
-from mpidist.watch.states import RankState
+from mpidist.watch.states import RankState, Stack
 
 __all__ = ["accuse", "callers", "place", "suspects", "tell"]
 
@@ -19,6 +19,8 @@ _ROWS = 32
 """Ranks of which each has a line; of more, those that do the same share one."""
 
 _FRAMES = 6
+
+_LIBRARY = os.__file__.removesuffix("os.py")
 
 Key = tuple[int, int]
 States = Mapping[int, RankState]
@@ -180,9 +182,9 @@ def tell(title: str, states: Iterable[RankState], first: Collection[int]) -> str
     lines = [title, *_columns([header, *rows])]
     for state in [state for state in ordered if state.rank in first][:_NAMED]:
         for stack in state.stacks:
-            outside = [place(site) for site in stack.frames if not is_inside(site.file)]
-            if outside:
-                called = " < ".join(outside[:_FRAMES])
+            frames = _outside(stack)
+            if frames:
+                called = " < ".join(map(place, frames[:_FRAMES]))
                 lines.append(f"  rank {state.rank}, {stack.thread}: {called}")
     return "\n".join(lines)
 
@@ -209,9 +211,24 @@ def _now_at(state: RankState) -> str:
     """Return the innermost place outside this package at which the main thread is."""
     for stack in state.stacks:
         if stack.thread == "MainThread":
-            outside = [site for site in stack.frames if not is_inside(site.file)]
-            return place(outside[0]) if outside else ""
+            frames = _outside(stack)
+            return place(frames[0]) if frames else ""
     return ""
+
+
+def _outside(stack: Stack) -> list[Site]:
+    """Return the frames outside this package, and outside what it calls of Python's library."""
+    found: list[Site] = []
+    library: list[Site] = []  # whoever calls these comes later
+    for site in stack.frames:
+        if is_inside(site.file):
+            library.clear()
+        elif site.file.startswith(_LIBRARY) and "-packages" not in site.file:
+            library.append(site)
+        else:
+            found += [*library, site]
+            library.clear()
+    return found + library
 
 
 def _joined(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import threading
 from zlib import crc32
 
 import pytest
 
 from mpidist.recorder import Kind
 from mpidist.recorder.recording import Record, Site
+from mpidist.watch import report
 from mpidist.watch.processes import Status
 from mpidist.watch.report import accuse, callers, place, suspects, tell
 from mpidist.watch.states import RankState, Stack, Wait
@@ -71,6 +74,19 @@ def test_a_rank_that_waits_for_an_immediate_operation_is_named_with_both_lines()
     assert "waiting at /elsewhere/train.py:25 in step for iall_gather #40" in told
     assert "called at /elsewhere/train.py:20" in told
     assert "waits 9.0 s" in tell("title", states.values(), [])
+
+
+def test_where_a_rank_is_names_the_callers_lines_not_the_packages() -> None:
+    path, ours = Site(pathlib.__file__, 10, "read_text"), Site(report.__file__, 20, "place")
+    step, wait = Site("/elsewhere/train.py", 31, "step"), Site(threading.__file__, 5, "wait")
+    for frames, expected in [
+        ((path, ours, step), "/elsewhere/train.py:31"),
+        ((wait, step), f"{threading.__file__}:5"),
+        ((step, ours, step), "/elsewhere/train.py:31"),
+        ((wait, path), f"{threading.__file__}:5"),
+    ]:
+        row = tell("title", [state(0, record(), stacks=(Stack("MainThread", frames),))], [])
+        assert row.splitlines()[2].split("  ")[-1].startswith(expected)
 
 
 @pytest.mark.parametrize("status", [Status.ALIVE, Status.DEAD])
