@@ -38,7 +38,11 @@ _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
 
 _FLUSH = 0.2
-"""Seconds that a rank which raised leaves to others that raise the same, before the job ends."""
+"""Seconds between the last words of a rank and the end of the job.
+
+Ranks that check the same arguments raise together: each can show its traceback. And a launcher that
+is told to end the job need not read any more what ranks have written.
+"""
 
 
 class _Hooks:
@@ -95,6 +99,7 @@ class _Hooks:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # the disk is full, or it is closed
                 stream.flush()
+        time.sleep(_FLUSH)
         try:
             self._mpi.COMM_WORLD.Abort(code)
         finally:
@@ -118,8 +123,6 @@ class _Hooks:
             self._tell(kind, error, trace)
         except Exception as another:  # noqa: BLE001  # whatever it is, the others must not wait
             self._say(f"could not tell all of it: {another!r}")
-        # Ranks that check the same arguments raise together; let each show its traceback.
-        time.sleep(_FLUSH)
         self._abort(1)
 
     def _tell(
