@@ -214,19 +214,24 @@ class GroupWaiter(Waiter):
             self.report("will never be complete")
             raise error
 
+    def _lost(self) -> dict[int, str]:
+        """Return the ranks on which this depends that are gone, and how they went."""
+        group, needed = self.group, self.peers.ranks
+        killed = set(group._watch.killed())
+        gone = {
+            rank: "was killed: its process has ended without a word"
+            for rank, world in enumerate(group.ranks)
+            if world in killed
+        } | dict(group._backend.lost(self.collective))
+        return {rank: words for rank, words in gone.items() if needed is None or rank in needed}
+
     def _patrol(self, waited: float) -> None:
-        group = self.group
         self._look_for_differences(waited)
         if waited >= self._next_warning:
             self._next_warning *= 2
             why = f"has waited for {waited:.0f} s, the deadline is at {self.timeout:g} s"
             self.report(why, dump=False)
-        needed = self.peers.ranks
-        lost = {
-            rank: words
-            for rank, words in group._backend.lost(self.collective).items()
-            if needed is None or rank in needed
-        }
+        lost = self._lost()
         if len(lost) <= self.peers.spare:
             return
         if self._lost_since is None:

@@ -45,11 +45,17 @@ class Process:
         """Return whether it is alive, stopped or dead."""
         if self._descriptor is None:
             return Status.UNKNOWN
-        poll = select.poll()  # not select, which takes descriptors below 1024 only
-        poll.register(self._descriptor, select.POLLIN)
-        if poll.poll(0):
+        if self.ended():
             return Status.DEAD
         return Status.STOPPED if self._state() in ("T", "t") else Status.ALIVE
+
+    def ended(self) -> bool:
+        """Return whether it is known to be dead."""
+        if self._descriptor is None:
+            return False
+        poll = select.poll()  # not select, which takes descriptors below 1024 only
+        poll.register(self._descriptor, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _state(self) -> str:
         """Return the letter for what the kernel does with it (proc(5), /proc/pid/stat)."""

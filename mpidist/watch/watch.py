@@ -207,6 +207,17 @@ class Watch:
             return process.status()
         return Status.ALIVE if self._pids[rank] == os.getpid() else Status.UNKNOWN
 
+    def killed(self) -> list[int]:
+        """Return the ranks of this node whose processes have ended before they came to their exit.
+
+        A launcher that ends the job with its first dead rank leaves nobody to ask this.
+        """
+        return [
+            rank
+            for rank, process in self._processes.items()
+            if not self._recordings[rank].words[Head.LEAVING] and process.ended()
+        ]
+
     def _listens(self, rank: int) -> bool:
         return bool(self._recordings[rank].words[Head.LISTENING])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,10 +13,10 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError
+from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerLostError
 from mpidist.recorder import Kind
 from mpidist.testing import run_ranks
-from mpidist.watch.processes import Status
+from mpidist.watch.processes import Process, Status
 from mpidist.watch.states import own_stacks
 
 LATE = 1  # the rank that keeps the others waiting
@@ -165,6 +167,29 @@ def test_ranks_with_other_texts_in_their_recorders_call_the_same(world):
         time.sleep(0.5)  # long enough to be compared by what is recorded
     mpidist.all_to_all(np.ones(2), group)
     mpidist.iall_to_all(np.ones(sum(sent)), group, counts=sent, recv_counts=[0, 1]).wait()
+
+
+def test_a_rank_whose_process_is_dead_is_not_waited_for_until_the_deadline(caplog) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+
+        def one(group: mpidist.ProcessGroup) -> tuple[str, float]:
+            if group.rank == LATE:  # stands for the child
+                time.sleep(6)
+                return "", 0.0
+            group._watch._processes[LATE] = Process(child.pid)
+            began = time.monotonic()
+            if group.rank == 0:
+                child.kill()
+            with pytest.raises(PeerLostError) as caught:
+                mpidist.all_reduce(np.ones(3), group)
+            return str(caught.value), time.monotonic() - began
+
+        told = run_ranks(3, one)
+    for text, seconds in (told[0], told[2]):
+        assert f"rank {LATE} was killed" in text
+        assert 3 <= seconds < 6
+    assert f"Missing: rank {LATE}" in caplog.text
+    assert "dead" in caplog.text
 
 
 def test_simulated_ranks_report_too(caplog) -> None:
