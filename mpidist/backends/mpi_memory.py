@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,9 @@ from mpidist.log import logger
 __all__ = ["share"]
 
 _LONGEST_ADDRESS = 256
+
+_REASONS: set[str] = set()
+"""Why there was no memory, so far."""
 
 
 def share(mpi: Any, comm: Any, nbytes: int) -> memoryview | None:
@@ -114,11 +116,13 @@ def _all(mpi: Any, comm: Any, mine: bool) -> bool:  # noqa: FBT001  # a value, n
     return bool(every)
 
 
-@cache
 def _warn(reason: str) -> None:
-    """Say it once: a program may ask for memory a thousand times."""
-    logger.warning(
-        "no memory shared by the ranks of this node: %s. They go without: the same results, at "
-        "the MPI library's speed. A container may need a larger /dev/shm (docker run --shm-size)",
-        reason,
-    )
+    """Say it once: a program may ask for memory a thousand times, and hear of several reasons."""
+    if not _REASONS:
+        logger.warning(
+            "no memory shared by the ranks of this node: %s. They go without: the same results, at "
+            "the MPI library's speed. A container may need a larger /dev/shm (docker run "
+            "--shm-size)",
+            reason,
+        )
+    _REASONS.add(reason)
