@@ -81,9 +81,9 @@ def test_where_a_rank_is_names_the_callers_lines_not_the_packages() -> None:
     step, wait = Site("/elsewhere/train.py", 31, "step"), Site(threading.__file__, 5, "wait")
     for frames, expected in [
         ((path, ours, step), "/elsewhere/train.py:31"),
-        ((wait, step), f"{threading.__file__}:5"),
+        ((wait, step), place(wait)),
         ((step, ours, step), "/elsewhere/train.py:31"),
-        ((wait, path), f"{threading.__file__}:5"),
+        ((wait, path), place(wait)),
     ]:
         row = tell("title", [state(0, record(), stacks=(Stack("MainThread", frames),))], [])
         assert row.splitlines()[2].split("  ")[-1].startswith(expected)
