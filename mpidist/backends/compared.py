@@ -14,7 +14,13 @@ from mpidist.backends import algorithms
 from mpidist.backends.work import Steps
 from mpidist.errors import CollectiveMismatchError
 
-__all__ = ["BY_MESSAGES", "compare"]
+__all__ = ["BY_MESSAGES", "DIFFERENT", "compare"]
+
+DIFFERENT = (
+    "the ranks called different things; nothing has been changed. All must make the same calls in "
+    "the same order"
+)
+"""What an error says where calls are compared before anything begins; who called what follows."""
 
 _ROOM = 512
 """Bytes for the words of each rank."""
@@ -66,7 +72,4 @@ def compare(lane: algorithms.Lane, what: str, site: str, *, rank: int, size: int
             f"rank {', '.join(map(str, ranks))}: {theirs} at {where}"
             for (theirs, where), ranks in sorted(calls.items(), key=lambda call: len(call[1]))
         )
-        raise CollectiveMismatchError(
-            "the ranks called different things; nothing has been changed. All must make the same "
-            f"calls in the same order. {told}"
-        )
+        raise CollectiveMismatchError(f"{DIFFERENT}. {told}")

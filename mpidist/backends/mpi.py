@@ -25,6 +25,7 @@ from mpidist.backends import algorithms
 from mpidist.backends.agreement import Call
 from mpidist.backends.base import Backend, Capabilities, Traffic
 from mpidist.backends.board import ArrivalBoard
+from mpidist.backends.compared import DIFFERENT
 from mpidist.backends.departures import Departures
 from mpidist.backends.direct import Direct
 from mpidist.backends.meetings import DirectBoard, supported
@@ -370,7 +371,7 @@ class MpiBackend(Backend):
             memory = self._share(stride)
         if memory is None:
             return None
-        return [memory[start : start + stride] for start in range(0, len(memory), stride)]
+        return _cut(memory, stride)
 
     def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
         """Make memory that the ranks of a node share; collective, blocks."""
@@ -395,7 +396,7 @@ class MpiBackend(Backend):
         memory = None if len(near.local) == 1 else share(self._mpi, self._local, nbytes)
         if memory is None:
             return super().record()
-        parts = [memory[start : start + nbytes] for start in range(0, len(memory), nbytes)]
+        parts = _cut(memory, nbytes)
         self.recorder = Recorder(parts[near.rank])
         return dict(zip(near.local, parts, strict=True))
 
@@ -407,10 +408,7 @@ class MpiBackend(Backend):
             self._board.arrive(waiter.digest)
             waiter.wait_for(self._board.all_here, missing=self._board.missing)
             if not self._board.alike():
-                raise CollectiveMismatchError(
-                    "the ranks called different things; nothing has been changed. All must make "
-                    "the same calls in the same order"
-                )
+                raise CollectiveMismatchError(DIFFERENT)
         else:
             waiter.wait_for(_Requests(self._mpi, [self._comm.Ibarrier()], keep=None).done)
 
@@ -439,6 +437,11 @@ class MpiBackend(Backend):
 def _then(work: Work[Any], after: Callable[[], None]) -> Steps:
     yield work
     after()
+
+
+def _cut(memory: memoryview, stride: int) -> list[memoryview]:
+    """Return every rank's part of shared memory."""
+    return [memory[start : start + stride] for start in range(0, len(memory), stride)]
 
 
 def _peer(mpi: Any, peer: int) -> int:
