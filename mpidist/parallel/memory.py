@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidist.collectives import all_reduce
+from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
 from mpidist.nn.module import Module
 from mpidist.optim import Optimizer
@@ -17,6 +17,7 @@ from mpidist.optim import Optimizer
 __all__ = ["MemoryLedger", "MemoryUse", "memory_ledger", "memory_use", "proportional_set_size"]
 
 _ROLLUP = Path("/proc/self/smaps_rollup")
+_DATA = ("Pss_Anon:", "Pss_Shmem:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class MemoryLedger:
     rank, node : MemoryUse
         Accounted for, of this rank and of all ranks of its node.
     rank_pss, node_pss : int or None
-        What the kernel counts for the whole process, and for all of the node, in bytes; None where
+        What the kernel counts of this process's data, and of all of the node, in bytes; None where
         it does not tell. See `proportional_set_size`.
     """
 
@@ -65,7 +66,7 @@ class MemoryLedger:
             ("gradients", self.rank.gradients, self.node.gradients),
             ("optimizer state", self.rank.optimizer_state, self.node.optimizer_state),
             ("total", self.rank.total, self.node.total),
-            ("whole process (PSS)", self.rank_pss, self.node_pss),
+            ("all data (PSS)", self.rank_pss, self.node_pss),
         ]
         lines = [f"{'MiB':<20}{'this rank':>12}{'its node':>12}"]
         lines += [f"{what:<20}{_mebibytes(rank)}{_mebibytes(node)}" for what, rank, node in rows]
@@ -121,8 +122,10 @@ def memory_ledger(use: MemoryUse, group: ProcessGroup) -> MemoryLedger:
 
     Notes
     -----
-    Collective over `group`; blocks. One all_reduce of 40 bytes in its `node_group`.
+    Collective over `group`; blocks. A barrier and an all_reduce of 40 bytes in its `node_group`.
     """
+    # A page that another rank has yet to touch would count as this rank's alone.
+    barrier(group.node_group())
     pss = proportional_set_size()
     mine = np.array([*astuple(use), pss or 0, pss is not None], np.int64)
     *counted, pss_sum, told = all_reduce(mine, group.node_group()).tolist()
@@ -131,19 +134,21 @@ def memory_ledger(use: MemoryUse, group: ProcessGroup) -> MemoryLedger:
 
 
 def proportional_set_size() -> int | None:
-    """Return the kernel's count of this process's memory.
+    """Return the kernel's count of this process's data.
 
     Returns
     -------
     int or None
         Bytes in memory, a page that n processes have mapped counting for one n-th in each: the sum
         over the ranks of a node is what they take together. None where the kernel does not tell
-        (before Linux 4.14, elsewhere than Linux, or where ``/proc`` is hidden).
+        (before Linux 5.4, elsewhere than Linux, or where ``/proc`` is hidden).
 
     Notes
     -----
-    Local. The resident set size (RSS), which most tools show, counts a shared page once in each
-    process. The kernel walks all of the process's pages: some milliseconds per GiB.
+    Local. Private and shared memory; not the pages of program files, of which a process's part
+    changes whenever another one that runs the same programs comes or goes. The resident set size
+    (RSS), which most tools show, counts a shared page once in each process. The kernel walks all of
+    the process's pages: some milliseconds per GiB.
 
     References
     ----------
@@ -153,10 +158,8 @@ def proportional_set_size() -> int | None:
         text = _ROLLUP.read_text(encoding="ascii")
     except OSError:
         return None
-    for line in text.splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return None
+    found = [line.split() for line in text.splitlines() if line.startswith(_DATA)]
+    return sum(int(words[1]) for words in found) * 1024 if found else None
 
 
 def _mebibytes(count: int | None) -> str:

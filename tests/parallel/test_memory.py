@@ -72,7 +72,7 @@ def test_where_the_kernel_does_not_tell_the_ledger_says_so(monkeypatch, tmp_path
         assert ledger.rank_pss is None
         assert ledger.node_pss is None
         assert str(ledger).splitlines()[-1].split() == [
-            *("whole", "process", "(PSS)", "not", "told", "not", "told")
+            *("all", "data", "(PSS)", "not", "told", "not", "told")
         ]
 
 
@@ -86,16 +86,22 @@ def test_one_rank_that_does_not_tell_is_enough(monkeypatch):
 
 
 def test_what_the_kernel_says_is_read_in_bytes(monkeypatch, tmp_path):
-    text = "55d0-7ffd ---p 00000000 00:00 0   [rollup]\nRss: 900 kB\nPss: 200 kB\nPss_Dirty: 7 kB\n"
-    (tmp_path / "rollup").write_text(text)
+    parts = "Pss_Dirty: 7 kB\nPss_Anon: 120 kB\nPss_File: 50 kB\nPss_Shmem: 30 kB\n"
+    (tmp_path / "rollup").write_text(f"55d0-7ffd ---p 00:00 0 [rollup]\nPss: 200 kB\n{parts}")
     monkeypatch.setattr(memory, "_ROLLUP", tmp_path / "rollup")
-    assert proportional_set_size() == 200 * 1024
+    assert proportional_set_size() == (120 + 30) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux 4.14 or later")
+def test_a_kernel_that_tells_the_sum_only_does_not_tell(monkeypatch, tmp_path):
+    (tmp_path / "rollup").write_text("55d0-7ffd ---p 00:00 0 [rollup]\nPss: 200 kB\n")
+    monkeypatch.setattr(memory, "_ROLLUP", tmp_path / "rollup")
+    assert proportional_set_size() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux 5.4 or later")
 def test_a_page_counts_by_the_number_of_its_mappings():
     before = proportional_set_size()
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:  # data, not a program file
         file.truncate(16 * MEBI)
         with mmap.mmap(file.fileno(), 16 * MEBI) as first:
             np.frombuffer(first, np.uint8)[::4096] = 1

@@ -153,7 +153,7 @@ def settle_pages(model):
 @pytest.mark.ranks(2, 4)
 def test_parameters_stand_once_per_node(world):
     """By the ledger, and by the kernel: a page that n ranks see counts for an n-th in each."""
-    model = large()
+    model = Given(w=np.ones((8 << 20) + 5, np.float32))  # beside it all else is small
     whole = sum(p.data.nbytes for p in model.parameters())
     settle_pages(model)
     before = memory_ledger(memory_use(model, SGD(model.named_parameters(), lr=1.0)), world)
@@ -166,7 +166,7 @@ def test_parameters_stand_once_per_node(world):
         if before.node_pss is None:
             pytest.skip("the kernel does not tell the proportional set size")  # on all ranks
         fallen = before.node_pss - after.node_pss
-        assert fallen == pytest.approx((world.size - 1) * whole, abs=0.4 * whole)
+        assert fallen == pytest.approx((world.size - 1) * whole, abs=0.25 * whole)
 
 
 @pytest.mark.ranks(2, 4)
