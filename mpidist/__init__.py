@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from mpidist.backends.availability import is_mpi_available
     from mpidist.backends.work import ANY_SOURCE, Work
+    from mpidist.boxes import Box
     from mpidist.collectives import (
         all_gather,
         all_gather_coalesced,
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
         sendrecv,
     )
     from mpidist.regions import region
+    from mpidist.shards import ShardedArray
     from mpidist.tracing import trace
 
 __all__ = [
@@ -116,6 +118,7 @@ __all__ = [
     "PROD",
     "SUM",
     "BackendUnavailableError",
+    "Box",
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointIncompatibleError",
@@ -135,6 +138,7 @@ __all__ = [
     "ReduceOp",
     "SelfSendError",
     "Send",
+    "ShardedArray",
     "SizeMismatchError",
     "TransportError",
     "UnsupportedOperationError",
@@ -186,6 +190,8 @@ __all__ = [
 _PARTS = (
     "errors",
     "_types",
+    "boxes",
+    "shards",
     "backends.availability",
     "backends.work",
     "group",

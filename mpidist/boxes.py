@@ -6,13 +6,13 @@ owns what is a list of boxes, and moving from one owner to another is their inte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from mpidist.errors import SizeMismatchError
 
-__all__ = ["Box", "split_evenly"]
+__all__ = ["Box", "boxes_of_range", "split_evenly"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,3 +141,64 @@ def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:
         (part * quotient + min(part, remainder), quotient + (part < remainder))
         for part in range(parts)
     )
+
+
+def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Cut a range of an array's flattened elements into boxes.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the array.
+    start, stop : int
+        First element of the range, in C order, and one past the last.
+
+    Returns
+    -------
+    list of Box
+        None empty, and at most ``2 * ndim - 1`` of them. In their order, with the elements of each
+        in C order, they are the elements of the range.
+
+    Raises
+    ------
+    SizeMismatchError
+        If the array has no such range.
+
+    Examples
+    --------
+    >>> boxes_of_range((3, 4), 2, 12)
+    [Box(offsets=(0, 2), sizes=(1, 2)), Box(offsets=(1, 0), sizes=(2, 4))]
+    """
+    whole = Box.whole(shape)
+    if not 0 <= start <= stop <= whole.count:
+        raise SizeMismatchError(
+            f"boxes_of_range: an array of shape {whole.sizes} has {whole.count} elements; "
+            f"the range from {start} to {stop} does not lie inside"
+        )
+    return list(_cut(whole.sizes, start, stop))
+
+
+def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Yield the end of a row, then the whole rows as one box, then the beginning of a row."""
+    if start == stop:
+        return
+    if not shape:
+        yield Box((), ())
+        return
+    inner = shape[1:]
+    row = prod(inner)
+    first, last = -(-start // row), stop // row  # the whole rows are first ... last - 1
+    if first > last:
+        yield from _within(last, inner, start - last * row, stop - last * row)
+        return
+    if start < first * row:
+        yield from _within(first - 1, inner, start - (first - 1) * row, row)
+    if first < last:
+        yield Box((first, *(0,) * len(inner)), (last - first, *inner))
+    yield from _within(last, inner, 0, stop - last * row)
+
+
+def _within(index: int, shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Yield the boxes of a range inside one row."""
+    for box in _cut(shape, start, stop):
+        yield Box((index, *box.offsets), (1, *box.sizes))

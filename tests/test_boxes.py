@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mpidist.boxes import Box, split_evenly
+from mpidist.boxes import Box, boxes_of_range, split_evenly
 from mpidist.errors import SizeMismatchError
 
 SHAPE = (4, 5)
@@ -88,3 +88,29 @@ def test_split_evenly_is_numpy_array_split(parts: int) -> None:
 def test_impossible_splits(length: int, parts: int) -> None:
     with pytest.raises(SizeMismatchError, match=f"a length of {length} into {parts} parts"):
         split_evenly(length, parts)
+
+
+SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (2, 1, 3, 2), (0,), (3, 0, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_boxes_of_every_range_are_its_elements_in_order(shape: tuple[int, ...]) -> None:
+    whole = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    for start, stop in itertools.combinations_with_replacement(range(whole.size + 1), 2):
+        boxes = boxes_of_range(shape, start, stop)
+        assert len(boxes) <= max(2 * len(shape) - 1, 1)
+        assert not any(box.empty for box in boxes)
+        got = [whole[box.slices].ravel() for box in boxes]
+        np.testing.assert_array_equal(np.concatenate([[], *got]), np.arange(start, stop))
+
+
+def test_a_whole_array_is_one_box() -> None:
+    for shape in SHAPES:
+        box = Box.whole(shape)
+        assert boxes_of_range(shape, 0, box.count) == ([] if box.empty else [box])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 13)])
+def test_impossible_ranges(start: int, stop: int) -> None:
+    with pytest.raises(SizeMismatchError, match=f"12 elements; the range from {start} to {stop}"):
+        boxes_of_range((3, 4), start, stop)
