@@ -67,9 +67,11 @@ if TYPE_CHECKING:
     )
     from mpidist.errors import (
         BackendUnavailableError,
+        CheckpointAsyncError,
         CheckpointCorruptError,
         CheckpointError,
         CheckpointIncompatibleError,
+        CheckpointMissingShardError,
         CheckpointNotFoundError,
         CollectiveMismatchError,
         CollectiveTimeoutError,
@@ -119,9 +121,11 @@ __all__ = [
     "SUM",
     "BackendUnavailableError",
     "Box",
+    "CheckpointAsyncError",
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointIncompatibleError",
+    "CheckpointMissingShardError",
     "CheckpointNotFoundError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",

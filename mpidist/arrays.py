@@ -35,8 +35,10 @@ __all__ = [
     "array_namespace",
     "as_bytes",
     "as_native",
+    "is_array",
     "is_host",
     "reduce_in_rank_order",
+    "to_host",
     "ufunc_of",
 ]
 
@@ -114,9 +116,39 @@ def array_namespace(x: Array) -> ModuleType:
     )
 
 
+def is_array(x: object) -> bool:
+    """Whether `x` is an array, on the host or on a device."""
+    cupy = sys.modules.get("cupy")
+    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+
+
 def is_host(x: Array) -> bool:
     """Whether `x` lies in the host's memory."""
     return isinstance(x, np.ndarray)
+
+
+def to_host(x: Array, out: Array | None = None) -> Array:
+    """Return the elements of an array in the host's memory.
+
+    Parameters
+    ----------
+    x : Array
+        On the host or on a device.
+    out : Array, shape and dtype of `x`, optional
+        Host memory that receives them.
+
+    Returns
+    -------
+    Array
+        `out`, if given; else `x` itself if it is on the host, and a copy if it is on a device.
+    """
+    if is_host(x):
+        if out is None:
+            return x
+        np.copyto(out, x)
+        return out
+    copied: Array = x.get(out=out)  # type: ignore[attr-defined]  # cupy's
+    return copied
 
 
 def ufunc_of(op: ReduceOp) -> np.ufunc:

@@ -19,7 +19,9 @@
     └── CheckpointError                  a run could not be written to files, or read
         ├── CheckpointNotFoundError      there is none
         ├── CheckpointCorruptError       cut off, damaged, or another kind of file
-        └── CheckpointIncompatibleError  of another model, optimizer or order of samples
+        ├── CheckpointMissingShardError  a file that the manifest names is not there
+        ├── CheckpointIncompatibleError  of another model, optimizer, order of samples or format
+        └── CheckpointAsyncError         an earlier save, which ran beside the program, failed
 
 A mistake of the caller is also a `ValueError`, a missed deadline also a `TimeoutError`, so that
 code which knows nothing of mpidist can still catch them.
@@ -29,9 +31,11 @@ from __future__ import annotations
 
 __all__ = [
     "BackendUnavailableError",
+    "CheckpointAsyncError",
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointIncompatibleError",
+    "CheckpointMissingShardError",
     "CheckpointNotFoundError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
@@ -129,5 +133,13 @@ class CheckpointCorruptError(CheckpointError, ValueError):
     """The files are cut off, damaged, or of another kind."""
 
 
+class CheckpointMissingShardError(CheckpointError, FileNotFoundError):
+    """A file that the manifest names is not there."""
+
+
 class CheckpointIncompatibleError(CheckpointError, ValueError):
     """The checkpoint is of another model, optimizer or order of samples."""
+
+
+class CheckpointAsyncError(CheckpointError):
+    """An earlier save, which ran beside the program, failed."""

@@ -25,7 +25,7 @@ from mpidist.backends.mpi import MpiBackend
 from mpidist.backends.work import Waiter
 from mpidist.errors import DistributedError
 from mpidist.group import ProcessGroup
-from mpidist.operations import broken_groups
+from mpidist.operations import broken_groups, companions
 from mpidist.watch.helper import helper
 from mpidist.watch.threads import in_thread
 
@@ -157,6 +157,7 @@ class _Hooks:
         if broken:
             self._say(f"ends with a broken group ({broken[0]}); ending the job")
             self._abort(1)
+        self._end_companions()
         operations = sum(group.operations for group in self._groups)
         for departures, _ in self._worlds:
             departures.leave(operations)
@@ -170,6 +171,15 @@ class _Hooks:
                 )
                 self._abort(1)
         self._end_traces()
+
+    def _end_companions(self) -> None:
+        """Wait for what subsystems have under way, such as the last save."""
+        for companion in companions():
+            try:
+                companion.close()
+            except Exception as error:  # noqa: BLE001  # whatever it is, it must not be lost
+                self._say(f"could not bring to its end what it had begun: {error}; ending the job")
+                self._abort(1)
 
     def _end_traces(self) -> None:
         """Write what `MPIDIST_TRACE` asked for: all ranks are here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mpidist.watch import Watch
 
-__all__ = ["Operations", "broken_groups"]
+__all__ = ["Companion", "Operations", "broken_groups", "companions"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,26 @@ _BROKEN: list[Operations] = []
 def broken_groups() -> Sequence[Operations]:
     """Return the groups that an error has broken in this process."""
     return tuple(_BROKEN)
+
+
+class Companion(Protocol):
+    """What a subsystem keeps with a group, and has under way on it."""
+
+    def progress(self) -> None:
+        """Drive what is under way; must not block."""
+
+    def close(self) -> None:
+        """Wait for what is under way, and release what is held."""
+
+
+C = TypeVar("C", bound=Companion)
+
+_COMPANIONS: list[Companion] = []
+
+
+def companions() -> Sequence[Companion]:
+    """Return what must come to an end before this process does."""
+    return tuple(_COMPANIONS)
 
 
 class Operations(Closing):
@@ -81,6 +101,7 @@ class Operations(Closing):
         self._payloads = 0
         self._reason: str | None = None
         self._closed_with: list[Operations] = []
+        self._companions: dict[str, Companion] = {}
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""
@@ -252,6 +273,16 @@ class Operations(Closing):
             told = "" if debug else f". {callers(self.ranks, waiter.collective)}"
             error.args = (f"{waiter.operation} on {self}: {error}{told}",)
 
+    def companion(self, name: str, make: Callable[[], C]) -> C:
+        """Return what a subsystem keeps with this group, made when it is asked for first.
+
+        It is driven by `progress`, and closed before the group; collective if making it is.
+        """
+        if name not in self._companions:
+            self._companions[name] = made = make()
+            _COMPANIONS.append(made)
+        return cast("C", self._companions[name])
+
     def progress(self) -> None:
         """Drive what is under way as far as it can go now; local, never blocks.
 
@@ -262,6 +293,8 @@ class Operations(Closing):
         self._backend.progress()
         for work in tuple(self._outstanding):
             work._complete()
+        for companion in tuple(self._companions.values()):
+            companion.progress()
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -275,12 +308,19 @@ class Operations(Closing):
 
         Notes
         -----
-        Local, but waits for the group's outstanding operations, if it has any. Closing twice is
-        allowed; a broken group is not waited for.
+        Local, but waits for the group's outstanding operations and saves, if it has any. Closing
+        twice is allowed; a broken group is not waited for.
         """
         if self._reason is not None:
             return
         failed: Exception | None = None
+        while self._companions:
+            _, companion = self._companions.popitem()
+            _COMPANIONS.remove(companion)
+            try:
+                companion.close()
+            except Exception as error:  # noqa: BLE001  # raised below, when all are over
+                failed = failed or error
         while self._outstanding and self._reason is None:
             try:
                 self._outstanding[0].wait()

@@ -17,7 +17,7 @@ ALSO: dict[type[Exception], set[str]] = {
         "SizeMismatchError",
         "UnsupportedOperationError",
     },
-    FileNotFoundError: {"CheckpointNotFoundError"},
+    FileNotFoundError: {"CheckpointMissingShardError", "CheckpointNotFoundError"},
     TimeoutError: {"CollectiveTimeoutError"},
     ConnectionError: {"NoConnectionError", "PeerLostError"},
     RuntimeError: {"BackendUnavailableError", "GroupBrokenError", "TransportError"},

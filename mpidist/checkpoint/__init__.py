@@ -1,0 +1,32 @@
+"""Checkpoints: one HDF5 file per rank and a manifest; saved by N ranks, loaded by M.
+
+::
+
+    from mpidist import checkpoint
+
+    state = {"model": model, "optimizer": optimizer, "sampler": sampler, "epoch": epoch}
+    checkpoint.save("runs/a", state, world, step=100)
+    ...
+    found = checkpoint.load("runs/a", state, world)  # the newest one, on any number of ranks
+    epoch = found.values["epoch"]
+"""
+
+from __future__ import annotations
+
+from mpidist.checkpoint.directory import Checkpoint, latest, list, prune  # noqa: A004
+from mpidist.checkpoint.loading import load, load_full
+from mpidist.checkpoint.saving import CheckpointFuture, save, save_async
+from mpidist.shards import ShardedArray
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointFuture",
+    "ShardedArray",
+    "latest",
+    "list",
+    "load",
+    "load_full",
+    "prune",
+    "save",
+    "save_async",
+]

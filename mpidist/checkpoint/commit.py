@@ -1,0 +1,234 @@
+"""The end of a save: all ranks learn whether all have written, and rank 0 writes the manifest.
+
+[Note: commit] A checkpoint exists if its manifest does. Every rank writes its file under a
+temporary name, syncs it, renames it and syncs the directory, and then tells rank 0 what lies where.
+Only when rank 0 has heard that from all does it write the manifest, in the same way, and tell all.
+So there is no instant at which a manifest names something that is not on disk, and a rank that
+fails, or dies, leaves a directory without a manifest, which is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.checkpoint import hdf5
+from mpidist.checkpoint.files import replace_file, sync_directory, temporary
+from mpidist.checkpoint.manifest import (
+    JSON,
+    MANIFEST,
+    Manifest,
+    StoredArray,
+    StoredBox,
+    StoredDataset,
+    StoredFile,
+    dtype_of,
+)
+from mpidist.checkpoint.plan import Kind
+from mpidist.checkpoint.worker import done_here
+from mpidist.checkpoint.writing import Written
+from mpidist.errors import CheckpointError
+from mpidist.group import ProcessGroup
+from mpidist.point_to_point import irecv, isend
+
+__all__ = ["VIEW", "Save", "commit", "steps_of"]
+
+VIEW = "view.h5"
+
+_RESULT, _VERDICT = 1, 2
+"""Tags of the messages to and from rank 0."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """What a save is, and how far it has come on this rank.
+
+    Attributes
+    ----------
+    directory : Path
+        Of the step.
+    header : Manifest
+        All of the manifest but files and arrays; on rank 0, else None.
+    kinds : mapping of str to Kind
+        What the arrays are; on rank 0, else none.
+    written : Future of Written
+        This rank's file.
+    submit : callable
+        Takes a function and its arguments, has it called here or in the writer's thread, and
+        returns a Future.
+    """
+
+    directory: Path
+    header: Manifest | None
+    kinds: Mapping[str, Kind]
+    written: Future[Written]
+    submit: Callable[..., Future[Any]] = done_here
+
+
+class Waitable(Protocol):
+    """What may take its time."""
+
+    def done(self) -> bool:
+        """Return whether it is over; may drive it."""
+        ...
+
+    def wait(self, timeout: float | None) -> object:
+        """Return when it is over."""
+
+
+class _InThread:
+    """What another thread is doing."""
+
+    def __init__(self, future: Future[Any], what: str, timeout: float) -> None:
+        self._future = future
+        self._what = what
+        self._timeout = timeout
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self, timeout: float | None) -> None:
+        seconds = self._timeout if timeout is None else timeout
+        wait([self._future], seconds)
+        if not self._future.done():
+            raise CheckpointError(
+                f"{self._what} has not ended within {seconds:g} s; the disk is slow or hangs. A "
+                "longer timeout of the group gives it more time"
+            )
+
+
+def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
+    """Take a save from the writing of this rank's file to its commit.
+
+    Parameters
+    ----------
+    save : Save
+        What is being written.
+    group : ProcessGroup
+        The checkpoints' own.
+
+    Yields
+    ------
+    Waitable
+        What has to be over before the next step.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, with the same words, if a rank could not write.
+
+    Notes
+    -----
+    Nothing here depends on when the ranks ask: rank 0 gets one message from each rank and sends one
+    to each, on tags of their own.
+    """
+    yield _InThread(save.written, f"writing {save.directory}", group.timeout)
+    mine = _told(save.written, group.rank)
+    if group.rank:
+        sent = isend(_packed(mine), group, dst=0, tag=_RESULT)
+        answer = irecv(group, src=0, tag=_VERDICT)
+        yield sent
+        yield answer
+        problem = _unpacked(answer.wait())
+    else:
+        receives = [irecv(group, src=rank, tag=_RESULT) for rank in range(1, group.size)]
+        yield from receives
+        results = [mine, *(_unpacked(receive.wait()) for receive in receives)]
+        problem = _first_problem(results)
+        if problem is None:
+            assert save.header is not None, "rank 0 planned it"
+            manifest = _manifest(save.header, save.kinds, results)
+            view = save.submit(hdf5.create_view, save.directory / VIEW, manifest)
+            yield _InThread(view, f"writing {save.directory / VIEW}", group.timeout)
+            problem = _failure(view, 0) or _failure(done_here(commit, save.directory, manifest), 0)
+        if problem is not None:
+            shutil.rmtree(save.directory, ignore_errors=True)
+        verdict = _packed(problem)
+        yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
+    if problem is not None:
+        raise CheckpointError(
+            f"save of {save.directory} on group {group.name!r}: {problem}. There is no such "
+            "checkpoint, and earlier ones are as they were"
+        )
+
+
+def commit(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest: from then on the checkpoint exists.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the step; all other files are on disk.
+    manifest : Manifest
+        All of it.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; there is none then.
+    """
+    sync_directory(directory.parent)
+    path = directory / MANIFEST
+    replace_file(path, manifest.to_bytes())
+    try:
+        sync_directory(directory)
+    except OSError:
+        path.replace(temporary(path))
+        raise
+
+
+def _told(written: Future[Written], rank: int) -> JSON:
+    """Return what a rank tells rank 0 of its file."""
+    problem = _failure(written, rank)
+    if problem is not None:
+        return {"problem": problem}
+    result = written.result()
+    datasets = {name: (d.byte, d.shape) for name, d in result.file.datasets.items()}
+    return {
+        "file": (result.file.name, result.file.size, datasets),
+        "boxes": [(name, box.as_json()) for name, box in result.boxes],
+    }
+
+
+def _failure(future: Future[Any], rank: int) -> str | None:
+    error = future.exception()
+    return None if error is None else f"rank {rank} failed: {type(error).__name__}: {error}"
+
+
+def _first_problem(results: Sequence[JSON]) -> str | None:
+    return next((result["problem"] for result in results if "problem" in result), None)
+
+
+def _manifest(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON]) -> Manifest:
+    """Put together what the ranks have told."""
+    files = []
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in kinds}
+    for number, result in enumerate(results):
+        name, size, datasets = result["file"]
+        places = {key: StoredDataset(byte, tuple(shape)) for key, (byte, shape) in datasets.items()}
+        files.append(StoredFile(name, size, places))
+        for array, entry in result["boxes"]:
+            boxes[array].append(replace(StoredBox.from_json(entry), file=number))
+    arrays = {
+        name: StoredArray(dtype_of(kind.dtype), kind.shape, tuple(boxes[name]))
+        for name, kind in kinds.items()
+    }
+    created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return replace(header, created=created, files=tuple(files), arrays=arrays)
+
+
+def _packed(value: JSON) -> Array:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _unpacked(data: Array) -> JSON:
+    return json.loads(data.tobytes())

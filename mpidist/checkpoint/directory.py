@@ -1,0 +1,241 @@
+"""A directory of checkpoints: which steps are there, complete or in part."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mpidist.checkpoint.files import sync_directory, temporary
+from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest, StoredArray
+from mpidist.errors import CheckpointError, CheckpointNotFoundError
+
+__all__ = ["Checkpoint", "find", "latest", "list", "prune", "step_directory"]
+
+_STEP = re.compile(r"step-(\d{6,})")
+
+_STALE = 3600.0
+"""Seconds without a change after which a directory without a manifest, of a step beyond the newest
+complete one, is taken for what a killed job has left, and not for a save that is being written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes
+    ----------
+    directory : Path
+        Where its files are.
+
+    Notes
+    -----
+    Everything else is read from its manifest when it is asked for first, and verified: it may raise
+    the errors of `Manifest.from_bytes`.
+    """
+
+    directory: Path
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What it says of itself."""
+        path = self.directory / MANIFEST
+        try:
+            return Manifest.from_bytes(path.read_bytes(), path)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"{self.directory} holds no complete checkpoint: there is no {MANIFEST}"
+            ) from error
+
+    @property
+    def step(self) -> int:
+        """The step that it was saved at."""
+        return step_of(self.directory)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks that saved it."""
+        return self.manifest.world_size
+
+    @property
+    def created(self) -> str:
+        """When it was committed, ISO 8601, UTC."""
+        return self.manifest.created
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of mpidist and the libraries that wrote it."""
+        return self.manifest.versions
+
+    @property
+    def metadata(self) -> JSON:
+        """The user's own."""
+        return self.manifest.metadata
+
+    @property
+    def values(self) -> Mapping[str, JSON]:
+        """What is no array, by name."""
+        return self.manifest.values
+
+    @property
+    def arrays(self) -> Mapping[str, StoredArray]:
+        """Dtype, shape and boxes of its arrays, by name."""
+        return self.manifest.arrays
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def step_directory(path: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, or would be."""
+    return path / f"step-{step:06d}"
+
+
+def step_of(directory: Path) -> int:
+    """Undo `step_directory`; ValueError for other names."""
+    match = _STEP.fullmatch(directory.name)
+    if match is None:
+        raise ValueError(f"{directory} is not the directory of a step, such as step-000100")
+    return int(match[1])
+
+
+def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A001
+    """Return the complete checkpoints of a directory.
+
+    Parameters
+    ----------
+    path : path
+        Where `save` put them.
+
+    Returns
+    -------
+    list of Checkpoint
+        By step; none if the directory is not there. They exist; `verify` tells whether their files
+        are whole.
+
+    Notes
+    -----
+    Local.
+    """
+    return [Checkpoint(found) for found in _steps(Path(path)) if (found / MANIFEST).exists()]
+
+
+def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
+    """Return the complete checkpoint with the highest step, or None if there is none.
+
+    Notes
+    -----
+    Local. On several ranks the answers may differ while one is being committed; `load` asks once.
+    """
+    found = list(path)
+    return found[-1] if found else None
+
+
+def find(path: Path, step: int | str) -> Checkpoint:
+    """Return the checkpoint of a step, or of ``"latest"``.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is none; it says which there are.
+    """
+    if step != "latest" and not isinstance(step, int):
+        raise CheckpointNotFoundError(f"{path}: a step is a number, or 'latest'; got {step!r}")
+    there = list(path)
+    found = there[-1:] if step == "latest" else [c for c in there if c.step == step]
+    if found:
+        return found[0]
+    what = "any step" if step == "latest" else f"step {step}"
+    steps = ", ".join(str(c.step) for c in there[-5:]) or "none"
+    others = "" if path.is_dir() else "; there is no such directory"
+    raise CheckpointNotFoundError(
+        f"no complete checkpoint of {what} in {path}; complete are: {steps}{others}"
+    )
+
+
+def prune(path: str | os.PathLike[str], *, keep: int, stale: float = _STALE) -> builtins.list[Path]:
+    """Remove all checkpoints but the newest ones, and what killed saves have left.
+
+    Parameters
+    ----------
+    path : path
+        Where `save` puts them.
+    keep : int
+        How many complete ones stay, at least 1.
+    stale : float, optional
+        Seconds without a change after which a directory without a manifest counts as left by a
+        killed save, if its step is beyond the newest complete one: it may be a save under way.
+
+    Returns
+    -------
+    list of Path
+        What was removed.
+
+    Raises
+    ------
+    ValueError
+        If `keep` is less than 1.
+    CheckpointError
+        If something could not be removed.
+
+    Notes
+    -----
+    Local: to be called on one rank. The manifest goes first, so that whoever is killed here leaves
+    no checkpoint that looks complete.
+    """
+    if keep < 1:
+        raise ValueError(f"prune: keep must be at least 1, got {keep}; at least one must stay")
+    complete = [found.directory for found in list(path)]
+    partial = [found for found in _steps(Path(path)) if found not in complete]
+    newest = step_of(complete[-1]) if complete else -1
+    removed = []
+    for directory in (*complete[:-keep], *partial):
+        if directory in complete or step_of(directory) <= newest or _age(directory) >= stale:
+            remove(directory)
+            removed.append(directory)
+    return sorted(removed)
+
+
+def remove(directory: Path) -> None:
+    """Remove the directory of a step, the manifest first.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be.
+    """
+    manifest = directory / MANIFEST
+    try:
+        if manifest.exists():
+            manifest.replace(temporary(manifest))
+            sync_directory(directory)
+        shutil.rmtree(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be removed: {error}") from error
+
+
+def _steps(path: Path) -> builtins.list[Path]:
+    """Return the directories of steps, complete or not, by step."""
+    if not path.is_dir():
+        return []
+    return sorted(
+        (entry for entry in path.iterdir() if _STEP.fullmatch(entry.name) and entry.is_dir()),
+        key=step_of,
+    )
+
+
+def _age(directory: Path) -> float:
+    """Return the seconds since something in a directory changed."""
+    try:
+        times = [entry.stat().st_mtime for entry in (directory, *directory.iterdir())]
+    except FileNotFoundError:  # it is being written, or removed, right now
+        return 0.0
+    return time.time() - max(times)

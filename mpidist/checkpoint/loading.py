@@ -1,0 +1,322 @@
+"""`load` and `load_full`: into the arrays of any number of ranks, or into fresh ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mpidist.errors
+from mpidist._types import MAX, Array
+from mpidist.arrays import array_namespace, is_host
+from mpidist.boxes import Box
+from mpidist.checkpoint.directory import Checkpoint, find
+from mpidist.checkpoint.manifest import MANIFEST, Manifest
+from mpidist.checkpoint.reading import Files, Wanted, check_files, give, units_of
+from mpidist.checkpoint.saving import saver_of
+from mpidist.checkpoint.sharing import Alone, Readers, batches, readers_of, room
+from mpidist.checkpoint.state import FlatState, State, flatten, restore
+from mpidist.collectives import all_gather_object, all_reduce, broadcast_object
+from mpidist.errors import CheckpointError, CheckpointIncompatibleError, DistributedError
+from mpidist.group import ProcessGroup
+from mpidist.regions import region
+from mpidist.shards import ShardedArray
+
+__all__ = ["load", "load_full"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    state: State,
+    group: ProcessGroup,
+    *,
+    step: int | str = "latest",
+    verify: bool = True,
+) -> Checkpoint:
+    """Load a checkpoint into the arrays and objects of a state, on any number of ranks.
+
+    Parameters
+    ----------
+    path : path
+        Directory of checkpoints, which all ranks see.
+    state : State
+        What to load, under the names of `save`; what the checkpoint has besides is left. Arrays and
+        pieces of `ShardedArray` are filled where they are; objects are given what is theirs by
+        ``load_state_dict``, in the order of their names. Values are returned.
+    group : ProcessGroup
+        The ranks that load; as many as there are.
+    step : int or "latest", optional
+        Which one; the newest complete one when omitted.
+    verify : bool, optional
+        Whether to compare the digests of what is read.
+
+    Returns
+    -------
+    Checkpoint
+        What was loaded; its `values` are what was saved that is no array.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is none.
+    CheckpointCorruptError, CheckpointMissingShardError
+        If a file is damaged, cut off or missing. Arrays may have been filled in part.
+    CheckpointIncompatibleError
+        If a name, shape or dtype is another one than was saved, or an object does not take what was
+        saved, or the format is a later one.
+    CheckpointError
+        If a file cannot be read.
+    UnsupportedOperationError
+        If the state has something that cannot be kept.
+
+    All of them on every rank, with the same words.
+
+    Notes
+    -----
+    Collective over `group`; blocks. Rank 0 reads the manifest and broadcasts it. Each node reads
+    the tiles that its ranks need once, shared out over its ranks, which copy what they need from
+    memory that they share: 16 MiB per rank.
+    """
+    saver = saver_of(group)
+    saver.settle(0)
+    checkpoint, manifest = _found(Path(path), step, saver.group)
+    what = f"load of {checkpoint.directory} on {group}"
+    flat = FlatState()
+    targets = _Targets()
+
+    def match() -> None:
+        nonlocal flat, targets
+        flat = flatten(state)
+        targets = _matched(flat, manifest, checkpoint.directory)
+
+    together = saver.group
+    _all_or_none(match, together, what)
+    readers = readers_of(together)
+    with region("checkpoint read"), Files(checkpoint.directory, manifest, verify=verify) as files:
+        _all_or_none(lambda: _fill(files, manifest, targets, readers), together, what)
+    targets.finish()
+    _all_or_none(lambda: restore(state, targets.arrays, manifest.values), together, what)
+    return checkpoint
+
+
+def load_full(
+    path: str | os.PathLike[str],
+    *,
+    step: int | str = "latest",
+    names: Sequence[str] | None = None,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Load whole arrays and values into this process, without any group.
+
+    Parameters
+    ----------
+    path : path
+        Directory of checkpoints.
+    step : int or "latest", optional
+        Which one.
+    names : sequence of str, optional
+        Which arrays and values; all when omitted.
+    verify : bool, optional
+        Whether to compare the digests of what is read.
+
+    Returns
+    -------
+    dict of str to (Array or JSON value)
+        By name.
+
+    Raises
+    ------
+    CheckpointNotFoundError, CheckpointCorruptError, CheckpointMissingShardError
+        As `load`.
+    CheckpointIncompatibleError
+        If a name is not in the checkpoint.
+
+    Notes
+    -----
+    Local. Memory: the arrays, and 8 MiB.
+    """
+    checkpoint = find(Path(path), step)
+    manifest = checkpoint.manifest
+    check_files(checkpoint.directory, manifest)
+    names = [*manifest.values, *manifest.arrays] if names is None else names
+    unknown = [n for n in names if n not in manifest.values and n not in manifest.arrays]
+    if unknown:
+        raise CheckpointIncompatibleError(
+            f"load_full: {checkpoint.directory} has nothing named {unknown[:5]}; it has "
+            f"{sorted([*manifest.values, *manifest.arrays])[:10]}..."
+        )
+    targets = _Targets()
+    for name in names:
+        if name in manifest.arrays:
+            array = manifest.arrays[name]
+            targets.add(name, Box.whole(array.shape), np.empty(array.shape, array.dtype))
+    with Files(checkpoint.directory, manifest, verify=verify) as files:
+        _fill(files, manifest, targets, Alone())
+    whole = {name: pieces[0][1] for name, pieces in targets.pieces.items()}
+    return {name: whole[name] if name in whole else manifest.values[name] for name in names}
+
+
+@dataclass
+class _Targets:
+    """Where what is read goes to.
+
+    Attributes
+    ----------
+    pieces : dict of str to list of (Box, Array)
+        Host memory, by name of the array.
+    arrays : dict of str to (Array or ShardedArray)
+        What the objects of the state are given.
+    """
+
+    pieces: dict[str, list[tuple[Box, Array]]] = field(default_factory=dict)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    _copies: list[tuple[Array, Array]] = field(default_factory=list)
+
+    def add(self, name: str, box: Box, memory: Array) -> None:
+        """Have a part of an array read into some memory."""
+        self.pieces.setdefault(name, []).append((box, memory))
+
+    def take(self, name: str, box: Box, array: Array, *, inside: bool) -> Array:
+        """Have a part read into an array, or into another one if it cannot be written."""
+        if not is_host(array):
+            memory = np.empty(array.shape, array.dtype)
+            self._copies.append((array, memory))
+        elif array.flags.writeable:
+            memory = array
+        elif inside:
+            memory = array = np.empty(array.shape, array.dtype)
+        else:
+            raise CheckpointIncompatibleError(f"{name!r} is a read-only array; give one to fill")
+        self.add(name, box, memory)
+        return array
+
+    def wanted(self) -> list[Wanted]:
+        """Return what has to be read."""
+        return [Wanted(name, box) for name, pieces in self.pieces.items() for box, _ in pieces]
+
+    def finish(self) -> None:
+        """Copy to devices what was read for them."""
+        for array, memory in self._copies:
+            array[...] = array_namespace(array).asarray(memory)
+
+
+def _found(path: Path, step: int | str, group: ProcessGroup) -> tuple[Checkpoint, Manifest]:
+    """Let rank 0 find a checkpoint, and give all its manifest."""
+    problem: DistributedError | None = None
+    found: tuple[Path, bytes] | None = None
+    if group.rank == 0:
+        try:
+            checkpoint = find(path, step)
+            data = (checkpoint.directory / MANIFEST).read_bytes()
+            check_files(checkpoint.directory, Manifest.from_bytes(data, checkpoint.directory))
+            found = (checkpoint.directory, data)
+        except DistributedError as error:
+            problem = error
+        except OSError as error:
+            problem = CheckpointError(f"rank 0 cannot read {path}: {error}")
+    problem, found = broadcast_object((problem, found), group)
+    if problem is not None:
+        raise problem
+    assert found is not None, "rank 0 has found it"
+    directory, data = found
+    return Checkpoint(directory), Manifest.from_bytes(data, directory)
+
+
+def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
+    """Return where everything goes; refuse a state that the checkpoint does not have."""
+    problems = [f"{name}: not in it" for name in flat.values if name not in manifest.values]
+    targets = _Targets()
+    for name, array in flat.arrays.items():
+        stored = manifest.arrays.get(name)
+        if stored is None:
+            problems.append(f"{name}: not in it")
+        elif (stored.shape, stored.dtype) != (tuple(array.shape), array.dtype.newbyteorder("=")):
+            problems.append(
+                f"{name}: expected {array.dtype}{list(array.shape)}, saved was "
+                f"{stored.dtype}{list(stored.shape)}"
+            )
+        elif isinstance(array, ShardedArray):
+            inside = name in flat.inside
+            pieces = {
+                box: targets.take(name, box, piece, inside=inside)
+                for box, piece in array.pieces.items()
+            }
+            targets.arrays[name] = ShardedArray(array.shape, array.dtype, pieces)
+        else:
+            whole = Box.whole(array.shape)
+            inside = name in flat.inside
+            targets.arrays[name] = targets.take(name, whole, array, inside=inside)
+    problems += _left_over(flat, manifest)
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointIncompatibleError(
+            f"{directory} is of another state; nothing was changed:\n  "
+            + "\n  ".join(problems[:20])
+            + more
+        )
+    return targets
+
+
+def _left_over(flat: FlatState, manifest: Manifest) -> Iterator[str]:
+    """Say what was saved of an object that the object does not have."""
+    for name in (*manifest.arrays, *manifest.values):
+        parent = name
+        while "/" in parent and parent not in flat.objects:
+            parent = parent.rpartition("/")[0]
+        if parent in flat.objects and name not in flat.arrays and name not in flat.values:
+            yield f"{name}: saved, but {parent!r} has no such part"
+
+
+def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers) -> None:
+    """Read, with others, what all of them want, and copy what is wanted here."""
+    units = units_of(manifest, readers.union(targets.wanted()))
+    shares = batches(units, readers.size)
+    problem: Exception | None = None
+    for turn in range(max(map(len, shares))):
+        mine = shares[readers.rank]
+        try:
+            if turn < len(mine):
+                memory = readers.slot(readers.rank, turn)
+                for unit, place in _places(mine[turn]):
+                    files.load(unit, memory[place:])
+            files.expect(mine[turn + 1] if turn + 1 < len(mine) else ())
+        except (DistributedError, OSError) as error:
+            problem = error
+        if readers.meet(failed=problem is not None):
+            break
+        for rank, share in enumerate(shares):
+            if turn < len(share):
+                memory = readers.slot(rank, turn)
+                for unit, place in _places(share[turn]):
+                    give(manifest, unit, files.shaped(unit, memory[place:]), targets.pieces)
+    if problem is not None:
+        raise problem
+
+
+def _places(batch: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+    """Yield units, and where in a slot each begins."""
+    place = 0
+    for unit in batch:
+        yield unit, place
+        place += room(unit)
+
+
+def _all_or_none(action: Callable[[], None], group: ProcessGroup, what: str) -> None:
+    """Do something on every rank; if one fails, raise on all what the first one raised."""
+    problem: tuple[str, str] | None = None
+    try:
+        action()
+    except DistributedError as error:
+        problem = (type(error).__name__, str(error))
+    except Exception as error:  # noqa: BLE001  # told to all ranks, which would wait else
+        problem = (CheckpointError.__name__, f"{type(error).__name__}: {error}")
+    if not all_reduce(np.array(problem is not None, np.int32), group, op=MAX):
+        return
+    problems = all_gather_object(problem, group)
+    rank, (name, words) = next((r, p) for r, p in enumerate(problems) if p is not None)
+    kind: type[DistributedError] = getattr(mpidist.errors, name)
+    raise kind(f"{what}: rank {rank}: {words}")

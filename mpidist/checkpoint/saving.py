@@ -1,0 +1,388 @@
+"""`save` and `save_async`: plan together, write alone, agree, commit."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from operator import index
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from mpidist.arrays import to_host
+from mpidist.checkpoint.commit import Save, Waitable, steps_of
+from mpidist.checkpoint.directory import Checkpoint, remove, step_directory
+from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest
+from mpidist.checkpoint.plan import Assignment, Declaration, Plan, make_plan, part_of
+from mpidist.checkpoint.staging import Staging
+from mpidist.checkpoint.state import FlatState, State, flatten
+from mpidist.checkpoint.versions import versions
+from mpidist.checkpoint.worker import Worker, done_here
+from mpidist.checkpoint.writing import Piece, shard_name, write_file
+from mpidist.collectives import broadcast_object, gather_object, scatter_object
+from mpidist.errors import CheckpointAsyncError, CheckpointError, DistributedError
+from mpidist.group import ProcessGroup
+from mpidist.regions import region
+
+__all__ = ["CheckpointFuture", "save", "save_async", "saver_of"]
+
+
+def save(
+    path: str | os.PathLike[str],
+    state: State,
+    group: ProcessGroup,
+    *,
+    step: int,
+    metadata: JSON = None,
+) -> Checkpoint:
+    """Save a state: each rank writes its part, and the checkpoint exists when all have.
+
+    Parameters
+    ----------
+    path : path
+        Directory of checkpoints, which all ranks see; made if missing. This one is put into
+        ``step-000100`` in it, for step 100.
+    state : State
+        What is kept, by name. Arrays of the same name on several ranks must be the same and are
+        written once, shared out over these ranks; `ShardedArray` says what a rank holds of one that
+        is split. Values must be the same on all ranks that have the name.
+    group : ProcessGroup
+        The ranks that save.
+    step : int
+        At least 0.
+    metadata : JSON value, optional
+        What else shall be known of it; rank 0's is kept.
+
+    Returns
+    -------
+    Checkpoint
+        Complete and on disk.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, with the same words, if there is a complete checkpoint of this step, or if
+        any rank could not write. Earlier checkpoints are as they were.
+    CheckpointAsyncError
+        On every rank, if an earlier `save_async` failed and nobody has been told.
+    CollectiveMismatchError, SizeMismatchError, UnsupportedOperationError
+        On every rank, before anything is written: if the ranks differ, the boxes of an array do not
+        cover it, or something cannot be kept.
+
+    Notes
+    -----
+    Collective over `group`; blocks until the checkpoint is on disk. Rank 0 gathers what all hold
+    (of names that all ranks hold whole, 16 bytes per rank), and what they have written (about 100
+    bytes per array, 11 per 256 KiB of it). Memory: one block of 8 MiB per rank.
+
+    See [Note: commit] in `mpidist.checkpoint.commit`.
+    """
+    return _begin(path, state, group, step, metadata, in_flight=0).wait()
+
+
+def save_async(
+    path: str | os.PathLike[str],
+    state: State,
+    group: ProcessGroup,
+    *,
+    step: int,
+    metadata: JSON = None,
+    in_flight: int = 1,
+) -> CheckpointFuture:
+    """Copy a state, and save the copy while the program goes on.
+
+    Parameters
+    ----------
+    path, state, group, step, metadata
+        As for `save`.
+    in_flight : int, optional
+        Most saves that may be under way, this one included; the call waits for earlier ones first.
+
+    Returns
+    -------
+    CheckpointFuture
+        To ask, or to wait, for the end. It may be dropped: the next save of the group, its
+        `progress` and its `close`, and the end of the job take it on.
+
+    Raises
+    ------
+    Same as `save`
+        What concerns writing comes later: from the future, or the next save, as
+        CheckpointAsyncError.
+
+    Notes
+    -----
+    Collective over `group`; blocks for planning and copying. A thread of each rank writes its file;
+    it never communicates. The rest happens in this thread, inside `CheckpointFuture.done` and
+    `wait`, the group's `progress` and `close`, and its next save. Memory: a copy of what this rank
+    writes, which is kept for the next save.
+    """
+    if in_flight < 1:
+        raise ValueError(f"save_async: in_flight must be at least 1, got {in_flight}")
+    return _begin(path, state, group, step, metadata, in_flight=in_flight)
+
+
+class CheckpointFuture:
+    """A save under way; see `save_async`."""
+
+    def __init__(self, saver: Saver, save: Save, *, beside: bool) -> None:
+        self._saver = saver
+        self._save = save
+        self._beside = beside
+        self._steps: Iterator[Waitable] = steps_of(save, saver.group)
+        self._current: Waitable | None = None
+        self._over = False
+        self._error: Exception | None = None
+        self.told = False
+
+    @property
+    def directory(self) -> Path:
+        """Where it is being written."""
+        return self._save.directory
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and there is no checkpoint."""
+        return self._error is not None
+
+    def done(self) -> bool:
+        """Drive the save as far as it goes now, and return whether it is over.
+
+        Returns
+        -------
+        bool
+            Whether `wait` will return, or raise, at once.
+
+        Notes
+        -----
+        Does not block, but that rank 0 writes and syncs the manifest in it, once.
+        """
+        while not self._over:
+            if self._current is not None and not self._current.done():
+                return False
+            self._advance()
+        return True
+
+    def wait(self, timeout: float | None = None) -> Checkpoint:
+        """Return when the checkpoint is complete.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds for each of the steps; the group's when omitted.
+
+        Returns
+        -------
+        Checkpoint
+            On disk.
+
+        Raises
+        ------
+        CheckpointAsyncError, CheckpointError
+            If a rank could not write; on every rank, with the same words, from `save_async` and
+            from `save`.
+        """
+        self.end(timeout)
+        self.told = True
+        if self._error is not None:
+            raise self._error
+        return Checkpoint(self._save.directory)
+
+    def end(self, timeout: float | None = None) -> None:
+        """Take the save to its end; keep for `wait` what it raises."""
+        while not self._over:
+            if self._current is not None:
+                self._current.wait(timeout)
+            self._advance()
+
+    def _advance(self) -> None:
+        """Take the next step, all that is waited for being over."""
+        try:
+            self._current = next(self._steps, None)
+            self._over = self._current is None
+        except CheckpointError as error:
+            self._over = True
+            self._error = CheckpointAsyncError(str(error)) if self._beside else error
+        if self._over:
+            self._saver.forget(self)
+
+
+class Saver:
+    """The saves of a group: its own communicator, its thread, what is in flight."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group.duplicate(f"{group.name}/checkpoint")
+        self.worker = Worker("mpidist checkpoint")
+        self.staging = Staging()
+        self.pending: deque[CheckpointFuture] = deque()
+        self._failed: deque[CheckpointFuture] = deque()
+
+    def forget(self, future: CheckpointFuture) -> None:
+        """Note that a save is over."""
+        self.pending.remove(future)
+        if future.failed:
+            self._failed.append(future)
+
+    def settle(self, most: int) -> None:
+        """Wait until at most so many saves are in flight; raise what nobody has been told."""
+        while len(self.pending) > most:
+            self.pending[0].end()
+        while self._failed:
+            future = self._failed.popleft()
+            if not future.told:
+                future.wait()
+
+    def progress(self) -> None:
+        """Drive what is in flight."""
+        for future in tuple(self.pending):
+            if not future.done():
+                return  # they end in order
+
+    def close(self) -> None:
+        """Wait for what is in flight."""
+        self.settle(0)
+        self.group.close()
+
+
+def saver_of(group: ProcessGroup) -> Saver:
+    """Return the saves of a group; collective when first called."""
+    return group.companion("checkpoint", lambda: Saver(group))
+
+
+class _Order(NamedTuple):
+    """What rank 0 tells a rank."""
+
+    problem: DistributedError | None
+    id: str
+    assignment: Assignment
+
+
+def _begin(
+    path: str | os.PathLike[str],
+    state: State,
+    group: ProcessGroup,
+    step: int,
+    metadata: JSON,
+    *,
+    in_flight: int,
+) -> CheckpointFuture:
+    """Plan a save and start it; in flight 0 is in this thread, without a copy."""
+    saver = saver_of(group)
+    saver.settle(max(in_flight - 1, 0))
+    directory = step_directory(Path(path), index(step))
+    with region("checkpoint plan"):
+        flat, plan, order = _agree(state, saver, directory)
+    parts = {part: part_of(flat.arrays[part.name], part) for part in order.assignment}
+    if in_flight:
+        with region("checkpoint copy"):
+            pieces = saver.staging.copy(parts)
+    else:
+        pieces = [Piece(part.name, part.box, to_host(data)) for part, data in parts.items()]
+    attributes: dict[str, Any] = {
+        "id": order.id,
+        "step": step,
+        "rank": group.rank,
+        "world_size": group.size,
+    }
+    args = (directory / shard_name(group.rank), pieces, attributes)
+    header = None
+    if plan is not None:
+        header = Manifest(
+            id=order.id,
+            step=step,
+            created="",
+            world_size=group.size,
+            versions=versions(),
+            crossovers=asdict(group.crossovers),
+            metadata=metadata,
+            values=plan.values,
+        )
+    submit = saver.worker.submit if in_flight else done_here
+    with region("checkpoint write"):
+        written = submit(write_file, *args)
+    if in_flight:
+        written.add_done_callback(lambda _: saver.staging.release(pieces))
+    kinds = {} if plan is None else plan.kinds
+    save = Save(directory, header, kinds, written, submit)
+    future = CheckpointFuture(saver, save, beside=bool(in_flight))
+    saver.pending.append(future)
+    return future
+
+
+def _agree(state: State, saver: Saver, directory: Path) -> tuple[FlatState, Plan | None, _Order]:
+    """Plan a save with all ranks; the plan itself is rank 0's."""
+    group = saver.group
+    problem: Exception | None = None
+    flat = FlatState()
+    try:
+        flat = flatten(state)
+    except DistributedError as error:
+        problem = type(error)(f"rank {group.rank}: {error}")
+    declared = Declaration.of(flat)
+    common = xxhash.xxh3_128_digest(_text(declared).encode())
+    told = gather_object((problem, common, declared.sharded), group)
+    # Most often all ranks hold the same names whole, and one list of them is enough.
+    others = None if told is None else [r for r, (_, key, _) in enumerate(told) if key != common]
+    others = broadcast_object(others, group)
+    lists = gather_object(declared if group.rank in others else None, group) if others else None
+    plan, orders = None, None
+    if told is not None:
+        declarations = [
+            lists[rank]
+            if lists is not None and rank in others
+            else Declaration(declared.whole, sharded, declared.values)
+            for rank, (_, _, sharded) in enumerate(told)
+        ]
+        problems = [error for error, _, _ in told if error is not None]
+        plan, orders = _decide(declarations, problems, saver, directory)
+    order: _Order = scatter_object(orders, group)
+    if order.problem is not None:
+        raise order.problem
+    return flat, plan, order
+
+
+def _text(declared: Declaration) -> str:
+    """Return a text that is the same exactly where whole arrays and values are."""
+    values = sorted(declared.values.items(), key=lambda item: item[0])
+    return repr((sorted(declared.whole.items()), values))
+
+
+def _decide(
+    declarations: list[Declaration],
+    problems: list[DistributedError],
+    saver: Saver,
+    directory: Path,
+) -> tuple[Plan | None, list[_Order]]:
+    """Make the plan and the directory, on rank 0."""
+    identity = uuid.uuid4().hex
+    plan = None
+    try:
+        if problems:
+            raise problems[0]
+        plan = make_plan(declarations)
+        _make_room(saver, directory)
+    except DistributedError as error:
+        words = f"save of {directory} on {saver.group}: {error}"
+        return None, [_Order(type(error)(words), "", [])] * len(declarations)
+    return plan, [_Order(None, identity, assignment) for assignment in plan.assignments]
+
+
+def _make_room(saver: Saver, directory: Path) -> None:
+    """Make the directory of a step, or empty one that a killed save has left."""
+    if any(future.directory == directory for future in saver.pending):
+        raise CheckpointError("an earlier save of this step is still under way; wait for it")
+    if (directory / MANIFEST).exists():
+        raise CheckpointError(
+            "there is a complete checkpoint of this step, which is never overwritten; save to "
+            "another directory or step, or remove that one first"
+        )
+    try:
+        if directory.exists():
+            remove(directory)
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error

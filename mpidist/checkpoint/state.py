@@ -1,0 +1,214 @@
+"""What a checkpoint holds of a program: arrays and values by name, out of objects and back in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays import DTYPES, is_array
+from mpidist.checkpoint.manifest import JSON
+from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
+from mpidist.shards import ShardedArray
+
+__all__ = ["FlatState", "State", "Stateful", "flatten", "restore"]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object that can be saved: modules, optimizers, samplers, anyone's own."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return all that it needs to go on.
+
+        Returns
+        -------
+        mapping of str to Any
+            Arrays (they may be the living ones), `ShardedArray`, JSON values, mappings of such.
+        """
+
+    def load_state_dict(self, state: Any, /) -> object:
+        """Go on from what `state_dict` returned, perhaps in another process."""
+
+
+State: TypeAlias = Mapping[str, Any]
+"""What is saved, by name: arrays, `ShardedArray`, JSON values, `numpy.random.Generator`, objects
+that are `Stateful`, and mappings of such."""
+
+
+@dataclass
+class FlatState:
+    """A state as a checkpoint keeps it: one name for each array and each value.
+
+    Attributes
+    ----------
+    arrays : dict of str to (Array or ShardedArray)
+        The arrays themselves, not copies.
+    values : dict of str to JSON value
+        All else.
+    inside : set of str
+        Names of what belongs to an object, which takes it by `load_state_dict`.
+    objects : set of str
+        Names of the objects.
+    """
+
+    arrays: dict[str, Array | ShardedArray] = field(default_factory=dict)
+    values: dict[str, JSON] = field(default_factory=dict)
+    inside: set[str] = field(default_factory=set)
+    objects: set[str] = field(default_factory=set)
+
+
+class _GeneratorState:
+    """A random generator of numpy, as other objects with a state are."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._bits = generator.bit_generator
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self._bits.state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        try:
+            self._bits.state = state
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"the state of a {type(self._bits).__name__}: {error}") from error
+
+
+def flatten(state: State) -> FlatState:
+    """Take a state apart.
+
+    Parameters
+    ----------
+    state : State
+        What is to be saved, or loaded into.
+
+    Returns
+    -------
+    FlatState
+        Names inside objects and mappings are joined by ``/``. A mapping with no array in it is one
+        value.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If something is of a kind or dtype that cannot be kept, or a name is none or comes twice.
+    """
+    flat = FlatState()
+    for name, value in state.items():
+        _add(flat, _checked(name), value)
+    for name in flat.arrays:
+        # A dataset cannot be a group, and two names must not become one.
+        parent = name
+        while "/" in parent:
+            parent = parent.rpartition("/")[0]
+            if parent in flat.arrays:
+                raise UnsupportedOperationError(
+                    f"checkpoint: {parent!r} is an array, so that {name!r} cannot be inside it; "
+                    "rename one"
+                )
+    return flat
+
+
+def _add(flat: FlatState, name: str, value: Any) -> None:
+    if isinstance(value, np.random.Generator):
+        value = _GeneratorState(value)
+    if is_array(value) or isinstance(value, ShardedArray):
+        if value.dtype not in DTYPES:
+            raise UnsupportedOperationError(
+                f"checkpoint: {name!r} has dtype {value.dtype}, which a checkpoint cannot "
+                "keep; convert it to numbers first"
+            )
+        _put(flat.arrays, flat, name, value)
+    elif isinstance(value, Stateful):
+        flat.objects.add(name)
+        before = flat.arrays.keys() | flat.values.keys()
+        _add(flat, name, value.state_dict())
+        flat.inside |= (flat.arrays.keys() | flat.values.keys()) - before
+    elif isinstance(value, Mapping) and _holds_arrays(value):
+        for key, item in value.items():
+            _add(flat, f"{name}/{_checked(key)}", item)
+    else:
+        _put(flat.values, flat, name, _as_json(name, value))
+
+
+def _put(where: dict[str, Any], flat: FlatState, name: str, value: Any) -> None:
+    if name in flat.arrays or name in flat.values:
+        raise UnsupportedOperationError(f"checkpoint: the name {name!r} comes twice; rename one")
+    where[name] = value
+
+
+def _checked(name: object) -> str:
+    """Return a name that may be a path in an HDF5 file."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise UnsupportedOperationError(
+            f"checkpoint: {name!r} cannot be a name; expected text whose parts between '/' are "
+            "neither empty nor '.' nor '..'"
+        )
+    return str(name)
+
+
+def _holds_arrays(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_arrays, value.values()))
+    return is_array(value) or isinstance(value, (ShardedArray, Stateful, np.random.Generator))
+
+
+def _as_json(name: str, value: Any) -> JSON:
+    """Return a value as JSON would give it back; tuples become lists, numpy's numbers Python's."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return _as_json(name, value.item())
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(f"{name}/{key}", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    raise UnsupportedOperationError(
+        f"checkpoint: {name!r} is a {type(value).__module__}.{type(value).__qualname__}; expected "
+        "an array, a ShardedArray, a JSON value, a numpy.random.Generator, or an object with "
+        "state_dict and load_state_dict"
+    )
+
+
+def restore(state: State, arrays: Mapping[str, Any], values: Mapping[str, JSON]) -> None:
+    """Give the objects of a state what has been loaded, in the order of their names.
+
+    Parameters
+    ----------
+    state : State
+        As `flatten` took it apart.
+    arrays, values : mapping
+        What a checkpoint has under the names of `flatten`.
+
+    Raises
+    ------
+    CheckpointIncompatibleError
+        If an object refuses it.
+    """
+    for name in sorted(state):
+        _restore(name, state[name], arrays, values)
+
+
+def _restore(name: str, value: Any, arrays: Mapping[str, Any], values: Mapping[str, JSON]) -> Any:
+    """Return what stands for `value` in the state dict that holds it."""
+    if isinstance(value, np.random.Generator):
+        value = _GeneratorState(value)
+    if is_array(value) or isinstance(value, ShardedArray):
+        return arrays[name]
+    if isinstance(value, Stateful):
+        loaded = _restore(name, value.state_dict(), arrays, values)
+        try:
+            value.load_state_dict(loaded)
+        except ValueError as error:
+            raise CheckpointIncompatibleError(
+                f"load: {name!r} does not take what was saved under this name: {error}; make it "
+                "with the arguments of the run that was saved"
+            ) from error
+        return loaded
+    if isinstance(value, Mapping) and _holds_arrays(value):
+        return {key: _restore(f"{name}/{key}", item, arrays, values) for key, item in value.items()}
+    return values[name]

@@ -1,0 +1,147 @@
+"""Tiles: how a stored box is cut so that any part of it can be verified alone.
+
+A tile is the unit that has a digest. It is small enough that reading a part of a box, widened to
+whole tiles, reads little more than that part: a cut between rows costs at most a tile, a cut
+between columns at most 4 KiB per row, which is what a file system would read of it anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import xxhash
+
+from mpidist._types import Array
+from mpidist.arrays import as_bytes
+from mpidist.boxes import Box
+
+__all__ = ["DIGEST_BYTES", "Tiling", "digest", "digests_of"]
+
+DIGEST_BYTES = 8
+"""Bytes of a digest: XXH3, 64 bits, in its canonical (big-endian) form."""
+
+_TILE = 1 << 18
+"""Most bytes of a tile, but for one element that is larger."""
+
+_RUN = 1 << 12
+"""Bytes that lie side by side in a tile, at least; where the box has so many."""
+
+
+class Tiling:
+    """The tiles of a box.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Of the box.
+    itemsize : int
+        Bytes of an element.
+
+    Attributes
+    ----------
+    sizes, tile : tuple of int
+        Of the box, and of a tile; the last one in a dimension may be smaller.
+    grid : tuple of int
+        Number of tiles in each dimension. They are numbered in C order.
+    cut : int
+        The innermost dimension that may be cut: all behind it are whole in every tile.
+    """
+
+    def __init__(self, sizes: Sequence[int], itemsize: int) -> None:
+        self.sizes = tuple(sizes)
+        self.itemsize = itemsize
+        self.tile, self.cut = _tile(self.sizes, itemsize)
+        self.grid = tuple(
+            -(-size // max(part, 1)) for size, part in zip(self.sizes, self.tile, strict=True)
+        )
+
+    @cached_property
+    def count(self) -> int:
+        """Number of tiles; none of an empty box, one of a 0-d array."""
+        return prod(self.grid)
+
+    def box(self, number: int) -> Box:
+        """Return what a tile covers, counted from the first index of the box."""
+        return self.span([int(index) for index in np.unravel_index(number, self.grid)], 1)
+
+    def span(self, index: Sequence[int], length: int) -> Box:
+        """Return what so many tiles cover that follow each other along dimension `cut`."""
+        lengths = [1] * len(index)
+        if lengths:
+            lengths[self.cut] = length
+        offsets = tuple(i * part for i, part in zip(index, self.tile, strict=True))
+        stops = tuple(
+            min((i + n) * part, size)
+            for i, n, part, size in zip(index, lengths, self.tile, self.sizes, strict=True)
+        )
+        return Box(offsets, tuple(b - a for a, b in zip(offsets, stops, strict=True)))
+
+    def covering(self, region: Box) -> Array:
+        """Return the numbers of the tiles that a region touches, ascending, int64."""
+        if region.empty or not self.count:
+            return np.empty(0, np.int64)
+        if region.sizes == self.sizes:
+            return np.arange(self.count)
+        ranges = [
+            np.arange(start // part, -(-stop // part))
+            for start, stop, part in zip(region.offsets, region.stops, self.tile, strict=True)
+        ]
+        return np.ravel_multi_index(np.ix_(*ranges), self.grid).reshape(-1)
+
+
+def _tile(sizes: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], int]:
+    """Return the sizes of a tile, and the innermost dimension that it may cut."""
+    most = max(_TILE // itemsize, 1)
+    if prod(sizes) <= most:
+        return sizes, 0
+    run, inner, cut = max(_RUN // itemsize, 1), 1, len(sizes) - 1
+    while inner * sizes[cut] <= run:
+        inner *= sizes[cut]
+        cut -= 1
+    tile = list(sizes)
+    tile[cut] = max(run // inner, 1)
+    left = most // (inner * tile[cut])
+    for dimension in reversed(range(cut)):
+        tile[dimension] = min(sizes[dimension], max(left, 1))
+        left //= tile[dimension]
+    tile[cut] = min(sizes[cut], tile[cut] * max(left, 1))  # what no outer dimension has used
+    return tuple(tile), cut
+
+
+def digests_of(array: Array, tiling: Tiling | None = None) -> bytes:
+    """Return the digests of the tiles of an array, one behind the other.
+
+    Parameters
+    ----------
+    array : Array
+        Host memory, little-endian; need not be contiguous.
+    tiling : Tiling, optional
+        Of the array's shape; made when omitted.
+
+    Returns
+    -------
+    bytes
+        `DIGEST_BYTES` per tile, in the order of their numbers. The digest of a tile is that of its
+        elements in C order.
+
+    References
+    ----------
+    Collet, XXH3, as of the xxHash specification 0.2.0 (the xxhash package).
+    """
+    tiling = tiling or Tiling(array.shape, array.dtype.itemsize)
+    if tiling.count == 1:
+        return digest(array)
+    return b"".join(digest(part) for part in _parts(array, tiling))
+
+
+def _parts(array: Array, tiling: Tiling) -> Iterator[Array]:
+    for index in np.ndindex(*tiling.grid):
+        yield array[tiling.span(index, 1).slices]
+
+
+def digest(part: Array) -> bytes:
+    """Return the digest of the elements of one tile."""
+    return xxhash.xxh3_64_digest(as_bytes(np.ascontiguousarray(part)).data)

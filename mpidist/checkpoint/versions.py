@@ -1,0 +1,22 @@
+"""What wrote a checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+
+from mpidist.checkpoint import hdf5
+
+__all__ = ["versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of mpidist and of what it stands on."""
+    try:
+        own = version("mpidist")
+    except PackageNotFoundError:  # run from a checkout
+        own = "unknown"
+    python = platform.python_version()
+    return {"mpidist": own, "numpy": np.__version__, "python": python} | hdf5.versions()

@@ -1,0 +1,57 @@
+"""The thread of a rank that writes while the program goes on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["Worker", "done_here"]
+
+T = TypeVar("T")
+
+
+class Worker:
+    """A thread that does what it is given, in order; it is started with the first thing to do.
+
+    Notes
+    -----
+    Not an executor of the standard library: those take nothing any more once the interpreter ends,
+    and that is when a job waits for its last save.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
+        """Have a function called in the thread, after all that was given before."""
+        future: Future[T] = Future()
+        self._tasks.put(lambda: _settle(future, call, *args))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            self._tasks.get()()
+
+
+def done_here(call: Callable[..., T], *args: Any) -> Future[T]:
+    """Call a function at once, in this thread; what it raises is kept like its result."""
+    future: Future[T] = Future()
+    _settle(future, call, *args)
+    return future
+
+
+def _settle(future: Future[T], call: Callable[..., T], *args: Any) -> None:
+    try:
+        result = call(*args)
+    except Exception as error:  # noqa: BLE001  # raised where the result is asked for
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,213 @@
+"""One rank's file: its parts laid out, written, synced, and given its name."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpidist._types import Array, DType
+from mpidist.arrays import as_bytes
+from mpidist.boxes import Box
+from mpidist.checkpoint import hdf5
+from mpidist.checkpoint.files import sync_directory, temporary, write_at
+from mpidist.checkpoint.manifest import ALIGNMENT, StoredBox, StoredDataset, StoredFile
+from mpidist.checkpoint.tiles import digests_of
+
+__all__ = ["Piece", "Written", "shard_name", "write_file"]
+
+_BLOCK = 1 << 23
+"""Bytes that are gathered before they are written, where they do not lie side by side already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an array, in memory.
+
+    Attributes
+    ----------
+    name : str
+        Of the array.
+    box : Box
+        Which part.
+    data : Array
+        Its elements, of the box's sizes; host memory. Need not be contiguous.
+    """
+
+    name: str
+    box: Box
+    data: Array
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is complete and on disk.
+
+    Attributes
+    ----------
+    file : StoredFile
+        The file.
+    boxes : list of (str, StoredBox)
+        What lies in it, by name of the array; `StoredBox.file` is to be set.
+    """
+
+    file: StoredFile
+    boxes: list[tuple[str, StoredBox]]
+
+
+def shard_name(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}.h5"
+
+
+def write_file(path: Path, pieces: Sequence[Piece], attributes: Mapping[str, str | int]) -> Written:
+    """Write a file with these pieces.
+
+    Parameters
+    ----------
+    path : Path
+        Its directory must exist.
+    pieces : sequence of Piece
+        What goes into it; there may be none.
+    attributes : mapping of str to (str or int)
+        Of the file.
+
+    Returns
+    -------
+    Written
+        When it is on disk, under its name, and the directory is, too.
+
+    Raises
+    ------
+    OSError
+        If it cannot be; a part of it may be there under its temporary name.
+
+    Notes
+    -----
+    Local. Memory: one block of 8 MiB. Digests are computed while the disk works.
+    """
+    # What is packed comes first, each dtype in one go.
+    pieces = sorted(pieces, key=lambda piece: (piece.data.nbytes >= ALIGNMENT, _kind(piece)))
+    datasets, boxes = _lay_out(pieces)
+    part = temporary(path)
+    shapes = [(name, shape, dtype) for name, (shape, dtype) in datasets.items()]
+    begins = hdf5.create_file(part, shapes, attributes)
+    descriptor = os.open(part, os.O_RDWR)
+    try:
+        for data, offset in _stream(pieces, boxes, begins):
+            write_at(descriptor, data, offset)
+        size = os.fstat(descriptor).st_size
+        synced = _in_thread(os.fsync, descriptor)
+        digests = [digests_of(_little(piece.data)) for piece in pieces]
+        synced.result()
+    finally:
+        os.close(descriptor)
+    os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
+    sync_directory(path.parent)
+    stored = StoredFile(
+        path.name,
+        size,
+        {name: StoredDataset(begins[name], shape) for name, (shape, _) in datasets.items()},
+    )
+    found = [
+        (piece.name, StoredBox(piece.box, 0, dataset, first, digest))
+        for piece, (dataset, first), digest in zip(pieces, boxes, digests, strict=True)
+    ]
+    return Written(stored, found)
+
+
+def _lay_out(
+    pieces: Sequence[Piece],
+) -> tuple[dict[str, tuple[tuple[int, ...], DType]], list[tuple[str, int]]]:
+    """Return the datasets with shape and dtype, and the dataset and place in it of each piece."""
+    packed: dict[str, int] = {}
+    dtypes: dict[str, DType] = {}
+    datasets: dict[str, tuple[tuple[int, ...], DType]] = {}
+    boxes = []
+    for piece in pieces:
+        if piece.data.nbytes >= ALIGNMENT:
+            name = f"{piece.name}{_words(piece.box)}"
+            datasets[name] = (piece.box.sizes, piece.data.dtype)
+            boxes.append((name, 0))
+        else:
+            name = f"packed/{_kind(piece)}"
+            boxes.append((name, packed.get(name, 0)))
+            packed[name] = packed.get(name, 0) + piece.box.count
+            dtypes[name] = piece.data.dtype
+    for name, count in packed.items():
+        datasets[name] = ((count,), dtypes[name])
+    return datasets, boxes
+
+
+def _kind(piece: Piece) -> str:
+    return str(piece.data.dtype.newbyteorder("="))
+
+
+def _words(box: Box) -> str:
+    """Return a box as numpy's index is written: [0:512, 0:1024]."""
+    ranges = zip(box.offsets, box.stops, strict=True)
+    return f"[{', '.join(f'{start}:{stop}' for start, stop in ranges)}]"
+
+
+def _stream(
+    pieces: Sequence[Piece], boxes: Sequence[tuple[str, int]], begins: Mapping[str, int]
+) -> Iterator[tuple[Array, int]]:
+    """Yield what is to be written, and where; small pieces that follow each other together."""
+    block = np.empty(0, np.uint8)
+    filled, begin = 0, 0
+    for piece, (dataset, first) in zip(pieces, boxes, strict=True):
+        data = _little(piece.data)
+        offset = begins[dataset] + first * data.dtype.itemsize
+        if data.nbytes >= ALIGNMENT and data.flags.c_contiguous:
+            yield as_bytes(data), offset
+            continue
+        for chunk in _chunks(data):
+            if filled and (offset != begin + filled or filled + chunk.nbytes > _BLOCK):
+                yield block[:filled], begin
+                filled = 0
+            if not filled:
+                begin = offset
+            if not block.size:
+                block = np.empty(_BLOCK, np.uint8)
+            block[filled : filled + chunk.nbytes] = as_bytes(np.ascontiguousarray(chunk))
+            filled += chunk.nbytes
+            offset += chunk.nbytes
+    if filled:
+        yield block[:filled], begin
+
+
+def _chunks(data: Array) -> Iterator[Array]:
+    """Cut an array into parts of at most a block, in C order."""
+    if data.nbytes <= _BLOCK:
+        yield data
+    elif len(data) == 1:
+        yield from _chunks(data[0])
+    else:
+        rows = max(_BLOCK * len(data) // data.nbytes, 1)
+        for start in range(0, len(data), rows):
+            yield from _chunks(data[start : start + rows])
+
+
+def _little(data: Array) -> Array:
+    """Return the elements in the order of bytes in which they are stored."""
+    return data.astype(data.dtype.newbyteorder("<"), copy=False)
+
+
+def _in_thread(call: Callable[..., None], *args: object) -> Future[None]:
+    """Call a function in a thread of its own."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call(*args)
+            future.set_result(None)
+        except BaseException as error:  # noqa: BLE001  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="mpidist checkpoint sync", daemon=True).start()
+    return future
