@@ -320,8 +320,8 @@ class Module(metaclass=_LabellingMeta):
                 raise ValueError(
                     f"load_state_dict: '{name}' is read-only: other processes see this memory, and "
                     "the optimizer that made it so writes it; nothing was changed. Load through "
-                    "ShardedOptimizer.load_module_state_dict on all ranks, or give the parameter "
-                    "memory of its own first (parameter.data = parameter.data.copy())"
+                    "ShardedOptimizer.model_state on all ranks, or give the parameter memory of "
+                    "its own first (parameter.data = parameter.data.copy())"
                 )
         for name, array in own.items():
             array[...] = state[name]

@@ -13,9 +13,10 @@ from mpidist.parallel.memory import (
     proportional_set_size,
 )
 from mpidist.parallel.metrics import Metrics
+from mpidist.parallel.model_state import ModelState
 from mpidist.parallel.naive import NaiveDataParallel
 from mpidist.parallel.reducer import GradientReducer
-from mpidist.parallel.shard_state import full_state_dict, load_full_state_dict
+from mpidist.parallel.shard_state import full_state_dict
 from mpidist.parallel.zero import OptimizerFactory, ShardedOptimizer
 
 __all__ = [
@@ -30,12 +31,12 @@ __all__ = [
     "MemoryLedger",
     "MemoryUse",
     "Metrics",
+    "ModelState",
     "NaiveDataParallel",
     "OptimizerFactory",
     "ShardedOptimizer",
     "clip_grad_norm",
     "full_state_dict",
-    "load_full_state_dict",
     "memory_ledger",
     "memory_use",
     "plain",

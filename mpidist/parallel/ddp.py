@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
@@ -15,11 +16,14 @@ from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.buffers import BufferSync, broadcast_in_place
 from mpidist.parallel.compression import Compression, Hook
 from mpidist.parallel.gradients import ParameterGradients, layers_without_parameters
-from mpidist.parallel.layout import ArrivalOrder
+from mpidist.parallel.order import BucketOrder
 from mpidist.parallel.reducer import GradientReducer
 from mpidist.regions import region
 
-__all__ = ["DDP"]
+__all__ = ["BUCKET_ORDER", "DDP"]
+
+BUCKET_ORDER = "buckets/order"
+"""Key of the order of the buckets in a state; no parameter's name contains a slash."""
 
 
 class DDP(Closing):
@@ -64,8 +68,7 @@ class DDP(Closing):
     op : ReduceOp
         As given.
     order : tuple of str or None
-        The order in which the gradients' buckets have been laid out for good; None before that. A
-        checkpoint keeps it for `lay_out`.
+        The order in which the gradients' buckets have been laid out for good; None before that.
 
     Raises
     ------
@@ -82,7 +85,7 @@ class DDP(Closing):
     ranks used is averaged, the others counting as zeros. Buffers: see [Note: buffers] in
     `mpidist.parallel.buffers`. The first backward outside `no_sync` shows the order in which the
     buckets are laid out from then on, once for all: see [Note: order of arrival] in
-    `mpidist.parallel.layout`.
+    `mpidist.parallel.order`.
 
     References
     ----------
@@ -109,16 +112,18 @@ class DDP(Closing):
         self.op = op
         self._buffers = BufferSync(buffers, self.group)
         self._silent = layers_without_parameters(module)
-        # A hook of the user's may keep something per bucket.
-        self._relayout_due = not callable(compression)
-        self.order: tuple[str, ...] | None = None
-        self._arriving: ArrivalOrder | None = None
         self._pending: _StepWork | None = None
         self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
         self._syncing = True
         self._failure: str | None = None
         broadcast_in_place([*arrays.values(), *buffers.values()], self.group)
         self._gradients = ParameterGradients(named, self._reducer)
+        self._order = BucketOrder(self._reducer, self._gradients, fixed=callable(compression))
+
+    @property
+    def order(self) -> tuple[str, ...] | None:
+        """The order in which the gradients' buckets have been laid out for good, if they have."""
+        return self._order.found
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Run the model forward on this rank's samples.
@@ -220,10 +225,7 @@ class DDP(Closing):
             with region("backward"), after_backward(self._silent, self._reducer.progress):
                 dx = self.module.backward(ctx, dy)
             self._reducer.check_complete("DDP.backward")
-            if self._relayout_due:
-                self._arriving = ArrivalOrder(
-                    list(self._reducer.grads), self._reducer.arrivals(), self.group
-                )
+            self._order.start()
         except BaseException as error:
             self._abandon(error)
             raise
@@ -246,38 +248,87 @@ class DDP(Closing):
         finally:
             self._syncing = before
 
-    def lay_out(self, order: Sequence[str]) -> None:
-        """Lay the gradients' buckets out as in an earlier run of this model.
+    # -- states --------------------------------------------------------------------------------
 
-        Which elements travel together decides, from three ranks on, in which order some are added.
-        A run that is resumed has the bits of one that was never interrupted if its first step finds
-        the buckets as the other one's did.
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep to go on with the same bits.
+
+        Returns
+        -------
+        dict of str to (Array, list of str or None)
+            What `Module.state_dict` of the module returns, and `order` under ``"buckets/order"``.
+            The arrays are the living ones, not copies; between two steps, all ranks have the same.
+
+        Notes
+        -----
+        Local. Which elements travel together decides, from three ranks on, in which order some are
+        added. So a run that is resumed has the bits of one that was never interrupted only if its
+        first step finds the buckets as the other one's did.
+        """
+        order = None if self.order is None else list(self.order)
+        return {**self.module.state_dict(), BUCKET_ORDER: order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave; arrays are copied in.
 
         Parameters
         ----------
-        order : sequence of str
-            The `order` of the earlier run's DDP; the same on all ranks.
+        state : mapping
+            As `state_dict` returns it; the same on all ranks. One without an order, as
+            `Module.state_dict` returns it, leaves the buckets as they are.
 
         Raises
         ------
         ValueError
-            If it does not hold the name of every parameter once.
+            If it does not fit, or a `ShardedOptimizer` holds the parameters (then its `model_state`
+            takes it), as `Module.load_state_dict`; nothing has been changed then.
         RuntimeError
             If gradients are under way.
 
         Notes
         -----
-        Local; to be called on all ranks, before the first backward. Beside a hook of the user's,
-        which may keep something per bucket, it changes nothing.
+        Local; to be called on all ranks.
+        """
+        self.check_state_dict(state)
+        self.module.load_state_dict(_without_order(state))
+        self.lay_out(state)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise unless the names, shapes, dtypes and the order of a state fit, and now is the time.
+
+        Parameters
+        ----------
+        state : mapping
+            As `state_dict` returns it.
+
+        Raises
+        ------
+        ValueError
+            As `load_state_dict`.
+        RuntimeError
+            If gradients are under way.
         """
         self._check_idle()
-        if self._relayout_due:
-            self._settle(order)
+        self.module.check_state_dict(_without_order(state))
+        self._order.check(state.get(BUCKET_ORDER))
 
-    def _settle(self, order: Sequence[str]) -> None:
-        """Lay the buckets out in this order for good."""
-        self._gradients.relayout(order)
-        self.order, self._relayout_due = tuple(order), False
+    def lay_out(self, state: Mapping[str, Any]) -> None:
+        """Take the order of the buckets alone out of a state that fits.
+
+        Parameters
+        ----------
+        state : mapping
+            As for `load_state_dict`.
+
+        Notes
+        -----
+        Local; to be called on all ranks. The gradients move along. Beside a hook of the user's,
+        which may keep something per bucket, it changes nothing.
+        """
+        if BUCKET_ORDER in state:
+            self._order.lay_out(state[BUCKET_ORDER])
+
+    # -- the end -------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Wait for what is under way, and release DDP's duplicate of the group.
@@ -315,8 +366,7 @@ class _StepWork(Work[None]):
         ddp = self._ddp
         if ddp._pending is not self:
             return True
-        arrived = ddp._arriving is None or ddp._arriving.done()
-        if arrived and ddp._buffers.done() and ddp._reducer.done():
+        if ddp._order.done() and ddp._buffers.done() and ddp._reducer.done():
             self.wait()
         return ddp._pending is not self
 
@@ -330,13 +380,11 @@ class _StepWork(Work[None]):
 
     def _finish(self, timeout: float | None) -> None:
         ddp = self._ddp
-        order = None if ddp._arriving is None else ddp._arriving.wait(timeout)
+        ddp._order.wait(timeout)
         used = ddp._reducer.wait(timeout)
         ddp._buffers.finish(timeout)
         ddp._gradients.take_over(used)
-        if order is not None:
-            ddp._arriving = None
-            ddp._settle(order)
+        ddp._order.settle()
         ddp._pending, ddp._reduced = None, True
 
 
@@ -348,3 +396,7 @@ class _NoWork(Work[None]):
 
     def wait(self, timeout: float | None = None) -> None:
         pass
+
+
+def _without_order(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != BUCKET_ORDER}

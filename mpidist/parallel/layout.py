@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from mpidist._types import Array, DType
 from mpidist.arrays import is_host
-from mpidist.backends.work import Work
-from mpidist.collectives import ibroadcast
 from mpidist.group import ProcessGroup
 from mpidist.parallel.bucket import ALIGNMENT_BYTES, Bucket, BucketSizes, assign_buckets
 from mpidist.parallel.compression import Compression, Hook
 
-__all__ = ["ArrivalOrder", "Layout"]
+__all__ = ["Layout"]
 
 _WIDEST = 16
 """Bytes of the longest number, complex128: what a flag takes at most."""
@@ -100,52 +97,6 @@ class Layout:
         stop = start + length * dtype.itemsize
         self._taken = _whole_lines(stop)
         return self._memory[start:stop].view(dtype)
-
-
-class ArrivalOrder:
-    """The order in which rank 0's gradients came, on its way to all ranks.
-
-    [Note: order of arrival] The reverse of the order of the parameters is a guess at the order in
-    which backward completes gradients. The first backward of a `DDP` outside `no_sync` shows the
-    real one: rank 0's is broadcast beside the gradients, and when they are waited for the buckets
-    are laid out anew in that order, in the same memory. What `Parameter.grad` returned before
-    that, inside `no_sync`, must not be used any more; what it returns afterwards stays the same
-    array. PyTorch does so, too. Beside a hook of the user's, which may keep something per bucket,
-    the first layout stays.
-
-    Parameters
-    ----------
-    names : sequence of str
-        All names, in the same order on all ranks.
-    arrived : sequence of str
-        The names in the order in which they came on this rank.
-    group : ProcessGroup
-        The ranks taking part.
-
-    Notes
-    -----
-    Collective over `group`; does not block. A broadcast of 8 bytes per name.
-
-    References
-    ----------
-    Li et al. (2020), PyTorch Distributed: Experiences on Accelerating Data Parallel Training,
-    section 3.2.3.
-    """
-
-    def __init__(self, names: Sequence[str], arrived: Sequence[str], group: ProcessGroup) -> None:
-        self._names = names
-        position = {name: i for i, name in enumerate(names)}
-        places = np.array([position[name] for name in arrived], np.int64)
-        self._work: Work[Any] = ibroadcast(places, group, root=0, out=places)
-
-    def done(self) -> bool:
-        """Whether it has come."""
-        return self._work.done()
-
-    def wait(self, timeout: float | None = None) -> list[str]:
-        """Return all names, in rank 0's order."""
-        places = self._work.wait(timeout)
-        return [self._names[place] for place in places.tolist()]
 
 
 def _whole_lines(nbytes: int) -> int:

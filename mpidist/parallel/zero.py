@@ -8,19 +8,28 @@ from typing import Any, TypeAlias
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
-from mpidist.boxes import Box
 from mpidist.group import ProcessGroup
 from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
 from mpidist.optim import Optimizer
+from mpidist.optim.optimizer import check_same_state
 from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.ddp import DDP
 from mpidist.parallel.memory import MemoryUse, array_bytes
+from mpidist.parallel.model_state import ModelState, read_only
 from mpidist.parallel.shard_gradients import check_model, make_gradients
-from mpidist.parallel.shard_state import check_names, load_merged_state, merged_state
+from mpidist.parallel.shard_state import (
+    check_held,
+    check_names,
+    copy_in,
+    load_numbers,
+    merged_state,
+    parameter_of,
+)
 from mpidist.parallel.slabs import lay_out
 from mpidist.parallel.stores import NodeStore, by_node, make_store
 from mpidist.regions import region
+from mpidist.shards import ShardedArray
 
 __all__ = ["OptimizerFactory", "ShardedOptimizer"]
 
@@ -75,6 +84,8 @@ class ShardedOptimizer(Closing):
         What the factory made; the optimizers of this rank's slices.
     module : Module
         The model.
+    model_state : ModelState
+        The model's state, for checkpoints and to load values into its parameters.
     shared : bool
         Whether parameters stand once per node; if not, every rank has a copy.
 
@@ -91,11 +102,11 @@ class ShardedOptimizer(Closing):
 
     Notes
     -----
-    Collective over `group`; blocks. So are `step` and `load_module_state_dict`; `backward` is, and
-    does not block.
+    Collective over `group`; blocks. So are `step` and `ModelState.load_state_dict`; `backward` is,
+    and does not block.
 
     `Parameter.data` becomes read-only: see [Note: parameters once per node] in
-    `mpidist.parallel.stores`. To load values into the model, use `load_module_state_dict`.
+    `mpidist.parallel.stores`. To load values into the model, use `model_state`.
 
     Per step and rank, of P bytes of parameters on N ranks: a reduce-scatter of P (with a DDP, its
     all-reduce), then two barriers on one node; all_gathers of the slices otherwise.
@@ -133,8 +144,9 @@ class ShardedOptimizer(Closing):
         check_names(self.optimizers, self._shards)
         self._store.publish()
         for name, parameter in self._named.items():
-            parameter.data = _read_only(self._homes[name].views[name])
+            parameter.data = read_only(self._homes[name].views[name])
         self._gradients.bind(self._store.slabs, self._shards)
+        self.model_state = ModelState(self._gradients.ddp, self._store)
 
     @property
     def shared(self) -> bool:
@@ -242,86 +254,53 @@ class ShardedOptimizer(Closing):
 
     # -- states --------------------------------------------------------------------------------
 
-    def boxes(self, rank: int | None = None) -> dict[str, Box]:
-        """Return which part of each parameter a rank's state is of.
-
-        Parameters
-        ----------
-        rank : int, optional
-            Rank of the optimizer's group; this one when omitted.
-
-        Returns
-        -------
-        dict of str to Box
-            By the parameter's name, a range of its flattened elements; empty where the rank owns
-            none. Those of all ranks, in their order, cover each parameter once.
-
-        Notes
-        -----
-        Local. What a checkpoint keeps beside the arrays of `state_dict`, so that other ranks can
-        find the parts that they need (`Box.intersect`).
-        """
-        return {name: self._homes[name].box(name, rank) for name in self._shards}
-
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the optimizer's state.
 
         Returns
         -------
-        dict of str to (str, int or Array)
-            As `Optimizer.state_dict` returns it, but for the arrays, which have one dimension: the
-            elements of the flattened parameter in `boxes`. They are the living ones, not copies.
+        dict of str to (str, int or ShardedArray)
+            The names and numbers of `Optimizer.state_dict` of the same optimizer unsharded, the
+            same on all ranks. In place of its arrays, this rank's slices of them: the living ones,
+            not copies. They may be written between two steps; no other rank sees them.
 
         Notes
         -----
-        Local. Names and numbers are the same on all ranks. The whole: `full_state_dict`.
+        Local; copies nothing. The whole: `full_state_dict`. The parameters: `model_state`.
         """
-        return merged_state(self.optimizers)
+        state = merged_state(self.optimizers)
+        for key, value in state.items():
+            name = parameter_of(key)
+            if not isinstance(value, (str, int)):
+                start = self._homes[name].box(name).offsets[0]
+                state[key] = ShardedArray.of_range(self._named[name].shape, start, value)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from this rank's part of a state; arrays are copied in.
+        """Go on from a state; this rank's part of the arrays is copied in.
 
         Parameters
         ----------
         state : mapping
-            As `state_dict` returns it, of an optimizer with the same `boxes`. For others:
-            `load_full_state_dict`.
+            As `state_dict` returns it, on any number of ranks, or `Optimizer.state_dict` of the
+            same optimizer unsharded: whole arrays, or ShardedArrays with at least the slices of
+            this rank, in any pieces. The same numbers on all ranks.
 
         Raises
         ------
         ValueError
-            If kind, names, shapes or dtypes differ; nothing has been changed then.
+            If kind, names, shapes or dtypes differ, or a slice is not there; nothing has been
+            changed then.
 
         Notes
         -----
         Local; to be called on all ranks.
         """
-        load_merged_state(self.optimizers, state)
-
-    def load_module_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Copy values into the module's parameters and buffers, each rank into its slices.
-
-        Parameters
-        ----------
-        state : mapping of str to Array
-            As `Module.state_dict` gives it: the same names, shapes and dtypes. The same on all
-            ranks.
-
-        Raises
-        ------
-        ValueError
-            If it does not fit, as `Module.load_state_dict`; nothing has been changed then.
-
-        Notes
-        -----
-        Collective over the group; blocks. As much communication as a step, without gradients.
-        """
-        self.module.check_state_dict(state)
-        self._store.settle()
-        self._write(state)
-        for name, buffer in self.module.named_buffers():
-            buffer[...] = state[name]
-        self._store.publish()
+        mine = self.state_dict()
+        check_same_state(mine, state)
+        check_held("ShardedOptimizer.load_state_dict", mine, state)
+        copy_in(mine, state)
+        load_numbers(self.optimizers, state)
 
     def memory_use(self) -> MemoryUse:
         """Count what this rank holds; of parameters that stand once per node an equal share.
@@ -357,10 +336,3 @@ class ShardedOptimizer(Closing):
         """Write this rank's slices of whole arrays."""
         for name, shard in self._shards.items():
             shard.data[...] = values[name].reshape(-1)[self._homes[name].box(name).slices]
-
-
-def _read_only(view: Array) -> Array:
-    """Return a view that cannot be written by mistake."""
-    looked_at: Array = view.view()
-    looked_at.flags.writeable = False
-    return looked_at

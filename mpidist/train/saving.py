@@ -19,7 +19,8 @@ from mpidist.errors import (
 )
 from mpidist.group import ProcessGroup
 from mpidist.optim import Optimizer
-from mpidist.parallel import DDP, ShardedOptimizer, full_state_dict, load_full_state_dict
+from mpidist.parallel import DDP, ShardedOptimizer, full_state_dict
+from mpidist.parallel.ddp import BUCKET_ORDER
 from mpidist.train.run_file import read_file, write_file
 
 __all__ = ["Run", "SavedRun"]
@@ -229,17 +230,13 @@ def _state(run: Run, *, ranks: int) -> _Content:
 def _restore(run: Run, values: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
     """Undo `_state`; what does not fit raises ValueError before a parameter has changed."""
     run.sampler.load_state_dict(values["sampler"])
-    model = _below(_MODEL, arrays)
-    run.model.module.check_state_dict(model)
-    state = values["optimizer"] | _below(_OPTIMIZER, arrays)
+    model = {**_below(_MODEL, arrays), BUCKET_ORDER: values["order"]}
+    run.model.check_state_dict(model)
+    run.optimizer.load_state_dict(values["optimizer"] | _below(_OPTIMIZER, arrays))
     if isinstance(run.optimizer, ShardedOptimizer):
-        load_full_state_dict(run.optimizer, state)
-        run.optimizer.load_module_state_dict(model)
+        run.optimizer.model_state.load_state_dict(model)
     else:
-        run.optimizer.load_state_dict(state)
-        run.model.module.load_state_dict(model)
-    if values["order"] is not None:
-        run.model.lay_out(values["order"])
+        run.model.load_state_dict(model)
 
 
 def _below(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -18,7 +18,6 @@ from mpidist.parallel import (
     ShardedOptimizer,
     clip_grad_norm,
     full_state_dict,
-    load_full_state_dict,
     shard_gradients,
 )
 from mpidist.testing import Death, Faults, run_ranks
@@ -154,7 +153,7 @@ def test_groups_of_parameters_are_several_optimizers():
                 optimizer.step()
             assert optimizer.state_dict()["kind"] == "AdamW+AdamW"
             state = full_state_dict(optimizer)
-            load_full_state_dict(optimizer, state)
+            optimizer.load_state_dict(state)
         return values(mine), state
 
     for found, state in run_ranks(3, body):

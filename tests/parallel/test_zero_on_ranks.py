@@ -30,6 +30,7 @@ from tests.parallel.sharded import (
     WAYS,
     Given,
     digests_after_ddp,
+    fill,
     give,
     large,
     train_sharded,
@@ -101,6 +102,19 @@ def test_nobody_writes_what_another_still_reads(world):
                 time.sleep(0.05)
                 np.testing.assert_array_equal(model.w.data, -float(step))
             optimizer.step()
+
+
+@on_ranks
+def test_nobody_loads_what_another_still_reads(world):
+    """Breaks without the first barrier of a load, and if slices were filled where they stand."""
+    model = Given(w=np.zeros(4096))
+    with ShardedOptimizer(model, world, optimizer=partial(SGD, lr=1.0)) as optimizer:
+        for turn in range(3):
+            if world.rank == turn % world.size:
+                time.sleep(0.05)
+                np.testing.assert_array_equal(model.w.data, float(turn))
+            fill(optimizer.model_state, {"w": np.full(4096, turn + 1.0)})
+            np.testing.assert_array_equal(model.w.data, turn + 1.0)
 
 
 class SlowOnOneRank(SGD):

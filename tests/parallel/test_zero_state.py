@@ -6,40 +6,61 @@ import pytest
 from mpidist._types import SUM
 from mpidist.boxes import Box
 from mpidist.nn import BatchNorm2d, Linear, Sequential
-from mpidist.parallel import ShardedOptimizer, full_state_dict, load_full_state_dict
+from mpidist.parallel import ShardedOptimizer, full_state_dict
+from mpidist.shards import ShardedArray
 from mpidist.testing import run_ranks
-from tests.parallel.sharded import RULES, Given, assert_same, give, mixture, values, whole_numbers
+from tests.parallel.sharded import (
+    RULES,
+    Given,
+    assert_same,
+    give,
+    joined,
+    kept,
+    mixture,
+    values,
+    whole_numbers,
+)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_each_rank_keeps_the_state_of_its_slice(size):
     def body(group):
         model = mixture()
-        with ShardedOptimizer(model, group, optimizer=RULES["adam"]) as optimizer:
-            state, boxes = optimizer.state_dict(), optimizer.boxes()
-            for name in boxes:
-                assert state[f"{name}/mean"].shape == boxes[name].sizes
-            return boxes, sum(getattr(value, "nbytes", 0) for value in state.values())
+        with ShardedOptimizer(model, group, optimizer=RULES["adam"], op=SUM) as optimizer:
+            give(optimizer, whole_numbers(model, group.rank, 0))
+            optimizer.step()
+            state = optimizer.state_dict()
+            return kept(state), sum(getattr(value, "nbytes", 0) for value in state.values())
 
-    found = run_ranks(size, body)
-    for name, parameter in mixture().named_parameters():
-        covered = np.zeros(parameter.size, int)
-        for boxes, _ in found:
-            covered[boxes[name].slices] += 1
-        np.testing.assert_array_equal(covered, 1)
+    states, nbytes = zip(*run_ranks(size, body), strict=True)
+    unsharded = RULES["adam"](mixture().named_parameters()).state_dict()
+    assert list(states[0]) == list(unsharded)
+    for name, array in joined(states).items():
+        assert np.shape(array) == np.shape(unsharded[name])
     whole = 2 * sum(p.data.nbytes for p in mixture().parameters())
-    assert sum(nbytes for _, nbytes in found) == whole
+    assert sum(nbytes) == whole
     # A cache line per bucket, and less than one per parameter, cannot be shared out evenly.
-    assert max(nbytes for _, nbytes in found) <= whole / size + 2 * 64 * (2 + 6)
+    assert max(nbytes) <= whole / size + 2 * 64 * (2 + 6)
+
+
+def test_the_state_is_the_living_one():
+    def body(group):
+        with ShardedOptimizer(Given(w=np.ones(40)), group, optimizer=RULES["adam"]) as optimizer:
+            for piece in optimizer.state_dict()["w/mean"].pieces.values():
+                piece[...] = group.rank + 1
+            return full_state_dict(optimizer)["w/mean"]
+
+    for mean in run_ranks(2, body):  # slices are whole cache lines: 24 and 16 numbers
+        np.testing.assert_array_equal(mean, np.repeat([1.0, 2.0], [24, 16]))
 
 
 def train_and_stop(group, start, stop, given=None):
-    """Make some of the steps, from another run's parameters and its state."""
+    """Make some of the steps, from another run's parameters and its whole state."""
     model = mixture(seed=5)
     with ShardedOptimizer(model, group, optimizer=RULES["adamw"], op=SUM) as optimizer:
         if given is not None:
-            optimizer.load_module_state_dict(given[0])
-            load_full_state_dict(optimizer, given[1])
+            optimizer.model_state.load_state_dict(given[0])
+            optimizer.load_state_dict(given[1])
         for step in range(start, stop):
             # What the ranks are given sums up to the same, however many they are.
             whole = whole_numbers(model, 0, step)
@@ -56,52 +77,62 @@ def test_training_goes_on_with_another_number_of_ranks():
         assert_same(state, expected)
 
 
-def test_a_shard_is_found_by_its_boxes():
-    """What a checkpoint will do: read parts of the pieces of other ranks."""
+def test_a_slice_comes_out_of_any_pieces():
+    model = mixture()
+    whole = RULES["adam"](model.named_parameters()).state_dict() | {"step": 3}
+    rng = np.random.default_rng(0)
+    for value in whole.values():
+        if isinstance(value, np.ndarray):
+            value[...] = rng.normal(size=value.shape)
 
-    def save(group):
-        model = mixture()
-        with ShardedOptimizer(model, group, optimizer=RULES["adam"], op=SUM) as optimizer:
-            give(optimizer, whole_numbers(model, group.rank, 0))
-            optimizer.step()
-            state = {k: np.copy(v) for k, v in optimizer.state_dict().items() if k != "kind"}
-            return state, optimizer.boxes(), full_state_dict(optimizer)
+    def cut(array):
+        """Split every dimension in two."""
+        boxes = [Box.whole(array.shape)]
+        for axis, length in enumerate(array.shape):
+            for box in boxes[:]:
+                boxes.remove(box)
+                for start, stop in ((0, length // 2), (length // 2, length)):
+                    offsets, sizes = list(box.offsets), list(box.sizes)
+                    offsets[axis], sizes[axis] = start, stop - start
+                    boxes.append(Box(tuple(offsets), tuple(sizes)))
+        return ShardedArray(array.shape, array.dtype, {b: array[b.slices].copy() for b in boxes})
 
-    saved = run_ranks(3, save)
-
-    def load(group):
+    def body(group):
         with ShardedOptimizer(mixture(), group, optimizer=RULES["adam"]) as optimizer:
-            mine = optimizer.state_dict()
-            for name, box in optimizer.boxes().items():
-                mine[f"{name}/updates"] = saved[0][0][f"{name}/updates"]
-                for slot in ("mean", "mean_square"):
-                    piece = mine[f"{name}/{slot}"] = np.full(box.sizes, np.nan)
-                    piece = mine[f"{name}/{slot}"] = piece.astype(
-                        saved[0][0][f"{name}/{slot}"].dtype
-                    )
-                    for state, boxes, _ in saved:
-                        common = box.intersect(boxes[name])
-                        if common is not None:
-                            source = common.relative_to(boxes[name]).slices
-                            piece[common.relative_to(box).slices] = state[f"{name}/{slot}"][source]
-            optimizer.load_state_dict(mine | {"step": 1})
+            optimizer.load_state_dict(
+                {k: cut(v) if isinstance(v, np.ndarray) else v for k, v in whole.items()}
+            )
+            optimizer.load_state_dict(optimizer.state_dict())  # from itself: nothing changes
             return full_state_dict(optimizer)
 
-    for state in run_ranks(2, load):
-        assert_same(state, saved[0][2])
+    for state in run_ranks(3, body):
+        assert_same(state, whole)
 
 
 def test_a_state_that_does_not_fit_changes_nothing():
     def body(group):
         with ShardedOptimizer(mixture(), group, optimizer=RULES["adam"]) as optimizer:
             whole = full_state_dict(optimizer)
-            with pytest.raises(ValueError, match="this is Adam, the state is of 'SGD'"):
-                load_full_state_dict(optimizer, whole | {"kind": "SGD"})
-            with pytest.raises(ValueError, match=r"'a/mean' has shape \(2,\), expected \(7, 5\)"):
-                load_full_state_dict(optimizer, whole | {"a/mean": np.ones(2)})
-            with pytest.raises(ValueError, match=r"missing .'b/mean'"):
-                load_full_state_dict(optimizer, {k: v for k, v in whole.items() if k != "b/mean"})
-            assert not any(np.any(v) for k, v in full_state_dict(optimizer).items() if k != "kind")
+            for key, value in whole.items():
+                if key.endswith("/mean"):
+                    whole[key] = value + 1
+            whole["step"] = 7
+            corner = ShardedArray((7, 5), np.float64, {Box((0, 0), (1, 5)): np.ones((1, 5))})
+            for wrong, match in [
+                (whole | {"kind": "SGD"}, "this is Adam, the state is of 'SGD'"),
+                (whole | {"a/mean": np.ones(2)}, r"'a/mean' has shape \(2,\), expected \(7, 5\)"),
+                (whole | {"a/mean": np.ones((7, 5), "f4")}, "has dtype float32, expected float64"),
+                (
+                    {k: v for k, v in whole.items() if k != "b/mean"},
+                    r"missing .'b/mean'",
+                ),
+                (whole | {"a/mean": corner}, r"does not hold all.*\n  a/mean: Box\("),
+            ]:
+                with pytest.raises(ValueError, match=match):
+                    optimizer.load_state_dict(wrong)
+            state = full_state_dict(optimizer)
+            assert state.pop("kind") == "Adam"
+            assert not any(np.any(value) for value in state.values())
 
     run_ranks(2, body)
 
@@ -143,12 +174,12 @@ def test_a_model_is_loaded_through_the_optimizer(per_node):
         model = two_layers(0)
         with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
             before = {name: array.copy() for name, array in model.state_dict().items()}
-            with pytest.raises(ValueError, match=r"read-only.*load_module_state_dict"):
+            with pytest.raises(ValueError, match=r"read-only.*model_state"):
                 model.load_state_dict(state)
             with pytest.raises(ValueError, match="missing"):
-                optimizer.load_module_state_dict({"0.weight": state["0.weight"]})
+                optimizer.model_state.load_state_dict({"0.weight": state["0.weight"]})
             assert_same(model.state_dict(), before)
-            optimizer.load_module_state_dict(state)
+            optimizer.model_state.load_state_dict(state)
             return {name: array.copy() for name, array in model.state_dict().items()}
 
     for found in run_ranks(3, body, ranks_per_node=per_node):
@@ -162,14 +193,9 @@ def test_parameters_outlive_the_optimizer():
         for parameter in model.parameters():
             parameter.data = parameter.data.copy()
         model.load_state_dict(two_layers(4).state_dict())
-        return ShardedOptimizer(model, group, optimizer=RULES["sgd"]).boxes()
+        ShardedOptimizer(model, group, optimizer=RULES["sgd"]).close()
+        return values(model)
 
-    assert len(run_ranks(2, body)[0]) == 6
-
-
-def test_an_empty_box_has_one_dimension():
-    def body(group):
-        with ShardedOptimizer(Given(w=np.ones(1)), group, optimizer=RULES["sgd"]) as optimizer:
-            return optimizer.boxes()["w"]
-
-    assert run_ranks(2, body) == [Box((0,), (1,)), Box((0,), (0,))]
+    expected = values(two_layers(4))
+    for found in run_ranks(2, body):
+        assert_same(found, expected)

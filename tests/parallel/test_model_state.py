@@ -1,0 +1,168 @@
+"""A run goes on from what another kind of run has kept, bit by bit."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from mpidist._types import SUM
+from mpidist.boxes import Box
+from mpidist.nn import Mode
+from mpidist.parallel import DDP, BucketSizes, ShardedOptimizer
+from mpidist.shards import ShardedArray
+from mpidist.testing import run_ranks
+from tests.parallel.sharded import (
+    RULES,
+    Given,
+    alone,
+    assert_same,
+    fill,
+    give,
+    joined,
+    kept,
+    mixture,
+    values,
+    whole_numbers,
+)
+from tests.parallel.test_zero_state import two_layers
+
+SIZES = BucketSizes(400, 400)
+RULE = RULES["adamw"]
+
+KINDS = {"module": (1, 1), "ddp": (2, 3), "scattered": (3, 4), "after ddp": (4, 2)}
+"""Kinds of runs, and how many ranks save and load them."""
+
+
+def train(group, kind, start, stop, saved=None):
+    """Make some of the steps in one kind of run, and return what it keeps at the end."""
+    model = mixture(seed=0 if saved is None else 5)
+    ddp = None if kind in ("module", "scattered") else DDP(model, group, op=SUM, sizes=SIZES)
+    if kind in ("module", "ddp"):
+        optimizer = RULE(model.named_parameters())
+        held = ddp or model
+    else:
+        op = None if ddp else SUM
+        optimizer = ShardedOptimizer(ddp or model, group, optimizer=RULE, op=op, sizes=SIZES)
+        held = optimizer.model_state
+    if saved is not None:
+        fill(held, saved[0])
+        fill(optimizer, saved[1])
+    for step in range(start, stop):
+        # What the ranks are given sums up to the same, however many they are.
+        grads = {
+            name: grad if group.rank == 0 else np.zeros_like(grad)
+            for name, grad in whole_numbers(model, 0, step).items()
+        }
+        optimizer.zero_grad()
+        _, ctx = model.forward(grads, Mode(training=True))
+        backward = optimizer if isinstance(optimizer, ShardedOptimizer) else ddp or model
+        backward.backward(ctx, grads)
+        optimizer.step()
+    return kept(held.state_dict()), kept(optimizer.state_dict())
+
+
+def together(parts):
+    """Put together the model's and the optimizer's states of all ranks."""
+    return tuple(joined(states) for states in zip(*parts, strict=True))
+
+
+@cache
+def halfway(kind):
+    return together(run_ranks(KINDS[kind][0], train, kind, 0, 3))
+
+
+@pytest.mark.parametrize("per_node", [1, 2])
+@pytest.mark.parametrize("loads", KINDS)
+@pytest.mark.parametrize("saves", KINDS)
+def test_any_run_goes_on_from_any_other(saves, loads, per_node):
+    expected, unsharded = alone(RULE, 1, 6)
+    parts = run_ranks(KINDS[loads][1], train, loads, 3, 6, halfway(saves), ranks_per_node=per_node)
+    model, optimizer = together(parts)
+    model.pop("buckets/order", None)
+    assert_same(model, values(expected))
+    assert_same(optimizer, unsharded.state_dict())
+
+
+def test_slices_cannot_be_written_where_others_read_them():
+    def body(group):
+        model = two_layers(0)
+        with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
+            state = optimizer.model_state.state_dict()
+            assert state["1.running_mean"] is model.state_dict()["1.running_mean"]
+            pieces = [
+                p for x in state.values() if isinstance(x, ShardedArray) for p in x.pieces.values()
+            ]
+            for piece in pieces:
+                with pytest.raises(ValueError, match="read-only"):
+                    piece[...] = 1
+            return len(pieces)
+
+    assert all(run_ranks(2, body))
+
+
+@pytest.mark.parametrize("per_node", [None, 1, 2])
+def test_slices_and_buffers_are_loaded(per_node):
+    saved = two_layers(9).state_dict() | {"1.running_mean": np.array([5.0, 6.0])}
+
+    def body(group):
+        model = two_layers(0)
+        with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
+            fill(optimizer.model_state, saved)
+            optimizer.model_state.load_state_dict(optimizer.model_state.state_dict())
+            return kept(model.state_dict())
+
+    for found in run_ranks(3, body, ranks_per_node=per_node):
+        assert_same(found, saved)
+
+
+def test_the_order_of_a_ddps_buckets_is_taken_too():
+    def body(group):
+        order = []
+        for wrap in (DDP, lambda model, _: model):
+            model = Given(w=np.ones(5), v=np.ones(3))
+            source = wrap(model, group)
+            with ShardedOptimizer(source, group, optimizer=RULES["sgd"]) as optimizer:
+                state = optimizer.model_state.state_dict()
+                optimizer.model_state.load_state_dict(state | {"buckets/order": ["w", "v"]})
+                order.append(optimizer.model_state.state_dict()["buckets/order"])
+        return order
+
+    # Scattered gradients keep the layout that the slices have.
+    assert run_ranks(2, body) == [[["w", "v"], None]] * 2
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    def body(group):
+        model = Given(w=np.ones((8, 8)), v=np.ones(3))
+        with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
+            row = ShardedArray((8, 8), np.float64, {Box((0, 0), (1, 8)): np.zeros((1, 8))})
+            for w, match in [
+                (np.zeros((8, 7)), r"w: expected \(8, 8\) float64, got \(8, 7\)"),
+                (ShardedArray((8, 8), np.float32, {}), "got .* float32"),
+                (row, r"ModelState.load_state_dict: .* does not hold all.*\n  w: Box\("),
+            ]:
+                with pytest.raises(ValueError, match=match):
+                    optimizer.model_state.load_state_dict({"w": w, "v": np.zeros(3)})
+            state = optimizer.model_state.state_dict()
+            with pytest.raises(ValueError, match="every parameter once"):
+                optimizer.model_state.load_state_dict(state | {"buckets/order": ["w"]})
+            return values(model)
+
+    for found in run_ranks(2, body):
+        assert_same(found, {"w": np.ones((8, 8)), "v": np.ones(3)})
+
+
+def test_not_while_gradients_are_under_way():
+    def body(group):
+        model = mixture()
+        with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
+            state = kept(model.state_dict())
+            give(optimizer, whole_numbers(model, group.rank, 0))
+            with pytest.raises(RuntimeError, match="still under way"):
+                optimizer.model_state.load_state_dict(state)
+            optimizer.zero_grad()
+            optimizer.model_state.load_state_dict(state)
+
+    run_ranks(2, body)
