@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict
 from operator import index
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from mpidist._types import Array
 from mpidist.arrays import to_host
 from mpidist.checkpoint.commit import Save, Waitable, steps_of
 from mpidist.checkpoint.directory import Checkpoint, remove, step_directory
+from mpidist.checkpoint.files import sync_directory
 from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest
-from mpidist.checkpoint.plan import Assignment, Declaration, Plan, make_plan, part_of
+from mpidist.checkpoint.plan import Assignment, Declaration, Part, Plan, make_plan, part_of
 from mpidist.checkpoint.staging import Staging
-from mpidist.checkpoint.state import FlatState, State, flatten
+from mpidist.checkpoint.state import FlatState, State, as_json, flatten
 from mpidist.checkpoint.versions import versions
 from mpidist.checkpoint.worker import Worker, done_here
-from mpidist.checkpoint.writing import Piece, shard_name, write_file
+from mpidist.checkpoint.writing import Piece, Written, shard_name, write_file
 from mpidist.collectives import broadcast_object, gather_object, scatter_object
 from mpidist.errors import CheckpointAsyncError, CheckpointError, DistributedError
 from mpidist.group import ProcessGroup
@@ -204,9 +207,10 @@ class CheckpointFuture:
         try:
             self._current = next(self._steps, None)
             self._over = self._current is None
-        except CheckpointError as error:
+        except Exception as error:  # noqa: BLE001  # raised by whoever waits, also later
             self._over = True
-            self._error = CheckpointAsyncError(str(error)) if self._beside else error
+            failed = isinstance(error, CheckpointError) and self._beside
+            self._error = CheckpointAsyncError(str(error)) if failed else error
         if self._over:
             self._saver.forget(self)
 
@@ -275,20 +279,17 @@ def _begin(
     saver.settle(max(in_flight - 1, 0))
     directory = step_directory(Path(path), index(step))
     with region("checkpoint plan"):
-        flat, plan, order = _agree(state, saver, directory)
+        flat, plan, order = _agree(state, metadata, saver, directory)
+    take = saver.staging.copy if in_flight else _in_place
     parts = {part: part_of(flat.arrays[part.name], part) for part in order.assignment}
-    if in_flight:
-        with region("checkpoint copy"):
-            pieces = saver.staging.copy(parts)
-    else:
-        pieces = [Piece(part.name, part.box, to_host(data)) for part, data in parts.items()]
+    with region("checkpoint copy"):  # it may fail for want of memory, which all must learn
+        taken = done_here(take, parts)
     attributes: dict[str, Any] = {
         "id": order.id,
         "step": step,
         "rank": group.rank,
         "world_size": group.size,
     }
-    args = (directory / shard_name(group.rank), pieces, attributes)
     header = None
     if plan is not None:
         header = Manifest(
@@ -298,14 +299,14 @@ def _begin(
             world_size=group.size,
             versions=versions(),
             crossovers=asdict(group.crossovers),
-            metadata=metadata,
+            metadata=as_json("metadata", metadata),
             values=plan.values,
         )
     submit = saver.worker.submit if in_flight else done_here
     with region("checkpoint write"):
-        written = submit(write_file, *args)
-    if in_flight:
-        written.add_done_callback(lambda _: saver.staging.release(pieces))
+        written = submit(_write, directory / shard_name(group.rank), taken, attributes)
+    if in_flight and taken.exception() is None:
+        written.add_done_callback(lambda _: saver.staging.release(taken.result()))
     kinds = {} if plan is None else plan.kinds
     save = Save(directory, header, kinds, written, submit)
     future = CheckpointFuture(saver, save, beside=bool(in_flight))
@@ -313,13 +314,25 @@ def _begin(
     return future
 
 
-def _agree(state: State, saver: Saver, directory: Path) -> tuple[FlatState, Plan | None, _Order]:
+def _in_place(parts: Mapping[Part, Array]) -> list[Piece]:
+    """Return parts of arrays where they are, but for those that are on a device."""
+    return [Piece(part.name, part.box, to_host(data)) for part, data in parts.items()]
+
+
+def _write(path: Path, taken: Future[list[Piece]], attributes: Mapping[str, str | int]) -> Written:
+    return write_file(path, taken.result(), attributes)
+
+
+def _agree(
+    state: State, metadata: JSON, saver: Saver, directory: Path
+) -> tuple[FlatState, Plan | None, _Order]:
     """Plan a save with all ranks; the plan itself is rank 0's."""
     group = saver.group
     problem: Exception | None = None
     flat = FlatState()
     try:
         flat = flatten(state)
+        as_json("metadata", metadata)
     except DistributedError as error:
         problem = type(error)(f"rank {group.rank}: {error}")
     declared = Declaration.of(flat)
@@ -383,6 +396,9 @@ def _make_room(saver: Saver, directory: Path) -> None:
     try:
         if directory.exists():
             remove(directory)
+        fresh = not directory.parent.exists()
         directory.mkdir(parents=True)
+        if fresh:
+            sync_directory(directory.parent.parent)
     except OSError as error:
         raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error

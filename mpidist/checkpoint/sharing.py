@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import xxhash
 
 from mpidist._types import MAX, Array
 from mpidist.checkpoint.reading import UNIT, Unit, Wanted
-from mpidist.collectives import all_gather_object, all_reduce
+from mpidist.collectives import all_gather, all_gather_object, all_reduce
 from mpidist.group import ProcessGroup
 
 __all__ = ["Alone", "Node", "Readers", "batches", "readers_of", "room"]
@@ -87,6 +88,9 @@ class Node(Readers):
 
     def union(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
         """Return what any of them wants."""
+        mine = np.frombuffer(xxhash.xxh3_128_digest(repr(wanted).encode()), np.uint8)
+        if (all_gather(mine, self._group).reshape(self.size, -1) == mine).all():
+            return wanted  # most often, and shorter to say
         lists = all_gather_object(wanted, self._group)
         return list(dict.fromkeys(want for some in lists for want in some))
 

@@ -14,7 +14,7 @@ from mpidist.checkpoint.manifest import JSON
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
 from mpidist.shards import ShardedArray
 
-__all__ = ["FlatState", "State", "Stateful", "flatten", "restore"]
+__all__ = ["FlatState", "State", "Stateful", "as_json", "flatten", "restore"]
 
 
 @runtime_checkable
@@ -131,7 +131,7 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
         for key, item in value.items():
             _add(flat, f"{name}/{_checked(key)}", item)
     else:
-        _put(flat.values, flat, name, _as_json(name, value))
+        _put(flat.values, flat, name, as_json(name, value))
 
 
 def _put(where: dict[str, Any], flat: FlatState, name: str, value: Any) -> None:
@@ -157,16 +157,16 @@ def _holds_arrays(value: Any) -> bool:
     return is_array(value) or isinstance(value, (ShardedArray, Stateful, np.random.Generator))
 
 
-def _as_json(name: str, value: Any) -> JSON:
+def as_json(name: str, value: Any) -> JSON:
     """Return a value as JSON would give it back; tuples become lists, numpy's numbers Python's."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
-        return _as_json(name, value.item())
+        return as_json(name, value.item())
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _as_json(f"{name}/{key}", item) for key, item in value.items()}
+        return {key: as_json(f"{name}/{key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_as_json(f"{name}[{i}]", item) for i, item in enumerate(value)]
+        return [as_json(f"{name}[{i}]", item) for i, item in enumerate(value)]
     raise UnsupportedOperationError(
         f"checkpoint: {name!r} is a {type(value).__module__}.{type(value).__qualname__}; expected "
         "an array, a ShardedArray, a JSON value, a numpy.random.Generator, or an object with "

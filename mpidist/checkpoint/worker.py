@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ["Worker", "done_here"]
+__all__ = ["Worker", "done_here", "settle"]
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Worker:
     def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
         """Have a function called in the thread, after all that was given before."""
         future: Future[T] = Future()
-        self._tasks.put(lambda: _settle(future, call, *args))
+        self._tasks.put(lambda: settle(future, call, *args))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
@@ -44,11 +44,12 @@ class Worker:
 def done_here(call: Callable[..., T], *args: Any) -> Future[T]:
     """Call a function at once, in this thread; what it raises is kept like its result."""
     future: Future[T] = Future()
-    _settle(future, call, *args)
+    settle(future, call, *args)
     return future
 
 
-def _settle(future: Future[T], call: Callable[..., T], *args: Any) -> None:
+def settle(future: Future[T], call: Callable[..., T], *args: Any) -> None:
+    """Call a function, and put into a future what comes of it."""
     try:
         result = call(*args)
     except Exception as error:  # noqa: BLE001  # raised where the result is asked for

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.files import sync_directory, temporary, write_at
 from mpidist.checkpoint.manifest import ALIGNMENT, StoredBox, StoredDataset, StoredFile
 from mpidist.checkpoint.tiles import digests_of
+from mpidist.checkpoint.worker import settle
 
 __all__ = ["Piece", "Written", "shard_name", "write_file"]
 
@@ -102,9 +104,8 @@ def write_file(path: Path, pieces: Sequence[Piece], attributes: Mapping[str, str
         for data, offset in _stream(pieces, boxes, begins):
             write_at(descriptor, data, offset)
         size = os.fstat(descriptor).st_size
-        synced = _in_thread(os.fsync, descriptor)
-        digests = [digests_of(_little(piece.data)) for piece in pieces]
-        synced.result()
+        with _beside(os.fsync, descriptor):
+            digests = [digests_of(_little(piece.data)) for piece in pieces]
     finally:
         os.close(descriptor)
     os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
@@ -198,16 +199,17 @@ def _little(data: Array) -> Array:
     return data.astype(data.dtype.newbyteorder("<"), copy=False)
 
 
-def _in_thread(call: Callable[..., None], *args: object) -> Future[None]:
-    """Call a function in a thread of its own."""
+@contextmanager
+def _beside(call: Callable[..., None], *args: object) -> Iterator[None]:
+    """Call a function in a thread of its own while the block runs; raise what it raises.
+
+    Not in an executor of the standard library: see `Worker`.
+    """
     future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call(*args)
-            future.set_result(None)
-        except BaseException as error:  # noqa: BLE001  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="mpidist checkpoint sync", daemon=True).start()
-    return future
+    thread = threading.Thread(target=settle, args=(future, call, *args), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # it uses what the caller is about to close
+    future.result()
