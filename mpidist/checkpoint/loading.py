@@ -46,7 +46,9 @@ def load(
     state : State
         What to load, under the names of `save`; what the checkpoint has besides is left. Arrays and
         pieces of `ShardedArray` are filled where they are; objects are given what is theirs by
-        ``load_state_dict``, in the order of their names. Values are returned.
+        ``load_state_dict``, in the order of their names. All arrays of an object must be there, and
+        no others; of its values it is given those that are there: a `DDP` goes on from a module,
+        and a module from a `DDP`. Values are returned.
     group : ProcessGroup
         The ranks that load; as many as there are.
     step : int or "latest", optional
@@ -228,7 +230,9 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> tuple[Checkpoint
 
 def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
     """Return where everything goes; refuse a state that the checkpoint does not have."""
-    problems = [f"{name}: not in it" for name in flat.values if name not in manifest.values]
+    # An object may go on without one of its values; what it cannot do without, it misses itself.
+    needed = flat.values.keys() - (flat.inside - flat.objects)
+    problems = [f"{name}: not in it" for name in sorted(needed - manifest.values.keys())]
     targets = _Targets()
     for name, array in flat.arrays.items():
         stored = manifest.arrays.get(name)
@@ -262,12 +266,12 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
 
 
 def _left_over(flat: FlatState, manifest: Manifest) -> Iterator[str]:
-    """Say what was saved of an object that the object does not have."""
-    for name in (*manifest.arrays, *manifest.values):
+    """Say which arrays were saved of an object that the object does not have."""
+    for name in manifest.arrays:
         parent = name
         while "/" in parent and parent not in flat.objects:
             parent = parent.rpartition("/")[0]
-        if parent in flat.objects and name not in flat.arrays and name not in flat.values:
+        if parent in flat.objects and name not in flat.arrays:
             yield f"{name}: saved, but {parent!r} has no such part"
 
 

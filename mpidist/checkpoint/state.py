@@ -193,6 +193,10 @@ def restore(state: State, arrays: Mapping[str, Any], values: Mapping[str, JSON])
         _restore(name, state[name], arrays, values)
 
 
+_ABSENT: Any = object()
+"""In place of a value that the checkpoint does not have."""
+
+
 def _restore(name: str, value: Any, arrays: Mapping[str, Any], values: Mapping[str, JSON]) -> Any:
     """Return what stands for `value` in the state dict that holds it."""
     if isinstance(value, np.random.Generator):
@@ -210,5 +214,6 @@ def _restore(name: str, value: Any, arrays: Mapping[str, Any], values: Mapping[s
             ) from error
         return loaded
     if isinstance(value, Mapping) and _holds_arrays(value):
-        return {key: _restore(f"{name}/{key}", item, arrays, values) for key, item in value.items()}
-    return values[name]
+        parts = {key: _restore(f"{name}/{key}", v, arrays, values) for key, v in value.items()}
+        return {key: part for key, part in parts.items() if part is not _ABSENT}
+    return values.get(name, _ABSENT)

@@ -7,9 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 
+from mpidist import checkpoint
 from mpidist._types import SUM
 from mpidist.boxes import Box
+from mpidist.errors import CheckpointIncompatibleError
 from mpidist.nn import Mode
+from mpidist.optim import Adam
 from mpidist.parallel import DDP, BucketSizes, ShardedOptimizer
 from mpidist.shards import ShardedArray
 from mpidist.testing import run_ranks
@@ -35,9 +38,12 @@ KINDS = {"module": (1, 1), "ddp": (2, 3), "scattered": (3, 4), "after ddp": (4, 
 """Kinds of runs, and how many ranks save and load them."""
 
 
-def train(group, kind, start, stop, saved=None):
-    """Make some of the steps in one kind of run, and return what it keeps at the end."""
-    model = mixture(seed=0 if saved is None else 5)
+def train(group, kind, start, stop, saved=None, directory=None):
+    """Make some of the steps in one kind of run, and return what it keeps at the end.
+
+    It begins with what was saved by hand, or in a directory; the first half is saved there.
+    """
+    model = mixture(seed=5 if start else 0)
     ddp = None if kind in ("module", "scattered") else DDP(model, group, op=SUM, sizes=SIZES)
     if kind in ("module", "ddp"):
         optimizer = RULE(model.named_parameters())
@@ -49,6 +55,9 @@ def train(group, kind, start, stop, saved=None):
     if saved is not None:
         fill(held, saved[0])
         fill(optimizer, saved[1])
+    state = {"model": held, "optimizer": optimizer}
+    if start and directory is not None:
+        checkpoint.load(directory, state, group)
     for step in range(start, stop):
         # What the ranks are given sums up to the same, however many they are.
         grads = {
@@ -60,6 +69,8 @@ def train(group, kind, start, stop, saved=None):
         backward = optimizer if isinstance(optimizer, ShardedOptimizer) else ddp or model
         backward.backward(ctx, grads)
         optimizer.step()
+    if not start and directory is not None:
+        checkpoint.save(directory, state, group, step=stop)
     return kept(held.state_dict()), kept(optimizer.state_dict())
 
 
@@ -83,6 +94,44 @@ def test_any_run_goes_on_from_any_other(saves, loads, per_node):
     model.pop("buckets/order", None)
     assert_same(model, values(expected))
     assert_same(optimizer, unsharded.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("saves", "loads"),
+    [
+        ("module", "ddp"),
+        ("ddp", "module"),
+        ("module", "scattered"),
+        ("scattered", "module"),
+        ("ddp", "scattered"),
+        ("scattered", "after ddp"),
+    ],
+)
+def test_any_run_goes_on_from_the_checkpoint_of_any_other(saves, loads, tmp_path):
+    expected, unsharded = alone(RULE, 1, 6)
+    run_ranks(KINDS[saves][0], train, saves, 0, 3, None, tmp_path)
+    model, optimizer = together(run_ranks(KINDS[loads][1], train, loads, 3, 6, None, tmp_path))
+    model.pop("buckets/order", None)
+    assert_same(model, values(expected))
+    assert_same(optimizer, unsharded.state_dict())
+
+
+def test_what_an_object_cannot_go_on_without_is_missed(tmp_path):
+    """An order of buckets, which a module's checkpoint has not, is found; a count is not."""
+
+    class Forgetful(Adam):
+        def state_dict(self):
+            state = super().state_dict() | {"kind": "Adam"}
+            del state["w/updates"]
+            return state
+
+    def body(group):
+        named = list(Given(w=np.ones(3)).named_parameters())
+        checkpoint.save(tmp_path, {"optimizer": Forgetful(named)}, group, step=1)
+        with pytest.raises(CheckpointIncompatibleError, match=r"missing \['w/updates'\]"):
+            checkpoint.load(tmp_path, {"optimizer": Adam(named)}, group)
+
+    run_ranks(2, body)
 
 
 def test_slices_cannot_be_written_where_others_read_them():
