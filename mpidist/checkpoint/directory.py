@@ -95,7 +95,9 @@ class Checkpoint:
 
 
 def step_directory(path: Path, step: int) -> Path:
-    """Return where the checkpoint of a step is, or would be."""
+    """Return where the checkpoint of a step is, or would be; ValueError if the step is negative."""
+    if step < 0:
+        raise ValueError(f"a step is at least 0, got {step}")
     return path / f"step-{step:06d}"
 
 

@@ -20,6 +20,7 @@ from mpidist.errors import CheckpointCorruptError, CheckpointIncompatibleError
 
 __all__ = [
     "ALIGNMENT",
+    "FLOAT_KEY",
     "FORMAT",
     "JSON",
     "MANIFEST",
@@ -37,6 +38,9 @@ ALIGNMENT = 1 << 20
 
 FORMAT, VERSION = "mpidist checkpoint", 1
 MANIFEST = "manifest.json"
+
+FLOAT_KEY = "mpidist:float"
+"""Key of a mapping that stands for a float that JSON has no number for: inf, -inf, nan."""
 
 JSON: TypeAlias = Any
 """None, a bool, int, float, str, or a list or a mapping (with str keys) of such."""
@@ -220,9 +224,9 @@ class Manifest:
             "files": [asdict(file) for file in self.files],
             "arrays": arrays,
         }
-        text = _canonical(body)
+        text = _text(body)
         # The digest goes in front: a person sees at once what kind of file this is.
-        return b'{"digest":"' + _digest(text).encode() + b'",' + text[1:] + b"\n"
+        return _FRONT + _digest(text).encode() + b'",' + text[1:] + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes, where: object) -> Manifest:
@@ -256,7 +260,7 @@ class Manifest:
                 f"{where} has version {version} of the format, and this mpidist reads up to "
                 f"{VERSION}; install a later mpidist"
             )
-        if kind != FORMAT or digest != _digest(_canonical(body)):
+        if kind != FORMAT or not data.startswith(_FRONT) or digest != _digest(_rest(data)):
             raise CheckpointCorruptError(
                 f"{where} is damaged, or was edited: its contents do not have the digest that it "
                 "states; restore it from a copy, or load another step"
@@ -327,8 +331,19 @@ def _check_place(
         raise ValueError(f"{name}: {stored.box} does not lie inside {stored.dataset}")
 
 
-def _canonical(body: Mapping[str, JSON]) -> bytes:
+def _text(body: Mapping[str, JSON]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+_FRONT = b'{"digest":"'
+
+
+def _rest(data: bytes) -> bytes:
+    """Return what the digest of a manifest is of: its bytes, as they would be without it.
+
+    Not the JSON written anew: another program may write numbers in another way.
+    """
+    return b"{" + data[len(_FRONT) + 34 : -1]  # 32 hexadecimal digits, a quote and a comma; the \n
 
 
 def _digest(text: bytes) -> str:
@@ -341,13 +356,9 @@ def _numbers(values: JSON) -> tuple[int, ...]:
     return tuple(values)
 
 
-_FLOAT = "mpidist:float"
-"""Key of a mapping that stands for a float that JSON has no number for: inf, -inf, nan."""
-
-
 def _encode(value: JSON) -> JSON:
     if isinstance(value, float) and not np.isfinite(value):
-        return {_FLOAT: str(value)}
+        return {FLOAT_KEY: str(value)}
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
     return [_encode(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -355,7 +366,7 @@ def _encode(value: JSON) -> JSON:
 
 def _decode(value: JSON) -> JSON:
     if isinstance(value, dict):
-        if value.keys() == {_FLOAT}:
-            return float(value[_FLOAT])
+        if value.keys() == {FLOAT_KEY}:
+            return float(value[FLOAT_KEY])
         return {key: _decode(item) for key, item in value.items()}
     return [_decode(item) for item in value] if isinstance(value, list) else value

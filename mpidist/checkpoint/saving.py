@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from operator import index
@@ -27,7 +27,12 @@ from mpidist.checkpoint.versions import versions
 from mpidist.checkpoint.worker import Worker, done_here
 from mpidist.checkpoint.writing import Piece, Written, shard_name, write_file
 from mpidist.collectives import broadcast_object, gather_object, scatter_object
-from mpidist.errors import CheckpointAsyncError, CheckpointError, DistributedError
+from mpidist.errors import (
+    CheckpointAsyncError,
+    CheckpointError,
+    CollectiveMismatchError,
+    DistributedError,
+)
 from mpidist.group import ProcessGroup
 from mpidist.regions import region
 
@@ -337,9 +342,9 @@ def _agree(
         problem = type(error)(f"rank {group.rank}: {error}")
     declared = Declaration.of(flat)
     common = xxhash.xxh3_128_digest(_text(declared).encode())
-    told = gather_object((problem, common, declared.sharded), group)
+    told = gather_object((problem, str(directory), common, declared.sharded), group)
     # Most often all ranks hold the same names whole, and one list of them is enough.
-    others = None if told is None else [r for r, (_, key, _) in enumerate(told) if key != common]
+    others = None if told is None else [r for r, (*_, key, _) in enumerate(told) if key != common]
     others = broadcast_object(others, group)
     lists = gather_object(declared if group.rank in others else None, group) if others else None
     plan, orders = None, None
@@ -348,14 +353,25 @@ def _agree(
             lists[rank]
             if lists is not None and rank in others
             else Declaration(declared.whole, sharded, declared.values)
-            for rank, (_, _, sharded) in enumerate(told)
+            for rank, (*_, sharded) in enumerate(told)
         ]
-        problems = [error for error, _, _ in told if error is not None]
+        problems = [error for error, *_ in told if error is not None]
+        problems += _elsewhere([where for _, where, *_ in told])
         plan, orders = _decide(declarations, problems, saver, directory)
     order: _Order = scatter_object(orders, group)
     if order.problem is not None:
         raise order.problem
     return flat, plan, order
+
+
+def _elsewhere(directories: Sequence[str]) -> Iterator[DistributedError]:
+    """Say which ranks would write elsewhere than rank 0, perhaps into a complete checkpoint."""
+    for rank, directory in enumerate(directories):
+        if directory != directories[0]:
+            yield CollectiveMismatchError(
+                f"rank {rank} saves to {directory}, and rank 0 to {directories[0]}; give the same "
+                "path and the same step on all ranks"
+            )
 
 
 def _text(declared: Declaration) -> str:

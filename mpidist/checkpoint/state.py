@@ -10,7 +10,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays import DTYPES, is_array
-from mpidist.checkpoint.manifest import JSON
+from mpidist.checkpoint.manifest import FLOAT_KEY, JSON
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
 from mpidist.shards import ShardedArray
 
@@ -159,10 +159,15 @@ def _holds_arrays(value: Any) -> bool:
 
 def as_json(name: str, value: Any) -> JSON:
     """Return a value as JSON would give it back; tuples become lists, numpy's numbers Python's."""
+    if isinstance(value, np.generic):
+        value = value.item()  # also of numpy's float64, which is a float
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.generic):
-        return as_json(name, value.item())
+    if isinstance(value, Mapping) and FLOAT_KEY in value:
+        raise UnsupportedOperationError(
+            f"checkpoint: {name!r} has the key {FLOAT_KEY!r}, by which a manifest writes inf and "
+            "nan; rename it"
+        )
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: as_json(f"{name}/{key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

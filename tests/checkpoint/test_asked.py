@@ -1,0 +1,79 @@
+"""What a save is asked for: the place, the values, and what is refused before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from mpidist import checkpoint
+from mpidist.errors import (
+    CheckpointCorruptError,
+    CollectiveMismatchError,
+    UnsupportedOperationError,
+)
+from mpidist.group import ProcessGroup
+from mpidist.testing import run_ranks
+
+
+def test_a_rank_that_means_another_step_spoils_nothing(tmp_path: Path) -> None:
+    """Else rank 1 would put its file into the complete checkpoint of step 5."""
+
+    def body(group: ProcessGroup) -> None:
+        checkpoint.save(tmp_path, {"x": np.arange(4)}, group, step=5)
+        with pytest.raises(CollectiveMismatchError, match=r"rank 1 saves to .*step-000005"):
+            checkpoint.save(tmp_path, {"x": np.zeros(4)}, group, step=6 - group.rank)
+
+    run_ranks(2, body)
+    assert [found.step for found in checkpoint.list(tmp_path)] == [5]
+    np.testing.assert_array_equal(checkpoint.load_full(tmp_path)["x"], np.arange(4))
+
+
+def test_a_step_is_not_negative(tmp_path: Path) -> None:
+    """Nobody would find it."""
+
+    def body(group: ProcessGroup) -> None:
+        with pytest.raises(ValueError, match="at least 0, got -1"):
+            checkpoint.save(tmp_path, {}, group, step=-1)
+
+    run_ranks(2, body)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_numpy_and_of_python_are_the_same(tmp_path: Path) -> None:
+    def body(group: ProcessGroup) -> None:
+        loss = np.float64(0.5) if group.rank else 0.5
+        checkpoint.save(tmp_path, {"loss": loss, "far": -math.inf}, group, step=0)
+
+    run_ranks(2, body)
+    assert checkpoint.load_full(tmp_path) == {"loss": 0.5, "far": -math.inf}
+
+
+@pytest.mark.parametrize("value", [np.longdouble(1), {"mpidist:float": "1"}, {1: 2}, {3}])
+def test_a_value_that_would_not_come_back_is_refused(tmp_path: Path, value: Any) -> None:
+    def body(group: ProcessGroup) -> None:
+        with pytest.raises(UnsupportedOperationError, match="rank 0: checkpoint: 'x'"):
+            checkpoint.save(tmp_path, {"x": value}, group, step=0)
+
+    run_ranks(2, body)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_may_be_written_by_another_program(tmp_path: Path) -> None:
+    """Its digest is of its bytes, however these write a number; and every byte counts."""
+    run_ranks(1, lambda group: checkpoint.save(tmp_path, {"x": 1e16}, group, step=0))
+    path = tmp_path / "step-000000" / "manifest.json"
+    body = json.loads(path.read_bytes())
+    del body["digest"]
+    text = json.dumps(body, indent=1).replace("1e+16", "10000000000000000.0")
+    assert "1e" not in text.split('"values"')[1]
+    path.write_text(f'{{"digest":"{xxhash.xxh3_128_hexdigest(text.encode())}",{text[1:]}\n')
+    assert checkpoint.load_full(tmp_path) == {"x": 1e16}
+    path.write_text(path.read_text().replace("\n ", "\n  ", 1))
+    with pytest.raises(CheckpointCorruptError, match="was edited"):
+        checkpoint.load_full(tmp_path)
