@@ -32,7 +32,7 @@ from mpidist.watch.threads import in_thread
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
 
-__all__ = ["attend", "follow", "starting"]
+__all__ = ["attend", "end_companions_at_exit", "follow", "starting"]
 
 _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
@@ -157,7 +157,6 @@ class _Hooks:
         if broken:
             self._say(f"ends with a broken group ({broken[0]}); ending the job")
             self._abort(1)
-        self._end_companions()
         operations = sum(group.operations for group in self._groups)
         for departures, _ in self._worlds:
             departures.leave(operations)
@@ -172,8 +171,10 @@ class _Hooks:
                 self._abort(1)
         self._end_traces()
 
-    def _end_companions(self) -> None:
-        """Wait for what subsystems have under way, such as the last save."""
+    def end_companions(self) -> None:
+        """Wait for what subsystems have under way, such as the last save; an exit handler."""
+        if os.getpid() != self._pid or self._mpi.Is_finalized() or broken_groups():
+            return
         for companion in companions():
             try:
                 companion.close()
@@ -299,6 +300,16 @@ def follow(group: ProcessGroup) -> None:
     """Drive a group at this rank's exit, and count its operations in the notice of departure."""
     if _installed is not None:
         _installed.follow(group)
+
+
+def end_companions_at_exit() -> None:
+    """Let the job wait for what subsystems have under way before it ends.
+
+    To be called when what they need has been imported: exit handlers run in reverse order, so that
+    this one finds it in working order.
+    """
+    if _installed is not None:
+        atexit.register(_installed.end_companions)
 
 
 def attend(trace: Session) -> bool:

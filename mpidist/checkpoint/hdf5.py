@@ -65,7 +65,7 @@ def create_file(
         alignment_threshold=ALIGNMENT,
         alignment_interval=ALIGNMENT,
     ) as file:
-        file.attrs.update({"format": FORMAT, "version": VERSION, **attributes})
+        _describe(file, {"format": FORMAT, "version": VERSION, **attributes})
         return {name: _create(file, name, shape, dtype) for name, shape, dtype in datasets}
 
 
@@ -90,8 +90,17 @@ def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> int:
     kind = h5py.h5t.py_create(_stored(dtype), logical=True)
     dataset = h5py.h5d.create(file.id, name.encode(), kind, space, layout, links)
     if dtype == BFLOAT16:
-        h5py.Dataset(dataset).attrs[TAG] = str(dtype)
+        _describe(h5py.Dataset(dataset), {TAG: str(dtype)})
     return int(dataset.get_offset() or 0)
+
+
+def _describe(item: Any, attributes: Mapping[str, str | int]) -> None:
+    """Set attributes of a file or a dataset.
+
+    Texts have a fixed length, which programs in other languages read more easily.
+    """
+    for name, value in attributes.items():
+        item.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
 
 
 def _stored(dtype: DType) -> DType:
@@ -125,8 +134,8 @@ def create_view(path: Path, manifest: Manifest) -> None:
     names = sorted(manifest.arrays, key=lambda name: -manifest.arrays[name].nbytes)
     shown = sorted(names[:_MOST_IN_VIEW])
     with h5py.File(path, "w", locking="best-effort") as file:
-        file.attrs.update({"format": f"view of {FORMAT}", "id": manifest.id})
-        file.attrs["arrays"] = f"{len(shown)} of {len(names)}"
+        shows = f"{len(shown)} of {len(names)}"
+        _describe(file, {"format": f"view of {FORMAT}", "id": manifest.id, "arrays": shows})
         for name in shown:
             _show(file, name, manifest.arrays[name], manifest)
 
@@ -146,7 +155,7 @@ def _show(file: Any, name: str, array: StoredArray, manifest: Manifest) -> None:
     fill = np.nan if dtype.kind in "fc" else None
     dataset = file.create_virtual_dataset(name, layout, fillvalue=fill)
     if array.dtype == BFLOAT16:
-        dataset.attrs[TAG] = str(array.dtype)
+        _describe(dataset, {TAG: str(array.dtype)})
 
 
 def _selection(stored: StoredBox, shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -183,6 +192,6 @@ def saved_id(path: Path) -> str | None:
 
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
-            return str(file.attrs["id"])
-    except (OSError, KeyError, ValueError, RuntimeError):
+            return bytes(file.attrs["id"]).decode()
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError):
         return None

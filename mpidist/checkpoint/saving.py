@@ -16,6 +16,7 @@ import xxhash
 
 from mpidist._types import Array
 from mpidist.arrays import to_host
+from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import Save, Waitable, steps_of
 from mpidist.checkpoint.directory import Checkpoint, remove, step_directory
 from mpidist.checkpoint.files import sync_directory
@@ -34,6 +35,7 @@ from mpidist.errors import (
     DistributedError,
 )
 from mpidist.group import ProcessGroup
+from mpidist.hooks import end_companions_at_exit
 from mpidist.regions import region
 
 __all__ = ["CheckpointFuture", "save", "save_async", "saver_of"]
@@ -224,6 +226,8 @@ class Saver:
     """The saves of a group: its own communicator, its thread, what is in flight."""
 
     def __init__(self, group: ProcessGroup) -> None:
+        hdf5.versions()  # imports h5py, whose exit handler takes parts of it away
+        end_companions_at_exit()
         self.group = group.duplicate(f"{group.name}/checkpoint")
         self.worker = Worker("mpidist checkpoint")
         self.staging = Staging()
@@ -253,8 +257,10 @@ class Saver:
 
     def close(self) -> None:
         """Wait for what is in flight."""
-        self.settle(0)
-        self.group.close()
+        try:
+            self.settle(0)
+        finally:
+            self.group.close()
 
 
 def saver_of(group: ProcessGroup) -> Saver:
