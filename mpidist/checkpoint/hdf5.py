@@ -152,7 +152,7 @@ def _show(file: Any, name: str, array: StoredArray, manifest: Manifest) -> None:
         shape = origin.datasets[stored.dataset].shape
         source = h5py.VirtualSource(origin.name, stored.dataset, shape=shape, dtype=dtype)
         layout[stored.box.slices] = source[_selection(stored, shape)]
-    fill = np.nan if dtype.kind in "fc" else None
+    fill = dtype.type(np.nan) if dtype.kind in "fc" else None
     dataset = file.create_virtual_dataset(name, layout, fillvalue=fill)
     if array.dtype == BFLOAT16:
         _describe(dataset, {TAG: str(array.dtype)})

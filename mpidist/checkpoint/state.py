@@ -116,7 +116,7 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
     if isinstance(value, np.random.Generator):
         value = _GeneratorState(value)
     if is_array(value) or isinstance(value, ShardedArray):
-        if value.dtype not in DTYPES:
+        if value.dtype.newbyteorder("=") not in DTYPES:
             raise UnsupportedOperationError(
                 f"checkpoint: {name!r} has dtype {value.dtype}, which a checkpoint cannot "
                 "keep; convert it to numbers first"

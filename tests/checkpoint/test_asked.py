@@ -12,6 +12,7 @@ import pytest
 import xxhash
 
 from mpidist import checkpoint
+from mpidist.arrays import DTYPES
 from mpidist.errors import (
     CheckpointCorruptError,
     CollectiveMismatchError,
@@ -77,3 +78,23 @@ def test_a_manifest_may_be_written_by_another_program(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("\n ", "\n  ", 1))
     with pytest.raises(CheckpointCorruptError, match="was edited"):
         checkpoint.load_full(tmp_path)
+
+
+def test_every_dtype_and_order_of_bytes_is_kept(tmp_path: Path) -> None:
+    native = {str(dtype): np.arange(6).astype(dtype).reshape(2, 3) for dtype in DTYPES}
+    foreign = {f"foreign {name}": x.astype(x.dtype.newbyteorder(">")) for name, x in native.items()}
+    state = native | foreign
+    run_ranks(2, lambda group: checkpoint.save(tmp_path, state, group, step=0))
+    found = checkpoint.load_full(tmp_path)
+    assert found.keys() == state.keys()
+    for name, array in state.items():
+        assert found[name].dtype == array.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(found[name], array)
+
+    def body(group: ProcessGroup) -> None:
+        mine = {name: np.zeros_like(array) for name, array in state.items()}
+        checkpoint.load(tmp_path, mine, group)
+        for name, array in state.items():
+            np.testing.assert_array_equal(mine[name], array)
+
+    run_ranks(2, body)
