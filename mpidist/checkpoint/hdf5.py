@@ -150,12 +150,13 @@ def _show(file: Any, name: str, array: StoredArray, manifest: Manifest) -> None:
             continue
         origin = manifest.files[stored.file]
         shape = origin.datasets[stored.dataset].shape
-        source = h5py.VirtualSource(origin.name, stored.dataset, shape=shape, dtype=dtype)
+        dataset = stored.dataset.replace("%", "%%")  # "%b" would stand for a block's number
+        source = h5py.VirtualSource(origin.name, dataset, shape=shape, dtype=dtype)
         layout[stored.box.slices] = source[_selection(stored, shape)]
     fill = dtype.type(np.nan) if dtype.kind in "fc" else None
-    dataset = file.create_virtual_dataset(name, layout, fillvalue=fill)
+    shown = file.create_virtual_dataset(name, layout, fillvalue=fill)
     if array.dtype == BFLOAT16:
-        _describe(dataset, {TAG: str(array.dtype)})
+        _describe(shown, {TAG: str(array.dtype)})
 
 
 def _selection(stored: StoredBox, shape: tuple[int, ...]) -> tuple[slice, ...]:
