@@ -105,6 +105,12 @@ class Box:
             tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes
         )
 
+    def placed_in(self, origin: Box) -> Box:
+        """Undo `relative_to`: count from where the first index of `origin` is counted from."""
+        return Box(
+            tuple(a + b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes
+        )
+
 
 def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:
     """Cut a length into parts that differ by at most one.

@@ -40,7 +40,7 @@ from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend
 
-__all__ = ["VIEW", "Save", "commit", "steps_of"]
+__all__ = ["VIEW", "Save", "assemble", "commit", "report_of", "steps_of"]
 
 VIEW = "view.h5"
 
@@ -146,7 +146,7 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
         problem = _first_problem(results)
         if problem is None:
             assert save.header is not None, "rank 0 planned it"
-            manifest = _manifest(save.header, save.kinds, results)
+            manifest = assemble(save.header, save.kinds, results)
             view = save.submit(hdf5.create_view, save.directory / VIEW, manifest)
             yield _InThread(view, f"writing {save.directory / VIEW}", group.timeout)
             problem = _failure(view, 0) or _failure(done_here(commit, save.directory, manifest), 0)
@@ -191,11 +191,15 @@ def _told(written: Future[Written], rank: int) -> JSON:
     problem = _failure(written, rank)
     if problem is not None:
         return {"problem": problem}
-    result = written.result()
-    datasets = {name: (d.byte, d.shape) for name, d in result.file.datasets.items()}
+    return report_of(written.result())
+
+
+def report_of(written: Written) -> JSON:
+    """Return what `assemble` has to know of a file."""
+    datasets = {name: (d.byte, d.shape) for name, d in written.file.datasets.items()}
     return {
-        "file": (result.file.name, result.file.size, datasets),
-        "boxes": [(name, box.as_json()) for name, box in result.boxes],
+        "file": (written.file.name, written.file.size, datasets),
+        "boxes": [(name, box.as_json()) for name, box in written.boxes],
     }
 
 
@@ -208,8 +212,23 @@ def _first_problem(results: Sequence[JSON]) -> str | None:
     return next((result["problem"] for result in results if "problem" in result), None)
 
 
-def _manifest(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON]) -> Manifest:
-    """Put together what the ranks have told."""
+def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON]) -> Manifest:
+    """Put a manifest together.
+
+    Parameters
+    ----------
+    header : Manifest
+        All of it but files and arrays.
+    kinds : mapping of str to Kind
+        What the arrays are.
+    results : sequence of JSON value
+        What `report_of` says of each file, by rank.
+
+    Returns
+    -------
+    Manifest
+        Complete.
+    """
     files = []
     boxes: dict[str, list[StoredBox]] = {name: [] for name in kinds}
     for number, result in enumerate(results):

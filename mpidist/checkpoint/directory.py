@@ -16,11 +16,24 @@ from mpidist.checkpoint.files import sync_directory, temporary
 from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest, StoredArray
 from mpidist.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["Checkpoint", "find", "latest", "list", "prune", "step_directory"]
+__all__ = [
+    "STALE",
+    "Checkpoint",
+    "find",
+    "latest",
+    "list",
+    "make_room",
+    "partial",
+    "prunable",
+    "prune",
+    "remove",
+    "step_directory",
+    "step_of",
+]
 
 _STEP = re.compile(r"step-(\d{6,})")
 
-_STALE = 3600.0
+STALE = 3600.0
 """Seconds without a change after which a directory without a manifest, of a step beyond the newest
 complete one, is taken for what a killed job has left, and not for a save that is being written."""
 
@@ -163,7 +176,7 @@ def find(path: Path, step: int | str) -> Checkpoint:
     )
 
 
-def prune(path: str | os.PathLike[str], *, keep: int, stale: float = _STALE) -> builtins.list[Path]:
+def prune(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -> builtins.list[Path]:
     """Remove all checkpoints but the newest ones, and what killed saves have left.
 
     Parameters
@@ -193,17 +206,50 @@ def prune(path: str | os.PathLike[str], *, keep: int, stale: float = _STALE) -> 
     Local: to be called on one rank. The manifest goes first, so that whoever is killed here leaves
     no checkpoint that looks complete.
     """
+    directories = prunable(path, keep=keep, stale=stale)
+    for directory in directories:
+        remove(directory)
+    return directories
+
+
+def prunable(
+    path: str | os.PathLike[str], *, keep: int, stale: float = STALE
+) -> builtins.list[Path]:
+    """Return what `prune` would remove, by step."""
     if keep < 1:
         raise ValueError(f"prune: keep must be at least 1, got {keep}; at least one must stay")
     complete = [found.directory for found in list(path)]
-    partial = [found for found in _steps(Path(path)) if found not in complete]
     newest = step_of(complete[-1]) if complete else -1
-    removed = []
-    for directory in (*complete[:-keep], *partial):
-        if directory in complete or step_of(directory) <= newest or _age(directory) >= stale:
-            remove(directory)
-            removed.append(directory)
-    return sorted(removed)
+    left = [d for d in partial(path) if step_of(d) <= newest or _age(d) >= stale]
+    return sorted((*complete[:-keep], *left), key=step_of)
+
+
+def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
+    """Return the directories of steps that are no checkpoints: left by a kill, or being written."""
+    return [found for found in _steps(Path(path)) if not (found / MANIFEST).exists()]
+
+
+def make_room(directory: Path) -> None:
+    """Make the directory of a step, or empty one that a killed save has left.
+
+    Raises
+    ------
+    CheckpointError
+        If there is a complete checkpoint.
+    OSError
+        If it cannot be made.
+    """
+    if (directory / MANIFEST).exists():
+        raise CheckpointError(
+            "there is a complete checkpoint of this step, which is never overwritten; save to "
+            "another directory or step, or remove that one first"
+        )
+    if directory.exists():
+        remove(directory)
+    fresh = not directory.parent.exists()
+    directory.mkdir(parents=True)
+    if fresh:
+        sync_directory(directory.parent.parent)
 
 
 def remove(directory: Path) -> None:

@@ -23,10 +23,13 @@ from mpidist.errors import (
     CheckpointMissingShardError,
 )
 
-__all__ = ["UNIT", "Files", "Unit", "Wanted", "check_files", "give", "units_of"]
+__all__ = ["UNIT", "Files", "Unit", "Wanted", "check_files", "give", "runs_of", "units_of"]
 
 UNIT = 1 << 22
 """Most bytes that are read at once."""
+
+_MOST_OPEN = 256
+"""Files that are open at once: a process may often have no more than 1,024."""
 
 
 class Wanted(NamedTuple):
@@ -107,29 +110,12 @@ def units_of(manifest: Manifest, wanted: Sequence[Wanted]) -> list[Unit]:
 def _units_of_box(
     manifest: Manifest, key: tuple[str, int], tiling: Tiling, numbers: Array
 ) -> Iterator[Unit]:
-    """Join tiles that follow each other along the dimension that is cut."""
     name, number = key
-    stored = manifest.arrays[name].boxes[number]
-    row = tiling.grid[tiling.cut] if tiling.grid else 1
-    most = max(UNIT // max(prod(tiling.tile) * tiling.itemsize, 1), 1)
-    # A new unit begins where a tile is left out, in each row of the grid, and after so many tiles.
-    breaks = (np.diff(numbers) != 1) | (numbers[1:] % row == 0)
-    for joined in np.split(numbers, np.flatnonzero(breaks) + 1):
-        for start in range(0, len(joined), most):
-            part = joined[start : start + most]
-            first = int(part[0])
-            index = [int(i) for i in np.unravel_index(first, tiling.grid)] if tiling.grid else []
-            region = tiling.span(index, len(part))
-            yield Unit(
-                name,
-                number,
-                first,
-                len(part),
-                region,
-                region.count * tiling.itemsize,
-                stored.file,
-                next(_runs(manifest, name, number, region))[0],
-            )
+    file = manifest.arrays[name].boxes[number].file
+    for first, count, region in tiling.joined(numbers, UNIT):
+        nbytes = region.count * tiling.itemsize
+        byte = next(_runs(manifest, name, number, region))[0]
+        yield Unit(name, number, first, count, region, nbytes, file, byte)
 
 
 def _runs(manifest: Manifest, name: str, number: int, region: Box) -> Iterator[tuple[int, int]]:
@@ -139,16 +125,34 @@ def _runs(manifest: Manifest, name: str, number: int, region: Box) -> Iterator[t
     dataset = manifest.files[stored.file].datasets[stored.dataset]
     sizes = stored.box.sizes
     shape = dataset.shape if len(dataset.shape) == len(sizes) else sizes
+    for first, count in runs_of(region, shape):
+        yield dataset.byte + (stored.first + first) * itemsize, count * itemsize
+
+
+def runs_of(region: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where the elements of a region lie side by side in an array, in C order.
+
+    Parameters
+    ----------
+    region : Box
+        Inside the array.
+    shape : sequence of int
+        Of the array.
+
+    Yields
+    ------
+    int, int
+        Position of the first element, and how many there are.
+    """
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    begin = stored.first + sum(o * s for o, s in zip(region.offsets, strides, strict=True))
+    begin = sum(o * s for o, s in zip(region.offsets, strides, strict=True))
     inner = len(shape)  # from here on the region is as wide as what it lies in
     while inner and region.sizes[inner - 1] == shape[inner - 1]:
         inner -= 1
     outer = max(inner - 1, 0)
-    length = prod(region.sizes[outer:]) * itemsize
+    length = prod(region.sizes[outer:])
     for index in np.ndindex(*region.sizes[:outer]):
-        place = begin + sum(i * s for i, s in zip(index, strides[:outer], strict=True))
-        yield dataset.byte + place * itemsize, length
+        yield begin + sum(i * s for i, s in zip(index, strides[:outer], strict=True)), length
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
@@ -303,6 +307,8 @@ class Files:
 
     def _descriptor(self, number: int) -> int:
         if number not in self._open:
+            while len(self._open) >= _MOST_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
             path, expected = self._path(number), self._manifest.files[number].size
             try:
                 descriptor = os.open(path, os.O_RDONLY)
@@ -320,8 +326,7 @@ def give(
 ) -> None:
     """Copy from a unit to wherever its elements are wanted."""
     stored = manifest.arrays[unit.name].boxes[unit.number].box
-    offsets = tuple(a + b for a, b in zip(stored.offsets, unit.region.offsets, strict=True))
-    here = Box(offsets, unit.region.sizes)
+    here = unit.region.placed_in(stored)
     for box, out in targets.get(unit.name, ()):
         common = here.intersect(box)
         if common is not None:

@@ -18,9 +18,8 @@ from mpidist._types import Array
 from mpidist.arrays import to_host
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import Save, Waitable, steps_of
-from mpidist.checkpoint.directory import Checkpoint, remove, step_directory
-from mpidist.checkpoint.files import sync_directory
-from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest
+from mpidist.checkpoint.directory import Checkpoint, make_room, step_directory
+from mpidist.checkpoint.manifest import JSON, Manifest
 from mpidist.checkpoint.plan import Assignment, Declaration, Part, Plan, make_plan, part_of
 from mpidist.checkpoint.staging import Staging
 from mpidist.checkpoint.state import FlatState, State, as_json, flatten
@@ -410,17 +409,9 @@ def _make_room(saver: Saver, directory: Path) -> None:
     """Make the directory of a step, or empty one that a killed save has left."""
     if any(future.directory == directory for future in saver.pending):
         raise CheckpointError("an earlier save of this step is still under way; wait for it")
-    if (directory / MANIFEST).exists():
-        raise CheckpointError(
-            "there is a complete checkpoint of this step, which is never overwritten; save to "
-            "another directory or step, or remove that one first"
-        )
     try:
-        if directory.exists():
-            remove(directory)
-        fresh = not directory.parent.exists()
-        directory.mkdir(parents=True)
-        if fresh:
-            sync_directory(directory.parent.parent)
+        make_room(directory)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error

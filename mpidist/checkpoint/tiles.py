@@ -79,6 +79,32 @@ class Tiling:
         )
         return Box(offsets, tuple(b - a for a, b in zip(offsets, stops, strict=True)))
 
+    def joined(self, numbers: Array, nbytes: int) -> Iterator[tuple[int, int, Box]]:
+        """Join tiles that follow each other along dimension `cut`.
+
+        Parameters
+        ----------
+        numbers : Array, shape (n,) int64
+            Of tiles, ascending.
+        nbytes : int
+            Most bytes of what is joined; a larger tile stays alone.
+
+        Yields
+        ------
+        int, int, Box
+            Number of the first tile, how many they are, and what they cover.
+        """
+        row = self.grid[self.cut] if self.grid else 1
+        most = max(nbytes // max(prod(self.tile) * self.itemsize, 1), 1)
+        # A new part begins where a tile is left out, in each row of the grid, and after so many.
+        breaks = (np.diff(numbers) != 1) | (numbers[1:] % row == 0)
+        for together in np.split(numbers, np.flatnonzero(breaks) + 1):
+            for start in range(0, len(together), most):
+                part = together[start : start + most]
+                first = int(part[0])
+                index = [int(i) for i in np.unravel_index(first, self.grid)] if self.grid else []
+                yield first, len(part), self.span(index, len(part))
+
     def covering(self, region: Box) -> Array:
         """Return the numbers of the tiles that a region touches, ascending, int64."""
         if region.empty or not self.count:

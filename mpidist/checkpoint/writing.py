@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -21,15 +22,50 @@ from mpidist.checkpoint.manifest import ALIGNMENT, StoredBox, StoredDataset, Sto
 from mpidist.checkpoint.tiles import digests_of
 from mpidist.checkpoint.worker import settle
 
-__all__ = ["Piece", "Written", "shard_name", "write_file"]
+__all__ = ["Piece", "Writable", "Written", "shard_name", "write_file"]
 
 _BLOCK = 1 << 23
 """Bytes that are gathered before they are written, where they do not lie side by side already."""
 
 
+class Writable(Protocol):
+    """A part of an array, wherever its elements are."""
+
+    @property
+    def name(self) -> str:
+        """Of the array."""
+        ...
+
+    @property
+    def box(self) -> Box:
+        """Which part."""
+        ...
+
+    @property
+    def dtype(self) -> DType:
+        """Of the array."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of the part."""
+        ...
+
+    def chunks(self) -> Iterator[tuple[int, Array]]:
+        """Yield its bytes, little-endian: where they begin in C order, and an array of uint8.
+
+        A chunk has to last until the next one is asked for.
+        """
+        ...
+
+    def digests(self) -> bytes:
+        """Return the digests of its tiles; asked for when all chunks have been."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of an array, in memory.
+    """A part of an array, in memory: a `Writable`.
 
     Attributes
     ----------
@@ -44,6 +80,31 @@ class Piece:
     name: str
     box: Box
     data: Array
+
+    @property
+    def dtype(self) -> DType:
+        """Of the array."""
+        return self.data.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the part."""
+        return int(self.data.nbytes)
+
+    def chunks(self) -> Iterator[tuple[int, Array]]:
+        """Yield all at once if it lies side by side, else a copy of one block after the other."""
+        data = _little(self.data)
+        if data.flags.c_contiguous:
+            yield 0, as_bytes(data)
+            return
+        place = 0
+        for chunk in _blocks(data):
+            yield place, as_bytes(np.ascontiguousarray(chunk))
+            place += chunk.nbytes
+
+    def digests(self) -> bytes:
+        """Return the digests of its tiles."""
+        return digests_of(_little(self.data))
 
 
 @dataclass(frozen=True)
@@ -67,14 +128,16 @@ def shard_name(rank: int) -> str:
     return f"rank-{rank:05d}.h5"
 
 
-def write_file(path: Path, pieces: Sequence[Piece], attributes: Mapping[str, str | int]) -> Written:
+def write_file(
+    path: Path, pieces: Sequence[Writable], attributes: Mapping[str, str | int]
+) -> Written:
     """Write a file with these pieces.
 
     Parameters
     ----------
     path : Path
         Its directory must exist.
-    pieces : sequence of Piece
+    pieces : sequence of Writable
         What goes into it; there may be none.
     attributes : mapping of str to (str or int)
         Of the file.
@@ -91,10 +154,11 @@ def write_file(path: Path, pieces: Sequence[Piece], attributes: Mapping[str, str
 
     Notes
     -----
-    Local. Memory: one block of 8 MiB. Digests are computed while the disk works.
+    Local. Memory: one block of 8 MiB, and one chunk of a piece that is not in memory as it is
+    written. Digests are computed while the disk works.
     """
     # What is packed comes first, each dtype in one go.
-    pieces = sorted(pieces, key=lambda piece: (piece.data.nbytes >= ALIGNMENT, _kind(piece)))
+    pieces = sorted(pieces, key=lambda piece: (piece.nbytes >= ALIGNMENT, _kind(piece)))
     datasets, boxes = _lay_out(pieces)
     part = temporary(path)
     shapes = [(name, shape, dtype) for name, (shape, dtype) in datasets.items()]
@@ -105,7 +169,7 @@ def write_file(path: Path, pieces: Sequence[Piece], attributes: Mapping[str, str
             write_at(descriptor, data, offset)
         size = os.fstat(descriptor).st_size
         with _beside(os.fsync, descriptor):
-            digests = [digests_of(_little(piece.data)) for piece in pieces]
+            digests = [piece.digests() for piece in pieces]
     finally:
         os.close(descriptor)
     os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
@@ -123,7 +187,7 @@ def write_file(path: Path, pieces: Sequence[Piece], attributes: Mapping[str, str
 
 
 def _lay_out(
-    pieces: Sequence[Piece],
+    pieces: Sequence[Writable],
 ) -> tuple[dict[str, tuple[tuple[int, ...], DType]], list[tuple[str, int]]]:
     """Return the datasets with shape and dtype, and the dataset and place in it of each piece."""
     packed: dict[str, int] = {}
@@ -131,22 +195,22 @@ def _lay_out(
     datasets: dict[str, tuple[tuple[int, ...], DType]] = {}
     boxes = []
     for piece in pieces:
-        if piece.data.nbytes >= ALIGNMENT:
+        if piece.nbytes >= ALIGNMENT:
             name = f"{piece.name}{_words(piece.box)}"
-            datasets[name] = (piece.box.sizes, piece.data.dtype)
+            datasets[name] = (piece.box.sizes, piece.dtype)
             boxes.append((name, 0))
         else:
             name = f"packed/{_kind(piece)}"
             boxes.append((name, packed.get(name, 0)))
             packed[name] = packed.get(name, 0) + piece.box.count
-            dtypes[name] = piece.data.dtype
+            dtypes[name] = piece.dtype
     for name, count in packed.items():
         datasets[name] = ((count,), dtypes[name])
     return datasets, boxes
 
 
-def _kind(piece: Piece) -> str:
-    return str(piece.data.dtype.newbyteorder("="))
+def _kind(piece: Writable) -> str:
+    return str(piece.dtype.newbyteorder("="))
 
 
 def _words(box: Box) -> str:
@@ -156,18 +220,18 @@ def _words(box: Box) -> str:
 
 
 def _stream(
-    pieces: Sequence[Piece], boxes: Sequence[tuple[str, int]], begins: Mapping[str, int]
+    pieces: Sequence[Writable], boxes: Sequence[tuple[str, int]], begins: Mapping[str, int]
 ) -> Iterator[tuple[Array, int]]:
-    """Yield what is to be written, and where; small pieces that follow each other together."""
+    """Yield what is to be written, and where; small chunks that follow each other together."""
     block = np.empty(0, np.uint8)
     filled, begin = 0, 0
     for piece, (dataset, first) in zip(pieces, boxes, strict=True):
-        data = _little(piece.data)
-        offset = begins[dataset] + first * data.dtype.itemsize
-        if data.nbytes >= ALIGNMENT and data.flags.c_contiguous:
-            yield as_bytes(data), offset
-            continue
-        for chunk in _chunks(data):
+        start = begins[dataset] + first * piece.dtype.itemsize
+        for place, chunk in piece.chunks():
+            offset = start + place
+            if chunk.nbytes >= ALIGNMENT:
+                yield chunk, offset
+                continue
             if filled and (offset != begin + filled or filled + chunk.nbytes > _BLOCK):
                 yield block[:filled], begin
                 filled = 0
@@ -175,23 +239,22 @@ def _stream(
                 begin = offset
             if not block.size:
                 block = np.empty(_BLOCK, np.uint8)
-            block[filled : filled + chunk.nbytes] = as_bytes(np.ascontiguousarray(chunk))
+            block[filled : filled + chunk.nbytes] = chunk
             filled += chunk.nbytes
-            offset += chunk.nbytes
     if filled:
         yield block[:filled], begin
 
 
-def _chunks(data: Array) -> Iterator[Array]:
+def _blocks(data: Array) -> Iterator[Array]:
     """Cut an array into parts of at most a block, in C order."""
     if data.nbytes <= _BLOCK:
         yield data
     elif len(data) == 1:
-        yield from _chunks(data[0])
+        yield from _blocks(data[0])
     else:
         rows = max(_BLOCK * len(data) // data.nbytes, 1)
         for start in range(0, len(data), rows):
-            yield from _chunks(data[start : start + rows])
+            yield from _blocks(data[start : start + rows])
 
 
 def _little(data: Array) -> Array:
