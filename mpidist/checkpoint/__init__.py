@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from mpidist.checkpoint.directory import Checkpoint, latest, list, prune  # noqa: A004
 from mpidist.checkpoint.loading import load, load_full
+from mpidist.checkpoint.resharding import reshard
 from mpidist.checkpoint.saving import CheckpointFuture, save, save_async
 from mpidist.shards import ShardedArray
 
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "load_full",
     "prune",
+    "reshard",
     "save",
     "save_async",
 ]
