@@ -85,8 +85,9 @@ def load(
     """
     saver = saver_of(group)
     saver.settle(0)
+    _all_or_none(saver.raise_untold, saver.group, f"load of {path} on group {group.name!r}")
     checkpoint, manifest = _found(Path(path), step, saver.group)
-    what = f"load of {checkpoint.directory} on {group}"
+    what = f"load of {checkpoint.directory} on group {group.name!r}"
     flat = FlatState()
     targets = _Targets()
 

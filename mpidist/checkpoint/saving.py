@@ -170,6 +170,11 @@ class CheckpointFuture:
         -----
         Does not block, but that rank 0 writes and syncs the manifest in it, once.
         """
+        self._saver.progress()
+        return self._over
+
+    def drive(self) -> bool:
+        """Take the save as far as it goes now, earlier ones being over; see `done`."""
         while not self._over:
             if self._current is not None and not self._current.done():
                 return False
@@ -204,9 +209,10 @@ class CheckpointFuture:
     def end(self, timeout: float | None = None) -> None:
         """Take the save to its end; keep for `wait` what it raises."""
         while not self._over:
-            if self._current is not None:
-                self._current.wait(timeout)
-            self._advance()
+            first = self._saver.pending[0]  # in order: their messages have the same tags
+            if first._current is not None:
+                first._current.wait(timeout)
+            first._advance()
 
     def _advance(self) -> None:
         """Take the next step, all that is waited for being over."""
@@ -240,9 +246,12 @@ class Saver:
             self._failed.append(future)
 
     def settle(self, most: int) -> None:
-        """Wait until at most so many saves are in flight; raise what nobody has been told."""
+        """Wait until at most so many saves are in flight."""
         while len(self.pending) > most:
             self.pending[0].end()
+
+    def raise_untold(self) -> None:
+        """Raise what this rank's program has not been told of an earlier save."""
         while self._failed:
             future = self._failed.popleft()
             if not future.told:
@@ -251,7 +260,7 @@ class Saver:
     def progress(self) -> None:
         """Drive what is in flight."""
         for future in tuple(self.pending):
-            if not future.done():
+            if not future.drive():
                 return  # they end in order
 
     def close(self) -> None:
@@ -259,7 +268,9 @@ class Saver:
         try:
             self.settle(0)
         finally:
+            self.worker.close()
             self.group.close()
+        self.raise_untold()
 
 
 def saver_of(group: ProcessGroup) -> Saver:
@@ -341,10 +352,13 @@ def _agree(
     problem: Exception | None = None
     flat = FlatState()
     try:
+        saver.raise_untold()
         flat = flatten(state)
         as_json("metadata", metadata)
     except DistributedError as error:
         problem = type(error)(f"rank {group.rank}: {error}")
+    except Exception as error:  # noqa: BLE001  # an object's own, which all ranks must learn
+        problem = CheckpointError(f"rank {group.rank}: {type(error).__name__}: {error}")
     declared = Declaration.of(flat)
     common = xxhash.xxh3_128_digest(_text(declared).encode())
     told = gather_object((problem, str(directory), common, declared.sharded), group)

@@ -24,7 +24,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
@@ -36,9 +36,13 @@ class Worker:
             self._thread.start()
         return future
 
+    def close(self) -> None:
+        """Let the thread end when it has done what it was given."""
+        self._tasks.put(None)
+
     def _work(self) -> None:
-        while True:
-            self._tasks.get()()
+        while (task := self._tasks.get()) is not None:
+            task()
 
 
 def done_here(call: Callable[..., T], *args: Any) -> Future[T]:
