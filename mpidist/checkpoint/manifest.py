@@ -267,10 +267,21 @@ class Manifest:
             )
         try:
             return _parsed(body)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except _CONTRADICTIONS as error:
             raise CheckpointCorruptError(
                 f"{where} contradicts itself ({type(error).__name__}: {error}); load another step"
             ) from error
+
+
+_CONTRADICTIONS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What code raises when JSON is not what it takes it for."""
 
 
 def _parsed(body: Mapping[str, JSON]) -> Manifest:
@@ -299,7 +310,7 @@ def _parsed(body: Mapping[str, JSON]) -> Manifest:
 
 def _file(entry: Mapping[str, JSON]) -> StoredFile:
     name = str(entry["name"])
-    if "/" in name or name in ("", ".", ".."):
+    if "/" in name or "\0" in name or name in ("", ".", ".."):
         raise ValueError(f"a file named {name!r} is not in this directory")
     datasets = {
         key: StoredDataset(int(dataset["byte"]), _numbers(dataset["shape"]))

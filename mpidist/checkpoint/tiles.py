@@ -27,7 +27,8 @@ _TILE = 1 << 18
 """Most bytes of a tile, but for one element that is larger."""
 
 _RUN = 1 << 12
-"""Bytes that lie side by side in a tile, at least; where the box has so many."""
+"""Bytes that lie side by side in a tile, where the box has so many: as many rows of the dimensions
+behind the cut as these bytes hold, which is always more than half of them."""
 
 
 class Tiling:

@@ -226,7 +226,8 @@ def small_sizes(tile: int, run: int, own: int) -> Iterator[None]:
     Parameters
     ----------
     tile, run, own : int
-        Bytes: most of a tile, least of a run, and from which on a box has a dataset of its own.
+        Bytes: most of a tile, of a run (at most half a tile), and from which on a box has a dataset
+        of its own.
     """
     unit = 4 * max(tile, 16)
     patches = {

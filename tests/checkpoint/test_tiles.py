@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import itertools
+from math import prod
+
+import numpy as np
+import pytest
+import xxhash
+
+from mpidist import Box
+from mpidist.arrays import BFLOAT16
+from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digests_of
+from tests.checkpoint.cases import random_array, small_sizes
+
+TILE, RUN = 1 << 18, 1 << 12
+
+SHAPES = [
+    ((), 8),
+    ((0, 3), 4),
+    ((7,), 1),
+    ((1 << 20,), 4),
+    ((70_001,), 16),
+    ((2048, 2048), 4),
+    ((3, 500_000), 2),
+    ((500_000, 3), 8),
+    ((1, 1, 300_000), 8),
+    ((90, 7, 11, 13), 16),
+    ((40_000, 1, 2), 4),
+    ((2, 3, 4, 5_000, 3), 4),
+]
+
+
+def painted(tiling: Tiling) -> np.ndarray:
+    """How often each element is in a tile."""
+    times = np.zeros(tiling.sizes, np.uint8)
+    for number in range(tiling.count):
+        times[tiling.box(number).slices] += 1
+    return times
+
+
+def longest_run(tile: Box, sizes: tuple[int, ...], itemsize: int) -> int:
+    """Bytes that lie side by side in a tile."""
+    run = itemsize
+    for part, size in zip(reversed(tile.sizes), reversed(sizes), strict=True):
+        run *= part
+        if part != size:
+            break
+    return run
+
+
+@pytest.mark.parametrize(("sizes", "itemsize"), SHAPES)
+def test_tiles_cover_a_box_once_and_are_neither_large_nor_thin(sizes, itemsize):
+    tiling = Tiling(sizes, itemsize)
+    times = painted(tiling)
+    assert (times == 1).all()
+    assert tiling.count == prod(tiling.grid)
+    for number in range(tiling.count):
+        tile = tiling.box(number)
+        assert 0 < tile.count * itemsize <= TILE
+    if tiling.count > 1:  # those at the far edge may be thinner, and smaller
+        assert longest_run(tiling.box(0), sizes, itemsize) > RUN / 2
+        assert tiling.box(0).count * itemsize > TILE / 2
+
+
+def test_an_element_larger_than_a_tile_is_one():
+    with small_sizes(8, 4, 1 << 20):
+        tiling = Tiling((3, 2), 16)
+        assert tiling.count == 6
+        assert (painted(tiling) == 1).all()
+
+
+@pytest.mark.parametrize("tile", [4, 24, 100])
+@pytest.mark.parametrize("sizes", [(7,), (4, 5), (3, 4, 3), (2, 2, 3, 2)])
+def test_covering_is_what_a_brush_touches(tile, sizes):
+    with small_sizes(tile, 8, 1 << 20):
+        tiling = Tiling(sizes, 4)
+    tiles = [tiling.box(number) for number in range(tiling.count)]
+    spans = [
+        [(a, b) for a, b in itertools.combinations(range(size + 1), 2) if (a + b) % 3 != 1]
+        for size in sizes
+    ]
+    for ranges in itertools.product(*spans):
+        region = Box(tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
+        brush = np.zeros(sizes, bool)
+        brush[region.slices] = True
+        touched = [number for number, box in enumerate(tiles) if brush[box.slices].any()]
+        assert tiling.covering(region).tolist() == touched
+
+
+def test_nothing_touches_no_tile():
+    assert Tiling((4, 5), 4).covering(Box((1, 2), (0, 3))).size == 0
+    assert Tiling((0, 5), 4).covering(Box((0, 0), (0, 5))).size == 0
+    assert Tiling((), 4).covering(Box((), ())).tolist() == [0]
+
+
+def test_a_span_is_the_tiles_beside_each_other():
+    with small_sizes(16, 4, 1 << 20):
+        tiling = Tiling((5, 3, 2), 4)
+    for index in np.ndindex(*tiling.grid):
+        for length in range(1, tiling.grid[tiling.cut] - index[tiling.cut] + 1):
+            first = int(np.ravel_multi_index(index, tiling.grid))
+            parts = [tiling.box(first + i) for i in range(length)]
+            span = tiling.span(index, length)
+            assert span.count == sum(part.count for part in parts)
+            for part in parts:
+                part.relative_to(span)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(bool), np.dtype(np.complex64), BFLOAT16])
+@pytest.mark.parametrize("shape", [(), (0, 2), (5,), (6, 7), (3, 4, 5)])
+def test_a_digest_is_that_of_the_tiles_elements_in_c_order(dtype, shape):
+    array = random_array(dtype, shape, 1)
+    with small_sizes(32, 8, 1 << 20):
+        tiling = Tiling(shape, dtype.itemsize)
+        expected = b"".join(
+            xxhash.xxh3_64_digest(np.array(array[tiling.box(number).slices], order="C").tobytes())
+            for number in range(tiling.count)
+        )
+        for ordered in (array, np.asfortranarray(array)):
+            assert digests_of(ordered.reshape(shape)) == expected
+    assert len(expected) == tiling.count * DIGEST_BYTES
+
+
+def test_digests_of_a_large_transposed_array():
+    array = random_array(np.dtype(np.float32), (700, 900), 2).T
+    tiling = Tiling(array.shape, 4)
+    assert tiling.count > 5
+    parts = [
+        xxhash.xxh3_64_digest(np.ascontiguousarray(array[tiling.box(n).slices]).tobytes())
+        for n in range(tiling.count)
+    ]
+    assert digests_of(array) == b"".join(parts)
