@@ -5,9 +5,10 @@
     mpirun -n 4 python jobs/train.py --task text --out runs/text
     sbatch jobs/ddp-one-node.sbatch --task text --out runs/text
 
-Writes metrics.jsonl, save.npz and loss.png into --out. The curve does not depend on the number of
-ranks, apart from rounding: --batch-size counts the samples of all ranks together, and samples,
-initial values and dropout follow from --seed alone. The loop itself is mpidist/train/loop.py.
+Writes metrics.jsonl, loss.png and a directory of checkpoints into --out. The curve does not depend
+on the number of ranks, apart from rounding: --batch-size counts the samples of all ranks together,
+and samples, initial values and dropout follow from --seed alone. The loop itself is
+mpidist/train/loop.py.
 
 At SIGUSR1 or SIGTERM on any rank all ranks finish their step, save, and end with exit code 75: run
 it again with --resume. Training that diverges ends with exit code 1.
@@ -27,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train_options import make_parser
+
 if TYPE_CHECKING:
     from task import Task
 
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from mpidist.nn import Parameter
     from mpidist.optim import Optimizer
     from mpidist.parallel import DDP, Compression, ShardedOptimizer
-    from mpidist.train import Plan, SavedRun, StopSignal
+    from mpidist.train import Checkpoints, Plan, StopSignal
 
 DIVERGED = 1
 """Exit code after a loss or gradient that is not finite."""
@@ -46,105 +49,25 @@ Batch scripts start the job again after this one and no other."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it: 128 + SIGINT."""
 
-METRICS, PICTURE = "metrics.jsonl", "loss.png"
+REFUSED = 2
+"""Exit code after options that cannot be followed, as argparse has it."""
+
+METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "loss.png", "checkpoints"
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    p = argparse.ArgumentParser(
-        prog="train.py",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--task",
-        choices=("digits", "text"),
-        default="digits",
-        help="digits: 1,797 handwritten digits, a convolutional network; text: the help texts of "
-        "Python, byte by byte, a transformer (default: %(default)s)",
-    )
-    length = p.add_mutually_exclusive_group()
-    length.add_argument(
-        "--epochs", type=_positive(float), help="passes over the samples (default: the task's)"
-    )
-    length.add_argument("--steps", type=_positive(int), help="optimizer steps, instead of --epochs")
-    p.add_argument(
-        "--batch-size",
-        type=_positive(int),
-        metavar="N",
-        help="samples per step over all ranks together (default: the task's)",
-    )
-    p.add_argument(
-        "--optimizer",
-        choices=("adamw", "adam", "sgd"),
-        default="adamw",
-        help="sgd is with Nesterov momentum 0.9 (default: %(default)s)",
-    )
-    p.add_argument(
-        "--sharded-optimizer",
-        action="store_true",
-        help="let each rank keep the optimizer's state of its share of the parameters only, and "
-        "the ranks of a node one copy of the parameters; the curve stays the same",
-    )
-    p.add_argument(
-        "--lr",
-        type=_positive(float),
-        help="highest learning rate, reached after a tenth of the steps and then lowered to 0 "
-        "along a cosine (default: the task's)",
-    )
-    p.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
-        help="of the initial values, the order of the samples and dropout (default: %(default)s)",
-    )
-    p.add_argument(
-        "--compression",
-        choices=("none", "fp16", "bf16"),
-        default="none",
-        help="how gradients travel between the ranks; the halves save bytes and cost rounding "
-        "(default: %(default)s)",
-    )
-    p.add_argument(
-        "--log-every",
-        type=_positive(int),
-        default=10,
-        metavar="STEPS",
-        help="steps per training record (default: %(default)s)",
-    )
-    p.add_argument(
-        "--save-every",
-        type=_positive(int),
-        default=0,
-        metavar="STEPS",
-        help="steps between saves (default: only at the end, and when stopped by a signal)",
-    )
-    p.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the save in --out, if there is one, on any number of ranks; the options "
-        "must be those of that run",
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where metrics.jsonl, save.npz and loss.png go; made if missing (default: runs/TASK)",
-    )
-    p.add_argument("--no-progress", action="store_true", help="draw no progress bar")
-    p.add_argument("--no-plot", action="store_true", help="draw no picture")
-    return p
+    return make_parser(__doc__ or "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = parser().parse_args(arguments)
     options.out = options.out or Path("runs", options.task)
+    options.checkpoint_dir = options.checkpoint_dir or options.out / CHECKPOINTS
     limit_threads()
     try:
-        return 0 if run(options) else STOPPED
+        return run(options)
     except KeyboardInterrupt:
         if sys.excepthook is not sys.__excepthook__:
             raise  # to mpidist's hook, which ends all ranks with the same code, without a traceback
@@ -164,37 +87,54 @@ def limit_threads() -> None:
         os.environ.update(dict.fromkeys(names, "1"))
 
 
-def run(options: argparse.Namespace) -> bool:
-    """Train as the options say; called by every rank of the job. Return whether it is done."""
+def run(options: argparse.Namespace) -> int:
+    """Train as the options say; called by every rank of the job. Return the exit code."""
     # The first import of numpy fixes the number of threads, so it comes after limit_threads().
     import mpidist
     from mpidist.parallel import DDP
-    from mpidist.train import Run, SavedRun, StopSignal, make_sampler
+    from mpidist.train import Checkpoints, Run, StopSignal, make_sampler
 
     with StopSignal() as stop, mpidist.init() as world:
         task = make_task(options)
         plan = make_plan(options, task)
         model = DDP(task.model, world, op=mpidist.SUM, compression=make_compression(options))
         optimizer = make_optimizer(options, task, plan, model, world)
-        saved = SavedRun(options.out, world)
-        if options.resume and saved.exists():
-            saved.load(Run(model, optimizer, make_sampler(task.train, plan, world)))
+        checkpoints = Checkpoints(options.checkpoint_dir, world, keep=options.keep)
+        newest = checkpoints.newest()
+        if newest is not None and not (options.resume or options.overwrite):
+            if world.rank == 0:
+                refuse(options, newest)
+            return REFUSED
+        if newest is not None and options.resume:
+            checkpoints.load(Run(model, optimizer, make_sampler(task.train, plan, world)))
         else:
-            saved.discard()  # a later --resume must not go on from an earlier run
+            checkpoints.discard()  # a later --resume must not go on from an earlier run
         if world.rank == 0:
             do_without(options)
             announce(options, task, plan, world, step=optimizer.step_count)
-        train_and_record(options, task, plan, model, optimizer, saved, stop, world)
+        train_and_record(options, task, plan, model, optimizer, checkpoints, stop, world)
         done = optimizer.step_count == plan.steps
         if world.rank == 0 and done:
             report(options, task, ranks=world.size)
         elif world.rank == 0:
             print(
                 f"stopped by {signal.Signals(stop.stopping).name} after step "
-                f"{optimizer.step_count} of {plan.steps}; --resume goes on from {saved.path}",
+                f"{optimizer.step_count} of {plan.steps}; --resume goes on from "
+                f"{options.checkpoint_dir}",
                 flush=True,
             )
-    return done
+    return 0 if done else STOPPED
+
+
+def refuse(options: argparse.Namespace, newest: int) -> None:
+    """Say why this run does not begin: there are checkpoints, and nobody has said what of them."""
+    print(
+        f"train.py: error: {options.checkpoint_dir} has checkpoints of a run up to step {newest}: "
+        "go on from there with --resume, begin anew with --overwrite, which removes them, or "
+        "choose another --out or --checkpoint-dir",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def do_without(options: argparse.Namespace) -> None:
@@ -255,7 +195,7 @@ def make_plan(options: argparse.Namespace, task: Task) -> Plan:
         batch_size=batch_size,
         seed=options.seed,
         log_every=options.log_every,
-        save_every=options.save_every,
+        checkpoint_every=options.checkpoint_every,
         evaluate_every=max(
             min(per_epoch, math.ceil(steps / 10)), math.ceil(len(task.held_out) / batch_size)
         ),
@@ -300,7 +240,7 @@ def train_and_record(
     plan: Plan,
     model: DDP,
     optimizer: Optimizer | ShardedOptimizer,
-    saved: SavedRun,
+    checkpoints: Checkpoints,
     stop: StopSignal,
     world: ProcessGroup,
 ) -> None:
@@ -319,7 +259,9 @@ def train_and_record(
             ProgressBar(plan.steps, name=options.task, show=show, done=begin) as bar,
         ):
             file.write({**header, "ranks": world.size, **describe(options, plan)})
-            for record in train(model, optimizer, *data, plan, world, saved=saved, stop=stop):
+            for record in train(
+                model, optimizer, *data, plan, world, checkpoints=checkpoints, stop=stop
+            ):
                 file.write(record.as_json())
                 bar.show(record)
     except (KeyboardInterrupt, FloatingPointError) as error:
@@ -368,24 +310,6 @@ def report(options: argparse.Namespace, task: Task, *, ranks: int) -> None:
         plot_records(records, picture, title=title, baseline=task.baseline)
         written += f" and {picture}"
     print(f"wrote {written}", flush=True)
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
-
-
-def _positive(kind: type[int | float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ from mpidist.train.loop import Plan, evaluate, make_sampler, train, train_step
 from mpidist.train.plot import plot_records
 from mpidist.train.progress import ProgressBar
 from mpidist.train.records import MetricsFile, Record, read_records
-from mpidist.train.saving import Run, SavedRun
+from mpidist.train.saving import Checkpoints, Run
 from mpidist.train.stopping import StopSignal
 
 __all__ = [
+    "Checkpoints",
     "MetricsFile",
     "Plan",
     "ProgressBar",
     "Record",
     "Run",
-    "SavedRun",
     "StopSignal",
     "evaluate",
     "make_sampler",

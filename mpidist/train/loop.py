@@ -21,7 +21,7 @@ from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, Metrics, ShardedOptimizer, clip_grad_norm
 from mpidist.regions import STEP, region
 from mpidist.train.records import Record
-from mpidist.train.saving import Run, SavedRun
+from mpidist.train.saving import Checkpoints, Run
 from mpidist.train.stopping import StopSignal
 
 __all__ = ["Plan", "evaluate", "make_sampler", "train", "train_step"]
@@ -45,8 +45,8 @@ class Plan:
         Steps between training records.
     evaluate_every : int, optional
         Steps between evaluations of the held-out samples; 0 is only at the end.
-    save_every : int, optional
-        Steps between saves; 0 is only at the end, and when the run is stopped.
+    checkpoint_every : int, optional
+        Steps between checkpoints; 0 is only at the end, and when the run is stopped.
 
     Raises
     ------
@@ -60,7 +60,7 @@ class Plan:
     max_norm: float = 1.0
     log_every: int = 10
     evaluate_every: int = 0
-    save_every: int = 0
+    checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every"):
@@ -98,7 +98,7 @@ def train(
     plan: Plan,
     group: ProcessGroup,
     *,
-    saved: SavedRun | None = None,
+    checkpoints: Checkpoints | None = None,
     stop: StopSignal | None = None,
 ) -> Iterator[Record]:
     """Train, yielding a record now and then.
@@ -115,8 +115,8 @@ def train(
         How long and how often.
     group : ProcessGroup
         The ranks that share each batch.
-    saved : SavedRun, optional
-        Where to save: every `Plan.save_every` steps, at the end, and when stopped.
+    checkpoints : Checkpoints, optional
+        Where to save: every `Plan.checkpoint_every` steps, at the end, and when stopped.
     stop : StopSignal, optional
         Asked after every step. Once it says so, the run is saved and the iteration ends, with
         ``optimizer.step_count < plan.steps``.
@@ -156,11 +156,13 @@ def train(
             with region(STEP):
                 train_step(model, optimizer, train_set, batch, plan, meter.metrics)
             meter.samples += batch.global_size
+            if checkpoints is not None:
+                checkpoints.progress()
 
             done, last = optimizer.step_count, optimizer.step_count == plan.steps
             epoch = done / sampler.steps_per_epoch
             over = (stop is not None and stop.agreed(group)) or last
-            saving = saved if over or _due(done, plan.save_every) else None
+            saving = checkpoints if over or _due(done, plan.checkpoint_every) else None
             if over or saving is not None or _due(done, plan.log_every):
                 yield meter.record("train", step=done, epoch=epoch, lr=rate)
                 meter.resume()
@@ -174,6 +176,8 @@ def train(
             if saving is not None:
                 meter.pause()
                 saving.save(run)
+                if over:
+                    saving.wait()
                 meter.resume()
             if over:
                 return

@@ -1,34 +1,22 @@
-"""A run on disk: what it needs to go on, kept by one rank in one file."""
+"""A run in a directory of checkpoints: saved beside the training, found again by the next job."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import numpy as np
-
-from mpidist._types import Array
-from mpidist.collectives import broadcast, broadcast_object
+from mpidist import checkpoint
+from mpidist.checkpoint import CheckpointFuture, State
+from mpidist.checkpoint.directory import partial, remove
+from mpidist.collectives import broadcast_object
 from mpidist.data import ShardedSampler
-from mpidist.errors import (
-    CheckpointError,
-    CheckpointIncompatibleError,
-    CheckpointNotFoundError,
-)
+from mpidist.errors import CheckpointError, DistributedError
 from mpidist.group import ProcessGroup
 from mpidist.optim import Optimizer
-from mpidist.parallel import DDP, ShardedOptimizer, full_state_dict
-from mpidist.parallel.ddp import BUCKET_ORDER
-from mpidist.train.run_file import read_file, write_file
+from mpidist.parallel import DDP, ShardedOptimizer
 
-__all__ = ["Run", "SavedRun"]
-
-_MODEL, _OPTIMIZER = "model/", "optimizer/"
-
-_Content: TypeAlias = tuple[dict[str, Any], dict[str, Array]]
-"""JSON values and arrays, by name."""
+__all__ = ["Checkpoints", "Run"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,66 +41,85 @@ class Run:
     optimizer: Optimizer | ShardedOptimizer
     sampler: ShardedSampler
 
+    def state(self) -> State:
+        """Return it by name, for `checkpoint.save` and `checkpoint.load`.
 
-class SavedRun:
-    """The place on disk where a run is kept, to go on from there in another job.
+        Returns
+        -------
+        mapping of str to Stateful
+            The names do not depend on the kind of optimizer: a run that was saved with one that is
+            sharded goes on with one that is not, and the other way round.
+        """
+        optimizer = self.optimizer
+        return {
+            "model": optimizer.model_state
+            if isinstance(optimizer, ShardedOptimizer)
+            else self.model,
+            "optimizer": optimizer,
+            "sampler": self.sampler,
+        }
+
+
+class Checkpoints:
+    """The directory in which a run is kept, to go on from there in another job.
 
     ::
 
-        saved = SavedRun(Path("runs/digits"), world)
-        if saved.exists():
-            saved.load(run)
+        checkpoints = Checkpoints("runs/digits/checkpoints", world)
+        if checkpoints.newest() is not None:
+            checkpoints.load(run)
         ...
-        saved.save(run)
+        checkpoints.save(run)
+        ...
+        checkpoints.wait()
 
     Parameters
     ----------
-    directory : Path
-        Made if missing. It must be one that rank 0 of every job sees.
+    directory : path
+        Made if missing. All ranks of every job must see it.
     group : ProcessGroup
         The ranks of the run.
+    keep : int, optional
+        How many complete checkpoints stay; older ones are removed when another one is complete.
 
     Attributes
     ----------
-    path : Path
-        The file in it: an .npz that ``numpy.load`` opens, with whole arrays.
+    directory : Path
+        As given.
+
+    Raises
+    ------
+    ValueError
+        If `keep` is less than 1.
 
     Notes
     -----
-    Nothing in it depends on the number of ranks; any number may go on from it. Only the last save
-    is kept. It replaces the one before when it is complete and on disk: a job that is killed at any
-    instant leaves one of the two.
-
-    Rank 0 writes and reads, the others wait, and a `ShardedOptimizer`'s whole state is gathered on
-    every rank. Checkpoints of one file per rank, for models where that takes too long, will have
-    these four methods.
+    Nothing in it depends on the number of ranks; any number may go on from it.
     """
 
-    def __init__(self, directory: Path, group: ProcessGroup) -> None:
-        self.path = directory / "save.npz"
+    def __init__(
+        self, directory: str | os.PathLike[str], group: ProcessGroup, *, keep: int = 3
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"Checkpoints: keep must be at least 1, got {keep}")
+        self.directory = Path(directory)
         self._group = group
+        self._keep = keep
+        self._saving: CheckpointFuture | None = None
 
-    def exists(self) -> bool:
-        """Return whether rank 0 sees a save.
-
-        Notes
-        -----
-        Collective over the group; blocks. One small broadcast.
-        """
-        found = self.path.is_file() if self._group.rank == 0 else None
-        return bool(broadcast_object(found, self._group))
-
-    def discard(self) -> None:
-        """Remove the save, if there is one: a run that begins anew must not be mixed with it.
+    def newest(self) -> int | None:
+        """Return the step of the newest complete checkpoint that rank 0 sees, or None.
 
         Notes
         -----
         Collective over the group; blocks. One small broadcast.
         """
-        self._on_first_rank("discard", lambda: self.path.unlink(missing_ok=True))
+        found = checkpoint.latest(self.directory) if self._group.rank == 0 else None
+        step: int | None = broadcast_object(found and found.step, self._group)
+        return step
 
     def save(self, run: Run) -> None:
-        """Write the run, replacing the save before.
+        """Copy a run, and write the copy while training goes on.
 
         Parameters
         ----------
@@ -122,19 +129,58 @@ class SavedRun:
         Raises
         ------
         CheckpointError
-            On every rank, if rank 0 cannot write it; the save before is still there.
+            On every rank, if this or an earlier one cannot be written; complete ones are as they
+            were.
 
         Notes
         -----
-        Collective over the group; blocks until it is on disk. A `ShardedOptimizer` is gathered, one
-        all_gather per array of state; else one small broadcast. Signals that a `StopSignal` handles
-        do not disturb it.
+        Collective over the group; blocks for the copy, and until an earlier save is complete. See
+        `mpidist.checkpoint.save_async`.
         """
-        values, arrays = _state(run, ranks=self._group.size)
-        self._on_first_rank("save", lambda: write_file(self.path, values, arrays))
+        self.wait()
+        self._saving = checkpoint.save_async(
+            self.directory, run.state(), self._group, step=run.optimizer.step_count
+        )
+
+    def progress(self) -> None:
+        """Complete what was saved, if it can be done now; to be called after each step.
+
+        Raises
+        ------
+        CheckpointError
+            As `wait`.
+
+        Notes
+        -----
+        Does not block, but that rank 0 writes and syncs the manifest in it, once per checkpoint.
+        """
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when what was saved is complete and on disk, and remove the oldest ones.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if it cannot be written.
+
+        Notes
+        -----
+        Collective over the group; blocks. Without a save under way it does nothing.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        saving.wait()
+        if self._group.rank == 0:
+            try:
+                checkpoint.prune(self.directory, keep=self._keep)
+            except CheckpointError as error:  # too many are kept, and none is lost
+                self._group.log.warning("%s", error)
 
     def load(self, run: Run) -> None:
-        """Put the run where it was when it was saved.
+        """Put a run where it was when its newest checkpoint was saved.
 
         Parameters
         ----------
@@ -143,105 +189,35 @@ class SavedRun:
 
         Raises
         ------
-        CheckpointNotFoundError
-            On every rank, if rank 0 sees none.
-        CheckpointCorruptError
-            On every rank, if it is cut off or damaged, which its digest shows, or something else.
-        CheckpointIncompatibleError
-            On every rank, if the model, the kind of optimizer, the data set's size, the batch size
-            or the seed is another one.
+        CheckpointNotFoundError, CheckpointCorruptError, CheckpointIncompatibleError
+            On every rank; see `mpidist.checkpoint.load`.
 
         Notes
         -----
-        Collective over the group; blocks. One broadcast per array.
+        Collective over the group; blocks.
         """
-        content: _Content | None = None
-        problem: CheckpointError | None = None
+        checkpoint.load(self.directory, run.state(), self._group)
+
+    def discard(self) -> None:
+        """Remove all checkpoints: a run that begins anew must not be mixed with them.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if rank 0 cannot remove them.
+
+        Notes
+        -----
+        Collective over the group; blocks. One small broadcast.
+        """
+        problem: DistributedError | None = None
         if self._group.rank == 0:
             try:
-                content = read_file(self.path)
-            except OSError as error:
-                kind = CheckpointNotFoundError if not self.path.exists() else CheckpointError
-                problem = kind(
-                    f"load: rank 0 of {self._group.name!r} cannot read {self.path}: {error}; name "
-                    "the directory of a run, or begin anew"
-                )
-            except CheckpointError as error:
+                complete = [found.directory for found in checkpoint.list(self.directory)]
+                for found in (*partial(self.directory), *complete):
+                    remove(found)
+            except DistributedError as error:
                 problem = error
         problem = broadcast_object(problem, self._group)
         if problem is not None:
             raise problem
-        values, arrays = self._spread(content)
-        try:
-            _restore(run, values, arrays)
-        except ValueError as error:
-            raise CheckpointIncompatibleError(
-                f"load: {self.path} is of another run: {error}; make the model, the optimizer and "
-                "the sampler with the arguments of that run"
-            ) from error
-
-    def _on_first_rank(self, what: str, action: Callable[[], None]) -> None:
-        """Let rank 0 do it, and all ranks know whether it succeeded."""
-        problem = None
-        if self._group.rank == 0:
-            try:
-                action()
-            except OSError as error:
-                problem = f"{type(error).__name__}: {error}"
-        problem = broadcast_object(problem, self._group)
-        if problem is not None:
-            raise CheckpointError(
-                f"{what}: rank 0 of {self._group.name!r} could not write {self.path}: {problem}; "
-                "an earlier save is still there; look for room and rights on that disk"
-            )
-
-    def _spread(self, content: _Content | None) -> _Content:
-        """Give what rank 0 has read to all."""
-        values, arrays = content or ({}, {})
-        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        values, kinds = broadcast_object((values, kinds), self._group)
-        for name, (shape, dtype) in kinds.items():
-            array = arrays.get(name)
-            array = np.empty(shape, dtype) if array is None else array
-            arrays[name] = broadcast(array, self._group, out=array)
-        return values, arrays
-
-
-def _state(run: Run, *, ranks: int) -> _Content:
-    """Return the run as JSON values and as whole arrays; collective if the optimizer is sharded."""
-    optimizer = run.optimizer
-    if isinstance(optimizer, ShardedOptimizer):
-        state = full_state_dict(optimizer)
-    else:
-        state = optimizer.state_dict()
-    numbers = {key: value for key, value in state.items() if not isinstance(value, np.ndarray)}
-    arrays = {_MODEL + name: array for name, array in run.model.module.state_dict().items()}
-    arrays |= {_OPTIMIZER + key: state[key] for key in state.keys() - numbers.keys()}
-    values = {
-        "step": optimizer.step_count,
-        "ranks": ranks,
-        "sampler": run.sampler.state_dict(),
-        "order": run.model.order,
-        "optimizer": numbers,
-    }
-    return values, arrays
-
-
-def _restore(run: Run, values: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Undo `_state`; what does not fit raises ValueError before a parameter has changed."""
-    run.sampler.load_state_dict(values["sampler"])
-    model = {**_below(_MODEL, arrays), BUCKET_ORDER: values["order"]}
-    run.model.check_state_dict(model)
-    run.optimizer.load_state_dict(values["optimizer"] | _below(_OPTIMIZER, arrays))
-    if isinstance(run.optimizer, ShardedOptimizer):
-        run.optimizer.model_state.load_state_dict(model)
-    else:
-        run.model.load_state_dict(model)
-
-
-def _below(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-    }

@@ -29,7 +29,10 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
             "--sharded-optimizer",
             "--compression",
             "--log-every",
-            "--save-every",
+            "--checkpoint-dir",
+            "--checkpoint-every",
+            "--keep",
+            "--overwrite",
             "--resume",
             "--out",
             "--no-progress",
@@ -86,8 +89,8 @@ def test_options_are_heard(run: Run, tmp_path: Path, options: tuple[str, ...]) -
     ended = run(*SHORT, *options)
     assert ended.returncode == 0, ended.stdout
     assert sorted(p.name for p in (tmp_path / "runs/digits").iterdir()) == [
+        "checkpoints",
         "metrics.jsonl",
-        "save.npz",
     ]
     header = read_records(tmp_path / "runs/digits/metrics.jsonl")[0]
     given = dict(zip(options[::2], options[1::2], strict=False))
@@ -157,7 +160,9 @@ def test_what_draws_may_be_missing(
     assert second.startswith("no picture: No module named 'matplotlib'; to get it: pip install")
     assert read_records(tmp_path / "runs/digits/metrics.jsonl")[-1]["step"] == 3
     assert not (tmp_path / "runs/digits/loss.png").exists()
-    assert run("--steps", "3", "--no-progress", "--no-plot").stdout.startswith("digits: ")
+    assert run("--steps", "3", "--no-progress", "--no-plot", "--overwrite").stdout.startswith(
+        "digits: "
+    )
 
 
 @pytest.mark.mpirun

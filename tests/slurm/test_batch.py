@@ -7,13 +7,11 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests._ranks.launcher import marked_processes
-from tests.jobs.running import read_records
+from tests.jobs.running import read_arrays, read_records
 from tests.slurm.cluster import ROOT, Cluster, Job, segments
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
@@ -39,11 +37,6 @@ def submit(cluster: Cluster, script: tuple[str, ...], out: Path, *options: str) 
 def wait_for_step(job: Job, out: Path, step: int) -> None:
     file = out / "metrics.jsonl"
     job.wait_until(lambda: file.exists() and f'"step": {step},' in file.read_text(), f"step {step}")
-
-
-def arrays(out: Path) -> dict[str, Any]:
-    with np.load(out / "save.npz") as file:
-        return {name: file[name] for name in file.files if name.startswith("array/")}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +65,7 @@ def test_signalled_requeued_and_resumed_has_the_bits_of_undisturbed(
     assert 10 <= int(stopped) < STEPS
     assert f"going on after step {stopped}" in said
     assert (job.fact("Restarts"), whole.fact("Restarts")) == ("1", "0")
-    mine, theirs = arrays(tmp_path / "stopped"), arrays(tmp_path / "whole")
+    mine, theirs = (read_arrays(tmp_path / out / "checkpoints") for out in ("stopped", "whole"))
     assert mine.keys() == theirs.keys()
     assert len(mine) > 20
     for name, array in mine.items():
@@ -103,7 +96,7 @@ def test_a_killed_job_that_is_queued_again_goes_on_from_its_last_save(
     pmi2: Cluster, tmp_path: Path
 ) -> None:
     two_each = ("--nodes=2", "--ntasks-per-node=2", NODES[-1])
-    job = submit(pmi2, two_each, tmp_path / "out", "--save-every=7")
+    job = submit(pmi2, two_each, tmp_path / "out", "--checkpoint-every=7")
     wait_for_step(job, tmp_path / "out", 21)
     ranks = ranks_of(pmi2, tmp_path)
     for pid in ranks:
@@ -125,7 +118,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(pmi2: Cluster, tmp_path: Path
     assert job.wait(timeout=30) == "CANCELLED", job.output
     job.wait_until(lambda: ranks_of(pmi2, tmp_path) == [], "end of its ranks")
     assert "stopped by SIGTERM after step" in job.output
-    assert (tmp_path / "out/save.npz").exists()
+    assert read_arrays(tmp_path / "out/checkpoints")
     assert job.fact("Restarts") == "0"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mpidist import nn
 from mpidist._types import SUM, Array
+from mpidist.collectives import barrier
 from mpidist.data import ArrayDataset
 from mpidist.errors import (
     CheckpointCorruptError,
@@ -22,7 +23,8 @@ from mpidist.group import ProcessGroup
 from mpidist.optim import SGD, AdamW, Optimizer
 from mpidist.parallel import DDP, BucketSizes, ShardedOptimizer
 from mpidist.testing import run_ranks
-from mpidist.train import Plan, Record, Run, SavedRun, StopSignal, make_sampler, train
+from mpidist.train import Checkpoints, Plan, Record, Run, StopSignal, make_sampler, train
+from tests.jobs.running import read_arrays
 
 CLASSES = 3
 SHAPE = (3, 1, 2)
@@ -67,7 +69,7 @@ def job(
     model_of = changed.get("model", module)
     build = changed.get("optimizer", partial(AdamW, lr=0.05))
     train_set, held_out = data(samples, seed=0), data(9, seed=1)
-    stop, saved = StopSignal(), SavedRun(directory, group)
+    stop, kept = StopSignal(), Checkpoints(directory, group, keep=2)
     # Another seed after a stop: all that matters comes out of the file.
     with DDP(model_of(1 if load else 0), group, op=SUM, sizes=SMALL) as model:
         optimizer: Optimizer | ShardedOptimizer
@@ -76,11 +78,11 @@ def job(
         else:
             optimizer = build(list(model.module.named_parameters()))
         if load:
-            assert saved.exists()
-            saved.load(Run(model, optimizer, make_sampler(train_set, plan, group)))
+            assert kept.newest() is not None
+            kept.load(Run(model, optimizer, make_sampler(train_set, plan, group)))
         records = []
         for record in train(
-            model, optimizer, train_set, held_out, plan, group, saved=saved, stop=stop
+            model, optimizer, train_set, held_out, plan, group, checkpoints=kept, stop=stop
         ):
             records.append(record)
             if record.step == stop_after and group.rank == group.size - 1:
@@ -110,11 +112,7 @@ def test_stopped_and_resumed_has_the_bits_of_never_stopped(
         same_bits(mine, theirs)
     assert ends[0][0][-1].loss == whole[0][0][-1].loss
     # The saves at the end hold the same, the optimizer's state included.
-    files = [np.load(tmp_path / name / "save.npz") for name in ("a", "b")]
-    for name in files[0].files:
-        assert files[0][name].tobytes() == files[1][name].tobytes(), name
-    for file in files:
-        file.close()
+    same_bits(*(read_arrays(tmp_path / name) for name in ("a", "b")))
 
 
 def test_the_first_step_finds_the_buckets_as_they_were(tmp_path: Path) -> None:
@@ -126,17 +124,17 @@ def test_the_first_step_finds_the_buckets_as_they_were(tmp_path: Path) -> None:
         return [buffer.ctypes.data - first for buffer in buffers]
 
     def body(group: ProcessGroup) -> tuple[list[int], list[int], list[int]]:
-        samples, saved = data(33, seed=0), SavedRun(tmp_path, group)
+        samples, kept = data(33, seed=0), Checkpoints(tmp_path, group)
         with DDP(module(0), group, op=SUM, sizes=SMALL) as model:
             new = places(model)
             optimizer = AdamW(model.module.named_parameters())
             plan = Plan(steps=1, batch_size=8)
-            for _ in train(model, optimizer, samples, samples, plan, group, saved=saved):
+            for _ in train(model, optimizer, samples, samples, plan, group, checkpoints=kept):
                 pass
             trained = places(model)
         with DDP(module(0), group, op=SUM, sizes=SMALL) as model:
             optimizer = AdamW(model.module.named_parameters())
-            saved.load(Run(model, optimizer, make_sampler(samples, plan, group)))
+            kept.load(Run(model, optimizer, make_sampler(samples, plan, group)))
             return new, trained, places(model)
 
     for new, trained, loaded in run_ranks(2, body):
@@ -179,25 +177,29 @@ def test_any_number_of_ranks_goes_on_sharded_or_not(
 
 
 def test_saves_come_when_the_plan_says(tmp_path: Path) -> None:
-    plan = Plan(steps=7, batch_size=8, log_every=100, save_every=3)
+    plan = Plan(steps=11, batch_size=8, log_every=100, checkpoint_every=3)
 
-    def body(group: ProcessGroup) -> list[int]:
+    def body(group: ProcessGroup) -> list[tuple[str, int, int | None]]:
         seen = []
         with DDP(module(0), group, op=SUM) as model:
-            optimizer, saved = AdamW(model.module.named_parameters()), SavedRun(tmp_path, group)
-            samples = data(33, seed=0)
-            for record in train(model, optimizer, samples, samples, plan, group, saved=saved):
-                at = 0
-                if saved.exists():
-                    with np.load(saved.path) as file:
-                        at = int(bytes(file["header"]).split(b'"step": ')[1].split(b",")[0])
-                seen.append((record.kind, record.step, at))
-            saved.discard()
-            saved.discard()
-            assert not saved.exists()
+            optimizer = AdamW(model.module.named_parameters())
+            kept, samples = Checkpoints(tmp_path, group, keep=2), data(33, seed=0)
+            for record in train(model, optimizer, samples, samples, plan, group, checkpoints=kept):
+                kept.wait()
+                seen.append((record.kind, record.step, kept.newest()))
+            barrier(group)  # rank 0 has removed what is too old
+            left = sorted(path.name for path in tmp_path.iterdir())
+            assert left == ["step-000009", "step-000011"]
+            barrier(group)
+            kept.discard()
+            kept.discard()
+            assert kept.newest() is None
         return seen
 
-    expected = [("train", 3, 0), ("train", 6, 3), ("train", 7, 6), ("held-out", 7, 6)]
+    expected = [
+        *(("train", 3, None), ("train", 6, 3), ("train", 9, 6)),
+        *(("train", 11, 9), ("held-out", 11, 9)),
+    ]
     assert run_ranks(2, body) == [expected] * 2
 
 
@@ -220,24 +222,24 @@ def test_bad_saves_raise_the_same_error_on_all_ranks(tmp_path: Path) -> None:
                 make_sampler(data(33, seed=0), PLAN, group),
             )
             with pytest.raises(
-                CheckpointNotFoundError, match=r"cannot read .*save\.npz: .*No such"
+                CheckpointNotFoundError, match=r"no complete checkpoint of any step in .*nowhere"
             ):
-                SavedRun(tmp_path / "nowhere", group).load(run)
+                Checkpoints(tmp_path / "nowhere", group).load(run)
 
     run_ranks(3, load_nothing)
     run_ranks(1, lambda g: job(g, tmp_path, stop_after=4))
-    file = tmp_path / "save.npz"
+    file = tmp_path / "step-000005/rank-00000.h5"
     file.write_bytes(file.read_bytes()[:-1000])
     for error in run_ranks(3, failing):
         assert type(error) is CheckpointCorruptError
-        assert "save.npz is not, or not all of" in str(error)
+        assert "rank-00000.h5 has " in str(error)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model": partial(module, width=17)}, "2.weight: expected"),
-        ({"optimizer": partial(SGD, lr=0.1)}, "this is SGD, the state is of 'AdamW'"),
+        ({"model": partial(module, width=17)}, "model/2.weight: expected"),
+        ({"optimizer": partial(SGD, lr=0.1)}, "saved, but 'optimizer' has no such part"),
         ({"samples": 40}, "num_samples is 40 here and 33"),
         ({"plan": Plan(steps=12, batch_size=8, seed=4)}, "seed is 4 here and 3"),
         ({"plan": Plan(steps=12, batch_size=9, seed=3)}, "batch_size is 9 here and 8"),
@@ -247,7 +249,7 @@ def test_another_run_is_refused_on_all_ranks(
     tmp_path: Path, changed: dict[str, Any], said: str
 ) -> None:
     def failing(group: ProcessGroup) -> str:
-        with pytest.raises(CheckpointIncompatibleError, match="is of another run") as caught:
+        with pytest.raises(CheckpointIncompatibleError, match=r"load of .*step-000005") as caught:
             job(group, tmp_path, load=True, **changed)
         return str(caught.value)
 
@@ -255,17 +257,15 @@ def test_another_run_is_refused_on_all_ranks(
     assert all(said in error for error in run_ranks(2, failing))
 
 
-def test_a_save_that_fails_raises_on_all_ranks_and_keeps_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_raises_on_all_ranks_and_keeps_the_one_before(tmp_path: Path) -> None:
     run_ranks(2, lambda g: job(g, tmp_path, stop_after=4))
-    before = (tmp_path / "save.npz").read_bytes()
-    (tmp_path / "save.npz.part").mkdir()  # so that it cannot be opened
+    before = read_arrays(tmp_path)
+    (tmp_path / "step-000012").write_text("in the way")
 
     def failing(group: ProcessGroup) -> str:
-        with pytest.raises(CheckpointError, match="save: rank 0 of 'world' could not") as caught:
+        with pytest.raises(CheckpointError, match=r"save of .*step-000012") as caught:
             job(group, tmp_path, load=True)
         return str(caught.value)
 
-    assert all("IsADirectoryError" in error for error in run_ranks(2, failing))
-    assert (tmp_path / "save.npz").read_bytes() == before
+    assert len(set(run_ranks(2, failing))) == 1
+    same_bits(read_arrays(tmp_path), before)

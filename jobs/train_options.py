@@ -1,0 +1,136 @@
+"""The options of train.py."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    summary, _, rest = description.partition("\n\n")
+    p = argparse.ArgumentParser(
+        prog="train.py",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--task",
+        choices=("digits", "text"),
+        default="digits",
+        help="digits: 1,797 handwritten digits, a convolutional network; text: the help texts of "
+        "Python, byte by byte, a transformer (default: %(default)s)",
+    )
+    length = p.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs", type=_positive(float), help="passes over the samples (default: the task's)"
+    )
+    length.add_argument("--steps", type=_positive(int), help="optimizer steps, instead of --epochs")
+    p.add_argument(
+        "--batch-size",
+        type=_positive(int),
+        metavar="N",
+        help="samples per step over all ranks together (default: the task's)",
+    )
+    p.add_argument(
+        "--optimizer",
+        choices=("adamw", "adam", "sgd"),
+        default="adamw",
+        help="sgd is with Nesterov momentum 0.9 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--sharded-optimizer",
+        action="store_true",
+        help="let each rank keep the optimizer's state of its share of the parameters only, and "
+        "the ranks of a node one copy of the parameters; the curve stays the same",
+    )
+    p.add_argument(
+        "--lr",
+        type=_positive(float),
+        help="highest learning rate, reached after a tenth of the steps and then lowered to 0 "
+        "along a cosine (default: the task's)",
+    )
+    p.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="of the initial values, the order of the samples and dropout (default: %(default)s)",
+    )
+    p.add_argument(
+        "--compression",
+        choices=("none", "fp16", "bf16"),
+        default="none",
+        help="how gradients travel between the ranks; the halves save bytes and cost rounding "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--log-every",
+        type=_positive(int),
+        default=10,
+        metavar="STEPS",
+        help="steps per training record (default: %(default)s)",
+    )
+    p.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="where checkpoints go; made if missing, all ranks must see it (default: "
+        "OUT/checkpoints)",
+    )
+    p.add_argument(
+        "--checkpoint-every",
+        type=_positive(int),
+        default=0,
+        metavar="STEPS",
+        help="steps between checkpoints, which are written while training goes on (default: only "
+        "at the end, and when stopped by a signal)",
+    )
+    p.add_argument(
+        "--keep",
+        type=_positive(int),
+        default=3,
+        metavar="N",
+        help="how many checkpoints stay, the newest ones (default: %(default)s)",
+    )
+    begin = p.add_mutually_exclusive_group()
+    begin.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint, if there is one, on any number of ranks; the "
+        "options must be those of that run",
+    )
+    begin.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew where checkpoints of another run are, and remove these",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where metrics.jsonl and loss.png go; made if missing (default: runs/TASK)",
+    )
+    p.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+    p.add_argument("--no-plot", action="store_true", help="draw no picture")
+    return p
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def _positive(kind: type[int | float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
