@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -49,15 +49,18 @@ class Checkpoint:
 
     Notes
     -----
-    Everything else is read from its manifest when it is asked for first, and verified: it may raise
-    the errors of `Manifest.from_bytes`.
+    Everything else is read from its manifest when it is asked for first, unless `load` has given it
+    to all ranks, and verified: it may raise the errors of `Manifest.from_bytes`.
     """
 
     directory: Path
+    _known: Manifest | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def manifest(self) -> Manifest:
         """What it says of itself."""
+        if self._known is not None:
+            return self._known
         path = self.directory / MANIFEST
         try:
             return Manifest.from_bytes(path.read_bytes(), path)

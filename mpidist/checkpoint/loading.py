@@ -86,7 +86,8 @@ def load(
     saver = saver_of(group)
     saver.settle(0)
     _all_or_none(saver.raise_untold, saver.group, f"load of {path} on group {group.name!r}")
-    checkpoint, manifest = _found(Path(path), step, saver.group)
+    checkpoint = _found(Path(path), step, saver.group)
+    manifest = checkpoint.manifest
     what = f"load of {checkpoint.directory} on group {group.name!r}"
     flat = FlatState()
     targets = _Targets()
@@ -207,15 +208,16 @@ class _Targets:
             array[...] = array_namespace(array).asarray(memory)
 
 
-def _found(path: Path, step: int | str, group: ProcessGroup) -> tuple[Checkpoint, Manifest]:
-    """Let rank 0 find a checkpoint, and give all its manifest."""
+def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
+    """Let rank 0 find a checkpoint, and give its manifest to all."""
     problem: DistributedError | None = None
     found: tuple[Path, bytes] | None = None
     if group.rank == 0:
         try:
             checkpoint = find(path, step)
             data = (checkpoint.directory / MANIFEST).read_bytes()
-            check_files(checkpoint.directory, Manifest.from_bytes(data, checkpoint.directory))
+            manifest = Manifest.from_bytes(data, checkpoint.directory / MANIFEST)
+            check_files(checkpoint.directory, manifest)
             found = (checkpoint.directory, data)
         except DistributedError as error:
             problem = error
@@ -226,7 +228,7 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> tuple[Checkpoint
         raise problem
     assert found is not None, "rank 0 has found it"
     directory, data = found
-    return Checkpoint(directory), Manifest.from_bytes(data, directory)
+    return Checkpoint(directory, Manifest.from_bytes(data, directory / MANIFEST))
 
 
 def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
