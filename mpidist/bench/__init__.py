@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mpidist.bench.machine import Machine
 from mpidist.bench.plot import plot_report
-from mpidist.bench.report import Comparison, Measure, Report, Row, bus_factor
+from mpidist.bench.report import Comparison, Measure, Report, Row, Target, bus_factor
 from mpidist.bench.table import render_table
 from mpidist.bench.times import Effort, Series, Times, measure
 
@@ -19,6 +19,7 @@ __all__ = [
     "Report",
     "Row",
     "Series",
+    "Target",
     "Times",
     "bus_factor",
     "measure",

@@ -16,6 +16,7 @@ from typing import Protocol
 from mpidist._optional import require
 from mpidist.bench import (
     all_reduce,
+    checkpoint,
     collectives,
     crossovers,
     ddp,
@@ -56,6 +57,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "p2p": p2p,
     "overhead": overhead,
     "ddp": ddp,
+    "checkpoint": checkpoint,
     "import": importing,
     "crossovers": crossovers,
     "guard": guard,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from mpidist._optional import require
+from mpidist._types import Array
 from mpidist.backends.mpi import load_mpi
 from mpidist.collectives import all_gather_object, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
-__all__ = ["Gloo", "Library", "find_library", "open_gloo"]
+__all__ = ["Gloo", "Library", "TorchCheckpoints", "find_library", "open_gloo"]
 
 _TIMEOUT = timedelta(seconds=60)
 
@@ -65,6 +67,42 @@ class Gloo:
         return (
             f"Gloo is that of torch {self.version}, OpenMP threads: {self.torch.get_num_threads()}"
         )
+
+
+class TorchCheckpoints:
+    """torch.distributed.checkpoint, of arrays that all ranks hold, or that are cut on dim 0.
+
+    Parameters
+    ----------
+    gloo : Gloo
+        The peer.
+    arrays : mapping of str to Array
+        The whole arrays, the same on all ranks.
+    sharded : bool
+        Whether each rank keeps its part of them, cut on dim 0; else it holds them all.
+    ranks : int
+        Of the default process group.
+    """
+
+    def __init__(
+        self, gloo: Gloo, arrays: Mapping[str, Array], *, sharded: bool, ranks: int
+    ) -> None:
+        purpose = "the peer torch.distributed.checkpoint"
+        self._dcp: Any = require("torch.distributed.checkpoint", extra="torch", purpose=purpose)
+        self._state = {name: gloo.torch.from_numpy(array) for name, array in arrays.items()}
+        if sharded:
+            tensor: Any = require("torch.distributed.tensor", extra="torch", purpose=purpose)
+            cut = (tensor.init_device_mesh("cpu", (ranks,)), [tensor.Shard(0)])
+            for name, whole in self._state.items():
+                self._state[name] = tensor.distribute_tensor(whole, *cut)
+
+    def save(self, path: Path) -> None:
+        """Save into a directory; collective, blocks."""
+        self._dcp.save(self._state, checkpoint_id=path)
+
+    def load(self, path: Path) -> None:
+        """Load from it; collective, blocks."""
+        self._dcp.load(self._state, checkpoint_id=path)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ __all__ = [
     "Measure",
     "Report",
     "Row",
+    "Target",
     "bus_factor",
 ]
 
@@ -162,6 +163,36 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Something that is to be reached, and what was measured.
+
+    Attributes
+    ----------
+    what : str
+        Such as ``save, over plain writing``.
+    value : float
+        As measured.
+    bound : float
+        What it is to be.
+    most : bool
+        Whether `bound` is the most that it may be; else it is the least.
+    detail : str
+        What the value is made of, for people.
+    """
+
+    what: str
+    value: float
+    bound: float
+    most: bool = False
+    detail: str = ""
+
+    @property
+    def reached(self) -> bool:
+        """Whether the value is within the bound."""
+        return self.value <= self.bound if self.most else self.value >= self.bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Everything that one run of a benchmark found.
 
@@ -175,6 +206,8 @@ class Report:
         One per operation, size and series, in the order in which they were measured.
     comparisons : sequence of Comparison
         What the table compares.
+    targets : sequence of Target
+        What is to be reached.
     legend : mapping of str to str
         What each series is, for people.
     notes : sequence of str
@@ -189,6 +222,7 @@ class Report:
     machine: Machine
     rows: Sequence[Row]
     comparisons: Sequence[Comparison] = ()
+    targets: Sequence[Target] = ()
     legend: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     failures: Sequence[str] = ()
@@ -217,6 +251,8 @@ class Report:
             written["bus_bandwidth"] = row.bus_bandwidth
         for written, comparison in zip(document["comparisons"], self.comparisons, strict=True):
             written["measure"] = comparison.measure.value
+        for written, target in zip(document["targets"], self.targets, strict=True):
+            written["reached"] = target.reached
         return json.dumps(document, indent=1) + "\n"
 
     @classmethod
@@ -250,6 +286,7 @@ class Report:
             machine=Machine(**machine | {"caches": tuple(machine["caches"])}),
             rows=tuple(_row(each) for each in document["rows"]),
             comparisons=tuple(_comparison(each) for each in document["comparisons"]),
+            targets=tuple(_target(each) for each in document.get("targets", ())),
             legend=document["legend"],
             notes=tuple(document["notes"]),
             failures=tuple(document["failures"]),
@@ -280,3 +317,7 @@ def _row(written: Mapping[str, Any]) -> Row:
 def _comparison(written: Mapping[str, Any]) -> Comparison:
     title, series, reference = (written[name] for name in ("title", "series", "reference"))
     return Comparison(title, series, reference, Measure(written["measure"]))
+
+
+def _target(written: Mapping[str, Any]) -> Target:
+    return Target(**{name: value for name, value in written.items() if name != "reached"})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpidist._optional import require
-from mpidist.bench.report import Measure, Report, Row
+from mpidist.bench.report import Measure, Report, Row, Target
 from mpidist.bench.sizes import tell_size
 
 __all__ = ["render_table"]
@@ -23,9 +23,9 @@ def render_table(report: Report) -> str:
     Returns
     -------
     str
-        Lines of text. A row is a size; each series has its median time and in parentheses its 95th
-        percentile, in microseconds. Comparisons are of the medians. Bandwidths are those of the
-        first series, in 10**9 bytes per second.
+        Lines of text. Targets come first. A row is a size; each series has its median time and in
+        parentheses its 95th percentile, in microseconds. Comparisons are of the medians. Bandwidths
+        are those of the first series, in 10**9 bytes per second.
 
     Raises
     ------
@@ -35,6 +35,8 @@ def render_table(report: Report) -> str:
     blocks = [[f"mpidist bench {report.benchmark}", *report.machine.lines()]]
     if report.command:
         blocks[0].append(f"$ {' '.join(report.command)}")
+    if report.targets:
+        blocks.append(["targets", _targets(report.targets)])
     operations = list(dict.fromkeys(row.operation for row in report.rows))
     blocks += [[operation, _table(report, operation)] for operation in operations]
     legend = [f"{name}: {text}" for name, text in report.legend.items()]
@@ -72,6 +74,23 @@ def _table(report: Report, operation: str) -> str:
             lines, heads, tablefmt="simple", colalign=["right"] * len(heads), disable_numparse=True
         )
     )
+
+
+def _targets(targets: Sequence[Target]) -> str:
+    tabulate = require("tabulate", extra="bench", purpose="the tables of mpidist bench").tabulate
+    lines = [
+        (
+            target.what,
+            _short(target.value),
+            f"at {'most' if target.most else 'least'} {target.bound:g}",
+            "yes" if target.reached else "no",
+            target.detail,
+        )
+        for target in targets
+    ]
+    heads = ["", "measured", "target", "reached", ""]
+    align = ["left", "right", "right", "left", "left"]
+    return str(tabulate(lines, heads, tablefmt="simple", colalign=align, disable_numparse=True))
 
 
 def _time(row: Row | None) -> str:

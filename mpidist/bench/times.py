@@ -15,7 +15,7 @@ from mpidist._types import MAX, Array
 from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
 
-__all__ = ["Effort", "Series", "Times", "measure"]
+__all__ = ["Effort", "Series", "Times", "measure", "take_turns"]
 
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 200
 
@@ -142,6 +142,41 @@ def measure(
     }
 
 
+def take_turns(
+    series: Sequence[Series], group: ProcessGroup, *, rounds: int
+) -> Mapping[str, Times]:
+    """Time long calls against each other: each round has one call of each series.
+
+    Parameters
+    ----------
+    series : sequence of Series
+        The same on all ranks, in the same order.
+    group : ProcessGroup
+        The ranks taking part.
+    rounds : int
+        How many are counted; one more, which is not, comes first.
+
+    Returns
+    -------
+    mapping of str to Times
+        By name; the same on all ranks.
+
+    Notes
+    -----
+    Collective over `group`; blocks. As `measure`, for calls of which none prepares the next, such
+    as those that write to a disk.
+    """
+    samples: dict[str, list[Array]] = {each.name: [] for each in series}
+    with _no_garbage_collection():
+        for number in range(rounds + 1):
+            for each in series if number % 2 == 0 else series[::-1]:
+                samples[each.name].append(_calls(each, group, 1))
+    return {
+        name: Times.of(all_reduce(np.concatenate(calls[1:]), group, op=MAX))
+        for name, calls in samples.items()
+    }
+
+
 def _extent(series: Sequence[Series], group: ProcessGroup, effort: Effort) -> tuple[int, int]:
     """Warm up, and return how many calls a block has and how many rounds there are."""
     for each in series:
@@ -159,6 +194,11 @@ def _extent(series: Sequence[Series], group: ProcessGroup, effort: Effort) -> tu
 
 def _block(series: Series, group: ProcessGroup, length: int) -> Array:
     """Call `length` times and return this rank's times but the first, per operation."""
+    return _calls(series, group, length)[1:]
+
+
+def _calls(series: Series, group: ProcessGroup, length: int) -> Array:
+    """Call `length` times and return this rank's times, per operation."""
     times, call = np.empty(length), series.call
     for number in range(length):
         if series.before is not None:
@@ -167,7 +207,7 @@ def _block(series: Series, group: ProcessGroup, length: int) -> Array:
         start = perf_counter()
         call()
         times[number] = perf_counter() - start
-    return times[1:] / series.operations
+    return times / series.operations
 
 
 @contextmanager

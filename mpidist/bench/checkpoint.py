@@ -1,0 +1,294 @@
+"""Checkpoints beside plain files of the same bytes, and beside torch.distributed.checkpoint.
+
+The state is a model of eight large and many small arrays, once held by all ranks, once cut on
+dim 0. Before each save what the last one has written is removed; before each load the page cache is
+dropped. Everything on the disk was written in this run, and is removed at its end. Sizes are the
+bytes of the whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mpidist._types import MAX, SUM, Array
+from mpidist.arrays import as_bytes
+from mpidist.bench.disk import Counter, drop_cache, peak_over, read_plain, write_plain
+from mpidist.bench.layouts import DIM0, REPLICATED, Model, memory_of
+from mpidist.bench.machine import Machine
+from mpidist.bench.options import positive, require_ranks, tell_progress
+from mpidist.bench.peers import Gloo, TorchCheckpoints, open_gloo
+from mpidist.bench.report import Comparison, Report, Row, Target
+from mpidist.bench.resharding import reads_of_ranks, reads_of_simulated_ranks
+from mpidist.bench.times import Series, Times, take_turns
+from mpidist.checkpoint import CheckpointFuture, load, save, save_async
+from mpidist.collectives import all_reduce, barrier, broadcast_object
+from mpidist.group import ProcessGroup
+
+__all__ = ["configure", "run"]
+
+_OURS, _PLAIN, _SHARE, _TORCH, _COPY = "mpidist", "plain", "plain, shared out", "torch", "copy"
+
+_LEGEND = {
+    _OURS: "mpidist.checkpoint; digests are computed at the save and compared at the load",
+    _PLAIN: "each rank writes as many bytes into a file of its own, one fsync; reads all it needs",
+    _SHARE: "each rank reads its own file only, and the others' bytes never",
+    _TORCH: "torch.distributed.checkpoint over Gloo, files synced; it has no digests",
+    _COPY: "numpy.copyto of the bytes that a rank writes into memory that has been written before",
+}
+
+_BLOCK_MIB = 8.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument(
+        "--mib",
+        type=positive(int),
+        default=256,
+        metavar="N",
+        help="about how many MiB the model has (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path(),
+        metavar="D",
+        help="a directory that all ranks see, on the disk to measure (default: this one)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive(int),
+        default=10,
+        metavar="N",
+        help="rounds of one call of each series (default: %(default)s)",
+    )
+    parser.add_argument("--no-torch", action="store_true", help="leave out the peer torch")
+
+
+def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
+    """Measure each layout; collective over `world`."""
+    require_ranks(world, "checkpoint")
+    machine, model = Machine.of(world), Model(options.mib)
+    rows, targets, notes = list[Row](), list[Target](), list[str]()
+    peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
+    with _directory(world, options.dir) as directory, peer as gloo:
+        notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}")
+        for layout in (REPLICATED, DIM0):
+            bench = _Bench(world, model, layout, directory, gloo, options.repeats)
+            for measured in (bench.saves, bench.loads, bench.async_saves, bench.memory):
+                measured()
+            rows += bench.rows
+            targets += bench.targets
+            notes += bench.notes
+            tell_progress(world, f"checkpoints, {layout},", model.nbytes)
+        targets += reads_of_ranks(world, model, directory)
+        if world.rank == 0:
+            targets += reads_of_simulated_ranks(model, directory)
+        barrier(world)
+    return Report(
+        benchmark="checkpoint",
+        machine=machine,
+        rows=rows,
+        comparisons=[
+            Comparison(f"over {reference}", _OURS, reference)
+            for reference in (_PLAIN, _SHARE, _COPY, _TORCH)
+        ],
+        targets=targets,
+        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
+        notes=notes,
+    )
+
+
+@contextmanager
+def _directory(world: ProcessGroup, parent: Path) -> Iterator[Path]:
+    """Give a directory that is removed at the end."""
+    name = tempfile.mkdtemp(prefix="mpidist-bench-", dir=parent) if world.rank == 0 else ""
+    directory = Path(broadcast_object(name, world))
+    try:
+        yield directory
+        barrier(world)
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(directory)
+
+
+class _Bench:
+    """What is measured of one layout."""
+
+    def __init__(
+        self,
+        world: ProcessGroup,
+        model: Model,
+        layout: str,
+        directory: Path,
+        gloo: Gloo | str,
+        rounds: int,
+    ) -> None:
+        self.rows: list[Row] = []
+        self.targets: list[Target] = []
+        self.notes: list[str] = []
+        self._world, self._model, self._layout, self._rounds = world, model, layout, rounds
+        whole = model.whole()
+        self._state = model.held(whole, layout, world.rank, world.size)
+        self._share = self._bytes_to_write()
+        self._ours, self._plain, self._torch = (
+            directory / f"{name}-{layout.replace(' ', '')}" for name in (_OURS, _PLAIN, _TORCH)
+        )
+        self._dcp = None
+        if not isinstance(gloo, str):
+            sharded = layout == DIM0
+            self._dcp = TorchCheckpoints(gloo, whole, sharded=sharded, ranks=world.size)
+        self._future: CheckpointFuture | None = None
+
+    def _bytes_to_write(self) -> Array:
+        """Return the bytes that this rank writes, side by side."""
+        flat = np.concatenate([as_bytes(memory) for memory in memory_of(self._state)])
+        if self._layout != REPLICATED:
+            return flat
+        rank, size = self._world.rank, self._world.size
+        return np.array(flat[flat.size * rank // size : flat.size * (rank + 1) // size])
+
+    def saves(self) -> None:
+        """Save, beside writing plain files."""
+        file = self._plain / f"{self._world.rank}"
+        series = [
+            Series(_OURS, self._save, before=partial(self._empty, self._ours)),
+            Series(
+                _PLAIN,
+                partial(write_plain, file, self._share),
+                before=partial(self._empty, self._plain),
+            ),
+        ]
+        if self._dcp is not None:
+            call = partial(self._dcp.save, self._torch)
+            series.append(Series(_TORCH, call, before=partial(self._empty, self._torch)))
+        times = self._measure("save", series)
+        self._compare("save", "speed over plain write and fsync", times, _PLAIN, 0.9)
+
+    def loads(self) -> None:
+        """Load what `saves` has left, beside reading plain files."""
+        whole = self._model.whole()
+        target = self._model.held(whole, self._layout, self._world.rank, self._world.size)
+        for part in memory_of(target):
+            part.fill(0)
+        files = [self._plain / f"{rank}" for rank in range(self._world.size)]
+        mine = files[self._world.rank]
+        memory = {file: np.ones(file.stat().st_size, np.uint8) for file in files}
+        everything = files if self._layout == REPLICATED else [mine]
+        calls: dict[str, tuple[Path, Callable[[], object]]] = {
+            _OURS: (self._ours, lambda: load(self._ours, target, self._world)),
+            _PLAIN: (
+                self._plain,
+                lambda: read_plain(*((file, memory[file]) for file in everything)),
+            ),
+        }
+        if self._layout == REPLICATED:
+            calls[_SHARE] = (self._plain, lambda: read_plain((mine, memory[mine])))
+        if self._dcp is not None:
+            calls[_TORCH] = (self._torch, partial(self._dcp.load, self._torch))
+        counters = {name: Counter() for name in calls}
+        series = [
+            Series(name, partial(counters[name].counting, call), before=partial(_drop, path))
+            for name, (path, call) in calls.items()
+        ]
+        times = self._measure("load", series)
+        if not all(map(np.array_equal, memory_of(target), memory_of(self._state))):
+            raise RuntimeError("bench checkpoint: load did not give what was saved")
+        self._compare("load", "speed over plain reading", times, _PLAIN, 0.8)
+        for name, counter in counters.items():
+            fetched = all_reduce(np.array(counter.fetched / counter.calls), self._world, op=SUM)
+            share = float(fetched) / self._model.nbytes
+            self.notes.append(
+                f"load, {self._layout}, {name}: {share:.1%} of the model's bytes came from the disk"
+            )
+
+    def async_saves(self) -> None:
+        """Save while the program goes on, beside copying."""
+        copy = np.ones_like(self._share)
+        before = partial(self._empty, self._ours)
+        blocking = [
+            Series(_OURS, self._save_async, before=before),
+            Series(_COPY, partial(np.copyto, copy, self._share), before=before),
+        ]
+        times = self._measure("save_async, until it returns", blocking)
+        self._compare("save_async", "time over copying", times, _COPY, 1.2, most=True)
+        whole = [Series(_OURS, self._save_async_and_wait, before=before)]
+        self._measure("save_async, until it is on disk", whole)
+        self._empty(self._ours)
+
+    def memory(self) -> None:
+        """Save once more, and see how large the process becomes."""
+        peak = all_reduce(np.array(peak_over(self._save)), self._world, op=MAX)
+        self._empty(self._ours)
+        what = f"save, {self._layout}: most extra memory of a rank, MiB"
+        detail = "what Python and numpy had allocated within the call (tracemalloc)"
+        value = float(peak) / 2**20
+        target = Target(what=what, value=value, bound=_BLOCK_MIB, most=True, detail=detail)
+        self.targets.append(target)
+
+    def _save(self) -> None:
+        save(self._ours, self._state, self._world, step=0)
+
+    def _save_async(self) -> None:
+        self._future = save_async(self._ours, self._state, self._world, step=0)
+
+    def _save_async_and_wait(self) -> None:
+        save_async(self._ours, self._state, self._world, step=0).wait()
+
+    def _empty(self, directory: Path) -> None:
+        """Remove what has been written, and leave the disk nothing to do."""
+        if self._future is not None:
+            self._future.wait()
+            self._future = None
+        barrier(self._world)
+        if self._world.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            os.sync()
+
+    def _measure(self, operation: str, series: Sequence[Series]) -> Mapping[str, Times]:
+        times = take_turns(series, self._world, rounds=self._rounds)
+        self.rows += [
+            Row(
+                operation=f"{operation}, {self._layout}",
+                series=name,
+                nbytes=self._model.nbytes,
+                times=each,
+                values={"bytes_per_second": self._model.nbytes / each.median},
+            )
+            for name, each in times.items()
+        ]
+        return times
+
+    def _compare(
+        self,
+        operation: str,
+        words: str,
+        times: Mapping[str, Times],
+        reference: str,
+        bound: float,
+        *,
+        most: bool = False,
+    ) -> None:
+        ours, theirs = times[_OURS].median, times[reference].median
+        value = ours / theirs if most else theirs / ours
+        what = f"{operation}, {self._layout}: {words}"
+        detail = f"{self._speed(ours)}; {reference} {self._speed(theirs)}"
+        self.targets.append(Target(what=what, value=value, bound=bound, most=most, detail=detail))
+
+    def _speed(self, seconds: float) -> str:
+        return f"{seconds:.4f} s, {self._model.nbytes / seconds / 1e9:.2f} GB/s"
+
+
+def _drop(directory: Path) -> None:
+    """Have the kernel forget the files below a directory."""
+    drop_cache([path for path in directory.rglob("*") if path.is_file()])
