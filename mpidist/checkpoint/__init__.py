@@ -18,12 +18,10 @@ from mpidist.checkpoint.loading import load, load_full
 from mpidist.checkpoint.resharding import reshard
 from mpidist.checkpoint.saving import CheckpointFuture, save, save_async
 from mpidist.checkpoint.state import State, Stateful
-from mpidist.shards import ShardedArray
 
 __all__ = [
     "Checkpoint",
     "CheckpointFuture",
-    "ShardedArray",
     "State",
     "Stateful",
     "latest",

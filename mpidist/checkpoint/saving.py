@@ -106,8 +106,8 @@ def save_async(
 
     Parameters
     ----------
-    path, state, group, step, metadata
-        As for `save`.
+    path, state, group, step, metadata : as for `save`
+        What is saved, and where to.
     in_flight : int, optional
         Most saves that may be under way, this one included; the call waits for earlier ones first.
 

@@ -8,9 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mpidist import checkpoint
+from mpidist import ShardedArray, checkpoint
 from mpidist.boxes import Box, split_evenly
-from mpidist.checkpoint import Checkpoint, ShardedArray
+from mpidist.checkpoint import Checkpoint
 from mpidist.testing import run_ranks
 
 METADATA = {"name": "a run", "rates": [0.1, float("inf")]}

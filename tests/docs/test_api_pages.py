@@ -13,6 +13,7 @@ PUBLIC = [
     "mpidist",
     "mpidist.backends.base",
     "mpidist.bench",
+    "mpidist.checkpoint",
     "mpidist.data",
     "mpidist.info",
     "mpidist.nn",

@@ -40,7 +40,7 @@ def run(command: Sequence[object], directory: Path) -> str:
 
 
 def test_the_examples_are_found() -> None:
-    assert [example.name[:2] for example in EXAMPLES] == ["00", "01", "02"]
+    assert [example.name[:2] for example in EXAMPLES] == ["00", "01", "02", "03"]
 
 
 def said_by_rank_0(output: str, size: int) -> str:

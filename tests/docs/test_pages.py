@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mpidist.collectives import broadcast_object
 from mpidist.group import ProcessGroup
 from tests.docs.pages import DOCS, PAGES, code_of
 
@@ -23,7 +24,9 @@ def run(page: Path) -> None:
 
 
 def test_the_pages_with_code_are_found() -> None:
-    assert {"index", "verbs", "gradient", "models", "sharp_bits"} <= {page.stem for page in PAGES}
+    assert {"index", "verbs", "gradient", "models", "sharp_bits", "checkpoints"} <= {
+        page.stem for page in PAGES
+    }
 
 
 @each_page
@@ -33,5 +36,8 @@ def test_a_page_runs_alone(page: Path) -> None:
 
 @pytest.mark.ranks(4)
 @each_page
-def test_a_page_runs_on_ranks(page: Path, world: ProcessGroup) -> None:
+def test_a_page_runs_on_ranks(
+    page: Path, world: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(broadcast_object(Path.cwd(), world))  # the ranks of a job have one
     run(page)

@@ -27,7 +27,6 @@ NOT_BUILT = {
     "Device mesh, DTensor": ["mpidist.mesh", "mpidist.dtensor"],
     "SyncBatchNorm": ["mpidist.parallel.sync_batch_norm"],
     "RPC": ["mpidist.rpc"],
-    "Sharded checkpoints": ["mpidist.checkpoint"],
     "PyTorch adapter": ["mpidist.adapters"],
 }
 """What would be there if a system of the table were."""
