@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.files import replace_file, sync_directory, temporary
+from mpidist.checkpoint.files import exists, replace_file, sync_directory, temporary
 from mpidist.checkpoint.manifest import (
     JSON,
     MANIFEST,
@@ -152,12 +153,13 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
             problem = _failure(view, 0) or _failure(done_here(commit, save.directory, manifest), 0)
         if problem is not None:
             shutil.rmtree(save.directory, ignore_errors=True)
+            problem = f"{problem}. {_aftermath(save.directory)}"
         verdict = _packed(problem)
         yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
     if problem is not None:
         raise CheckpointError(
-            f"save of {save.directory} on group {group.name!r}: {problem}. There is no such "
-            "checkpoint, and earlier ones are as they were"
+            f"save of {save.directory} on group {group.name!r}: {problem}, and earlier ones are as "
+            "they were"
         )
 
 
@@ -174,7 +176,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
     Raises
     ------
     OSError
-        If it cannot be written; there is none then.
+        If it cannot be written; there is none then, unless the disk does not even take it back.
     """
     sync_directory(directory.parent)
     path = directory / MANIFEST
@@ -182,8 +184,20 @@ def commit(directory: Path, manifest: Manifest) -> None:
     try:
         sync_directory(directory)
     except OSError:
-        path.replace(temporary(path))
+        with suppress(OSError):  # the first one says more
+            path.replace(temporary(path))
         raise
+
+
+def _aftermath(directory: Path) -> str:
+    """Say whether a save that failed has left a checkpoint."""
+    try:
+        there = exists(directory / MANIFEST)
+    except OSError:
+        there = True  # nobody can tell
+    if there:
+        return "Its manifest could not be taken away again: it may be there, and complete"
+    return "There is no such checkpoint"
 
 
 def _told(written: Future[Written], rank: int) -> JSON:

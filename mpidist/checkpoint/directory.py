@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from mpidist.checkpoint.files import sync_directory, temporary
+from mpidist.checkpoint.files import exists, sync_directory, temporary
 from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest, StoredArray
 from mpidist.errors import CheckpointError, CheckpointNotFoundError
 
@@ -68,6 +68,9 @@ class Checkpoint:
             raise CheckpointNotFoundError(
                 f"{self.directory} holds no complete checkpoint: there is no {MANIFEST}"
             ) from error
+        except OSError as error:
+            words = f"{path} cannot be read: {type(error).__name__}: {error}"
+            raise CheckpointError(words) from error
 
     @property
     def step(self) -> int:
@@ -139,11 +142,19 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
         By step; none if the directory is not there. They exist; `verify` tells whether their files
         are whole.
 
+    Raises
+    ------
+    CheckpointError
+        If the directory, or what is in it, cannot be looked at.
+
     Notes
     -----
     Local.
     """
-    return [Checkpoint(found) for found in _steps(Path(path)) if (found / MANIFEST).exists()]
+    try:
+        return [Checkpoint(found) for found in _steps(Path(path)) if exists(found / MANIFEST)]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
@@ -229,7 +240,7 @@ def prunable(
 
 def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
     """Return the directories of steps that are no checkpoints: left by a kill, or being written."""
-    return [found for found in _steps(Path(path)) if not (found / MANIFEST).exists()]
+    return [found for found in _steps(Path(path)) if not exists(found / MANIFEST)]
 
 
 def make_room(directory: Path) -> None:
@@ -242,14 +253,14 @@ def make_room(directory: Path) -> None:
     OSError
         If it cannot be made.
     """
-    if (directory / MANIFEST).exists():
+    if exists(directory / MANIFEST):
         raise CheckpointError(
             "there is a complete checkpoint of this step, which is never overwritten; save to "
             "another directory or step, or remove that one first"
         )
-    if directory.exists():
+    if exists(directory):
         remove(directory)
-    fresh = not directory.parent.exists()
+    fresh = not exists(directory.parent)
     directory.mkdir(parents=True)
     if fresh:
         sync_directory(directory.parent.parent)
@@ -265,7 +276,7 @@ def remove(directory: Path) -> None:
     """
     manifest = directory / MANIFEST
     try:
-        if manifest.exists():
+        if exists(manifest):
             manifest.replace(temporary(manifest))
             sync_directory(directory)
         shutil.rmtree(directory)

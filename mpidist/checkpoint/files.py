@@ -8,12 +8,24 @@ from pathlib import Path
 
 from mpidist._types import Array
 
-__all__ = ["read_at", "replace_file", "sync_directory", "temporary", "write_at"]
+__all__ = ["exists", "read_at", "replace_file", "sync_directory", "temporary", "write_at"]
 
 
 def temporary(path: Path) -> Path:
     """Return the name that a file has until it is complete."""
     return path.with_name(path.name + ".tmp")
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is something at a path; OSError if that cannot be told.
+
+    Not `Path.exists`, which takes what it cannot see for something that is not there.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def write_at(descriptor: int, data: Array, offset: int) -> int:

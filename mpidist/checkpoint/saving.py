@@ -425,7 +425,7 @@ def _make_room(saver: Saver, directory: Path) -> None:
         raise CheckpointError("an earlier save of this step is still under way; wait for it")
     try:
         make_room(directory)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"rank 0: {error}") from error
     except OSError as error:
         raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error
