@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "as_native",
     "is_array",
     "is_host",
+    "pinned_empty",
     "reduce_in_rank_order",
     "to_host",
     "ufunc_of",
@@ -149,6 +151,16 @@ def to_host(x: Array, out: Array | None = None) -> Array:
         return out
     copied: Array = x.get(out=out)  # type: ignore[attr-defined]  # cupy's
     return copied
+
+
+def pinned_empty(nbytes: int) -> Array:
+    """Return host memory that a device can write directly: shape (nbytes,) uint8.
+
+    Whoever asks holds an array of cupy.
+    """
+    cupyx = importlib.import_module("cupyx")
+    memory: Array = cupyx.empty_pinned(nbytes, np.uint8)
+    return memory
 
 
 def ufunc_of(op: ReduceOp) -> np.ufunc:

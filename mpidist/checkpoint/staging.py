@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import to_host
+from mpidist.arrays import is_host, pinned_empty, to_host
 from mpidist.checkpoint.plan import Part
 from mpidist.checkpoint.writing import Piece
 
@@ -17,11 +17,16 @@ _ALIGNMENT = 64
 
 
 class Staging:
-    """Blocks of memory that are used again: fresh pages cost more than the copy into them."""
+    """Blocks of memory that are used again: fresh pages cost more than the copy into them.
+
+    What comes from the host goes into ordinary memory, what comes from a device into pinned memory,
+    which a device writes without the help of a processor.
+    """
 
     def __init__(self) -> None:
-        self._free: list[Array] = []
-        self._used: dict[int, Array] = {}
+        self._ordinary = _Blocks(lambda nbytes: np.empty(nbytes, np.uint8))
+        self._pinned = _Blocks(pinned_empty)
+        self._used: dict[int, list[tuple[_Blocks, Array]]] = {}
 
     def copy(self, parts: Mapping[Part, Array]) -> list[Piece]:
         """Copy parts of arrays, from the host or a device.
@@ -31,28 +36,52 @@ class Staging:
         list of Piece
             To be given to `release` once they are written.
         """
-        need = sum(_round_up(data.nbytes) for data in parts.values())
-        block = self._take(need)
-        pieces, place = [], 0
-        for part, data in parts.items():
-            memory = block[place : place + data.nbytes].view(data.dtype).reshape(data.shape)
-            to_host(data, out=memory)
-            pieces.append(Piece(part.name, part.box, memory))
-            place += _round_up(data.nbytes)
-        self._used[id(pieces)] = block
+        pieces: list[Piece] = []
+        taken = []
+        for blocks, here in ((self._ordinary, True), (self._pinned, False)):
+            some = {part: data for part, data in parts.items() if is_host(data) == here}
+            if some:
+                block = blocks.take(sum(_round_up(data.nbytes) for data in some.values()))
+                taken.append((blocks, block))
+                pieces += _copied(some, block)
+        self._used[id(pieces)] = taken
         return pieces
 
     def release(self, pieces: Sequence[Piece]) -> None:
         """Let memory be used for the next copy."""
-        self._free.append(self._used.pop(id(pieces)))
+        for blocks, block in self._used.pop(id(pieces)):
+            blocks.free.append(block)
 
-    def _take(self, need: int) -> Array:
+
+class _Blocks:
+    """Blocks of one kind of memory.
+
+    Parameters
+    ----------
+    make : callable
+        Takes a number of bytes and returns an array of them.
+    """
+
+    def __init__(self, make: Callable[[int], Array]) -> None:
+        self.free: list[Array] = []
+        self._make = make
+
+    def take(self, need: int) -> Array:
         """Return a block of at least so many bytes; one that is too small is given back."""
-        while self._free:
-            block = self._free.pop()
+        while self.free:
+            block = self.free.pop()
             if block.size >= need:
                 return block
-        return np.empty(need, np.uint8)
+        return self._make(need)
+
+
+def _copied(parts: Mapping[Part, Array], block: Array) -> list[Piece]:
+    pieces, place = [], 0
+    for part, data in parts.items():
+        memory = block[place : place + data.nbytes].view(data.dtype).reshape(data.shape)
+        pieces.append(Piece(part.name, part.box, to_host(data, out=memory)))
+        place += _round_up(data.nbytes)
+    return pieces
 
 
 def _round_up(nbytes: int) -> int:
