@@ -13,7 +13,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.boxes import Box, boxes_of_range
-from mpidist.checkpoint import ShardedArray
+from mpidist.shards import ShardedArray
 
 __all__ = ["KINDS", "Contents", "Cut", "differences"]
 
