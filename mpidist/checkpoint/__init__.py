@@ -18,6 +18,7 @@ from mpidist.checkpoint.loading import load, load_full
 from mpidist.checkpoint.resharding import reshard
 from mpidist.checkpoint.saving import CheckpointFuture, save, save_async
 from mpidist.checkpoint.state import State, Stateful
+from mpidist.checkpoint.verifying import verify
 
 __all__ = [
     "Checkpoint",
@@ -32,4 +33,5 @@ __all__ = [
     "reshard",
     "save",
     "save_async",
+    "verify",
 ]

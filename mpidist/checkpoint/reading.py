@@ -13,9 +13,8 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.boxes import Box
-from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.files import read_at
-from mpidist.checkpoint.manifest import Manifest
+from mpidist.checkpoint.manifest import ALIGNMENT, Manifest, StoredFile
 from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digest
 from mpidist.errors import (
     CheckpointCorruptError,
@@ -23,7 +22,17 @@ from mpidist.errors import (
     CheckpointMissingShardError,
 )
 
-__all__ = ["UNIT", "Files", "Unit", "Wanted", "check_files", "give", "runs_of", "units_of"]
+__all__ = [
+    "UNIT",
+    "Files",
+    "Unit",
+    "Wanted",
+    "check_file",
+    "check_files",
+    "give",
+    "runs_of",
+    "units_of",
+]
 
 UNIT = 1 << 22
 """Most bytes that are read at once."""
@@ -164,13 +173,17 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         Naming the file.
     """
     for file in manifest.files:
-        path = directory / file.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise _missing(path, error) from error
-        if size != file.size:
-            raise _cut_off(path, file.size, size)
+        check_file(directory / file.name, file)
+
+
+def check_file(path: Path, file: StoredFile) -> None:
+    """Raise unless a file is there, in its full length."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _missing(path, error) from error
+    if size != file.size:
+        raise _cut_off(path, file.size, size)
 
 
 def _missing(path: Path, error: OSError) -> CheckpointError:
@@ -187,6 +200,18 @@ def _cut_off(path: Path, expected: int, size: int) -> CheckpointCorruptError:
         f"{path} has {size} bytes, and was written with {expected}: it was cut off, or is of "
         "another save; restore it from a copy, or load another step"
     )
+
+
+def _names(path: Path, identity: str) -> bool:
+    """Return whether a file has the id of a save, which stands near its beginning.
+
+    Not asked of HDF5, whose library does not survive every damaged file.
+    """
+    try:
+        with path.open("rb") as file:
+            return identity.encode() in file.read(ALIGNMENT)
+    except OSError:
+        return True
 
 
 class Files:
@@ -289,10 +314,9 @@ class Files:
 
     def _damage(self, unit: Unit, expected: bytes, found: bytes) -> CheckpointCorruptError:
         path = self._path(unit.file)
-        identity = hdf5.saved_id(path)
-        if identity not in (None, self._manifest.id):
+        if not _names(path, self._manifest.id):
             return CheckpointCorruptError(
-                f"{path} is of another save ({identity}) than the manifest beside it "
+                f"{path} is not of the save that the manifest beside it is of "
                 f"({self._manifest.id}); restore the files of one save, or load another step"
             )
         stored = self._manifest.arrays[unit.name].boxes[unit.number]
