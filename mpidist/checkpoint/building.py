@@ -16,7 +16,7 @@ from mpidist.boxes import Box
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import VIEW, assemble, commit, report_of
 from mpidist.checkpoint.directory import Checkpoint, make_room, step_directory
-from mpidist.checkpoint.manifest import JSON, Manifest
+from mpidist.checkpoint.manifest import JSON, Manifest, name_of
 from mpidist.checkpoint.plan import Declaration, Kind, Plan, make_plan
 from mpidist.checkpoint.reading import UNIT, runs_of
 from mpidist.checkpoint.sources import Progress, Source, unheard
@@ -78,7 +78,7 @@ def build(
     """
     if num_ranks < 1:
         raise InvalidWorldSizeError(f"a checkpoint is of at least 1 rank, got {num_ranks}")
-    kinds = {name: Kind(str(s.dtype.newbyteorder("=")), s.shape) for name, s in sources.items()}
+    kinds = {name: Kind(name_of(s.dtype), s.shape) for name, s in sources.items()}
     plan = make_plan([Declaration(whole=kinds, values=dict(values))] * num_ranks)
     header = Manifest(
         id=uuid.uuid4().hex,

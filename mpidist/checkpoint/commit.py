@@ -250,7 +250,7 @@ def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON
         places = {key: StoredDataset(byte, tuple(shape)) for key, (byte, shape) in datasets.items()}
         files.append(StoredFile(name, size, places))
         for array, entry in result["boxes"]:
-            boxes[array].append(replace(StoredBox.from_json(entry), file=number))
+            boxes[array].append(StoredBox.from_json(entry | {"file": number}))
     arrays = {
         name: StoredArray(dtype_of(kind.dtype), kind.shape, tuple(boxes[name]))
         for name, kind in kinds.items()

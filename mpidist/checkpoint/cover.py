@@ -32,6 +32,8 @@ def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     Time: the square of the number of boxes, in numpy.
     """
     whole = Box.whole(shape)
+    if len(boxes) == 1 and boxes[0] == whole:
+        return  # most often
     boxes = [box for box in boxes if not box.empty]
     for box in boxes:
         box.relative_to(whole)

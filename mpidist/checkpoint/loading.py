@@ -212,13 +212,14 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
     """Let rank 0 find a checkpoint, and give its manifest to all."""
     problem: DistributedError | None = None
     found: tuple[Path, bytes] | None = None
+    checkpoint: Checkpoint | None = None
     if group.rank == 0:
         try:
-            checkpoint = find(path, step)
-            data = (checkpoint.directory / MANIFEST).read_bytes()
-            manifest = Manifest.from_bytes(data, checkpoint.directory / MANIFEST)
-            check_files(checkpoint.directory, manifest)
-            found = (checkpoint.directory, data)
+            directory = find(path, step).directory
+            data = (directory / MANIFEST).read_bytes()
+            checkpoint = Checkpoint(directory, Manifest.from_bytes(data, directory / MANIFEST))
+            check_files(directory, checkpoint.manifest)
+            found = (directory, data)
         except DistributedError as error:
             problem = error
         except OSError as error:
@@ -226,9 +227,10 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
     problem, found = broadcast_object((problem, found), group)
     if problem is not None:
         raise problem
-    assert found is not None, "rank 0 has found it"
-    directory, data = found
-    return Checkpoint(directory, Manifest.from_bytes(data, directory / MANIFEST))
+    if checkpoint is None:
+        directory, data = found
+        checkpoint = Checkpoint(directory, Manifest.from_bytes(data, directory / MANIFEST))
+    return checkpoint
 
 
 def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:

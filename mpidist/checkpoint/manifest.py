@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,6 +32,7 @@ __all__ = [
     "StoredDataset",
     "StoredFile",
     "dtype_of",
+    "name_of",
 ]
 
 ALIGNMENT = 1 << 20
@@ -51,6 +53,12 @@ _DTYPES = {str(dtype): dtype for dtype in DTYPES}
 def dtype_of(name: str) -> DType:
     """Return the dtype of a name as manifests have it; KeyError for others."""
     return _DTYPES[name]
+
+
+@cache
+def name_of(dtype: DType) -> str:
+    """Return the name that manifests have for a dtype of any byte order."""
+    return str(dtype.newbyteorder("="))
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,8 +345,13 @@ def _check_place(
         raise ValueError(f"{name}: {stored.dataset} does not lie inside {file.name}")
     sizes = stored.box.sizes
     sizes = sizes if len(sizes) == len(dataset.shape) else (stored.box.count,)
-    begin = np.unravel_index(stored.first, dataset.shape)  # raises if it is outside
-    if any(a + n > length for a, n, length in zip(begin, sizes, dataset.shape, strict=True)):
+    if dataset.shape == (count,):
+        begin: Sequence[Any] = (stored.first,)
+    else:
+        begin = np.unravel_index(stored.first, dataset.shape)  # raises if it is outside
+    if any(
+        a < 0 or a + n > length for a, n, length in zip(begin, sizes, dataset.shape, strict=True)
+    ):
         raise ValueError(f"{name}: {stored.box} does not lie inside {stored.dataset}")
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from mpidist._types import Array
 from mpidist.boxes import Box, split_evenly
 from mpidist.checkpoint.cover import check_cover
-from mpidist.checkpoint.manifest import ALIGNMENT, JSON, dtype_of
+from mpidist.checkpoint.manifest import ALIGNMENT, JSON, dtype_of, name_of
 from mpidist.checkpoint.state import FlatState
 from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 from mpidist.shards import ShardedArray
@@ -61,7 +61,7 @@ class Declaration:
         """Return what a rank with this state says."""
         mine = cls(values=flat.values)
         for name, array in flat.arrays.items():
-            kind = Kind(str(array.dtype.newbyteorder("=")), tuple(array.shape))
+            kind = Kind(name_of(array.dtype), tuple(array.shape))
             if isinstance(array, ShardedArray):
                 mine.sharded[name] = (kind, tuple(array.pieces))
             else:
@@ -230,5 +230,7 @@ def _cut(box: Box, parts: int) -> list[Box]:
 def part_of(array: Array | ShardedArray, part: Part) -> Array:
     """Return the elements that a part names: a view of what the rank holds."""
     held = array.pieces[part.of] if isinstance(array, ShardedArray) else array
+    if part.box == part.of:
+        return held
     index: Any = (*part.box.relative_to(part.of).slices, ...)  # a view, also of a 0-d array
     return cast("Array", held[index])

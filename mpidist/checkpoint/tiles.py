@@ -66,6 +66,8 @@ class Tiling:
 
     def box(self, number: int) -> Box:
         """Return what a tile covers, counted from the first index of the box."""
+        if self.count == 1:
+            return Box.whole(self.sizes)
         return self.span([int(index) for index in np.unravel_index(number, self.grid)], 1)
 
     def span(self, index: Sequence[int], length: int) -> Box:
@@ -95,7 +97,10 @@ class Tiling:
         int, int, Box
             Number of the first tile, how many they are, and what they cover.
         """
-        row = self.grid[self.cut] if self.grid else 1
+        if self.count == 1:
+            yield 0, 1, Box.whole(self.sizes)
+            return
+        row = self.grid[self.cut]
         most = max(nbytes // max(prod(self.tile) * self.itemsize, 1), 1)
         # A new part begins where a tile is left out, in each row of the grid, and after so many.
         breaks = (np.diff(numbers) != 1) | (numbers[1:] % row == 0)
@@ -103,7 +108,7 @@ class Tiling:
             for start in range(0, len(together), most):
                 part = together[start : start + most]
                 first = int(part[0])
-                index = [int(i) for i in np.unravel_index(first, self.grid)] if self.grid else []
+                index = [int(i) for i in np.unravel_index(first, self.grid)]
                 yield first, len(part), self.span(index, len(part))
 
     def covering(self, region: Box) -> Array:

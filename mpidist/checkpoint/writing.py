@@ -18,7 +18,13 @@ from mpidist.arrays import as_bytes
 from mpidist.boxes import Box
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.files import sync_directory, temporary, write_at
-from mpidist.checkpoint.manifest import ALIGNMENT, StoredBox, StoredDataset, StoredFile
+from mpidist.checkpoint.manifest import (
+    ALIGNMENT,
+    StoredBox,
+    StoredDataset,
+    StoredFile,
+    name_of,
+)
 from mpidist.checkpoint.tiles import digests_of
 from mpidist.checkpoint.worker import settle
 
@@ -210,7 +216,7 @@ def _lay_out(
 
 
 def _kind(piece: Writable) -> str:
-    return str(piece.dtype.newbyteorder("="))
+    return name_of(piece.dtype)
 
 
 def _words(box: Box) -> str:
