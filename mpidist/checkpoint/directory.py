@@ -260,10 +260,10 @@ def make_room(directory: Path) -> None:
         )
     if exists(directory):
         remove(directory)
-    fresh = not exists(directory.parent)
+    fresh = [parent for parent in directory.parents if not exists(parent)]
     directory.mkdir(parents=True)
-    if fresh:
-        sync_directory(directory.parent.parent)
+    for made in fresh:
+        sync_directory(made.parent)
 
 
 def remove(directory: Path) -> None:

@@ -13,6 +13,7 @@ import xxhash
 
 from mpidist import checkpoint
 from mpidist.arrays import DTYPES
+from mpidist.checkpoint import directory
 from mpidist.errors import (
     CheckpointCorruptError,
     CollectiveMismatchError,
@@ -44,6 +45,16 @@ def test_a_step_is_not_negative(tmp_path: Path) -> None:
 
     run_ranks(2, body)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_directory_that_a_save_makes_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power failure may take the path to a checkpoint whose save has returned."""
+    synced: list[Path] = []
+    monkeypatch.setattr(directory, "sync_directory", synced.append)
+    directory.make_room(tmp_path / "a" / "b" / "step-000001")
+    assert set(synced) == {tmp_path, tmp_path / "a"}  # their entries a, and b; the rest at commit
 
 
 def test_numbers_of_numpy_and_of_python_are_the_same(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mpidist.testing import run_ranks
 from tests._ranks.launcher import MARK, clean_environment, end_job
 from tests.docs.pages import DOCS, EXAMPLES, ROOT
 
@@ -61,6 +64,15 @@ def test_an_example_runs_on_four_ranks(example: Path, tmp_path: Path, mpirun: li
     line = said_by_rank_0(run([*mpirun, "-n", 4, sys.executable, example], tmp_path), 4)
     if example.name == "00_first.py":
         assert f"   {line}\n" in (DOCS / "quickstart.rst").read_text(encoding="utf-8")
+
+
+def test_the_resumed_example_has_the_bits_of_one_run(tmp_path: Path) -> None:
+    main = runpy.run_path(str(DOCS / "examples" / "03_resume.py"))["main"]
+    whole = run_ranks(3, main, tmp_path / "whole", 100)
+    run_ranks(3, main, tmp_path / "halves", 50)
+    halves = run_ranks(3, main, tmp_path / "halves", 50)
+    for name, array in whole[0].items():
+        np.testing.assert_array_equal(halves[0][name], array)
 
 
 @pytest.mark.parametrize(
