@@ -31,7 +31,9 @@ __all__ = [
     "StoredBox",
     "StoredDataset",
     "StoredFile",
+    "decode",
     "dtype_of",
+    "encode",
     "name_of",
 ]
 
@@ -227,8 +229,8 @@ class Manifest:
             "world_size": self.world_size,
             "versions": dict(self.versions),
             "crossovers": self.crossovers,
-            "metadata": _encode(self.metadata),
-            "values": _encode(dict(self.values)),
+            "metadata": encode(self.metadata),
+            "values": encode(dict(self.values)),
             "files": [asdict(file) for file in self.files],
             "arrays": arrays,
         }
@@ -309,8 +311,8 @@ def _parsed(body: Mapping[str, JSON]) -> Manifest:
         world_size=int(body["world_size"]),
         versions=dict(body["versions"]),
         crossovers=body["crossovers"],
-        metadata=_decode(body["metadata"]),
-        values=_decode(body["values"]),
+        metadata=decode(body["metadata"]),
+        values=decode(body["values"]),
         files=files,
         arrays=arrays,
     )
@@ -380,17 +382,19 @@ def _numbers(values: JSON) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _encode(value: JSON) -> JSON:
+def encode(value: JSON) -> JSON:
+    """Return a value as JSON has it: with something else for inf and nan."""
     if isinstance(value, float) and not np.isfinite(value):
         return {FLOAT_KEY: str(value)}
     if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    return [_encode(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: encode(item) for key, item in value.items()}
+    return [encode(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _decode(value: JSON) -> JSON:
+def decode(value: JSON) -> JSON:
+    """Undo `encode`."""
     if isinstance(value, dict):
         if value.keys() == {FLOAT_KEY}:
             return float(value[FLOAT_KEY])
-        return {key: _decode(item) for key, item in value.items()}
-    return [_decode(item) for item in value] if isinstance(value, list) else value
+        return {key: decode(item) for key, item in value.items()}
+    return [decode(item) for item in value] if isinstance(value, list) else value
