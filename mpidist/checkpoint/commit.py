@@ -210,11 +210,11 @@ def _told(written: Future[Written], rank: int) -> JSON:
 
 def report_of(written: Written) -> JSON:
     """Return what `assemble` has to know of a file."""
+    boxes = [(name, box.as_json()) for name, box in written.boxes]
+    if written.file is None:
+        return {"boxes": boxes}
     datasets = {name: (d.byte, d.shape) for name, d in written.file.datasets.items()}
-    return {
-        "file": (written.file.name, written.file.size, datasets),
-        "boxes": [(name, box.as_json()) for name, box in written.boxes],
-    }
+    return {"file": (written.file.name, written.file.size, datasets), "boxes": boxes}
 
 
 def _failure(future: Future[Any], rank: int) -> str | None:
@@ -243,14 +243,15 @@ def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON
     Manifest
         Complete.
     """
-    files = []
+    files: list[StoredFile] = []
     boxes: dict[str, list[StoredBox]] = {name: [] for name in kinds}
-    for number, result in enumerate(results):
-        name, size, datasets = result["file"]
-        places = {key: StoredDataset(byte, tuple(shape)) for key, (byte, shape) in datasets.items()}
-        files.append(StoredFile(name, size, places))
+    for result in results:
+        if "file" in result:
+            name, size, datasets = result["file"]
+            places = {key: StoredDataset(byte, tuple(shp)) for key, (byte, shp) in datasets.items()}
+            files.append(StoredFile(name, size, places))
         for array, entry in result["boxes"]:
-            boxes[array].append(StoredBox.from_json(entry | {"file": number}))
+            boxes[array].append(StoredBox.from_json(entry | {"file": len(files) - 1}))
     arrays = {
         name: StoredArray(dtype_of(kind.dtype), kind.shape, tuple(boxes[name]))
         for name, kind in kinds.items()

@@ -3,18 +3,19 @@
 HDF5 gives each contiguous dataset one place in its file. Here it is asked to choose the places and
 to write the structure, so that any tool that knows HDF5 opens the file. The bytes are written and
 read at these places by the operating system's calls: h5py holds one lock for all threads and all
-files while it moves them.
+files while it moves them. A file that all ranks write together (`shared_file`) is the exception.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpidist._types import DType
+from mpidist._types import Array, DType
 from mpidist.arrays import BFLOAT16
 from mpidist.boxes import Box
 from mpidist.checkpoint.manifest import ALIGNMENT, FORMAT, VERSION, Manifest, StoredArray, StoredBox
@@ -24,9 +25,12 @@ __all__ = [
     "TAG",
     "Contents",
     "Dataset",
+    "SharedFile",
     "contents",
     "create_file",
     "create_view",
+    "has_mpi",
+    "shared_file",
     "stored_as",
     "versions",
 ]
@@ -66,17 +70,105 @@ def create_file(
     OSError
         If it cannot be written.
     """
+    with _new_file(path) as file:
+        return {name: _place(dataset) for name, dataset in _fill(file, datasets, attributes)}
+
+
+@contextmanager
+def shared_file(
+    path: Path,
+    comm: Any,
+    datasets: Iterable[tuple[str, Sequence[int], DType]],
+    attributes: Mapping[str, str | int],
+) -> Iterator[SharedFile]:
+    """Make a file that all ranks of a communicator write together; needs `has_mpi`.
+
+    Parameters
+    ----------
+    path : Path
+        Replaced if it is there.
+    comm : mpi4py communicator
+        Whose ranks they are.
+    datasets, attributes
+        As for `create_file`; the same, in the same order, on all ranks.
+
+    Yields
+    ------
+    SharedFile
+        Open until the block ends.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; perhaps on one rank only.
+
+    Notes
+    -----
+    Collective, its end as well, and HDF5 has no deadline: a rank that does not come keeps the
+    others waiting until the job ends.
+    """
+    with _new_file(path, driver="mpio", comm=comm) as file:
+        yield SharedFile(dict(_fill(file, datasets, attributes)))
+
+
+class SharedFile:
+    """The datasets of a file that several ranks write together; see `shared_file`.
+
+    Attributes
+    ----------
+    begins : dict of str to int
+        What `create_file` returns.
+    """
+
+    def __init__(self, datasets: Mapping[str, Any]) -> None:
+        import h5py
+
+        self._datasets = datasets
+        self._together = h5py.h5p.create(h5py.h5p.DATASET_XFER)
+        self._together.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
+        self.begins = {name: _place(dataset) for name, dataset in datasets.items()}
+
+    def write(self, name: str, box: Box | None, data: Array) -> None:
+        """Write a box of a dataset, or take part without one; collective.
+
+        Parameters
+        ----------
+        name : str
+            Of the dataset, the same on all ranks.
+        box : Box or None
+            Where; not empty. The boxes of the ranks must be disjoint.
+        data : Array
+            The elements, C-contiguous and little-endian; not looked at if `box` is None.
+
+        Raises
+        ------
+        OSError
+            Perhaps on one rank only; it must go on to make the calls that the others make.
+
+        Notes
+        -----
+        Not by `h5py.Dataset`, which leaves out the call where nothing is selected: the others would
+        wait for it for ever. The elements have the type that they have in the file: where HDF5
+        converts them it does so in as many calls as it takes, which may differ between ranks.
+        """
+        import h5py
+
+        dataset = self._datasets[name]
+        there = dataset.get_space()
+        here = h5py.h5s.create_simple((max(data.size, 1),))
+        if box is None:
+            there.select_none()
+            here.select_none()
+        elif box.sizes:
+            there.select_hyperslab(box.offsets, box.sizes)
+        dataset.write(here, there, data, dataset.get_type(), self._together)
+
+
+def has_mpi() -> bool:
+    """Whether h5py was built with MPI."""
     import h5py
 
-    with h5py.File(
-        path,
-        "w",
-        locking="best-effort",  # many parallel file systems have no locks
-        alignment_threshold=ALIGNMENT,
-        alignment_interval=ALIGNMENT,
-    ) as file:
-        _describe(file, {"format": FORMAT, "version": VERSION, **attributes})
-        return {name: _create(file, name, shape, dtype) for name, shape, dtype in datasets}
+    return bool(h5py.get_config().mpi)
 
 
 def versions() -> dict[str, str]:
@@ -86,7 +178,31 @@ def versions() -> dict[str, str]:
     return {"h5py": h5py.version.version, "hdf5": h5py.version.hdf5_version}
 
 
-def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> int:
+def _new_file(path: Path, **driver: Any) -> Any:
+    import h5py
+
+    return h5py.File(
+        path,
+        "w",
+        locking="best-effort",  # many parallel file systems have no locks
+        alignment_threshold=ALIGNMENT,
+        alignment_interval=ALIGNMENT,
+        **driver,
+    )
+
+
+def _fill(
+    file: Any,
+    datasets: Iterable[tuple[str, Sequence[int], DType]],
+    attributes: Mapping[str, str | int],
+) -> Iterator[tuple[str, Any]]:
+    """Give a file its attributes and its datasets, and yield these."""
+    _describe(file, {"format": FORMAT, "version": VERSION, **attributes})
+    for name, shape, dtype in datasets:
+        yield name, _create(file, name, shape, dtype)
+
+
+def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> Any:
     import h5py
 
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -101,6 +217,10 @@ def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> int:
     dataset = h5py.h5d.create(file.id, name.encode(), kind, space, layout, links)
     if dtype == BFLOAT16:
         _describe(h5py.Dataset(dataset), {TAG: str(dtype)})
+    return dataset
+
+
+def _place(dataset: Any) -> int:
     return int(dataset.get_offset() or 0)
 
 
@@ -232,7 +352,7 @@ def contents(path: Path) -> Contents:
         if isinstance(item, h5py.Dataset):
             sources = item.virtual_sources() if item.is_virtual else ()
             found[name] = Dataset(
-                int(item.id.get_offset() or 0),
+                _place(item.id),
                 item.shape,
                 bytes(item.attrs[TAG]).decode() if TAG in item.attrs else item.dtype.str,
                 tuple(sorted({(s.file_name, s.dset_name.replace("%%", "%")) for s in sources})),

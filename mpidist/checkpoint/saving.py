@@ -21,6 +21,7 @@ from mpidist.checkpoint.commit import Save, Waitable, steps_of
 from mpidist.checkpoint.directory import Checkpoint, make_room, step_directory
 from mpidist.checkpoint.manifest import JSON, Manifest
 from mpidist.checkpoint.plan import Assignment, Declaration, Part, Plan, make_plan, part_of
+from mpidist.checkpoint.single_file import SINGLE_FILE, check_single_file, write_together
 from mpidist.checkpoint.staging import Staging
 from mpidist.checkpoint.state import FlatState, State, as_json, flatten
 from mpidist.checkpoint.versions import versions
@@ -47,6 +48,7 @@ def save(
     *,
     step: int,
     metadata: JSON = None,
+    single_file: bool = False,
 ) -> Checkpoint:
     """Save a state: each rank writes its part, and the checkpoint exists when all have.
 
@@ -65,6 +67,9 @@ def save(
         At least 0.
     metadata : JSON value, optional
         What else shall be known of it; rank 0's is kept.
+    single_file : bool, optional
+        Whether all ranks write one file together, ``arrays.h5``, with each array whole in a dataset
+        of its name. For an h5py built with MPI, and groups on MPI. It loads like any other.
 
     Returns
     -------
@@ -81,6 +86,8 @@ def save(
     CollectiveMismatchError, SizeMismatchError, UnsupportedOperationError
         On every rank, before anything is written: if the ranks differ, the boxes of an array do not
         cover it, or something cannot be kept.
+    BackendUnavailableError
+        On every rank, before anything is written: if a single file is asked for where it cannot be.
 
     Notes
     -----
@@ -88,9 +95,13 @@ def save(
     (of names that all ranks hold whole, 16 bytes per rank), and what they have written (about 100
     bytes per array, 11 per 256 KiB of it). Memory: at most 8 MiB per rank.
 
+    HDF5 has no deadline while it writes a single file: a rank that dies then ends the job only
+    where the launcher sees to it, as mpirun does.
+
     See [Note: commit] in `mpidist.checkpoint.commit`.
     """
-    return _begin(path, state, group, step, metadata, in_flight=0).wait()
+    save = _begin(path, state, group, step, metadata, in_flight=0, single_file=single_file)
+    return save.wait()
 
 
 def save_async(
@@ -294,23 +305,19 @@ def _begin(
     metadata: JSON,
     *,
     in_flight: int,
+    single_file: bool = False,
 ) -> CheckpointFuture:
     """Plan a save and start it; in flight 0 is in this thread, without a copy."""
     saver = saver_of(group)
     saver.settle(max(in_flight - 1, 0))
     directory = step_directory(Path(path), index(step))
     with region("checkpoint plan"):
-        flat, plan, order = _agree(state, metadata, saver, directory)
+        flat, plan, order = _agree(state, metadata, saver, directory, single_file=single_file)
     take = saver.staging.copy if in_flight else _in_place
     parts = {part: part_of(flat.arrays[part.name], part) for part in order.assignment}
     with region("checkpoint copy"):  # it may fail for want of memory, which all must learn
         taken = done_here(take, parts)
-    attributes: dict[str, Any] = {
-        "id": order.id,
-        "step": step,
-        "rank": group.rank,
-        "world_size": group.size,
-    }
+    attributes = {"id": order.id, "step": step, "world_size": group.size}
     header = None
     if plan is not None:
         header = Manifest(
@@ -325,7 +332,10 @@ def _begin(
         )
     submit = saver.worker.submit if in_flight else done_here
     with region("checkpoint write"):
-        written = submit(_write, directory / shard_name(group.rank), taken, attributes)
+        if single_file:
+            written = done_here(_write_together, directory, taken, plan, attributes, saver.group)
+        else:
+            written = submit(_write, directory, taken, {**attributes, "rank": group.rank})
     if in_flight and taken.exception() is None:
         written.add_done_callback(lambda _: saver.staging.release(taken.result()))
     kinds = {} if plan is None else plan.kinds
@@ -340,12 +350,23 @@ def _in_place(parts: Mapping[Part, Array]) -> list[Piece]:
     return [Piece(part.name, part.box, to_host(data)) for part, data in parts.items()]
 
 
-def _write(path: Path, taken: Future[list[Piece]], attributes: Mapping[str, str | int]) -> Written:
-    return write_file(path, taken.result(), attributes)
+def _write(directory: Path, taken: Future[list[Piece]], attributes: Mapping[str, Any]) -> Written:
+    return write_file(directory / shard_name(attributes["rank"]), taken.result(), attributes)
+
+
+def _write_together(
+    directory: Path,
+    taken: Future[list[Piece]],
+    plan: Plan | None,
+    attributes: Mapping[str, Any],
+    group: ProcessGroup,
+) -> Written:
+    kinds = broadcast_object(None if plan is None else plan.kinds, group)
+    return write_together(directory / SINGLE_FILE, taken, kinds, attributes, group)
 
 
 def _agree(
-    state: State, metadata: JSON, saver: Saver, directory: Path
+    state: State, metadata: JSON, saver: Saver, directory: Path, *, single_file: bool
 ) -> tuple[FlatState, Plan | None, _Order]:
     """Plan a save with all ranks; the plan itself is rank 0's."""
     group = saver.group
@@ -355,13 +376,16 @@ def _agree(
         saver.raise_untold()
         flat = flatten(state)
         as_json("metadata", metadata)
+        if single_file:
+            check_single_file(group)
     except DistributedError as error:
         problem = type(error)(f"rank {group.rank}: {error}")
     except Exception as error:  # noqa: BLE001  # an object's own, which all ranks must learn
         problem = CheckpointError(f"rank {group.rank}: {type(error).__name__}: {error}")
     declared = Declaration.of(flat)
     common = xxhash.xxh3_128_digest(_text(declared).encode())
-    told = gather_object((problem, str(directory), common, declared.sharded), group)
+    where = str(directory / SINGLE_FILE if single_file else directory)
+    told = gather_object((problem, where, common, declared.sharded), group)
     # Most often all ranks hold the same names whole, and one list of them is enough.
     others = None if told is None else [r for r, (*_, key, _) in enumerate(told) if key != common]
     others = broadcast_object(others, group)
@@ -389,7 +413,7 @@ def _elsewhere(directories: Sequence[str]) -> Iterator[DistributedError]:
         if directory != directories[0]:
             yield CollectiveMismatchError(
                 f"rank {rank} saves to {directory}, and rank 0 to {directories[0]}; give the same "
-                "path and the same step on all ranks"
+                "path, step and single_file on all ranks"
             )
 
 

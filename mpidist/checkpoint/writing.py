@@ -123,13 +123,13 @@ class Written:
 
     Attributes
     ----------
-    file : StoredFile
-        The file.
+    file : StoredFile or None
+        The file; None if a rank before this one tells of it.
     boxes : list of (str, StoredBox)
         What lies in it, by name of the array; `StoredBox.file` is to be set.
     """
 
-    file: StoredFile
+    file: StoredFile | None
     boxes: list[tuple[str, StoredBox]]
 
 

@@ -1,22 +1,32 @@
-"""Several ranks write one HDF5 file, where h5py was built with MPI; .ci/run builds such a one."""
+"""All ranks write one HDF5 file, where h5py was built with MPI; .ci/run builds such a one."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
 import pytest
 
-from mpidist.collectives import broadcast_object
+from mpidist import Box, ShardedArray, checkpoint
+from mpidist.checkpoint import hdf5, single_file
+from mpidist.collectives import barrier, broadcast_object
+from mpidist.errors import BackendUnavailableError, CheckpointError, CollectiveMismatchError
 from mpidist.group import ProcessGroup
+from mpidist.testing import run_ranks
+from tests.checkpoint.cases import check_files, held_by, load_case, some_case
+from tests.docs.pages import DOCS
 
 REQUIRED = os.environ.get("MPIDIST_TEST_REQUIRE_PARALLEL_HDF5") == "1"  # set by .ci/run
 
-pytestmark = pytest.mark.skipif(
+with_mpi = pytest.mark.skipif(
     not (h5py.get_config().mpi or REQUIRED),
     reason="this h5py is serial; `.ci/run parallel_hdf5` builds and tests the other kind",
 )
@@ -27,18 +37,115 @@ def directory(world: ProcessGroup) -> Iterator[Path]:
     """A directory that all ranks of the test share."""
     made = tempfile.TemporaryDirectory() if world.rank == 0 else None
     yield Path(broadcast_object(made.name if made else "", world))
+    barrier(world)
     if made:
         made.cleanup()
 
 
-@pytest.mark.ranks(3)
-def test_the_driver_takes_the_communicator_of_a_group(world: ProcessGroup, directory: Path) -> None:
-    path = directory / "all.h5"
-    values = np.arange(30.0).reshape(10, 3)
-    rows = np.array_split(np.arange(10), world.size)[world.rank]
-    with h5py.File(path, "w", driver="mpio", comm=world.mpi_comm) as file:
-        dataset = file.create_dataset("x", values.shape, values.dtype)
-        with dataset.collective:
-            dataset[rows[0] : rows[-1] + 1] = values[rows]
-    with h5py.File(path, "r") as file:
-        np.testing.assert_array_equal(file["x"][:], values)
+@with_mpi
+@pytest.mark.ranks(2)
+def test_random_states_come_back(world: ProcessGroup, directory: Path) -> None:
+    """Ranks without a box, boxes cut into many blocks, any dtype, empty arrays and scalars."""
+    for seed in range(12):
+        case = some_case(Random(seed), world.size, world.size)
+        path, state = directory / str(seed), held_by(case, case.saved, world.rank, zeros=False)
+        with mock.patch.object(single_file, "_BLOCK", Random(seed).choice([512, 1 << 23])):
+            checkpoint.save(path, state, world, step=1, single_file=True)
+        load_case(world, case, path)
+        if world.rank == 0:
+            assert sorted(p.name for p in (path / "step-000001").iterdir()) == [
+                "arrays.h5",
+                "manifest.json",
+                "view.h5",
+            ]
+            check_files(case, path)
+            assert checkpoint.verify(path) == []
+
+
+@with_mpi
+@pytest.mark.ranks(2)
+def test_it_holds_whole_arrays(world: ProcessGroup, directory: Path) -> None:
+    """Any program that reads HDF5 finds them; large ones are aligned."""
+    whole = np.arange(3 << 17, dtype="f8").reshape(-1, 3)  # 3 MiB
+    third = len(whole) // 3 + 1
+    boxes = [
+        Box((start, 0), (min(third, len(whole) - start), 3)) for start in (0, third, 2 * third)
+    ]
+    mine = {box: whole[box.slices] for box in boxes[world.rank :: 2]}  # two, and one
+    state = {
+        "model": {"w": ShardedArray(whole.shape, whole.dtype, mine), "b": np.float32([1, 2])},
+        "rate": np.array(0.5),
+        "epoch": 3,
+    }
+    checkpoint.save(directory, state, world, step=7, single_file=True)
+    with h5py.File(directory / "step-000007" / "arrays.h5", "r") as file:
+        np.testing.assert_array_equal(file["model/w"], whole)
+        np.testing.assert_array_equal(file["model/b"], np.float32([1, 2]))
+        assert file["rate"][()] == 0.5
+        assert file["model/w"].id.get_offset() % (1 << 20) == 0
+    reader = runpy.run_path(str(DOCS / "examples" / "read_checkpoint.py"))
+    _, arrays = reader["read_checkpoint"](directory / "step-000007")
+    np.testing.assert_array_equal(arrays["model/w"], whole)
+    np.testing.assert_array_equal(arrays["rate"], 0.5)
+
+
+@with_mpi
+@pytest.mark.ranks(2)
+def test_a_write_that_fails_on_one_rank_fails_the_save_on_all(
+    world: ProcessGroup, directory: Path
+) -> None:
+    """The rank goes on to make the calls that the others wait for."""
+
+    class Full(hdf5.SharedFile):
+        def write(self, name: str, box: Box | None, data: Any) -> None:
+            super().write(name, None, data)
+            raise OSError(28, "No space left on device")
+
+    def no_memory(*_: object) -> Any:
+        raise MemoryError("no room for a copy")
+
+    state = {"x": np.arange(12), "y": np.arange(5.0), "z": np.ones((3, 3))}
+    checkpoint.save(directory, state, world, step=1, single_file=True)
+    for module, name, wrong, words in (
+        (hdf5, "SharedFile", Full, "OSError: .*No space left"),
+        (single_file, "_cut_out", no_memory, "MemoryError: no room"),
+    ):
+        with (
+            mock.patch.object(module, name, wrong if world.rank == 1 else getattr(module, name)),
+            pytest.raises(CheckpointError, match=f"rank 1 failed: {words}"),
+        ):
+            checkpoint.save(directory, state, world, step=2, single_file=True)
+    assert [found.step for found in checkpoint.list(directory)] == [1]
+    assert not (directory / "step-000002").exists()
+    checkpoint.save(directory, state, world, step=2, single_file=True)
+    np.testing.assert_array_equal(checkpoint.load_full(directory)["x"], np.arange(12))
+
+
+@with_mpi
+@pytest.mark.ranks(2)
+def test_ranks_that_differ_are_told(world: ProcessGroup, directory: Path) -> None:
+    with pytest.raises(CollectiveMismatchError, match=r"rank 0 to .*single_file on all ranks"):
+        checkpoint.save(directory, {"x": 1}, world, step=1, single_file=world.rank == 0)
+
+
+def refused(path: Path, words: str) -> None:
+    """Check that a save on simulated ranks ends on all with these words, and writes nothing."""
+
+    def body(group: ProcessGroup) -> None:
+        with pytest.raises(BackendUnavailableError, match=words):
+            checkpoint.save(path, {"x": np.arange(3)}, group, step=0, single_file=True)
+
+    run_ranks(2, body)
+    assert list(path.iterdir()) == []
+
+
+def test_a_group_without_mpi_is_told(tmp_path: Path) -> None:
+    refused(tmp_path, r"rank 0: mpi_comm: .*not on MPI; start it with")
+
+
+def test_all_ranks_are_told_that_the_h5py_of_one_has_no_mpi(tmp_path: Path) -> None:
+    with (
+        mock.patch.object(ProcessGroup, "mpi_comm", None),
+        mock.patch.object(hdf5, "has_mpi", side_effect=[True, False]),
+    ):
+        refused(tmp_path, r"built without MPI \(h5py .*HDF5_MPI=ON pip install")
