@@ -288,20 +288,23 @@ def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers)
     for turn in range(max(map(len, shares))):
         mine = shares[readers.rank]
         try:
-            if turn < len(mine):
+            if turn < len(mine) and problem is None:
                 memory = readers.slot(readers.rank, turn)
                 for unit, place in _places(mine[turn]):
                     files.load(unit, memory[place:])
             files.expect(mine[turn + 1] if turn + 1 < len(mine) else ())
-        except (DistributedError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
             problem = error
         if readers.meet(failed=problem is not None):
             break
-        for rank, share in enumerate(shares):
-            if turn < len(share):
-                memory = readers.slot(rank, turn)
-                for unit, place in _places(share[turn]):
-                    give(manifest, unit, files.shaped(unit, memory[place:]), targets.pieces)
+        try:
+            for rank, share in enumerate(shares):
+                if turn < len(share):
+                    memory = readers.slot(rank, turn)
+                    for unit, place in _places(share[turn]):
+                        give(manifest, unit, files.shaped(unit, memory[place:]), targets.pieces)
+        except Exception as error:  # noqa: BLE001  # as above, when they meet again
+            problem = error
     if problem is not None:
         raise problem
 
