@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mpidist.bench import command as bench
 from mpidist.bench import plan
+from mpidist.checkpoint import command as checkpoint
 from mpidist.info import command as info
 from mpidist.tracing import command as trace
 
@@ -30,6 +31,7 @@ class Command(Protocol):
 
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "bench": (bench, "measure this machine, beside the MPI library and other peers"),
+    "checkpoint": (checkpoint, "look at checkpoints, verify, compare, reshard, export them"),
     "info": (info, "say what is here, and what is wrong with it, each with its cure"),
     "plan": (plan, "predict all_reduce and training steps on other numbers of ranks and nodes"),
     "trace": (trace, "say what a trace shows: communication, overlap, the slowest rank per step"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+from mpidist._columns import columns
 from mpidist.tracing.summary import Summary
 
 __all__ = ["render_summary"]
@@ -42,7 +43,7 @@ def render_summary(summary: Summary, command: str, *, top: int = 10) -> str:
 
 def _ranks(summary: Summary) -> Iterator[str]:
     heads = ("rank", "wall", "compute", "communication", "waiting", "in flight", "hidden", "host")
-    yield from _columns(
+    yield from columns(
         heads,
         [
             (
@@ -66,7 +67,7 @@ def _calls(summary: Summary, top: int) -> Iterator[str]:
         return
     yield "Operations, sum over the ranks"
     shown = [each for each in summary.calls if each.seconds][:top]
-    yield from _columns(
+    yield from columns(
         ("time", "waiting", "calls", "per call", "MiB", "operation", "called at"),
         [
             (
@@ -93,7 +94,7 @@ def _steps(summary: Summary, top: int) -> Iterator[str]:
         return
     times = [step.seconds for step in steps]
     yield f"{len(steps)} steps, median {_ms(median(times))}, longest {_ms(max(times))}"
-    yield from _columns(
+    yield from columns(
         ("rank", "last in", "behind by, mean", "worst"),
         [
             (str(each.rank), f"{each.steps} of {len(steps)}", _ms(each.mean), _ms(each.worst))
@@ -104,7 +105,7 @@ def _steps(summary: Summary, top: int) -> Iterator[str]:
     worst = sorted(steps, key=lambda step: -step.behind)[:top]
     yield ""
     yield "Steps with the longest waiting"
-    yield from _columns(
+    yield from columns(
         ("step", "time", "last", "behind by"),
         [
             (
@@ -116,21 +117,6 @@ def _steps(summary: Summary, top: int) -> Iterator[str]:
             for step in worst
         ],
     )
-
-
-def _columns(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0
-) -> Iterator[str]:
-    """Align columns to the right, the last `left` ones to the left."""
-    table = [heads, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    split = len(heads) - left
-    for row in table:
-        cells = [
-            cell.rjust(width) if place < split else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
 
 
 def _short(site: str) -> str:
