@@ -209,12 +209,9 @@ def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> Any:
     layout.set_layout(h5py.h5d.CONTIGUOUS)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    links.set_create_intermediate_group(True)
-    links.set_char_encoding(h5py.h5t.CSET_UTF8)
     space = h5py.h5s.create_simple(tuple(shape)) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
     kind = h5py.h5t.py_create(_stored(dtype), logical=True)
-    dataset = h5py.h5d.create(file.id, name.encode(), kind, space, layout, links)
+    dataset = h5py.h5d.create(file.id, name.encode(), kind, space, layout, _links())
     if dtype == BFLOAT16:
         _describe(h5py.Dataset(dataset), {TAG: str(dtype)})
     return dataset
@@ -222,6 +219,16 @@ def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> Any:
 
 def _place(dataset: Any) -> int:
     return int(dataset.get_offset() or 0)
+
+
+def _links() -> Any:
+    """Return how names are linked: in UTF-8, the groups on the way to them made."""
+    import h5py
+
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    links.set_char_encoding(h5py.h5t.CSET_UTF8)
+    return links
 
 
 def _describe(item: Any, attributes: Mapping[str, str | int]) -> None:
@@ -271,29 +278,47 @@ def create_view(path: Path, manifest: Manifest) -> None:
 
 
 def _show(file: Any, name: str, array: StoredArray, manifest: Manifest) -> None:
+    """Make a virtual dataset; by h5py's low-level calls, as its others take ten times as long."""
     import h5py
 
     dtype = _stored(array.dtype)
-    layout = h5py.VirtualLayout(array.shape, dtype)
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.VIRTUAL)
+    if dtype.kind in "fc":
+        layout.set_fill_value(np.array([np.nan], dtype))
+    space = h5py.h5s.create_simple(array.shape)
     for stored in array.boxes:
         if stored.box.empty:
             continue
         origin = manifest.files[stored.file]
         shape = origin.datasets[stored.dataset].shape
-        dataset = stored.dataset.replace("%", "%%")  # "%b" would stand for a block's number
-        source = h5py.VirtualSource(origin.name, dataset, shape=shape, dtype=dtype)
-        layout[stored.box.slices] = source[_selection(stored, shape)]
-    fill = dtype.type(np.nan) if dtype.kind in "fc" else None
-    shown = file.create_virtual_dataset(name, layout, fillvalue=fill)
+        source = stored.dataset.replace("%", "%%")  # "%b" would stand for a block's number
+        here, there = (
+            _selected(array.shape, stored.box),
+            _selected(shape, _selection(stored, shape)),
+        )
+        layout.set_virtual(here, origin.name.encode(), source.encode(), there)
+    kind = h5py.h5t.py_create(dtype, logical=True)
+    shown = h5py.h5d.create(file.id, name.encode(), kind, space, layout, _links())
     if array.dtype == BFLOAT16:
-        _describe(shown, {TAG: str(array.dtype)})
+        _describe(h5py.Dataset(shown), {TAG: str(array.dtype)})
 
 
-def _selection(stored: StoredBox, shape: tuple[int, ...]) -> tuple[slice, ...]:
+def _selected(shape: Sequence[int], box: Box) -> Any:
+    """Return a data space in which a box is selected."""
+    import h5py
+
+    space = h5py.h5s.create_simple(tuple(shape))
+    if shape:  # the one element of a 0-d array is always selected
+        space.select_hyperslab(box.offsets, box.sizes)
+    return space
+
+
+def _selection(stored: StoredBox, shape: tuple[int, ...]) -> Box:
     """Return where in its dataset a box lies."""
     sizes = stored.box.sizes if len(stored.box.sizes) == len(shape) else (stored.box.count,)
     begin = map(int, np.unravel_index(stored.first, shape))
-    return Box(tuple(begin), sizes).slices
+    return Box(tuple(begin), sizes)
 
 
 class Dataset(NamedTuple):
