@@ -165,7 +165,9 @@ class _Injector:
             return perform(descriptor, data[: len(data) // 2], *others)
         # A descriptor is gone, whatever close says.
         if fault.kind == "after" or call.name == "os.close":
-            perform()
+            done = perform()
+            if call.name == "os.scandir":
+                done.close()
         raise OSError(fault.error, os.strerror(fault.error), call.file)
 
 
