@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpidist.checkpoint.files import exists, sync_directory, temporary
 from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest, StoredArray
-from mpidist.errors import CheckpointError, CheckpointNotFoundError
+from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 __all__ = [
     "STALE",
@@ -63,7 +63,7 @@ class Checkpoint:
             return self._known
         path = self.directory / MANIFEST
         try:
-            return Manifest.from_bytes(path.read_bytes(), path)
+            return manifest_of(self.directory, path.read_bytes())
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"{self.directory} holds no complete checkpoint: there is no {MANIFEST}"
@@ -111,6 +111,24 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
+
+
+def manifest_of(directory: Path, data: bytes) -> Manifest:
+    """Return the manifest that is in the directory of a step.
+
+    Raises
+    ------
+    CheckpointCorruptError, CheckpointIncompatibleError
+        As `Manifest.from_bytes`; and if it is of another step than the directory.
+    """
+    path = directory / MANIFEST
+    manifest = Manifest.from_bytes(data, path)
+    if manifest.step != step_of(directory):
+        raise CheckpointCorruptError(
+            f"{path} is of step {manifest.step}: {directory.name} holds the checkpoint of step "
+            f"{manifest.step}; give the directory its name back, or load another step"
+        )
+    return manifest
 
 
 def step_directory(path: Path, step: int) -> Path:

@@ -14,7 +14,7 @@ import mpidist.errors
 from mpidist._types import MAX, Array
 from mpidist.arrays import array_namespace, is_host
 from mpidist.boxes import Box
-from mpidist.checkpoint.directory import Checkpoint, find
+from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
 from mpidist.checkpoint.manifest import MANIFEST, Manifest
 from mpidist.checkpoint.reading import Files, Wanted, check_files, give, units_of
 from mpidist.checkpoint.saving import saver_of
@@ -217,19 +217,19 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
         try:
             directory = find(path, step).directory
             data = (directory / MANIFEST).read_bytes()
-            checkpoint = Checkpoint(directory, Manifest.from_bytes(data, directory / MANIFEST))
+            checkpoint = Checkpoint(directory, manifest_of(directory, data))
             check_files(directory, checkpoint.manifest)
             found = (directory, data)
         except DistributedError as error:
             problem = error
-        except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
+        except OSError as error:
             problem = CheckpointError(f"rank 0 cannot read {path}: {error}")
     problem, found = broadcast_object((problem, found), group)
     if problem is not None:
         raise problem
     if checkpoint is None:
         directory, data = found
-        checkpoint = Checkpoint(directory, Manifest.from_bytes(data, directory / MANIFEST))
+        checkpoint = Checkpoint(directory, manifest_of(directory, data))
     return checkpoint
 
 

@@ -40,6 +40,9 @@ UNIT = 1 << 22
 _MOST_OPEN = 256
 """Files that are open at once: a process may often have no more than 1,024."""
 
+_HEAD = 1 << 12
+"""Bytes at the beginning of a file in which the id of its save stands, unless HDF5 changes."""
+
 
 class Wanted(NamedTuple):
     """A part of an array that somebody needs."""
@@ -165,15 +168,22 @@ def runs_of(region: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Raise unless all files are there, in their full length.
+    """Raise unless all files are there, in their full length, and of the manifest's save.
 
     Raises
     ------
     CheckpointMissingShardError, CheckpointCorruptError
         Naming the file.
+
+    Notes
+    -----
+    Where the state has values only, nothing else ties a manifest to the files beside it.
     """
     for file in manifest.files:
-        check_file(directory / file.name, file)
+        path = directory / file.name
+        check_file(path, file)
+        if not _names(path, manifest.id):
+            raise _foreign(path, manifest.id)
 
 
 def check_file(path: Path, file: StoredFile) -> None:
@@ -209,9 +219,17 @@ def _names(path: Path, identity: str) -> bool:
     """
     try:
         with path.open("rb") as file:
-            return identity.encode() in file.read(ALIGNMENT)
+            begin = file.read(_HEAD)
+            return identity.encode() in begin or identity.encode() in begin + file.read(ALIGNMENT)
     except OSError:
         return True
+
+
+def _foreign(path: Path, identity: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"{path} is not of the save that the manifest beside it is of ({identity}); restore the "
+        "files of one save, or load another step"
+    )
 
 
 class Files:
@@ -315,10 +333,7 @@ class Files:
     def _damage(self, unit: Unit, expected: bytes, found: bytes) -> CheckpointCorruptError:
         path = self._path(unit.file)
         if not _names(path, self._manifest.id):
-            return CheckpointCorruptError(
-                f"{path} is not of the save that the manifest beside it is of "
-                f"({self._manifest.id}); restore the files of one save, or load another step"
-            )
+            return _foreign(path, self._manifest.id)
         stored = self._manifest.arrays[unit.name].boxes[unit.number]
         return CheckpointCorruptError(
             f"{path} is damaged: a part of {unit.name!r} in dataset {stored.dataset!r} has digest "

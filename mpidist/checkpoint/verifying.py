@@ -62,13 +62,6 @@ def verify(
     except CheckpointError as error:
         return [error]
     errors: builtins.list[CheckpointError] = []
-    if manifest.step != checkpoint.step:
-        errors.append(
-            CheckpointCorruptError(
-                f"{checkpoint.directory} holds the checkpoint of step {manifest.step}; give the "
-                "directory its name back"
-            )
-        )
     seen = inspect(
         [checkpoint.directory / name for name in (*(file.name for file in manifest.files), VIEW)]
     )
