@@ -52,7 +52,7 @@ class Log:
         path.write_bytes(bytes(MARK_BYTES))
         with path.open("r+b") as file:
             self._mark = mmap.mmap(file.fileno(), MARK_BYTES)
-        self.activity = "starting"
+        self.begin("starting")
 
     def tell(self, line: str) -> None:
         """Append a line."""
