@@ -222,7 +222,7 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
             found = (directory, data)
         except DistributedError as error:
             problem = error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
             problem = CheckpointError(f"rank 0 cannot read {path}: {error}")
     problem, found = broadcast_object((problem, found), group)
     if problem is not None:

@@ -93,7 +93,7 @@ def save(
     -----
     Collective over `group`; blocks until the checkpoint is on disk. Rank 0 gathers what all hold
     (of names that all ranks hold whole, 16 bytes per rank), and what they have written (about 100
-    bytes per array, 11 per 256 KiB of it). Memory: one block of 8 MiB per rank.
+    bytes per array, 11 per 256 KiB of it). Memory: at most 8 MiB per rank.
 
     HDF5 has no deadline while it writes a single file: a rank that dies then ends the job only
     where the launcher sees to it, as mpirun does.
@@ -451,5 +451,5 @@ def _make_room(saver: Saver, directory: Path) -> None:
         make_room(directory)
     except CheckpointError as error:
         raise CheckpointError(f"rank 0: {error}") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
         raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error

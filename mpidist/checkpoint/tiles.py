@@ -149,7 +149,7 @@ def digests_of(array: Array, tiling: Tiling | None = None) -> bytes:
     Parameters
     ----------
     array : Array
-        Host memory, little-endian; need not be contiguous.
+        Host memory, in any order.
     tiling : Tiling, optional
         Of the array's shape; made when omitted.
 
@@ -157,7 +157,7 @@ def digests_of(array: Array, tiling: Tiling | None = None) -> bytes:
     -------
     bytes
         `DIGEST_BYTES` per tile, in the order of their numbers. The digest of a tile is that of its
-        elements in C order.
+        elements in C order, little-endian.
 
     References
     ----------
@@ -176,4 +176,7 @@ def _parts(array: Array, tiling: Tiling) -> Iterator[Array]:
 
 def digest(part: Array) -> bytes:
     """Return the digest of the elements of one tile."""
-    return xxhash.xxh3_64_digest(as_bytes(np.ascontiguousarray(part)).data)
+    little = part.dtype.newbyteorder("<")
+    if not part.flags.c_contiguous or part.dtype != little:
+        part = np.ascontiguousarray(part, little)
+    return xxhash.xxh3_64_digest(as_bytes(part).data)

@@ -30,8 +30,9 @@ from mpidist.checkpoint.worker import settle
 
 __all__ = ["Piece", "Writable", "Written", "shard_name", "write_file"]
 
-_BLOCK = 1 << 23
-"""Bytes that are gathered before they are written, where they do not lie side by side already."""
+_BLOCK = 1 << 22
+"""Bytes that are gathered before they are written, where they do not lie side by side already; in
+two such blocks: one for the elements of a piece, and one for small pieces."""
 
 
 class Writable(Protocol):
@@ -99,18 +100,21 @@ class Piece:
 
     def chunks(self) -> Iterator[tuple[int, Array]]:
         """Yield all at once if it lies side by side, else a copy of one block after the other."""
-        data = _little(self.data)
-        if data.flags.c_contiguous:
-            yield 0, as_bytes(data)
+        little = self.dtype.newbyteorder("<")
+        if self.data.flags.c_contiguous and self.dtype == little:
+            yield 0, as_bytes(self.data)
             return
+        memory = np.empty(min(self.nbytes, _BLOCK), np.uint8)
         place = 0
-        for chunk in _blocks(data):
-            yield place, as_bytes(np.ascontiguousarray(chunk))
+        for chunk in _blocks(self.data):
+            copied = memory[: chunk.nbytes]
+            np.copyto(copied.view(little).reshape(chunk.shape), chunk)
+            yield place, copied
             place += chunk.nbytes
 
     def digests(self) -> bytes:
         """Return the digests of its tiles."""
-        return digests_of(_little(self.data))
+        return digests_of(self.data)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def write_file(
 
     Notes
     -----
-    Local. Memory: one block of 8 MiB, and one chunk of a piece that is not in memory as it is
+    Local. Memory: at most 8 MiB, and one chunk of a piece that is not in memory as it is
     written. Digests are computed while the disk works.
     """
     # What is packed comes first, each dtype in one go.
@@ -261,11 +265,6 @@ def _blocks(data: Array) -> Iterator[Array]:
         rows = max(_BLOCK * len(data) // data.nbytes, 1)
         for start in range(0, len(data), rows):
             yield from _blocks(data[start : start + rows])
-
-
-def _little(data: Array) -> Array:
-    """Return the elements in the order of bytes in which they are stored."""
-    return data.astype(data.dtype.newbyteorder("<"), copy=False)
 
 
 @contextmanager
