@@ -1,6 +1,6 @@
 """Bytes in files, also where the system moves fewer of them than it was asked to.
 
-An array of more than 4 GiB, which takes 14 GiB of memory and 5 of disk::
+An array of more than 4 GiB, which takes 9 GiB of memory and 4 of disk::
 
     MPIDIST_TEST_ELEMENTS=1073754169 python -m pytest tests/checkpoint/test_files.py -k elements
 """
