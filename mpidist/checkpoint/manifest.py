@@ -23,6 +23,7 @@ __all__ = [
     "ALIGNMENT",
     "FLOAT_KEY",
     "FORMAT",
+    "ID_DATASET",
     "JSON",
     "MANIFEST",
     "VERSION",
@@ -39,6 +40,9 @@ __all__ = [
 
 ALIGNMENT = 1 << 20
 """Bytes from which on a box has a dataset of its own, which begins at a multiple of them."""
+
+ID_DATASET = "mpidist id"
+"""Dataset of a file with the manifest's id, ASCII, which tells files of different saves apart."""
 
 FORMAT, VERSION = "mpidist checkpoint", 1
 MANIFEST = "manifest.json"

@@ -12,7 +12,7 @@ from mpidist._types import Array
 from mpidist.boxes import Box, split_evenly
 from mpidist.checkpoint.cover import check_cover
 from mpidist.checkpoint.manifest import ALIGNMENT, JSON, dtype_of, name_of
-from mpidist.checkpoint.state import FlatState
+from mpidist.checkpoint.state import FlatState, check_nesting
 from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 from mpidist.shards import ShardedArray
 
@@ -173,6 +173,7 @@ def _holders(
                 )
             for box in boxes:
                 holders[name][box].append(rank)
+    check_nesting(kinds)
     for name, (kind, _) in kinds.items():
         try:
             check_cover(kind.shape, list(holders[name]))

@@ -14,7 +14,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.boxes import Box
 from mpidist.checkpoint.files import read_at
-from mpidist.checkpoint.manifest import ALIGNMENT, Manifest, StoredFile
+from mpidist.checkpoint.manifest import ID_DATASET, Manifest, StoredFile
 from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digest
 from mpidist.errors import (
     CheckpointCorruptError,
@@ -39,9 +39,6 @@ UNIT = 1 << 22
 
 _MOST_OPEN = 256
 """Files that are open at once: a process may often have no more than 1,024."""
-
-_HEAD = 1 << 12
-"""Bytes at the beginning of a file in which the id of its save stands, unless HDF5 changes."""
 
 
 class Wanted(NamedTuple):
@@ -180,20 +177,27 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     Where the state has values only, nothing else ties a manifest to the files beside it.
     """
     for file in manifest.files:
-        path = directory / file.name
-        check_file(path, file)
-        if not _names(path, manifest.id):
-            raise _foreign(path, manifest.id)
+        check_file(directory / file.name, file, manifest.id)
 
 
-def check_file(path: Path, file: StoredFile) -> None:
-    """Raise unless a file is there, in its full length."""
+def check_file(path: Path, file: StoredFile, identity: str) -> None:
+    """Raise unless a file is there, in its full length, and of the save with this id."""
     try:
-        size = path.stat().st_size
+        with path.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size != file.size:
+                raise _cut_off(path, file.size, size)
+            place = file.datasets.get(ID_DATASET)
+            if place is not None:  # other programs may leave it out
+                found = os.pread(opened.fileno(), len(identity), place.byte)
+                if found != identity.encode():
+                    raise CheckpointCorruptError(
+                        f"{path} is of another save ({found!r}) than the manifest beside it "
+                        f"({identity!r}), or damaged; restore the files of one save, or load "
+                        "another step"
+                    )
     except OSError as error:
         raise _missing(path, error) from error
-    if size != file.size:
-        raise _cut_off(path, file.size, size)
 
 
 def _missing(path: Path, error: OSError) -> CheckpointError:
@@ -209,26 +213,6 @@ def _cut_off(path: Path, expected: int, size: int) -> CheckpointCorruptError:
     return CheckpointCorruptError(
         f"{path} has {size} bytes, and was written with {expected}: it was cut off, or is of "
         "another save; restore it from a copy, or load another step"
-    )
-
-
-def _names(path: Path, identity: str) -> bool:
-    """Return whether a file has the id of a save, which stands near its beginning.
-
-    Not asked of HDF5, whose library does not survive every damaged file.
-    """
-    try:
-        with path.open("rb") as file:
-            begin = file.read(_HEAD)
-            return identity.encode() in begin or identity.encode() in begin + file.read(ALIGNMENT)
-    except OSError:
-        return True
-
-
-def _foreign(path: Path, identity: str) -> CheckpointCorruptError:
-    return CheckpointCorruptError(
-        f"{path} is not of the save that the manifest beside it is of ({identity}); restore the "
-        "files of one save, or load another step"
     )
 
 
@@ -332,8 +316,6 @@ class Files:
 
     def _damage(self, unit: Unit, expected: bytes, found: bytes) -> CheckpointCorruptError:
         path = self._path(unit.file)
-        if not _names(path, self._manifest.id):
-            return _foreign(path, self._manifest.id)
         stored = self._manifest.arrays[unit.name].boxes[unit.number]
         return CheckpointCorruptError(
             f"{path} is damaged: a part of {unit.name!r} in dataset {stored.dataset!r} has digest "

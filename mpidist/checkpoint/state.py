@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -14,7 +14,7 @@ from mpidist.checkpoint.manifest import FLOAT_KEY, JSON
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
 from mpidist.shards import ShardedArray
 
-__all__ = ["FlatState", "State", "Stateful", "as_json", "flatten", "restore"]
+__all__ = ["FlatState", "State", "Stateful", "as_json", "check_nesting", "flatten", "restore"]
 
 
 @runtime_checkable
@@ -99,17 +99,24 @@ def flatten(state: State) -> FlatState:
     flat = FlatState()
     for name, value in state.items():
         _add(flat, _checked(name), value)
-    for name in flat.arrays:
-        # A dataset cannot be a group, and two names must not become one.
+    check_nesting(flat.arrays)
+    return flat
+
+
+def check_nesting(names: Collection[str]) -> None:
+    """Raise UnsupportedOperationError if an array's name is a part of another's path.
+
+    A dataset cannot be a group, and a program that reads the file shall find each under its name.
+    """
+    for name in names:
         parent = name
         while "/" in parent:
             parent = parent.rpartition("/")[0]
-            if parent in flat.arrays:
+            if parent in names:
                 raise UnsupportedOperationError(
                     f"checkpoint: {parent!r} is an array, so that {name!r} cannot be inside it; "
                     "rename one"
                 )
-    return flat
 
 
 def _add(flat: FlatState, name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from mpidist.checkpoint.commit import VIEW
 from mpidist.checkpoint.directory import Checkpoint, find
 from mpidist.checkpoint.hdf5 import MOST_IN_VIEW, Contents, Dataset, stored_as
 from mpidist.checkpoint.inspecting import inspect
-from mpidist.checkpoint.manifest import Manifest, StoredArray, StoredFile
+from mpidist.checkpoint.manifest import ID_DATASET, Manifest, StoredArray, StoredFile
 from mpidist.checkpoint.reading import UNIT, Files, Wanted, check_file, units_of
 from mpidist.checkpoint.sources import Progress, unheard
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
@@ -68,7 +68,7 @@ def verify(
     broken = set()
     for number, file in enumerate(manifest.files):
         path = checkpoint.directory / file.name
-        problem = _of_file(path, file)
+        problem = _of_file(path, file, manifest.id)
         if problem is not None:
             errors.append(problem)
             broken.add(number)
@@ -79,9 +79,9 @@ def verify(
     return errors
 
 
-def _of_file(path: Path, file: StoredFile) -> CheckpointError | None:
+def _of_file(path: Path, file: StoredFile, identity: str) -> CheckpointError | None:
     try:
-        check_file(path, file)
+        check_file(path, file, identity)
     except CheckpointError as error:
         return error
     return None
@@ -104,7 +104,7 @@ def _of_structure(
         for array in manifest.arrays.values()
         for stored in array.boxes
         if stored.file == number
-    }
+    } | {ID_DATASET: stored_as(np.dtype(np.uint8))}
     for name, dataset in manifest.files[number].datasets.items():
         dtype = dtypes.get(name, "")
         expected = Dataset(dataset.byte, dataset.shape, dtype, ())

@@ -20,6 +20,7 @@ from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.files import sync_directory, temporary, write_at
 from mpidist.checkpoint.manifest import (
     ALIGNMENT,
+    ID_DATASET,
     StoredBox,
     StoredDataset,
     StoredFile,
@@ -171,10 +172,13 @@ def write_file(
     pieces = sorted(pieces, key=lambda piece: (piece.nbytes >= ALIGNMENT, _kind(piece)))
     datasets, boxes = _lay_out(pieces)
     part = temporary(path)
+    identity = np.frombuffer(str(attributes["id"]).encode(), np.uint8)
+    datasets[ID_DATASET] = (identity.shape, identity.dtype)
     shapes = [(name, shape, dtype) for name, (shape, dtype) in datasets.items()]
     begins = hdf5.create_file(part, shapes, attributes)
     descriptor = os.open(part, os.O_RDWR)
     try:
+        write_at(descriptor, identity, begins[ID_DATASET])
         for data, offset in _stream(pieces, boxes, begins):
             write_at(descriptor, data, offset)
         size = os.fstat(descriptor).st_size
@@ -206,7 +210,7 @@ def _lay_out(
     boxes = []
     for piece in pieces:
         if piece.nbytes >= ALIGNMENT:
-            name = f"{piece.name}{_words(piece.box)}"
+            name = f"arrays/{piece.name}{_words(piece.box)}"
             datasets[name] = (piece.box.sizes, piece.dtype)
             boxes.append((name, 0))
         else:

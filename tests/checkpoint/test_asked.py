@@ -109,3 +109,39 @@ def test_every_dtype_and_order_of_bytes_is_kept(tmp_path: Path) -> None:
             np.testing.assert_array_equal(mine[name], array)
 
     run_ranks(2, body)
+
+
+def save_once(path: Path, state: Any, group: ProcessGroup) -> None:
+    checkpoint.save(path, state, group, step=1)
+
+
+def test_a_manifest_of_another_save_is_refused_though_its_arrays_are_the_same(
+    tmp_path: Path,
+) -> None:
+    """The digests agree; its values are of the other save."""
+    for run, lr in (("a", 0.1), ("b", 0.2)):
+        state, where = {"x": np.arange(5.0), "lr": lr}, tmp_path / run
+        run_ranks(1, lambda group, where=where, state=state: save_once(where, state, group))
+    theirs = (tmp_path / "b/step-000001/manifest.json").read_bytes()
+    (tmp_path / "a/step-000001/manifest.json").write_bytes(theirs)
+    with pytest.raises(CheckpointCorruptError, match=r"rank-00000\.h5 is of another save"):
+        checkpoint.load_full(tmp_path / "a")
+
+
+def test_an_array_inside_an_array_of_another_rank_is_refused_on_both(tmp_path: Path) -> None:
+    def body(group: ProcessGroup) -> None:
+        name = "a" if group.rank == 0 else "a/b"
+        with pytest.raises(UnsupportedOperationError, match="'a' is an array, so that 'a/b'"):
+            checkpoint.save(tmp_path, {name: np.zeros(1)}, group, step=1)
+
+    run_ranks(2, body)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_name_that_datasets_may_have_is_free_for_arrays(tmp_path: Path) -> None:
+    large = np.arange(1 << 18, dtype=np.float32)
+    state = {"packed/float32/w": large, "mpidist id": large, "arrays/x": large, "x": large[:3]}
+    run_ranks(2, lambda group: save_once(tmp_path, state, group))
+    found = checkpoint.load_full(tmp_path)
+    assert found.keys() == state.keys()
+    assert all(found[name].tobytes() == state[name].tobytes() for name in state)

@@ -32,8 +32,8 @@ def test_any_file_opens_in_plain_h5py(tmp_path):
     written = write_file(tmp_path / "rank-00000.h5", pieces, HERE)
     assert [entry.name for entry in tmp_path.iterdir()] == ["rank-00000.h5"]
     with h5py.File(tmp_path / "rank-00000.h5") as file:
-        np.testing.assert_array_equal(file["deep/large[0:513, 0:1024]"][()], large)
-        assert bits(file["part[2:4, 0:524288]"][()]) == bits(other)
+        np.testing.assert_array_equal(file["arrays/deep/large[0:513, 0:1024]"][()], large)
+        assert bits(file["arrays/part[2:4, 0:524288]"][()]) == bits(other)
         assert file["packed/float64"][()].tolist() == [0, 1, 2, 3, 4, 5, 2.5]
         assert file["packed/int8"].shape == (0,)
         for name, dataset in written.file.datasets.items():
@@ -58,7 +58,8 @@ def test_every_dtype_lies_in_the_file_as_it_is(tmp_path, dtype, own):
     data = random_array(dtype, (5, 7), 3)
     with small_sizes(64, 8, own):
         written = write_file(tmp_path / "f.h5", [whole("x", data)], HERE)
-    ((name, dataset),) = written.file.datasets.items()
+    (name, dataset), (_, identity) = written.file.datasets.items()
+    assert (tmp_path / "f.h5").read_bytes()[identity.byte :][:5] == b"an id"
     read = (tmp_path / "f.h5").read_bytes()[dataset.byte : dataset.byte + data.nbytes]
     assert read == data.tobytes()
     with h5py.File(tmp_path / "f.h5") as file:
@@ -106,7 +107,11 @@ def test_memory_in_any_order_is_the_same_file(tmp_path, order, block):
 def test_many_small_arrays_are_few_datasets(tmp_path):
     pieces = [whole(f"x{n}", np.full((2, 3), n, ("f4", "f8")[n % 2])) for n in range(300)]
     written = write_file(tmp_path / "f.h5", pieces, HERE)
-    assert set(written.file.datasets) == {"packed/float32", "packed/float64"}
+    assert set(written.file.datasets) == {
+        "mpidist id",
+        "packed/float32",
+        "packed/float64",
+    }
     with h5py.File(tmp_path / "f.h5") as file:
         for name, box in written.boxes:
             packed = file[box.dataset][box.first : box.first + 6]

@@ -80,7 +80,7 @@ def test_there_are_boxes_of_each_kind(saved: Path) -> None:
     """Else the reader has not been tried on all that the page says."""
     manifest, _ = READER["read_checkpoint"](saved)
     datasets = {box["dataset"] for a in manifest["arrays"].values() for box in a["boxes"]}
-    assert {"packed/float32", "packed/bfloat16", "rows[0:400, 0:900]"} <= datasets
+    assert {"packed/float32", "packed/bfloat16", "arrays/rows[0:400, 0:900]"} <= datasets
     lengths = {len(box["digests"]) for a in manifest["arrays"].values() for box in a["boxes"]}
     assert {0, 12} < lengths, "boxes with no tile, one, and several"
 
