@@ -21,8 +21,8 @@ import numpy as np
 from mpidist._types import MAX, Array, DType
 from mpidist.boxes import Box
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.files import sync_directory, temporary
-from mpidist.checkpoint.manifest import StoredBox, StoredDataset, StoredFile, dtype_of
+from mpidist.checkpoint.files import sync_directory, temporary, write_at
+from mpidist.checkpoint.manifest import ID_DATASET, StoredBox, StoredDataset, StoredFile, dtype_of
 from mpidist.checkpoint.plan import Kind
 from mpidist.checkpoint.worker import done_here
 from mpidist.checkpoint.writing import Piece, Written
@@ -110,6 +110,7 @@ def write_together(
         for name, kind in kinds.items()
         if 0 not in kind.shape  # no box lies in the others
     }
+    datasets[ID_DATASET] = StoredDataset(begins[ID_DATASET], (len(str(attributes["id"])),))
     return Written(StoredFile(path.name, size, datasets), boxes)
 
 
@@ -123,8 +124,10 @@ def _fill(
 ) -> tuple[dict[str, int], int]:
     """Make, write, close and sync the file; return where the datasets begin, and its size."""
     datasets = [(name, kind.shape, dtype_of(kind.dtype)) for name, kind in kinds.items()]
+    identity = np.frombuffer(str(attributes["id"]).encode(), np.uint8)
+    made_too = (ID_DATASET, identity.shape, identity.dtype)
     problem: BaseException | None = None
-    with hdf5.shared_file(path, comm, datasets, attributes) as file:
+    with hdf5.shared_file(path, comm, [*datasets, made_too], attributes) as file:
         for (name, _, dtype), count in zip(datasets, rounds, strict=True):
             for _, block in zip_longest(range(count), blocks[name]):
                 cut = done_here(_cut_out, block, dtype)
@@ -135,6 +138,8 @@ def _fill(
         raise problem
     descriptor = os.open(path, os.O_RDWR)
     try:
+        if comm.rank == 0:
+            write_at(descriptor, identity, file.begins[ID_DATASET])
         os.fsync(descriptor)
         return file.begins, os.fstat(descriptor).st_size
     finally:
