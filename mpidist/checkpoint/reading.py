@@ -192,8 +192,8 @@ def check_file(path: Path, file: StoredFile, identity: str) -> None:
                 found = os.pread(opened.fileno(), len(identity), place.byte)
                 if found != identity.encode():
                     raise CheckpointCorruptError(
-                        f"{path} is of another save ({found!r}) than the manifest beside it "
-                        f"({identity!r}), or damaged; restore the files of one save, or load "
+                        f"{path} is not of the save that the manifest beside it is of "
+                        f"({identity}), or is damaged; restore the files of one save, or load "
                         "another step"
                     )
     except OSError as error:

@@ -124,7 +124,7 @@ def test_a_manifest_of_another_save_is_refused_though_its_arrays_are_the_same(
         run_ranks(1, lambda group, where=where, state=state: save_once(where, state, group))
     theirs = (tmp_path / "b/step-000001/manifest.json").read_bytes()
     (tmp_path / "a/step-000001/manifest.json").write_bytes(theirs)
-    with pytest.raises(CheckpointCorruptError, match=r"rank-00000\.h5 is of another save"):
+    with pytest.raises(CheckpointCorruptError, match=r"rank-00000\.h5 is not of the save"):
         checkpoint.load_full(tmp_path / "a")
 
 

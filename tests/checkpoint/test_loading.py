@@ -297,7 +297,7 @@ def damaged(path, how):
     """Spoil the file of rank 2."""
     directory = path / "step-000001"
     found = checkpoint.latest(path)
-    dataset, _ = found.manifest.files[2].datasets.values()  # and the id
+    dataset = found.manifest.files[2].datasets["packed/float64"]
     file = directory / "rank-00002.h5"
     if how == "missing":
         file.unlink()
