@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.files import exists, replace_file, sync_directory, temporary
+from mpidist.checkpoint.layout import Outline, lay_out
 from mpidist.checkpoint.manifest import (
     JSON,
     MANIFEST,
@@ -34,14 +35,14 @@ from mpidist.checkpoint.manifest import (
     StoredFile,
     dtype_of,
 )
-from mpidist.checkpoint.plan import Kind
+from mpidist.checkpoint.plan import Kind, Plan
 from mpidist.checkpoint.worker import done_here
-from mpidist.checkpoint.writing import Written
+from mpidist.checkpoint.writing import Written, shard_name
 from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend
 
-__all__ = ["VIEW", "Save", "assemble", "commit", "report_of", "steps_of"]
+__all__ = ["VIEW", "Save", "assemble", "commit", "foresee", "report_of", "steps_of"]
 
 VIEW = "view.h5"
 
@@ -63,16 +64,15 @@ class Save:
         What the arrays are; on rank 0, else none.
     written : Future of Written
         This rank's file.
-    submit : callable
-        Takes a function and its arguments, has it called here or in the writer's thread, and
-        returns a Future.
+    viewed : bool
+        Whether rank 0 makes the view with its file.
     """
 
     directory: Path
     header: Manifest | None
     kinds: Mapping[str, Kind]
     written: Future[Written]
-    submit: Callable[..., Future[Any]] = done_here
+    viewed: bool = False
 
 
 class Waitable(Protocol):
@@ -148,9 +148,10 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
         if problem is None:
             assert save.header is not None, "rank 0 planned it"
             manifest = assemble(save.header, save.kinds, results)
-            view = save.submit(hdf5.create_view, save.directory / VIEW, manifest)
-            yield _InThread(view, f"writing {save.directory / VIEW}", group.timeout)
-            problem = _failure(view, 0) or _failure(done_here(commit, save.directory, manifest), 0)
+            if not save.viewed:
+                view = done_here(hdf5.create_view, save.directory / VIEW, manifest)
+                problem = _failure(view, 0)
+            problem = problem or _failure(done_here(commit, save.directory, manifest), 0)
         if problem is not None:
             shutil.rmtree(save.directory, ignore_errors=True)
             problem = f"{problem}. {_aftermath(save.directory)}"
@@ -224,6 +225,38 @@ def _failure(future: Future[Any], rank: int) -> str | None:
 
 def _first_problem(results: Sequence[JSON]) -> str | None:
     return next((result["problem"] for result in results if "problem" in result), None)
+
+
+def foresee(header: Manifest, plan: Plan) -> Manifest:
+    """Return what `assemble` is going to, but for what only who writes a file can know.
+
+    Parameters
+    ----------
+    header : Manifest
+        All of it but files and arrays.
+    plan : Plan
+        Who writes what.
+
+    Returns
+    -------
+    Manifest
+        With all that a view needs; without bytes, sizes and digests.
+    """
+    files = []
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in plan.kinds}
+    dtypes = {name: dtype_of(kind.dtype) for name, kind in plan.kinds.items()}
+    for rank, assignment in enumerate(plan.assignments):
+        outlines = (Outline(part.name, part.box, dtypes[part.name]) for part in assignment)
+        ordered, datasets, places = lay_out(outlines)
+        shapes = {name: StoredDataset(0, shape) for name, (shape, _) in datasets.items()}
+        files.append(StoredFile(shard_name(rank), 0, shapes))
+        for part, (dataset, first) in zip(ordered, places, strict=True):
+            boxes[part.name].append(StoredBox(part.box, rank, dataset, first, b""))
+    arrays = {
+        name: StoredArray(dtypes[name], kind.shape, tuple(boxes[name]))
+        for name, kind in plan.kinds.items()
+    }
+    return replace(header, files=tuple(files), arrays=arrays)
 
 
 def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON]) -> Manifest:

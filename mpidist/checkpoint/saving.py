@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import xxhash
 from mpidist._types import Array
 from mpidist.arrays import to_host
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.commit import Save, Waitable, steps_of
+from mpidist.checkpoint.commit import VIEW, Save, Waitable, foresee, steps_of
 from mpidist.checkpoint.directory import Checkpoint, make_room, step_directory
 from mpidist.checkpoint.manifest import JSON, Manifest
 from mpidist.checkpoint.plan import Assignment, Declaration, Part, Plan, make_plan, part_of
@@ -318,7 +319,7 @@ def _begin(
     with region("checkpoint copy"):  # it may fail for want of memory, which all must learn
         taken = done_here(take, parts)
     attributes = {"id": order.id, "step": step, "world_size": group.size}
-    header = None
+    header, view = None, None
     if plan is not None:
         header = Manifest(
             id=order.id,
@@ -330,16 +331,18 @@ def _begin(
             metadata=as_json("metadata", metadata),
             values=plan.values,
         )
+        view = partial(_view, directory, header, plan)
     submit = saver.worker.submit if in_flight else done_here
     with region("checkpoint write"):
         if single_file:
             written = done_here(_write_together, directory, taken, plan, attributes, saver.group)
         else:
-            written = submit(_write, directory, taken, {**attributes, "rank": group.rank})
+            mine = {**attributes, "rank": group.rank}
+            written = submit(_write, directory, taken, mine, view)
     if in_flight and taken.exception() is None:
         written.add_done_callback(lambda _: saver.staging.release(taken.result()))
     kinds = {} if plan is None else plan.kinds
-    save = Save(directory, header, kinds, written, submit)
+    save = Save(directory, header, kinds, written, viewed=not single_file)
     future = CheckpointFuture(saver, save, beside=bool(in_flight))
     saver.pending.append(future)
     return future
@@ -350,8 +353,19 @@ def _in_place(parts: Mapping[Part, Array]) -> list[Piece]:
     return [Piece(part.name, part.box, to_host(data)) for part, data in parts.items()]
 
 
-def _write(directory: Path, taken: Future[list[Piece]], attributes: Mapping[str, Any]) -> Written:
-    return write_file(directory / shard_name(attributes["rank"]), taken.result(), attributes)
+def _write(
+    directory: Path,
+    taken: Future[list[Piece]],
+    attributes: Mapping[str, Any],
+    view: Callable[[], None] | None,
+) -> Written:
+    path = directory / shard_name(attributes["rank"])
+    return write_file(path, taken.result(), attributes, view)
+
+
+def _view(directory: Path, header: Manifest, plan: Plan) -> None:
+    """Make the view before the files are complete that it shows: while the disk works."""
+    hdf5.create_view(directory / VIEW, foresee(header, plan))
 
 
 def _write_together(

@@ -18,13 +18,13 @@ from mpidist.arrays import as_bytes
 from mpidist.boxes import Box
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.files import sync_directory, temporary, write_at
+from mpidist.checkpoint.layout import Extent, lay_out
 from mpidist.checkpoint.manifest import (
     ALIGNMENT,
     ID_DATASET,
     StoredBox,
     StoredDataset,
     StoredFile,
-    name_of,
 )
 from mpidist.checkpoint.tiles import digests_of
 from mpidist.checkpoint.worker import settle
@@ -36,28 +36,8 @@ _BLOCK = 1 << 22
 two such blocks: one for the elements of a piece, and one for small pieces."""
 
 
-class Writable(Protocol):
+class Writable(Extent, Protocol):
     """A part of an array, wherever its elements are."""
-
-    @property
-    def name(self) -> str:
-        """Of the array."""
-        ...
-
-    @property
-    def box(self) -> Box:
-        """Which part."""
-        ...
-
-    @property
-    def dtype(self) -> DType:
-        """Of the array."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Of the part."""
-        ...
 
     def chunks(self) -> Iterator[tuple[int, Array]]:
         """Yield its bytes, little-endian: where they begin in C order, and an array of uint8.
@@ -140,7 +120,10 @@ def shard_name(rank: int) -> str:
 
 
 def write_file(
-    path: Path, pieces: Sequence[Writable], attributes: Mapping[str, str | int]
+    path: Path,
+    pieces: Sequence[Writable],
+    attributes: Mapping[str, str | int],
+    meanwhile: Callable[[], None] | None = None,
 ) -> Written:
     """Write a file with these pieces.
 
@@ -152,6 +135,8 @@ def write_file(
         What goes into it; there may be none.
     attributes : mapping of str to (str or int)
         Of the file.
+    meanwhile : callable, optional
+        What else is to be done while the disk works; the file is not complete if it raises.
 
     Returns
     -------
@@ -168,9 +153,7 @@ def write_file(
     Local. Memory: at most 8 MiB, and one chunk of a piece that is not in memory as it is
     written. Digests are computed while the disk works.
     """
-    # What is packed comes first, each dtype in one go.
-    pieces = sorted(pieces, key=lambda piece: (piece.nbytes >= ALIGNMENT, _kind(piece)))
-    datasets, boxes = _lay_out(pieces)
+    pieces, datasets, boxes = lay_out(pieces)
     part = temporary(path)
     identity = np.frombuffer(str(attributes["id"]).encode(), np.uint8)
     datasets[ID_DATASET] = (identity.shape, identity.dtype)
@@ -184,6 +167,8 @@ def write_file(
         size = os.fstat(descriptor).st_size
         with _beside(os.fsync, descriptor):
             digests = [piece.digests() for piece in pieces]
+            if meanwhile is not None:
+                meanwhile()
     finally:
         os.close(descriptor)
     os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
@@ -198,39 +183,6 @@ def write_file(
         for piece, (dataset, first), digest in zip(pieces, boxes, digests, strict=True)
     ]
     return Written(stored, found)
-
-
-def _lay_out(
-    pieces: Sequence[Writable],
-) -> tuple[dict[str, tuple[tuple[int, ...], DType]], list[tuple[str, int]]]:
-    """Return the datasets with shape and dtype, and the dataset and place in it of each piece."""
-    packed: dict[str, int] = {}
-    dtypes: dict[str, DType] = {}
-    datasets: dict[str, tuple[tuple[int, ...], DType]] = {}
-    boxes = []
-    for piece in pieces:
-        if piece.nbytes >= ALIGNMENT:
-            name = f"arrays/{piece.name}{_words(piece.box)}"
-            datasets[name] = (piece.box.sizes, piece.dtype)
-            boxes.append((name, 0))
-        else:
-            name = f"packed/{_kind(piece)}"
-            boxes.append((name, packed.get(name, 0)))
-            packed[name] = packed.get(name, 0) + piece.box.count
-            dtypes[name] = piece.dtype
-    for name, count in packed.items():
-        datasets[name] = ((count,), dtypes[name])
-    return datasets, boxes
-
-
-def _kind(piece: Writable) -> str:
-    return name_of(piece.dtype)
-
-
-def _words(box: Box) -> str:
-    """Return a box as numpy's index is written: [0:512, 0:1024]."""
-    ranges = zip(box.offsets, box.stops, strict=True)
-    return f"[{', '.join(f'{start}:{stop}' for start, stop in ranges)}]"
 
 
 def _stream(

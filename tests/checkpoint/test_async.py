@@ -40,10 +40,10 @@ def failing(monkeypatch, rank, step=None):
     """Let writing fail on one rank."""
     write = saving.write_file
 
-    def fail(path, pieces, attributes):
+    def fail(path, pieces, attributes, *more):
         if attributes["rank"] == rank and step in (None, attributes["step"]):
             raise OSError(28, "No space left on device")
-        return write(path, pieces, attributes)
+        return write(path, pieces, attributes, *more)
 
     monkeypatch.setattr(saving, "write_file", fail)
 
@@ -288,9 +288,9 @@ def test_memory_of_the_copy_is_used_again(tmp_path, monkeypatch):
     places = set()
     write = saving.write_file
 
-    def noted_write(path, pieces, attributes):
+    def noted_write(path, pieces, attributes, *more):
         places.add((attributes["rank"], min(piece.data.ctypes.data for piece in pieces)))
-        return write(path, pieces, attributes)
+        return write(path, pieces, attributes, *more)
 
     monkeypatch.setattr(saving, "write_file", noted_write)
 
