@@ -134,7 +134,7 @@ def test_files_of_another_save_are_told(copy: Path, tmp_path: Path) -> None:
     for name in ("rank-00001.h5", "view.h5"):  # the same in every byte but the id
         shutil.copy(other.directory / name, copy / STEP / name)
     errors = checkpoint.verify(copy)
-    assert ["rank-00001.h5 is of another save" in str(errors[0]), len(errors)] == [True, 2]
+    assert ["rank-00001.h5 is not of the save" in str(errors[0]), len(errors)] == [True, 2]
     assert "view.h5 is of another save" in str(errors[1])
 
 
