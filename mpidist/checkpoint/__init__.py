@@ -16,7 +16,8 @@ from __future__ import annotations
 from mpidist.checkpoint.directory import Checkpoint, latest, list, prune  # noqa: A004
 from mpidist.checkpoint.loading import load, load_full
 from mpidist.checkpoint.resharding import reshard
-from mpidist.checkpoint.saving import CheckpointFuture, save, save_async
+from mpidist.checkpoint.saver import CheckpointFuture
+from mpidist.checkpoint.saving import save, save_async
 from mpidist.checkpoint.state import State, Stateful
 from mpidist.checkpoint.verifying import verify
 

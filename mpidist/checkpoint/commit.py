@@ -58,10 +58,8 @@ class Save:
     ----------
     directory : Path
         Of the step.
-    header : Manifest
-        All of the manifest but files and arrays; on rank 0, else None.
-    kinds : mapping of str to Kind
-        What the arrays are; on rank 0, else none.
+    lead : (Manifest, Plan) or None
+        On rank 0, all of the manifest but files and arrays, and who writes what.
     written : Future of Written
         This rank's file.
     viewed : bool
@@ -69,8 +67,7 @@ class Save:
     """
 
     directory: Path
-    header: Manifest | None
-    kinds: Mapping[str, Kind]
+    lead: tuple[Manifest, Plan] | None
     written: Future[Written]
     viewed: bool = False
 
@@ -146,8 +143,9 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
         results = [mine, *(_unpacked(receive.wait()) for receive in receives)]
         problem = _first_problem(results)
         if problem is None:
-            assert save.header is not None, "rank 0 planned it"
-            manifest = assemble(save.header, save.kinds, results)
+            assert save.lead is not None, "rank 0 planned it"
+            header, plan = save.lead
+            manifest = assemble(header, plan.kinds, results)
             if not save.viewed:
                 view = done_here(hdf5.create_view, save.directory / VIEW, manifest)
                 problem = _failure(view, 0)

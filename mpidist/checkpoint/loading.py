@@ -17,7 +17,7 @@ from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
 from mpidist.checkpoint.manifest import MANIFEST, Manifest
 from mpidist.checkpoint.reading import Files, Wanted, check_files, give, units_of
-from mpidist.checkpoint.saving import saver_of
+from mpidist.checkpoint.saver import saver_of
 from mpidist.checkpoint.sharing import Alone, Readers, batches, readers_of, room
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
 from mpidist.collectives import all_gather_object, all_reduce, broadcast_object

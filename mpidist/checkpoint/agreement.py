@@ -1,0 +1,199 @@
+"""What the ranks agree on before a save: what there is, who writes what, and where."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from mpidist.checkpoint.directory import make_room, step_of
+from mpidist.checkpoint.manifest import JSON, Manifest
+from mpidist.checkpoint.plan import Assignment, Declaration, Plan, make_plan
+from mpidist.checkpoint.saver import Saver
+from mpidist.checkpoint.single_file import SINGLE_FILE, check_single_file
+from mpidist.checkpoint.state import FlatState, State, as_json, flatten
+from mpidist.checkpoint.versions import versions
+from mpidist.collectives import broadcast_object, gather_object, scatter_object
+from mpidist.errors import CheckpointError, CollectiveMismatchError, DistributedError
+
+__all__ = ["Agreement", "agree"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a rank knows of a save that is about to begin.
+
+    Attributes
+    ----------
+    id : str
+        Of the save.
+    flat : FlatState
+        What this rank holds.
+    assignment : Assignment
+        What of it this rank writes.
+    lead : (Manifest, Plan) or None
+        On rank 0, all of the manifest but files and arrays, and who writes what.
+    """
+
+    id: str
+    flat: FlatState
+    assignment: Assignment
+    lead: tuple[Manifest, Plan] | None
+
+
+class _Order(NamedTuple):
+    """What rank 0 tells a rank."""
+
+    problem: DistributedError | None
+    id: str
+    assignment: Assignment
+
+
+def agree(
+    state: State, metadata: JSON, saver: Saver, directory: Path, *, single_file: bool
+) -> Agreement:
+    """Plan a save with all ranks.
+
+    Parameters
+    ----------
+    state, metadata
+        As for `save`.
+    saver : Saver
+        Of the group.
+    directory : Path
+        Of the step; rank 0 makes it.
+    single_file : bool
+        Whether all ranks write one file.
+
+    Returns
+    -------
+    Agreement
+        This rank's.
+
+    Raises
+    ------
+    DistributedError
+        On every rank, with the same words, if there is something wrong on any of them.
+
+    Notes
+    -----
+    Collective over the saver's group; blocks.
+    """
+    group = saver.group
+    flat, problem = _looked_at(state, metadata, saver, single_file=single_file)
+    declared = Declaration.of(flat)
+    where = str(directory / SINGLE_FILE if single_file else directory)
+    declarations, problems = _gathered(declared, problem, where, saver)
+    plan, orders = None, None
+    if declarations:
+        plan, orders = _decide(declarations, problems, saver, directory)
+    order: _Order = scatter_object(orders, group)
+    if order.problem is not None:
+        raise order.problem
+    if plan is None:
+        return Agreement(order.id, flat, order.assignment, None)
+    header = Manifest(
+        id=order.id,
+        step=step_of(directory),
+        created="",
+        world_size=group.size,
+        versions=versions(),
+        crossovers=asdict(group.crossovers),
+        metadata=as_json("metadata", metadata),
+        values=plan.values,
+    )
+    return Agreement(order.id, flat, order.assignment, (header, plan))
+
+
+def _looked_at(
+    state: State, metadata: JSON, saver: Saver, *, single_file: bool
+) -> tuple[FlatState, DistributedError | None]:
+    """Return what this rank holds, and what is wrong with it or with an earlier save."""
+    rank = saver.group.rank
+    try:
+        saver.raise_untold()
+        flat = flatten(state)
+        as_json("metadata", metadata)
+        if single_file:
+            check_single_file(saver.group)
+    except DistributedError as error:
+        return FlatState(), type(error)(f"rank {rank}: {error}")
+    except Exception as error:  # noqa: BLE001  # an object's own, which all ranks must learn
+        return FlatState(), CheckpointError(f"rank {rank}: {type(error).__name__}: {error}")
+    return flat, None
+
+
+def _gathered(
+    declared: Declaration, problem: DistributedError | None, where: str, saver: Saver
+) -> tuple[list[Declaration], list[DistributedError]]:
+    """Return, on rank 0, what each rank holds, and what is wrong; elsewhere nothing."""
+    group = saver.group
+    common = xxhash.xxh3_128_digest(_text(declared).encode())
+    told = gather_object((problem, where, common, declared.sharded), group)
+    # Most often all ranks hold the same names whole, and one list of them is enough.
+    others = None if told is None else [r for r, (*_, key, _) in enumerate(told) if key != common]
+    others = broadcast_object(others, group)
+    lists = gather_object(declared if group.rank in others else None, group) if others else None
+    if told is None:
+        return [], []
+    declarations = [
+        lists[rank]
+        if lists is not None and rank in others
+        else Declaration(declared.whole, sharded, declared.values)
+        for rank, (*_, sharded) in enumerate(told)
+    ]
+    problems = [error for error, *_ in told if error is not None]
+    problems += _elsewhere([where for _, where, *_ in told])
+    return declarations, problems
+
+
+def _elsewhere(directories: Sequence[str]) -> Iterator[DistributedError]:
+    """Say which ranks would write elsewhere than rank 0, perhaps into a complete checkpoint."""
+    for rank, directory in enumerate(directories):
+        if directory != directories[0]:
+            yield CollectiveMismatchError(
+                f"rank {rank} saves to {directory}, and rank 0 to {directories[0]}; give the same "
+                "path, step and single_file on all ranks"
+            )
+
+
+def _text(declared: Declaration) -> str:
+    """Return a text that is the same exactly where whole arrays and values are."""
+    values = sorted(declared.values.items(), key=lambda item: item[0])
+    return repr((sorted(declared.whole.items()), values))
+
+
+def _decide(
+    declarations: list[Declaration],
+    problems: list[DistributedError],
+    saver: Saver,
+    directory: Path,
+) -> tuple[Plan | None, list[_Order]]:
+    """Make the plan and the directory, on rank 0."""
+    identity = uuid.uuid4().hex
+    plan = None
+    try:
+        if problems:
+            raise problems[0]
+        plan = make_plan(declarations)
+        _make_room(saver, directory)
+    except DistributedError as error:
+        words = f"save of {directory} on {saver.group}: {error}"
+        return None, [_Order(type(error)(words), "", [])] * len(declarations)
+    return plan, [_Order(None, identity, assignment) for assignment in plan.assignments]
+
+
+def _make_room(saver: Saver, directory: Path) -> None:
+    """Make the directory of a step, or empty one that a killed save has left."""
+    if any(future.directory == directory for future in saver.pending):
+        raise CheckpointError("an earlier save of this step is still under way; wait for it")
+    try:
+        make_room(directory)
+    except CheckpointError as error:
+        raise CheckpointError(f"rank 0: {error}") from error
+    except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
+        raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error

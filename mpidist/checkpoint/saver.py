@@ -1,0 +1,161 @@
+"""What a group keeps for its checkpoints, and the saves that it has in flight."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from mpidist.checkpoint import hdf5
+from mpidist.checkpoint.commit import Save, Waitable, steps_of
+from mpidist.checkpoint.directory import Checkpoint
+from mpidist.checkpoint.staging import Staging
+from mpidist.checkpoint.worker import Worker
+from mpidist.errors import CheckpointAsyncError, CheckpointError
+from mpidist.group import ProcessGroup
+from mpidist.hooks import end_companions_at_exit
+
+__all__ = ["CheckpointFuture", "Saver", "saver_of"]
+
+
+class CheckpointFuture:
+    """A save under way; see `save_async`."""
+
+    def __init__(self, saver: Saver, save: Save, *, beside: bool) -> None:
+        self._saver = saver
+        self._save = save
+        self._beside = beside
+        self._steps: Iterator[Waitable] = steps_of(save, saver.group)
+        self._current: Waitable | None = None
+        self._over = False
+        self._error: Exception | None = None
+        self.told = False
+
+    @property
+    def directory(self) -> Path:
+        """Where it is being written."""
+        return self._save.directory
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and there is no checkpoint."""
+        return self._error is not None
+
+    def done(self) -> bool:
+        """Drive the save as far as it goes now, and return whether it is over.
+
+        Returns
+        -------
+        bool
+            Whether `wait` will return, or raise, at once.
+
+        Notes
+        -----
+        Does not block, but that rank 0 writes and syncs the manifest in it, once.
+        """
+        self._saver.progress()
+        return self._over
+
+    def drive(self) -> bool:
+        """Take the save as far as it goes now, earlier ones being over; see `done`."""
+        while not self._over:
+            if self._current is not None and not self._current.done():
+                return False
+            self._advance()
+        return True
+
+    def wait(self, timeout: float | None = None) -> Checkpoint:
+        """Return when the checkpoint is complete.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds for each of the steps; the group's when omitted.
+
+        Returns
+        -------
+        Checkpoint
+            On disk.
+
+        Raises
+        ------
+        CheckpointAsyncError, CheckpointError
+            If a rank could not write; on every rank, with the same words, from `save_async` and
+            from `save`.
+        """
+        self.end(timeout)
+        self.told = True
+        if self._error is not None:
+            raise self._error
+        return Checkpoint(self._save.directory)
+
+    def end(self, timeout: float | None = None) -> None:
+        """Take the save to its end; keep for `wait` what it raises."""
+        while not self._over:
+            first = self._saver.pending[0]  # in order: their messages have the same tags
+            if first._current is not None:
+                first._current.wait(timeout)
+            first._advance()
+
+    def _advance(self) -> None:
+        """Take the next step, all that is waited for being over."""
+        try:
+            self._current = next(self._steps, None)
+            self._over = self._current is None
+        except Exception as error:  # noqa: BLE001  # raised by whoever waits, also later
+            self._over = True
+            failed = isinstance(error, CheckpointError) and self._beside
+            self._error = CheckpointAsyncError(str(error)) if failed else error
+        if self._over:
+            self._saver.forget(self)
+
+
+class Saver:
+    """The saves of a group: its own communicator, its thread, what is in flight."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        hdf5.versions()  # imports h5py, whose exit handler takes parts of it away
+        end_companions_at_exit()
+        self.group = group.duplicate(f"{group.name}/checkpoint")
+        self.worker = Worker("mpidist checkpoint")
+        self.staging = Staging()
+        self.pending: deque[CheckpointFuture] = deque()
+        self._failed: deque[CheckpointFuture] = deque()
+
+    def forget(self, future: CheckpointFuture) -> None:
+        """Note that a save is over."""
+        self.pending.remove(future)
+        if future.failed:
+            self._failed.append(future)
+
+    def settle(self, most: int) -> None:
+        """Wait until at most so many saves are in flight."""
+        while len(self.pending) > most:
+            self.pending[0].end()
+
+    def raise_untold(self) -> None:
+        """Raise what this rank's program has not been told of an earlier save."""
+        while self._failed:
+            future = self._failed.popleft()
+            if not future.told:
+                future.wait()
+
+    def progress(self) -> None:
+        """Drive what is in flight."""
+        for future in tuple(self.pending):
+            if not future.drive():
+                return  # they end in order
+
+    def close(self) -> None:
+        """Wait for what is in flight."""
+        try:
+            self.settle(0)
+        finally:
+            self.worker.close()
+            self.group.close()
+        self.raise_untold()
+
+
+def saver_of(group: ProcessGroup) -> Saver:
+    """Return the saves of a group; collective when first called."""
+    return group.companion("checkpoint", lambda: Saver(group))
