@@ -15,9 +15,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpidist.checkpoint import directory
+from mpidist.checkpoint.arguments import (
+    add_diff,
+    add_export,
+    add_import,
+    add_list,
+    add_prune,
+    add_reshard,
+    add_show,
+    add_verify,
+)
 from mpidist.checkpoint.differences import compare
-from mpidist.checkpoint.directory import STALE, Checkpoint, find, prunable, step_of
-from mpidist.checkpoint.exporting import FORMATS, export_to, import_from
+from mpidist.checkpoint.directory import Checkpoint, find, prunable, step_of
+from mpidist.checkpoint.exporting import export_to, import_from
 from mpidist.checkpoint.manifest import JSON, encode
 from mpidist.checkpoint.progress import progress_bar
 from mpidist.checkpoint.resharding import reshard
@@ -215,102 +225,6 @@ def _size(found: Checkpoint) -> int | None:
         return None
 
 
-def _step(text: str) -> int | str:
-    if text == "latest" or text.isdecimal():
-        return text if text == "latest" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'latest'")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {least}, got {text!r}"
-            )
-        return int(text)
-
-    return read
-
-
-def _path(parser: argparse.ArgumentParser, name: str = "path", metavar: str = "PATH") -> None:
-    text = "directory of checkpoints, or of one step"
-    parser.add_argument(name, type=Path, metavar=metavar, help=text)
-
-
-def _one(parser: argparse.ArgumentParser) -> None:
-    _path(parser)
-    _add_step(parser)
-
-
-def _add_step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--step", type=_step, metavar="STEP", help="which one (default: the newest complete one)"
-    )
-
-
-def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="directory of checkpoints")
-
-
-def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    _one(parser)
-    parser.add_argument(
-        "--boxes", action="store_true", help="also where each part of an array lies"
-    )
-
-
-def _diff_arguments(parser: argparse.ArgumentParser) -> None:
-    _path(parser, "first", "FIRST")
-    _path(parser, "second", "SECOND")
-    _add_step(parser)
-
-
-def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
-    _path(parser)
-    parser.add_argument(
-        "destination", type=Path, metavar="NEW", help="directory of checkpoints, made if missing"
-    )
-    parser.add_argument(
-        "--ranks", type=_at_least(1), required=True, metavar="N", help="of the new checkpoint"
-    )
-    _add_step(parser)
-
-
-def _prune_arguments(parser: argparse.ArgumentParser) -> None:
-    _list_arguments(parser)
-    parser.add_argument(
-        "--keep", type=_at_least(1), required=True, metavar="K", help="how many complete ones stay"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    parser.add_argument(
-        "--stale",
-        type=float,
-        default=STALE,
-        metavar="SECONDS",
-        help="without a change, after which a partial one beyond the newest complete one is taken "
-        "for what a killed save has left (default: %(default)g)",
-    )
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    _path(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
-    _add_step(parser)
-
-
-def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
-    parser.add_argument(
-        "path", type=Path, metavar="PATH", help="directory of checkpoints, made if missing"
-    )
-    parser.add_argument(
-        "--step",
-        type=_at_least(0),
-        metavar="STEP",
-        help="of the checkpoint (default: as it was exported)",
-    )
-
-
 class _Action(NamedTuple):
     """Something to do: the function, its help, its arguments, and whether it may take long."""
 
@@ -322,31 +236,29 @@ class _Action(NamedTuple):
 
 _ACTIONS: Mapping[str, _Action] = {
     "list": _Action(
-        _list, "say which checkpoints are there, complete or in part", _list_arguments, long=False
+        _list, "say which checkpoints are there, complete or in part", add_list, long=False
     ),
     "show": _Action(
-        _show, "say what is in one: arrays, values, metadata, versions", _show_arguments, long=False
+        _show, "say what is in one: arrays, values, metadata, versions", add_show, long=False
     ),
     "verify": _Action(
-        _verify, "read all of one, and say all that is wrong with it", _one, long=True
+        _verify, "read all of one, and say all that is wrong with it", add_verify, long=True
     ),
-    "diff": _Action(_diff, "say in what two of them differ", _diff_arguments, long=True),
+    "diff": _Action(_diff, "say in what two of them differ", add_diff, long=True),
     "reshard": _Action(
         _reshard,
         "write one anew, split over another number of ranks",
-        _reshard_arguments,
+        add_reshard,
         long=True,
     ),
     "prune": _Action(
         _prune,
         "remove all but the newest ones, and what killed saves have left",
-        _prune_arguments,
+        add_prune,
         long=False,
     ),
-    "export": _Action(
-        _export, "write one as a file of safetensors or npz", _export_arguments, long=True
-    ),
+    "export": _Action(_export, "write one as a file of safetensors or npz", add_export, long=True),
     "import": _Action(
-        _import, "make a file of safetensors or npz a checkpoint", _import_arguments, long=True
+        _import, "make a file of safetensors or npz a checkpoint", add_import, long=True
     ),
 }
