@@ -94,7 +94,7 @@ def _of_structure(
     if isinstance(seen, str):
         yield CheckpointCorruptError(f"{path} cannot be read as HDF5: {seen}; {_CURE}")
         return
-    if seen.id != manifest.id:
+    if seen.id not in (None, manifest.id):
         yield CheckpointCorruptError(
             f"{path} is of another save ({seen.id}) than the manifest beside it ({manifest.id}); "
             f"{_CURE}"

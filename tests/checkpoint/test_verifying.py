@@ -185,3 +185,10 @@ def test_memory_does_not_grow_with_the_arrays(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 8 << 20
+
+
+def test_a_file_may_say_nothing_of_its_save(copy: Path) -> None:
+    """Other programs that write checkpoints need not say it."""
+    with h5py.File(copy / STEP / "rank-00000.h5", "r+") as file:
+        del file.attrs["id"]
+    assert checkpoint.verify(copy) == []
