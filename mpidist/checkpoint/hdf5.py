@@ -70,27 +70,29 @@ def create_file(
     OSError
         If it cannot be written.
     """
-    with _new_file(path) as file:
-        return {name: _place(dataset) for name, dataset in _fill(file, datasets, attributes)}
+    import h5py
+
+    with h5py.File(
+        path,
+        "w",
+        locking="best-effort",  # many parallel file systems have no locks
+        alignment_threshold=ALIGNMENT,
+        alignment_interval=ALIGNMENT,
+    ) as file:
+        _describe(file, {"format": FORMAT, "version": VERSION, **attributes})
+        return {name: _create(file, name, shape, dtype) for name, shape, dtype in datasets}
 
 
 @contextmanager
-def shared_file(
-    path: Path,
-    comm: Any,
-    datasets: Iterable[tuple[str, Sequence[int], DType]],
-    attributes: Mapping[str, str | int],
-) -> Iterator[SharedFile]:
-    """Make a file that all ranks of a communicator write together; needs `has_mpi`.
+def shared_file(path: Path, comm: Any) -> Iterator[SharedFile]:
+    """Open a file, to be written by all ranks of a communicator; needs `has_mpi`.
 
     Parameters
     ----------
     path : Path
-        Replaced if it is there.
+        Made by one of them with `create_file`.
     comm : mpi4py communicator
         Whose ranks they are.
-    datasets, attributes
-        As for `create_file`; the same, in the same order, on all ranks.
 
     Yields
     ------
@@ -100,68 +102,50 @@ def shared_file(
     Raises
     ------
     OSError
-        If it cannot be written; perhaps on one rank only.
+        On every rank, if it cannot be opened.
 
     Notes
     -----
-    Collective, its end as well, and HDF5 has no deadline: a rank that does not come keeps the
-    others waiting until the job ends.
+    Collective, its end as well, however the block ends; what is done in the block is not. HDF5 has
+    no deadline: a rank that does not come keeps the others waiting until the job ends.
     """
-    with _new_file(path, driver="mpio", comm=comm) as file:
-        yield SharedFile(dict(_fill(file, datasets, attributes)))
+    import h5py
+
+    with h5py.File(path, "r+", locking="best-effort", driver="mpio", comm=comm) as file:
+        yield SharedFile(file)
 
 
 class SharedFile:
-    """The datasets of a file that several ranks write together; see `shared_file`.
+    """A file that several ranks write; see `shared_file`."""
 
-    Attributes
-    ----------
-    begins : dict of str to int
-        What `create_file` returns.
-    """
+    def __init__(self, file: Any) -> None:
+        self._file = file
 
-    def __init__(self, datasets: Mapping[str, Any]) -> None:
-        import h5py
-
-        self._datasets = datasets
-        self._together = h5py.h5p.create(h5py.h5p.DATASET_XFER)
-        self._together.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
-        self.begins = {name: _place(dataset) for name, dataset in datasets.items()}
-
-    def write(self, name: str, box: Box | None, data: Array) -> None:
-        """Write a box of a dataset, or take part without one; collective.
+    def write(self, name: str, box: Box, data: Array) -> None:
+        """Write a box of a dataset.
 
         Parameters
         ----------
         name : str
-            Of the dataset, the same on all ranks.
-        box : Box or None
+            Of the dataset.
+        box : Box
             Where; not empty. The boxes of the ranks must be disjoint.
         data : Array
-            The elements, C-contiguous and little-endian; not looked at if `box` is None.
+            The elements, C-contiguous and little-endian.
 
         Raises
         ------
         OSError
-            Perhaps on one rank only; it must go on to make the calls that the others make.
-
-        Notes
-        -----
-        Not by `h5py.Dataset`, which leaves out the call where nothing is selected: the others would
-        wait for it for ever. The elements have the type that they have in the file: where HDF5
-        converts them it does so in as many calls as it takes, which may differ between ranks.
+            If it cannot be written.
         """
         import h5py
 
-        dataset = self._datasets[name]
-        there = dataset.get_space()
-        here = h5py.h5s.create_simple((max(data.size, 1),))
-        if box is None:
-            there.select_none()
-            here.select_none()
-        elif box.sizes:
-            there.select_hyperslab(box.offsets, box.sizes)
-        dataset.write(here, there, data, dataset.get_type(), self._together)
+        dataset = h5py.h5d.open(self._file.id, name.encode())
+        space = dataset.get_space()
+        if box.sizes:
+            space.select_hyperslab(box.offsets, box.sizes)
+        # As what they are in the file, so that HDF5 has nothing to convert.
+        dataset.write(h5py.h5s.create_simple((data.size,)), space, data, dataset.get_type())
 
 
 def has_mpi() -> bool:
@@ -178,31 +162,7 @@ def versions() -> dict[str, str]:
     return {"h5py": h5py.version.version, "hdf5": h5py.version.hdf5_version}
 
 
-def _new_file(path: Path, **driver: Any) -> Any:
-    import h5py
-
-    return h5py.File(
-        path,
-        "w",
-        locking="best-effort",  # many parallel file systems have no locks
-        alignment_threshold=ALIGNMENT,
-        alignment_interval=ALIGNMENT,
-        **driver,
-    )
-
-
-def _fill(
-    file: Any,
-    datasets: Iterable[tuple[str, Sequence[int], DType]],
-    attributes: Mapping[str, str | int],
-) -> Iterator[tuple[str, Any]]:
-    """Give a file its attributes and its datasets, and yield these."""
-    _describe(file, {"format": FORMAT, "version": VERSION, **attributes})
-    for name, shape, dtype in datasets:
-        yield name, _create(file, name, shape, dtype)
-
-
-def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> Any:
+def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> int:
     import h5py
 
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -214,7 +174,7 @@ def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> Any:
     dataset = h5py.h5d.create(file.id, name.encode(), kind, space, layout, _links())
     if dtype == BFLOAT16:
         _describe(h5py.Dataset(dataset), {TAG: str(dtype)})
-    return dataset
+    return _place(dataset)
 
 
 def _place(dataset: Any) -> int:

@@ -84,7 +84,7 @@ def save(
     (of names that all ranks hold whole, 16 bytes per rank), and what they have written (about 100
     bytes per array, 11 per 256 KiB of it). Memory: at most 8 MiB per rank.
 
-    HDF5 has no deadline while it writes a single file: a rank that dies then ends the job only
+    HDF5 has no deadline while it opens or closes a single file: a rank that dies ends the job only
     where the launcher sees to it, as mpirun does.
 
     See [Note: commit] in `mpidist.checkpoint.commit`.

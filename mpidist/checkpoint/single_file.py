@@ -1,10 +1,10 @@
 """One file for all ranks, written together through HDF5's driver for MPI.
 
-[Note: the same calls] Whatever changes the structure of such a file, and each write in it, is
-collective: a rank that leaves one out, because it has nothing to write, or because its disk is
-full, keeps the others waiting in a library that has no deadline. So the ranks agree on the number
-of writes of each dataset first; a rank with fewer blocks takes part in the others without one; and
-what fails is remembered, and raised when the file is closed.
+[Note: writing together] HDF5 can also make a file, and write into it, with all ranks at once. But
+what fails on one rank then (HDF5 1.10.8 on MPICH 4.0.2, a full disk) is an error there and nowhere
+else, and the others wait for that rank for ever. So rank 0 makes the file, with all datasets in
+their places, and all ranks open it; then each writes its parts by itself, and they close it. Little
+is lost: parts that do not interleave, as parts of rows, an MPI library writes by themselves anyway.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpidist._types import MAX, Array, DType
+from mpidist._types import Array
 from mpidist.boxes import Box
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.files import sync_directory, temporary, write_at
+from mpidist.checkpoint.files import sync_directory, temporary
 from mpidist.checkpoint.manifest import ID_DATASET, StoredBox, StoredDataset, StoredFile, dtype_of
 from mpidist.checkpoint.plan import Kind
 from mpidist.checkpoint.worker import done_here
 from mpidist.checkpoint.writing import Piece, Written
-from mpidist.collectives import all_reduce, barrier
+from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
@@ -81,73 +80,79 @@ def write_together(
     Raises
     ------
     OSError
-        Perhaps on one rank only, if it could not write. All the others return.
+        On a rank that could not write; the others return.
     Exception
-        What `taken` holds, after the others have written their parts.
+        What `taken` holds.
 
     Notes
     -----
     Collective over `group`. Memory: one block of 8 MiB, and what the MPI library takes. See
-    [Note: the same calls].
+    [Note: writing together].
     """
-    pieces = [] if taken.exception() else [p for p in taken.result() if not p.box.empty]
-    blocks: dict[str, list[tuple[Box, Piece]]] = {name: [] for name in kinds}
-    for piece in pieces:
-        blocks[piece.name] += [(b, piece) for b in _blocks(piece.box, piece.dtype.itemsize)]
-    rounds = all_reduce(np.array([len(mine) for mine in blocks.values()], np.int64), group, op=MAX)
     part = temporary(path)
-    filled = done_here(_fill, part, blocks, rounds, kinds, attributes, group.mpi_comm)
+    made = done_here(_make, part, kinds, attributes) if group.rank == 0 else None
+    if broadcast_object(made is not None and made.exception() is not None, group):
+        if made is not None:
+            made.result()  # raises
+        return Written(None, [])
+    filled = done_here(_fill, part, taken, attributes, group)
     barrier(group)  # from here on nobody needs the temporary name
-    begins, size = filled.result()
-    taken.result()
-    boxes = [(piece.name, _stored(piece, kinds[piece.name].shape)) for piece in pieces]
-    if group.rank:
+    filled.result()
+    boxes = [
+        (piece.name, _stored(piece, kinds[piece.name].shape))
+        for piece in taken.result()
+        if not piece.box.empty
+    ]
+    if made is None:
         return Written(None, boxes)
+    size = part.stat().st_size
     os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
     sync_directory(path.parent)
-    datasets = {
-        name: StoredDataset(begins[name], kind.shape)
-        for name, kind in kinds.items()
-        if 0 not in kind.shape  # no box lies in the others
+    return Written(StoredFile(path.name, size, made.result()), boxes)
+
+
+def _make(
+    path: Path, kinds: Mapping[str, Kind], attributes: Mapping[str, str | int]
+) -> dict[str, StoredDataset]:
+    """Make the file, and return its datasets, but for empty ones, in which no box lies."""
+    datasets = [(name, kind.shape, dtype_of(kind.dtype)) for name, kind in kinds.items()]
+    identity = _identity(attributes)
+    datasets.append((ID_DATASET, identity.shape, identity.dtype))
+    begins = hdf5.create_file(path, datasets, attributes)
+    return {
+        name: StoredDataset(begins[name], shape) for name, shape, _ in datasets if 0 not in shape
     }
-    datasets[ID_DATASET] = StoredDataset(begins[ID_DATASET], (len(str(attributes["id"])),))
-    return Written(StoredFile(path.name, size, datasets), boxes)
+
+
+def _identity(attributes: Mapping[str, str | int]) -> Array:
+    return np.frombuffer(str(attributes["id"]).encode(), np.uint8)
 
 
 def _fill(
     path: Path,
-    blocks: Mapping[str, Sequence[tuple[Box, Piece]]],
-    rounds: Array,
-    kinds: Mapping[str, Kind],
+    taken: Future[list[Piece]],
     attributes: Mapping[str, str | int],
-    comm: Any,
-) -> tuple[dict[str, int], int]:
-    """Make, write, close and sync the file; return where the datasets begin, and its size."""
-    datasets = [(name, kind.shape, dtype_of(kind.dtype)) for name, kind in kinds.items()]
-    identity = np.frombuffer(str(attributes["id"]).encode(), np.uint8)
-    made_too = (ID_DATASET, identity.shape, identity.dtype)
-    problem: BaseException | None = None
-    with hdf5.shared_file(path, comm, [*datasets, made_too], attributes) as file:
-        for (name, _, dtype), count in zip(datasets, rounds, strict=True):
-            for _, block in zip_longest(range(count), blocks[name]):
-                cut = done_here(_cut_out, block, dtype)
-                box, data = (None, np.empty(1, dtype)) if cut.exception() else cut.result()
-                made = done_here(file.write, name, box, data)
-                problem = problem or cut.exception() or made.exception()
-    if problem is not None:
-        raise problem
+    group: ProcessGroup,
+) -> None:
+    """Write, close and sync the file."""
+    with hdf5.shared_file(path, group.mpi_comm) as file:
+        if group.rank == 0:
+            identity = _identity(attributes)
+            file.write(ID_DATASET, Box.whole(identity.shape), identity)
+        for piece in taken.result():
+            for box in _blocks(piece.box, piece.dtype.itemsize):
+                file.write(piece.name, box, _elements(piece, box))
     descriptor = os.open(path, os.O_RDWR)
     try:
-        if comm.rank == 0:
-            write_at(descriptor, identity, file.begins[ID_DATASET])
         os.fsync(descriptor)
-        return file.begins, os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
 
 
 def _blocks(box: Box, itemsize: int) -> Iterator[Box]:
     """Cut a box into parts of at most a block, in C order."""
+    if box.empty:
+        return
     nbytes = box.count * itemsize
     if nbytes <= _BLOCK:
         yield box
@@ -161,13 +166,10 @@ def _blocks(box: Box, itemsize: int) -> Iterator[Box]:
         yield from _blocks(Box(tuple(offsets), tuple(sizes)), itemsize)
 
 
-def _cut_out(block: tuple[Box, Piece] | None, dtype: DType) -> tuple[Box | None, Array]:
-    """Return what to write: a box and its elements as they are stored, or nothing."""
-    if block is None:
-        return None, np.empty(1, dtype)
-    box, piece = block
+def _elements(piece: Piece, box: Box) -> Array:
+    """Return the elements of a part of a piece, as they are stored."""
     index: Any = (*box.relative_to(piece.box).slices, ...)  # a view, also of a 0-d array
-    return box, np.ascontiguousarray(piece.data[index], dtype.newbyteorder("<"))
+    return np.ascontiguousarray(piece.data[index], piece.dtype.newbyteorder("<"))
 
 
 def _stored(piece: Piece, shape: Sequence[int]) -> StoredBox:
