@@ -96,9 +96,7 @@ class _Hooks:
                 self._say(f"has left its part of the trace in {trace.parts}")
             except Exception as error:  # noqa: BLE001  # whatever it is, the others must not wait
                 self._say(f"could not leave its part of the trace in {trace.parts}: {error!r}")
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # the disk is full, or it is closed
-                stream.flush()
+        _flush()
         time.sleep(_FLUSH)
         try:
             self._mpi.COMM_WORLD.Abort(code)
@@ -175,7 +173,7 @@ class _Hooks:
         """Wait for what subsystems have under way, such as the last save; an exit handler."""
         if os.getpid() != self._pid or self._mpi.Is_finalized() or broken_groups():
             return
-        for companion in companions():
+        for _, companion in companions():
             try:
                 companion.close()
             except Exception as error:  # noqa: BLE001  # whatever it is, it must not be lost
@@ -255,6 +253,13 @@ def _write(text: str) -> None:
         os.write(2, f"{text}\n".encode())
 
 
+def _flush() -> None:
+    """Write what the program has printed, before a process ends without doing so."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the disk is full, or it is closed
+            stream.flush()
+
+
 _installed: _Hooks | None = None
 
 
@@ -310,6 +315,22 @@ def end_companions_at_exit() -> None:
     """
     if _installed is not None:
         atexit.register(_installed.end_companions)
+    elif not _someone_else_handles_exceptions():
+        atexit.register(_end_alone, os.getpid())
+
+
+def _end_alone(pid: int) -> None:
+    """Do the same in a job of one rank, in which nothing else is installed."""
+    if os.getpid() != pid:  # a child that was forked has no thread that writes
+        return
+    for group, companion in companions():
+        try:
+            if group.size == 1:  # simulated ranks wait for each other, and have ended
+                companion.close()
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not be lost
+            _flush()
+            _write(f"mpidist: could not bring to its end what was begun on {group}: {error}")
+            os._exit(1)  # an exit handler has no other way to say that the program failed
 
 
 def attend(trace: Session) -> bool:

@@ -46,11 +46,11 @@ class Companion(Protocol):
 
 C = TypeVar("C", bound=Companion)
 
-_COMPANIONS: list[Companion] = []
+_COMPANIONS: list[tuple[Operations, Companion]] = []
 
 
-def companions() -> Sequence[Companion]:
-    """Return what must come to an end before this process does."""
+def companions() -> Sequence[tuple[Operations, Companion]]:
+    """Return what must come to an end before this process does, and the groups it is kept with."""
     return tuple(_COMPANIONS)
 
 
@@ -280,7 +280,7 @@ class Operations(Closing):
         """
         if name not in self._companions:
             self._companions[name] = made = make()
-            _COMPANIONS.append(made)
+            _COMPANIONS.append((self, made))
         return cast("C", self._companions[name])
 
     def progress(self) -> None:
@@ -316,7 +316,7 @@ class Operations(Closing):
         failed: Exception | None = None
         while self._companions:
             _, companion = self._companions.popitem()
-            _COMPANIONS.remove(companion)
+            _COMPANIONS.remove((self, companion))
             try:
                 companion.close()
             except Exception as error:  # noqa: BLE001  # raised below, when all are over

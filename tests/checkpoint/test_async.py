@@ -343,17 +343,36 @@ assert checkpoint.latest(sys.argv[1]) is None
 """
 
 
-@pytest.mark.mpirun
-def test_a_job_that_ends_waits_for_its_last_save(mpirun, tmp_path):
-    ended = subprocess.run(
-        [*mpirun, "-n", "2", sys.executable, "-c", NO_WAIT, str(tmp_path)],
+def ended(*command):
+    return subprocess.run(
+        command,
         env=clean_environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.mpirun
+def test_a_job_that_ends_waits_for_its_last_save(mpirun, tmp_path):
+    check_last(ended(*mpirun, "-n", "2", sys.executable, "-c", NO_WAIT, str(tmp_path)), tmp_path)
+
+
+def test_so_does_a_job_of_one_rank(tmp_path):
+    check_last(ended(sys.executable, "-c", NO_WAIT, str(tmp_path)), tmp_path)
+
+
+def test_a_job_of_one_rank_whose_last_save_fails_has_failed(tmp_path):
+    fails = NO_WAIT.replace("return write(*args)", "raise OSError(28, 'No space left on device')")
+    end = ended(sys.executable, "-c", fails, str(tmp_path))
+    assert end.returncode == 1
+    assert "rank 0 failed: OSError: [Errno 28] No space left on device" in end.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def check_last(end, tmp_path):
+    assert end.returncode == 0, end.stdout + end.stderr
     full = checkpoint.load_full(tmp_path, step=4)
     assert full["done"] is True
     assert (full["w"] == 1.5).all()
