@@ -79,7 +79,7 @@ class Waitable(Protocol):
         """Return whether it is over; may drive it."""
         ...
 
-    def wait(self, timeout: float | None) -> object:
+    def wait(self) -> object:
         """Return when it is over."""
 
 
@@ -94,13 +94,12 @@ class _InThread:
     def done(self) -> bool:
         return self._future.done()
 
-    def wait(self, timeout: float | None) -> None:
-        seconds = self._timeout if timeout is None else timeout
-        wait([self._future], seconds)
+    def wait(self) -> None:
+        wait([self._future], self._timeout)
         if not self._future.done():
             raise CheckpointError(
-                f"{self._what} has not ended within {seconds:g} s; the disk is slow or hangs. A "
-                "longer timeout of the group gives it more time"
+                f"{self._what} has not ended within {self._timeout:g} s; the disk is slow or "
+                "hangs. A longer timeout of the group gives it more time"
             )
 
 
@@ -143,13 +142,7 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
         results = [mine, *(_unpacked(receive.wait()) for receive in receives)]
         problem = _first_problem(results)
         if problem is None:
-            assert save.lead is not None, "rank 0 planned it"
-            header, plan = save.lead
-            manifest = assemble(header, plan.kinds, results)
-            if not save.viewed:
-                view = done_here(hdf5.create_view, save.directory / VIEW, manifest)
-                problem = _failure(view, 0)
-            problem = problem or _failure(done_here(commit, save.directory, manifest), 0)
+            problem = _failure(done_here(_conclude, save, results), 0)
         if problem is not None:
             shutil.rmtree(save.directory, ignore_errors=True)
             problem = f"{problem}. {_aftermath(save.directory)}"
@@ -160,6 +153,16 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
             f"save of {save.directory} on group {group.name!r}: {problem}, and earlier ones are as "
             "they were"
         )
+
+
+def _conclude(save: Save, results: Sequence[JSON]) -> None:
+    """Do on rank 0 what is left, all files being on disk."""
+    assert save.lead is not None, "rank 0 planned it"
+    header, plan = save.lead
+    manifest = assemble(header, plan.kinds, results)
+    if not save.viewed:
+        hdf5.create_view(save.directory / VIEW, manifest)
+    commit(save.directory, manifest)
 
 
 def commit(directory: Path, manifest: Manifest) -> None:

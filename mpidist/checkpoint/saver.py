@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from mpidist.group import ProcessGroup
 from mpidist.hooks import end_companions_at_exit
 
 __all__ = ["CheckpointFuture", "Saver", "saver_of"]
+
+
+_PAUSE = 0.001
+"""Seconds between two looks at a save that is waited for with a timeout."""
 
 
 class CheckpointFuture:
@@ -70,7 +75,8 @@ class CheckpointFuture:
         Parameters
         ----------
         timeout : float, optional
-            Seconds for each of the steps; the group's when omitted.
+            Seconds after which this rank gives up waiting. The save goes on then, and may be waited
+            for again. When omitted, each of its steps has the group's.
 
         Returns
         -------
@@ -82,20 +88,35 @@ class CheckpointFuture:
         CheckpointAsyncError, CheckpointError
             If a rank could not write; on every rank, with the same words, from `save_async` and
             from `save`.
+        CheckpointError
+            On this rank, if it is not over after `timeout`.
         """
-        self.end(timeout)
+        if timeout is not None:
+            self._give(timeout)
+        self.end()
         self.told = True
         if self._error is not None:
             raise self._error
         return Checkpoint(self._save.directory)
 
-    def end(self, timeout: float | None = None) -> None:
+    def end(self) -> None:
         """Take the save to its end; keep for `wait` what it raises."""
         while not self._over:
             first = self._saver.pending[0]  # in order: their messages have the same tags
             if first._current is not None:
-                first._current.wait(timeout)
+                first._current.wait()
             first._advance()
+
+    def _give(self, seconds: float) -> None:
+        """Raise if it is not over in time; by asking, for a message given up breaks the group."""
+        deadline = time.monotonic() + seconds
+        while not self.done():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"save of {self.directory}: not over after {seconds:g} s. It goes on: wait "
+                    "again, or longer"
+                )
+            time.sleep(_PAUSE)
 
     def _advance(self) -> None:
         """Take the next step, all that is waited for being over."""
@@ -106,8 +127,15 @@ class CheckpointFuture:
             self._over = True
             failed = isinstance(error, CheckpointError) and self._beside
             self._error = CheckpointAsyncError(str(error)) if failed else error
-        if self._over:
-            self._saver.forget(self)
+        except BaseException as error:
+            # Steps that have raised look like steps that have come to their end.
+            self._over = True
+            words = f"save of {self.directory} was interrupted by {type(error).__name__}"
+            self._error = CheckpointError(f"{words}; nobody knows whether it is complete")
+            raise
+        finally:
+            if self._over:
+                self._saver.forget(self)
 
 
 class Saver:

@@ -30,15 +30,23 @@ class Worker:
     def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
         """Have a function called in the thread, after all that was given before."""
         future: Future[T] = Future()
-        self._tasks.put(lambda: settle(future, call, *args))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
+        try:
+            self._start()
+        except RuntimeError as error:  # the user may have no more threads
+            future.set_exception(error)
+        else:
+            self._tasks.put(lambda: settle(future, call, *args))
         return future
 
     def close(self) -> None:
         """Let the thread end when it has done what it was given."""
         self._tasks.put(None)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

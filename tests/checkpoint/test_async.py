@@ -13,6 +13,7 @@ import pytest
 from mpidist import Box, ShardedArray, checkpoint
 from mpidist.backends.simulated import SimulatedBackend
 from mpidist.checkpoint import saving
+from mpidist.checkpoint.writing import write_file
 from mpidist.collectives import barrier
 from mpidist.errors import CheckpointAsyncError, CheckpointError, CheckpointNotFoundError
 from mpidist.testing import run_ranks
@@ -304,16 +305,82 @@ def test_memory_of_the_copy_is_used_again(tmp_path, monkeypatch):
         check_saved(tmp_path, step, 2)
 
 
-def test_waiting_has_an_end(tmp_path, gate):
+def test_waiting_has_an_end_and_the_save_goes_on(tmp_path, gate, monkeypatch):
+    write = saving.write_file  # at the gate
+
+    def one_waits(path, pieces, attributes, *more):
+        there = write if attributes["rank"] == 0 else write_file  # the other one waits for it
+        return there(path, pieces, attributes, *more)
+
+    monkeypatch.setattr(saving, "write_file", one_waits)
+
     def body(group):
         future = checkpoint.save_async(tmp_path, some_state(group, 1), group, step=1)
-        with pytest.raises(CheckpointError, match=r"has not ended within 0\.02 s"):
-            future.wait(0.02)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=r"step-000001: not over after 0\.05 s"):
+                future.wait(0.05)
         barrier(group)
         gate.set()
-        assert future.wait().step == 1
+        assert future.wait(20).step == 1
 
     run_ranks(2, body)
+    check_saved(tmp_path, 1, 2)
+
+
+def test_a_save_that_was_interrupted_is_not_taken_for_complete(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def body(group):
+        future = checkpoint.save_async(tmp_path, some_state(group, 1), group, step=1)
+        with monkeypatch.context() as patch:
+            patch.setattr("mpidist.checkpoint.commit.commit", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                future.wait()
+        assert future.done()
+        with pytest.raises(CheckpointError, match="interrupted by KeyboardInterrupt"):
+            future.wait()
+        checkpoint.save(tmp_path, some_state(group, 2), group, step=2)
+
+    run_ranks(1, body)
+    check_saved(tmp_path, 2, 1)
+
+
+def test_what_fails_on_rank_0_at_the_end_is_told_to_all(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError("no room for a manifest")
+
+    monkeypatch.setattr("mpidist.checkpoint.commit.assemble", no_memory)
+
+    def body(group):
+        future = checkpoint.save_async(tmp_path, some_state(group, 1), group, step=1)
+        with pytest.raises(CheckpointAsyncError, match="rank 0 failed: MemoryError") as caught:
+            future.wait()
+        return str(caught.value)
+
+    assert len(set(run_ranks(2, body))) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_without_a_thread_to_write_with_is_told_to_all(tmp_path, monkeypatch):
+    start = threading.Thread.start
+
+    def no_thread(thread):
+        if thread.name == "mpidist checkpoint":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def body(group):
+        with pytest.raises(CheckpointAsyncError, match="RuntimeError: can't start new thread"):
+            checkpoint.save_async(tmp_path, some_state(group, 1), group, step=1).wait()
+        barrier(group)
+        monkeypatch.undo()
+        barrier(group)
+        checkpoint.save_async(tmp_path, some_state(group, 2), group, step=2).wait()
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    run_ranks(2, body)
+    check_saved(tmp_path, 2, 2)
 
 
 def test_nothing_saved_is_nothing_to_load(tmp_path):
