@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from pathlib import Path
 
 from mpidist.checkpoint.files import exists, sync_directory, temporary
@@ -194,8 +195,12 @@ def find(path: Path, step: int | str) -> Checkpoint:
     CheckpointNotFoundError
         If there is none; it says which there are.
     """
-    if step != "latest" and not isinstance(step, int):
-        raise CheckpointNotFoundError(f"{path}: a step is a number, or 'latest'; got {step!r}")
+    try:
+        step = step if step == "latest" else index(step)  # type: ignore[arg-type]  # raises
+    except TypeError:
+        raise CheckpointNotFoundError(
+            f"{path}: a step is a number, or 'latest'; got {step!r}"
+        ) from None
     there = list(path)
     found = there[-1:] if step == "latest" else [c for c in there if c.step == step]
     if found:
@@ -285,7 +290,7 @@ def make_room(directory: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove the directory of a step, the manifest first.
+    """Remove the directory of a step, the manifest first; of a symbolic link nothing but itself.
 
     Raises
     ------
@@ -294,6 +299,9 @@ def remove(directory: Path) -> None:
     """
     manifest = directory / MANIFEST
     try:
+        if directory.is_symlink():
+            directory.unlink()
+            return
         if exists(manifest):
             manifest.replace(temporary(manifest))
             sync_directory(directory)

@@ -68,6 +68,9 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path):
         find(tmp_path, 3)
     with pytest.raises(CheckpointNotFoundError, match="a number, or 'latest'; got 'newest'"):
         find(tmp_path, "newest")
+    with pytest.raises(CheckpointNotFoundError, match=r"a number, or 'latest'; got 2\.0"):
+        find(tmp_path, 2.0)
+    assert find(tmp_path, np.int64(2)).step == 2
 
 
 def test_a_checkpoint_reads_its_manifest_when_asked(tmp_path):
@@ -119,6 +122,17 @@ def test_prune_without_any_complete_one(tmp_path):
     assert checkpoint.prune(tmp_path, keep=1) == []
     assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=1, stale=-1.0)] == [0]
     assert checkpoint.prune(tmp_path / "nowhere", keep=1) == []
+
+
+def test_of_a_link_only_the_link_is_removed(tmp_path):
+    kept, run = tmp_path / "kept", tmp_path / "run"
+    saved(kept, 1)
+    saved(run, 2)
+    (run / "step-000001").symlink_to(kept / "step-000001")
+    assert steps(run) == [1, 2]
+    assert [step_of(gone) for gone in checkpoint.prune(run, keep=1)] == [1]
+    assert steps(run) == [2]
+    assert checkpoint.verify(kept, step=1) == []
 
 
 def test_what_is_removed_is_no_checkpoint_from_the_first_moment(tmp_path, monkeypatch):
