@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mpidist import checkpoint
 from mpidist.checkpoint import CheckpointFuture, State
@@ -17,6 +19,8 @@ from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, ShardedOptimizer
 
 __all__ = ["Checkpoints", "Run"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,13 +114,21 @@ class Checkpoints:
     def newest(self) -> int | None:
         """Return the step of the newest complete checkpoint that rank 0 sees, or None.
 
+        Raises
+        ------
+        CheckpointError
+            On every rank, if rank 0 cannot look into the directory.
+
         Notes
         -----
         Collective over the group; blocks. One small broadcast.
         """
-        found = checkpoint.latest(self.directory) if self._group.rank == 0 else None
-        step: int | None = broadcast_object(found and found.step, self._group)
-        return step
+
+        def look() -> int | None:
+            found = checkpoint.latest(self.directory)
+            return None if found is None else found.step
+
+        return self._by_rank_0(look)
 
     def save(self, run: Run) -> None:
         """Copy a run, and write the copy while training goes on.
@@ -210,14 +222,23 @@ class Checkpoints:
         -----
         Collective over the group; blocks. One small broadcast.
         """
-        problem: DistributedError | None = None
+
+        def clear() -> None:
+            complete = [found.directory for found in checkpoint.list(self.directory)]
+            for found in (*partial(self.directory), *complete):
+                remove(found)
+
+        self._by_rank_0(clear)
+
+    def _by_rank_0(self, action: Callable[[], T]) -> T:
+        """Return on all ranks what rank 0 gets, or raise what it raises."""
+        told: tuple[DistributedError | None, T | None] = None, None
         if self._group.rank == 0:
             try:
-                complete = [found.directory for found in checkpoint.list(self.directory)]
-                for found in (*partial(self.directory), *complete):
-                    remove(found)
+                told = None, action()
             except DistributedError as error:
-                problem = error
-        problem = broadcast_object(problem, self._group)
+                told = error, None
+        problem, result = broadcast_object(told, self._group)
         if problem is not None:
             raise problem
+        return result  # type: ignore[no-any-return]

@@ -208,6 +208,20 @@ def test_a_run_that_is_done_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert all(records == [] for records, _ in run_ranks(2, lambda g: job(g, tmp_path, load=True)))
 
 
+def test_a_directory_that_cannot_be_seen_raises_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unseen(path: Path) -> None:
+        raise CheckpointError(f"{path} cannot be read: Input/output error")
+
+    def asking(group: ProcessGroup) -> None:
+        with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+            Checkpoints(tmp_path, group).newest()
+
+    monkeypatch.setattr("mpidist.checkpoint.latest", unseen)
+    run_ranks(2, asking, timeout=10.0)
+
+
 def test_bad_saves_raise_the_same_error_on_all_ranks(tmp_path: Path) -> None:
     def failing(group: ProcessGroup) -> CheckpointError:
         with pytest.raises(CheckpointError) as caught:
