@@ -155,7 +155,16 @@ def _checked(name: object) -> str:
             f"checkpoint: {name!r} cannot be a name; expected text whose parts between '/' are "
             "neither empty nor '.' nor '..'"
         )
+    if name == FLOAT_KEY:
+        raise _taken("the state")
     return str(name)
+
+
+def _taken(where: str) -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        f"checkpoint: {where} has the key {FLOAT_KEY!r}, by which a manifest writes inf and nan; "
+        "rename it"
+    )
 
 
 def _holds_arrays(value: Any) -> bool:
@@ -171,10 +180,7 @@ def as_json(name: str, value: Any) -> JSON:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping) and FLOAT_KEY in value:
-        raise UnsupportedOperationError(
-            f"checkpoint: {name!r} has the key {FLOAT_KEY!r}, by which a manifest writes inf and "
-            "nan; rename it"
-        )
+        raise _taken(repr(name))
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: as_json(f"{name}/{key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -83,6 +83,8 @@ def test_every_dtype_can_be_kept(dtype):
         ({"a/./b": 1}, "cannot be a name"),
         ({"a\0": 1}, "cannot be a name"),
         ({3: 1}, "3 cannot be a name"),
+        ({"mpidist:float": "inf"}, "the state has the key 'mpidist:float'"),
+        ({"a": {"b": {"mpidist:float": 1}}}, "'a/b' has the key 'mpidist:float'"),
         ({"a": {3: np.zeros(1)}}, "3 cannot be a name"),
         ({"a": np.array([None])}, "'a' has dtype object"),
         ({"a": np.array(["text"])}, "'a' has dtype <U4"),
