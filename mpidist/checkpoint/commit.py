@@ -23,7 +23,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.files import exists, replace_file, sync_directory, temporary
+from mpidist.checkpoint.files import replace_file, sync_directory, temporary
 from mpidist.checkpoint.layout import Outline, lay_out
 from mpidist.checkpoint.manifest import (
     JSON,
@@ -144,8 +144,7 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
         if problem is None:
             problem = _failure(done_here(_conclude, save, results), 0)
         if problem is not None:
-            shutil.rmtree(save.directory, ignore_errors=True)
-            problem = f"{problem}. {_aftermath(save.directory)}"
+            problem = f"{problem}. {_clear(save.directory)}"
         verdict = _packed(problem)
         yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
     if problem is not None:
@@ -191,14 +190,16 @@ def commit(directory: Path, manifest: Manifest) -> None:
         raise
 
 
-def _aftermath(directory: Path) -> str:
-    """Say whether a save that failed has left a checkpoint."""
+def _clear(directory: Path) -> str:
+    """Remove what a save that failed has left, and say whether that is a checkpoint.
+
+    The manifest goes first: where it cannot, the files stay that it names, which loading needs.
+    """
     try:
-        there = exists(directory / MANIFEST)
+        (directory / MANIFEST).unlink(missing_ok=True)
     except OSError:
-        there = True  # nobody can tell
-    if there:
         return "Its manifest could not be taken away again: it may be there, and complete"
+    shutil.rmtree(directory, ignore_errors=True)
     return "There is no such checkpoint"
 
 

@@ -62,6 +62,32 @@ def test_a_disk_that_fails_for_good_after_the_manifest_got_its_name(tmp_path):
     assert "Its manifest could not be taken away again" in told
 
 
+def test_a_manifest_that_stays_keeps_its_files(tmp_path, monkeypatch):
+    """The disk takes no change of the manifest, once it is there, and all others."""
+    sync, unlink = commit.sync_directory, os.unlink
+
+    def no_sync(directory):
+        sync(directory)
+        if (directory / "manifest.json").exists():
+            monkeypatch.setattr(commit, "temporary", lambda path: path.parent / "nowhere" / "x")
+            raise OSError(5, "Input/output error")
+
+    def no_unlink(path, **options):
+        if "manifest.json" in str(path):
+            raise OSError(5, "Input/output error")
+        unlink(path, **options)
+
+    def save(group):
+        state = Contents("large", 0).state(1, group.rank, Cut(group.size, 0))
+        with pytest.raises(CheckpointError, match="it may be there, and complete"):
+            checkpoint.save(tmp_path, state, group, step=1)
+
+    monkeypatch.setattr(commit, "sync_directory", no_sync)
+    monkeypatch.setattr(os, "unlink", no_unlink)
+    run_ranks(2, save)
+    assert checkpoint.verify(tmp_path) == []
+
+
 def test_calls_are_those_of_the_rank_whose_thread_makes_them(tmp_path):
     calls = []
 
