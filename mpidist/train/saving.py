@@ -157,16 +157,13 @@ class Checkpoints:
     def progress(self) -> None:
         """Complete what was saved, if it can be done now; to be called after each step.
 
-        Raises
-        ------
-        CheckpointError
-            As `wait`.
-
         Notes
         -----
         Does not block, but that rank 0 writes and syncs the manifest in it, once per checkpoint.
+        That it could not be written is raised by the next `save` or `wait`, on all ranks at the
+        same place: here they learn of it in different steps.
         """
-        if self._saving is not None and self._saving.done():
+        if self._saving is not None and self._saving.done() and not self._saving.failed:
             self.wait()
 
     def wait(self) -> None:

@@ -222,6 +222,30 @@ def test_a_directory_that_cannot_be_seen_raises_on_all_ranks(
     run_ranks(2, asking, timeout=10.0)
 
 
+def test_a_failure_beside_the_training_raises_at_the_same_place_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def asking(group: ProcessGroup) -> None:
+        with DDP(module(0), group, op=SUM) as model:
+            optimizer = AdamW(model.module.named_parameters())
+            run = Run(model, optimizer, make_sampler(data(33, seed=0), PLAN, group))
+            kept = Checkpoints(tmp_path, group)
+            kept.save(run)
+            saving = kept._saving
+            assert saving is not None
+            while not saving.failed:
+                kept.progress()
+            with pytest.raises(CheckpointError, match="No space left"):
+                kept.save(run)
+            kept.wait()  # it has been told
+
+    monkeypatch.setattr("mpidist.checkpoint.saving.write_file", full)
+    run_ranks(2, asking, timeout=10.0)
+
+
 def test_bad_saves_raise_the_same_error_on_all_ranks(tmp_path: Path) -> None:
     def failing(group: ProcessGroup) -> CheckpointError:
         with pytest.raises(CheckpointError) as caught:
