@@ -65,7 +65,10 @@ def verify(part, digests):
 
 def tile_sizes(sizes, itemsize):
     """Return the sizes of the tiles of a box that is not empty."""
-    most, run = max(262144 // itemsize, 1), max(4096 // itemsize, 1)
+    nbytes = 65536
+    while nbytes < 1048576 and 1024 * nbytes < prod(sizes) * itemsize:
+        nbytes *= 2
+    most, run = max(nbytes // itemsize, 1), max(4096 // itemsize, 1)
     if prod(sizes) <= most:
         return list(sizes)
     tile, inner, cut = list(sizes), 1, len(sizes) - 1

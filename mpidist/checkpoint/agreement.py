@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from mpidist.checkpoint.directory import make_room, step_of
 from mpidist.checkpoint.manifest import JSON, Manifest
 from mpidist.checkpoint.plan import Assignment, Declaration, Plan, make_plan
-from mpidist.checkpoint.saver import Saver
+from mpidist.checkpoint.saver import LastSave, Saver
 from mpidist.checkpoint.single_file import SINGLE_FILE, check_single_file
 from mpidist.checkpoint.state import FlatState, State, as_json, flatten
 from mpidist.checkpoint.versions import versions
-from mpidist.collectives import broadcast_object, gather_object, scatter_object
+from mpidist.collectives import all_gather, broadcast_object, gather_object, scatter_object
 from mpidist.errors import CheckpointError, CollectiveMismatchError, DistributedError
 
 __all__ = ["Agreement", "agree"]
@@ -81,19 +83,22 @@ def agree(
 
     Notes
     -----
-    Collective over the saver's group; blocks.
+    Collective over the saver's group; blocks. One all_gather of 49 bytes where names, shapes and
+    boxes are those of the save before; else a gather of what is held, and a scatter of orders.
     """
     group = saver.group
     flat, problem = _looked_at(state, metadata, saver, single_file=single_file)
     declared = Declaration.of(flat)
     where = str(directory / SINGLE_FILE if single_file else directory)
-    declarations, problems = _gathered(declared, problem, where, saver)
-    plan, orders = None, None
-    if declarations:
-        plan, orders = _decide(declarations, problems, saver, directory)
-    order: _Order = scatter_object(orders, group)
-    if order.problem is not None:
-        raise order.problem
+    key = _key(declared)
+    last = saver.last if saver.last is not None and saver.last.key == key else None
+    identity = _as_before(None if problem else last, declared, where, saver, directory)
+    if identity is not None and last is not None:
+        order, plan = _Order(None, identity.hex(), last.assignment), last.plan
+        plan = plan and replace(plan, values=declared.values)
+    else:
+        order, plan = _anew(declared, problem, where, saver, directory)
+        saver.last = LastSave(key, order.assignment, plan)
     if plan is None:
         return Agreement(order.id, flat, order.assignment, None)
     header = Manifest(
@@ -125,6 +130,56 @@ def _looked_at(
     except Exception as error:  # noqa: BLE001  # an object's own, which all ranks must learn
         return FlatState(), CheckpointError(f"rank {rank}: {type(error).__name__}: {error}")
     return flat, None
+
+
+def _key(declared: Declaration) -> bytes:
+    """Return a digest of all that a plan depends on."""
+    held = (sorted(declared.whole.items()), sorted(declared.sharded.items(), key=_first))
+    return xxhash.xxh3_128_digest(repr((held, sorted(declared.values))).encode())
+
+
+def _as_before(
+    last: LastSave | None, declared: Declaration, where: str, saver: Saver, directory: Path
+) -> bytes | None:
+    """Return the id of a save for which all ranks can do as for the last one, or None on all.
+
+    It is so if none has a problem, what each holds is what it held, and all values are the same on
+    all ranks. Rank 0 has made the directory then.
+    """
+    group = saver.group
+    ready = last is not None
+    if ready and group.rank == 0:
+        try:
+            _make_room(saver, directory)
+        except DistributedError:  # told to all in the other way
+            ready = False
+    texts = (_text_of(declared.values).encode(), where.encode())
+    mine = b"".join([bytes([ready]), *map(xxhash.xxh3_128_digest, texts), uuid.uuid4().bytes])
+    table = all_gather(np.frombuffer(mine, np.uint8), group).reshape(group.size, -1)
+    if table[:, 0].all() and (table[:, :33] == table[0, :33]).all():
+        return bytes(table[0, 33:])
+    if ready and group.rank == 0:
+        with suppress(OSError):  # it will be emptied, or said to be there
+            directory.rmdir()
+    return None
+
+
+def _anew(
+    declared: Declaration,
+    problem: DistributedError | None,
+    where: str,
+    saver: Saver,
+    directory: Path,
+) -> tuple[_Order, Plan | None]:
+    """Gather what all ranks hold, let rank 0 plan, and tell each what to write."""
+    declarations, problems = _gathered(declared, problem, where, saver)
+    plan, orders = None, None
+    if declarations:
+        plan, orders = _decide(declarations, problems, saver, directory)
+    order: _Order = scatter_object(orders, saver.group)
+    if order.problem is not None:
+        raise order.problem
+    return order, plan
 
 
 def _gathered(
@@ -163,8 +218,15 @@ def _elsewhere(directories: Sequence[str]) -> Iterator[DistributedError]:
 
 def _text(declared: Declaration) -> str:
     """Return a text that is the same exactly where whole arrays and values are."""
-    values = sorted(declared.values.items(), key=lambda item: item[0])
-    return repr((sorted(declared.whole.items()), values))
+    return repr(sorted(declared.whole.items())) + _text_of(declared.values)
+
+
+def _text_of(values: Mapping[str, JSON]) -> str:
+    return repr(sorted(values.items(), key=_first))
+
+
+def _first(item: tuple[str, object]) -> str:
+    return item[0]
 
 
 def _decide(

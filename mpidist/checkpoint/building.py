@@ -20,7 +20,7 @@ from mpidist.checkpoint.manifest import JSON, Manifest, name_of
 from mpidist.checkpoint.plan import Declaration, Kind, Plan, make_plan
 from mpidist.checkpoint.reading import UNIT, runs_of
 from mpidist.checkpoint.sources import Progress, Source, unheard
-from mpidist.checkpoint.tiles import Tiling, digest
+from mpidist.checkpoint.tiles import Tiling, digests_of
 from mpidist.checkpoint.versions import versions
 from mpidist.checkpoint.writing import shard_name, write_file
 from mpidist.errors import CheckpointError, DistributedError, InvalidWorldSizeError
@@ -152,12 +152,10 @@ class _Streamed:
         itemsize = self.dtype.itemsize
         tiling = Tiling(self.box.sizes, itemsize)
         self._digests.clear()
-        for first, count, region in tiling.joined(np.arange(tiling.count), UNIT):
+        for _, _, region in tiling.joined(np.arange(tiling.count), UNIT):
             data = self.source.read(region.placed_in(self.box))
             data = np.ascontiguousarray(data, self.dtype.newbyteorder("<")).reshape(region.sizes)
-            for number in range(first, first + count):
-                tile = tiling.box(number).relative_to(region)
-                self._digests.append(digest(data[tile.slices]))
+            self._digests.append(digests_of(data, tiling.over(region)))
             place, flat = 0, as_bytes(data)
             for start, length in runs_of(region, self.box.sizes):
                 yield start * itemsize, flat[place : place + length * itemsize]

@@ -16,9 +16,18 @@ from mpidist.arrays import array_namespace, is_host
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
 from mpidist.checkpoint.manifest import MANIFEST, Manifest
-from mpidist.checkpoint.reading import Files, Wanted, check_files, give, units_of
+from mpidist.checkpoint.reading import (
+    Files,
+    Unit,
+    Wanted,
+    check_files,
+    divided_units,
+    give,
+    place_of,
+    units_of,
+)
 from mpidist.checkpoint.saver import saver_of
-from mpidist.checkpoint.sharing import Alone, Readers, batches, readers_of, room
+from mpidist.checkpoint.sharing import SLOT, Alone, Readers, batches, readers_of, room
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
 from mpidist.collectives import all_gather_object, all_reduce, broadcast_object
 from mpidist.errors import CheckpointError, CheckpointIncompatibleError, DistributedError
@@ -80,8 +89,8 @@ def load(
     Notes
     -----
     Collective over `group`; blocks. Rank 0 reads the manifest and broadcasts it. Each node reads
-    the tiles that its ranks need once, shared out over its ranks, which copy what they need from
-    memory that they share: 16 MiB per rank.
+    the tiles that its ranks need once: a rank what only it needs; what several need is shared out
+    over them, and they copy from memory that they share, 16 MiB per rank.
     """
     saver = saver_of(group)
     saver.settle(0)
@@ -212,24 +221,29 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
     """Let rank 0 find a checkpoint, and give its manifest to all."""
     problem: DistributedError | None = None
     found: tuple[Path, bytes] | None = None
-    checkpoint: Checkpoint | None = None
     if group.rank == 0:
         try:
             directory = find(path, step).directory
-            data = (directory / MANIFEST).read_bytes()
-            checkpoint = Checkpoint(directory, manifest_of(directory, data))
-            check_files(directory, checkpoint.manifest)
-            found = (directory, data)
+            found = directory, (directory / MANIFEST).read_bytes()
         except DistributedError as error:
             problem = error
-        except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
-            problem = CheckpointError(f"rank 0 cannot read {path}: {error}")
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others must not wait
+            words = f"rank 0 cannot read {path}: {type(error).__name__}: {error}"
+            problem = CheckpointError(words)
     problem, found = broadcast_object((problem, found), group)
     if problem is not None:
         raise problem
-    if checkpoint is None:
-        directory, data = found
+    directory, data = found
+    checkpoint: Checkpoint | None = None
+
+    def believe() -> None:
+        nonlocal checkpoint
         checkpoint = Checkpoint(directory, manifest_of(directory, data))
+        if group.rank == 0:
+            check_files(directory, checkpoint.manifest)
+
+    _all_or_none(believe, group, f"load of {directory} on group {group.name!r}")
+    assert checkpoint is not None, "nobody has failed"
     return checkpoint
 
 
@@ -281,35 +295,76 @@ def _left_over(flat: FlatState, manifest: Manifest) -> Iterator[str]:
 
 
 def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers) -> None:
-    """Read, with others, what all of them want, and copy what is wanted here."""
-    units = units_of(manifest, readers.union(targets.wanted()))
-    shares = batches(units, readers.size)
+    """Read what is wanted here, and with others what several of them want."""
+    wanted = readers.wants(targets.wanted())
+    own, shared = divided_units(manifest, wanted, readers.rank)
+    slots = readers.slots() if shared else None
     problem: Exception | None = None
+    if slots is None:  # nobody to share with, or no memory: each for itself
+        own, shared = units_of(manifest, wanted[readers.rank]), []
+    try:
+        _fill_alone(files, manifest, targets, own)
+    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
+        problem = error
+    if slots is not None:
+        problem = _fill_together(files, manifest, targets, readers, slots, shared, problem)
+    if problem is not None:
+        raise problem
+
+
+def _fill_alone(files: Files, manifest: Manifest, targets: _Targets, units: Sequence[Unit]) -> None:
+    """Read what only this rank needs, where possible straight to where it is wanted."""
+    memory = np.empty(SLOT, np.uint8)
+    (mine,) = batches(units, 1)
+    for batch in mine:
+        places = [place_of(manifest, unit, targets.pieces) for unit in batch]
+        spare = [memory[place : place + unit.nbytes] for unit, place in _places(batch)]
+        read = [b if a is None else a for a, b in zip(places, spare, strict=True)]
+        for unit, place, data in zip(batch, places, files.load(batch, read), strict=True):
+            if place is None:
+                give(manifest, unit, data, targets.pieces)
+
+
+def _fill_together(
+    files: Files,
+    manifest: Manifest,
+    targets: _Targets,
+    readers: Readers,
+    slots: Array,
+    units: Sequence[Unit],
+    problem: Exception | None,
+) -> Exception | None:
+    """Read this rank's share of what several need, and copy what it needs of all; see `sharing`.
+
+    Returns
+    -------
+    Exception or None
+        `problem`, or what has failed here; the others may go on only with this rank.
+    """
+    shares = batches(units, readers.size)
+    mine = shares[readers.rank]
     for turn in range(max(map(len, shares))):
-        mine = shares[readers.rank]
+        memory = slots[turn % 2]
         try:
             if turn < len(mine) and problem is None:
-                memory = readers.slot(readers.rank, turn)
-                for unit, place in _places(mine[turn]):
-                    files.load(unit, memory[place:])
-            files.expect(mine[turn + 1] if turn + 1 < len(mine) else ())
-        except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
+                slot = memory[readers.rank]
+                places = [slot[place : place + u.nbytes] for u, place in _places(mine[turn])]
+                files.load(mine[turn], places)
+        except Exception as error:  # noqa: BLE001  # returned: first the others must learn of it
             problem = error
         if readers.meet(failed=problem is not None):
             break
         try:
             for rank, share in enumerate(shares):
-                if turn < len(share):
-                    memory = readers.slot(rank, turn)
-                    for unit, place in _places(share[turn]):
-                        give(manifest, unit, files.shaped(unit, memory[place:]), targets.pieces)
+                for unit, place in _places(share[turn] if turn < len(share) else ()):
+                    data = files.shaped(unit, memory[rank, place:])
+                    give(manifest, unit, data, targets.pieces)
         except Exception as error:  # noqa: BLE001  # as above, when they meet again
             problem = error
-    if problem is not None:
-        raise problem
+    return problem
 
 
-def _places(batch: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+def _places(batch: Sequence[Unit]) -> Iterator[tuple[Unit, int]]:
     """Yield units, and where in a slot each begins."""
     place = 0
     for unit in batch:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from mpidist._types import Array
 from mpidist.boxes import Box
 from mpidist.checkpoint.files import read_at
 from mpidist.checkpoint.manifest import ID_DATASET, Manifest, StoredFile
-from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digest
+from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digests_of
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -29,16 +29,25 @@ __all__ = [
     "Wanted",
     "check_file",
     "check_files",
+    "divided_units",
     "give",
+    "place_of",
     "runs_of",
     "units_of",
 ]
 
-UNIT = 1 << 22
+UNIT = 1 << 20
 """Most bytes that are read at once."""
+
+_MOST_PARTS = 512
+"""Places in memory that one call of the system fills; it takes 1,024."""
 
 _MOST_OPEN = 256
 """Files that are open at once: a process may often have no more than 1,024."""
+
+
+_Key: TypeAlias = tuple[str, int]
+"""An array's name, and the position of a stored box among its boxes."""
 
 
 class Wanted(NamedTuple):
@@ -81,7 +90,7 @@ class Unit:
 
 
 def units_of(manifest: Manifest, wanted: Sequence[Wanted]) -> list[Unit]:
-    """Return what has to be read, each tile once, in the order of the files.
+    """Return what one reader has to read, each tile once, in the order of the files.
 
     Parameters
     ----------
@@ -95,8 +104,59 @@ def units_of(manifest: Manifest, wanted: Sequence[Wanted]) -> list[Unit]:
     list of Unit
         They cover the tiles that the parts touch.
     """
-    tiles: dict[tuple[str, int], list[Array]] = {}
-    tilings: dict[tuple[str, int], Tiling] = {}
+    return divided_units(manifest, [wanted], 0)[0]
+
+
+def divided_units(
+    manifest: Manifest, wanted: Sequence[Sequence[Wanted]], reader: int
+) -> tuple[list[Unit], list[Unit]]:
+    """Return what is needed by one of several readers only, and what several of them need.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        Of the checkpoint.
+    wanted : sequence of sequence of Wanted
+        Parts of its arrays, by reader.
+    reader : int
+        Which one.
+
+    Returns
+    -------
+    list of Unit
+        They cover the tiles that only this reader's parts touch, in the order of the files.
+    list of Unit
+        Those that parts of several readers touch; the same for all.
+    """
+    tilings: dict[_Key, Tiling] = {}
+    if len(wanted) > 1 and all(some == wanted[0] for some in wanted[1:]):
+        return [], units_of(manifest, wanted[0])
+    tiles = [_tiles_of(manifest, some, tilings) for some in wanted]
+    own: list[Unit] = []
+    shared: list[Unit] = []
+    for key, tiling in tilings.items():
+        lists = {r: found[key] for r, found in enumerate(tiles) if key in found}
+        if len(lists) == 1:
+            if reader in lists:
+                own += _units_of_box(manifest, key, tiling, lists[reader])
+            continue
+        numbers, times = np.unique(np.concatenate(list(lists.values())), return_counts=True)
+        several = numbers[times > 1]
+        if several.size:
+            shared += _units_of_box(manifest, key, tiling, several)
+        mine = np.setdiff1d(lists.get(reader, several), several, assume_unique=True)
+        if mine.size:
+            own += _units_of_box(manifest, key, tiling, mine)
+    for units in (own, shared):
+        units.sort(key=lambda unit: (unit.file, unit.byte))
+    return own, shared
+
+
+def _tiles_of(
+    manifest: Manifest, wanted: Sequence[Wanted], tilings: dict[_Key, Tiling]
+) -> dict[_Key, Array]:
+    """Return the numbers of the tiles that parts touch, by stored box; add the boxes' tilings."""
+    tiles: dict[_Key, list[Array]] = {}
     for name, box in dict.fromkeys(wanted):
         array = manifest.arrays[name]
         for number, stored in enumerate(array.boxes):
@@ -108,12 +168,10 @@ def units_of(manifest: Manifest, wanted: Sequence[Wanted]) -> list[Unit]:
                 tilings[key] = Tiling(stored.box.sizes, array.dtype.itemsize)
             region = common.relative_to(stored.box)
             tiles.setdefault(key, []).append(tilings[key].covering(region))
-    units: list[Unit] = []
-    for key, lists in tiles.items():
-        numbers = lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
-        units += _units_of_box(manifest, key, tilings[key], numbers)
-    units.sort(key=lambda unit: (unit.file, unit.byte))
-    return units
+    return {
+        key: lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
+        for key, lists in tiles.items()
+    }
 
 
 def _units_of_box(
@@ -239,6 +297,7 @@ class Files:
         self._manifest = manifest
         self._verify = verify
         self._open: dict[int, int] = {}
+        self._tilings: dict[_Key, Tiling] = {}
         self.read = 0
 
     def __enter__(self) -> Files:
@@ -250,50 +309,57 @@ class Files:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def expect(self, units: Sequence[Unit]) -> None:
-        """Let the system fetch what is read next, while this process does something else."""
-        for unit in units:
-            descriptor = self._descriptor(unit.file)
-            runs = list(_runs(self._manifest, unit.name, unit.number, unit.region))
-            if len(runs) == 1:
-                os.posix_fadvise(descriptor, *runs[0], os.POSIX_FADV_WILLNEED)
-
-    def load(self, unit: Unit, memory: Array) -> Array:
-        """Read a unit and verify it.
+    def load(self, units: Sequence[Unit], memories: Sequence[Array]) -> list[Array]:
+        """Read units and verify them.
 
         Parameters
         ----------
-        unit : Unit
-            What to read.
-        memory : Array, shape (at least unit.nbytes,) uint8
-            Receives it.
+        units : sequence of Unit
+            What to read; those that follow each other in a file in one call of the system.
+        memories : sequence of Array, each shape (at least unit.nbytes,) uint8
+            Receive them.
 
         Returns
         -------
-        Array, of the sizes of unit.region
-            A view of `memory`.
+        list of Array, each of the sizes of unit.region
+            Views of the memories.
 
         Raises
         ------
         CheckpointError
-            If it cannot be read, is cut off, or does not have its digests.
+            If one cannot be read, is cut off, or does not have its digests.
         """
-        descriptor = self._descriptor(unit.file)
-        place = 0
-        for byte, length in _runs(self._manifest, unit.name, unit.number, unit.region):
-            part = memory[place : place + length]
-            try:
-                count = read_at(descriptor, [part], byte)
-            except OSError as error:
-                raise _missing(self._path(unit.file), error) from error
-            self.read += count
-            if count != length:
-                raise _cut_off(self._path(unit.file), self._manifest.files[unit.file].size, byte)
-            place += length
-        data = self.shaped(unit, memory)
+        pending: list[Array] = []
+        at = (-1, 0, 0)
+        for unit, memory in zip(units, memories, strict=True):
+            place = 0
+            for byte, length in _runs(self._manifest, unit.name, unit.number, unit.region):
+                file, begin, count = at
+                if (unit.file, byte) != (file, begin + count) or len(pending) == _MOST_PARTS:
+                    self._read(at, pending)
+                    at, pending = (unit.file, byte, 0), []
+                pending.append(memory[place : place + length])
+                at = (*at[:2], at[2] + length)
+                place += length
+        self._read(at, pending)
+        found = [self.shaped(unit, memory) for unit, memory in zip(units, memories, strict=True)]
         if self._verify:
-            self._check(unit, data)
-        return data
+            for unit, data in zip(units, found, strict=True):
+                self._check(unit, data)
+        return found
+
+    def _read(self, at: tuple[int, int, int], parts: Sequence[Array]) -> None:
+        """Read what lies side by side in a file: its number, the first byte, and how many."""
+        file, byte, length = at
+        if not parts:
+            return
+        try:
+            count = read_at(self._descriptor(file), parts, byte)
+        except OSError as error:
+            raise _missing(self._path(file), error) from error
+        self.read += count
+        if count != length:
+            raise _cut_off(self._path(file), self._manifest.files[file].size, byte + count)
 
     def shaped(self, unit: Unit, memory: Array) -> Array:
         """Return what `load` has put into some memory."""
@@ -304,15 +370,18 @@ class Files:
     def _check(self, unit: Unit, data: Array) -> None:
         array = self._manifest.arrays[unit.name]
         stored = array.boxes[unit.number]
-        tiling = Tiling(stored.box.sizes, array.dtype.itemsize)
-        for number in range(unit.first, unit.first + unit.count):
-            tile = tiling.box(number)
-            begin = number * DIGEST_BYTES
-            expected = stored.digests[begin : begin + DIGEST_BYTES]
-            part = data[tile.relative_to(unit.region).slices]
-            found = digest(part)
-            if found != expected:
-                raise self._damage(unit, expected, found)
+        tiling = self._tilings.get((unit.name, unit.number))
+        if tiling is None:
+            tiling = Tiling(stored.box.sizes, array.dtype.itemsize)
+            self._tilings[unit.name, unit.number] = tiling
+        begin = unit.first * DIGEST_BYTES
+        expected = stored.digests[begin : begin + unit.count * DIGEST_BYTES]
+        found = digests_of(data, tiling.over(unit.region))
+        if found != expected:
+            a, b = (np.frombuffer(digests, np.int64) for digests in (found, expected))
+            place = int(np.flatnonzero(a != b)[0]) * DIGEST_BYTES
+            tile = slice(place, place + DIGEST_BYTES)
+            raise self._damage(unit, expected[tile], found[tile])
 
     def _damage(self, unit: Unit, expected: bytes, found: bytes) -> CheckpointCorruptError:
         path = self._path(unit.file)
@@ -340,6 +409,32 @@ class Files:
             if size != expected:
                 raise _cut_off(path, expected, size)
         return self._open[number]
+
+
+def place_of(
+    manifest: Manifest, unit: Unit, targets: Mapping[str, Sequence[tuple[Box, Array]]]
+) -> Array | None:
+    """Return where a unit may be read to, its elements being wanted there as they lie in the file.
+
+    Returns
+    -------
+    Array, shape (unit.nbytes,) uint8, or None
+        A view of the array that wants it; None if none wants all of it, or several do, or it does
+        not lie there side by side.
+    """
+    wanted = targets.get(unit.name, ())
+    if len(wanted) != 1:
+        return None
+    here = unit.region.placed_in(manifest.arrays[unit.name].boxes[unit.number].box)
+    ((box, out),) = wanted
+    if here.intersect(box) != here:
+        return None
+    index: Any = (*here.relative_to(box).slices, ...)  # a view, also of a 0-d array
+    place: Array = out[index]
+    if not place.flags.c_contiguous or place.dtype != place.dtype.newbyteorder("<"):
+        return None
+    flat: Array = place.reshape(-1).view(np.uint8)
+    return flat
 
 
 def give(

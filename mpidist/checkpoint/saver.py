@@ -6,17 +6,19 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import Save, Waitable, steps_of
 from mpidist.checkpoint.directory import Checkpoint
+from mpidist.checkpoint.plan import Assignment, Plan
 from mpidist.checkpoint.staging import Staging
 from mpidist.checkpoint.worker import Worker
 from mpidist.errors import CheckpointAsyncError, CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.hooks import end_companions_at_exit
 
-__all__ = ["CheckpointFuture", "Saver", "saver_of"]
+__all__ = ["CheckpointFuture", "LastSave", "Saver", "saver_of"]
 
 
 _PAUSE = 0.001
@@ -138,6 +140,24 @@ class CheckpointFuture:
                 self._saver.forget(self)
 
 
+class LastSave(NamedTuple):
+    """What the next save may use again, if all ranks hold what they held.
+
+    Attributes
+    ----------
+    key : bytes
+        Of what this rank held.
+    assignment : Assignment
+        What it wrote.
+    plan : Plan or None
+        On rank 0, who wrote what.
+    """
+
+    key: bytes
+    assignment: Assignment
+    plan: Plan | None
+
+
 class Saver:
     """The saves of a group: its own communicator, its thread, what is in flight."""
 
@@ -148,6 +168,7 @@ class Saver:
         self.worker = Worker("mpidist checkpoint")
         self.staging = Staging()
         self.pending: deque[CheckpointFuture] = deque()
+        self.last: LastSave | None = None
         self._failed: deque[CheckpointFuture] = deque()
 
     def forget(self, future: CheckpointFuture) -> None:

@@ -82,7 +82,7 @@ def save(
     -----
     Collective over `group`; blocks until the checkpoint is on disk. Rank 0 gathers what all hold
     (of names that all ranks hold whole, 16 bytes per rank), and what they have written (about 100
-    bytes per array, 11 per 256 KiB of it). Memory: at most 8 MiB per rank.
+    bytes per array, 11 per tile of 64 KiB to 1 MiB). Memory: at most 8 MiB per rank.
 
     HDF5 has no deadline while it opens or closes a single file: a rank that dies ends the job only
     where the launcher sees to it, as mpirun does.
@@ -184,7 +184,9 @@ def _write(
 ) -> Written:
     path = directory / shard_name(attributes["rank"])
     # The view is made before the files are complete that it shows: while the disk works.
-    view = None if agreed.lead is None else partial(_view, directory, *agreed.lead)
+    if agreed.lead is None:
+        return write_file(path, taken.result(), attributes)
+    view = partial(_view, directory, *agreed.lead)
     return write_file(path, taken.result(), attributes, view)
 
 

@@ -1,9 +1,10 @@
 """Who reads what on a node, so that each byte comes from the disk once.
 
-The ranks of a node divide what any of them needs, in the order of the files. In each round a rank
-reads one batch into its own slot of memory that all of them see, and verifies it; they meet; then
-each copies what it needs out of all slots. There are two sets of slots, used in turn: when a rank
-has passed the meeting of a round, all have copied what the round before brought.
+What only one rank of a node needs, it reads into its own arrays. What several need they divide, in
+the order of the files. In each round a rank reads one batch into its own slot of memory that all of
+them see, and verifies it; they meet; then each copies what it needs out of all slots. There are two
+sets of slots, used in turn: when a rank has passed the meeting of a round, all have copied what the
+round before brought.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mpidist.checkpoint.reading import UNIT, Unit, Wanted
 from mpidist.collectives import all_gather, all_gather_object, all_reduce
 from mpidist.group import ProcessGroup
 
-__all__ = ["Alone", "Node", "Readers", "batches", "readers_of", "room"]
+__all__ = ["SLOT", "Alone", "Node", "Readers", "batches", "readers_of", "room"]
 
 SLOT = 2 * UNIT
 """Bytes of a rank's slot."""
@@ -38,12 +39,18 @@ class Readers(ABC):
     size: int
 
     @abstractmethod
-    def union(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-        """Return what any of them wants; the same on all."""
+    def wants(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[Wanted]]:
+        """Return what each of them wants; the same on all."""
 
     @abstractmethod
-    def slot(self, rank: int, turn: int) -> Array:
-        """Return the memory, shape (SLOT,) uint8, into which a rank reads in some rounds."""
+    def slots(self) -> Array | None:
+        """Return memory that all of them see, or None if there is none: on all or on none.
+
+        Returns
+        -------
+        Array, shape (2, size, SLOT) uint8, or None
+            For each rank two places, used in turn.
+        """
 
     @abstractmethod
     def meet(self, *, failed: bool) -> bool:
@@ -55,15 +62,13 @@ class Alone(Readers):
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
-        self._slot = np.empty(SLOT, np.uint8)
 
-    def union(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
+    def wants(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[Wanted]]:
         """Return what this rank wants."""
-        return wanted
+        return [wanted]
 
-    def slot(self, rank: int, turn: int) -> Array:
-        """Return the one that there is: nobody else reads from it."""
-        return self._slot
+    def slots(self) -> None:
+        """Return that there is nobody to share with."""
 
     def meet(self, *, failed: bool) -> bool:
         """Return whether this one has failed."""
@@ -77,26 +82,22 @@ class Node(Readers):
     ----------
     group : ProcessGroup
         Of one node.
-    slots : Array, shape (2, group.size, SLOT) uint8
-        That all of them see.
     """
 
-    def __init__(self, group: ProcessGroup, slots: Array) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self.rank, self.size = group.rank, group.size
         self._group = group
-        self._slots = slots
 
-    def union(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-        """Return what any of them wants."""
+    def wants(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[Wanted]]:
+        """Return what each of them wants; two all_gathers at most."""
         mine = np.frombuffer(xxhash.xxh3_128_digest(repr(wanted).encode()), np.uint8)
         if (all_gather(mine, self._group).reshape(self.size, -1) == mine).all():
-            return wanted  # most often, and shorter to say
-        lists = all_gather_object(wanted, self._group)
-        return list(dict.fromkeys(want for some in lists for want in some))
+            return [wanted] * self.size  # most often, and shorter to say
+        return all_gather_object(wanted, self._group)
 
-    def slot(self, rank: int, turn: int) -> Array:
-        """Return a rank's slot."""
-        return self._slots[turn % 2, rank]  # type: ignore[no-any-return]
+    def slots(self) -> Array | None:
+        """Return memory of the node; collective over its ranks."""
+        return self._group.shared((2, self.size, SLOT), np.uint8)
 
     def meet(self, *, failed: bool) -> bool:
         """Return whether any of them has failed; one small all_reduce."""
@@ -104,12 +105,9 @@ class Node(Readers):
 
 
 def readers_of(group: ProcessGroup) -> Readers:
-    """Return who reads together with this rank; collective over the group."""
+    """Return who reads together with this rank; collective over the group when first called."""
     node = group.node_group()
-    if node.size == 1:
-        return Alone()
-    slots = node.shared((2, node.size, SLOT), np.uint8)
-    return Alone() if slots is None else Node(node, slots)
+    return Alone() if node.size == 1 else Node(node)
 
 
 def batches(units: Sequence[Unit], size: int) -> list[list[list[Unit]]]:

@@ -88,7 +88,7 @@ class Reader:
             Which tiles, and their elements, until the next ones are asked for.
         """
         for unit in units_of(self._manifest, [Wanted(name, box)]):
-            yield unit, self._files.load(unit, self._memory)
+            yield unit, self._files.load([unit], [self._memory])[0]
 
     def sources(self) -> dict[str, Source]:
         """Return all arrays, to be read while this is open."""

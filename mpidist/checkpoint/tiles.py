@@ -1,14 +1,15 @@
 """Tiles: how a stored box is cut so that any part of it can be verified alone.
 
 A tile is the unit that has a digest. It is small enough that reading a part of a box, widened to
-whole tiles, reads little more than that part: a cut between rows costs at most a tile, a cut
-between columns at most 4 KiB per row, which is what a file system would read of it anyway.
+whole tiles, reads little more than that part: a cut between rows costs at most the rows of one row
+of tiles, about a 128th of a box with 32 KiB per row, and a cut between columns at most 4 KiB per
+row, which is what a file system would read of it anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from copy import copy
 from math import prod
 
 import numpy as np
@@ -16,15 +17,19 @@ import xxhash
 
 from mpidist._types import Array
 from mpidist.arrays import as_bytes
-from mpidist.boxes import Box
+from mpidist.boxes import Box, boxes_of_range
 
 __all__ = ["DIGEST_BYTES", "Tiling", "digest", "digests_of"]
 
 DIGEST_BYTES = 8
 """Bytes of a digest: XXH3, 64 bits, in its canonical (big-endian) form."""
 
-_TILE = 1 << 18
-"""Most bytes of a tile, but for one element that is larger."""
+_TILE, _LARGEST = 1 << 16, 1 << 20
+"""Most bytes of a tile: the first in small boxes, doubled up to the second in large ones. One
+element may be larger."""
+
+_MANY = 1 << 10
+"""Tiles that a box may have before they become larger."""
 
 _RUN = 1 << 12
 """Bytes that lie side by side in a tile, where the box has so many: as many rows of the dimensions
@@ -55,11 +60,9 @@ class Tiling:
         self.sizes = tuple(sizes)
         self.itemsize = itemsize
         self.tile, self.cut = _tile(self.sizes, itemsize)
-        self.grid = tuple(
-            -(-size // max(part, 1)) for size, part in zip(self.sizes, self.tile, strict=True)
-        )
+        self.grid = _grid(self.sizes, self.tile)
 
-    @cached_property
+    @property
     def count(self) -> int:
         """Number of tiles; none of an empty box, one of a 0-d array."""
         return prod(self.grid)
@@ -68,13 +71,11 @@ class Tiling:
         """Return what a tile covers, counted from the first index of the box."""
         if self.count == 1:
             return Box.whole(self.sizes)
-        return self.span([int(index) for index in np.unravel_index(number, self.grid)], 1)
+        index = [int(i) for i in np.unravel_index(number, self.grid)]
+        return self.span(index, [1] * len(index))
 
-    def span(self, index: Sequence[int], length: int) -> Box:
-        """Return what so many tiles cover that follow each other along dimension `cut`."""
-        lengths = [1] * len(index)
-        if lengths:
-            lengths[self.cut] = length
+    def span(self, index: Sequence[int], lengths: Sequence[int]) -> Box:
+        """Return what so many tiles in each dimension cover, from the one with this index on."""
         offsets = tuple(i * part for i, part in zip(index, self.tile, strict=True))
         stops = tuple(
             min((i + n) * part, size)
@@ -82,8 +83,15 @@ class Tiling:
         )
         return Box(offsets, tuple(b - a for a, b in zip(offsets, stops, strict=True)))
 
+    def over(self, region: Box) -> Tiling:
+        """Return the tiles of a region that consists of whole ones, which are alike."""
+        part = copy(self)
+        part.sizes = region.sizes
+        part.grid = _grid(part.sizes, self.tile)
+        return part
+
     def joined(self, numbers: Array, nbytes: int) -> Iterator[tuple[int, int, Box]]:
-        """Join tiles that follow each other along dimension `cut`.
+        """Join tiles that follow each other, where together they are a box.
 
         Parameters
         ----------
@@ -97,19 +105,16 @@ class Tiling:
         int, int, Box
             Number of the first tile, how many they are, and what they cover.
         """
-        if self.count == 1:
-            yield 0, 1, Box.whole(self.sizes)
+        if self.count == 1 or not len(numbers):
+            yield from [(0, 1, Box.whole(self.sizes))][: len(numbers)]
             return
-        row = self.grid[self.cut]
         most = max(nbytes // max(prod(self.tile) * self.itemsize, 1), 1)
-        # A new part begins where a tile is left out, in each row of the grid, and after so many.
-        breaks = (np.diff(numbers) != 1) | (numbers[1:] % row == 0)
-        for together in np.split(numbers, np.flatnonzero(breaks) + 1):
-            for start in range(0, len(together), most):
-                part = together[start : start + most]
-                first = int(part[0])
-                index = [int(i) for i in np.unravel_index(first, self.grid)]
-                yield first, len(part), self.span(index, len(part))
+        for together in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+            start, stop = int(together[0]), int(together[-1]) + 1
+            for some in boxes_of_range(self.grid, start, stop):
+                for part in _of_at_most(some, most):
+                    yield start, part.count, self.span(part.offsets, part.sizes)
+                    start += part.count
 
     def covering(self, region: Box) -> Array:
         """Return the numbers of the tiles that a region touches, ascending, int64."""
@@ -124,9 +129,36 @@ class Tiling:
         return np.ravel_multi_index(np.ix_(*ranges), self.grid).reshape(-1)
 
 
+def _grid(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-size // max(part, 1)) for size, part in zip(sizes, tile, strict=True))
+
+
+def _of_at_most(box: Box, count: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most so many elements, whose elements follow each other."""
+    if box.count <= count:
+        yield box
+        return
+    cut = next(d for d, size in enumerate(box.sizes) if size > 1)
+    inner = prod(box.sizes[cut + 1 :])
+    step = max(count // inner, 1)
+    for start in range(0, box.sizes[cut], step):
+        offsets, sizes = list(box.offsets), list(box.sizes)
+        offsets[cut] += start
+        sizes[cut] = min(step, sizes[cut] - start)
+        yield from _of_at_most(Box(tuple(offsets), tuple(sizes)), count)
+
+
+def _most_bytes(nbytes: int) -> int:
+    """Return the most bytes of a tile of a box of so many."""
+    most = _TILE
+    while most < _LARGEST and most * _MANY < nbytes:
+        most *= 2
+    return most
+
+
 def _tile(sizes: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], int]:
     """Return the sizes of a tile, and the innermost dimension that it may cut."""
-    most = max(_TILE // itemsize, 1)
+    most = max(_most_bytes(prod(sizes) * itemsize) // itemsize, 1)
     if prod(sizes) <= most:
         return sizes, 0
     run, inner, cut = max(_RUN // itemsize, 1), 1, len(sizes) - 1
@@ -164,14 +196,26 @@ def digests_of(array: Array, tiling: Tiling | None = None) -> bytes:
     Collet, XXH3, as of the xxHash specification 0.2.0 (the xxhash package).
     """
     tiling = tiling or Tiling(array.shape, array.dtype.itemsize)
-    if tiling.count == 1:
-        return digest(array)
-    return b"".join(digest(part) for part in _parts(array, tiling))
+    if tiling.count <= 1:
+        return digest(array) if tiling.count else b""
+    # Fresh memory for each tile would cost several times the copy into it.
+    scratch = np.empty(tiling.tile, array.dtype.newbyteorder("<"))
+    return b"".join(
+        _digest_by(scratch, array[_slices(index, tiling.tile)])
+        for index in np.ndindex(*tiling.grid)
+    )
 
 
-def _parts(array: Array, tiling: Tiling) -> Iterator[Array]:
-    for index in np.ndindex(*tiling.grid):
-        yield array[tiling.span(index, 1).slices]
+def _slices(index: Sequence[int], tile: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, tile, strict=True))
+
+
+def _digest_by(scratch: Array, part: Array) -> bytes:
+    """Return the digest of a tile, put side by side in scratch memory if it does not lie so."""
+    if part.shape != scratch.shape or (part.flags.c_contiguous and part.dtype == scratch.dtype):
+        return digest(part)
+    np.copyto(scratch, part)
+    return xxhash.xxh3_64_digest(as_bytes(scratch).data)
 
 
 def digest(part: Array) -> bytes:

@@ -127,7 +127,7 @@ def _of_tiles(
             for unit in units_of(manifest, [Wanted(name, Box.whole(array.shape))]):
                 if unit.file not in told:
                     try:
-                        files.load(unit, memory)
+                        files.load([unit], [memory])
                     except CheckpointError as error:
                         told.add(unit.file)
                         yield error

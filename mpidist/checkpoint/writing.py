@@ -123,7 +123,7 @@ def write_file(
     path: Path,
     pieces: Sequence[Writable],
     attributes: Mapping[str, str | int],
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Written:
     """Write a file with these pieces.
 
@@ -136,7 +136,7 @@ def write_file(
     attributes : mapping of str to (str or int)
         Of the file.
     meanwhile : callable, optional
-        What else is to be done while the disk works; the file is not complete if it raises.
+        What else is to be done beside it; the file is not complete if that raises.
 
     Returns
     -------
@@ -161,14 +161,13 @@ def write_file(
     begins = hdf5.create_file(part, shapes, attributes)
     descriptor = os.open(part, os.O_RDWR)
     try:
-        write_at(descriptor, identity, begins[ID_DATASET])
-        for data, offset in _stream(pieces, boxes, begins):
-            write_at(descriptor, data, offset)
-        size = os.fstat(descriptor).st_size
-        with _beside(os.fsync, descriptor):
-            digests = [piece.digests() for piece in pieces]
-            if meanwhile is not None:
-                meanwhile()
+        with _beside(meanwhile):
+            write_at(descriptor, identity, begins[ID_DATASET])
+            for data, offset in _stream(pieces, boxes, begins):
+                write_at(descriptor, data, offset)
+            size = os.fstat(descriptor).st_size
+            with _beside(os.fsync, descriptor):
+                digests = [piece.digests() for piece in pieces]
     finally:
         os.close(descriptor)
     os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order

@@ -382,7 +382,7 @@ def test_files_are_closed(in_rows):
     manifest = checkpoint.latest(in_rows).manifest
     with Files(checkpoint.latest(in_rows).directory, manifest) as files:
         (unit,) = units_of(manifest, [Wanted("small/a", Box((0,), (5,)))])
-        files.load(unit, np.empty(64, np.uint8))
+        files.load([unit], [np.empty(64, np.uint8)])
         assert files.read == unit.nbytes == 40
 
 

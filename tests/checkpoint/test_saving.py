@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
+from mpidist.checkpoint import agreement
 from mpidist.errors import (
     CheckpointError,
     CollectiveMismatchError,
@@ -147,3 +148,42 @@ def test_memory_beside_the_state(tmp_path, layout):
 
     (peak,) = run_ranks(1, body)
     assert peak < (8 << 20) + (1 << 20)
+
+
+# -- the same again --------------------------------------------------------------------------------
+
+
+def test_a_state_of_the_same_shapes_is_not_planned_again(tmp_path, monkeypatch):
+    """Until it is another one, on one rank only."""
+    planned = []
+    make_plan = agreement.make_plan
+    monkeypatch.setattr(agreement, "make_plan", lambda d: planned.append(1) or make_plan(d))
+
+    def body(group):
+        state = {"x": np.arange(6.0), "step": 0}
+        for step in range(4):
+            state["x"] += 1
+            state["step"] = step
+            checkpoint.save(tmp_path, state, group, step=step)
+        if group.rank == 1:
+            state["y"] = np.ones(2)
+        checkpoint.save(tmp_path, state, group, step=4)
+        state["step"] = group.rank
+        with pytest.raises(CollectiveMismatchError, match="'step' is 1 on rank 1 and 0 on rank 0"):
+            checkpoint.save(tmp_path, state, group, step=5)
+        state["step"] = 6
+        with pytest.raises(CheckpointError, match="there is a complete checkpoint of this step"):
+            checkpoint.save(tmp_path, state, group, step=4)
+        with pytest.raises(CollectiveMismatchError, match="rank 1 saves to"):
+            checkpoint.save(tmp_path, state, group, step=6 + group.rank)
+        checkpoint.save(tmp_path, state, group, step=6)
+
+    run_ranks(2, body)
+    assert len(planned) == 4  # the first, the one with y, and two that are refused
+    assert [found.step for found in checkpoint.list(tmp_path)] == [0, 1, 2, 3, 4, 6]
+    assert len(list(tmp_path.iterdir())) == 6
+    for found in checkpoint.list(tmp_path):
+        loaded = checkpoint.load_full(tmp_path, step=found.step)
+        assert loaded["step"] == {4: 3}.get(found.step, found.step)
+        np.testing.assert_array_equal(loaded["x"], np.arange(6.0) + min(found.step, 3) + 1)
+        assert ("y" in loaded) == (found.step > 3)

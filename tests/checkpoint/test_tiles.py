@@ -12,7 +12,13 @@ from mpidist.arrays import BFLOAT16
 from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digests_of
 from tests.checkpoint.cases import random_array, small_sizes
 
-TILE, RUN = 1 << 18, 1 << 12
+RUN = 1 << 12
+
+
+def most_bytes(nbytes: int) -> int:
+    """64 KiB, doubled up to 1 MiB while a box would have more than 1,024 tiles."""
+    return min(1 << 20, max(1 << 16, 1 << (-(-nbytes // 1024) - 1).bit_length()))
+
 
 SHAPES = [
     ((), 8),
@@ -54,12 +60,13 @@ def test_tiles_cover_a_box_once_and_are_neither_large_nor_thin(sizes, itemsize):
     times = painted(tiling)
     assert (times == 1).all()
     assert tiling.count == prod(tiling.grid)
+    most = most_bytes(prod(sizes) * itemsize)
     for number in range(tiling.count):
         tile = tiling.box(number)
-        assert 0 < tile.count * itemsize <= TILE
+        assert 0 < tile.count * itemsize <= most
     if tiling.count > 1:  # those at the far edge may be thinner, and smaller
         assert longest_run(tiling.box(0), sizes, itemsize) > RUN / 2
-        assert tiling.box(0).count * itemsize > TILE / 2
+        assert tiling.box(0).count * itemsize > most / 2
 
 
 def test_an_element_larger_than_a_tile_is_one():
@@ -96,14 +103,36 @@ def test_nothing_touches_no_tile():
 def test_a_span_is_the_tiles_beside_each_other():
     with small_sizes(16, 4, 1 << 20):
         tiling = Tiling((5, 3, 2), 4)
+    numbers = np.arange(tiling.count).reshape(tiling.grid)
     for index in np.ndindex(*tiling.grid):
-        for length in range(1, tiling.grid[tiling.cut] - index[tiling.cut] + 1):
-            first = int(np.ravel_multi_index(index, tiling.grid))
-            parts = [tiling.box(first + i) for i in range(length)]
-            span = tiling.span(index, length)
+        for stop in itertools.product(
+            *(range(i + 1, n + 1) for i, n in zip(index, tiling.grid, strict=True))
+        ):
+            slices = tuple(slice(i, n) for i, n in zip(index, stop, strict=True))
+            parts = [tiling.box(number) for number in numbers[slices].reshape(-1).tolist()]
+            span = tiling.span(index, [n - i for i, n in zip(index, stop, strict=True)])
             assert span.count == sum(part.count for part in parts)
             for part in parts:
                 part.relative_to(span)
+
+
+@pytest.mark.parametrize("nbytes", [1, 40, 100, 10_000])
+def test_tiles_are_joined_to_boxes_of_so_many_bytes(nbytes):
+    with small_sizes(16, 4, 1 << 20):
+        tiling = Tiling((5, 3, 4), 4)
+    everything = np.arange(tiling.count)
+    some = (everything[3:-2], everything[everything % 5 > 0], everything[:1], everything[:0])
+    for numbers in (everything, *some):
+        found = list(tiling.joined(numbers, nbytes))
+        joined = [n for first, count, _ in found for n in range(first, first + count)]
+        assert joined == numbers.tolist()
+        for first, count, region in found:
+            parts = [tiling.box(number) for number in range(first, first + count)]
+            assert region.count == sum(part.count for part in parts)
+            assert count == 1 or region.count * 4 <= nbytes
+            assert tiling.over(region).count == count
+            for number, part in enumerate(parts):
+                assert tiling.over(region).box(number) == part.relative_to(region)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(bool), np.dtype(np.complex64), BFLOAT16])
