@@ -222,7 +222,11 @@ def report_of(written: Written) -> JSON:
 
 def _failure(future: Future[Any], rank: int) -> str | None:
     error = future.exception()
-    return None if error is None else f"rank {rank} failed: {type(error).__name__}: {error}"
+    if error is None:
+        return None
+    unseen = isinstance(error, FileNotFoundError)  # rank 0 has made the directory
+    cure = "; all ranks must see the directory that rank 0 has made" if unseen else ""
+    return f"rank {rank} failed: {type(error).__name__}: {error}{cure}"
 
 
 def _first_problem(results: Sequence[JSON]) -> str | None:

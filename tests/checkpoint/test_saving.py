@@ -7,6 +7,7 @@ import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
 from mpidist.checkpoint import agreement
+from mpidist.checkpoint.writing import write_file
 from mpidist.errors import (
     CheckpointError,
     CollectiveMismatchError,
@@ -99,6 +100,22 @@ def test_a_place_that_cannot_be(tmp_path, name):
         return tuple(words)
 
     assert len(set(run_ranks(2, body, timeout=5.0))) == 1
+
+
+def test_a_rank_that_does_not_see_the_directory_is_told_so(tmp_path, monkeypatch):
+    """As where ``/tmp`` is another one on each node."""
+
+    def elsewhere(path, *args):
+        there = path if path.name == "rank-00000.h5" else tmp_path / "another node" / path.name
+        return write_file(there, *args)
+
+    def body(group):
+        with pytest.raises(CheckpointError, match=r"rank 1 failed: .*; all ranks must see") as told:
+            checkpoint.save(tmp_path, GOOD, group, step=1)
+        return str(told.value)
+
+    monkeypatch.setattr("mpidist.checkpoint.saving.write_file", elsewhere)
+    assert len(set(run_ranks(2, body))) == 1
 
 
 def test_arrays_may_be_read_only(tmp_path):
