@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
@@ -170,10 +171,8 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
     -----
     Local.
     """
-    try:
+    with _looking(path):
         return [Checkpoint(found) for found in _steps(Path(path)) if exists(found / MANIFEST)]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
@@ -257,13 +256,15 @@ def prunable(
         raise ValueError(f"prune: keep must be at least 1, got {keep}; at least one must stay")
     complete = [found.directory for found in list(path)]
     newest = step_of(complete[-1]) if complete else -1
-    left = [d for d in partial(path) if step_of(d) <= newest or _age(d) >= stale]
+    with _looking(path):
+        left = [d for d in partial(path) if step_of(d) <= newest or _age(d) >= stale]
     return sorted((*complete[:-keep], *left), key=step_of)
 
 
 def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
     """Return the directories of steps that are no checkpoints: left by a kill, or being written."""
-    return [found for found in _steps(Path(path)) if not exists(found / MANIFEST)]
+    with _looking(path):
+        return [found for found in _steps(Path(path)) if not exists(found / MANIFEST)]
 
 
 def make_room(directory: Path) -> None:
@@ -312,12 +313,21 @@ def remove(directory: Path) -> None:
 
 def _steps(path: Path) -> builtins.list[Path]:
     """Return the directories of steps, complete or not, by step."""
-    if not path.is_dir():
+    # Not `Path.is_dir`, which takes what it cannot see for something that is not there.
+    try:
+        with os.scandir(path) as entries:
+            names = [e.name for e in entries if _STEP.fullmatch(e.name) and e.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(
-        (entry for entry in path.iterdir() if _STEP.fullmatch(entry.name) and entry.is_dir()),
-        key=step_of,
-    )
+    return sorted((path / name for name in names), key=step_of)
+
+
+@contextmanager
+def _looking(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _age(directory: Path) -> float:

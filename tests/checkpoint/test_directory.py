@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint.directory import find, remove, step_directory, step_of
+from mpidist.checkpoint.directory import find, partial, remove, step_directory, step_of
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from mpidist.testing import run_ranks
 
@@ -34,6 +34,14 @@ def left_by_a_kill(path, step, *, age=0.0):
 
 def steps(path):
     return [found.step for found in checkpoint.list(path)]
+
+
+def find_newest(path):
+    return find(path, "latest")
+
+
+def prune(path):
+    return checkpoint.prune(path, keep=1)
 
 
 def test_steps_and_directories(tmp_path):
@@ -122,6 +130,29 @@ def test_prune_without_any_complete_one(tmp_path):
     assert checkpoint.prune(tmp_path, keep=1) == []
     assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=1, stale=-1.0)] == [0]
     assert checkpoint.prune(tmp_path / "nowhere", keep=1) == []
+
+
+@pytest.mark.parametrize("call", [checkpoint.list, checkpoint.latest, partial, find_newest, prune])
+def test_what_cannot_be_seen_is_not_taken_for_absent(tmp_path, monkeypatch, call):
+    saved(tmp_path, 1, 2)
+
+    def unseen(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", unseen)
+    with pytest.raises(CheckpointError, match="cannot be read: PermissionError"):
+        call(tmp_path)
+
+
+def test_prune_says_in_one_way_what_it_cannot_look_at(tmp_path, monkeypatch):
+    left_by_a_kill(tmp_path, 1)
+
+    def unseen(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("mpidist.checkpoint.directory._age", unseen)
+    with pytest.raises(CheckpointError, match="cannot be read: PermissionError"):
+        prune(tmp_path)
 
 
 def test_of_a_link_only_the_link_is_removed(tmp_path):
