@@ -71,7 +71,7 @@ def compare(
     Notes
     -----
     Local. Where both were cut in the same way, parts whose digests are equal are taken for equal
-    and not read. Memory: some blocks of 4 MiB, whatever the arrays' sizes.
+    and not read. Memory: some blocks of 1 MiB, whatever the arrays' sizes.
     """
     for checkpoint in (first, second):
         check_files(checkpoint.directory, checkpoint.manifest)
@@ -109,7 +109,7 @@ def _arrays(
 def _unsettled(
     ours: tuple[StoredBox, ...], theirs: tuple[StoredBox, ...], itemsize: int
 ) -> Iterator[Box]:
-    """Yield the parts of an array that have to be read, of at most 4 MiB each."""
+    """Yield the parts of an array that have to be read, of at most 1 MiB each."""
     known = {stored.box: stored.digests for stored in theirs}
     for stored in ours:
         tiling = Tiling(stored.box.sizes, itemsize)

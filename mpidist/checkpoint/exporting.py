@@ -59,7 +59,7 @@ def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = unhear
 
     Notes
     -----
-    Local. Memory: some blocks of 4 MiB, whatever the arrays' sizes. bfloat16 is a dtype of
+    Local. Memory: some blocks of 1 MiB, whatever the arrays' sizes. bfloat16 is a dtype of
     safetensors; in npz it is uint16, and the entry mpidist.json names the arrays.
     """
     write = _format_of(path).write

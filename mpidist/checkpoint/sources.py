@@ -50,7 +50,7 @@ class Reader:
 
     Notes
     -----
-    A context manager. Memory: 4 MiB, and what is asked for.
+    A context manager. Memory: 1 MiB, and what is asked for.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -51,7 +51,7 @@ def verify(
     -----
     Local. Looks at the manifest, the presence and length of every file, the digest of every tile,
     and whether HDF5 sees each dataset where the manifest has it, and `view.h5` shows all arrays.
-    Memory: 4 MiB and the manifest. Starts a process that opens the files with HDF5, whose library
+    Memory: 1 MiB and the manifest. Starts a process that opens the files with HDF5, whose library
     does not survive every damaged one.
     """
     checkpoint = find(Path(path), step)
