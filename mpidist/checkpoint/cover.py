@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from mpidist.boxes import Box
 from mpidist.errors import SizeMismatchError
 
 __all__ = ["check_cover"]
+
+_FEW = 6
 
 
 def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
@@ -48,6 +51,11 @@ def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
 
 def _check_disjoint(boxes: Sequence[Box]) -> None:
     order = sorted(boxes, key=lambda box: box.offsets)
+    if len(order) <= _FEW:  # numpy takes longer
+        for one, other in combinations(order, 2):
+            if one.intersect(other) is not None:
+                raise SizeMismatchError(f"{one} and {other} overlap")
+        return
     starts = np.array([box.offsets for box in order])
     stops = np.array([box.stops for box in order])
     for number in range(len(order) - 1):

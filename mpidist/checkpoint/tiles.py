@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -59,7 +60,7 @@ class Tiling:
     def __init__(self, sizes: Sequence[int], itemsize: int) -> None:
         self.sizes = tuple(sizes)
         self.itemsize = itemsize
-        self.tile, self.cut = _tile(self.sizes, itemsize)
+        self.tile, self.cut = _tile(self.sizes, itemsize, (_TILE, _LARGEST, _MANY, _RUN))
         self.grid = _grid(self.sizes, self.tile)
 
     @property
@@ -148,20 +149,18 @@ def _of_at_most(box: Box, count: int) -> Iterator[Box]:
         yield from _of_at_most(Box(tuple(offsets), tuple(sizes)), count)
 
 
-def _most_bytes(nbytes: int) -> int:
-    """Return the most bytes of a tile of a box of so many."""
-    most = _TILE
-    while most < _LARGEST and most * _MANY < nbytes:
-        most *= 2
-    return most
-
-
-def _tile(sizes: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], int]:
+@lru_cache(maxsize=1024)  # many arrays have the same few shapes
+def _tile(
+    sizes: tuple[int, ...], itemsize: int, rule: tuple[int, int, int, int]
+) -> tuple[tuple[int, ...], int]:
     """Return the sizes of a tile, and the innermost dimension that it may cut."""
-    most = max(_most_bytes(prod(sizes) * itemsize) // itemsize, 1)
+    nbytes, largest, many, run = rule
+    while nbytes < largest and nbytes * many < prod(sizes) * itemsize:
+        nbytes *= 2
+    most = max(nbytes // itemsize, 1)
     if prod(sizes) <= most:
         return sizes, 0
-    run, inner, cut = max(_RUN // itemsize, 1), 1, len(sizes) - 1
+    run, inner, cut = max(run // itemsize, 1), 1, len(sizes) - 1
     while inner * sizes[cut] <= run:
         inner *= sizes[cut]
         cut -= 1
