@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -83,14 +84,12 @@ def agree(
 
     Notes
     -----
-    Collective over the saver's group; blocks. One all_gather of 49 bytes where names, shapes and
+    Collective over the saver's group; blocks. One all_gather of 65 bytes where names, shapes and
     boxes are those of the save before; else a gather of what is held, and a scatter of orders.
     """
     group = saver.group
-    flat, problem = _looked_at(state, metadata, saver, single_file=single_file)
-    declared = Declaration.of(flat)
+    flat, declared, key, problem = _looked_at(state, metadata, saver, single_file=single_file)
     where = str(directory / SINGLE_FILE if single_file else directory)
-    key = _key(declared)
     last = saver.last if saver.last is not None and saver.last.key == key else None
     identity = _as_before(None if problem else last, declared, where, saver, directory)
     if identity is not None and last is not None:
@@ -98,7 +97,7 @@ def agree(
         plan = plan and replace(plan, values=declared.values)
     else:
         order, plan = _anew(declared, problem, where, saver, directory)
-        saver.last = LastSave(key, order.assignment, plan)
+        saver.last = LastSave(key, order.id, order.assignment, plan)
     if plan is None:
         return Agreement(order.id, flat, order.assignment, None)
     header = Manifest(
@@ -116,20 +115,24 @@ def agree(
 
 def _looked_at(
     state: State, metadata: JSON, saver: Saver, *, single_file: bool
-) -> tuple[FlatState, DistributedError | None]:
+) -> tuple[FlatState, Declaration, bytes, DistributedError | None]:
     """Return what this rank holds, and what is wrong with it or with an earlier save."""
     rank = saver.group.rank
+    nothing = FlatState(), Declaration(), b""
     try:
         saver.raise_untold()
         flat = flatten(state)
         as_json("metadata", metadata)
         if single_file:
             check_single_file(saver.group)
+        declared = Declaration.of(flat)
+        key = _key(declared)
+        _text(declared)
     except DistributedError as error:
-        return FlatState(), type(error)(f"rank {rank}: {error}")
+        return *nothing, type(error)(f"rank {rank}: {error}")
     except Exception as error:  # noqa: BLE001  # an object's own, which all ranks must learn
-        return FlatState(), CheckpointError(f"rank {rank}: {type(error).__name__}: {error}")
-    return flat, None
+        return *nothing, CheckpointError(f"rank {rank}: {type(error).__name__}: {error}")
+    return flat, declared, key, None
 
 
 def _key(declared: Declaration) -> bytes:
@@ -153,11 +156,12 @@ def _as_before(
             _make_room(saver, directory)
         except DistributedError:  # told to all in the other way
             ready = False
-    texts = (_text_of(declared.values).encode(), where.encode())
+    kept = last.id if last is not None else ""
+    texts = [text.encode() for text in (_text_of(declared.values), where, kept)]
     mine = b"".join([bytes([ready]), *map(xxhash.xxh3_128_digest, texts), uuid.uuid4().bytes])
     table = all_gather(np.frombuffer(mine, np.uint8), group).reshape(group.size, -1)
-    if table[:, 0].all() and (table[:, :33] == table[0, :33]).all():
-        return bytes(table[0, 33:])
+    if table[:, 0].all() and (table[:, :49] == table[0, :49]).all():
+        return bytes(table[0, 49:])
     if ready and group.rank == 0:
         with suppress(OSError):  # it will be emptied, or said to be there
             directory.rmdir()
@@ -222,7 +226,7 @@ def _text(declared: Declaration) -> str:
 
 
 def _text_of(values: Mapping[str, JSON]) -> str:
-    return repr(sorted(values.items(), key=_first))
+    return json.dumps(values, sort_keys=True)
 
 
 def _first(item: tuple[str, object]) -> str:
@@ -239,14 +243,21 @@ def _decide(
     identity = uuid.uuid4().hex
     plan = None
     try:
-        if problems:
-            raise problems[0]
-        plan = make_plan(declarations)
+        plan = _planned(declarations, problems)
         _make_room(saver, directory)
     except DistributedError as error:
         words = f"save of {directory} on {saver.group}: {error}"
         return None, [_Order(type(error)(words), "", [])] * len(declarations)
+    except Exception as error:  # noqa: BLE001  # such as no memory; the others must not wait
+        words = f"save of {directory} on {saver.group}: rank 0: {type(error).__name__}: {error}"
+        return None, [_Order(CheckpointError(words), "", [])] * len(declarations)
     return plan, [_Order(None, identity, assignment) for assignment in plan.assignments]
+
+
+def _planned(declarations: list[Declaration], problems: list[DistributedError]) -> Plan:
+    if problems:
+        raise problems[0]
+    return make_plan(declarations)
 
 
 def _make_room(saver: Saver, directory: Path) -> None:

@@ -30,7 +30,12 @@ from mpidist.checkpoint.saver import saver_of
 from mpidist.checkpoint.sharing import SLOT, Alone, Readers, batches, readers_of, room
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
 from mpidist.collectives import all_gather_object, all_reduce, broadcast_object
-from mpidist.errors import CheckpointError, CheckpointIncompatibleError, DistributedError
+from mpidist.errors import (
+    CheckpointError,
+    CheckpointIncompatibleError,
+    DistributedError,
+    TransportError,
+)
 from mpidist.group import ProcessGroup
 from mpidist.regions import region
 from mpidist.shards import ShardedArray
@@ -90,7 +95,7 @@ def load(
     -----
     Collective over `group`; blocks. Rank 0 reads the manifest and broadcasts it. Each node reads
     the tiles that its ranks need once: a rank what only it needs; what several need is shared out
-    over them, and they copy from memory that they share, 16 MiB per rank.
+    over them, and they copy from memory that they share, 4 MiB per rank.
     """
     saver = saver_of(group)
     saver.settle(0)
@@ -111,7 +116,7 @@ def load(
     readers = readers_of(together)
     with region("checkpoint read"), Files(checkpoint.directory, manifest, verify=verify) as files:
         _all_or_none(lambda: _fill(files, manifest, targets, readers), together, what)
-    targets.finish()
+    _all_or_none(targets.finish, together, what)
     _all_or_none(lambda: restore(state, targets.arrays, manifest.values), together, what)
     return checkpoint
 
@@ -297,9 +302,18 @@ def _left_over(flat: FlatState, manifest: Manifest) -> Iterator[str]:
 def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers) -> None:
     """Read what is wanted here, and with others what several of them want."""
     wanted = readers.wants(targets.wanted())
-    own, shared = divided_units(manifest, wanted, readers.rank)
-    slots = readers.slots() if shared else None
     problem: Exception | None = None
+    own: list[Unit] = []
+    shared: list[Unit] = []
+    try:
+        own, shared = divided_units(manifest, wanted, readers.rank)
+    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
+        problem = error
+    if readers.meet(failed=problem is not None):
+        if problem is not None:
+            raise problem
+        return  # another rank raises
+    slots = readers.slots() if shared else None
     if slots is None:  # nobody to share with, or no memory: each for itself
         own, shared = units_of(manifest, wanted[readers.rank]), []
     try:
@@ -385,5 +399,6 @@ def _all_or_none(action: Callable[[], None], group: ProcessGroup, what: str) -> 
         return
     problems = all_gather_object(problem, group)
     rank, (name, words) = next((r, p) for r, p in enumerate(problems) if p is not None)
-    kind: type[DistributedError] = getattr(mpidist.errors, name)
+    known = name in mpidist.errors.__all__ and name != TransportError.__name__  # it takes a code
+    kind: type[DistributedError] = getattr(mpidist.errors, name) if known else CheckpointError
     raise kind(f"{what}: rank {rank}: {words}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -199,12 +200,16 @@ def _same_values(declarations: Sequence[Declaration]) -> dict[str, JSON]:
         for name, value in declaration.values.items():
             if first.setdefault(name, rank) == rank:
                 values[name] = value
-            elif repr(values[name]) != repr(value):  # NaN is itself here, and 1 is not 1.0
+            elif _told(values[name]) != _told(value):  # NaN is itself here, and 1 is not 1.0
                 raise CollectiveMismatchError(
                     f"{name!r} is {_short(value)} on rank {rank} and {_short(values[name])} on "
                     f"rank {first[name]}; give what differs a name of its own on each rank"
                 )
     return values
+
+
+def _told(value: JSON) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _short(value: JSON) -> str:

@@ -147,6 +147,8 @@ class LastSave(NamedTuple):
     ----------
     key : bytes
         Of what this rank held.
+    id : str
+        Of the save that the plan was made for: the same plan on all ranks.
     assignment : Assignment
         What it wrote.
     plan : Plan or None
@@ -154,6 +156,7 @@ class LastSave(NamedTuple):
     """
 
     key: bytes
+    id: str
     assignment: Assignment
     plan: Plan | None
 

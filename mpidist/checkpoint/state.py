@@ -123,6 +123,11 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
     if isinstance(value, np.random.Generator):
         value = _GeneratorState(value)
     if is_array(value) or isinstance(value, ShardedArray):
+        if isinstance(value, np.ma.MaskedArray):
+            raise UnsupportedOperationError(
+                f"checkpoint: {name!r} is a masked array, whose mask would be lost; keep its data "
+                "and its mask"
+            )
         if value.dtype.newbyteorder("=") not in DTYPES:
             raise UnsupportedOperationError(
                 f"checkpoint: {name!r} has dtype {value.dtype}, which a checkpoint cannot "

@@ -20,6 +20,7 @@ from mpidist.errors import (
     CheckpointIncompatibleError,
     CheckpointMissingShardError,
     CheckpointNotFoundError,
+    DistributedError,
     UnsupportedOperationError,
 )
 from mpidist.testing import run_ranks
@@ -417,3 +418,27 @@ def test_many_small_arrays(tmp_path):
     assert max(sizes) - min(sizes) <= 6
     files = sum((found.directory / file.name).stat().st_size for file in found.manifest.files)
     assert files < data.nbytes + 2 * (ALIGNMENT + 4096)
+
+
+@pytest.mark.parametrize("per_node", [2, 1])
+def test_a_rank_that_cannot_tell_what_to_read_keeps_nobody_waiting(in_rows, monkeypatch, per_node):
+    class Own(DistributedError):
+        """Known to one program only."""
+
+    divided = loading.divided_units
+
+    def failing(manifest, wanted, reader):
+        if threading.current_thread() in culprits:
+            raise Own("mine")
+        return divided(manifest, wanted, reader)
+
+    culprits = set()
+    monkeypatch.setattr(loading, "divided_units", failing)
+
+    def body(group):
+        if group.rank == 1:
+            culprits.add(threading.current_thread())
+        with pytest.raises(CheckpointError, match="rank 1: mine"):
+            checkpoint.load(in_rows, {"small/a": np.zeros(5, int)}, group, step=7)
+
+    run_ranks(2, body, ranks_per_node=per_node)

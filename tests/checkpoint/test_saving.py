@@ -7,6 +7,7 @@ import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
 from mpidist.checkpoint import agreement
+from mpidist.checkpoint.saver import saver_of
 from mpidist.checkpoint.writing import write_file
 from mpidist.errors import (
     CheckpointError,
@@ -204,3 +205,55 @@ def test_a_state_of_the_same_shapes_is_not_planned_again(tmp_path, monkeypatch):
         assert loaded["step"] == {4: 3}.get(found.step, found.step)
         np.testing.assert_array_equal(loaded["x"], np.arange(6.0) + min(found.step, 3) + 1)
         assert ("y" in loaded) == (found.step > 3)
+
+
+@pytest.mark.parametrize("where", ["plan", "text", "masked"])
+def test_whatever_fails_on_one_rank_before_a_save_is_told_to_all(tmp_path, monkeypatch, where):
+    states = {
+        "plan": {"x": np.arange(3)},
+        "text": {"n": 10**5000},
+        "masked": {"x": np.ma.masked_array([1.0, 2.0], [True, False])},
+    }
+
+    def no_memory(_):
+        raise MemoryError("none left")
+
+    if where == "plan":
+        monkeypatch.setattr(agreement, "make_plan", no_memory)
+
+    def body(group):
+        state = states[where] if group.rank == 0 else {}
+        with pytest.raises((CheckpointError, UnsupportedOperationError)) as caught:
+            checkpoint.save(tmp_path, state, group, step=1)
+        return str(caught.value)
+
+    words = run_ranks(2, body)
+    assert len(set(words)) == 1
+    assert "rank 0" in words[0]
+
+
+def test_values_are_the_same_in_any_order_of_their_keys(tmp_path):
+    values = {"a": 1, "b": [1, 2]}
+
+    def body(group):
+        mine = values if group.rank else dict(reversed(values.items()))
+        checkpoint.save(tmp_path, {"v": mine}, group, step=1)
+
+    run_ranks(2, body)
+    assert checkpoint.load_full(tmp_path) == {"v": values}
+
+
+def test_ranks_that_kept_another_plan_make_a_new_one(tmp_path):
+    """As after an interrupt that came to one rank between the plan and the save."""
+
+    def body(group):
+        for step, size in enumerate((3, 5)):
+            checkpoint.save(tmp_path, {"x": np.arange(size)}, group, step=step)
+            if step == 0:
+                first = saver_of(group).last
+        if group.rank:
+            saver_of(group).last = first._replace(key=saver_of(group).last.key)
+        checkpoint.save(tmp_path, {"x": np.arange(5)}, group, step=2)
+
+    run_ranks(2, body)
+    assert checkpoint.load_full(tmp_path)["x"].tolist() == [0, 1, 2, 3, 4]
