@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,11 +74,11 @@ class ShardedArray:
     def __init__(
         self, shape: Sequence[int], dtype: npt.DTypeLike, pieces: Mapping[Box, Array]
     ) -> None:
-        self.shape = tuple(shape)
+        self.shape = tuple(map(index, shape))  # plain integers, which can be written as JSON
         self.dtype = np.dtype(dtype)
         for box, piece in pieces.items():
             self._check(box, piece)
-        self.pieces = {box: piece for box, piece in pieces.items() if not box.empty}
+        self.pieces = {_plain(box): piece for box, piece in pieces.items() if not box.empty}
         _check_disjoint(self.pieces)
 
     @classmethod
@@ -153,3 +154,7 @@ def _check_disjoint(boxes: Iterable[Box]) -> None:
                     f"ShardedArray: {other} and {box} overlap; a rank holds each element once"
                 )
         reaching.append(box)
+
+
+def _plain(box: Box) -> Box:
+    return Box(tuple(map(index, box.offsets)), tuple(map(index, box.sizes)))

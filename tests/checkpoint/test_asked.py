@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from mpidist import checkpoint
+from mpidist import Box, ShardedArray, checkpoint
 from mpidist.arrays import DTYPES
 from mpidist.checkpoint import directory
 from mpidist.errors import (
@@ -145,3 +145,13 @@ def test_any_name_that_datasets_may_have_is_free_for_arrays(tmp_path: Path) -> N
     found = checkpoint.load_full(tmp_path)
     assert found.keys() == state.keys()
     assert all(found[name].tobytes() == state[name].tobytes() for name in state)
+
+
+def test_integers_of_numpy_are_plain_ones_in_boxes(tmp_path: Path) -> None:
+    start, size = np.int64(1), np.int64(2)
+    box = Box((start,), (size,))
+    array = ShardedArray(
+        (np.int64(3),), np.float64, {box: np.ones(2), Box((0,), (1,)): np.zeros(1)}
+    )
+    run_ranks(1, lambda group: save_once(tmp_path, {"x": array}, group))
+    assert checkpoint.load_full(tmp_path)["x"].tolist() == [0, 1, 1]
