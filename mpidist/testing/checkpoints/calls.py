@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -95,7 +96,11 @@ def intercepted(directory: Path, hook: Hook) -> Iterator[None]:
         stack.enter_context(mock.patch.object(threading.Thread, "start", note_parent))
         for name, function in list(vars(os).items()):
             if isinstance(function, BuiltinFunctionType) and name not in _NO_FILES:
-                stack.enter_context(mock.patch.object(os, name, watch(f"os.{name}", function)))
+                watched = watch(f"os.{name}", function)
+                stack.enter_context(mock.patch.object(os, name, watched))
+                if getattr(_OLD_PATHLIB, name, None) is function:  # it has kept it for itself
+                    kept = staticmethod(watched)
+                    stack.enter_context(mock.patch.object(_OLD_PATHLIB, name, kept))
         for name in hdf5.__all__:
             function = getattr(hdf5, name)
             if inspect.isfunction(function) and next(iter(_names(function)), "") == "path":
@@ -117,6 +122,9 @@ def _rank(parents: WeakKeyDictionary[threading.Thread, threading.Thread]) -> int
         thread = parents.get(thread)
     return None
 
+
+_OLD_PATHLIB = getattr(pathlib, "_NormalAccessor", None)
+"""What paths call under Python 3.10."""
 
 _readlink = os.readlink
 
