@@ -6,14 +6,20 @@ owns what is a list of boxes, and moving from one owner to another is their inte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import prod
 from operator import add, ge, le, sub
 
+import numpy as np
+
 from mpidist.errors import SizeMismatchError
 
-__all__ = ["Box", "boxes_of_range", "split_evenly"]
+__all__ = ["Box", "boxes_of_at_most", "boxes_of_range", "overlapping", "split_evenly"]
+
+_FEW = 6
+"""Boxes that are compared one by one: for so few numpy takes longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,13 @@ class Box:
             raise SizeMismatchError(f"Box.relative_to: {self} does not lie inside {origin}")
         return Box(tuple(map(sub, self.offsets, origin.offsets)), self.sizes)
 
+    def along(self, dimension: int, start: int, size: int) -> Box:
+        """Return the part from `start`, counted inside the box, and of `size` in one dimension."""
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets[dimension] += start
+        sizes[dimension] = size
+        return Box(tuple(offsets), tuple(sizes))
+
     def __reduce__(self) -> tuple[type[Box], tuple[tuple[int, ...], tuple[int, ...]]]:
         # Shorter and faster than what dataclasses make of slots: ranks exchange many boxes.
         return Box, (self.offsets, self.sizes)
@@ -110,6 +123,65 @@ class Box:
         return Box(
             tuple(a + b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes
         )
+
+
+def boxes_of_at_most(box: Box, count: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most so many elements.
+
+    Parameters
+    ----------
+    box : Box
+        What is cut; an empty one stays whole.
+    count : int
+        At least 1.
+
+    Yields
+    ------
+    Box
+        In their order, with the elements of each in C order, they are the elements of `box`.
+    """
+    if box.count <= count:
+        yield box
+        return
+    cut = next(d for d, size in enumerate(box.sizes) if size > 1)
+    step = max(count // prod(box.sizes[cut + 1 :]), 1)
+    for start in range(0, box.sizes[cut], step):
+        size = min(step, box.sizes[cut] - start)
+        yield from boxes_of_at_most(box.along(cut, start, size), count)
+
+
+def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
+    """Return two boxes that share an element, or None if there are none.
+
+    Parameters
+    ----------
+    boxes : iterable of Box
+        Of one number of dimensions, none of them empty.
+
+    Returns
+    -------
+    (Box, Box) or None
+        By their offsets.
+
+    Notes
+    -----
+    Time: at most the square of the number of boxes, in numpy.
+    """
+    order = sorted(boxes, key=lambda box: box.offsets)
+    if len(order) <= _FEW:
+        pairs = combinations(order, 2)
+        return next((pair for pair in pairs if pair[0].intersect(pair[1]) is not None), None)
+    starts = np.array([box.offsets for box in order])
+    stops = np.array([box.stops for box in order])
+    for number in range(len(order) - 1):
+        # Those that begin behind the end of this one in the first dimension cannot meet it.
+        last = np.searchsorted(starts[:, 0], stops[number, 0]) if starts.shape[1] else len(order)
+        later = slice(number + 1, last)
+        meets = (starts[later] < stops[number]) & (stops[later] > starts[number])
+        hits = np.flatnonzero(meets.all(axis=1))
+        if hits.size:
+            return order[number], order[number + 1 + int(hits[0])]
+    return None
 
 
 def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.boxes import Box, boxes_of_range
+from mpidist.boxes import Box, boxes_of_range, overlapping
 from mpidist.errors import SizeMismatchError
 
 if TYPE_CHECKING:
@@ -79,7 +79,11 @@ class ShardedArray:
         for box, piece in pieces.items():
             self._check(box, piece)
         self.pieces = {_plain(box): piece for box, piece in pieces.items() if not box.empty}
-        _check_disjoint(self.pieces)
+        pair = overlapping(self.pieces)
+        if pair is not None:
+            raise SizeMismatchError(
+                f"ShardedArray: {pair[0]} and {pair[1]} overlap; a rank holds each element once"
+            )
 
     @classmethod
     def of_range(cls, shape: Sequence[int], start: int, piece: Array) -> ShardedArray:
@@ -140,20 +144,6 @@ class ShardedArray:
                 f"ShardedArray: expected shape {box.sizes} and dtype {self.dtype} for the piece at "
                 f"{box.offsets}, got {piece.shape} and {piece.dtype}"
             )
-
-
-def _check_disjoint(boxes: Iterable[Box]) -> None:
-    """Raise SizeMismatchError if two boxes, none of them empty, share an element."""
-    reaching: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offsets):
-        # Only those that reach into this one's first row can meet it or a later one.
-        reaching = [other for other in reaching if other.stops[:1] > box.offsets[:1]]
-        for other in reaching:
-            if box.intersect(other) is not None:
-                raise SizeMismatchError(
-                    f"ShardedArray: {other} and {box} overlap; a rank holds each element once"
-                )
-        reaching.append(box)
 
 
 def _plain(box: Box) -> Box:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mpidist.boxes import Box, boxes_of_range, split_evenly
+from mpidist.boxes import Box, boxes_of_at_most, boxes_of_range, overlapping, split_evenly
 from mpidist.errors import SizeMismatchError
 
 SHAPE = (4, 5)
@@ -114,3 +114,52 @@ def test_a_whole_array_is_one_box() -> None:
 def test_impossible_ranges(start: int, stop: int) -> None:
     with pytest.raises(SizeMismatchError, match=f"12 elements; the range from {start} to {stop}"):
         boxes_of_range((3, 4), start, stop)
+
+
+def test_a_part_along_a_dimension_is_counted_inside_the_box() -> None:
+    whole = np.arange(20).reshape(SHAPE)
+    box = Box((1, 2), (3, 2))
+    np.testing.assert_array_equal(
+        whole[box.along(0, 1, 2).slices], whole[box.slices][1:3], strict=True
+    )
+    np.testing.assert_array_equal(
+        whole[box.along(1, 1, 1).slices], whole[box.slices][:, 1:2], strict=True
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize("box", [*BOXES, Box((), ())])
+def test_small_boxes_in_their_order_are_the_elements_of_the_box(box: Box, count: int) -> None:
+    whole = np.arange(20).reshape(SHAPE) if box.sizes else np.array(7)
+    parts = list(boxes_of_at_most(box, count))
+    assert all(part.count <= count for part in parts)
+    elements = np.concatenate([whole[part.slices].ravel() for part in parts])
+    np.testing.assert_array_equal(elements, whole[box.slices].ravel())
+
+
+@pytest.mark.parametrize("number", [2, 3, 200])  # few are compared without numpy
+def test_boxes_overlap_where_an_element_is_in_two(number: int) -> None:
+    random = np.random.default_rng(number)
+    outcomes = set()
+    for trial in range(60):
+        side = (number, 400)[trial % 2]
+        cells = random.choice(side * side, size=number, replace=False)
+        sizes = np.ones((number, 2), int) if trial % 3 else random.integers(1, 4, (number, 2))
+        boxes = [
+            Box((int(cell) // side, int(cell) % side), (int(a), int(b)))
+            for cell, (a, b) in zip(cells, sizes, strict=True)
+        ]
+        times = np.zeros((side + 4, side + 4), int)
+        for box in boxes:
+            times[box.slices] += 1
+        found = overlapping(boxes)
+        assert (found is not None) == (times.max() > 1)
+        assert found is None or (found[0].intersect(found[1]) is not None and found[0] in boxes)
+        outcomes.add(found is not None)
+    assert outcomes == {True, False}
+
+
+def test_numbers_without_dimensions_overlap() -> None:
+    assert overlapping([Box((), ())]) is None
+    assert overlapping([Box((), ()), Box((), ())]) is not None
+    assert overlapping([]) is None

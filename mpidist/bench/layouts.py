@@ -70,9 +70,8 @@ def _part(array: Array, layout: str, rank: int, size: int) -> Array | ShardedArr
         piece = array.reshape(-1)[start : start + length].copy()
         return ShardedArray.of_range(array.shape, start, piece)
     dimension = min(LAYOUTS.index(layout) - 1, array.ndim - 1)
-    offsets, sizes = [0] * array.ndim, list(array.shape)
-    offsets[dimension], sizes[dimension] = split_evenly(array.shape[dimension], size)[rank]
-    box = Box(tuple(offsets), tuple(sizes))
+    start, length = split_evenly(array.shape[dimension], size)[rank]
+    box = Box.whole(array.shape).along(dimension, start, length)
     return ShardedArray(array.shape, array.dtype, {box: array[box.slices].copy()})
 
 

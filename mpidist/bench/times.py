@@ -132,14 +132,7 @@ def measure(
     """
     with _no_garbage_collection():
         length, rounds = _extent(series, group, effort)
-        samples: dict[str, list[Array]] = {each.name: [] for each in series}
-        for number in range(rounds):
-            for each in series if number % 2 == 0 else series[::-1]:
-                samples[each.name].append(_block(each, group, length))
-    return {
-        name: Times.of(all_reduce(np.concatenate(blocks), group, op=MAX))
-        for name, blocks in samples.items()
-    }
+        return _alternated(series, group, rounds, lambda each: _block(each, group, length))
 
 
 def take_turns(
@@ -166,14 +159,28 @@ def take_turns(
     Collective over `group`; blocks. As `measure`, for calls of which none prepares the next, such
     as those that write to a disk.
     """
-    samples: dict[str, list[Array]] = {each.name: [] for each in series}
     with _no_garbage_collection():
-        for number in range(rounds + 1):
-            for each in series if number % 2 == 0 else series[::-1]:
-                samples[each.name].append(_calls(each, group, 1))
+        return _alternated(
+            series, group, rounds + 1, lambda each: _calls(each, group, 1), uncounted=1
+        )
+
+
+def _alternated(
+    series: Sequence[Series],
+    group: ProcessGroup,
+    rounds: int,
+    times_of: Callable[[Series], Array],
+    *,
+    uncounted: int = 0,
+) -> Mapping[str, Times]:
+    """Time all series in each round, in every second one backwards; leave out the first ones."""
+    samples: dict[str, list[Array]] = {each.name: [] for each in series}
+    for number in range(rounds):
+        for each in series if number % 2 == 0 else series[::-1]:
+            samples[each.name].append(times_of(each))
     return {
-        name: Times.of(all_reduce(np.concatenate(calls[1:]), group, op=MAX))
-        for name, calls in samples.items()
+        name: Times.of(all_reduce(np.concatenate(times[uncounted:]), group, op=MAX))
+        for name, times in samples.items()
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,6 +48,25 @@ class Agreement:
     lead: tuple[Manifest, Plan] | None
 
 
+class _Held(NamedTuple):
+    """What this rank holds.
+
+    Attributes
+    ----------
+    flat, metadata, declared
+        The state, what the user says of it, and what is told of it to rank 0.
+    key, values, common : bytes
+        Digests of all that a plan depends on; of the values; of values and whole arrays together.
+    """
+
+    flat: FlatState
+    metadata: JSON
+    declared: Declaration
+    key: bytes
+    values: bytes
+    common: bytes
+
+
 class _Order(NamedTuple):
     """What rank 0 tells a rank."""
 
@@ -88,18 +107,18 @@ def agree(
     boxes are those of the save before; else a gather of what is held, and a scatter of orders.
     """
     group = saver.group
-    flat, declared, key, problem = _looked_at(state, metadata, saver, single_file=single_file)
+    held, problem = _looked_at(state, metadata, saver, single_file=single_file)
     where = str(directory / SINGLE_FILE if single_file else directory)
-    last = saver.last if saver.last is not None and saver.last.key == key else None
-    identity = _as_before(None if problem else last, declared, where, saver, directory)
+    last = saver.last if saver.last is not None and saver.last.key == held.key else None
+    identity = _as_before(None if problem else last, held, where, saver, directory)
     if identity is not None and last is not None:
         order, plan = _Order(None, identity.hex(), last.assignment), last.plan
-        plan = plan and replace(plan, values=declared.values)
+        plan = plan and replace(plan, values=held.declared.values)
     else:
-        order, plan = _anew(declared, problem, where, saver, directory)
-        saver.last = LastSave(key, order.id, order.assignment, plan)
+        order, plan = _anew(held, problem, where, saver, directory)
+        saver.last = LastSave(held.key, order.id, order.assignment, plan)
     if plan is None:
-        return Agreement(order.id, flat, order.assignment, None)
+        return Agreement(order.id, held.flat, order.assignment, None)
     header = Manifest(
         id=order.id,
         step=step_of(directory),
@@ -107,42 +126,51 @@ def agree(
         world_size=group.size,
         versions=versions(),
         crossovers=asdict(group.crossovers),
-        metadata=as_json("metadata", metadata),
+        metadata=held.metadata,
         values=plan.values,
     )
-    return Agreement(order.id, flat, order.assignment, (header, plan))
+    return Agreement(order.id, held.flat, order.assignment, (header, plan))
 
 
 def _looked_at(
     state: State, metadata: JSON, saver: Saver, *, single_file: bool
-) -> tuple[FlatState, Declaration, bytes, DistributedError | None]:
+) -> tuple[_Held, DistributedError | None]:
     """Return what this rank holds, and what is wrong with it or with an earlier save."""
     rank = saver.group.rank
-    nothing = FlatState(), Declaration(), b""
     try:
         saver.raise_untold()
-        flat = flatten(state)
-        as_json("metadata", metadata)
         if single_file:
             check_single_file(saver.group)
-        declared = Declaration.of(flat)
-        key = _key(declared)
-        _text(declared)
+        return _held(flatten(state), as_json("metadata", metadata)), None
     except DistributedError as error:
-        return *nothing, type(error)(f"rank {rank}: {error}")
+        return _held(FlatState(), None), type(error)(f"rank {rank}: {error}")
     except Exception as error:  # noqa: BLE001  # an object's own, which all ranks must learn
-        return *nothing, CheckpointError(f"rank {rank}: {type(error).__name__}: {error}")
-    return flat, declared, key, None
+        words = f"rank {rank}: {type(error).__name__}: {error}"
+        return _held(FlatState(), None), CheckpointError(words)
 
 
-def _key(declared: Declaration) -> bytes:
-    """Return a digest of all that a plan depends on."""
-    held = (sorted(declared.whole.items()), sorted(declared.sharded.items(), key=_first))
-    return xxhash.xxh3_128_digest(repr((held, sorted(declared.values))).encode())
+def _held(flat: FlatState, metadata: JSON) -> _Held:
+    declared = Declaration.of(flat)
+    whole = repr(sorted(declared.whole.items()))
+    values = json.dumps(declared.values, sort_keys=True)
+    sharded = repr(sorted(declared.sharded.items(), key=lambda item: item[0]))
+    key = f"{whole}{sharded}{sorted(declared.values)}"
+    return _Held(
+        flat,
+        metadata,
+        declared,
+        key=_digest(key),
+        values=_digest(values),
+        common=_digest(f"{whole}{values}"),
+    )
+
+
+def _digest(text: str) -> bytes:
+    return xxhash.xxh3_128_digest(text.encode())
 
 
 def _as_before(
-    last: LastSave | None, declared: Declaration, where: str, saver: Saver, directory: Path
+    last: LastSave | None, held: _Held, where: str, saver: Saver, directory: Path
 ) -> bytes | None:
     """Return the id of a save for which all ranks can do as for the last one, or None on all.
 
@@ -157,8 +185,8 @@ def _as_before(
         except DistributedError:  # told to all in the other way
             ready = False
     kept = last.id if last is not None else ""
-    texts = [text.encode() for text in (_text_of(declared.values), where, kept)]
-    mine = b"".join([bytes([ready]), *map(xxhash.xxh3_128_digest, texts), uuid.uuid4().bytes])
+    told = [held.values, _digest(where), _digest(kept)]
+    mine = b"".join([bytes([ready]), *told, uuid.uuid4().bytes])
     table = all_gather(np.frombuffer(mine, np.uint8), group).reshape(group.size, -1)
     if table[:, 0].all() and (table[:, :49] == table[0, :49]).all():
         return bytes(table[0, 49:])
@@ -169,14 +197,14 @@ def _as_before(
 
 
 def _anew(
-    declared: Declaration,
+    held: _Held,
     problem: DistributedError | None,
     where: str,
     saver: Saver,
     directory: Path,
 ) -> tuple[_Order, Plan | None]:
     """Gather what all ranks hold, let rank 0 plan, and tell each what to write."""
-    declarations, problems = _gathered(declared, problem, where, saver)
+    declarations, problems = _gathered(held, problem, where, saver)
     plan, orders = None, None
     if declarations:
         plan, orders = _decide(declarations, problems, saver, directory)
@@ -187,11 +215,10 @@ def _anew(
 
 
 def _gathered(
-    declared: Declaration, problem: DistributedError | None, where: str, saver: Saver
+    held: _Held, problem: DistributedError | None, where: str, saver: Saver
 ) -> tuple[list[Declaration], list[DistributedError]]:
     """Return, on rank 0, what each rank holds, and what is wrong; elsewhere nothing."""
-    group = saver.group
-    common = xxhash.xxh3_128_digest(_text(declared).encode())
+    group, declared, common = saver.group, held.declared, held.common
     told = gather_object((problem, where, common, declared.sharded), group)
     # Most often all ranks hold the same names whole, and one list of them is enough.
     others = None if told is None else [r for r, (*_, key, _) in enumerate(told) if key != common]
@@ -218,19 +245,6 @@ def _elsewhere(directories: Sequence[str]) -> Iterator[DistributedError]:
                 f"rank {rank} saves to {directory}, and rank 0 to {directories[0]}; give the same "
                 "path, step and single_file on all ranks"
             )
-
-
-def _text(declared: Declaration) -> str:
-    """Return a text that is the same exactly where whole arrays and values are."""
-    return repr(sorted(declared.whole.items())) + _text_of(declared.values)
-
-
-def _text_of(values: Mapping[str, JSON]) -> str:
-    return json.dumps(values, sort_keys=True)
-
-
-def _first(item: tuple[str, object]) -> str:
-    return item[0]
 
 
 def _decide(

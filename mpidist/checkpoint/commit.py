@@ -258,11 +258,7 @@ def foresee(header: Manifest, plan: Plan) -> Manifest:
         files.append(StoredFile(shard_name(rank), 0, shapes))
         for part, (dataset, first) in zip(ordered, places, strict=True):
             boxes[part.name].append(StoredBox(part.box, rank, dataset, first, b""))
-    arrays = {
-        name: StoredArray(dtypes[name], kind.shape, tuple(boxes[name]))
-        for name, kind in plan.kinds.items()
-    }
-    return replace(header, files=tuple(files), arrays=arrays)
+    return replace(header, files=tuple(files), arrays=_arrays(plan.kinds, boxes))
 
 
 def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON]) -> Manifest:
@@ -291,12 +287,18 @@ def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON
             files.append(StoredFile(name, size, places))
         for array, entry in result["boxes"]:
             boxes[array].append(StoredBox.from_json(entry | {"file": len(files) - 1}))
-    arrays = {
+    arrays = _arrays(kinds, boxes)
+    created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return replace(header, created=created, files=tuple(files), arrays=arrays)
+
+
+def _arrays(
+    kinds: Mapping[str, Kind], boxes: Mapping[str, Sequence[StoredBox]]
+) -> dict[str, StoredArray]:
+    return {
         name: StoredArray(dtype_of(kind.dtype), kind.shape, tuple(boxes[name]))
         for name, kind in kinds.items()
     }
-    created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    return replace(header, created=created, files=tuple(files), arrays=arrays)
 
 
 def _packed(value: JSON) -> Array:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
-import numpy as np
-
-from mpidist.boxes import Box
+from mpidist.boxes import Box, overlapping
 from mpidist.errors import SizeMismatchError
 
 __all__ = ["check_cover"]
-
-_FEW = 6
 
 
 def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
@@ -40,29 +35,11 @@ def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     boxes = [box for box in boxes if not box.empty]
     for box in boxes:
         box.relative_to(whole)
-    if len(boxes) > 1:
-        _check_disjoint(boxes)
+    pair = overlapping(boxes)
+    if pair is not None:
+        raise SizeMismatchError(f"{pair[0]} and {pair[1]} overlap")
     missing = whole.count - sum(box.count for box in boxes)
     if missing:
         raise SizeMismatchError(
             f"{missing} of {whole.count} elements of shape {tuple(shape)} are in no box"
         )
-
-
-def _check_disjoint(boxes: Sequence[Box]) -> None:
-    order = sorted(boxes, key=lambda box: box.offsets)
-    if len(order) <= _FEW:  # numpy takes longer
-        for one, other in combinations(order, 2):
-            if one.intersect(other) is not None:
-                raise SizeMismatchError(f"{one} and {other} overlap")
-        return
-    starts = np.array([box.offsets for box in order])
-    stops = np.array([box.stops for box in order])
-    for number in range(len(order) - 1):
-        # Those that begin behind the end of this one in the first dimension cannot meet it.
-        last = np.searchsorted(starts[:, 0], stops[number, 0]) if starts.shape[1] else len(order)
-        later = slice(number + 1, last)
-        meets = (starts[later] < stops[number]) & (stops[later] > starts[number])
-        hits = np.flatnonzero(meets.all(axis=1))
-        if hits.size:
-            raise SizeMismatchError(f"{order[number]} and {order[number + 1 + hits[0]]} overlap")

@@ -155,7 +155,7 @@ def load_full(
 
     Notes
     -----
-    Local. Memory: the arrays, and 8 MiB.
+    Local. Memory: the arrays, and 2 MiB.
     """
     checkpoint = find(Path(path), step)
     manifest = checkpoint.manifest
@@ -332,8 +332,10 @@ def _fill_alone(files: Files, manifest: Manifest, targets: _Targets, units: Sequ
     (mine,) = batches(units, 1)
     for batch in mine:
         places = [place_of(manifest, unit, targets.pieces) for unit in batch]
-        spare = [memory[place : place + unit.nbytes] for unit, place in _places(batch)]
-        read = [b if a is None else a for a, b in zip(places, spare, strict=True)]
+        read = [
+            spare if place is None else place
+            for place, spare in zip(places, _laid(memory, batch), strict=True)
+        ]
         for unit, place, data in zip(batch, places, files.load(batch, read), strict=True):
             if place is None:
                 give(manifest, unit, data, targets.pieces)
@@ -361,28 +363,26 @@ def _fill_together(
         memory = slots[turn % 2]
         try:
             if turn < len(mine) and problem is None:
-                slot = memory[readers.rank]
-                places = [slot[place : place + u.nbytes] for u, place in _places(mine[turn])]
-                files.load(mine[turn], places)
+                files.load(mine[turn], list(_laid(memory[readers.rank], mine[turn])))
         except Exception as error:  # noqa: BLE001  # returned: first the others must learn of it
             problem = error
         if readers.meet(failed=problem is not None):
             break
         try:
             for rank, share in enumerate(shares):
-                for unit, place in _places(share[turn] if turn < len(share) else ()):
-                    data = files.shaped(unit, memory[rank, place:])
-                    give(manifest, unit, data, targets.pieces)
+                batch = share[turn] if turn < len(share) else ()
+                for unit, part in zip(batch, _laid(memory[rank], batch), strict=True):
+                    give(manifest, unit, files.shaped(unit, part), targets.pieces)
         except Exception as error:  # noqa: BLE001  # as above, when they meet again
             problem = error
     return problem
 
 
-def _places(batch: Sequence[Unit]) -> Iterator[tuple[Unit, int]]:
-    """Yield units, and where in a slot each begins."""
+def _laid(slot: Array, batch: Sequence[Unit]) -> Iterator[Array]:
+    """Yield where in a slot each unit is."""
     place = 0
     for unit in batch:
-        yield unit, place
+        yield slot[place : place + unit.nbytes]
         place += room(unit)
 
 

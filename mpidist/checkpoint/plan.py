@@ -223,14 +223,8 @@ def _cut(box: Box, parts: int) -> list[Box]:
         return [box]
     long = [d for d, size in enumerate(box.sizes) if size >= parts]
     dimension = long[0] if long else max(range(len(box.sizes)), key=box.sizes.__getitem__)
-    cut = []
-    for start, size in split_evenly(box.sizes[dimension], parts):
-        offsets, sizes = list(box.offsets), list(box.sizes)
-        offsets[dimension] += start
-        sizes[dimension] = size
-        if size:
-            cut.append(Box(tuple(offsets), tuple(sizes)))
-    return cut
+    lengths = split_evenly(box.sizes[dimension], parts)
+    return [box.along(dimension, start, size) for start, size in lengths if size]
 
 
 def part_of(array: Array | ShardedArray, part: Part) -> Array:

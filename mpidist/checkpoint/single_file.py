@@ -10,7 +10,7 @@ is lost: parts that do not interleave, as parts of rows, an MPI library writes b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.boxes import Box
+from mpidist.boxes import Box, boxes_of_at_most
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.files import sync_directory, temporary
 from mpidist.checkpoint.manifest import ID_DATASET, StoredBox, StoredDataset, StoredFile, dtype_of
@@ -140,30 +140,15 @@ def _fill(
             identity = _identity(attributes)
             file.write(ID_DATASET, Box.whole(identity.shape), identity)
         for piece in taken.result():
-            for box in _blocks(piece.box, piece.dtype.itemsize):
+            if piece.box.empty:
+                continue
+            for box in boxes_of_at_most(piece.box, _BLOCK // piece.dtype.itemsize):
                 file.write(piece.name, box, _elements(piece, box))
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _blocks(box: Box, itemsize: int) -> Iterator[Box]:
-    """Cut a box into parts of at most a block, in C order."""
-    if box.empty:
-        return
-    nbytes = box.count * itemsize
-    if nbytes <= _BLOCK:
-        yield box
-        return
-    cut = next(d for d, size in enumerate(box.sizes) if size > 1)
-    offset, size = box.offsets[cut], box.sizes[cut]
-    step = max(_BLOCK * size // nbytes, 1)
-    for start in range(0, size, step):
-        offsets, sizes = list(box.offsets), list(box.sizes)
-        offsets[cut], sizes[cut] = offset + start, min(step, size - start)
-        yield from _blocks(Box(tuple(offsets), tuple(sizes)), itemsize)
 
 
 def _elements(piece: Piece, box: Box) -> Array:

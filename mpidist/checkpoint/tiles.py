@@ -18,9 +18,9 @@ import xxhash
 
 from mpidist._types import Array
 from mpidist.arrays import as_bytes
-from mpidist.boxes import Box, boxes_of_range
+from mpidist.boxes import Box, boxes_of_at_most, boxes_of_range
 
-__all__ = ["DIGEST_BYTES", "Tiling", "digest", "digests_of"]
+__all__ = ["DIGEST_BYTES", "Tiling", "digests_of"]
 
 DIGEST_BYTES = 8
 """Bytes of a digest: XXH3, 64 bits, in its canonical (big-endian) form."""
@@ -113,7 +113,7 @@ class Tiling:
         for together in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
             start, stop = int(together[0]), int(together[-1]) + 1
             for some in boxes_of_range(self.grid, start, stop):
-                for part in _of_at_most(some, most):
+                for part in boxes_of_at_most(some, most):
                     yield start, part.count, self.span(part.offsets, part.sizes)
                     start += part.count
 
@@ -132,21 +132,6 @@ class Tiling:
 
 def _grid(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // max(part, 1)) for size, part in zip(sizes, tile, strict=True))
-
-
-def _of_at_most(box: Box, count: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most so many elements, whose elements follow each other."""
-    if box.count <= count:
-        yield box
-        return
-    cut = next(d for d, size in enumerate(box.sizes) if size > 1)
-    inner = prod(box.sizes[cut + 1 :])
-    step = max(count // inner, 1)
-    for start in range(0, box.sizes[cut], step):
-        offsets, sizes = list(box.offsets), list(box.sizes)
-        offsets[cut] += start
-        sizes[cut] = min(step, sizes[cut] - start)
-        yield from _of_at_most(Box(tuple(offsets), tuple(sizes)), count)
 
 
 @lru_cache(maxsize=1024)  # many arrays have the same few shapes
@@ -196,12 +181,11 @@ def digests_of(array: Array, tiling: Tiling | None = None) -> bytes:
     """
     tiling = tiling or Tiling(array.shape, array.dtype.itemsize)
     if tiling.count <= 1:
-        return digest(array) if tiling.count else b""
+        return _digest(array) if tiling.count else b""
     # Fresh memory for each tile would cost several times the copy into it.
     scratch = np.empty(tiling.tile, array.dtype.newbyteorder("<"))
     return b"".join(
-        _digest_by(scratch, array[_slices(index, tiling.tile)])
-        for index in np.ndindex(*tiling.grid)
+        _digest(array[_slices(index, tiling.tile)], scratch) for index in np.ndindex(*tiling.grid)
     )
 
 
@@ -209,17 +193,13 @@ def _slices(index: Sequence[int], tile: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, tile, strict=True))
 
 
-def _digest_by(scratch: Array, part: Array) -> bytes:
-    """Return the digest of a tile, put side by side in scratch memory if it does not lie so."""
-    if part.shape != scratch.shape or (part.flags.c_contiguous and part.dtype == scratch.dtype):
-        return digest(part)
-    np.copyto(scratch, part)
-    return xxhash.xxh3_64_digest(as_bytes(scratch).data)
-
-
-def digest(part: Array) -> bytes:
-    """Return the digest of the elements of one tile."""
+def _digest(part: Array, scratch: Array | None = None) -> bytes:
+    """Return the digest of a tile, whose elements are put side by side if they do not lie so."""
     little = part.dtype.newbyteorder("<")
     if not part.flags.c_contiguous or part.dtype != little:
-        part = np.ascontiguousarray(part, little)
+        if scratch is not None and scratch.shape == part.shape:
+            np.copyto(scratch, part)
+            part = scratch
+        else:
+            part = np.ascontiguousarray(part, little)
     return xxhash.xxh3_64_digest(as_bytes(part).data)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -12,7 +14,8 @@ from mpidist.checkpoint import hdf5
 __all__ = ["versions"]
 
 
-def versions() -> dict[str, str]:
+@cache  # finding one's own reads files, and every save asks
+def versions() -> Mapping[str, str]:
     """Return the versions of mpidist and of what it stands on."""
     try:
         own = version("mpidist")
