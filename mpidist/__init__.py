@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         SUM,
         ReduceOp,
     )
-    from mpidist.backends.availability import is_mpi_available
+    from mpidist.backends.availability import is_mpi_available, is_nccl_available
     from mpidist.backends.work import ANY_SOURCE, Work
     from mpidist.boxes import Box
     from mpidist.collectives import (
@@ -175,6 +175,7 @@ __all__ = [
     "ireduce_scatter",
     "ireduce_scatter_coalesced",
     "is_mpi_available",
+    "is_nccl_available",
     "iscatter",
     "isend",
     "recv",

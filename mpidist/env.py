@@ -14,8 +14,10 @@ __all__ = [
     "Evidence",
     "cache_directory",
     "crossovers",
+    "cuda_aware_mpi",
     "debug",
     "dump_directory",
+    "gpu_fallback",
     "keep_mpi_from_starting",
     "launcher_evidence",
     "launcher_rank",
@@ -27,6 +29,7 @@ __all__ = [
     "slurm_tasks_per_node",
     "store_evidence",
     "trace_directory",
+    "visible_devices",
 ]
 
 _SETTINGS = (
@@ -45,7 +48,9 @@ _SETTINGS = (
     "FI_",
     "PSM2_",
     "NCCL_",
-    "CUDA_VISIBLE_DEVICES",
+    "CUDA_",
+    "CUPY_",
+    "NVIDIA_VISIBLE_DEVICES",
     "HDF5_",
     "OMPI_MCA_",
     "PRTE_MCA_",
@@ -148,6 +153,22 @@ def cache_directory() -> str:
     """Return the directory for what can be measured again, as XDG says; it may begin with ``~``."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return f"{base}/mpidist"
+
+
+def gpu_fallback() -> bool:
+    """Whether ``MPIDIST_ENABLE_GPU_FALLBACK`` lets device arrays travel through the host."""
+    return os.environ.get("MPIDIST_ENABLE_GPU_FALLBACK", "0") not in ("", "0")
+
+
+def cuda_aware_mpi() -> bool | None:
+    """Return ``MPIDIST_CUDA_AWARE_MPI``: whether MPI gets device arrays; None if not set."""
+    text = os.environ.get("MPIDIST_CUDA_AWARE_MPI", "")
+    return text != "0" if text else None
+
+
+def visible_devices() -> str | None:
+    """Return ``CUDA_VISIBLE_DEVICES``; None if not set, which shows all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def ranks_per_node() -> int | None:

@@ -137,3 +137,18 @@ def test_mpi_can_be_kept_from_starting(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("MPI4PY_RC_INITIALIZE", "1")
     env.keep_mpi_from_starting()
     assert env.settings()["MPI4PY_RC_INITIALIZE"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("text", "fallback", "aware"),
+    [(None, False, None), ("", False, None), ("0", False, False), ("1", True, True)],
+)
+def test_what_is_asked_for_device_arrays(
+    environment: pytest.MonkeyPatch, text: str | None, fallback: bool, aware: bool | None
+) -> None:
+    for name in ("MPIDIST_ENABLE_GPU_FALLBACK", "MPIDIST_CUDA_AWARE_MPI"):
+        if text is None:
+            environment.delenv(name, raising=False)
+        else:
+            environment.setenv(name, text)
+    assert (env.gpu_fallback(), env.cuda_aware_mpi()) == (fallback, aware)
