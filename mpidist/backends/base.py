@@ -44,12 +44,15 @@ class Capabilities:
         Whether a receive may take a message from any rank.
     unknown_shapes : bool
         Whether a receive may learn shape and dtype from the message.
+    halves_rounded_once : bool
+        Whether float16 and bfloat16 are summed in float32 and rounded at the end only.
     """
 
     reductions: frozenset[tuple[ReduceOp, DType]] = REDUCTIONS
     max_tag: int = 2**15 - 1
     any_source: bool = True
     unknown_shapes: bool = True
+    halves_rounded_once: bool = True
 
 
 class Traffic(IntEnum):

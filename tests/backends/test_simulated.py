@@ -24,7 +24,7 @@ from mpidist.errors import (
 )
 from mpidist.group import ProcessGroup
 from mpidist.testing import Death, Drop, Faults, Mode, run_ranks
-from mpidist.testing.contract import _groups
+from mpidist.testing.contract import HostPlace, _groups
 
 MODES = pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.value)
 
@@ -297,7 +297,7 @@ def test_abort_ends_every_rank() -> None:
 
 
 def test_pretended_nodes() -> None:
-    run_ranks(5, _groups.nodes, ranks_per_node=2)
+    run_ranks(5, _groups.nodes, HostPlace(), ranks_per_node=2)
 
     def facts(group: ProcessGroup) -> tuple[int, ...]:
         cross = group.cross_group()

@@ -20,19 +20,20 @@ from mpidist.testing.contract import (
     _lists,
     _point_to_point,
 )
+from mpidist.testing.contract._places import HOST, Case, DevicePlace, HostPlace, Place
 from mpidist.testing.contract._verbs import VERBS
 
-__all__ = ["BackendContract", "Run"]
+__all__ = ["BackendContract", "DevicePlace", "HostPlace", "Place", "Run"]
 
 Run: TypeAlias = Callable[[Callable[[ProcessGroup], None]], object]
 """Calls a function on every rank with the rank's group of all ranks."""
 
 
-def _test(case: Callable[[ProcessGroup], None]) -> Callable[[BackendContract, Run], None]:
+def _test(case: Case) -> Callable[[BackendContract, Run], None]:
     """Make a test method of a case."""
 
-    def method(_: BackendContract, run: Run) -> None:
-        run(case)
+    def method(contract: BackendContract, run: Run) -> None:
+        run(lambda group: case(group, contract.place))
 
     method.__doc__ = case.__doc__
     return method
@@ -44,11 +45,16 @@ class BackendContract:
     A subclass gives a fixture `run`, which calls a function of one argument, the group of all
     ranks, on every rank. Where the process is itself a rank, it calls it once.
 
+    Attributes
+    ----------
+    place : Place
+        Where the arrays lie: in the host's memory, unless a subclass gives a `DevicePlace`.
+
     Notes
     -----
-    Cases use only what `group.capabilities` offers, and check that the rest is refused. The cases
-    of deadlines break groups of their own, so that their processes must not wait for these at
-    their end.
+    Cases use only what the group's capabilities offer, and check that the rest is refused. The
+    cases of deadlines break groups of their own, so that their processes must not wait for these
+    at their end.
 
     Examples
     --------
@@ -59,6 +65,8 @@ class BackendContract:
             def run(self):
                 return lambda case: run_my_ranks(4, case)
     """
+
+    place: Place = HOST
 
     # -- collectives ---------------------------------------------------------------------------
 
@@ -94,6 +102,7 @@ class BackendContract:
     test_order_and_tags = _test(_point_to_point.in_order)
     test_any_source = _test(_point_to_point.any_source)
     test_nothing_left_behind = _test(_point_to_point.nothing_left_behind)
+    test_messages_of_subclasses = _test(_point_to_point.matrices)
     test_batches = _test(_point_to_point.batches)
     test_messages_of_objects = _test(_point_to_point.messages_of_objects)
     test_receive_first = _test(_point_to_point.receive_first)

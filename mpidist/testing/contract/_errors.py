@@ -22,19 +22,26 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.testing.contract._values import check_that, expect, expect_error, with_peers
+from mpidist.testing.contract._places import Place, with_peers
+from mpidist.testing.contract._values import check_that, expect, expect_error
 
 X = np.ones((6, 2))
 LIST: Any = [1.0, 2.0]
 DEADLINE = 0.12
 
 
+Put = Callable[[Array], Array]
+
+
 class Mistake(NamedTuple):
-    """A bad call, the error that it must raise, and a word of its message."""
+    """A bad call, the error that it must raise, and a word of its message.
+
+    The call takes the group, and what brings a host array to the place of the case.
+    """
 
     error: type[DistributedError]
     word: str
-    call: Callable[[ProcessGroup], Any]
+    call: Callable[[ProcessGroup, Put], Any]
 
 
 def _locked(shape: tuple[int, ...]) -> Array:
@@ -54,176 +61,204 @@ def _bad(group: ProcessGroup, *numbers: int) -> list[int]:
 
 MISTAKES: dict[str, Mistake] = {
     # not an array, or one of a dtype that nobody carries
-    "list": Mistake(UnsupportedOperationError, "list", lambda g: c.all_reduce(LIST, g)),
+    "list": Mistake(UnsupportedOperationError, "list", lambda g, _: c.all_reduce(LIST, g)),
     "list sent": Mistake(
-        UnsupportedOperationError, "list", lambda g: p.send(LIST, g, dst=(g.rank + 1) % g.size)
+        UnsupportedOperationError, "list", lambda g, _: p.send(LIST, g, dst=(g.rank + 1) % g.size)
     ),
     "objects": Mistake(
-        UnsupportedOperationError, "object", lambda g: c.broadcast(np.array([None]), g)
+        UnsupportedOperationError, "object", lambda g, _: c.broadcast(np.array([None]), g)
     ),
-    "text": Mistake(UnsupportedOperationError, "<U", lambda g: c.all_gather(np.array(["a"]), g)),
+    "text": Mistake(UnsupportedOperationError, "<U", lambda g, _: c.all_gather(np.array(["a"]), g)),
     "dates": Mistake(
-        UnsupportedOperationError, "datetime", lambda g: c.gather(np.zeros(1, "M8[s]"), g)
+        UnsupportedOperationError, "datetime", lambda g, _: c.gather(np.zeros(1, "M8[s]"), g)
     ),
     "long double": Mistake(
-        UnsupportedOperationError, "float128", lambda g: c.all_reduce(X.astype(np.longdouble), g)
+        UnsupportedOperationError, "float128", lambda g, _: c.all_reduce(X.astype(np.longdouble), g)
     ),
     "records": Mistake(
-        UnsupportedOperationError, "dtype", lambda g: c.all_to_all(np.zeros(g.size, "i4,f4"), g)
+        UnsupportedOperationError, "dtype", lambda g, _: c.all_to_all(np.zeros(g.size, "i4,f4"), g)
     ),
     "list in a list": Mistake(
-        UnsupportedOperationError, "arrays[1]", lambda g: c.all_reduce_coalesced([X, LIST], g)
+        UnsupportedOperationError,
+        "arrays[1]",
+        lambda g, at: c.all_reduce_coalesced([at(X), LIST], g),
     ),
     "masked": Mistake(
-        UnsupportedOperationError, "filled", lambda g: c.all_reduce(np.ma.masked_array(X), g)
+        UnsupportedOperationError, "filled", lambda g, _: c.all_reduce(np.ma.masked_array(X), g)
     ),
     # an operation that the dtype does not have
     "mean of int": Mistake(
-        UnsupportedOperationError, "MEAN", lambda g: c.all_reduce(X.astype(int), g, op=MEAN)
+        UnsupportedOperationError, "MEAN", lambda g, at: c.all_reduce(at(X.astype(int)), g, op=MEAN)
     ),
     "least complex": Mistake(
-        UnsupportedOperationError, "MIN", lambda g: c.reduce(X.astype(complex), g, op=MIN)
+        UnsupportedOperationError, "MIN", lambda g, at: c.reduce(at(X.astype(complex)), g, op=MIN)
     ),
     "bits of float": Mistake(
-        UnsupportedOperationError, "BAND", lambda g: c.reduce_scatter(_rows(g), g, op=BAND)
+        UnsupportedOperationError, "BAND", lambda g, at: c.reduce_scatter(at(_rows(g)), g, op=BAND)
     ),
     "logic of float": Mistake(
-        UnsupportedOperationError, "LXOR", lambda g: c.all_reduce_coalesced([X], g, op=LXOR)
+        UnsupportedOperationError, "LXOR", lambda g, at: c.all_reduce_coalesced([at(X)], g, op=LXOR)
     ),
     "mean of floats and integers": Mistake(
         UnsupportedOperationError,
         "int",
-        lambda g: c.all_reduce_coalesced([X, X.astype(int)], g, op=MEAN),
+        lambda g, at: c.all_reduce_coalesced([at(X), at(X.astype(int))], g, op=MEAN),
     ),
     "op by name": Mistake(
         UnsupportedOperationError,
         "sum",
-        lambda g: c.all_reduce(X, g, op="sum"),  # type: ignore[arg-type]
+        lambda g, at: c.all_reduce(at(X), g, op="sum"),  # type: ignore[arg-type]
     ),
     # roots and peers
-    "root too large": Mistake(InvalidRankError, "root", lambda g: c.broadcast(X, g, root=g.size)),
-    "root negative": Mistake(InvalidRankError, "root", lambda g: c.reduce(X, g, root=-1)),
-    "root of gather": Mistake(InvalidRankError, "root", lambda g: c.gather(X, g, root=g.size)),
-    "root of scatter": Mistake(InvalidRankError, "root", lambda g: c.scatter(X, g, root=-3)),
+    "root too large": Mistake(
+        InvalidRankError, "root", lambda g, at: c.broadcast(at(X), g, root=g.size)
+    ),
+    "root negative": Mistake(InvalidRankError, "root", lambda g, at: c.reduce(at(X), g, root=-1)),
+    "root of gather": Mistake(
+        InvalidRankError, "root", lambda g, at: c.gather(at(X), g, root=g.size)
+    ),
+    "root of scatter": Mistake(
+        InvalidRankError, "root", lambda g, at: c.scatter(at(X), g, root=-3)
+    ),
     "root by name": Mistake(
         InvalidRankError,
         "'0'",
-        lambda g: c.broadcast(X, g, root="0"),  # type: ignore[arg-type]
+        lambda g, at: c.broadcast(at(X), g, root="0"),  # type: ignore[arg-type]
     ),
     "root a float": Mistake(
         InvalidRankError,
         "0.0",
-        lambda g: c.reduce(X, g, root=0.0),  # type: ignore[arg-type]
+        lambda g, at: c.reduce(at(X), g, root=0.0),  # type: ignore[arg-type]
     ),
     "root of objects": Mistake(
-        InvalidRankError, "root", lambda g: c.broadcast_object(1, g, root=g.size)
+        InvalidRankError, "root", lambda g, _: c.broadcast_object(1, g, root=g.size)
     ),
     "root of list": Mistake(
-        InvalidRankError, "root", lambda g: c.broadcast_coalesced([X], g, root=g.size)
+        InvalidRankError, "root", lambda g, at: c.broadcast_coalesced([at(X)], g, root=g.size)
     ),
-    "to myself": Mistake(SelfSendError, "dst", lambda g: p.send(X, g, dst=g.rank)),
-    "from myself": Mistake(SelfSendError, "src", lambda g: p.recv(g, src=g.rank)),
-    "to nobody": Mistake(InvalidRankError, "dst", lambda g: p.isend(X, g, dst=g.size)),
-    "from nobody": Mistake(InvalidRankError, "src", lambda g: p.irecv(g, src=-7)),
+    "to myself": Mistake(SelfSendError, "dst", lambda g, at: p.send(at(X), g, dst=g.rank)),
+    "from myself": Mistake(SelfSendError, "src", lambda g, _: p.recv(g, src=g.rank)),
+    "to nobody": Mistake(InvalidRankError, "dst", lambda g, at: p.isend(at(X), g, dst=g.size)),
+    "from nobody": Mistake(InvalidRankError, "src", lambda g, _: p.irecv(g, src=-7)),
     "batch to myself": Mistake(
-        SelfSendError, "dst", lambda g: p.exchange(g, sends=[p.Send(X, g.rank)], receives=[])
+        SelfSendError,
+        "dst",
+        lambda g, at: p.exchange(g, sends=[p.Send(at(X), g.rank)], receives=[]),
     ),
     # shapes
-    "out shape": Mistake(SizeMismatchError, "out", lambda g: c.all_reduce(X, g, out=X[:3].copy())),
+    "out shape": Mistake(
+        SizeMismatchError, "out", lambda g, at: c.all_reduce(at(X), g, out=at(X[:3].copy()))
+    ),
     "out dtype": Mistake(
-        SizeMismatchError, "float32", lambda g: c.broadcast(X, g, out=np.empty((6, 2), np.float32))
+        SizeMismatchError,
+        "float32",
+        lambda g, at: c.broadcast(at(X), g, out=at(np.empty((6, 2), np.float32))),
     ),
     "out of gather": Mistake(
-        SizeMismatchError, "out", lambda g: c.all_gather(X, g, out=np.empty((6 * g.size + 1, 2)))
+        SizeMismatchError,
+        "out",
+        lambda g, at: c.all_gather(at(X), g, out=at(np.empty((6 * g.size + 1, 2)))),
     ),
     "out of scatter": Mistake(
-        SizeMismatchError, "out", lambda g: c.scatter(_rows(g), g, out=np.empty((2, 2)))
+        SizeMismatchError, "out", lambda g, at: c.scatter(at(_rows(g)), g, out=at(np.empty((2, 2))))
     ),
-    "outs": Mistake(SizeMismatchError, "outs", lambda g: c.all_gather_coalesced([X], g, outs=[])),
+    "outs": Mistake(
+        SizeMismatchError, "outs", lambda g, at: c.all_gather_coalesced([at(X)], g, outs=[])
+    ),
     "out locked": Mistake(
-        UnsupportedOperationError, "read-only", lambda g: c.all_reduce(X, g, out=_locked((6, 2)))
+        UnsupportedOperationError, "read-only", lambda g, _: c.all_reduce(X, g, out=_locked((6, 2)))
     ),
     "outs locked": Mistake(
         UnsupportedOperationError,
         "outs[1] is read-only",
-        lambda g: c.all_reduce_coalesced([X, X], g, outs=[X.copy(), _locked((6, 2))]),
+        lambda g, _: c.all_reduce_coalesced([X, X], g, outs=[X.copy(), _locked((6, 2))]),
     ),
     "outs locked, broadcast": Mistake(
         UnsupportedOperationError,
         "outs[0] is read-only",
-        lambda g: c.broadcast_coalesced([X], g, outs=[_locked((6, 2))]),
+        lambda g, _: c.broadcast_coalesced([X], g, outs=[_locked((6, 2))]),
     ),
     "outs shape": Mistake(
         SizeMismatchError,
         "outs[0]",
-        lambda g: c.reduce_scatter_coalesced([_rows(g)], g, outs=[np.empty((4, 2))]),
+        lambda g, at: c.reduce_scatter_coalesced([at(_rows(g))], g, outs=[at(np.empty((4, 2)))]),
     ),
     "outs of lists": Mistake(
-        UnsupportedOperationError, "outs[0]", lambda g: c.all_reduce_coalesced([X], g, outs=[LIST])
+        UnsupportedOperationError,
+        "outs[0]",
+        lambda g, at: c.all_reduce_coalesced([at(X)], g, outs=[LIST]),
     ),
     "outs of a scalar": Mistake(
         UnsupportedOperationError,
         "read-only",
-        lambda g: c.all_reduce_coalesced([np.ones(())], g, outs=[np.float64(1)]),
+        lambda g, _: c.all_reduce_coalesced([np.ones(())], g, outs=[np.float64(1)]),
     ),
-    "0-d cut": Mistake(SizeMismatchError, "0-d", lambda g: c.reduce_scatter(np.ones(()), g)),
-    "0-d scattered": Mistake(SizeMismatchError, "0-d", lambda g: c.scatter(np.ones(()), g)),
-    "nothing to scatter": Mistake(SizeMismatchError, "root", lambda g: c.scatter(None, g)),
+    "0-d cut": Mistake(
+        SizeMismatchError, "0-d", lambda g, at: c.reduce_scatter(at(np.ones(())), g)
+    ),
+    "0-d scattered": Mistake(SizeMismatchError, "0-d", lambda g, at: c.scatter(at(np.ones(())), g)),
+    "nothing to scatter": Mistake(SizeMismatchError, "root", lambda g, _: c.scatter(None, g)),
     # counts
     "too few counts": Mistake(
-        SizeMismatchError, "counts", lambda g: c.all_gather(X, g, counts=[6] * (g.size - 1))
+        SizeMismatchError, "counts", lambda g, at: c.all_gather(at(X), g, counts=[6] * (g.size - 1))
     ),
     "negative count": Mistake(
-        SizeMismatchError, "counts", lambda g: c.scatter(_rows(g), g, counts=_bad(g, -1))
+        SizeMismatchError, "counts", lambda g, at: c.scatter(at(_rows(g)), g, counts=_bad(g, -1))
     ),
     "not my count": Mistake(
-        SizeMismatchError, "counts", lambda g: c.all_gather(X, g, counts=[5] * g.size)
+        SizeMismatchError, "counts", lambda g, at: c.all_gather(at(X), g, counts=[5] * g.size)
     ),
     "not my count, gather": Mistake(
-        SizeMismatchError, "counts", lambda g: c.gather(X, g, counts=[7] * g.size)
+        SizeMismatchError, "counts", lambda g, at: c.gather(at(X), g, counts=[7] * g.size)
     ),
     "counts of floats": Mistake(
         SizeMismatchError,
         "6.5",
-        lambda g: c.all_gather(X, g, counts=[6.5] * g.size),  # type: ignore[list-item]
+        lambda g, at: c.all_gather(at(X), g, counts=[6.5] * g.size),  # type: ignore[list-item]
     ),
     "one count": Mistake(
         SizeMismatchError,
         "counts",
-        lambda g: c.scatter(_rows(g), g, counts=3),  # type: ignore[arg-type]
+        lambda g, at: c.scatter(at(_rows(g)), g, counts=3),  # type: ignore[arg-type]
     ),
     "wrong sum": Mistake(
-        SizeMismatchError, "counts", lambda g: c.reduce_scatter(_rows(g), g, counts=_bad(g, 99))
+        SizeMismatchError,
+        "counts",
+        lambda g, at: c.reduce_scatter(at(_rows(g)), g, counts=_bad(g, 99)),
     ),
     "wrong sum, all_to_all": Mistake(
         SizeMismatchError,
         "counts",
-        lambda g: c.all_to_all(_rows(g), g, counts=_bad(g, 99), recv_counts=_bad(g, 99)),
+        lambda g, at: c.all_to_all(at(_rows(g)), g, counts=_bad(g, 99), recv_counts=_bad(g, 99)),
     ),
     "half of the counts": Mistake(
-        SizeMismatchError, "recv_counts", lambda g: c.all_to_all(_rows(g), g, counts=[3] * g.size)
+        SizeMismatchError,
+        "recv_counts",
+        lambda g, at: c.all_to_all(at(_rows(g)), g, counts=[3] * g.size),
     ),
     "number of objects": Mistake(
-        SizeMismatchError, "object per rank", lambda g: c.scatter_object([1] * (g.size + 1), g)
+        SizeMismatchError, "object per rank", lambda g, _: c.scatter_object([1] * (g.size + 1), g)
     ),
     # tags
     "tag negative": Mistake(
-        UnsupportedOperationError, "tag", lambda g: p.send(X, g, dst=(g.rank + 1) % g.size, tag=-1)
+        UnsupportedOperationError,
+        "tag",
+        lambda g, at: p.send(at(X), g, dst=(g.rank + 1) % g.size, tag=-1),
     ),
     "tag a float": Mistake(
         UnsupportedOperationError,
         "1.5",
-        lambda g: p.recv(g, src=(g.rank + 1) % g.size, tag=1.5),  # type: ignore[arg-type]
+        lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=1.5),  # type: ignore[arg-type]
     ),
     "tag too large": Mistake(
         UnsupportedOperationError,
         "tag",
-        lambda g: p.recv(g, src=(g.rank + 1) % g.size, tag=g.capabilities.max_tag + 1),
+        lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=g.capabilities.max_tag + 1),
     ),
     "recv locked": Mistake(
         UnsupportedOperationError,
         "read-only",
-        lambda g: p.recv(g, src=(g.rank + 1) % g.size, out=_locked((2,))),
+        lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, out=_locked((2,))),
     ),
 }
 
@@ -238,30 +273,32 @@ INDIVISIBLE: dict[str, Callable[[Array, ProcessGroup], Any]] = {
 }
 
 
-def mistakes(group: ProcessGroup) -> None:
+def mistakes(group: ProcessGroup, place: Place) -> None:
     """Each mistake raises its error on all ranks, says where, and leaves the group usable."""
     who = f"rank {group.rank} of {group.size}"
     for name, mistake in MISTAKES.items():
         if group.size > 1 or name not in PEERS:
             error = expect_error(
-                mistake.error, partial(mistake.call, group), name, mistake.word, who
+                mistake.error, partial(mistake.call, group, place.put), name, mistake.word, who
             )
             check_that(isinstance(error, ValueError), f"{name}: {error!r} is no ValueError")
     for name, call in INDIVISIBLE.items() if group.size > 1 else ():
-        x = np.ones(group.size + 1)
+        x = place.put(np.ones(group.size + 1))
         expect_error(SizeMismatchError, partial(call, x, group), name, name, "multiple", who)
     check_that(not group._outstanding, "a mistake has left something under way")
-    expect(c.all_reduce(np.ones(2), group), np.full(2, float(group.size)), "after the mistakes")
+    after = place.take(c.all_reduce(place.put(np.ones(2)), group))
+    expect(after, np.full(2, float(group.size)), "after the mistakes")
 
 
-def _refuses(group: ProcessGroup, name: str) -> None:
+def _refuses(group: ProcessGroup, name: str, place: Place) -> None:
     """Check that a broken group refuses every verb at once."""
+    x = place.put(X)
     began = time.monotonic()
     calls: dict[str, Callable[[], Any]] = {
         "barrier": lambda: c.barrier(group),
-        "iall_reduce": lambda: c.iall_reduce(X, group),
+        "iall_reduce": lambda: c.iall_reduce(x, group),
         "all_gather_object": lambda: c.all_gather_object(1, group),
-        "isend": lambda: p.isend(X, group, dst=(group.rank + 1) % group.size),
+        "isend": lambda: p.isend(x, group, dst=(group.rank + 1) % group.size),
         "irecv": lambda: p.irecv(group, src=(group.rank + 1) % group.size),
         "split": lambda: group.split(0),
         "progress": group.progress,
@@ -274,19 +311,24 @@ def _refuses(group: ProcessGroup, name: str) -> None:
 
 
 @with_peers
-def deadlines(group: ProcessGroup) -> None:
+def deadlines(group: ProcessGroup, place: Place) -> None:
     """Leave one rank out: the others raise, their group is broken, other groups are not."""
     absent = group.size - 1
+    x, rows, out = (place.put(array) for array in (np.ones(3000), _rows(group), np.ones(3)))
     waits: dict[str, Callable[[ProcessGroup], Any]] = {
         "barrier": c.barrier,
-        "all_reduce": lambda late: c.all_reduce(np.ones(3000), late),
-        "iall_gather": lambda late: c.iall_gather(X, late).wait(),
-        "reduce_scatter": lambda late: c.ireduce_scatter(_rows(late), late).wait(DEADLINE / 2),
-        "recv": lambda late: p.recv(late, src=absent),
+        "all_reduce": lambda late: c.iall_reduce(x, late).synchronize(),
+        "iall_gather": lambda late: c.iall_gather(x, late).synchronize(),
+        "reduce_scatter": lambda late: c.ireduce_scatter(rows, late).synchronize(DEADLINE / 2),
+        "recv": lambda late: p.irecv(late, src=absent, out=out).synchronize(),
         "split": lambda late: late.split(0),
     }
+    if place.on_host:
+        waits["all_reduce"] = lambda late: c.all_reduce(x, late)
+        waits["recv"] = lambda late: p.recv(late, src=absent)
     for verb, wait in waits.items():
         late = group.duplicate(f"late {verb}")
+        place.ready(late)
         late.timeout = DEADLINE
         if group.rank != absent:
             began = time.monotonic()
@@ -300,5 +342,5 @@ def deadlines(group: ProcessGroup) -> None:
             took = time.monotonic() - began
             check_that(took < DEADLINE + 2, f"{verb}: the deadline took {took:.2f} s")
             check_that(isinstance(error, TimeoutError), "a missed deadline is no TimeoutError")
-            _refuses(late, late.name)
+            _refuses(late, late.name, place)
         c.barrier(group)

@@ -1,7 +1,7 @@
 """How arrays lie in memory: layouts of inputs, and ways to pass `out`.
 
 A layout takes an array and returns one of the same shape. A landing takes an input and the expected
-result (None where a rank gets none) and returns the `x` and `out` of the call.
+result, a host array (None where a rank gets none), and returns the `x` and `out` of the call.
 """
 
 from __future__ import annotations
@@ -12,16 +12,37 @@ from typing import TypeAlias
 import numpy as np
 
 from mpidist._types import Array
+from mpidist.arrays import array_namespace
 from mpidist.testing.contract._values import byte_swapped
 
-__all__ = ["LANDINGS", "LAYOUTS", "Landing", "fresh", "in_place", "overlapping"]
+__all__ = [
+    "HOST_LANDINGS",
+    "HOST_LAYOUTS",
+    "LANDINGS",
+    "LAYOUTS",
+    "Landing",
+    "Layout",
+    "fortran",
+    "fresh",
+    "in_place",
+    "overlapping",
+    "plain",
+    "strided",
+]
+
+Layout: TypeAlias = Callable[[Array], Array]
 
 Landing: TypeAlias = Callable[[Array, "Array | None"], "tuple[Array, Array | None]"]
 
 
+def plain(x: Array) -> Array:
+    """Return `x` itself."""
+    return x
+
+
 def strided(x: Array) -> Array:
     """Return a view of every second element of a larger array."""
-    wide: Array = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+    wide: Array = array_namespace(x).zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
     wide[..., ::2] = x
     return wide[..., ::2]
 
@@ -34,12 +55,13 @@ def reversed_rows(x: Array) -> Array:
 
 def fortran(x: Array) -> Array:
     """Return a copy whose first dimension is contiguous."""
-    return np.asfortranarray(x)
+    copy: Array = x.copy(order="F")
+    return copy
 
 
 def repeated(x: Array) -> Array:
     """Return the first row, repeated without memory of its own."""
-    view: Array = np.broadcast_to(x[:1], x.shape)
+    view: Array = array_namespace(x).broadcast_to(x[:1], x.shape)
     return view
 
 
@@ -50,7 +72,14 @@ def read_only(x: Array) -> Array:
     return copy
 
 
-LAYOUTS = (byte_swapped, strided, reversed_rows, fortran, repeated, read_only)
+LAYOUTS: tuple[Layout, ...] = (strided, reversed_rows, fortran, repeated)
+HOST_LAYOUTS: tuple[Layout, ...] = (byte_swapped, read_only)
+
+
+def _empty(x: Array, result: Array, order: str = "C") -> Array:
+    """Return memory for a result, beside `x`."""
+    memory: Array = array_namespace(x).empty(result.shape, result.dtype, order=order)
+    return memory
 
 
 def fresh(x: Array, _: Array | None) -> tuple[Array, Array | None]:
@@ -60,17 +89,17 @@ def fresh(x: Array, _: Array | None) -> tuple[Array, Array | None]:
 
 def given(x: Array, result: Array | None) -> tuple[Array, Array | None]:
     """Pass a plain array as `out`."""
-    return x, None if result is None else np.empty_like(result, order="C")
+    return x, None if result is None else _empty(x, result)
 
 
 def given_strided(x: Array, result: Array | None) -> tuple[Array, Array | None]:
     """Pass a view of every second element as `out`."""
-    return x, None if result is None else strided(np.zeros_like(result, order="C"))
+    return x, None if result is None else strided(_empty(x, result))
 
 
 def given_fortran(x: Array, result: Array | None) -> tuple[Array, Array | None]:
     """Pass an array whose first dimension is contiguous as `out`."""
-    return x, None if result is None else np.empty_like(result, order="F")
+    return x, None if result is None else _empty(x, result, order="F")
 
 
 def given_swapped(x: Array, result: Array | None) -> tuple[Array, Array | None]:
@@ -82,13 +111,14 @@ def overlapping(x: Array, result: Array | None) -> tuple[Array, Array | None]:
     """Pass an `out` that begins one element behind the beginning of `x`."""
     if result is None:
         return x, None
-    memory = np.empty(max(x.size, result.size + 1), x.dtype)
+    memory = array_namespace(x).empty(max(x.size, result.size + 1), x.dtype)
     source = memory[: x.size].reshape(x.shape)
     source[...] = x
     return source, memory[1 : 1 + result.size].reshape(result.shape)
 
 
-LANDINGS = (given, given_strided, given_fortran, given_swapped, overlapping)
+LANDINGS: tuple[Landing, ...] = (given, given_strided, given_fortran, overlapping)
+HOST_LANDINGS: tuple[Landing, ...] = (given_swapped,)
 
 
 def in_place(x: Array, _: Array | None) -> tuple[Array, Array | None]:

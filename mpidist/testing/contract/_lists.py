@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpidist import collectives
-from mpidist._types import MAX, SUM, Array
+from mpidist._types import MAX, SUM, Array, ReduceOp
 from mpidist.arrays import BFLOAT16
 from mpidist.errors import SizeMismatchError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
+from mpidist.testing.contract._landings import fortran
+from mpidist.testing.contract._places import Place
 from mpidist.testing.contract._values import (
     byte_swapped,
     check_that,
     combined,
     expect,
     expect_error,
+    tolerance,
     values,
 )
 
@@ -33,9 +36,15 @@ PARTS: tuple[tuple[tuple[int, ...], Any], ...] = (
 """Shapes (the first dimension counts per rank where an array is cut) and dtypes of a list."""
 
 
-def _lists(size: int, *, rows_times: int = 1, zero_d: bool = False) -> list[list[Array]]:
-    """Return the list of each rank."""
-    shapes = [((rows_times * shape[0], *shape[1:]), dtype) for shape, dtype in PARTS]
+def _lists(
+    size: int, place: Place, *, rows_times: int = 1, zero_d: bool = False
+) -> list[list[Array]]:
+    """Return the list of each rank, on the host."""
+    shapes = [
+        ((rows_times * shape[0], *shape[1:]), dtype)
+        for shape, dtype in PARTS
+        if np.dtype(dtype) in place.dtypes
+    ]
     if zero_d:
         shapes.append(((), np.float64))
     return [
@@ -44,19 +53,44 @@ def _lists(size: int, *, rows_times: int = 1, zero_d: bool = False) -> list[list
     ]
 
 
+class _Wanted(NamedTuple):
+    """A result, and how far it may be off; see `expect`."""
+
+    array: Array
+    within: Array | None = None
+
+
+def _sums(
+    lists: list[list[Array]], op: ReduceOp, group: ProcessGroup, place: Place
+) -> list[_Wanted]:
+    """Return what each place of the lists comes to."""
+    once = place.capabilities(group).halves_rounded_once
+    columns = [list(column) for column in zip(*lists, strict=True)]
+    return [_Wanted(combined(x, op), tolerance(x, op, round_once=once)) for x in columns]
+
+
+def _expect(results: Sequence[Any], wanted: Sequence[_Wanted], where: str, place: Place) -> None:
+    check_that(len(results) == len(wanted), f"{where} gave {len(results)} arrays")
+    for number, (actual, (expected, within)) in enumerate(zip(results, wanted, strict=True)):
+        expect(place.take(actual), expected, f"{where}, array {number}", within=within)
+
+
 def _try(
     verb: str,
     group: ProcessGroup,
+    place: Place,
+    *,
     lists: list[list[Array]],
-    wanted: Sequence[Array],
+    wanted: Sequence[_Wanted],
     **options: Any,
 ) -> None:
     """Compare the blocking and the immediate form, without and with `outs`."""
     now: Callable[..., list[Array]] = getattr(collectives, f"{verb}_coalesced")
     later: Callable[..., Any] = getattr(collectives, f"i{verb}_coalesced")
-    mine = lists[group.rank]
-    outs = [np.empty_like(x, order="F") for x in wanted]
-    outs = [byte_swapped(x) if x.size % 2 else x for x in outs]
+    mine = [place.put(x) for x in lists[group.rank]]
+    outs = [fortran(place.put(np.empty_like(x))) for x, _ in wanted]
+    if place.on_host:
+        outs = [byte_swapped(x) if x.size % 2 else x for x in outs]
     work = later(mine, group, **options)
     results = {
         "": now(mine, group, **options),
@@ -64,46 +98,48 @@ def _try(
         "immediate": work.wait(),
     }
     check_that(all(a is b for a, b in zip(results["into outs"], outs, strict=True)), "not outs")
-    check_that(work.done(), f"i{verb}_coalesced: not done after wait")
+    check_that(place.on_host or work.synchronize(), f"i{verb}_coalesced: no list")
+    check_that(work.done(), f"i{verb}_coalesced: not done after synchronize")
     for how, result in results.items():
-        check_that(len(result) == len(wanted), f"{verb}_coalesced gave {len(result)} arrays")
-        for place, (actual, expected) in enumerate(zip(result, wanted, strict=True)):
-            within = np.asarray(1e-12) if expected.dtype == np.float64 else None
-            where = f"{verb}_coalesced on {group}, {how}, array {place}"
-            expect(actual, expected, where, within=within)
+        _expect(result, wanted, f"{verb}_coalesced on {group}, {how}", place)
 
 
-def coalesced(group: ProcessGroup) -> None:
+def _part(x: Array, group: ProcessGroup) -> Array:
+    """Return this rank's rows."""
+    return np.split(x, group.size)[group.rank]
+
+
+def coalesced(group: ProcessGroup, place: Place) -> None:
     """Reduce, send and gather lists of several shapes and dtypes, and the empty list."""
-    rank, size = group.rank, group.size
-    lists = _lists(size, zero_d=True)
-    columns = [list(column) for column in zip(*lists, strict=True)]
+    size = group.size
+    lists = _lists(size, place, zero_d=True)
     for op in (SUM, MAX):
-        _try("all_reduce", group, lists, [combined(column, op) for column in columns], op=op)
+        wanted = _sums(lists, op, group, place)
+        _try("all_reduce", group, place, lists=lists, wanted=wanted, op=op)
     for root in {0, size - 1}:
-        _try("broadcast", group, lists, lists[root], root=root)
-    joined = [np.concatenate([np.atleast_1d(x) for x in column]) for column in columns]
-    _try("all_gather", group, lists, joined)
-    lists = _lists(size, rows_times=size)
-    columns = [list(column) for column in zip(*lists, strict=True)]
-    parts = [np.split(combined(column, SUM), size)[rank] for column in columns]
-    _try("reduce_scatter", group, lists, parts)
+        wanted = [_Wanted(x) for x in lists[root]]
+        _try("broadcast", group, place, lists=lists, wanted=wanted, root=root)
+    columns = zip(*lists, strict=True)
+    wanted = [_Wanted(np.concatenate([np.atleast_1d(x) for x in column])) for column in columns]
+    _try("all_gather", group, place, lists=lists, wanted=wanted)
+    lists = _lists(size, place, rows_times=size)
+    wanted = [
+        _Wanted(_part(x, group), None if within is None else _part(within, group))
+        for x, within in _sums(lists, SUM, group, place)
+    ]
+    _try("reduce_scatter", group, place, lists=lists, wanted=wanted)
     for verb in ("all_reduce", "broadcast", "all_gather", "reduce_scatter"):
         check_that(
             getattr(collectives, f"{verb}_coalesced")([], group) == [], f"{verb} of no array"
         )
 
 
-def coalesced_in_place(group: ProcessGroup) -> None:
+def coalesced_in_place(group: ProcessGroup, place: Place) -> None:
     """`outs=arrays`, and outs of the wrong number or shape."""
-    lists = _lists(group.size)
-    columns = zip(*lists, strict=True)
-    mine = lists[group.rank]
-    wanted = [combined([x.copy() for x in column], SUM) for column in columns]
+    lists = _lists(group.size, place)
+    mine = [place.put(x.copy()) for x in lists[group.rank]]
     collectives.all_reduce_coalesced(mine, group, outs=mine)
-    for place, (actual, expected) in enumerate(zip(mine, wanted, strict=True)):
-        within = np.asarray(1e-12) if expected.dtype == np.float64 else None
-        expect(actual, expected, f"all_reduce_coalesced in place, array {place}", within=within)
+    _expect(mine, _sums(lists, SUM, group, place), "all_reduce_coalesced in place", place)
     for outs in (mine[:-1], mine[::-1]):
         expect_error(
             SizeMismatchError,
@@ -113,7 +149,7 @@ def coalesced_in_place(group: ProcessGroup) -> None:
         )
 
 
-def objects(group: ProcessGroup) -> None:
+def objects(group: ProcessGroup, _place: Place) -> None:
     """Objects of any kind and size, different on each rank."""
     rank, size = group.rank, group.size
     everyone = [{"rank": r, "text": "é" * (r * 3000), "none": None, 3: (r,)} for r in range(size)]
@@ -133,7 +169,7 @@ def objects(group: ProcessGroup) -> None:
         expect(x, np.arange(other), "all_gather_object of arrays")
 
 
-def objects_without_pickle(group: ProcessGroup) -> None:
+def objects_without_pickle(group: ProcessGroup, _place: Place) -> None:
     """Raise on all ranks for an object that cannot be pickled, with its own error where it is."""
     rank, size = group.rank, group.size
 

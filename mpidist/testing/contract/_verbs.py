@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from itertools import accumulate
@@ -20,7 +20,15 @@ from mpidist import collectives
 from mpidist._types import SUM, Array, DType, ReduceOp
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
-from mpidist.testing.contract._landings import Landing, fresh
+from mpidist.testing.contract._landings import (
+    Landing,
+    Layout,
+    fresh,
+    in_place,
+    overlapping,
+    plain,
+)
+from mpidist.testing.contract._places import HOST, Place
 from mpidist.testing.contract._values import combined, expect, tolerance, values
 
 __all__ = ["GATHERS", "REDUCTIONS", "VERBS", "Shares", "Trial", "Verb", "attempt", "begin"]
@@ -90,7 +98,7 @@ class Trial:
     dtype: DType = FLOAT64
     op: ReduceOp = SUM
     root: int = 0
-    layout: Callable[[Array], Array] = field(default=np.asarray)
+    layout: Layout = plain
     landing: Landing = fresh
     seed: int = 0
 
@@ -121,9 +129,10 @@ class Trial:
         mine = counts[rank] if self.verb.shares is Shares.OWN else sum(counts)
         return (mine, *self.tail)
 
-    def mine(self, rank: int, size: int) -> Array:
+    def mine(self, rank: int, size: int, place: Place) -> Array:
         """Return the input of a rank, for it to keep."""
-        return self.layout(values(self.shape(rank, size), self.dtype, self.seed, rank))
+        x = values(self.shape(rank, size), self.dtype, self.seed, rank)
+        return self.layout(place.put(x))
 
     def keywords(self, group: ProcessGroup, out: Array | None) -> dict[str, Any]:
         """Return the keyword arguments of the call."""
@@ -148,17 +157,17 @@ class Begun(NamedTuple):
     check: Callable[[Any], None]
 
 
-def attempt(trial: Trial, group: ProcessGroup) -> Any:
+def attempt(trial: Trial, group: ProcessGroup, place: Place) -> Any:
     """Make a blocking call, check its result and return it; collective."""
-    x, out, check = _prepare(trial, group)
+    x, out, check = _prepare(trial, group, place)
     result = trial.verb.now(x, group, **trial.keywords(group, out))
     check(result)
     return result
 
 
-def begin(trial: Trial, group: ProcessGroup) -> Begun:
+def begin(trial: Trial, group: ProcessGroup, place: Place) -> Begun:
     """Make an immediate call; collective."""
-    x, out, check = _prepare(trial, group)
+    x, out, check = _prepare(trial, group, place)
     return Begun(trial.verb.later(x, group, **trial.keywords(group, out)), check)
 
 
@@ -173,19 +182,20 @@ class _Inputs(NamedTuple):
 _MAKING = threading.Lock()
 
 
-def _inputs(trial: Trial, size: int) -> _Inputs:
+def _inputs(trial: Trial, size: int, *, round_once: bool) -> _Inputs:
     """Return the inputs of all ranks; simulated ranks, being threads, share them."""
     # Without the lock all of them would come here at once, and each make its own.
     with _MAKING:
-        return _make_inputs(replace(trial, landing=fresh), size)
+        return _make_inputs(replace(trial, landing=fresh), size, round_once=round_once)
 
 
 @lru_cache(maxsize=16)
-def _make_inputs(trial: Trial, size: int) -> _Inputs:
-    arrays = tuple(trial.mine(rank, size) for rank in range(size))
+def _make_inputs(trial: Trial, size: int, *, round_once: bool) -> _Inputs:
+    arrays = tuple(trial.mine(rank, size, HOST) for rank in range(size))
     if not trial.verb.reduces:
         return _Inputs(arrays, arrays[0], None)
-    return _Inputs(arrays, combined(arrays, trial.op), tolerance(arrays, trial.op))
+    bound = tolerance(arrays, trial.op, round_once=round_once)
+    return _Inputs(arrays, combined(arrays, trial.op), bound)
 
 
 def _expected(trial: Trial, inputs: _Inputs, rank: int) -> tuple[Array | None, Array | None]:
@@ -201,20 +211,21 @@ def _expected(trial: Trial, inputs: _Inputs, rank: int) -> tuple[Array | None, A
 
 
 def _prepare(
-    trial: Trial, group: ProcessGroup
+    trial: Trial, group: ProcessGroup, place: Place
 ) -> tuple[Array, Array | None, Callable[[Any], None]]:
-    inputs = _inputs(trial, group.size)
+    offered = place.capabilities(group)
+    inputs = _inputs(trial, group.size, round_once=offered.halves_rounded_once)
     expected, within = _expected(trial, inputs, group.rank)
-    x, out = trial.landing(trial.mine(group.rank, group.size), expected)
-    shared = out is not None and np.may_share_memory(x, out)
+    x, out = trial.landing(trial.mine(group.rank, group.size, place), expected)
+    shared = out is not None and trial.landing in (in_place, overlapping)
     where = f"{trial} on {group}"
 
     def check(result: Any) -> None:
-        expect(result, expected, where, within=within)
+        expect(place.take(result), expected, where, within=within)
         if out is not None and expected is not None and result is not out:
             raise AssertionError(f"{where}: the result is not `out`")
         if not shared:
-            expect(x, inputs.arrays[group.rank], f"{where}: the input afterwards")
+            expect(place.take(x), inputs.arrays[group.rank], f"{where}: the input afterwards")
 
     return x, out, check
 
