@@ -36,10 +36,13 @@ __all__ = [
     "array_namespace",
     "as_bytes",
     "as_native",
+    "beside",
     "is_array",
+    "is_device",
     "is_host",
     "pinned_empty",
     "reduce_in_rank_order",
+    "to_device",
     "to_host",
     "ufunc_of",
 ]
@@ -107,11 +110,12 @@ def array_namespace(x: Array) -> ModuleType:
     UnsupportedOperationError
         If `x` is neither.
     """
+    if type(x) is np.ndarray:
+        return np
+    if is_device(x):
+        return sys.modules["cupy"]
     if isinstance(x, np.ndarray):
         return np
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(x, cupy.ndarray):
-        return cupy
     raise UnsupportedOperationError(
         f"expected a numpy or cupy array, got {type(x).__module__}.{type(x).__qualname__}; "
         "convert it with numpy.asarray first"
@@ -120,13 +124,19 @@ def array_namespace(x: Array) -> ModuleType:
 
 def is_array(x: object) -> bool:
     """Whether `x` is an array, on the host or on a device."""
-    cupy = sys.modules.get("cupy")
-    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+    return isinstance(x, np.ndarray) or is_device(x)
+
+
+def is_device(x: object) -> bool:
+    """Whether `x` is an array in the memory of a device; its module is cupy then."""
+    # Another thread may be importing cupy just now: it has no arrays yet.
+    kind = getattr(sys.modules.get("cupy"), "ndarray", None)
+    return kind is not None and isinstance(x, kind)
 
 
 def is_host(x: Array) -> bool:
-    """Whether `x` lies in the host's memory."""
-    return isinstance(x, np.ndarray)
+    """Whether `x` is an array in the host's memory."""
+    return isinstance(x, np.ndarray) and (type(x) is np.ndarray or not is_device(x))
 
 
 def to_host(x: Array, out: Array | None = None) -> Array:
@@ -151,6 +161,58 @@ def to_host(x: Array, out: Array | None = None) -> Array:
         return out
     copied: Array = x.get(out=out)  # type: ignore[attr-defined]  # cupy's
     return copied
+
+
+def to_device(x: Array) -> Array:
+    """Return the elements of an array in the memory of this thread's current device.
+
+    Parameters
+    ----------
+    x : Array
+        On the host or on a device.
+
+    Returns
+    -------
+    Array
+        `x` itself if it is on a device, and a copy if it is on the host.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If cupy is not installed. It is imported here, since a device was asked for.
+    """
+    if is_device(x):
+        return x
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise UnsupportedOperationError(
+            f"to put arrays on a GPU, cupy is needed, and it cannot be imported ({error}): "
+            "pip install 'mpidist[cuda12]' or 'mpidist[cuda13]'"
+        ) from error
+    copied: Array = cupy.asarray(x)
+    return copied
+
+
+def beside(array: Array, values: Any) -> Any:
+    """Return values in the kind of memory that an array lies in, so that they can be copied in.
+
+    Parameters
+    ----------
+    array : Array
+        On the host or on a device.
+    values : array_like
+        An array of the host or of a device, or what numpy makes one of.
+
+    Returns
+    -------
+    array_like
+        `values` themselves if they are there already; else a copy, for which a device that has
+        them makes the host wait.
+    """
+    if is_device(array):
+        return values if is_device(values) else array_namespace(array).asarray(values)
+    return to_host(values) if is_device(values) else values
 
 
 def pinned_empty(nbytes: int) -> Array:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["tests._ranks.plugin", "tests.nccl_stub.fixtures"]
+pytest_plugins = ["tests._ranks.plugin", "tests.nccl_stub.fixtures", "tests.devices"]

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays import is_device
+from mpidist.nn.kernels import philox_at_least
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
 
@@ -64,7 +65,7 @@ class Dropout(Module):
                 "Dropout: the layer has no layer_index to draw its mask by, since it was made "
                 "without its constructor; call relabel() on the outermost module"
             )
-        mask = array_namespace(x).asarray(dropout_mask(x.shape, self.p, mode, self.layer_index))
+        mask = self._draw(x, mode, self.layer_index)
         return self._apply(x, mask), Context(mask)
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
@@ -73,6 +74,14 @@ class Dropout(Module):
 
     def backward_weight(self, wctx: Any) -> None:
         """Nothing to add."""
+
+    def _draw(self, x: Array, mode: Mode, layer_index: int) -> Array:
+        if not is_device(x):
+            return dropout_mask(x.shape, self.p, mode, layer_index)
+        # The same words, by the generator's formula: the host would draw for longer than a step
+        # takes there.
+        key, counter = (mode.seed, layer_index), (mode.step, mode.sample_offset)
+        return philox_at_least(_threshold(self.p), key, counter, like=x)
 
     def _apply(self, x: Array, mask: Array) -> Array:
         y: Array = x * (1.0 / (1.0 - self.p))
@@ -99,7 +108,7 @@ def dropout_mask(
     Returns
     -------
     Array, shape `shape`, bool
-        On the host, so that every kind of device draws the same.
+        On the host. `Dropout` draws the same on a device.
 
     Notes
     -----
@@ -115,7 +124,7 @@ def dropout_mask(
     philox = np.random.Philox(key=key)
     state: Any = philox.state  # setting the state is ten times quicker than a new generator
     state["state"]["counter"][2] = mode.step & _WORD
-    threshold = np.uint32(min(round(p * 2**32), 2**32 - 1))
+    threshold = _threshold(p)
     mask = np.empty((samples, size), dtype=np.bool_)
     for i in range(samples):
         state["state"]["counter"][3] = (mode.sample_offset + i) & _WORD
@@ -123,3 +132,9 @@ def dropout_mask(
         words: Array = philox.random_raw((size + 1) // 2)
         np.greater_equal(words.astype("<u8", copy=False).view("<u4")[:size], threshold, out=mask[i])
     return mask.reshape(shape)
+
+
+def _threshold(p: float) -> np.uint32:
+    """Return the least 32-bit word that lets an element stay."""
+    word: np.uint32 = np.uint32(min(round(p * 2**32), 2**32 - 1))
+    return word

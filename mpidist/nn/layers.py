@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays import array_namespace, is_device
 from mpidist.nn._init import Rng, fan_in_uniform, normal, parameter_dtype
 from mpidist.nn._sums import column_sums
+from mpidist.nn.kernels import rows_at, sum_rows_at
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses
 from mpidist.nn.parameter import Parameter
@@ -135,11 +136,14 @@ class Embedding(Module):
         Raises
         ------
         ValueError
-            If `x` holds no integers, or one outside the table. The check blocks the host.
+            If `x` holds no integers, or, on the host, one outside the table. On a device, where
+            looking would make the host wait, such an integer gives a row of NaN.
         """
         num = self.weight.shape[0]
         if x.dtype.kind not in "iu":
             raise ValueError(f"Embedding: expected an integer array, got {x.dtype}")
+        if is_device(x):
+            return rows_at(self.weight.data, x), Context(x, count_uses(self.weight))
         if x.size and (int(x.min()) < 0 or int(x.max()) >= num):
             raise ValueError(
                 f"Embedding: expected integers in 0..{num - 1}, got {int(x.min())}..{int(x.max())}"
@@ -157,6 +161,10 @@ class Embedding(Module):
         xp = array_namespace(dy)
         buffer = self.weight.first_grad()
         grad = xp.empty_like(self.weight.data) if buffer is None else buffer
+        if is_device(x):
+            sum_rows_at(dy, x, out=grad)
+            self.weight.add_grad(grad)
+            return
         grad[...] = 0
         if x.size:
             # Sorting makes the rows of one index neighbours: one sum per run, always in the

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist._types import Array, DType
+from mpidist.arrays import array_namespace, is_device
 
 __all__ = ["cross_entropy", "mse_loss"]
 
@@ -39,8 +41,9 @@ def cross_entropy(
     Raises
     ------
     ValueError
-        If shapes do not fit, `target` is not integer or out of range, or `denominator` is not
-        positive. The range check blocks the host.
+        If shapes do not fit, `target` is not integer, or `denominator` is not positive. On the
+        host also if a target is out of range; on a device, where looking would make the host
+        wait, the loss and that position's gradient are NaN then.
     """
     xp = array_namespace(logits)
     classes = logits.shape[-1]
@@ -48,14 +51,23 @@ def cross_entropy(
     scale = 1.0 / _divisor(target.size, denominator)
     wide = xp.result_type(logits.dtype, xp.float32)  # halves are summed in float32
     rows = logits.reshape(-1, classes).astype(wide, copy=True)
-    picked = (xp.arange(target.size), target.reshape(-1))
+    target = target.reshape(-1)
+    each: Any = scale
+    if is_device(logits):
+        target, each = _weigh(target, classes, scale, wide)
+    picked = (xp.arange(target.size), target)
     rows -= rows.max(axis=-1, keepdims=True)
     shifted = rows[picked]
     xp.exp(rows, out=rows)
     sums = rows.sum(axis=-1, keepdims=True)
-    loss = xp.asarray((xp.log(sums[:, 0]) - shifted).sum() * scale, dtype=wide)
-    rows *= scale / sums
-    rows[picked] -= scale
+    losses = xp.log(sums[:, 0]) - shifted
+    if is_device(logits):
+        loss = (losses * each).sum()
+        rows *= each[:, None] / sums
+    else:
+        loss = np.asarray(losses.sum() * scale, dtype=wide)
+        rows *= scale / sums
+    rows[picked] -= each
     return loss, rows.reshape(logits.shape).astype(logits.dtype, copy=False)
 
 
@@ -117,9 +129,19 @@ def _check_target(logits: Array, target: Array) -> None:
         )
     if not np.issubdtype(target.dtype, np.integer):
         raise ValueError(f"cross_entropy: expected integer targets, got {target.dtype}")
+    if is_device(target):
+        return  # see _weigh
     classes = logits.shape[-1]
     if target.size and (int(target.min()) < 0 or int(target.max()) >= classes):
         raise ValueError(
             f"cross_entropy: expected targets in 0..{classes - 1}, "
             f"got {int(target.min())}..{int(target.max())}"
         )
+
+
+def _weigh(target: Array, classes: int, scale: float, dtype: DType) -> tuple[Array, Array]:
+    """Return targets that are all in range, and the weight of each: NaN of one that was not."""
+    xp = array_namespace(target)
+    inside = (target >= 0) & (target < classes)
+    weights: Array = xp.where(inside, scale, np.nan).astype(dtype)
+    return xp.where(inside, target, 0), weights

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from mpidist._types import Array
+from mpidist.arrays import beside, to_device, to_host
 from mpidist.nn.mode import Mode
 from mpidist.nn.parameter import Parameter
 
@@ -251,6 +252,40 @@ class Module(metaclass=_LabellingMeta):
         for parameter in self.parameters():
             parameter.zero_grad()
 
+    def to(self, device: str) -> None:
+        """Put parameters and buffers into the memory of a GPU or of the host, in place.
+
+        Parameters
+        ----------
+        device : str
+            ``"gpu"``: this thread's current one, which `mpidist.init` has chosen. ``"cpu"``.
+
+        Raises
+        ------
+        ValueError
+            If `device` is something else.
+        UnsupportedOperationError
+            If cupy is not installed.
+        RuntimeError
+            If gradients are being reduced.
+
+        Notes
+        -----
+        Local. Before a `DDP` or an optimizer is made of the parameters: those hold on to the arrays
+        that they find. `Parameter.data` and the buffers are other arrays afterwards; gradients
+        are forgotten, and so is their memory. What lies there already stays as it is, gradients
+        included. The model's inputs have to lie in the same memory.
+        """
+        moves = {"gpu": to_device, "cpu": to_host}
+        if device not in moves:
+            raise ValueError(f"Module.to: expected 'gpu' or 'cpu', got {device!r}")
+        for parameter in self.parameters():
+            parameter.move(moves[device])
+        for _, module in self.named_modules():
+            for name in module.buffer_names:
+                moved = moves[device](getattr(module, name))
+                object.__setattr__(module, name, moved)  # a frozen dataclass may be a layer
+
     def relabel(self, *, prefix: str = "", first_layer: int = 0) -> None:
         """Set the names of the parameters and the layer indices of the leaves below.
 
@@ -324,7 +359,7 @@ class Module(metaclass=_LabellingMeta):
                     "its own first (parameter.data = parameter.data.copy())"
                 )
         for name, array in own.items():
-            array[...] = state[name]
+            array[...] = beside(array, state[name])
 
     def check_state_dict(self, state: Mapping[str, Array]) -> None:
         """Raise unless `load_state_dict` could take these values.

@@ -9,6 +9,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays import array_namespace
+from mpidist.flat import FlatBuffer
 
 __all__ = ["Parameter"]
 
@@ -40,12 +41,13 @@ class Parameter:
     and hash by identity.
     """
 
-    __slots__ = ("_buffer", "_has_grad", "_on_ready", "_remaining", "data", "name")
+    __slots__ = ("_buffer", "_has_grad", "_on_ready", "_place", "_remaining", "data", "name")
 
     def __init__(self, data: Array, *, name: str = "") -> None:
         self.data = data
         self.name = name
         self._buffer: Array | None = None
+        self._place: tuple[FlatBuffer, str] | None = None
         self._has_grad = False
         self._remaining: int | None = None  # None: not armed, any number may come
         self._on_ready: Callable[[Parameter], None] | None = None
@@ -76,6 +78,11 @@ class Parameter:
         know whether it may be touched just now.
         """
         return self._buffer
+
+    @property
+    def place(self) -> tuple[FlatBuffer, str] | None:
+        """The flat array that the gradient is a part of, and the part's name; None: of none."""
+        return self._place
 
     @property
     def grad(self) -> Array | None:
@@ -167,13 +174,16 @@ class Parameter:
         self._check_open()
         self._has_grad = False
 
-    def attach(self, buffer: Array) -> None:
+    def attach(self, buffer: Array, *, place: tuple[FlatBuffer, str] | None = None) -> None:
         """Let the gradient live in `buffer` from now on.
 
         Parameters
         ----------
         buffer : Array, shape of the parameter
             Usually a view of a flat array. A gradient present is copied into it.
+        place : (FlatBuffer, str), optional
+            The flat array and the name under which `buffer` is one of its views. On a device an
+            optimizer then updates all parameters whose gradients lie there at once.
 
         Raises
         ------
@@ -191,6 +201,28 @@ class Parameter:
         if self._has_grad and buffer is not self._buffer:
             buffer[...] = self._buffer
         self._buffer = buffer
+        self._place = place
+
+    def move(self, to: Callable[[Array], Array]) -> None:
+        """Replace the values by what a function makes of them, and forget the gradient's memory.
+
+        Parameters
+        ----------
+        to : callable
+            From the values to an array of the same shape and dtype. If that is the same array,
+            nothing changes.
+
+        Raises
+        ------
+        RuntimeError
+            If contributions are being counted (between `expect` and `release`).
+        """
+        self._check_not_armed("move")
+        moved = to(self.data)
+        if moved is not self.data:
+            self.data = moved
+            self._buffer = self._place = None
+            self._has_grad = False
 
     def expect(self, uses: int, on_ready: Callable[[Parameter], None] | None = None) -> None:
         """Count contributions from now, and call `on_ready` when the last one is in.
