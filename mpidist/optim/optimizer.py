@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import HALVES, array_namespace, is_host
+from mpidist.arrays import HALVES, array_namespace, beside, is_device
 from mpidist.nn.parameter import Parameter
+from mpidist.optim.fused import FusedUpdates
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.optim.schedule import Schedule
 from mpidist.regions import region
@@ -44,6 +45,10 @@ class Optimizer:
     Purely local. A parameter whose gradient is None is skipped: it keeps its value, its state and
     its own count of updates. Ranks that start with equal parameters, and hold equal gradients in
     each step, stay equal bit by bit.
+
+    Parameters on a device, all or some, are updated by one kernel per bucket of a `DDP`, or one per
+    parameter where gradients lie in no bucket. The first step moves those of a bucket, and their
+    state, into flat memory: `Parameter.data` is another array from then on.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Optimizer:
             name: {slot: array_namespace(p.data).zeros_like(p.data) for slot in rule.slots}
             for name, p in self._params.items()
         }
+        self._fused = FusedUpdates(rule, self._params, self._state)
 
     @property
     def step_count(self) -> int:
@@ -86,12 +92,13 @@ class Optimizer:
         Raises
         ------
         ValueError
-            If a gradient or a parameter has lost the shape that the state was made for.
+            If a gradient or a parameter has lost the shape that the state was made for, or lies
+            elsewhere.
 
         Notes
         -----
-        Local. Temporaries: two blocks of 32,768 elements (on a device: two arrays of the
-        parameter's size), whatever the sizes of the parameters.
+        Local. Temporaries: two blocks of 32,768 elements on the host, whatever the sizes of the
+        parameters; none on a device, where it does not block the host either.
         """
         with region("optimizer"):
             self._update()
@@ -99,12 +106,16 @@ class Optimizer:
 
     def _update(self) -> None:
         lr = self.lr
+        on_device: dict[str, int] = {}
         for name, p in self._params.items():
             if p.grad is None:
                 continue
             state = self._state[name]
             self._check_shapes(name, p.data, p.grad, state)
             self._updates[name] += 1
+            if is_device(p.data):
+                on_device[name] = self._updates[name]
+                continue
             for (w, g, *slots), scratch in _blocks(p.data, p.grad, *state.values()):
                 self._rule.apply(
                     w,
@@ -114,6 +125,7 @@ class Optimizer:
                     lr=lr,
                     t=self._updates[name],
                 )
+        self._fused.update(on_device, lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must keep, as one flat mapping.
@@ -150,7 +162,7 @@ class Optimizer:
         for name, slots in self._state.items():
             self._updates[name] = int(state[f"{name}/updates"])
             for slot, array in slots.items():
-                array[...] = array_namespace(array).asarray(state[f"{name}/{slot}"])
+                array[...] = beside(array, state[f"{name}/{slot}"])
 
     def _check_shapes(
         self, name: str, data: Array, grad: Array, state: Mapping[str, Array]
@@ -161,6 +173,13 @@ class Optimizer:
                 f"{type(self).__name__}.step: parameter {name!r} has shape {data.shape}, its "
                 f"gradient {grad.shape}, its state {shapes}; make the optimizer after the model "
                 "has its final shapes"
+            )
+        there = is_device(data)
+        if any(is_device(array) is not there for array in (grad, *state.values())):
+            raise ValueError(
+                f"{type(self).__name__}.step: parameter {name!r}, its gradient and its state do "
+                "not all lie on the host or all on a device; call Module.to before the optimizer "
+                "and the DDP are made"
             )
 
 
@@ -313,12 +332,11 @@ def _refuse_halves(optimizer: str, params: Mapping[str, Parameter]) -> None:
 
 
 def _blocks(*arrays: Array) -> Iterator[tuple[tuple[Array, ...], Array]]:
-    """Cut arrays of one shape into (their blocks, scratch of shape (2, *block))."""
+    """Cut host arrays of one shape into (their blocks, scratch of shape (2, *block))."""
     first = arrays[0]
-    xp = array_namespace(first)
-    if not (is_host(first) and all(a.flags.c_contiguous for a in arrays)):
-        # A device wants few large kernels; a strided array has no flat view to cut.
-        yield arrays, xp.empty((2, *first.shape), first.dtype)
+    if not all(a.flags.c_contiguous for a in arrays):
+        # A strided array has no flat view to cut.
+        yield arrays, np.empty((2, *first.shape), first.dtype)
         return
     flat = [a.reshape(-1) for a in arrays]
     scratch = np.empty((2, min(first.size, _BLOCK)), first.dtype)
