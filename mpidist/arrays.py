@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -28,15 +29,21 @@ from mpidist._types import (
 )
 from mpidist.errors import UnsupportedOperationError
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 __all__ = [
     "BFLOAT16",
     "DTYPES",
     "HALVES",
     "REDUCTIONS",
+    "address_of",
     "array_namespace",
     "as_bytes",
     "as_native",
     "beside",
+    "device_empty",
+    "device_module",
     "is_array",
     "is_device",
     "is_host",
@@ -122,6 +129,14 @@ def array_namespace(x: Array) -> ModuleType:
     )
 
 
+def address_of(x: Array) -> int:
+    """Return where the elements of an array begin, on the host or on its device."""
+    if is_host(x):
+        return x.ctypes.data
+    pointer: int = x.data.ptr  # type: ignore[attr-defined]  # cupy's
+    return pointer
+
+
 def is_array(x: object) -> bool:
     """Whether `x` is an array, on the host or on a device."""
     return isinstance(x, np.ndarray) or is_device(x)
@@ -179,18 +194,11 @@ def to_device(x: Array) -> Array:
     Raises
     ------
     UnsupportedOperationError
-        If cupy is not installed. It is imported here, since a device was asked for.
+        If cupy cannot be imported.
     """
     if is_device(x):
         return x
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as error:
-        raise UnsupportedOperationError(
-            f"to put arrays on a GPU, cupy is needed, and it cannot be imported ({error}): "
-            "pip install 'mpidist[cuda12]' or 'mpidist[cuda13]'"
-        ) from error
-    copied: Array = cupy.asarray(x)
+    copied: Array = device_module().asarray(x)
     return copied
 
 
@@ -215,6 +223,29 @@ def beside(array: Array, values: Any) -> Any:
     return to_host(values) if is_device(values) else values
 
 
+def device_module() -> Any:
+    """Return the module cupy, which is imported if it is not yet: a device was asked for.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If cupy cannot be imported.
+    """
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise UnsupportedOperationError(
+            f"to put arrays on a GPU, cupy is needed, and it cannot be imported ({error}): "
+            "pip install 'mpidist[cuda12]' or 'mpidist[cuda13]'"
+        ) from error
+
+
+def device_empty(shape: int | Sequence[int], dtype: npt.DTypeLike) -> Array:
+    """Return an array on the current device, not initialised."""
+    fresh: Array = device_module().empty(shape, np.dtype(dtype))
+    return fresh
+
+
 def pinned_empty(nbytes: int) -> Array:
     """Return host memory that a device can write directly: shape (nbytes,) uint8.
 
@@ -236,13 +267,16 @@ def as_native(x: Array) -> Array:
     Parameters
     ----------
     x : Array
-        Any host array.
+        On the host or on a device, where it is copied on the current stream.
 
     Returns
     -------
     Array, shape of `x`
         C-contiguous, aligned, native byte order; `x` itself where it already is.
     """
+    if is_device(x):
+        contiguous: Array = array_namespace(x).ascontiguousarray(x)
+        return contiguous
     flags = x.flags
     # mpi4py finds no MPI datatype for arrays that are not aligned.
     if flags.c_contiguous and flags.aligned and x.dtype.isnative:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidist._types import Array
+from mpidist.arrays import device_empty, is_host
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from mpidist.backends.device import DeviceBackend
     from mpidist.watch import Watch
 
 __all__ = ["Layout", "ProcessGroup"]
@@ -164,13 +166,34 @@ class ProcessGroup(Operations):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this group's transport can do."""
+        """What this group's transport can do with host arrays."""
         return self._backend.capabilities
 
     @property
+    def device_capabilities(self) -> Capabilities | None:
+        """What it can do with device arrays; None where it carries none."""
+        return None if self._backend.device is None else self._backend.device.capabilities
+
+    @property
     def backend(self) -> str:
-        """Name of the transport."""
-        return self._backend.name
+        """Name of the transport; ``"hybrid"`` where it carries device arrays, too."""
+        return self._backend.name if self._backend.device is None else "hybrid"
+
+    def transport_of(self, x: Array) -> Backend | DeviceBackend:
+        """Return what carries an array that has been checked."""
+        device = self._backend.device
+        return self._backend if device is None or is_host(x) else device
+
+    def check_device(self, x: Array, verb: str, name: str = "x") -> None:
+        """Raise unless this group carries this device array."""
+        device = self._backend.device
+        if device is None:
+            raise UnsupportedOperationError(
+                f"{verb} on {self}: {name} is a device array, and this group carries none: "
+                f"{self._backend.no_device}. Copy it to the host (cupy.asnumpy) first, or "
+                "set MPIDIST_ENABLE_GPU_FALLBACK=1 on all ranks before init, which does so for you"
+            )
+        device.check_place(x, f"{verb} on {self}: {name}")
 
     @property
     def crossovers(self) -> Crossovers:
@@ -227,6 +250,10 @@ class ProcessGroup(Operations):
         self._check_color(color, key)
         with self._performing("split") as waiter:
             backend = self._backend.split(color, key, waiter=waiter)
+            if self._backend.device is not None:
+                device = self._backend.device.split(color, key, backend, waiter)
+                if backend is not None:
+                    backend.device = device
         return None if backend is None else self._child(backend, name or f"{self.name}/{color}")
 
     def new_group(self, ranks: Sequence[int], *, name: str | None = None) -> ProcessGroup | None:
@@ -264,6 +291,8 @@ class ProcessGroup(Operations):
             return None
         with self._performing(f"new_group({list(ranks)})", among=ranks) as waiter:
             backend = self._backend.create(ranks, waiter=waiter)
+            if self._backend.device is not None:
+                backend.device = self._backend.device.create(backend)
         label = name or f"{self.name}[{','.join(map(str, ranks))}]"
         return self._child(backend, label)
 
@@ -328,8 +357,16 @@ class ProcessGroup(Operations):
 
     # -- memory --------------------------------------------------------------------------------
 
-    def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
-        """Make an array in memory that the ranks of a node share, so that it need not be sent.
+    def empty(
+        self,
+        shape: int | Sequence[int],
+        dtype: npt.DTypeLike = np.float32,
+        *,
+        device: str | None = None,
+    ) -> Array:
+        """Make an array in memory on which the transport works directly.
+
+        On the host that is memory which the ranks of a node share, so that it need not be sent.
 
         Parameters
         ----------
@@ -337,6 +374,8 @@ class ProcessGroup(Operations):
             The same on all ranks.
         dtype : dtype, optional
             The same on all ranks.
+        device : {"cpu", "gpu"}, optional
+            Where it lies: on the host, which it does when omitted, or on the current device.
 
         Returns
         -------
@@ -356,8 +395,15 @@ class ProcessGroup(Operations):
         -----
         Collective over the group; blocks. Being registered is part of a collective call, as the
         dtype is: all ranks pass the same place of the same array, or none does. Where there is no
-        shared memory (one rank per node, or none left) it is an ordinary array on all ranks.
+        shared memory (one rank per node, or none left) it is an ordinary array on all ranks. On the
+        device it is an ordinary array, too, and making it is local.
         """
+        if device == "gpu":
+            return device_empty(shape, dtype)
+        if device not in (None, "cpu"):
+            raise UnsupportedOperationError(
+                f"empty on {self}: device must be 'cpu' or 'gpu', got {device!r}"
+            )
         memory = self._memory("empty", shape, dtype, self._backend.allocate)
         if memory is None:
             return np.empty(shape, dtype)

@@ -10,9 +10,9 @@ from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
 from mpidist.backends.base import Backend
 from mpidist.backends.journal import Journal, describe
-from mpidist.backends.work import Steps
+from mpidist.backends.work import Message, Steps
 from mpidist.errors import CollectiveMismatchError, GroupBrokenError
-from mpidist.pending import GroupWaiter, GroupWork, Peers, Plan
+from mpidist.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers, Plan
 from mpidist.recorder import Kind, caller
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ class Operations(Closing):
 
     def run(self, plan: Plan[T]) -> T:
         """Perform a collective and return its result."""
+        if self._backend.device is not None and plan.on_device:
+            return self._start_on_device(plan, Kind.BLOCKING).wait()
         number = self._count(plan.verb)
         journal = self._journal
         name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
@@ -164,6 +166,8 @@ class Operations(Closing):
 
     def start(self, plan: Plan[T]) -> GroupWork[T]:
         """Start a collective and return at once."""
+        if self._backend.device is not None and plan.on_device:
+            return self._start_on_device(plan, Kind.IMMEDIATE)
         verb = f"i{plan.verb}"
         number = self._count(verb)
         name = self._journal.name_collective(plan.verb, plan.args, plan.shape, Kind.IMMEDIATE)
@@ -179,6 +183,49 @@ class Operations(Closing):
             self._failed(error, waiter)
             raise
         return GroupWork(waiter, inner, plan.finish)
+
+    def _start_on_device(self, plan: Plan[T], kind: Kind) -> DeviceGroupWork[T]:
+        """Put a collective on device arrays behind the current stream, and return at once."""
+        device = self._backend.device
+        assert device is not None, "asked before"
+        verb = plan.verb if kind is Kind.BLOCKING else f"i{plan.verb}"
+        number = self._count(verb)
+        name = self._journal.name_collective(plan.verb, plan.args, plan.shape, kind)
+        record = self._journal.begin(name, number, caller(3))
+        waiter = self._waiter(verb, record, name.call)
+        try:
+            if self._watch.debug:
+                # Also the immediate form meets here: what the device has begun cannot be undone.
+                waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
+            device.prepare(waiter)
+            inner = device.begin(plan.verb, plan.args, waiter)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        self._release()
+        return DeviceGroupWork(waiter, inner, plan.finish)
+
+    def start_messages(
+        self, sends: Sequence[Message], receives: Sequence[Message], finish: Callable[[], T]
+    ) -> DeviceGroupWork[T]:
+        """Put messages of device arrays behind the current stream, and return at once."""
+        device = self._backend.device
+        assert device is not None, "the arrays were checked"
+        peers = Peers(frozenset(message.peer for message in (*sends, *receives)))
+        waiter = self._message_waiter("exchange", "on the device", peers, caller(3))
+        try:
+            inner = device.exchange(sends, receives, waiter)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        self._release()
+        return DeviceGroupWork(waiter, inner, finish)
+
+    def _release(self) -> None:
+        """Let go of the oldest operations if they are over: nobody may ever wait for them."""
+        # Two for each that begins: so they do not pile up, and a call costs no more than that.
+        for work in self._outstanding[:2]:
+            work._complete()
 
     def start_steps(
         self,
@@ -323,13 +370,15 @@ class Operations(Closing):
                 failed = failed or error
         while self._outstanding and self._reason is None:
             try:
-                self._outstanding[0].wait()
+                self._outstanding[0].synchronize()
             except Exception as error:  # noqa: BLE001  # raised below, when all are over
                 failed = failed or error
         for group in self._closed_with:
             group.close()
         if self._reason is None:
             self._reason = "it was closed"
+            if self._backend.device is not None:
+                self._backend.device.close()
             self._backend.close()
         if failed is not None:
             raise failed

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from mpidist.arrays import is_device
+from mpidist.backends.device import DeviceWork
 from mpidist.backends.waiting import WaitTimeout, wait_until
 from mpidist.backends.work import Waiter, Work
 from mpidist.errors import (
@@ -20,7 +22,15 @@ from mpidist.recorder import caller
 if TYPE_CHECKING:
     from mpidist.operations import Operations
 
-__all__ = ["EVERYBODY", "GroupWaiter", "GroupWork", "Peers", "Plan"]
+__all__ = [
+    "EVERYBODY",
+    "DeviceGroupWork",
+    "GroupWaiter",
+    "GroupWork",
+    "Peers",
+    "Plan",
+    "together",
+]
 
 T = TypeVar("T")
 
@@ -51,6 +61,17 @@ class Plan(Generic[T]):
     args: tuple[Any, ...]
     finish: Callable[[], T]
     shape: tuple[int, ...] | None = None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its arrays lie on a device."""
+        return self.verb == "together" or any(map(is_device, self.args))
+
+
+def together(plans: Sequence[Plan[Any]]) -> Plan[list[Any]]:
+    """Make one plan of several on device arrays, which are performed as one operation."""
+    calls = tuple((plan.verb, plan.args) for plan in plans)
+    return Plan("together", calls, lambda: [plan.finish() for plan in plans])
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +173,24 @@ class GroupWaiter(Waiter):
                 patrol=self._patrol,
             )
         except WaitTimeout:
-            error = CollectiveTimeoutError(
-                f"{self._told()}: not complete after {self.timeout:g} s{self._who()}. The group is "
-                "broken: let this error end the job, and look at what the missing ranks were "
-                "doing; init(timeout=...) sets the deadline"
-            )
-            group._break(error)
-            self.report(f"not complete after {self.timeout:g} s")
-            raise error from None
+            raise self.expire() from None
         except (TransportError, PeerLostError) as error:
             group._break(error)
             raise
         finally:
             # It may hold the operation, which holds this: its arrays would wait for the collector.
             self._missing = None
+
+    def expire(self) -> CollectiveTimeoutError:
+        """Break the group and report, as `Waiter` says."""
+        error = CollectiveTimeoutError(
+            f"{self._told()}: not complete after {self.timeout:g} s{self._who()}. The group is "
+            "broken: let this error end the job, and look at what the missing ranks were "
+            "doing; init(timeout=...) sets the deadline"
+        )
+        self.group._break(error)
+        self.report(f"not complete after {self.timeout:g} s")
+        return error
 
     @property
     def _key(self) -> tuple[int, int] | None:
@@ -276,7 +301,7 @@ class GroupWork(Work[T]):
         try:
             if not self._inner.done():
                 return False
-            self._result.append(self._finish())
+            self._arrived()
         except CollectiveMismatchError as error:
             self._group._tell_callers(error, self._waiter)
             self._end(error)
@@ -295,6 +320,11 @@ class GroupWork(Work[T]):
             self._end()
         return True
 
+    def _arrived(self) -> None:
+        """Take the result, once: the transport's part is over."""
+        self._result.append(self._finish())
+        del self._finish
+
     def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
         """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
         self._over, self._error = True, error
@@ -305,7 +335,7 @@ class GroupWork(Work[T]):
             group._break(error)
             return
         group._backend.engine.held.discard(self)
-        del self._inner, self._finish
+        del self._inner
 
     def missing(self) -> Sequence[int]:
         """Return the ranks for which it waits, where they are known; else none."""
@@ -341,3 +371,43 @@ class GroupWork(Work[T]):
             self._end(error, broken=True)
         finally:
             journal.waited()
+
+
+class DeviceGroupWork(GroupWork[T]):
+    """An operation under way on device arrays; see `Work`.
+
+    `wait` orders the current stream behind it, and the host goes on; `synchronize` waits.
+    """
+
+    _inner: DeviceWork
+
+    def _arrived(self) -> None:
+        """Leave the result to `wait`: it is finished on the stream that is current then."""
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Order the current stream behind the operation, and return the result.
+
+        Does not block; `timeout` is that of the group, which a watchdog keeps.
+        """
+        if not self._over:
+            self._group._check_usable(self._waiter.operation)
+            self._inner.order()
+        if self._error is not None:
+            raise self._error
+        if not self._result:
+            super()._arrived()
+        return self._result[0]
+
+    def synchronize(self, timeout: float | None = None) -> T:
+        """Block the host until the result is there, and return it."""
+        result = self.wait(timeout)
+        device = self._group._backend.device
+        assert device is not None, "it carried this operation"
+        # Behind the operation there may be copies that make the result the caller's.
+        arrived = device.fence()
+        if not self._over:
+            self._wait(timeout)
+            if self._error is not None:
+                raise self._error
+        self._waiter.wait_for(arrived)
+        return result

@@ -4,6 +4,11 @@ Every message begins with an envelope that says shape and dtype (`mpidist.envelo
 receiver may be of unknown shape, and one that expects something else gets an error instead of
 wrong numbers. A short array travels inside its envelope, as one message; a longer one follows its
 envelope in a lane of its own, numbered by its sender.
+
+Messages of device arrays have no envelopes: both sides pass a device array of the same size, and
+messages between two ranks match in the order in which they are sent. The sends and receives of one
+`exchange` or `sendrecv` are performed at once. Those of single calls follow each other on one
+stream: where each of two ranks sends before it receives, only `exchange` and `sendrecv` are safe.
 """
 
 from __future__ import annotations
@@ -14,10 +19,17 @@ from operator import index
 from typing import Any
 
 from mpidist._types import Array
-from mpidist.arrays import as_native
+from mpidist.arrays import array_namespace, as_native, is_device
 from mpidist.backends.messages import Receipt, receive_steps, send_steps
-from mpidist.backends.work import ANY_SOURCE, Work
-from mpidist.collectives._checks import check_array, check_rank, check_writable, nothing
+from mpidist.backends.work import ANY_SOURCE, Message, Work
+from mpidist.collectives._checks import (
+    check_array,
+    check_rank,
+    check_writable,
+    flat_source,
+    land,
+    nothing,
+)
 from mpidist.collectives._objects import pickled, unpickled
 from mpidist.errors import SelfSendError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
@@ -59,6 +71,10 @@ class ReceiveWork(Work[Array]):
         """Wait for the message."""
         return self._work.wait(timeout)
 
+    def synchronize(self, timeout: float | None = None) -> Array:
+        """Block the host until the message is there."""
+        return self._work.synchronize(timeout)
+
 
 def _check_peer(peer: int, verb: str, name: str, group: ProcessGroup) -> int:
     peer = check_rank(peer, verb, group, name=name)
@@ -83,8 +99,42 @@ def _check_tag(tag: int, verb: str, group: ProcessGroup) -> int:
     return number
 
 
+def _check_tagless(tag: int, verb: str, group: ProcessGroup) -> None:
+    if tag != 0:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: messages of device arrays have no tags, and match in the order in "
+            f"which they are sent; leave tag at 0, got {tag!r}"
+        )
+
+
+def _device_send(message: Send, group: ProcessGroup) -> Message:
+    """Check the arguments of `send` of a device array."""
+    x = check_array(message.x, "send", group)
+    dst = _check_peer(message.dst, "send", "dst", group)
+    _check_tagless(message.tag, "send", group)
+    return Message(flat_source(x), dst, 0)
+
+
+def _device_receive(receive: Receive, group: ProcessGroup) -> tuple[Message, Callable[[], Array]]:
+    """Check the arguments of `recv` into a device array; return also what gives the result."""
+    out = receive.out
+    assert out is not None, "only its array tells that it is for a device"
+    check_array(out, "recv", group)
+    if receive.src == ANY_SOURCE:
+        raise UnsupportedOperationError(
+            f"recv on {group}: a device array cannot be received from any source; name the rank"
+        )
+    src = _check_peer(receive.src, "recv", "src", group)
+    _check_tagless(receive.tag, "recv", group)
+    flat, finish = land(out, out.shape, out, verb="recv", group=group)
+    return Message(flat, src, 0), finish
+
+
 def _prepare_send(message: Send, group: ProcessGroup) -> Callable[[], Work[None]]:
     """Check the arguments of `send`, and return what starts it."""
+    if is_device(message.x):
+        leaving = _device_send(message, group)
+        return lambda: group.start_messages([leaving], [], nothing)
     x = as_native(check_array(message.x, "send", group))
     dst = _check_peer(message.dst, "send", "dst", group)
     tag = _check_tag(message.tag, "send", group)
@@ -103,6 +153,10 @@ def _prepare_send(message: Send, group: ProcessGroup) -> Callable[[], Work[None]
 
 def _prepare_receive(receive: Receive, group: ProcessGroup) -> Callable[[], ReceiveWork]:
     """Check the arguments of `recv`, and return what starts it."""
+    if is_device(receive.out):
+        arriving, finish = _device_receive(receive, group)
+        receipt = Receipt(source=arriving.peer)
+        return lambda: ReceiveWork(group.start_messages([], [arriving], finish), receipt)
     src = receive.src
     if src != ANY_SOURCE:
         src = _check_peer(src, "recv", "src", group)
@@ -235,7 +289,8 @@ def sendrecv(
     tag : int, optional
         Of both messages.
     out : Array, optional
-        Where to write what is received.
+        Where to write what is received. When omitted, a host array of any shape is taken, and a
+        device array like `x`.
 
     Returns
     -------
@@ -251,6 +306,8 @@ def sendrecv(
     -----
     Blocks, and cannot deadlock in a ring as a `send` before a `recv` may.
     """
+    if out is None and is_device(x):
+        out = array_namespace(x).empty_like(x)
     (received,) = exchange(
         group, sends=[Send(x, dst, tag)], receives=[Receive(src, tag, out)]
     ).wait()
@@ -314,6 +371,70 @@ class _Batch(Work[list[Array]]):
             work.wait(timeout)
         return received
 
+    def synchronize(self, timeout: float | None = None) -> list[Array]:
+        """Block the host until all are there."""
+        received = [work.synchronize(timeout) for work in self._receives]
+        for work in self._sends:
+            work.synchronize(timeout)
+        return received
+
+
+class _DeviceBatch(Work[list[Array]]):
+    """The messages of device arrays, which are one operation, and those of the host."""
+
+    def __init__(self, places: Sequence[int], works: tuple[Work[list[Array]], ...]) -> None:
+        self._places = places
+        self._works = works
+
+    def done(self) -> bool:
+        """Return whether all are complete."""
+        return all([work.done() for work in self._works])
+
+    def _in_order(self, results: list[list[Array]]) -> list[Array]:
+        received = dict(zip(self._places, (x for result in results for x in result), strict=True))
+        return [received[place] for place in range(len(received))]
+
+    def wait(self, timeout: float | None = None) -> list[Array]:
+        """Wait for all."""
+        return self._in_order([work.wait(timeout) for work in self._works])
+
+    def synchronize(self, timeout: float | None = None) -> list[Array]:
+        """Block the host until all are there."""
+        return self._in_order([work.synchronize(timeout) for work in self._works])
+
+
+def _exchange_on_device(
+    group: ProcessGroup, sends: Sequence[Send], receives: Sequence[Receive]
+) -> Work[list[Array]]:
+    """Start messages of which some are of device arrays: NCCL has to get these at once."""
+    leaving = [_device_send(message, group) for message in sends if is_device(message.x)]
+    places = sorted(range(len(receives)), key=lambda place: not is_device(receives[place].out))
+    arriving = [_device_receive(each, group) for each in receives if is_device(each.out)]
+    host = _prepare_batch(
+        group,
+        [message for message in sends if not is_device(message.x)],
+        [receives[place] for place in places[len(arriving) :]],
+    )
+    landings = [message for message, _ in arriving]
+    finish = [each for _, each in arriving]
+    device = group.start_messages(leaving, landings, lambda: [each() for each in finish])
+    return _DeviceBatch(places, (device, host()))
+
+
+def _prepare_batch(
+    group: ProcessGroup, sends: Sequence[Send], receives: Sequence[Receive]
+) -> Callable[[], _Batch]:
+    """Check several messages of host arrays, and return what starts them."""
+    # All are checked before one is started: a receive left behind would take another's message.
+    arriving = [_prepare_receive(receive, group) for receive in receives]
+    leaving = [_prepare_send(message, group) for message in sends]
+
+    def begin() -> _Batch:
+        received = [start() for start in arriving]
+        return _Batch([start() for start in leaving], received)
+
+    return begin
+
 
 def exchange(
     group: ProcessGroup, *, sends: Sequence[Send], receives: Sequence[Receive]
@@ -343,11 +464,9 @@ def exchange(
     -----
     Immediate. Any set of messages is free of deadlock if each send meets a receive.
     """
-    # All are checked before one is started: a receive left behind would take another's message.
-    arriving = [_prepare_receive(receive, group) for receive in receives]
-    leaving = [_prepare_send(message, group) for message in sends]
-    received = [start() for start in arriving]
-    return _Batch([start() for start in leaving], received)
+    if any(is_device(each.out) for each in receives) or any(is_device(each.x) for each in sends):
+        return _exchange_on_device(group, sends, receives)
+    return _prepare_batch(group, sends, receives)()
 
 
 def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:

@@ -24,6 +24,7 @@ from mpidist.errors import BackendUnavailableError
 from mpidist.recorder import Recorder
 
 if TYPE_CHECKING:
+    from mpidist.backends.device import DeviceBackend
     from mpidist.backends.direct import Direct
     from mpidist.backends.node_sums import NodeSums
 
@@ -85,6 +86,12 @@ class Backend(ABC):
 
     recorder: Recorder
     """Where this rank's operations are recorded, once `record` or `join` has been called."""
+
+    device: DeviceBackend | None = None
+    """What carries device arrays between the same ranks; see `mpidist.backends.hybrid`."""
+
+    no_device: str = "it was started for host arrays only"
+    """Why nothing does, where nothing does; the same on all ranks."""
 
     def __init__(self, rank: int, size: int, capabilities: Capabilities) -> None:
         self.rank = rank
@@ -296,6 +303,7 @@ class Backend(ABC):
         """
         self.engine = parent.engine
         self.recorder = parent.recorder
+        self.no_device = parent.no_device
         self.take(parent._table)
 
     def take(self, table: Mapping[int, Crossovers]) -> None:

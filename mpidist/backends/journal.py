@@ -9,6 +9,7 @@ from zlib import crc32
 import numpy as np
 
 from mpidist._types import ReduceOp
+from mpidist.arrays import is_array, is_host
 from mpidist.recorder import Kind, Name, Recorder
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Journal:
     ) -> Name:
         """Return how a collective is recorded; see `describe`."""
         # What of an argument makes a difference to the name; this is part of every call.
-        keys = [(x.dtype, x.size) if isinstance(x, np.ndarray) else x for x in args]
+        keys = [(x.dtype, x.size) if type(x) is np.ndarray else _key(x) for x in args]
         key = (verb, kind, shape, *keys)
         found = self._names.get(key)
         if found is None:
@@ -81,6 +82,13 @@ class Journal:
         return name
 
 
+def _key(x: Any) -> Any:
+    """Return what of an argument makes a difference to the name of a collective."""
+    if isinstance(x, tuple | list):
+        return tuple(map(_key, x))
+    return (x.dtype, x.size, is_host(x)) if is_array(x) else x
+
+
 def describe(verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None) -> str:
     """Return what has to be the same on all ranks of a collective.
 
@@ -96,9 +104,11 @@ def describe(verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None) ->
     str
         Such as ``"all_reduce SUM float32[10, 100]"``.
     """
+    if verb == "together":
+        return " + ".join(describe(each, some, None) for each, some in args)
     words = [verb]
     words += [op.name for op in args if isinstance(op, ReduceOp)]
-    arrays = [x for x in args if isinstance(x, np.ndarray)]
+    arrays = [x for x in args if is_array(x)]
     counts = [count for count in args if isinstance(count, tuple | list)]
     if arrays:
         dtype = arrays[0].dtype
@@ -110,6 +120,8 @@ def describe(verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None) ->
             words.append(f"{dtype}{list(shape) if shape is not None else [arrays[0].size]}")
     if verb in _ROOTED:
         words.append(f"root {args[-1]}")
+    if arrays and not is_host(arrays[0]):
+        words.append("on the device")
     return " ".join(words)
 
 

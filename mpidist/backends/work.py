@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from mpidist._types import Array
 from mpidist.backends.waiting import wait_until
+from mpidist.errors import CollectiveTimeoutError
 
 __all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work"]
 
@@ -247,6 +248,10 @@ class Waiter(ABC):
         missing : callable, optional
             Returns the ranks that have not come, where that is known.
         """
+
+    def expire(self) -> CollectiveTimeoutError:
+        """Return the error of a missed deadline; a group breaks, and reports, too."""
+        return CollectiveTimeoutError(f"{self.operation}: not complete after {self.timeout:g} s")
 
     def report(self, why: str) -> None:  # noqa: B027  # optional
         """Tell what all ranks are doing, since the job is about to be ended."""

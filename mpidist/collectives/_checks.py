@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.arrays import DTYPES, array_namespace, as_native, is_host
+from mpidist.arrays import DTYPES, address_of, array_namespace, as_native, is_device, is_host
 from mpidist.errors import InvalidRankError, SizeMismatchError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
 
@@ -24,7 +24,9 @@ __all__ = [
     "flat_source",
     "is_plain",
     "land",
+    "native_dtype",
     "nothing",
+    "overlap",
     "separate",
 ]
 
@@ -53,12 +55,14 @@ def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") ->
     # One look-up for nearly all arrays; the rest finds out what is wrong, or byte-swapped.
     if type(x) is np.ndarray and x.dtype in DTYPES:
         return x
-    if isinstance(x, np.ma.MaskedArray):
+    if is_device(x):
+        group.check_device(x, verb, name)
+    elif isinstance(x, np.ma.MaskedArray):
         raise UnsupportedOperationError(
             f"{verb} on {group}: {name} is a masked array, and its mask would be lost; pass "
             f"{name}.filled(value) or {name}.compressed()"
         )
-    if isinstance(x, np.ndarray):
+    elif isinstance(x, np.ndarray):
         x = x.view(np.ndarray)
     elif isinstance(x, np.generic):
         x = np.asarray(x)
@@ -66,11 +70,6 @@ def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") ->
         array_namespace(x)
     except UnsupportedOperationError as error:
         raise UnsupportedOperationError(f"{verb} on {group}: {name}: {error}") from None
-    if not is_host(x):
-        raise UnsupportedOperationError(
-            f"{verb} on {group}: {name} is a device array, and the {group.backend} backend carries "
-            "host arrays; copy it to the host (cupy.asnumpy) first"
-        )
     if x.dtype.newbyteorder("=") not in DTYPES:
         raise UnsupportedOperationError(
             f"{verb} on {group}: {name} has dtype {x.dtype}; expected a boolean, integer, float or "
@@ -85,15 +84,17 @@ def is_plain(x: Array) -> bool:
 
 
 def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> None:
-    """Raise unless the group's transport reduces this dtype with `op`."""
-    if (op, x.dtype) in group.capabilities.reductions:
+    """Raise unless the transport that carries `x` reduces this dtype with `op`."""
+    transport = group.transport_of(x)
+    reductions = transport.capabilities.reductions
+    if (op, x.dtype) in reductions:
         return
     dtype = x.dtype.newbyteorder("=")
-    if (op, dtype) not in group.capabilities.reductions:
-        offered = [o.name for o in ReduceOp if (o, dtype) in group.capabilities.reductions]
+    if (op, dtype) not in reductions:
+        offered = [o.name for o in ReduceOp if (o, dtype) in reductions]
         raise UnsupportedOperationError(
             f"{verb} on {group}: {getattr(op, 'name', op)} of {dtype} is not offered by the "
-            f"{group.backend} backend; of this dtype it offers {', '.join(offered) or 'nothing'}"
+            f"{transport.name} backend; of this dtype it offers {', '.join(offered) or 'nothing'}"
         )
 
 
@@ -127,14 +128,24 @@ def check_counts(counts: Sequence[int], verb: str, group: ProcessGroup) -> tuple
 def check_out(
     out: Array,
     shape: tuple[int, ...],
-    native: DType,
+    like: Array,
     *,
     verb: str,
     group: ProcessGroup,
     name: str = "out",
 ) -> Array:
-    """Return a plain view of `out` if a result of this shape and dtype can be written to it."""
+    """Return a plain view of `out` if a result of this shape can be written to it.
+
+    Its dtype, and whether it lies on the host or on a device, have to be those of `like`.
+    """
     plain = check_writable(out, verb, group, name=name)
+    if is_host(plain) != is_host(like):
+        here, there = ("host", "device") if is_host(plain) else ("device", "host")
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: {name} lies on the {here} and x on the {there}; nothing is moved "
+            "between them silently: pass both on one side"
+        )
+    native = native_dtype(like)
     same = plain.dtype == native or plain.dtype.newbyteorder("=") == native
     if plain.shape != shape or not same:
         raise SizeMismatchError(
@@ -148,7 +159,7 @@ def check_writable(out: Array, verb: str, group: ProcessGroup, *, name: str = "o
     """Return a plain view of `out` if it may be written."""
     plain = check_array(out, verb, group, name=name)
     # The caller's own flag: a numpy scalar is read-only, and its 0-d array is not.
-    if not out.flags.writeable:
+    if is_host(plain) and not out.flags.writeable:
         raise UnsupportedOperationError(
             f"{verb} on {group}: {name} is read-only; pass an array that may be written"
         )
@@ -159,27 +170,35 @@ def flat_source(x: Array) -> Array:
     """Return the elements of `x` as a flat, contiguous array of native byte order."""
     if not x.size:
         # Memory of its own: an empty part of `out` may have out's address, which MPICH refuses.
-        return np.empty(0, x.dtype.newbyteorder("="))
+        nothing_in_it: Array = array_namespace(x).empty(0, native_dtype(x))
+        return nothing_in_it
     return as_native(x).reshape(-1)
+
+
+def native_dtype(x: Array) -> DType:
+    """Return the dtype of `x` in native byte order."""
+    return x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
 
 
 def land(
     out: Array | None,
     shape: tuple[int, ...],
-    dtype: DType,
+    like: Array,
     *,
     verb: str,
     group: ProcessGroup,
 ) -> Landing:
-    """Prepare the memory for a result of this shape and dtype.
+    """Prepare the memory for a result of this shape.
 
     Parameters
     ----------
     out : Array or None
         The caller's array; allocated when None. Need not be contiguous, aligned or of native byte
         order: the result is written back to it then.
-    shape, dtype : tuple of int, dtype
+    shape : tuple of int
         Of the result.
+    like : Array
+        The result has its dtype, and lies where it lies: on the host, or on the device.
     verb, group : str, ProcessGroup
         For messages.
 
@@ -188,21 +207,33 @@ def land(
     Landing
         Flat memory, and what makes it the caller's result.
     """
-    native = dtype if dtype.isnative else dtype.newbyteorder("=")
+    xp, native = array_namespace(like), native_dtype(like)
     if out is None:
-        fresh = np.empty(shape, native)
+        fresh = xp.empty(shape, native)
         return Landing(fresh.reshape(-1), lambda: fresh)
-    plain = check_out(out, shape, native, verb=verb, group=group)
-    if plain.flags.carray and plain.dtype.isnative and plain.size:
+    plain = check_out(out, shape, like, verb=verb, group=group)
+    if _takes_bytes(plain):
         return Landing(plain.reshape(-1), lambda: out)
     # Empty results land elsewhere, too: an empty part of `x` may have the address of `x`.
-    landed: Any = np.empty(shape, native)
+    landed: Any = xp.empty(shape, native)
 
     def write_back() -> Array:
-        np.copyto(plain, landed)
+        xp.copyto(plain, landed)
         return out
 
     return Landing(landed.reshape(-1), write_back)
+
+
+def _takes_bytes(x: Array) -> bool:
+    """Whether a transport may write into `x` as it is."""
+    if is_device(x):
+        return bool(x.flags.c_contiguous and x.size)
+    return bool(x.flags.carray and x.dtype.isnative and x.size)
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays, both of the host or both of a device, may share memory."""
+    return bool(array_namespace(a).may_share_memory(a, b))
 
 
 def separate(source: Array, flat: Array, out: Array | None) -> Array:
@@ -214,9 +245,9 @@ def separate(source: Array, flat: Array, out: Array | None) -> Array:
         `flat` itself where both are the same memory (in place); a copy where they overlap
         otherwise; else `source`.
     """
-    if out is None or not np.may_share_memory(source, flat):
+    if out is None or not overlap(source, flat):
         return source
-    same = source.size == flat.size and source.ctypes.data == flat.ctypes.data
+    same = source.size == flat.size and address_of(source) == address_of(flat)
     return flat if same else source.copy()
 
 

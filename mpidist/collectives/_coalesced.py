@@ -1,27 +1,29 @@
-"""Collectives on lists of arrays: packed by dtype, so that many small ones cost one operation.
+"""Collectives on lists of arrays: many small ones cost one operation.
 
-The lists hold arrays of any shapes and dtypes, the same on every rank. There is one collective per
-dtype, and one copy of every array before and after it.
+The lists hold arrays of any shapes and dtypes, the same on every rank. Arrays of the host are
+packed: there is one collective per dtype, and one copy of every array before and after it. Arrays
+of a device are not copied: NCCL takes all of them in one group of calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpidist._types import SUM, Array, DType, ReduceOp
+from mpidist.arrays import array_namespace, is_device, is_host
 from mpidist.backends.work import Work
-from mpidist.collectives._checks import check_array, check_out
+from mpidist.collectives._checks import check_array, check_out, native_dtype
 from mpidist.collectives._gathers import plan_all_gather
 from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, plan_reduce_scatter
 from mpidist.collectives._rows import cut_rows, rows_of
 from mpidist.errors import SizeMismatchError
 from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
-from mpidist.pending import Plan
+from mpidist.pending import Plan, together
 
 __all__ = [
     "all_gather_coalesced",
@@ -52,16 +54,22 @@ class _Together(Work[list[Array]]):
             work.wait(timeout)
         return self._outs
 
+    def synchronize(self, timeout: float | None = None) -> list[Array]:
+        """Block the host until all are complete."""
+        for work in self._works:
+            work.synchronize(timeout)
+        return self._outs
+
 
 def _start(
     arrays: Sequence[Array],
     outs: _Results,
-    plan: Callable[[Array], Plan[Array]],
+    plan: Callable[[Array, Array | None], Plan[Array]],
     group: ProcessGroup,
     *,
     parts: tuple[int, int],
 ) -> Work[list[Array]]:
-    """Start one collective per dtype, each on the arrays of that dtype side by side.
+    """Start the collectives of a list.
 
     Parameters
     ----------
@@ -70,22 +78,25 @@ def _start(
     outs : _Results
         Where the results go.
     plan : callable
-        Plans the collective on a packed array of shape (parts[0], length).
+        Plans the collective on an array, or on a packed one of shape (parts[0], length).
     group : ProcessGroup
         The ranks taking part.
     parts : tuple of int
         How many ranks' parts each input, and each result, consists of.
     """
     results, targets = outs
-    plans = []
+    plans: list[Plan[Any]] = []
     for dtype, places in _by_dtype(arrays).items():
         rows = _rows(arrays, places, parts[0])
         packed = np.empty((parts[0], FlatBuffer.length_of(_shapes(rows[0]))), dtype)
         for row, inputs in zip(packed, rows, strict=True):
             FlatBuffer(_shapes(inputs), dtype, storage=row).pack(inputs)
-        checked = plan(packed)
+        checked = plan(packed, packed if parts == (1, 1) else None)
         unpack = partial(_unpack, checked.finish, _rows(targets, places, parts[1]))
         plans.append(Plan(checked.verb, checked.args, unpack))
+    devices = [plan(x, out) for x, out in zip(arrays, targets, strict=True) if is_device(x)]
+    if devices:
+        plans.append(together(devices))
     # None is started before all are known to be good.
     return _Together([group.start(each) for each in plans], results)
 
@@ -118,7 +129,8 @@ def _unpack(finish: Callable[[], Array], rows: Sequence[dict[str, Array]]) -> No
 def _by_dtype(arrays: Sequence[Array]) -> dict[DType, list[int]]:
     places: dict[DType, list[int]] = {}
     for place, x in enumerate(arrays):
-        places.setdefault(x.dtype.newbyteorder("="), []).append(place)
+        if is_host(x):
+            places.setdefault(native_dtype(x), []).append(place)
     return places
 
 
@@ -137,9 +149,9 @@ def _results(
     group: ProcessGroup,
 ) -> _Results:
     """Return an array for each result: the caller's, or fresh ones."""
-    wanted = [(shape, x.dtype.newbyteorder("=")) for shape, x in zip(shapes, arrays, strict=True)]
+    wanted = list(zip(shapes, arrays, strict=True))
     if outs is None:
-        fresh: list[Array] = [np.empty(shape, dtype) for shape, dtype in wanted]
+        fresh = [array_namespace(x).empty(shape, native_dtype(x)) for shape, x in wanted]
         return _Results(fresh, fresh)
     if len(outs) != len(wanted):
         raise SizeMismatchError(
@@ -147,8 +159,8 @@ def _results(
             f"got {len(outs)}"
         )
     targets = [
-        check_out(out, shape, dtype, verb=verb, group=group, name=f"outs[{place}]")
-        for place, (out, (shape, dtype)) in enumerate(zip(outs, wanted, strict=True))
+        check_out(out, shape, x, verb=verb, group=group, name=f"outs[{place}]")
+        for place, (out, (shape, x)) in enumerate(zip(outs, wanted, strict=True))
     ]
     return _Results(list(outs), targets)
 
@@ -189,7 +201,8 @@ def all_reduce_coalesced(
 
     Notes
     -----
-    Collective over `group`; blocks. One all_reduce per dtype.
+    Collective over `group`; blocks. One all_reduce per dtype of the host's arrays, and one
+    group of NCCL's calls for those of a device.
     """
     return iall_reduce_coalesced(arrays, group, op=op, outs=outs).wait()
 
@@ -201,13 +214,13 @@ def iall_reduce_coalesced(
     op: ReduceOp = SUM,
     outs: Sequence[Array] | None = None,
 ) -> Work[list[Array]]:
-    """Start an `all_reduce_coalesced`; the inputs may be changed at once, they are packed."""
+    """Start an `all_reduce_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "all_reduce_coalesced", group)
     results = _results([x.shape for x in arrays], arrays, outs, "all_reduce_coalesced", group)
     return _start(
         arrays,
         results,
-        lambda packed: plan_all_reduce(packed, group, op, packed),
+        lambda x, out: plan_all_reduce(x, group, op, out),
         group,
         parts=(1, 1),
     )
@@ -245,7 +258,8 @@ def broadcast_coalesced(
 
     Notes
     -----
-    Collective over `group`; blocks. One broadcast per dtype.
+    Collective over `group`; blocks. One broadcast per dtype of the host's arrays, and one
+    group of NCCL's calls for those of a device.
     """
     return ibroadcast_coalesced(arrays, group, root=root, outs=outs).wait()
 
@@ -257,13 +271,13 @@ def ibroadcast_coalesced(
     root: int = 0,
     outs: Sequence[Array] | None = None,
 ) -> Work[list[Array]]:
-    """Start a `broadcast_coalesced`; the inputs may be changed at once, they are packed."""
+    """Start a `broadcast_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "broadcast_coalesced", group)
     results = _results([x.shape for x in arrays], arrays, outs, "broadcast_coalesced", group)
     return _start(
         arrays,
         results,
-        lambda packed: plan_broadcast(packed, group, root, packed),
+        lambda x, out: plan_broadcast(x, group, root, out),
         group,
         parts=(1, 1),
     )
@@ -295,7 +309,8 @@ def all_gather_coalesced(
 
     Notes
     -----
-    Collective over `group`; blocks. One all_gather per dtype.
+    Collective over `group`; blocks. One all_gather per dtype of the host's arrays, and one
+    group of NCCL's calls for those of a device.
     """
     return iall_gather_coalesced(arrays, group, outs=outs).wait()
 
@@ -303,14 +318,14 @@ def all_gather_coalesced(
 def iall_gather_coalesced(
     arrays: Sequence[Array], group: ProcessGroup, *, outs: Sequence[Array] | None = None
 ) -> Work[list[Array]]:
-    """Start an `all_gather_coalesced`; the inputs may be changed at once, they are packed."""
+    """Start an `all_gather_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "all_gather_coalesced", group)
     shapes = [(rows_of(x)[0] * group.size, *rows_of(x)[1:]) for x in arrays]
     results = _results(shapes, arrays, outs, "all_gather_coalesced", group)
     return _start(
         arrays,
         results,
-        lambda packed: plan_all_gather(packed, group, None, None),
+        lambda x, out: plan_all_gather(x, group, out, None),
         group,
         parts=(1, group.size),
     )
@@ -348,7 +363,8 @@ def reduce_scatter_coalesced(
 
     Notes
     -----
-    Collective over `group`; blocks. One reduce_scatter per dtype.
+    Collective over `group`; blocks. One reduce_scatter per dtype of the host's arrays, and one
+    group of NCCL's calls for those of a device.
     """
     return ireduce_scatter_coalesced(arrays, group, op=op, outs=outs).wait()
 
@@ -360,7 +376,7 @@ def ireduce_scatter_coalesced(
     op: ReduceOp = SUM,
     outs: Sequence[Array] | None = None,
 ) -> Work[list[Array]]:
-    """Start a `reduce_scatter_coalesced`; the inputs may be changed at once, they are packed."""
+    """Start a `reduce_scatter_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "reduce_scatter_coalesced", group)
     shapes = [
         (cut_rows(x.shape, group, None, "reduce_scatter_coalesced")[0], *x.shape[1:])
@@ -370,7 +386,7 @@ def ireduce_scatter_coalesced(
     return _start(
         arrays,
         results,
-        lambda packed: plan_reduce_scatter(packed, group, op, None, None),
+        lambda x, out: plan_reduce_scatter(x, group, op, out, None),
         group,
         parts=(group.size, 1),
     )

@@ -35,7 +35,7 @@ def plan_all_gather(
     x = check_array(x, "all_gather", group)
     rows = contributed_rows(x, group, counts, "all_gather")
     shape = (sum(rows), *rows_of(x)[1:])
-    flat, finish = land(out, shape, x.dtype, verb="all_gather", group=group)
+    flat, finish = land(out, shape, x, verb="all_gather", group=group)
     elements = elements_in(rows, shape)
     mine = _own_part(flat, elements, group)
     source = separate(flat_source(x), mine, out)
@@ -114,7 +114,7 @@ def plan_gather(
     source = flat_source(x)
     if group.rank != root:
         return Plan("gather", (source, None, elements, root), nothing)
-    flat, finish = land(out, shape, x.dtype, verb="gather", group=group)
+    flat, finish = land(out, shape, x, verb="gather", group=group)
     mine = _own_part(flat, elements, group)
     source = separate(source, mine, out)
     if source is not mine:

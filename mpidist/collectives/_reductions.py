@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from mpidist._types import SUM, Array, ReduceOp
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import (
@@ -16,6 +14,7 @@ from mpidist.collectives._checks import (
     is_plain,
     land,
     nothing,
+    overlap,
     separate,
 )
 from mpidist.collectives._rows import cut_rows, elements_in
@@ -73,7 +72,7 @@ def plan_all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | No
         return Plan("all_reduce", (same, same, op), lambda: x, x.shape)
     x = check_array(x, "all_reduce", group)
     check_reduction(x, op, "all_reduce", group)
-    flat, finish = land(out, x.shape, x.dtype, verb="all_reduce", group=group)
+    flat, finish = land(out, x.shape, x, verb="all_reduce", group=group)
     return Plan("all_reduce", (separate(flat_source(x), flat, out), flat, op), finish, x.shape)
 
 
@@ -130,7 +129,7 @@ def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) 
     """Check the arguments of `broadcast` and prepare it."""
     root = check_rank(root, "broadcast", group)
     x = check_array(x, "broadcast", group)
-    flat, finish = land(out, x.shape, x.dtype, verb="broadcast", group=group)
+    flat, finish = land(out, x.shape, x, verb="broadcast", group=group)
     if group.rank == root:
         source = separate(flat_source(x), flat, out)
         if source is not flat:
@@ -190,7 +189,7 @@ def plan_reduce(
     source = flat_source(x)
     if group.rank != root:
         return Plan("reduce", (source, None, op, root), nothing, x.shape)
-    flat, finish = land(out, x.shape, x.dtype, verb="reduce", group=group)
+    flat, finish = land(out, x.shape, x, verb="reduce", group=group)
     return Plan("reduce", (separate(source, flat, out), flat, op, root), finish, x.shape)
 
 
@@ -258,9 +257,9 @@ def plan_reduce_scatter(
     check_reduction(x, op, "reduce_scatter", group)
     rows = cut_rows(x.shape, group, counts, "reduce_scatter")
     shape = (rows[group.rank], *x.shape[1:])
-    flat, finish = land(out, shape, x.dtype, verb="reduce_scatter", group=group)
+    flat, finish = land(out, shape, x, verb="reduce_scatter", group=group)
     source = flat_source(x)
-    if out is not None and np.may_share_memory(source, flat):
+    if out is not None and overlap(source, flat):
         source = source.copy()
     return Plan("reduce_scatter", (source, flat, elements_in(rows, x.shape), op), finish)
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from mpidist._types import Array
 from mpidist.backends.work import Work
-from mpidist.collectives._checks import check_array, check_counts, check_rank, flat_source, land
+from mpidist.collectives._checks import (
+    check_array,
+    check_counts,
+    check_rank,
+    flat_source,
+    land,
+    overlap,
+)
 from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
@@ -37,12 +42,12 @@ def plan_scatter(
     x = check_array(x, "scatter", group)
     rows = cut_rows(x.shape, group, counts, "scatter")
     shape = (rows[group.rank], *x.shape[1:])
-    flat, finish = land(out, shape, x.dtype, verb="scatter", group=group)
+    flat, finish = land(out, shape, x, verb="scatter", group=group)
     elements = elements_in(rows, x.shape)
     if group.rank != root:
         return Plan("scatter", (None, flat, elements, root), finish)
     source = flat_source(x)
-    if out is not None and np.may_share_memory(source, flat):
+    if out is not None and overlap(source, flat):
         source = source.copy()
     return Plan("scatter", (source, flat, elements, root), finish)
 
@@ -59,7 +64,7 @@ def _receive_scatter(
         raise SizeMismatchError(
             f"scatter on {group}: out must have {rows[group.rank]} rows, got shape {out.shape}"
         )
-    flat, finish = land(out, out.shape, out.dtype, verb="scatter", group=group)
+    flat, finish = land(out, out.shape, out, verb="scatter", group=group)
     return Plan("scatter", (None, flat, elements_in(rows, out.shape), root), finish)
 
 
@@ -142,9 +147,9 @@ def plan_all_to_all(
             f"recv_counts expects {received[group.rank]}"
         )
     shape = (sum(received), *x.shape[1:])
-    flat, finish = land(out, shape, x.dtype, verb="all_to_all", group=group)
+    flat, finish = land(out, shape, x, verb="all_to_all", group=group)
     source = flat_source(x)
-    if out is not None and np.may_share_memory(source, flat):
+    if out is not None and overlap(source, flat):
         source = source.copy()
     elements = elements_in(sent, x.shape), elements_in(received, x.shape)
     return Plan("all_to_all", (source, flat, *elements), finish)

@@ -1,0 +1,89 @@
+"""The contract between the verbs and the transports of device arrays.
+
+Operations on a device are put on a stream, and the host goes on: what a group waits for is the
+order of the streams, not the end of the operation. So these transports have an interface of their
+own, and `mpidist.backends.base.Backend` has a place for one of them: see `Backend.device`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mpidist.backends.work import Message, Waiter, Work
+
+if TYPE_CHECKING:
+    from mpidist._types import Array
+    from mpidist.backends.base import Backend, Capabilities
+
+__all__ = ["DeviceBackend", "DeviceWork"]
+
+
+class DeviceWork(Work[None]):
+    """An operation on device arrays under way; it holds them until the device has done with them."""
+
+    @abstractmethod
+    def order(self) -> None:
+        """Let the current stream go on only behind this operation; the host does not wait."""
+
+
+class DeviceBackend(ABC):
+    """Moves device arrays between the ranks of one group.
+
+    Attributes
+    ----------
+    name : str
+        Of the transport, for messages.
+    capabilities : Capabilities
+        What it can do.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    @abstractmethod
+    def prepare(self, waiter: Waiter) -> None:
+        """Connect the ranks before their first operation; collective, blocks; later does nothing."""
+
+    @abstractmethod
+    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> DeviceWork:
+        """Start a collective behind what is on the current stream, and return at once.
+
+        Parameters
+        ----------
+        verb : str
+            Name of a collective of `Backend`, or ``"together"``.
+        args : tuple
+            Its arguments; of ``"together"`` pairs (verb, args), all of which are started at once.
+        waiter : Waiter
+            Of the operation: says what it is, and how long it may take.
+        """
+
+    @abstractmethod
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], waiter: Waiter
+    ) -> DeviceWork:
+        """Start several messages at once; between two ranks they match in order, without lanes."""
+
+    @abstractmethod
+    def fence(self) -> Callable[[], bool]:
+        """Return what tells whether all that is on the current stream by now has been done."""
+
+    @abstractmethod
+    def split(
+        self, color: int | None, key: int, host: Backend | None, waiter: Waiter
+    ) -> DeviceBackend | None:
+        """Make the transport that belongs to the host's new one; collective over all, blocks."""
+
+    @abstractmethod
+    def create(self, host: Backend) -> DeviceBackend:
+        """Make the transport that belongs to the host's new one of some ranks; does not block."""
+
+    @abstractmethod
+    def check_place(self, x: Array, words: str) -> None:
+        """Raise unless this array lies on this rank's device."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the transport holds; nothing is under way any more."""

@@ -1,0 +1,12 @@
+"""NCCL: collectives and messages of device arrays, see `mpidist.backends.hybrid`.
+
+`calls` holds every call of the library, `communicator` its operations on arrays, `plans` the verbs
+in these terms, `streams` their order on the device, and `backend` brings them together for a group.
+"""
+
+from __future__ import annotations
+
+from mpidist.backends.nccl.backend import NcclBackend
+from mpidist.backends.nccl.communicator import NcclCommunicator
+
+__all__ = ["NcclBackend", "NcclCommunicator"]

@@ -1,0 +1,305 @@
+"""NCCL between the ranks of a group: the verbs on device arrays."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays import device_module
+from mpidist.backends.base import Backend, Capabilities
+from mpidist.backends.device import DeviceBackend, DeviceWork
+from mpidist.backends.nccl import calls
+from mpidist.backends.nccl.communicator import NcclCommunicator
+from mpidist.backends.nccl.dtypes import REDUCTIONS
+from mpidist.backends.nccl.identity import check_devices, gather_facts, own_facts
+from mpidist.backends.nccl.plans import PLANS, Operation, messages
+from mpidist.backends.nccl.streams import Side, order_behind
+from mpidist.backends.nccl.watchdog import watchdog
+from mpidist.backends.work import Message, Waiter
+from mpidist.errors import DistributedError, TransportError, UnsupportedOperationError
+
+__all__ = ["NcclBackend", "NcclWork"]
+
+T = TypeVar("T")
+
+_GOODBYE = 10.0
+"""Seconds that NCCL gets to release a communicator."""
+
+
+class NcclWork(DeviceWork):
+    """An operation of NCCL under way.
+
+    Parameters
+    ----------
+    backend : NcclBackend
+        Who performs it.
+    event : cupy.cuda.Event
+        Happens when it is over.
+    held : list
+        The arrays that it reads and writes.
+    waiter : Waiter
+        Of the operation.
+    """
+
+    def __init__(self, backend: NcclBackend, event: Any, held: list[Any], waiter: Waiter) -> None:
+        self.waiter = waiter
+        self.began = time.monotonic()
+        self._backend = backend
+        self._event = event
+        self._held = held
+        self._over = False
+
+    def done(self) -> bool:
+        """Return whether the device is done with it."""
+        if not self._over:
+            self._backend.check()
+            self._over = bool(self._event.done)
+            if self._over:
+                self._held.clear()
+                self._backend.release(self, self._event)
+        return self._over
+
+    def overdue(self) -> bool:
+        """Whether its deadline is over, and it is not; from any thread."""
+        late = time.monotonic() - self.began > self.waiter.timeout
+        return late and not self._event.done
+
+    def order(self) -> None:
+        """Let the current stream go on only behind this operation."""
+        self._backend.check()
+        if not self._over:
+            order_behind(self._event)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Order the current stream; groups bring the deadline."""
+        self.order()
+
+
+class NcclBackend(DeviceBackend):
+    """Device arrays of one group over NCCL.
+
+    The first operation connects the ranks, on the device that is current then.
+
+    Parameters
+    ----------
+    host : Backend
+        The transport of host arrays between the same ranks.
+    """
+
+    name = "nccl"
+
+    def __init__(self, host: Backend) -> None:
+        self.rank, self.size = host.rank, host.size
+        self.capabilities = Capabilities(
+            reductions=REDUCTIONS,
+            max_tag=0,
+            any_source=False,
+            unknown_shapes=False,
+            halves_rounded_once=False,
+        )
+        self._host = host
+        self._communicator: NcclCommunicator | None = None
+        self._side: Side | None = None
+        self._device = -1
+        self.under_way: list[NcclWork] = []
+        self._failure: DistributedError | None = None
+
+    # -- connecting ----------------------------------------------------------------------------
+
+    def prepare(self, waiter: Waiter) -> None:
+        """Connect the ranks, the first time; see `DeviceBackend.prepare`.
+
+        Raises
+        ------
+        LaunchError
+            If two ranks use one device.
+        BackendUnavailableError
+            If they have different releases of NCCL.
+        CollectiveTimeoutError
+            If they are not connected within the group's timeout.
+        TransportError
+            If NCCL fails on this rank.
+        """
+        if self._communicator is not None:
+            return
+        facts = gather_facts(own_facts(self._host.node()), self._host, waiter)
+        check_devices(facts)
+        told = np.zeros(calls.UNIQUE_ID_NBYTES, np.uint8)
+        if self.rank == 0:
+            told[:] = np.frombuffer(calls.new_unique_id(), np.uint8)
+        self._host.run("broadcast", (told, 0), waiter=waiter)
+        side, device = self._open()
+        unique_id = told.tobytes()
+        made = self._beside(
+            lambda: NcclCommunicator(self.size, self.rank, unique_id, device, side.handle), waiter
+        )
+        self._connected(made)
+
+    def _open(self) -> tuple[Side, int]:
+        """Make the side stream on the current device."""
+        self._device = device_module().cuda.Device().id
+        self._side = Side()
+        return self._side, self._device
+
+    def _connected(self, communicator: NcclCommunicator) -> None:
+        self._communicator = communicator
+        watchdog().watch(self)
+
+    def _beside(self, function: Callable[[], T], waiter: Waiter) -> T:
+        """Call what may block in the library from a thread, and wait for it with a deadline."""
+        result: list[T] = []
+        error: list[BaseException] = []
+        device = self._device
+
+        def call() -> None:
+            try:
+                device_module().cuda.Device(device).use()
+                result.append(function())
+            except BaseException as problem:  # noqa: BLE001  # raised below, in the caller's thread
+                error.append(problem)
+
+        # A daemon: where the library never comes back, the process has to end all the same.
+        thread = threading.Thread(target=call, name="mpidist-nccl", daemon=True)
+        thread.start()
+        waiter.wait_for(lambda: not thread.is_alive())
+        if error:
+            raise error[0]
+        return result[0]
+
+    def split(
+        self, color: int | None, key: int, host: Backend | None, waiter: Waiter
+    ) -> NcclBackend | None:
+        """Make the transport of a new group; see `DeviceBackend.split`.
+
+        Where the ranks are connected and NCCL can, the new communicators come of this one, and
+        share its resources; else they are connected when they are used first.
+        """
+        child = None if host is None else NcclBackend(host)
+        communicator = self._communicator
+        if communicator is None or not calls.can_split():
+            return child
+        # The library wants nothing to be outstanding on the parent.
+        waiter.wait_for(lambda: all([work.done() for work in tuple(self.under_way)]))
+        stream = 0 if child is None else child._open()[0].handle
+        made = self._beside(lambda: communicator.split(color, key, stream), waiter)
+        if child is not None and made is not None:
+            child._connected(made)
+        return child
+
+    def create(self, host: Backend) -> NcclBackend:
+        """Make the transport of some ranks; it is connected when it is used first."""
+        return NcclBackend(host)
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def check_place(self, x: Array, words: str) -> None:
+        """Raise unless an array lies on the device of this group."""
+        used = self._device if self._communicator is not None else device_module().cuda.Device().id
+        lies: int = x.device.id  # type: ignore[union-attr, assignment]  # cupy's
+        if lies != used:
+            raise UnsupportedOperationError(
+                f"{words} lies on device {lies}, and this rank's is device {used}; copy it there "
+                f"(with cupy.cuda.Device({used}): cupy.array(x)), or choose the device by "
+                "cupy.cuda.Device(i).use() before the group's first operation"
+            )
+
+    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> NcclWork:
+        """Start a collective; see `DeviceBackend.begin`."""
+        pairs = args if verb == "together" else ((verb, args),)
+        operations = [PLANS[each](self.rank, *some) for each, some in pairs]
+        return self._perform(operations, args, waiter)
+
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], waiter: Waiter
+    ) -> NcclWork:
+        """Start several messages; see `DeviceBackend.exchange`."""
+        if self._communicator is None:
+            raise UnsupportedOperationError(
+                f"{waiter.operation}: messages of device arrays need the ranks to be connected, "
+                "which takes all of them: let all perform a collective on a device array of this "
+                "group first, such as all_reduce(cupy.zeros(1), group)"
+            )
+        return self._perform([messages(sends, receives)], (sends, receives), waiter)
+
+    def _perform(
+        self, operations: Sequence[Operation], held: tuple[Any, ...], waiter: Waiter
+    ) -> NcclWork:
+        """Put operations on the side stream, behind the current one."""
+        communicator, side = self._communicator, self._side
+        assert communicator is not None and side is not None, "prepared before"
+        self.check()
+        side.follow()
+        try:
+            if len(operations) == 1 and not operations[0].several:
+                operations[0].call(communicator)
+            else:
+                with communicator.together():
+                    for operation in operations:
+                        operation.call(communicator)
+        except calls.vendor_errors() as problem:
+            error = calls.translate(waiter.operation, problem)
+            self.fail(error)
+            raise error from problem
+        for operation in operations:
+            if operation.after is not None:
+                with side.stream:
+                    operation.after()
+        temporaries = [array for operation in operations for array in operation.temporaries]
+        work = NcclWork(self, side.mark(), [held, temporaries], waiter)
+        self.under_way.append(work)
+        return work
+
+    def fence(self) -> Callable[[], bool]:
+        """Return what tells whether the current stream has come to here."""
+        side = self._side
+        return (lambda: True) if side is None else side.fence()
+
+    def release(self, work: NcclWork, event: Any) -> None:
+        """Forget an operation that is over."""
+        self.under_way.remove(work)
+        if self._side is not None:
+            self._side.take_back(event)
+
+    # -- failures ------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise what has ended the communicator, if anything has."""
+        if self._failure is not None:
+            raise self._failure
+
+    def fail(self, error: DistributedError) -> None:
+        """End all that is under way; every operation raises this error from now on."""
+        self._failure = self._failure or error
+        if self._communicator is not None:
+            self._communicator.abort()
+
+    def patrol(self) -> None:
+        """Look for errors that NCCL reports, and for missed deadlines; by the watchdog's thread."""
+        communicator, under_way = self._communicator, tuple(self.under_way)
+        if communicator is None or self._failure is not None:
+            return
+        problem = communicator.problem()
+        if problem is not None:
+            for work in under_way[:1]:
+                work.waiter.report(str(problem))
+            told = f"rank {self.rank} of {self.size}, {problem}; let this error end the job"
+            self.fail(TransportError(told, problem.code))
+            return
+        for work in under_way[:1]:
+            if work.overdue():
+                self.fail(work.waiter.expire())
+
+    def close(self) -> None:
+        """Release the communicator; nothing is under way any more."""
+        watchdog().forget(self)
+        communicator, self._communicator = self._communicator, None
+        if communicator is None or self._failure is not None:
+            return
+        thread = threading.Thread(target=communicator.destroy, name="mpidist-nccl", daemon=True)
+        thread.start()
+        thread.join(_GOODBYE)
