@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "Evidence",
+    "allows_shared_devices",
     "cache_directory",
     "crossovers",
     "cuda_aware_mpi",
@@ -164,6 +165,11 @@ def cuda_aware_mpi() -> bool | None:
     """Return ``MPIDIST_CUDA_AWARE_MPI``: whether MPI gets device arrays; None if not set."""
     text = os.environ.get("MPIDIST_CUDA_AWARE_MPI", "")
     return text != "0" if text else None
+
+
+def allows_shared_devices() -> bool:
+    """Whether NCCL, where it is able to, lets several ranks use one GPU."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") not in ("", "0")
 
 
 def visible_devices() -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from mpidist import env
 from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import BackendUnavailableError, LaunchError
@@ -31,9 +33,12 @@ def init(
 
     Parameters
     ----------
-    backend : {"mpi", "simulated"}, optional
-        The transport. When omitted: MPI, if a launcher started this process as a rank or `comm` is
-        given; else one rank in this process, and MPI is not started.
+    backend : {"hybrid", "mpi", "simulated"}, optional
+        The transport of host arrays: ``"mpi"``, or ``"simulated"`` for one rank in this process.
+        When omitted: MPI, if a launcher started this process as a rank or `comm` is given; else one
+        rank, and MPI is not started. In that case device arrays are carried, too, by NCCL, where
+        every rank has it and a GPU: `local_rank` chooses which, unless the program has done so.
+        ``"hybrid"`` is the same, and an error where they cannot be carried.
     comm : mpi4py.MPI.Intracomm, optional
         Its ranks are the group's; duplicated. ``MPI.COMM_WORLD`` when omitted.
     timeout : float, optional
@@ -52,7 +57,7 @@ def init(
         If a launcher promised several ranks and MPI sees one: the job would run as that many
         strangers, each believing that it is alone.
     BackendUnavailableError
-        If the transport's library is missing.
+        If the transport's library is missing; of ``"hybrid"`` also if a rank has no GPU or no NCCL.
 
     Notes
     -----
@@ -62,22 +67,57 @@ def init(
     May be called again. MPI is finalised when the interpreter exits.
     """
     evidence = env.launcher_evidence()
-    if backend is None:
+    devices = None if backend is None else backend == "hybrid"
+    if backend in (None, "hybrid"):
         backend = "mpi" if evidence is not None or comm is not None else _without_launcher()
     if backend == "mpi":
-        return _init_mpi(evidence, comm, timeout, warn_after)
-    if backend == "simulated":
+        world = _init_mpi(evidence, comm, timeout, warn_after)
+    elif backend == "simulated":
         from mpidist.backends.network import Network
         from mpidist.backends.simulated import SimulatedBackend
 
         lone = SimulatedBackend(Network(1), 0)
         world = ProcessGroup.over(lone, timeout=timeout, warn_after=warn_after)
         _trace(env.trace_directory(), world)
-        return world
-    raise BackendUnavailableError(
-        f"init: there is no backend {backend!r}; expected 'mpi' or 'simulated' (one rank in this "
-        "process)"
-    )
+    else:
+        raise BackendUnavailableError(
+            f"init: there is no backend {backend!r}; expected 'hybrid', 'mpi' or 'simulated' (one "
+            "rank in this process)"
+        )
+    if devices is not False:
+        _add_devices(world, required=devices is True)
+    return world
+
+
+def _add_devices(world: ProcessGroup, *, required: bool) -> None:
+    """Let a world carry device arrays if all its ranks can; collective."""
+    from mpidist.backends.hybrid import carry_devices, use_device, why_not
+
+    reason = why_not()
+    if reason is None:
+        use_device(world.local_rank)
+    reason, fallback = _first_reason(world, reason)
+    if reason is not None and required and not fallback:
+        raise BackendUnavailableError(f"init('hybrid'): {reason}")
+    carry_devices(world._backend, reason)
+
+
+def _first_reason(world: ProcessGroup, reason: str | None) -> tuple[str | None, bool]:
+    """Return why the first rank that cannot carry device arrays cannot; collective.
+
+    Whether they may be staged is told by the same rank, so that all go the same way.
+    """
+    from mpidist._types import MIN
+    from mpidist.collectives import all_reduce, broadcast_object
+
+    if world.size == 1:
+        return reason, env.gpu_fallback()
+    first = int(all_reduce(np.array(world.size if reason is None else world.rank), world, op=MIN))
+    if first == world.size:
+        return None, False
+    told = (f"on rank {first}, {reason}", env.gpu_fallback())
+    said: tuple[str, bool] = broadcast_object(told, world, root=first)
+    return said
 
 
 def _without_launcher() -> str:

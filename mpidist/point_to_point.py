@@ -388,7 +388,7 @@ class _DeviceBatch(Work[list[Array]]):
 
     def done(self) -> bool:
         """Return whether all are complete."""
-        return all([work.done() for work in self._works])
+        return all(work.done() for work in self._works)
 
     def _in_order(self, results: list[list[Array]]) -> list[Array]:
         received = dict(zip(self._places, (x for result in results for x in result), strict=True))

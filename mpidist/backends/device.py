@@ -21,7 +21,7 @@ __all__ = ["DeviceBackend", "DeviceWork"]
 
 
 class DeviceWork(Work[None]):
-    """An operation on device arrays under way; it holds them until the device has done with them."""
+    """An operation on device arrays under way; it holds them until the device is done with them."""
 
     @abstractmethod
     def order(self) -> None:
@@ -44,7 +44,7 @@ class DeviceBackend(ABC):
 
     @abstractmethod
     def prepare(self, waiter: Waiter) -> None:
-        """Connect the ranks before their first operation; collective, blocks; later does nothing."""
+        """Connect the ranks, the first time; collective, blocks."""
 
     @abstractmethod
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> DeviceWork:

@@ -17,7 +17,7 @@ from mpidist.backends.nccl import calls
 from mpidist.backends.nccl.communicator import NcclCommunicator
 from mpidist.backends.nccl.dtypes import REDUCTIONS
 from mpidist.backends.nccl.identity import check_devices, gather_facts, own_facts
-from mpidist.backends.nccl.plans import PLANS, Operation, messages
+from mpidist.backends.nccl.plans import Operation, Plans
 from mpidist.backends.nccl.streams import Side, order_behind
 from mpidist.backends.nccl.watchdog import watchdog
 from mpidist.backends.work import Message, Waiter
@@ -103,6 +103,7 @@ class NcclBackend(DeviceBackend):
             halves_rounded_once=False,
         )
         self._host = host
+        self._plans = Plans(host.rank)
         self._communicator: NcclCommunicator | None = None
         self._side: Side | None = None
         self._device = -1
@@ -184,12 +185,18 @@ class NcclBackend(DeviceBackend):
         if communicator is None or not calls.can_split():
             return child
         # The library wants nothing to be outstanding on the parent.
-        waiter.wait_for(lambda: all([work.done() for work in tuple(self.under_way)]))
+        waiter.wait_for(self._idle)
         stream = 0 if child is None else child._open()[0].handle
         made = self._beside(lambda: communicator.split(color, key, stream), waiter)
         if child is not None and made is not None:
             child._connected(made)
         return child
+
+    def _idle(self) -> bool:
+        """Return whether nothing is under way."""
+        for work in tuple(self.under_way):
+            work.done()
+        return not self.under_way
 
     def create(self, host: Backend) -> NcclBackend:
         """Make the transport of some ranks; it is connected when it is used first."""
@@ -200,7 +207,7 @@ class NcclBackend(DeviceBackend):
     def check_place(self, x: Array, words: str) -> None:
         """Raise unless an array lies on the device of this group."""
         used = self._device if self._communicator is not None else device_module().cuda.Device().id
-        lies: int = x.device.id  # type: ignore[union-attr, assignment]  # cupy's
+        lies: int = x.device.id  # type: ignore[attr-defined]  # cupy's
         if lies != used:
             raise UnsupportedOperationError(
                 f"{words} lies on device {lies}, and this rank's is device {used}; copy it there "
@@ -211,7 +218,7 @@ class NcclBackend(DeviceBackend):
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> NcclWork:
         """Start a collective; see `DeviceBackend.begin`."""
         pairs = args if verb == "together" else ((verb, args),)
-        operations = [PLANS[each](self.rank, *some) for each, some in pairs]
+        operations = [getattr(self._plans, each)(*some) for each, some in pairs]
         return self._perform(operations, args, waiter)
 
     def exchange(
@@ -224,14 +231,15 @@ class NcclBackend(DeviceBackend):
                 "which takes all of them: let all perform a collective on a device array of this "
                 "group first, such as all_reduce(cupy.zeros(1), group)"
             )
-        return self._perform([messages(sends, receives)], (sends, receives), waiter)
+        return self._perform([self._plans.messages(sends, receives)], (sends, receives), waiter)
 
     def _perform(
         self, operations: Sequence[Operation], held: tuple[Any, ...], waiter: Waiter
     ) -> NcclWork:
         """Put operations on the side stream, behind the current one."""
         communicator, side = self._communicator, self._side
-        assert communicator is not None and side is not None, "prepared before"
+        assert communicator is not None, "prepared before"
+        assert side is not None, "made with it"
         self.check()
         side.follow()
         try:

@@ -17,7 +17,7 @@ __all__ = ["NcclCommunicator"]
 class NcclCommunicator:
     """Some ranks, each on a device of its own, that NCCL has connected.
 
-    How the ranks come by the identifier is not its business: MPI, a file, or threads of one process.
+    How the ranks come by the identifier is not its business: by MPI, or as threads of one process.
 
     Parameters
     ----------

@@ -1,0 +1,69 @@
+"""One group for host and device arrays: each travels where it lies.
+
+A host transport gets a companion for device arrays, `Backend.device`; which of the two carries a
+collective is decided by its arrays. The companion is there on all ranks, or on none.
+"""
+
+from __future__ import annotations
+
+from mpidist.arrays import device_module
+from mpidist.backends.availability import why_no_gpu, why_no_nccl
+from mpidist.backends.base import Backend
+
+__all__ = ["carry_devices", "use_device", "why_not"]
+
+
+def why_not() -> str | None:
+    """Say why this rank cannot carry device arrays over NCCL; None if it can.
+
+    Imports CuPy where there seems to be a GPU.
+    """
+    reason = why_no_gpu()
+    if reason is not None:
+        return reason
+    try:
+        device_module()
+    except Exception as error:  # noqa: BLE001  # of a library that does not fit, whatever it raises
+        return f"CuPy cannot be imported: {error}"
+    return why_no_nccl()
+
+
+def use_device(local_rank: int) -> int:
+    """Make one of the visible GPUs the current device of this thread.
+
+    Parameters
+    ----------
+    local_rank : int
+        Rank among those of this node.
+
+    Returns
+    -------
+    int
+        The device: number `local_rank`, counted round where there are fewer, such as the only one
+        that a launcher lets this rank see; the one that is current if the program chose another
+        than the first before.
+    """
+    cuda = device_module().cuda
+    chosen: int = cuda.Device().id
+    if chosen == 0:
+        chosen = local_rank % cuda.runtime.getDeviceCount()
+        cuda.Device(chosen).use()
+    return chosen
+
+
+def carry_devices(host: Backend, reason: str | None) -> None:
+    """Let a transport carry device arrays, too; the same on all ranks.
+
+    Parameters
+    ----------
+    host : Backend
+        Of host arrays.
+    reason : str or None
+        Why NCCL cannot carry them; None where it can, on all ranks.
+    """
+    if reason is None:
+        from mpidist.backends.nccl import NcclBackend
+
+        host.device = NcclBackend(host)
+    else:
+        host.no_device = reason
