@@ -22,7 +22,7 @@ PACKAGE = Path(mpidist.__file__).parent
 
 DOORS = {
     "mpi4py": {"backends/mpi.py"},
-    "cupy": {"arrays.py", "backends/nccl.py"},
+    "cupy": {"arrays.py", "backends/nccl/calls.py"},
     "h5py": {"checkpoint/hdf5.py"},
     "torch": {"backends/gloo.py", "adapters/torch.py", "bench/peers.py"},
 }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM, DType, ReduceOp
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays import BFLOAT16, device_module
 from mpidist.errors import BackendUnavailableError, TransportError
 
 __all__ = [
@@ -139,7 +139,7 @@ def connect(size: int, rank: int, unique_id: bytes) -> Any:
     """Make a communicator on the current device; collective over its ranks, blocks."""
     binding = _binding()
     told: Any = unique_id
-    if int(importlib.import_module("cupy").__version__.partition(".")[0]) < _BYTES_SINCE:
+    if int(device_module().__version__.partition(".")[0]) < _BYTES_SINCE:
         told = tuple(np.frombuffer(unique_id, np.int8).tolist())
     with _translated(f"ncclCommInitRank of rank {rank} of {size}"):
         return binding.NcclCommunicator(size, told, rank)
