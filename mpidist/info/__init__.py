@@ -20,18 +20,22 @@ from mpidist.info.facts import (
     RankFacts,
     SharedMemory,
 )
+from mpidist.info.gpu_facts import Cupy, Gpu, Nccl
 from mpidist.info.problems import Problem
 
 __all__ = [
     "FORMAT",
     "Blas",
     "CrossoverFacts",
+    "Cupy",
     "Failure",
+    "Gpu",
     "Hdf5",
     "JobFacts",
     "Launch",
     "Leftover",
     "Library",
+    "Nccl",
     "NodeFacts",
     "Problem",
     "RankFacts",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mpidist.info import job_checks, node_checks
+from mpidist.info import gpu_checks, job_checks, node_checks
 from mpidist.info.facts import JobFacts
 from mpidist.info.problems import Problem
 
@@ -23,6 +23,8 @@ CHECKS: Sequence[Callable[[JobFacts], Sequence[Problem]]] = (
     node_checks.threads_of_a_rank,
     node_checks.threads_of_a_node,
     node_checks.oversubscribed,
+    gpu_checks.shared_gpus,
+    gpu_checks.unused_gpus,
     job_checks.differences,
     node_checks.processor,
     job_checks.hdf5_imports,

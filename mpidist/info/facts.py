@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpidist.info.gpu_facts import Cupy, Gpu, Nccl
+
 __all__ = [
     "FORMAT",
     "Blas",
@@ -21,7 +23,7 @@ __all__ = [
     "SharedMemory",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when a name of the JSON form goes or changes its meaning; not when one is added."""
 
 
@@ -145,8 +147,15 @@ class RankFacts:
         What numpy multiplies with.
     hdf5 : Hdf5
         What h5py stands on.
-    nccl : str
-        Version and file of NCCL; empty if there is none.
+    cupy : Cupy
+        What arrays on a GPU are made with.
+    nccl : Nccl
+        What carries them.
+    device : int or None
+        Which of the GPUs that it sees this rank takes: its number on the node, counted around;
+        None if it sees none.
+    gpu_fallback : bool
+        Whether they may go by way of the host (``MPIDIST_ENABLE_GPU_FALLBACK``).
     python, executable : str
         Version, and the interpreter.
     package : str
@@ -169,7 +178,10 @@ class RankFacts:
     cores: Sequence[int]
     blas: Blas
     hdf5: Hdf5
-    nccl: str
+    cupy: Cupy
+    nccl: Nccl
+    device: int | None
+    gpu_fallback: bool
     python: str
     executable: str
     package: str
@@ -245,10 +257,12 @@ class NodeFacts:
         Whether the processor orders memory as the direct path needs.
     shared : SharedMemory or None
         None if there is none.
-    gpus : sequence of str
-        Names; empty if there is no driver.
+    gpus : sequence of Gpu
+        All that the driver shows, whatever ``CUDA_VISIBLE_DEVICES`` says; empty without a driver.
     driver : str
         Version of the driver, or why it cannot be asked; empty if there is none.
+    cuda : str
+        Newest version of CUDA that the driver knows; empty if it does not say.
     leftovers : sequence of Leftover
         Files of MPI libraries in shared memory, those of this very job left out.
     """
@@ -262,8 +276,9 @@ class NodeFacts:
     memory: int
     direct: bool
     shared: SharedMemory | None
-    gpus: Sequence[str]
+    gpus: Sequence[Gpu]
     driver: str
+    cuda: str
     leftovers: Sequence[Leftover]
 
 
@@ -358,6 +373,8 @@ def _rank(fields: Mapping[str, Any]) -> RankFacts:
     inner = {
         "blas": Blas(**fields["blas"]),
         "hdf5": Hdf5(**fields["hdf5"]),
+        "cupy": Cupy(**fields["cupy"]),
+        "nccl": Nccl(**fields["nccl"]),
         "launch": Launch(**fields["launch"]),
         "library": None if library is None else Library(**library),
     }
@@ -368,6 +385,7 @@ def _node(fields: Mapping[str, Any]) -> NodeFacts:
     shared = fields["shared"]
     inner = {
         "shared": None if shared is None else SharedMemory(**shared),
+        "gpus": [Gpu(**each) for each in fields["gpus"]],
         "leftovers": [Leftover(**each) for each in fields["leftovers"]],
     }
     return NodeFacts(**{**fields, **inner})

@@ -88,6 +88,8 @@ def differences(job: JobFacts) -> Sequence[Problem]:
     packages = sorted({package for rank in job.ranks for package in rank.versions})
     for package in packages:
         facts[package] = [rank.versions.get(package, "none") for rank in job.ranks]
+    facts["NCCL"] = [rank.nccl.version or "none" for rank in job.ranks]
+    facts["MPIDIST_ENABLE_GPU_FALLBACK"] = [str(int(rank.gpu_fallback)) for rank in job.ranks]
     facts["mpidist's place"] = [rank.package for rank in job.ranks]
     for name, values in facts.items():
         if len(set(values)) > 1:

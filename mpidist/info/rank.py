@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mpidist.backends.crossovers import choose
 from mpidist.backends.shared_memory import DIRECTORY
 from mpidist.errors import BackendUnavailableError
 from mpidist.info import software
+from mpidist.info.devices import look_at_cupy, look_at_nccl
 from mpidist.info.facts import CrossoverFacts, JobFacts, Launch, Library, NodeFacts, RankFacts
 from mpidist.info.leftovers import mapped_by
 from mpidist.info.library import describe_library
@@ -36,7 +38,7 @@ WITH_MPI, ALONE = "with-mpi", "alone"
 def job_alone() -> JobFacts:
     """Return what this process knows without MPI."""
     return JobFacts(
-        ranks=[_look_at_rank(0, 0, None)],
+        ranks=[_look_at_rank(0, [0], None)],
         nodes=[look_at_node([0])],
         crossovers=_crossovers(None, 1),
         failure=None,
@@ -57,7 +59,7 @@ def job_of_ranks(mpi: Any) -> JobFacts | None:
     ranks = shared.allgather(world.rank)
     # Ranks that MPI has counted are all there, so that none is judged before it has its memory.
     world.Barrier()
-    mine = _look_at_rank(world.rank, ranks[0], library)
+    mine = _look_at_rank(world.rank, ranks, library)
     node = look_at_node(ranks) if shared.rank == 0 else None
     gathered = world.gather((mine, node), root=0)
     # Nobody leaves, and takes its memory along, before all have looked.
@@ -74,19 +76,28 @@ def job_of_ranks(mpi: Any) -> JobFacts | None:
     )
 
 
-def _look_at_rank(rank: int, node: int, library: Library | None) -> RankFacts:
+def _look_at_rank(rank: int, ranks: Sequence[int], library: Library | None) -> RankFacts:
+    """Return what this rank knows; `ranks` are those of its node, of which the first stands for it.
+
+    The number of the node is known when all nodes are.
+    """
     clock = time.time()
     settings = env.settings()
     if library is None:  # an h5py that was built with MPI would start it
         env.keep_mpi_from_starting()
+    cupy = look_at_cupy()
+    seen = len(cupy.visible)
     return RankFacts(
         rank=rank,
-        node=node,
+        node=ranks[0],
         pid=os.getpid(),
         cores=sorted(os.sched_getaffinity(0)),
         blas=software.blas(),
         hdf5=software.hdf5(),
-        nccl=software.nccl(),
+        cupy=cupy,
+        nccl=look_at_nccl(cupy),
+        device=ranks.index(rank) % seen if seen else None,
+        gpu_fallback=env.gpu_fallback(),
         python=platform.python_version(),
         executable=sys.executable,
         package=str(Path(mpidist.__file__).parent),

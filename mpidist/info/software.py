@@ -6,14 +6,14 @@ A library is asked by its own functions, through ctypes. None of the questions s
 from __future__ import annotations
 
 import ctypes
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from mpidist.backends.loaded import loaded_libraries
 from mpidist.info.facts import Blas, Hdf5
 
-__all__ = ["blas", "hdf5", "installed", "loaded_libraries", "nccl"]
+__all__ = ["blas", "hdf5", "installed"]
 
 _PACKAGES = (
     "mpidist",
@@ -46,16 +46,6 @@ def installed() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def loaded_libraries() -> list[str]:
-    """Return the files of the shared libraries that this process has loaded."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    files = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
-    return sorted(file for file in files if re.search(r"\.so[.\d]*$", file))
 
 
 def blas() -> Blas:
@@ -109,35 +99,3 @@ def hdf5() -> Hdf5:
     except Exception as error:  # noqa: BLE001  # of a library that does not fit, whatever it raises
         return Hdf5(version="", parallel=False, problem=f"{type(error).__name__}: {error}")
     return Hdf5(version=h5py.version.hdf5_version, parallel=h5py.get_config().mpi, problem="")
-
-
-def nccl() -> str:
-    """Return version and file of the NCCL that would be loaded; it is not initialised."""
-    for path in (*_nccl_of_wheels(), "libnccl.so.2"):
-        try:
-            library = ctypes.CDLL(path)
-        except OSError:
-            continue
-        number = ctypes.c_int()
-        if library.ncclGetVersion(ctypes.byref(number)) == 0:
-            found = [file for file in loaded_libraries() if "libnccl" in file]
-            return f"{_nccl_version(number.value)}, {found[0] if found else path}"
-    return ""
-
-
-def _nccl_of_wheels() -> Sequence[str]:
-    found = []
-    for package in _PACKAGES:
-        if package.startswith("nvidia-nccl"):
-            try:
-                files = metadata.files(package) or []
-            except metadata.PackageNotFoundError:
-                continue
-            found += [str(file.locate()) for file in files if file.name == "libnccl.so.2"]
-    return found
-
-
-def _nccl_version(number: int) -> str:
-    """Return 2.23.4 for 22304, and 2.8.4 for 2804, as NCCL counted before 2.9."""
-    thousand = 10_000 if number >= 10_000 else 1_000
-    return f"{number // thousand}.{number % thousand // 100}.{number % 100}"

@@ -38,6 +38,7 @@ def tell(job: JobFacts, problems: Sequence[Problem], *, date: str) -> str:
     lines += _section("MPI", _mpi(job))
     for nodes in _alike(job):
         lines += _section(_title(nodes), _node(job, nodes))
+    lines += _section("Device arrays", _device_arrays(job.ranks))
     lines += _section("Software", _software(job.ranks))
     lines += _section("Settings", _settings(job.ranks))
     lines += _section("Wrong", _wrong(problems))
@@ -148,14 +149,13 @@ def _kind(node: NodeFacts) -> tuple[str, str, str, str]:
     """Return what nodes of one kind have in common."""
     shared = f"{tell_bytes(node.shared.total)} in {node.shared.path}" if node.shared else "none"
     driver = f", driver {node.driver}" if node.driver else ""
-    gpus = f"{_gpus(node.gpus)}{driver}"
-    return f"{node.system}, {node.machine}", node.processor, shared, gpus
+    cuda = f" for CUDA {node.cuda} and older" if node.cuda else ""
+    return f"{node.system}, {node.machine}", node.processor, shared, f"{_gpus(node)}{driver}{cuda}"
 
 
-def _gpus(names: Sequence[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+def _gpus(node: NodeFacts) -> str:
+    each = [f"{gpu.name}, {tell_bytes(gpu.memory)}" for gpu in node.gpus]
+    return ", ".join(f"{each.count(gpu)} x {gpu}" for gpu in dict.fromkeys(each)) or "none"
 
 
 def _cores(job: JobFacts, node: NodeFacts) -> str:
@@ -203,12 +203,48 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def _device_arrays(ranks: Sequence[RankFacts]) -> Rows:
+    yield "CuPy", _of_ranks(ranks, _cupy)
+    yield "NCCL", _of_ranks(ranks, _nccl)
+    if any(rank.cupy.visible for rank in ranks):
+        yield "device", _of_ranks(ranks, _device)
+    yield "carried", _of_ranks(ranks, _carried)
+
+
+def _cupy(rank: RankFacts) -> str:
+    if not rank.cupy.version:
+        return "none"
+    return f"{rank.cupy.version}, CUDA {rank.cupy.runtime or 'of unknown version'}"
+
+
+def _nccl(rank: RankFacts) -> str:
+    nccl = rank.nccl
+    if not nccl.version:
+        return "none"
+    differs = nccl.built and nccl.built != nccl.version
+    return f"{nccl.version}, {nccl.file}" + (f"; CuPy was built with {nccl.built}" * bool(differs))
+
+
+def _device(rank: RankFacts) -> str:
+    if rank.device is None:
+        return "none"
+    seen = rank.cupy.visible
+    return f"{rank.device} of {len(seen)}, {seen[rank.device]}"
+
+
+def _carried(rank: RankFacts) -> str:
+    if not rank.nccl.problem:
+        return "by NCCL"
+    if rank.gpu_fallback and not rank.cupy.problem:
+        return f"by way of the host (MPIDIST_ENABLE_GPU_FALLBACK): {rank.nccl.problem}"
+    return f"no: {rank.nccl.problem}"
+
+
 def _software(ranks: Sequence[RankFacts]) -> Rows:
     yield "Python", _of_ranks(ranks, lambda rank: f"{rank.python}, {rank.executable}")
     yield "mpidist", _of_ranks(ranks, lambda rank: rank.package)
     yield "BLAS", _of_ranks(ranks, _blas)
     yield "HDF5", _of_ranks(ranks, lambda rank: _hdf5(rank.hdf5))
-    yield "NCCL", _of_ranks(ranks, lambda rank: rank.nccl or "none")
     yield "packages", _of_ranks(ranks, _packages)
 
 

@@ -18,6 +18,7 @@ from mpidist.info.facts import (
     RankFacts,
     SharedMemory,
 )
+from mpidist.info.gpu_facts import Cupy, Gpu, Nccl
 
 LIBRARY = Library(
     name="MPICH 4.3.0",
@@ -41,6 +42,10 @@ LAUNCH = Launch(
     mpirun="/opt/mpich/bin/mpirun",
 )
 
+GPU = Gpu(name="Abacus H9", memory=80 << 30, bus_id="00000000:1B:00.0")
+
+NO_GPU = "there is no NVIDIA driver"
+
 RANK = RankFacts(
     rank=0,
     node=0,
@@ -48,7 +53,10 @@ RANK = RankFacts(
     cores=[0, 1, 2, 3],
     blas=Blas(name="OpenBLAS 0.3", path="/lib/libopenblas.so", threads=1),
     hdf5=Hdf5(version="1.14.6", parallel=False, problem=""),
-    nccl="",
+    cupy=Cupy(version="", runtime="", visible=[], problem=NO_GPU),
+    nccl=Nccl(version="", file="", built="", problem=NO_GPU),
+    device=None,
+    gpu_fallback=False,
     python="3.11.7",
     executable="/venv/bin/python",
     package="/venv/mpidist",
@@ -71,6 +79,7 @@ NODE = NodeFacts(
     shared=SharedMemory(path="/dev/shm", total=32 << 30, free=30 << 30),
     gpus=[],
     driver="",
+    cuda="",
     leftovers=[],
 )
 
@@ -123,3 +132,16 @@ def lone(vendor: str, **launch: Any) -> JobFacts:
     """Return what the first of several ranks sees that do not see each other."""
     library = dataclasses.replace(LIBRARY, name=f"{vendor} 5.0", vendor=vendor, size=1)
     return a_job(1, rank={"library": library, "launch": dataclasses.replace(LAUNCH, **launch)})
+
+
+def with_gpus(*ranks_of_nodes: int, gpus: int, **fields: Any) -> JobFacts:
+    """Return a job whose nodes have so many GPUs, of which each rank takes one, counted around."""
+    places = [f"0000:{index:02d}:00.0" for index in range(gpus)]
+    rank = {
+        "cupy": Cupy(version="14.2.0", runtime="12.9", visible=places, problem=""),
+        "nccl": Nccl(version="2.28.3", file="/n/libnccl.so.2", built="2.25.1", problem=""),
+    }
+    node = {"gpus": [GPU] * gpus, "driver": "550.54", "cuda": "12.4"}
+    job = a_job(*ranks_of_nodes, rank=rank | fields, node=node)
+    local = [rank - job.nodes[each.node].ranks[0] for rank, each in enumerate(job.ranks)]
+    return with_ranks(job, [{"device": number % gpus} for number in local])

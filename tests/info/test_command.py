@@ -42,7 +42,14 @@ def test_one_rank_tells_which_mpi_there_would_be() -> None:
     assert sections[0].endswith(" UTC")
     assert "1 rank on 1 node" in sections[0]
     host = os.uname().nodename
-    assert sections[1:] == ["MPI", f"Node {host} (rank 0)", "Software", "Settings", "Wrong"]
+    assert sections[1:] == [
+        "MPI",
+        f"Node {host} (rank 0)",
+        "Device arrays",
+        "Software",
+        "Settings",
+        "Wrong",
+    ]
     assert "MPI_THREAD_" in answer.stdout
     assert "none: no variable of a launcher is set" in answer.stdout
 
@@ -74,8 +81,8 @@ def test_real_ranks_give_the_names_of_the_json_form(mpirun: list[str]) -> None:
     report = json.loads(run(*mpirun, "-n", "2", *INFO, "--json").stdout)
     there = names(report)
     absent = {name for name in NAMES[FORMAT].split() if name not in there}
-    # Where nothing has failed or been left, and mpidist is not installed.
-    may_be = ("failure.", "problems.", "nodes.leftovers.", "ranks.versions.mpidist")
+    # Where nothing has failed or been left, no GPU is, and mpidist is not installed.
+    may_be = ("failure.", "problems.", "nodes.leftovers.", "nodes.gpus.", "ranks.versions.mpidist")
     assert [name for name in absent if not name.startswith(may_be)] == []
 
 

@@ -9,25 +9,26 @@ from typing import Any
 from mpidist.info.command import as_fields
 from mpidist.info.facts import FORMAT, Failure, JobFacts
 from mpidist.info.problems import warning
-from tests.info.made_up import LEFTOVER, a_job
+from tests.info.made_up import GPU, LEFTOVER, a_job
 
 # Names may be added. If one goes, or means something else, FORMAT has to be counted up.
 NAMES = {
-    1: """
+    2: """
     crossovers.problem crossovers.ranks crossovers.sizes.registered crossovers.sizes.scratch
-    crossovers.sizes.small crossovers.source date
-    failure.kind failure.output failure.reason format
-    nodes.cores nodes.direct nodes.driver nodes.gpus nodes.host nodes.leftovers.age
-    nodes.leftovers.maker nodes.leftovers.name nodes.leftovers.nbytes nodes.leftovers.owner
-    nodes.leftovers.used nodes.machine nodes.memory nodes.processor nodes.ranks nodes.shared.free
-    nodes.shared.path nodes.shared.total nodes.system
-    problems.check problems.cure problems.fatal problems.what
-    ranks.blas.name ranks.blas.path ranks.blas.threads ranks.clock ranks.cores ranks.executable
-    ranks.hdf5.parallel ranks.hdf5.problem ranks.hdf5.version ranks.launch.launcher
-    ranks.launch.managers ranks.launch.mpirun ranks.launch.size ranks.launch.slurm_tasks
-    ranks.launch.tasks_per_node ranks.launch.variable ranks.library.abi ranks.library.cuda_aware
-    ranks.library.cuda_evidence ranks.library.name ranks.library.path ranks.library.size
-    ranks.library.standard ranks.library.thread_level ranks.library.vendor ranks.nccl ranks.node
+    crossovers.sizes.small crossovers.source date failure.kind failure.output failure.reason
+    format nodes.cores nodes.cuda nodes.direct nodes.driver nodes.gpus.bus_id nodes.gpus.memory
+    nodes.gpus.name nodes.host nodes.leftovers.age nodes.leftovers.maker nodes.leftovers.name
+    nodes.leftovers.nbytes nodes.leftovers.owner nodes.leftovers.used nodes.machine nodes.memory
+    nodes.processor nodes.ranks nodes.shared.free nodes.shared.path nodes.shared.total
+    nodes.system problems.check problems.cure problems.fatal problems.what ranks.blas.name
+    ranks.blas.path ranks.blas.threads ranks.clock ranks.cores ranks.cupy.problem
+    ranks.cupy.runtime ranks.cupy.version ranks.cupy.visible ranks.device ranks.executable
+    ranks.gpu_fallback ranks.hdf5.parallel ranks.hdf5.problem ranks.hdf5.version
+    ranks.launch.launcher ranks.launch.managers ranks.launch.mpirun ranks.launch.size
+    ranks.launch.slurm_tasks ranks.launch.tasks_per_node ranks.launch.variable ranks.library.abi
+    ranks.library.cuda_aware ranks.library.cuda_evidence ranks.library.name ranks.library.path
+    ranks.library.size ranks.library.standard ranks.library.thread_level ranks.library.vendor
+    ranks.nccl.built ranks.nccl.file ranks.nccl.problem ranks.nccl.version ranks.node
     ranks.package ranks.pid ranks.python ranks.rank ranks.settings.OMP_NUM_THREADS
     ranks.versions.mpi4py ranks.versions.mpidist ranks.versions.numpy
     """
@@ -37,7 +38,7 @@ NAMES = {
 def complete() -> JobFacts:
     """Return facts in which nothing is left out."""
     failure = Failure(kind="died", reason="r", output=["o"])
-    job = a_job(2, 1, node={"leftovers": [LEFTOVER], "gpus": ["H9"]})
+    job = a_job(2, 1, node={"leftovers": [LEFTOVER], "gpus": [GPU]})
     return dataclasses.replace(job, failure=failure)
 
 

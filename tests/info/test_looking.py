@@ -11,13 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 
 from mpidist.info import node, software
 from mpidist.info.leftovers import find_leftovers, mapped_by
-from mpidist.info.library import library_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,93 +69,6 @@ def test_other_libraries_are_asked_by_their_own_names(
     monkeypatch.setattr(software.ctypes, "CDLL", lambda path: library)
     found = software.blas()
     assert (found.name, found.threads) == expected
-
-
-def test_libraries_that_are_loaded_are_found() -> None:
-    assert any("/libc." in file or "/libc-" in file for file in software.loaded_libraries())
-
-
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        (["/lib/libc.so.6", "/a/libmpi.so.12"], "/a/libmpi.so.12"),
-        (["/a/libmpi_cxx.so.40", "/a/libmpi_mpifh.so.40", "/a/libmpi.so.40"], "/a/libmpi.so.40"),
-        (["/cray/libmpi_gnu_123.so.12"], "/cray/libmpi_gnu_123.so.12"),
-        (["/a/libmpi_abi.so.1"], "/a/libmpi_abi.so.1"),
-        (["/a/libmpifort.so.12"], ""),
-    ],
-)
-def test_the_mpi_library_is_known_by_its_name(files: list[str], found: str) -> None:
-    assert library_file(files) == found
-
-
-@pytest.mark.parametrize(("number", "version"), [(22304, "2.23.4"), (2804, "2.8.4")])
-def test_nccl_tells_its_version(number: int, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nccl:
-        @staticmethod
-        def ncclGetVersion(place: Any) -> int:
-            place._obj.value = number
-            return 0
-
-    monkeypatch.setattr(software.ctypes, "CDLL", lambda path: Nccl)
-    monkeypatch.setattr(software, "loaded_libraries", lambda: ["/n/libnccl.so.2"])
-    assert software.nccl() == f"{version}, /n/libnccl.so.2"
-
-
-class Nvml:
-    """The driver's library of a machine with two GPUs, of which one has fallen off the bus."""
-
-    calls: ClassVar[list[str]] = []
-    started = 0
-
-    @classmethod
-    def nvmlInit_v2(cls) -> int:
-        return cls.started
-
-    @staticmethod
-    def nvmlSystemGetDriverVersion(text: Any, length: int) -> int:
-        text.value = b"550.54"
-        return 0
-
-    @staticmethod
-    def nvmlDeviceGetCount_v2(place: Any) -> int:
-        place._obj.value = 2
-        return 0
-
-    @staticmethod
-    def nvmlDeviceGetHandleByIndex_v2(index: int, place: Any) -> int:
-        return 15 if index else 0
-
-    @staticmethod
-    def nvmlDeviceGetName(handle: Any, text: Any, length: int) -> int:
-        text.value = b"Abacus H9"
-        return 0
-
-    @classmethod
-    def nvmlShutdown(cls) -> int:
-        cls.calls.append("shutdown")
-        return 0
-
-
-def test_gpus_are_named_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node.ctypes, "CDLL", lambda path: Nvml)
-    monkeypatch.setattr(Nvml, "calls", [])
-    assert node.gpus() == (["Abacus H9", "unknown"], "550.54")
-    assert Nvml.calls == ["shutdown"]
-
-
-def test_a_driver_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node.ctypes, "CDLL", lambda path: Nvml)
-    monkeypatch.setattr(Nvml, "started", 9)
-    assert node.gpus() == ([], "the driver's library answers with error 9")
-
-
-def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(path: str) -> None:
-        raise OSError(path)
-
-    monkeypatch.setattr(node.ctypes, "CDLL", none)
-    assert node.gpus() == ([], "")
 
 
 def test_shared_memory_is_measured(tmp_path: Path) -> None:

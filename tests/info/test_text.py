@@ -10,7 +10,7 @@ from mpidist.info.facts import Failure, JobFacts
 from mpidist.info.problems import fatal, warning
 from mpidist.info.text import tell
 from mpidist.info.words import by_value, number_list, rank_names, tell_bytes
-from tests.info.made_up import LEFTOVER, NODE, a_job, lone, with_ranks
+from tests.info.made_up import GPU, LEFTOVER, NODE, a_job, lone, with_ranks
 
 
 def told(job: JobFacts, *problems: object) -> str:
@@ -109,11 +109,12 @@ def test_nodes_that_are_alike_are_told_together() -> None:
 
 def test_nodes_that_differ_are_told_apart() -> None:
     job = a_job(2, 2)
-    large = dataclasses.replace(NODE, host="n1", ranks=[2, 3], gpus=["H9", "H9"], driver="550.1")
+    gpus = [GPU, GPU]
+    large = dataclasses.replace(NODE, host="n1", ranks=[2, 3], gpus=gpus, driver="550.1")
     text = told(dataclasses.replace(job, nodes=[job.nodes[0], large]))
     assert "Node n0 (ranks 0-1)\n" in text
     assert "Node n1 (ranks 2-3)\n" in text
-    assert "  GPUs          2 x H9, driver 550.1\n" in text
+    assert "  GPUs          2 x Abacus H9, 80 GiB, driver 550.1\n" in text
 
 
 def test_a_large_job_is_told_in_few_lines() -> None:
