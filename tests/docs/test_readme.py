@@ -15,12 +15,7 @@ from tests.docs.pages import DOCS, README, ROOT, readme_part
 
 NOT_BUILT = {
     "TCP backend": ["mpidist.backends.tcp"],
-    "NCCL, hybrid, Gloo and UCC backends": [
-        "mpidist.backends.nccl",
-        "mpidist.backends.hybrid",
-        "mpidist.backends.gloo",
-        "mpidist.backends.ucc",
-    ],
+    "Gloo and UCC backends": ["mpidist.backends.gloo", "mpidist.backends.ucc"],
     "GPU collectives": ["mpidist:gpu_all_reduce"],
     "FSDP": ["mpidist.parallel.fsdp"],
     "Pipeline, tensor parallel": ["mpidist.parallel.pipeline", "mpidist.parallel.tensor"],
