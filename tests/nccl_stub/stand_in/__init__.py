@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from tests.nccl_stub.stand_in import devices, streams
+from tests.nccl_stub.stand_in import devices, queues, streams
 from tests.nccl_stub.stand_in import nccl as over_the_stub
 from tests.nccl_stub.stand_in.modules import FINDER, modules
 from tests.nccl_stub.stand_in.nccl import NoStubError
@@ -65,13 +65,15 @@ def uninstall() -> None:
     _real.clear()
     FINDER.nccl = None
     vars(modules()["cupy.cuda"]).pop("nccl", None)
+    over_the_stub.disconnect()
+    queues.reset()
     streams.reset()
     _set_devices(0)
 
 
 def delay(stream: streams.Stream, fn: Callable[[], object]) -> None:
     """Queue a function of the host on a stream, as if it were a kernel."""
-    stream.queue.push(streams.once(fn))
+    stream.queue.push(lambda: (fn(), None)[1])
 
 
 def _is_cupy(name: str) -> bool:
@@ -79,7 +81,7 @@ def _is_cupy(name: str) -> bool:
 
 
 def _set_devices(number: int) -> None:
-    devices.set_count(number)
+    devices.reset(number)
 
 
 def _nccl_unavailable() -> ModuleType:

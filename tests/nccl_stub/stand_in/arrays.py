@@ -45,7 +45,7 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
     @property
     def data(self) -> memory.Pointer:  # type: ignore[override]
         block = self._block
-        return memory.Pointer(block, host(self).ctypes.data if block.nbytes else 0)
+        return memory.Pointer(block, host(self).ctypes.data if block.memory.data.nbytes else 0)
 
     @property
     def _block(self) -> memory.Block:
@@ -55,7 +55,7 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
 
     @property
     def device(self) -> Any:
-        return devices.Device(self._block.device)
+        return devices.Device(self._block.memory.device)
 
     @property
     def base(self) -> Any:
@@ -81,18 +81,18 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
     ) -> np.ndarray[Any, Any]:
         if out is None:
             out = np.empty(self.shape, self.dtype, order)  # type: ignore[call-overload]
-        elif type(out) is not np.ndarray and operations.is_device(out):
+        elif not isinstance(out, np.ndarray) or operations.is_device(out):
             raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
         elif out.dtype != self.dtype:
             raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
         elif out.shape != self.shape:
             raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual: {out.shape}")
-        elif not out.flags.c_contiguous:
+        elif not out.flags.forc:
             raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
-        into, source = out, host(self)
-        with self.device:
-            chosen = stream or streams.current_stream()
-            chosen.queue.push(streams.once(lambda: np.copyto(into, source)))
+        chosen = stream or streams.current_stream()
+        with self.device:  # what its null stream is
+            source = memory.unowned(self)
+            chosen.queue.push(lambda: np.copyto(out, source), late=True)
             if blocking:
                 chosen.synchronize()
         return out
@@ -106,12 +106,14 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not self.flags.forc:
             raise RuntimeError("Cannot set to non-contiguous array")
-        # Pinned memory is read when the copy runs; other memory has been staged on return.
-        pinned = memory.block_of(arr) is not None
-        into, source = host(self), arr if pinned else arr.copy()
+        # Pinned memory is read when the copy runs; other memory has been staged on return, and so
+        # has what CuPy has to make contiguous first.
+        ready = arr.flags.c_contiguous if self.flags.c_contiguous else arr.flags.f_contiguous
+        pinned = memory.block_of(arr) is not None and ready
+        source = memory.unowned(arr) if pinned else arr.copy()
+        chosen = stream or streams.current_stream()
         with self.device:
-            queue = (stream or streams.current_stream()).queue
-            queue.push(streams.once(lambda: np.copyto(into, source)))
+            operations.copy_later(chosen.queue, self, lambda: source, late=pinned)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         raise TypeError(
@@ -164,26 +166,25 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
     # Elements.
 
     def __getitem__(self, index: Any) -> Any:
-        plain, computed = _plain_index(index)
-        if computed:
-            return compute("getitem", lambda x: x[plain()], (self,), {})
-        if isinstance(index, tuple):
-            key = (
-                index
-                if Ellipsis in [i for i in index if not isinstance(i, np.ndarray)]
-                else (*index, Ellipsis)
-            )
-        else:
-            key = (index,) if index is Ellipsis else (index, Ellipsis)
-        return operations.view(host(self)[key])
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, (np.ndarray, list)) for part in parts):
+            masked = any(isinstance(part, np.ndarray) and part.dtype == bool for part in parts)
+            plain = _plain_index(index)
+            name = "nonzero" if masked else "getitem"
+            return compute(name, lambda x: x[plain], (self,), {})
+        if not any(part is Ellipsis for part in parts):
+            parts = (*parts, Ellipsis)  # numpy gives no scalars then
+        return operations.view(host(self)[parts])
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        plain, _ = _plain_index(index)
+        if isinstance(value, (list, tuple)):
+            raise TypeError(f"setitem: Unsupported type {type(value)}")
+        plain = _plain_index(index)
 
-        def changed(x: Any, new: Any) -> None:
-            x[plain()] = new
+        def changed(values: Any, new: Any) -> None:
+            values[0][plain] = new
 
-        _change("setitem", changed, self, (value,), {})
+        operations.change("setitem", [self], changed, (value,), {})
 
     def __iter__(self) -> Iterator[Any]:
         if not self.ndim:
@@ -274,29 +275,11 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
         return function(*args, **kwargs)
 
 
-def _plain_index(index: Any) -> tuple[Any, bool]:
-    """Return how to read an index once its stream has run, and whether it has to be read."""
+def _plain_index(index: Any) -> Any:
+    """Return an index with device arrays as plain ones; CuPy takes the host's here, too."""
     parts = index if isinstance(index, tuple) else (index,)
-    computed = any(isinstance(part, (np.ndarray, list)) and np.ndim(part) for part in parts) or any(
-        operations.is_device(part) for part in parts
-    )
-
-    def plain() -> Any:
-        read = tuple(host(part) if operations.is_device(part) else part for part in parts)
-        return read if isinstance(index, tuple) else read[0]
-
-    return plain, computed
-
-
-def _change(name: str, fn: Any, x: Any, args: Any, kwargs: Any) -> None:
-    """Let the current stream change an array as `fn` changes a plain one."""
-    args, kwargs = operations.to_plain(name, args), operations.to_plain(name, kwargs)
-    operations.to_plain(name, x)
-    streams.drain()
-    values = host(x).copy()
-    with np.errstate(all="ignore"):
-        fn(values, *args, **kwargs)
-    operations.queue_copy(x, values)
+    plain = tuple(memory.unowned(x) if isinstance(x, np.ndarray) else x for x in parts)
+    return plain if isinstance(index, tuple) else plain[0]
 
 
 def _computed(name: str) -> Any:
@@ -318,7 +301,11 @@ def _viewed(name: str) -> Any:
 
 def _in_place(name: str) -> Any:
     fn = getattr(np.ndarray, name)
-    return lambda self, *args, **kwargs: _change(name, fn, self, args, kwargs)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        operations.change(name, [self], lambda x, *a, **k: fn(x[0], *a, **k), args, kwargs)
+
+    return method
 
 
 def _absent(name: str) -> Any:

@@ -1,52 +1,60 @@
-"""The current device of a thread, and cupy.cuda.Device."""
+"""The current device of each thread, and cupy.cuda.Device."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 
-__all__ = ["CUDARuntimeError", "Device", "count", "current", "set_count", "use"]
-
-_local = threading.local()
-_count = [0]
-_told: list[Callable[[int], object]] = []
+__all__ = ["CUDARuntimeError", "Device", "bus_id", "count", "current", "on_use", "reset", "use"]
 
 
 class CUDARuntimeError(RuntimeError):
     """cupy.cuda.runtime.CUDARuntimeError."""
 
 
-def set_count(number: int) -> None:
-    _count[0] = number
-    _told.clear()
-    vars(_local).clear()
+class _State:
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.of_thread = threading.local()
+        self.told: list[Callable[[int], object]] = []
 
 
-def count() -> int:
-    return _count[0]
+_state = [_State(0)]
 
 
-def current() -> int:
-    return getattr(_local, "device", 0)
-
-
-def use(device: int) -> None:
-    if not 0 <= device < count():
-        raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-    _local.device = device
-    for tell in _told:
-        tell(device)
+def reset(count: int) -> None:
+    """Let there be so many devices, of which every thread's current one is the first."""
+    _state[:] = [_State(count)]
 
 
 def on_use(tell: Callable[[int], object]) -> None:
     """Let somebody know which device a thread makes its current one."""
-    _told[:] = [tell]
+    _state[0].told.append(tell)
+
+
+def count() -> int:
+    return _state[0].count
+
+
+def current() -> int:
+    return getattr(_state[0].of_thread, "device", 0)
+
+
+def use(device: int) -> None:
+    _check(device)
+    _state[0].of_thread.device = device
+    for tell in _state[0].told:
+        tell(device)
 
 
 def bus_id(device: int) -> str:
+    _check(device)
+    return f"0000:{device + 1:02X}:00.0"
+
+
+def _check(device: int) -> None:
     if not 0 <= device < count():
         raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-    return f"0000:{device + 1:02X}:00.0"
 
 
 class Device:
@@ -54,9 +62,11 @@ class Device:
 
     def __init__(self, device: int | Device | None = None) -> None:
         self.id = current() if device is None else int(device)
-        self._before: list[int] = []
 
     def __int__(self) -> int:
+        return self.id
+
+    def __index__(self) -> int:
         return self.id
 
     def __eq__(self, other: object) -> bool:
@@ -74,16 +84,16 @@ class Device:
     def __enter__(self) -> Device:
         before = current()
         use(self.id)
-        self._before.append(before)
+        vars(_state[0].of_thread).setdefault("before", []).append(before)
         return self
 
     def __exit__(self, *_: object) -> None:
-        use(self._before.pop())
+        use(_state[0].of_thread.before.pop())
 
     def synchronize(self) -> None:
-        from tests.nccl_stub.stand_in import streams
+        from tests.nccl_stub.stand_in import queues
 
-        for queue in streams.queues_of(self.id):
+        for queue in queues.of_device(self.id):
             queue.drive(queue.pushed)
 
     @property
@@ -94,7 +104,8 @@ class Device:
     def mem_info(self) -> tuple[int, int]:
         from tests.nccl_stub.stand_in import runtime
 
-        return runtime.memGetInfo()
+        with self:
+            return runtime.memGetInfo()
 
     @property
     def compute_capability(self) -> str:

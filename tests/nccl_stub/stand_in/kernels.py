@@ -117,19 +117,23 @@ class ElementwiseKernel:
         types = self._types(plain, args)
         shape = self._shape(plain, size)
         outs = self._outs(args[self.nin :], types, shape)
-        streams.drain()
         count = size if size is not None else int(np.prod(shape, dtype=int))
-        values = [
-            _memory(p, x, types[k], shape)
-            for k, (p, x) in enumerate(zip(self.params, [*plain[: self.nin], *outs], strict=True))
-        ]
-        self._function(tuple(types))(
-            ctypes.c_longlong(count),
-            (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values)),
-            (ctypes.c_longlong * len(values))(*(v.size for v in values)),
-        )
-        for out, written in zip(outs, values[self.nin :], strict=True):
-            operations.queue_copy(out, written.reshape(out.shape))
+        function = self._function(tuple(types))
+
+        def loop(written: list[Any], *inputs: Any) -> None:
+            values = [
+                _contiguous(p, x, dtype, shape)
+                for p, x, dtype in zip(self.params, [*inputs, *written], types, strict=True)
+            ]
+            function(
+                ctypes.c_longlong(count),
+                (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values)),
+                (ctypes.c_longlong * len(values))(*(v.size for v in values)),
+            )
+            for into, made in zip(written, values[self.nin :], strict=True):
+                np.copyto(into, made.reshape(into.shape))
+
+        operations.change(self.name, outs, loop, args[: self.nin], {})
         if self.no_return:
             return None
         return tuple(outs) if self.return_tuple or self.nout != 1 else outs[0]
@@ -219,11 +223,9 @@ class ElementwiseKernel:
         )
 
 
-def _memory(p: _Parameter, x: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
-    """Return the contiguous memory that the loop works on: never that of a device array."""
-    if p.out:
-        return np.array(operations.host(x), order="C")
-    if p.raw:
+def _contiguous(p: _Parameter, x: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """Return the contiguous memory of an argument that the loop works on."""
+    if p.raw or p.out:
         return np.ascontiguousarray(x)
     return np.ascontiguousarray(np.broadcast_to(np.asarray(x, dtype), shape))
 

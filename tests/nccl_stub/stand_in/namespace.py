@@ -110,7 +110,7 @@ def array(
         values = values.astype(values.dtype.newbyteorder("="))
     made = operations.upload(values.astype(operations.check_dtype(values.dtype), copy=False))
     if blocking:
-        streams.drain()
+        streams.current_stream().synchronize()
     return made
 
 
@@ -137,13 +137,10 @@ def asnumpy(
 
 
 def copyto(dst: Any, src: Any, casting: str = "same_kind", where: Any = None) -> None:
-    if not is_device(dst):
-        raise TypeError(f"copyto: dst must be a cupy array, got {type(dst)}")
+    def copied(out: Any, source: Any, mask: Any) -> None:
+        np.copyto(out[0], source, casting=casting, where=True if mask is None else mask)  # type: ignore[arg-type]
 
-    def copied(source: Any, mask: Any, out: Any) -> None:
-        np.copyto(out, source, casting=casting, where=True if mask is None else mask)  # type: ignore[arg-type]
-
-    compute("copyto", copied, (src, where), {"out": dst})
+    operations.change("copyto", [dst], copied, (src, where), {})
 
 
 def get_array_module(*args: Any) -> ModuleType:

@@ -1,0 +1,193 @@
+"""What streams have been asked to do, run when somebody waits for it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tests.nccl_stub.stand_in import devices
+
+__all__ = ["Queue", "any_tickets", "at", "next_pointer", "null", "of_device", "reset", "until"]
+
+Step = Callable[[], object]
+"""Part of a queue: it is over unless it returns False; then it is asked again later."""
+
+IDLE_SECONDS = 0.1
+"""How long an NCCL call may lie in its queue before the device goes on without being asked.
+
+On a GPU it would run while this rank's host waits for another host, which waits for its result.
+"""
+
+# Pushing never waits for what runs: whoever pushes may hold locks that a step wants. One lock for
+# running all queues, as one may run others.
+_PUSHING = threading.RLock()
+_RUNNING = threading.RLock()
+_pointers = itertools.count(0x5000, 0x10)
+_queues: dict[int, Queue] = {}
+_null: dict[int, Queue] = {}
+_idle: list[_Idle] = []
+
+
+@dataclass(frozen=True)
+class _Entry:
+    step: Step
+    late: bool
+    ticket_from: float | None  # when it was pushed
+
+
+class Queue:
+    """The steps of one stream.
+
+    Parameters
+    ----------
+    device : int
+        Whose stream it is.
+    blocking : bool
+        Whether it is ordered with the null stream of its device.
+    is_null : bool
+        Whether it is that one's.
+    """
+
+    def __init__(self, device: int, *, blocking: bool, is_null: bool = False) -> None:
+        self.device = device
+        self.blocking = blocking
+        self.is_null = is_null
+        self.pointer = 0 if is_null else next_pointer()
+        self.pushed = 0
+        self.ran = 0
+        self._entries: deque[_Entry] = deque()
+        if not is_null:
+            _queues[self.pointer] = self
+
+    def push(self, step: Step, *, late: bool = False, ticket: bool = False) -> int:
+        """Append a step; return how many have been pushed, this one included.
+
+        Parameters
+        ----------
+        step : callable
+            What to do.
+        late : bool
+            Whether it depends on other streams, or reads device memory when it runs.
+        ticket : bool
+            Whether it is a call of NCCL.
+        """
+        with _PUSHING:
+            for other in self._ordered_before():
+                self._append(_Entry(until(other, other.pushed), True, None))
+            if ticket and not _idle:
+                _idle.append(_Idle())
+            return self._append(_Entry(step, late or ticket, time.monotonic() if ticket else None))
+
+    def _append(self, entry: _Entry) -> int:
+        self._entries.append(entry)
+        self.pushed += 1
+        return self.pushed
+
+    def _ordered_before(self) -> list[Queue]:
+        """Return the queues that the null stream's implicit ordering puts before a new step."""
+        if self.is_null:
+            return [q for q in _queues.values() if q.blocking and self._is_behind(q)]
+        other = null(self.device)
+        return [other] if self.blocking and self._is_behind(other) else []
+
+    def _is_behind(self, other: Queue) -> bool:
+        return other.device == self.device and other.ran < other.pushed
+
+    @property
+    def has_late_steps(self) -> bool:
+        return any(entry.late for entry in list(self._entries))
+
+    def tickets(self) -> Iterator[tuple[int, float]]:
+        """Yield the position, and the time of issue, of each call of NCCL that has not run."""
+        for position, entry in enumerate(list(self._entries), self.ran + 1):
+            if entry.ticket_from is not None:
+                yield position, entry.ticket_from
+
+    def attempt(self, position: int) -> bool:
+        """Run what can be run without waiting, up to `position`; return whether it got there."""
+        with _RUNNING:
+            while self.ran < position:
+                over = True
+                try:
+                    over = self._entries[0].step() is not False
+                finally:  # a step that raises is over, too
+                    if over:
+                        self._entries.popleft()
+                        self.ran += 1
+                if not over:
+                    return False
+            return True
+
+    def drive(self, position: int) -> None:
+        """Run up to `position`, waiting for whoever has to come first."""
+        pause = 20e-6
+        while not self.attempt(position):
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-3)
+
+
+class _Idle:
+    """A thread that runs the calls of NCCL that nobody of this process waits for."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="stand-in-device", daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        pause = IDLE_SECONDS / 4
+        while not self._ended.wait(pause):
+            overdue = False
+            with _RUNNING:
+                for queue in list(_queues.values()) + list(_null.values()):
+                    for position, since in list(queue.tickets()):
+                        if time.monotonic() - since > IDLE_SECONDS and not self._ended.is_set():
+                            overdue |= not queue.attempt(position)
+            pause = 1e-3 if overdue else IDLE_SECONDS / 4
+
+
+def next_pointer() -> int:
+    return next(_pointers)
+
+
+def until(queue: Queue, position: int) -> Step:
+    """Return the step that is over when another queue has run so far."""
+    return lambda: queue.attempt(position)
+
+
+def null(device: int) -> Queue:
+    """Return the queue of a device's null stream."""
+    with _PUSHING:
+        if device not in _null:
+            _null[device] = Queue(device, blocking=True, is_null=True)
+        return _null[device]
+
+
+def at(pointer: int) -> Queue:
+    """Return the queue of a stream's pointer, as a C library gets it."""
+    return _queues[pointer] if pointer else null(devices.current())
+
+
+def of_device(device: int) -> list[Queue]:
+    return [null(device), *(q for q in list(_queues.values()) if q.device == device)]
+
+
+def any_tickets() -> bool:
+    """Whether a call of NCCL has not run, and may still write to where it was told to."""
+    everything = list(_queues.values()) + list(_null.values())
+    return any(True for queue in everything for _ in queue.tickets())
+
+
+def reset() -> None:
+    """Forget all queues, with what they have not done."""
+    while _idle:
+        _idle.pop().end()
+    with _RUNNING, _PUSHING:
+        _queues.clear()
+        _null.clear()
