@@ -8,22 +8,31 @@ from types import ModuleType
 
 import pytest
 
-from tests.nccl_stub import stand_in
+from tests.nccl_stub.fixtures import in_place
 
-__all__ = ["xp"]
+__all__ = ["xp", "xp_with_nccl"]
+
+BOTH = ["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(scope="module", params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=BOTH)
 def xp(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """Give cupy, or what stands in for it while this module's tests run."""
-    if request.param == "gpu":
-        cupy = pytest.importorskip("cupy", reason="cupy is not installed")
-        if not cupy.cuda.is_available():
-            pytest.skip("no GPU here")
-        yield cupy
+    yield from _cupy(on_gpu=request.param == "gpu", nccl=False)
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def xp_with_nccl(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Give the same with NCCL, or with the stub that stands in for it."""
+    yield from _cupy(on_gpu=request.param == "gpu", nccl=True)
+
+
+def _cupy(*, on_gpu: bool, nccl: bool) -> Iterator[ModuleType]:
+    if not on_gpu:
+        with in_place(nccl=nccl):
+            yield importlib.import_module("cupy")
         return
-    stand_in.install(1, nccl=False)
-    try:
-        yield importlib.import_module("cupy")
-    finally:
-        stand_in.uninstall()
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    if not cupy.cuda.is_available():
+        pytest.skip("no GPU here")
+    yield cupy

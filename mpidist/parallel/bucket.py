@@ -110,12 +110,14 @@ class Bucket:
     dtype : dtype, optional
         Of a bucket without gradients.
     empty : callable, optional
-        Gives host memory of a length and a dtype, beginning on a cache line.
+        Gives memory of a length and a dtype, of the gradients' kind, beginning on a cache line.
 
     Attributes
     ----------
     data : Array, shape (length,)
         All that travels: the gradients, each padded with zeros to a cache line, and the flags.
+    flat : FlatBuffer
+        The part of `data` without the flags.
     grads : dict of str to Array
         The gradients: views of `data`.
     flags : Array, shape (num_flags,)
@@ -131,18 +133,17 @@ class Bucket:
         compression: Compression | Hook | None,
         num_flags: int = 0,
         dtype: DType | None = None,
-        empty: Callable[[int, DType], Array] = np.empty,
+        empty: Callable[[int, DType], Array] | None = None,
     ) -> None:
         shapes = {name: array.shape for name, array in like}
         xp: Any = array_namespace(like[0][1]) if like else np
         dtype = like[0][1].dtype if like else np.dtype(dtype)
         alignment = max(ALIGNMENT_BYTES // dtype.itemsize, 1)
         length = FlatBuffer.length_of(shapes, alignment=alignment)
-        make = empty if xp is np else xp.empty
-        self.data: Array = make(length + num_flags, dtype)
+        self.data: Array = (empty or xp.empty)(length + num_flags, dtype)
         self.flags = self.data[length:]
-        flat = FlatBuffer(shapes, dtype, alignment=alignment, storage=self.data[:length])
-        self.grads = flat.views
+        self.flat = FlatBuffer(shapes, dtype, alignment=alignment, storage=self.data[:length])
+        self.grads = self.flat.views
         self.missing = set(self.grads)
         self._exchange = exchange_for(compression, self.data)
         self._work: Work[Any] | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mpidist._types import Array, DType
+from mpidist._types import Array
+from mpidist.arrays import array_namespace
 from mpidist.backends.work import Work
 from mpidist.collectives import broadcast, ibroadcast
 from mpidist.flat import FlatBuffer
@@ -52,18 +53,18 @@ class BufferSync:
     """
 
     def __init__(self, buffers: Mapping[str, Array], group: ProcessGroup) -> None:
-        by_dtype: dict[DType, dict[str, Array]] = {}
+        by_kind: dict[Any, dict[str, Array]] = {}
         for name, array in buffers.items():
-            by_dtype.setdefault(array.dtype, {})[name] = array
+            by_kind.setdefault((array_namespace(array), array.dtype), {})[name] = array
         self._group = group
-        self._copies = [
-            (FlatBuffer({name: array.shape for name, array in arrays.items()}, dtype), arrays)
-            for dtype, arrays in by_dtype.items()
-        ]
+        self._copies = [(_flat_like(arrays), arrays) for arrays in by_kind.values()]
         self._works: list[Work[Any]] = []
 
     def start(self) -> None:
-        """Start sending rank 0's present values; one broadcast per dtype; does not block."""
+        """Start sending rank 0's present values; does not block.
+
+        One broadcast per dtype and kind of memory.
+        """
         for flat, arrays in self._copies:
             if self._group.rank == 0:
                 flat.pack(arrays)
@@ -81,3 +82,11 @@ class BufferSync:
             for flat, arrays in self._copies:
                 flat.unpack(arrays)
         self._works = []
+
+
+def _flat_like(arrays: Mapping[str, Array]) -> FlatBuffer:
+    """Make room for copies of arrays of one dtype and one kind of memory, in that memory."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    first = next(iter(arrays.values()))
+    storage = array_namespace(first).empty(FlatBuffer.length_of(shapes), first.dtype)
+    return FlatBuffer(shapes, first.dtype, storage=storage)

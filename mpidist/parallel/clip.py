@@ -12,6 +12,8 @@ from mpidist.arrays import array_namespace
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
+from mpidist.parallel import kernels
+from mpidist.parallel.stretches import gradient_arrays
 
 __all__ = ["clip_grad_norm"]
 
@@ -55,8 +57,9 @@ def clip_grad_norm(
     Notes
     -----
     Local: after `DDP.backward` the gradients are the same on all ranks, bit by bit, so the norm is
-    too. With `group` collective over it: one all_reduce of 8 bytes. Blocks the host. A norm that is
-    not finite is returned, and nothing is scaled.
+    too. With `group` collective over it: one all_reduce of 8 bytes. Blocks the host; gradients on a
+    device once, with two kernels per bucket. A norm that is not finite is returned, and nothing is
+    scaled.
 
     References
     ----------
@@ -65,23 +68,24 @@ def clip_grad_norm(
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
-    grads = [p.grad for p in parameters if p.grad is not None]
-    squares = math.fsum(_sum_of_squares(grad) for grad in grads)
+    host, device = gradient_arrays(parameters)
+    squares = math.fsum([*map(_sum_of_squares, host), kernels.sum_of_squares(device)])
     if group is not None:
         squares = float(all_reduce(np.array(squares), group))
     norm = math.sqrt(squares)
     if math.isfinite(norm) and norm > max_norm:
-        for grad in grads:
+        for grad in host:
             grad[...] *= max_norm / norm
+        for grad in device:
+            array_namespace(grad).multiply(grad, max_norm / norm, out=grad)
     return norm
 
 
 def _sum_of_squares(x: Array) -> float:
-    xp = array_namespace(x)
     wide = np.complex128 if x.dtype.kind == "c" else np.float64
     flat = x.reshape(-1)
     total = 0.0
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK].astype(wide)
-        total += float(xp.vdot(block, block).real)
+        total += float(np.vdot(block, block).real)
     return total

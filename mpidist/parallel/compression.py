@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays import BFLOAT16, array_namespace, is_device
 from mpidist.backends.work import Work
 from mpidist.collectives import iall_reduce
-from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
+from mpidist.parallel import kernels
 
 __all__ = ["Compression", "Hook", "exchange_for", "plain"]
 
@@ -87,20 +87,18 @@ class _HalfExchange:
     """Reduces a bucket by way of a narrower copy, which it keeps."""
 
     def __init__(self, bucket: Array, dtype: DType) -> None:
-        self._wire = FlatBuffer({"bucket": bucket.shape}, dtype)
+        self._wire: Array = array_namespace(bucket).empty(bucket.shape, dtype)
 
     def __call__(self, bucket: Array, group: ProcessGroup, op: ReduceOp) -> Work[Any]:
-        # A gradient beyond the half's range becomes an infinity, for GradScaler to find.
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._wire.pack({"bucket": bucket})
-        wire = self._wire.data
-        return _HalfWork(iall_reduce(wire, group, op=op, out=wire), self._wire, bucket)
+        wire = self._wire
+        _cast(bucket, wire)
+        return _HalfWork(iall_reduce(wire, group, op=op, out=wire), wire, bucket)
 
 
 class _HalfWork(Work[None]):
     """Widens the result back into the bucket when it has come."""
 
-    def __init__(self, work: Work[Any], wire: FlatBuffer, bucket: Array) -> None:
+    def __init__(self, work: Work[Any], wire: Array, bucket: Array) -> None:
         self._work = work
         self._wire = wire
         self._bucket: Array | None = bucket
@@ -111,5 +109,14 @@ class _HalfWork(Work[None]):
     def wait(self, timeout: float | None = None) -> None:
         self._work.wait(timeout)
         if self._bucket is not None:
-            self._wire.unpack({"bucket": self._bucket})
+            _cast(self._wire, self._bucket)
             self._bucket = None  # a second wait must not overwrite what the caller made of it
+
+
+def _cast(x: Array, out: Array) -> None:
+    if is_device(x):
+        kernels.cast(x, out)
+        return
+    # A gradient beyond the half's range becomes an infinity, for GradScaler to find.
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, x, casting="unsafe")

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from mpidist._types import LAND, Array
-from mpidist.arrays import HALVES, array_namespace
+from mpidist.arrays import HALVES, is_device
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
+from mpidist.parallel import kernels
+from mpidist.parallel.stretches import gradient_arrays
 
 __all__ = ["GradScaler"]
 
@@ -102,6 +104,8 @@ class GradScaler:
         Local. Begins a step: `unscale` may follow once. May be called once per micro-batch.
         """
         self._unscaled = False
+        if is_device(dy):
+            return kernels.scaled(dy, self.factor)
         # The factor itself may be beyond the half's range where the product is not.
         wide = dy.astype(np.float32) if dy.dtype in HALVES else dy
         with np.errstate(over="ignore"):
@@ -120,7 +124,7 @@ class GradScaler:
         -------
         bool
             Whether every gradient of every rank was finite; the same on all ranks. If not, this
-            step has to be left out: gradients are as they were, and the factor has shrunk.
+            step has to be left out: the gradients are not to be used, and the factor has shrunk.
 
         Raises
         ------
@@ -132,7 +136,8 @@ class GradScaler:
         Notes
         -----
         Collective over the group; blocks. One all-reduce of one byte. To be called once per step,
-        after the gradients have been reduced and before they are clipped.
+        after the gradients have been reduced and before they are clipped. On a device one kernel
+        per bucket looks and divides at once.
         """
         if self._unscaled:
             raise RuntimeError(
@@ -140,11 +145,12 @@ class GradScaler:
                 "by the factor twice; the order is scale, backward, unscale, clip_grad_norm, step"
             )
         self._unscaled = True
-        grads = [p.grad for p in parameters if p.grad is not None]
-        here = all(bool(array_namespace(grad).isfinite(grad).all()) for grad in grads)
+        host, device = gradient_arrays(parameters)
+        here = kernels.all_finite_divided(device, self.factor)
+        here = here and all(bool(np.isfinite(grad).all()) for grad in host)
         finite = bool(all_reduce(np.array(here), self._group, op=LAND))
         if finite:
-            for grad in grads:
+            for grad in host:
                 _divide(grad, self.factor)
         self._adjust(finite=finite)
         return finite

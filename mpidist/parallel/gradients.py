@@ -68,7 +68,7 @@ class ParameterGradients:
 
     def _attach(self) -> None:
         for parameter, name in self._names.items():
-            parameter.attach(self._reducer.grads[name])
+            parameter.attach(self._reducer.grads[name], place=self._reducer.place_of(name))
 
     # -- misuse --------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from types import ModuleType
 
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.arrays import is_host
+from mpidist.arrays import array_namespace, is_device, is_host
 from mpidist.group import ProcessGroup
 from mpidist.parallel.bucket import ALIGNMENT_BYTES, Bucket, BucketSizes, assign_buckets
 from mpidist.parallel.compression import Compression, Hook
@@ -21,9 +23,9 @@ _WIDEST = 16
 class Layout:
     """Makes buckets for the same gradients in any order, in the same memory each time.
 
-    The memory is one piece that the ranks of a node share (`ProcessGroup.empty`), made once. So
-    another order needs no further memory and no message, and nothing of the old one is left.
-    Arrays on a device have memory of their own, made anew each time.
+    The memory is one piece that the ranks of a node share (`ProcessGroup.empty`), made once; of
+    arrays on a device, one piece there. So another order needs no further memory and no message,
+    and nothing of the old one is left.
 
     Parameters
     ----------
@@ -47,11 +49,15 @@ class Layout:
     ) -> None:
         self._compression = compression
         self._sizes = sizes
-        # Whichever dtype is last carries the flags. A bucket begins on a cache line.
-        parts = [_whole_lines(array.nbytes) for array in arrays.values() if is_host(array)]
-        nbytes = sum(parts) + _whole_lines(len(arrays) * _WIDEST) if parts else 0
-        self._memory = group.empty(nbytes, np.uint8)
-        self._taken = 0
+        host = [array for array in arrays.values() if is_host(array)]
+        device = [array for array in arrays.values() if is_device(array)]
+        # Whichever dtype is last carries the flags.
+        nbytes = _lines(host) + (_whole_lines(len(arrays) * _WIDEST) if host else 0)
+        self._memory = {np: group.empty(nbytes, np.uint8)}
+        if device:
+            memory = group.empty(_lines(device), np.uint8, device="gpu")
+            self._memory[array_namespace(memory)] = memory
+        self._taken = dict.fromkeys(self._memory, 0)
 
     def assign(self, arrays: Mapping[str, Array], order: Sequence[str]) -> list[list[str]]:
         """Return the names in each bucket if gradients come in this order."""
@@ -72,31 +78,38 @@ class Layout:
         list of Bucket
             In the order in which they become complete. Behind the last one travels one flag per
             array, in the order of `arrays`: who had a gradient. The flags cost no message, except
-            beside a hook of the user's: what it makes of numbers is its own business, so they
-            follow in a bucket of their own.
+            beside a hook of the user's (what it makes of numbers is its own business) and behind a
+            bucket on a device (to read them there would make the host wait): they follow in a
+            bucket of their own then, on the host.
         """
-        self._taken = 0
-        own_flags = callable(self._compression)
+        self._taken = dict.fromkeys(self._memory, 0)
+        kinds = [array_namespace(arrays[members[0]]) for members in names]
+        own_flags = callable(self._compression) or (bool(kinds) and kinds[-1] is not np)
         buckets = [
             Bucket(
                 [(name, arrays[name]) for name in members],
                 compression=self._compression,
                 num_flags=len(arrays) if i == len(names) and not own_flags else 0,
-                empty=self._take,
+                empty=partial(self._take, kind),
             )
-            for i, members in enumerate(names, start=1)
+            for i, (kind, members) in enumerate(zip(kinds, names, strict=True), start=1)
         ]
         if buckets and own_flags:
             flags = Bucket([], compression=None, num_flags=len(arrays), dtype=np.dtype(np.float32))
             buckets.append(flags)
         return buckets
 
-    def _take(self, length: int, dtype: DType) -> Array:
-        """Return the next `length` elements of the memory."""
-        start = self._taken
+    def _take(self, kind: ModuleType, length: int, dtype: DType) -> Array:
+        """Return the next `length` elements of a kind of memory."""
+        start = self._taken[kind]
         stop = start + length * dtype.itemsize
-        self._taken = _whole_lines(stop)
-        return self._memory[start:stop].view(dtype)
+        self._taken[kind] = _whole_lines(stop)
+        return self._memory[kind][start:stop].view(dtype)
+
+
+def _lines(arrays: Iterable[Array]) -> int:
+    """Return the bytes of buckets that hold these: each array begins on a cache line."""
+    return sum(_whole_lines(array.nbytes) for array in arrays)
 
 
 def _whole_lines(nbytes: int) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from mpidist._types import SUM
+from mpidist._types import SUM, Array
+from mpidist.arrays import is_device
 from mpidist.collectives import all_gather_object, all_reduce
 from mpidist.group import ProcessGroup
 
@@ -28,19 +31,20 @@ class Metrics:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self._sums: dict[str, tuple[float, float]] = {}
+        self._sums: dict[str, tuple[Any, float]] = {}
         self._names: tuple[str, ...] | None = None
 
-    def add(self, name: str, value: float, weight: float = 1) -> None:
+    def add(self, name: str, value: float | Array, weight: float = 1) -> None:
         """Add a number to the mean `name`.
 
         Parameters
         ----------
         name : str
             Of what.
-        value : float
+        value : float or Array of shape ()
             The number, for example a mean over `weight` samples. Ignored if `weight` is 0, so
-            that the mean over no samples, a NaN, does no harm.
+            that the mean over no samples, a NaN, does no harm. One on a device is added up there,
+            and `reduce` waits for the sum.
         weight : float, optional
             How much it counts, not negative.
 
@@ -64,7 +68,9 @@ class Metrics:
             )
         total, weights = self._sums.get(name, (0.0, 0.0))
         if weight:
-            self._sums[name] = (total + float(value) * weight, weights + weight)
+            number: Any = value
+            number = number.astype(np.float64) if is_device(value) else float(value)
+            self._sums[name] = (total + number * weight, weights + weight)
         else:
             self._sums[name] = (total, weights)
 
@@ -85,7 +91,8 @@ class Metrics:
         if self._names is None:
             everyone = all_gather_object(sorted(self._sums), self._group)
             self._names = tuple(sorted(set().union(*everyone)))
-        pairs = [self._sums.get(name, (0.0, 0.0)) for name in self._names]
+        sums = [self._sums.get(name, (0.0, 0.0)) for name in self._names]
+        pairs = [(float(total), weight) for total, weight in sums]
         totals = all_reduce(np.array(pairs, np.float64).reshape(-1, 2), self._group, op=SUM)
         self._sums = {}
         return {

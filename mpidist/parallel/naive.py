@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpidist._types import LOR, MEAN, Array, ReduceOp
+from mpidist.arrays import array_namespace
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn.mode import Mode
@@ -67,7 +68,7 @@ class NaiveDataParallel:
             if not all_reduce(np.array(parameter.grad is not None), self.group, op=LOR):
                 continue
             if parameter.grad is None:
-                parameter.add_grad(np.zeros_like(parameter.data))
+                parameter.add_grad(array_namespace(parameter.data).zeros_like(parameter.data))
             assert parameter.grad is not None, "it has one now"
             all_reduce(parameter.grad, self.group, op=self.op, out=parameter.grad)
         broadcast_in_place(dict(self.module.named_buffers()).values(), self.group)

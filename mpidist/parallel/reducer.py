@@ -9,6 +9,7 @@ from mpidist._closing import Closing
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays import REDUCTIONS
 from mpidist.errors import UnsupportedOperationError
+from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
 from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.compression import Compression, Hook
@@ -216,7 +217,9 @@ class GradientReducer(Closing):
         Notes
         -----
         Collective over the group; blocks. Together with `ready`, each step costs one all-reduce
-        per bucket; the last one also carries one number per name.
+        per bucket; the last one also carries one number per name. Gradients on a device do not
+        make the host wait, only the current stream; those numbers go over the host, in an
+        all-reduce of their own.
         """
         self.check_complete("GradientReducer.wait")
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -279,6 +282,10 @@ class GradientReducer(Closing):
         self._lay_out(before, assigned)
         for name, grad in before.items():
             self.grads[name][...] = grad
+
+    def place_of(self, name: str) -> tuple[FlatBuffer, str]:
+        """Return the flat array that a gradient is a part of now, and the part's name."""
+        return self._home[name].flat, name
 
     def check_complete(self, operation: str) -> None:
         """Raise an error that names what has not come, if anything has not.

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from mpidist._types import Array
+from mpidist.arrays import is_device
 from mpidist.collectives import all_gather, all_gather_object
 from mpidist.errors import CollectiveMismatchError
 from mpidist.group import ProcessGroup
@@ -24,8 +25,9 @@ _SHOWN = 4
 
 
 def describe(kind: str, name: str, array: Array) -> tuple[str, str]:
-    """Describe an array by its kind and name, and by its shape and dtype."""
-    return f"{kind} '{name}'", f"{tuple(array.shape)} {array.dtype}"
+    """Describe an array by its kind and name, and by its shape, dtype and place."""
+    place = " on a device" if is_device(array) else ""
+    return f"{kind} '{name}'", f"{tuple(array.shape)} {array.dtype}{place}"
 
 
 def verify_same(description: Description, group: ProcessGroup, *, operation: str) -> None:

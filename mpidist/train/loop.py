@@ -12,8 +12,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
+
+import numpy as np
 
 from mpidist._types import SUM, Array
+from mpidist.arrays import beside, is_device
 from mpidist.data import ArrayDataset, Batch, ShardedSampler
 from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
@@ -215,10 +219,12 @@ def train_step(
 
     Notes
     -----
-    Collective over the model's group; returns when the parameters have been updated.
+    Collective over the model's group; returns when the parameters have been updated. If they lie on
+    a device, the batch is copied there, and the host waits once, for the gradient's norm, and not
+    for the update.
     """
     _check_sums(model, "train_step")
-    x, target = data.take(batch.indices)
+    x, target = _take(model, data, batch)
     mode = Mode(
         training=True,
         seed=plan.seed,
@@ -236,7 +242,7 @@ def train_step(
     _check_finite("gradient's norm", grad_norm, after=optimizer.step_count)
     optimizer.step()
 
-    _add(metrics, y, target, loss=float(loss) * denominator)
+    _add(metrics, y, target, loss=_wide(loss) * denominator)
     metrics.add("grad_norm", float(grad_norm), 1.0)
 
 
@@ -278,10 +284,10 @@ def evaluate(
     )
     meter = _Meter(group)
     for batch in sampler:
-        x, target = data.take(batch.indices)
+        x, target = _take(model, data, batch)
         y, _ = model.forward(x, EVAL)
         loss, _ = cross_entropy(y, target, denominator=1.0)
-        _add(meter.metrics, y, target, loss=float(loss))
+        _add(meter.metrics, y, target, loss=_wide(loss))
         meter.samples += batch.global_size
     return meter.record("held-out", step=step, epoch=epoch)
 
@@ -346,9 +352,22 @@ class _Meter:
         )
 
 
-def _add(metrics: Metrics, y: Array, target: Array, *, loss: float) -> None:
+def _take(model: DDP, data: ArrayDataset, batch: Batch) -> tuple[Array, Array]:
+    """Return this rank's samples where the model's parameters are."""
+    x, target = data.take(batch.indices)
+    for parameter in model.module.parameters():
+        return beside(parameter.data, x), beside(parameter.data, target)
+    return x, target
+
+
+def _wide(number: Array) -> Any:
+    """Return a float; of a number on a device, that number: to read it, the host would wait."""
+    return number.astype(np.float64) if is_device(number) else float(number)
+
+
+def _add(metrics: Metrics, y: Array, target: Array, *, loss: Any) -> None:
     """Count the targets of a share, `loss` being the sum over them; an empty share weighs 0."""
     count = target.size
-    right = float((y.argmax(-1) == target).sum())
+    right = _wide((y.argmax(-1) == target).sum())
     metrics.add("loss", loss / max(count, 1), float(count))
     metrics.add("accuracy", right / max(count, 1), float(count))

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
 
 from tests.nccl_stub import stand_in as package
 
-__all__ = ["stand_in", "stand_in_without_nccl"]
+__all__ = ["in_place", "stand_in", "stand_in_without_nccl"]
 
 
-@pytest.fixture(scope="module")
-def stand_in() -> Iterator[ModuleType]:
-    """The package `tests.nccl_stub.stand_in`, installed with 4 devices and NCCL."""
+@contextmanager
+def in_place(*, nccl: bool) -> Iterator[ModuleType]:
+    """Install the package `tests.nccl_stub.stand_in` with 4 devices, or skip the test."""
     try:
-        package.install()
+        package.install(nccl=nccl)
     except package.NoStubError as error:
         if os.environ.get("MPIDIST_TEST_REQUIRE_NCCL_STUB") == "1":  # set by .ci/run
             raise
@@ -29,10 +30,14 @@ def stand_in() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def stand_in() -> Iterator[ModuleType]:
+    """The package `tests.nccl_stub.stand_in`, installed with 4 devices and NCCL."""
+    with in_place(nccl=True) as installed:
+        yield installed
+
+
+@pytest.fixture(scope="module")
 def stand_in_without_nccl() -> Iterator[ModuleType]:
-    """The same with no NCCL, which needs neither a compiler nor a wheel of CuPy."""
-    package.install(nccl=False)
-    try:
-        yield package
-    finally:
-        package.uninstall()
+    """The same with no NCCL, which needs no wheel of CuPy, and a compiler only for kernels."""
+    with in_place(nccl=False) as installed:
+        yield installed

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
+from mpidist.arrays import beside, to_host
 from mpidist.group import ProcessGroup
 from mpidist.nn import (
     GELU,
@@ -181,9 +182,13 @@ class Trained:
     digests: list[str]  # of parameters and gradients after each step
 
 
-def train_rank(group: ProcessGroup, case: Case, optimizer: str, **options: Any) -> Trained:
+def train_rank(
+    group: ProcessGroup, case: Case, optimizer: str, *, device: str = "cpu", **options: Any
+) -> Trained:
     """Train on this rank's shares by DDP, from parameters that differ at first."""
     model = case.build(np.random.default_rng(group.rank))
+    model.to(device)
+    here = next(model.parameters()).data
     digests = []
     with DDP(model, group, op=case.op, sizes=SMALL, **options) as ddp:
         opt = OPTIMIZERS[optimizer](model)
@@ -196,13 +201,13 @@ def train_rank(group: ProcessGroup, case: Case, optimizer: str, **options: Any) 
                 last = i == case.micro_batches - 1
                 with nullcontext() if last else ddp.no_sync():
                     mode = Mode(True, seed=5, step=step, sample_offset=int(a))
-                    y, ctx = ddp.forward(x[a:b], mode)
-                    _, dy = cross_entropy(y, target[a:b], denominator=denominator)
+                    y, ctx = ddp.forward(beside(here, x[a:b]), mode)
+                    _, dy = cross_entropy(y, beside(here, target[a:b]), denominator=denominator)
                     ddp.backward(ctx, dy)
             digests.append(digest(model))
             opt.step()
             digests.append(digest(model))
-    return Trained({name: a.copy() for name, a in model.state_dict().items()}, digests)
+    return Trained({name: to_host(a).copy() for name, a in model.state_dict().items()}, digests)
 
 
 def train_naively(group: ProcessGroup, case: Case, optimizer: str) -> Trained:
@@ -226,9 +231,9 @@ def digest(model: Module) -> str:
     """Hash every bit of parameters, buffers and gradients."""
     total = hashlib.sha256()
     for name, array in model.state_dict().items():
-        total.update(name.encode() + array.tobytes())
+        total.update(name.encode() + to_host(array).tobytes())
     for name, p in model.named_parameters():
-        total.update(name.encode() + (b"none" if p.grad is None else p.grad.tobytes()))
+        total.update(name.encode() + (b"none" if p.grad is None else to_host(p.grad).tobytes()))
     return total.hexdigest()
 
 

@@ -1,0 +1,169 @@
+"""What happens to a whole bucket on a device, as one kernel that reads and writes it once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays import HALVES, array_namespace
+
+__all__ = ["all_finite_divided", "cast", "scaled", "sum_of_squares"]
+
+_THREADS = 1 << 17
+"""Partial sums per bucket: enough to keep a GPU's memory busy, and few to add up."""
+
+
+def cast(x: Array, out: Array) -> None:
+    """Copy elements into an array of another float type, rounding to nearest.
+
+    Parameters
+    ----------
+    x : Array, float
+        On a device.
+    out : Array, shape of `x`, float
+        Receives them. Infinite where an element is beyond its range.
+
+    Notes
+    -----
+    Local; does not block the host.
+    """
+    _cast(array_namespace(x))(x, out)
+
+
+@cache
+def _cast(xp: ModuleType) -> Any:
+    # By way of float, since halves cannot be made of each other.
+    return xp.ElementwiseKernel("T x", "U y", "y = (U)(float)x;", "mpidist_cast")
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """Return `x` times a factor, in its own dtype, calculated in float32 at least.
+
+    Parameters
+    ----------
+    x : Array, float
+        On a device.
+    factor : float
+        May be beyond the range of a half.
+
+    Returns
+    -------
+    Array, shape and dtype of `x`
+        A new array.
+
+    Notes
+    -----
+    Local; does not block the host.
+    """
+    xp = array_namespace(x)
+    out: Array = xp.empty(x.shape, x.dtype)
+    _scaled(xp, *_wide(x))(x, factor, out)
+    return out
+
+
+@cache
+def _scaled(xp: ModuleType, kind: str, wide: str) -> Any:
+    return xp.ElementwiseKernel(
+        f"T x, {kind} factor", "T y", f"y = ({wide})x * factor;", "mpidist_scaled"
+    )
+
+
+def all_finite_divided(arrays: Sequence[Array], factor: float) -> bool:
+    """Divide arrays in place, and tell whether all their elements were finite.
+
+    Parameters
+    ----------
+    arrays : sequence of Array, float
+        On one device; divided whether they are finite or not.
+    factor : float
+        What by.
+
+    Returns
+    -------
+    bool
+        Whether there was no infinity and no NaN.
+
+    Notes
+    -----
+    Local. One kernel per array; blocks the host once, for the answer.
+    """
+    if not arrays:
+        return True
+    xp = array_namespace(arrays[0])
+    found = xp.zeros(1, np.int32)
+    for array in arrays:
+        _divided(xp, *_wide(array))(factor, array, found)
+    return not int(found[0])
+
+
+@cache
+def _divided(xp: ModuleType, kind: str, wide: str) -> Any:
+    # All threads that write `found` write the same, so they need not take turns.
+    return xp.ElementwiseKernel(
+        f"{kind} factor",
+        "T x, raw int32 found",
+        f"""
+        {wide} value = x;
+        if (!(value - value == 0)) found[0] = 1;
+        x = value / factor;
+        """,
+        "mpidist_divided",
+    )
+
+
+def sum_of_squares(arrays: Sequence[Array]) -> float:
+    """Add up the squares of all elements, in float64.
+
+    Parameters
+    ----------
+    arrays : sequence of Array, float
+        On one device.
+
+    Returns
+    -------
+    float
+        The sum; the same bits for the same arrays.
+
+    Notes
+    -----
+    Local. One kernel per array, and one for all; blocks the host once, for the answer.
+    """
+    arrays = [array for array in arrays if array.size]
+    if not arrays:
+        return 0.0
+    xp = array_namespace(arrays[0])
+    counts = [min(array.size, _THREADS) for array in arrays]
+    partial, start = xp.empty(sum(counts), np.float64), 0
+    for array, count in zip(arrays, counts, strict=True):
+        _squares(xp)(array, array.size, count, partial[start : start + count])
+        start += count
+    return float(partial.sum())
+
+
+@cache
+def _squares(xp: ModuleType) -> Any:
+    # Neighbouring threads read neighbouring elements.
+    return xp.ElementwiseKernel(
+        "raw T x, int64 size, int64 threads",
+        "float64 sum",
+        """
+        double total = 0;
+        for (long long k = i; k < size; k += threads) {
+            double value = x[k];
+            total += value * value;
+        }
+        sum = total;
+        """,
+        "mpidist_squares",
+    )
+
+
+def _wide(x: Array) -> tuple[str, str]:
+    """Return what to calculate in, as a kernel's type and as CUDA's."""
+    wide = np.dtype(np.float32) if x.dtype in HALVES else x.dtype
+    return str(wide), "double" if wide == np.float64 else "float"
