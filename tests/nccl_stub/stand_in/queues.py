@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 from tests.nccl_stub.stand_in import devices
 
-__all__ = ["Queue", "any_tickets", "at", "next_pointer", "null", "of_device", "reset", "until"]
+__all__ = ["Queue", "any_tickets", "at", "next_pointer", "null", "of_device", "reset"]
 
 Step = Callable[[], object]
 """Part of a queue: it is over unless it returns False; then it is asked again later."""
+
+Position = tuple["Queue", int]
+"""How far a queue has run, or shall."""
 
 IDLE_SECONDS = 0.1
 """How long an NCCL call may lie in its queue before the device goes on without being asked.
@@ -29,14 +32,20 @@ _RUNNING = threading.RLock()
 _pointers = itertools.count(0x5000, 0x10)
 _queues: dict[int, Queue] = {}
 _null: dict[int, Queue] = {}
+_unordered: list[Position] = []  # of calls of NCCL, until they have been tried
 _idle: list[_Idle] = []
 
 
 @dataclass(frozen=True)
 class _Entry:
     step: Step
-    late: bool
-    ticket_from: float | None  # when it was pushed
+    late: bool = False  # does it depend on others, or read memory when it runs?
+    issued: float | None = None  # when it was pushed, if it is a call of NCCL
+    behind: Position | None = None  # what it waits for, if that is all it does
+
+
+def _wait(behind: Position) -> _Entry:
+    return _Entry(lambda: behind[0].attempt(behind[1]), late=True, behind=behind)
 
 
 class Queue:
@@ -75,17 +84,27 @@ class Queue:
         ticket : bool
             Whether it is a call of NCCL.
         """
+        unordered = ticket and not any(entry.behind for entry in list(self._entries))
+        self._push(_Entry(step, late or ticket, time.monotonic() if ticket else None))
+        if unordered:
+            _unordered.append((self, self.pushed))
+        if ticket:
+            _start_device()
+        return self.pushed
+
+    def push_wait(self, behind: Position) -> None:
+        """Let the next steps wait until another queue has run so far."""
+        self._push(_wait(behind))
+
+    def _push(self, entry: _Entry) -> None:
         with _PUSHING:
             for other in self._ordered_before():
-                self._append(_Entry(until(other, other.pushed), True, None))
-            if ticket and not _idle:
-                _idle.append(_Idle())
-            return self._append(_Entry(step, late or ticket, time.monotonic() if ticket else None))
+                self._append(_wait((other, other.pushed)))
+            self._append(entry)
 
-    def _append(self, entry: _Entry) -> int:
+    def _append(self, entry: _Entry) -> None:
         self._entries.append(entry)
         self.pushed += 1
-        return self.pushed
 
     def _ordered_before(self) -> list[Queue]:
         """Return the queues that the null stream's implicit ordering puts before a new step."""
@@ -104,23 +123,38 @@ class Queue:
     def tickets(self) -> Iterator[tuple[int, float]]:
         """Yield the position, and the time of issue, of each call of NCCL that has not run."""
         for position, entry in enumerate(list(self._entries), self.ran + 1):
-            if entry.ticket_from is not None:
-                yield position, entry.ticket_from
+            if entry.issued is not None:
+                yield position, entry.issued
 
     def attempt(self, position: int) -> bool:
-        """Run what can be run without waiting, up to `position`; return whether it got there."""
+        """Run what can be run without waiting, up to `position`; return whether it got there.
+
+        What other queues have to have run goes first, even before steps of this one that it ought
+        to wait for and does not: a device is free to do so. And before anything else go calls of
+        NCCL that wait for nothing.
+        """
         with _RUNNING:
+            while _unordered:
+                queue, end = _unordered.pop(0)
+                queue.attempt(end)
+            ahead = itertools.islice(list(self._entries), max(position - self.ran, 0))
+            for queue, end in [entry.behind for entry in ahead if entry.behind is not None]:
+                if not queue.attempt(end):
+                    break
             while self.ran < position:
-                over = True
-                try:
-                    over = self._entries[0].step() is not False
-                finally:  # a step that raises is over, too
-                    if over:
-                        self._entries.popleft()
-                        self.ran += 1
-                if not over:
+                if not self._run_first():
                     return False
             return True
+
+    def _run_first(self) -> bool:
+        over = True
+        try:
+            over = self._entries[0].step() is not False
+        finally:  # a step that raises is over, too
+            if over:
+                self._entries.popleft()
+                self.ran += 1
+        return over
 
     def drive(self, position: int) -> None:
         """Run up to `position`, waiting for whoever has to come first."""
@@ -128,6 +162,12 @@ class Queue:
         while not self.attempt(position):
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
+
+
+def _start_device() -> None:
+    with _PUSHING:
+        if not _idle:
+            _idle.append(_Idle())
 
 
 class _Idle:
@@ -154,11 +194,6 @@ class _Idle:
 
 def next_pointer() -> int:
     return next(_pointers)
-
-
-def until(queue: Queue, position: int) -> Step:
-    """Return the step that is over when another queue has run so far."""
-    return lambda: queue.attempt(position)
 
 
 def null(device: int) -> Queue:
@@ -191,3 +226,4 @@ def reset() -> None:
     with _RUNNING, _PUSHING:
         _queues.clear()
         _null.clear()
+        _unordered.clear()

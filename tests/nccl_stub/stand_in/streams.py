@@ -49,7 +49,7 @@ class Event:
     def make_wait(self, queue: Queue) -> None:
         """Let the next steps of a queue wait for the last record; there may be none."""
         if self._at is not None:
-            queue.push(queues.until(*self._at), late=True)
+            queue.push_wait(self._at)
 
     def time(self) -> float:
         """Return when it was reached, in seconds."""
