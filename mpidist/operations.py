@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
+from mpidist.arrays import is_device
 from mpidist.backends.base import Backend
+from mpidist.backends.device import DeviceBackend, DeviceWork
 from mpidist.backends.journal import Journal, describe
 from mpidist.backends.work import Message, Steps
 from mpidist.errors import CollectiveMismatchError, GroupBrokenError
@@ -117,7 +120,10 @@ class Operations(Closing):
     def run(self, plan: Plan[T]) -> T:
         """Perform a collective and return its result."""
         if self._backend.device is not None and plan.on_device:
-            return self._start_on_device(plan, Kind.BLOCKING).wait()
+            inner, waiter = self._begin_on_device(plan, Kind.BLOCKING)
+            inner.when_over(partial(self._journal.end, waiter.record))
+            inner.order()
+            return plan.finish()
         number = self._count(plan.verb)
         journal = self._journal
         name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
@@ -147,7 +153,11 @@ class Operations(Closing):
         """
         sums = self._backend.sums
         # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
-        if sums is None or self._reason is not None or self._watch.debug:
+        if self._reason is not None or self._watch.debug:
+            return False
+        if self._backend.device is not None and is_device(x):
+            return self._repeat_on_device(self._backend.device, x, op)
+        if sums is None:
             return False
         prepared = sums.find(x, op)
         if prepared is None:
@@ -164,10 +174,33 @@ class Operations(Closing):
         journal.end(record)
         return True
 
+    def _repeat_on_device(self, device: DeviceBackend, x: Array, op: ReduceOp) -> bool:
+        """Perform an all_reduce of a device array in place if it needs no plan."""
+        name = self._journal.name_device_sum(x, op)
+        number, record = self._collectives[0] + 1, 0
+
+        def waiter() -> GroupWaiter:
+            return self._waiter("all_reduce", record, name.call, number=number)
+
+        try:
+            work = device.repeat_sum(x, op, waiter)
+        except BaseException as error:
+            self._failed(error, waiter())
+            raise
+        if work is None:
+            return False
+        self._collectives[0] = number
+        record = self._journal.begin(name, number, caller(3))
+        work.when_over(partial(self._journal.end, record))
+        work.order()
+        return True
+
     def start(self, plan: Plan[T]) -> GroupWork[T]:
         """Start a collective and return at once."""
         if self._backend.device is not None and plan.on_device:
-            return self._start_on_device(plan, Kind.IMMEDIATE)
+            begun, waiter = self._begin_on_device(plan, Kind.IMMEDIATE)
+            self._release()
+            return DeviceGroupWork(waiter, begun, plan.finish)
         verb = f"i{plan.verb}"
         number = self._count(verb)
         name = self._journal.name_collective(plan.verb, plan.args, plan.shape, Kind.IMMEDIATE)
@@ -184,7 +217,7 @@ class Operations(Closing):
             raise
         return GroupWork(waiter, inner, plan.finish)
 
-    def _start_on_device(self, plan: Plan[T], kind: Kind) -> DeviceGroupWork[T]:
+    def _begin_on_device(self, plan: Plan[Any], kind: Kind) -> tuple[DeviceWork, GroupWaiter]:
         """Put a collective on device arrays behind the current stream, and return at once."""
         device = self._backend.device
         assert device is not None, "asked before"
@@ -198,12 +231,10 @@ class Operations(Closing):
                 # Also the immediate form meets here: what the device has begun cannot be undone.
                 waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
             device.prepare(waiter)
-            inner = device.begin(plan.verb, plan.args, waiter)
+            return device.begin(plan.verb, plan.args, waiter), waiter
         except BaseException as error:
             self._failed(error, waiter)
             raise
-        self._release()
-        return DeviceGroupWork(waiter, inner, plan.finish)
 
     def start_messages(
         self, sends: Sequence[Message], receives: Sequence[Message], finish: Callable[[], T]
@@ -269,9 +300,11 @@ class Operations(Closing):
         self._collectives[0] = number = self._collectives[0] + 1
         return number
 
-    def _waiter(self, verb: str, record: int, digest: int = 0) -> GroupWaiter:
-        """Return what waits for the collective that was begun last."""
-        collective = (self._identity, self._collectives[0])
+    def _waiter(
+        self, verb: str, record: int, digest: int = 0, *, number: int | None = None
+    ) -> GroupWaiter:
+        """Return what waits for a collective, the one that was begun last when it has no number."""
+        collective = (self._identity, self._collectives[0] if number is None else number)
         return GroupWaiter(self, verb, record, collective=collective, digest=digest)
 
     def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
@@ -372,6 +405,12 @@ class Operations(Closing):
             try:
                 self._outstanding[0].synchronize()
             except Exception as error:  # noqa: BLE001  # raised below, when all are over
+                failed = failed or error
+        if self._backend.device is not None and self._reason is None:
+            try:
+                with self._performing("close", among=[self.rank]) as waiter:
+                    waiter.wait_for(self._backend.device.idle)
+            except Exception as error:  # noqa: BLE001  # as above
                 failed = failed or error
         for group in self._closed_with:
             group.close()

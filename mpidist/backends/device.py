@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mpidist.backends.work import Message, Waiter, Work
 
 if TYPE_CHECKING:
-    from mpidist._types import Array
+    from mpidist._types import Array, ReduceOp
     from mpidist.backends.base import Backend, Capabilities
 
 __all__ = ["DeviceBackend", "DeviceWork"]
@@ -26,6 +26,10 @@ class DeviceWork(Work[None]):
     @abstractmethod
     def order(self) -> None:
         """Let the current stream go on only behind this operation; the host does not wait."""
+
+    @abstractmethod
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call this when the operation is seen to be over."""
 
 
 class DeviceBackend(ABC):
@@ -59,6 +63,14 @@ class DeviceBackend(ABC):
         waiter : Waiter
             Of the operation: says what it is, and how long it may take.
         """
+
+    def repeat_sum(self, x: Array, op: ReduceOp, waiter: Callable[[], Waiter]) -> DeviceWork | None:
+        """Begin an all_reduce in place at once, if that needs no plan; else return None."""
+        return None
+
+    @abstractmethod
+    def idle(self) -> bool:
+        """Make progress, and return whether nothing is under way."""
 
     @abstractmethod
     def exchange(

@@ -81,6 +81,15 @@ class Journal:
         prepared.name = name = self.name_collective("all_reduce", args, None, Kind.BLOCKING)
         return name
 
+    def name_device_sum(self, x: Array, op: ReduceOp) -> Name:
+        """Return the name of an all_reduce in place of a device array."""
+        key = (x.dtype, x.shape, op)
+        found = self._names.get(key)
+        if found is None:
+            found = self.name_collective("all_reduce", (x, x, op), x.shape, Kind.BLOCKING)
+            self._remember(key, found)
+        return found
+
 
 def _key(x: Any) -> Any:
     """Return what of an argument makes a difference to the name of a collective."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mpidist._types import Array
+from mpidist._types import Array, ReduceOp
 from mpidist.arrays import device_module
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.device import DeviceBackend, DeviceWork
@@ -40,19 +40,28 @@ class NcclWork(DeviceWork):
         Who performs it.
     event : cupy.cuda.Event
         Happens when it is over.
-    held : list
-        The arrays that it reads and writes.
-    waiter : Waiter
-        Of the operation.
+    held : tuple
+        What it reads and writes.
+    waiter : callable
+        Returns what waits for it; asked only if something is wrong.
     """
 
-    def __init__(self, backend: NcclBackend, event: Any, held: list[Any], waiter: Waiter) -> None:
+    __slots__ = ("_backend", "_event", "_held", "_over", "_then", "began", "waiter")
+
+    def __init__(
+        self, backend: NcclBackend, event: Any, held: tuple[Any, ...], waiter: Callable[[], Waiter]
+    ) -> None:
         self.waiter = waiter
         self.began = time.monotonic()
         self._backend = backend
         self._event = event
         self._held = held
         self._over = False
+        self._then: Callable[[], None] | None = None
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call this when it is seen to be over."""
+        self._then = then
 
     def done(self) -> bool:
         """Return whether the device is done with it."""
@@ -60,13 +69,15 @@ class NcclWork(DeviceWork):
             self._backend.check()
             self._over = bool(self._event.done)
             if self._over:
-                self._held.clear()
+                self._held = ()
                 self._backend.release(self, self._event)
+                if self._then is not None:
+                    self._then()
         return self._over
 
     def overdue(self) -> bool:
         """Whether its deadline is over, and it is not; from any thread."""
-        late = time.monotonic() - self.began > self.waiter.timeout
+        late = time.monotonic() - self.began > self.waiter().timeout
         return late and not self._event.done
 
     def order(self) -> None:
@@ -185,18 +196,12 @@ class NcclBackend(DeviceBackend):
         if communicator is None or not calls.can_split():
             return child
         # The library wants nothing to be outstanding on the parent.
-        waiter.wait_for(self._idle)
+        waiter.wait_for(self.idle)
         stream = 0 if child is None else child._open()[0].handle
         made = self._beside(lambda: communicator.split(color, key, stream), waiter)
         if child is not None and made is not None:
             child._connected(made)
         return child
-
-    def _idle(self) -> bool:
-        """Return whether nothing is under way."""
-        for work in tuple(self.under_way):
-            work.done()
-        return not self.under_way
 
     def create(self, host: Backend) -> NcclBackend:
         """Make the transport of some ranks; it is connected when it is used first."""
@@ -250,17 +255,56 @@ class NcclBackend(DeviceBackend):
                     for operation in operations:
                         operation.call(communicator)
         except calls.vendor_errors() as problem:
-            error = calls.translate(waiter.operation, problem)
-            self.fail(error)
-            raise error from problem
+            raise self._failed(waiter, problem) from problem
         for operation in operations:
             if operation.after is not None:
                 with side.stream:
                     operation.after()
-        temporaries = [array for operation in operations for array in operation.temporaries]
-        work = NcclWork(self, side.mark(), [held, temporaries], waiter)
+        return self._held((held, operations), lambda: waiter)
+
+    def _held(self, held: tuple[Any, ...], waiter: Callable[[], Waiter]) -> NcclWork:
+        """Return what has just been put on the side stream as a work, and hold it."""
+        assert self._side is not None, "something is on it"
+        work = NcclWork(self, self._side.mark(), held, waiter)
+        # Nobody may ever wait for those: two for each that begins, so they do not pile up.
+        for earlier in self.under_way[:2]:
+            earlier.done()
         self.under_way.append(work)
         return work
+
+    def repeat_sum(self, x: Array, op: ReduceOp, waiter: Callable[[], Waiter]) -> NcclWork | None:
+        """Begin an all_reduce in place if its array needs no preparation; else do nothing.
+
+        The shortest way to the library: a plan and its checks take longer than a small sum.
+        """
+        if self._communicator is None or self._side is None:
+            return None
+        wire = self._plans.direct_sum(x, op)
+        if wire is None:
+            return None
+        self.check()
+        self._side.follow()
+        try:
+            self._communicator.all_reduce(x, x, wire, op)
+        except calls.vendor_errors() as problem:
+            raise self._failed(waiter(), problem) from problem
+        return self._held((x,), waiter)
+
+    def _failed(self, waiter: Waiter, problem: Exception) -> TransportError:
+        """End the communicator of which a call failed, and return the error to raise."""
+        error = calls.translate(waiter.operation, problem)
+        self.fail(error)
+        return error
+
+    def poll(self) -> None:
+        """Let go of what is over."""
+        while self.under_way and self.under_way[0].done():
+            pass
+
+    def idle(self) -> bool:
+        """Return whether nothing is under way."""
+        self.poll()
+        return not self.under_way
 
     def fence(self) -> Callable[[], bool]:
         """Return what tells whether the current stream has come to here."""
@@ -294,13 +338,13 @@ class NcclBackend(DeviceBackend):
         problem = communicator.problem()
         if problem is not None:
             for work in under_way[:1]:
-                work.waiter.report(str(problem))
+                work.waiter().report(str(problem))
             told = f"rank {self.rank} of {self.size}, {problem}; let this error end the job"
             self.fail(TransportError(told, problem.code))
             return
         for work in under_way[:1]:
             if work.overdue():
-                self.fail(work.waiter.expire())
+                self.fail(work.waiter().expire())
 
     def close(self) -> None:
         """Release the communicator; nothing is under way any more."""

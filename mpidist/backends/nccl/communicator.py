@@ -1,12 +1,11 @@
-"""One communicator of NCCL on one device: the library's operations on contiguous arrays."""
+"""One communicator of NCCL on one device: the library's operations on cupy's contiguous arrays."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import Any
 
-from mpidist._types import Array, ReduceOp
-from mpidist.arrays import address_of
+from mpidist._types import ReduceOp
 from mpidist.backends.nccl import calls
 from mpidist.backends.nccl.dtypes import Wire, wire_of_bytes
 from mpidist.errors import TransportError
@@ -66,22 +65,22 @@ class NcclCommunicator:
         """Let the operations of a block begin as one, at its end."""
         return calls.grouped()
 
-    def all_reduce(self, x: Array, out: Array, wire: Wire, op: ReduceOp) -> None:
+    def all_reduce(self, x: Any, out: Any, wire: Wire, op: ReduceOp) -> None:
         """Combine `x` of all ranks into `out` of all."""
         self._handle.allReduce(
-            address_of(x),
-            address_of(out),
+            x.data.ptr,
+            out.data.ptr,
             x.size * wire.items,
             wire.code,
             wire.op(op),
             self._stream,
         )
 
-    def reduce(self, x: Array, out: Array, wire: Wire, op: ReduceOp, root: int) -> None:
+    def reduce(self, x: Any, out: Any, wire: Wire, op: ReduceOp, root: int) -> None:
         """Combine `x` of all ranks into `out` of one; the others' `out` is not touched."""
         self._handle.reduce(
-            address_of(x),
-            address_of(out),
+            x.data.ptr,
+            out.data.ptr,
             x.size * wire.items,
             wire.code,
             wire.op(op),
@@ -89,40 +88,40 @@ class NcclCommunicator:
             self._stream,
         )
 
-    def broadcast(self, x: Array, root: int) -> None:
+    def broadcast(self, x: Any, root: int) -> None:
         """Copy `x` of one rank into `x` of the others."""
         wire = wire_of_bytes(x.dtype)
-        at = address_of(x)
+        at = x.data.ptr
         self._handle.broadcast(at, at, x.size * wire.items, wire.code, root, self._stream)
 
-    def all_gather(self, out: Array) -> None:
+    def all_gather(self, out: Any) -> None:
         """Lay the parts of all ranks side by side in `out`, where this rank's is already."""
         wire = wire_of_bytes(out.dtype)
         count = out.size // self.size
-        start = address_of(out)
+        start = out.data.ptr
         mine = start + self.rank * count * out.dtype.itemsize
         self._handle.allGather(mine, start, count * wire.items, wire.code, self._stream)
 
-    def reduce_scatter(self, x: Array, out: Array, wire: Wire, op: ReduceOp) -> None:
+    def reduce_scatter(self, x: Any, out: Any, wire: Wire, op: ReduceOp) -> None:
         """Combine `x` of all ranks and keep this rank's part, of the size of `out`."""
         self._handle.reduceScatter(
-            address_of(x),
-            address_of(out),
+            x.data.ptr,
+            out.data.ptr,
             out.size * wire.items,
             wire.code,
             wire.op(op),
             self._stream,
         )
 
-    def send(self, x: Array, peer: int) -> None:
+    def send(self, x: Any, peer: int) -> None:
         """Send an array to a rank."""
         wire = wire_of_bytes(x.dtype)
-        self._handle.send(address_of(x), x.size * wire.items, wire.code, peer, self._stream)
+        self._handle.send(x.data.ptr, x.size * wire.items, wire.code, peer, self._stream)
 
-    def recv(self, x: Array, peer: int) -> None:
+    def recv(self, x: Any, peer: int) -> None:
         """Receive an array of just this size from a rank."""
         wire = wire_of_bytes(x.dtype)
-        self._handle.recv(address_of(x), x.size * wire.items, wire.code, peer, self._stream)
+        self._handle.recv(x.data.ptr, x.size * wire.items, wire.code, peer, self._stream)
 
     # -- the end -------------------------------------------------------------------------------
 

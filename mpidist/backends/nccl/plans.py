@@ -13,7 +13,7 @@ from typing import Any
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays import address_of, array_namespace
 from mpidist.backends.nccl.communicator import NcclCommunicator
-from mpidist.backends.nccl.dtypes import from_keys, needs_keys, to_keys, wire_of
+from mpidist.backends.nccl.dtypes import REDUCTIONS, Wire, from_keys, needs_keys, to_keys, wire_of
 from mpidist.backends.work import Message
 
 __all__ = ["Operation", "Plans"]
@@ -56,6 +56,13 @@ class Plans:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+
+    def direct_sum(self, x: Array, op: ReduceOp) -> Wire | None:
+        """Return how `x` is reduced in place; None if that takes more than one call."""
+        dtype = x.dtype
+        if not (x.size and x.flags.c_contiguous and (op, dtype) in REDUCTIONS):
+            return None
+        return None if needs_keys(dtype, op) else wire_of(dtype)
 
     def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> Operation:
         """Combine `x` of all ranks into `out` of all."""
