@@ -57,7 +57,8 @@ def init(
         If a launcher promised several ranks and MPI sees one: the job would run as that many
         strangers, each believing that it is alone.
     BackendUnavailableError
-        If the transport's library is missing; of ``"hybrid"`` also if a rank has no GPU or no NCCL.
+        If the transport's library is missing; of ``"hybrid"`` also if a rank has no GPU or no NCCL,
+        unless ``MPIDIST_ENABLE_GPU_FALLBACK=1`` lets device arrays go by way of the host.
 
     Notes
     -----
@@ -93,13 +94,12 @@ def _add_devices(world: ProcessGroup, *, required: bool) -> None:
     """Let a world carry device arrays if all its ranks can; collective."""
     from mpidist.backends.hybrid import carry_devices, use_device, why_not
 
-    reason = why_not()
-    if reason is None:
-        use_device(world.local_rank)
-    reason, fallback = _first_reason(world, reason)
+    reason, fallback = _first_reason(world, why_not())
     if reason is not None and required and not fallback:
         raise BackendUnavailableError(f"init('hybrid'): {reason}")
-    carry_devices(world._backend, reason)
+    carry_devices(world._backend, reason, fallback=fallback)
+    if world._backend.device is not None:
+        use_device(world.local_rank)
 
 
 def _first_reason(world: ProcessGroup, reason: str | None) -> tuple[str | None, bool]:
@@ -108,14 +108,15 @@ def _first_reason(world: ProcessGroup, reason: str | None) -> tuple[str | None, 
     Whether they may be staged is told by the same rank, so that all go the same way.
     """
     from mpidist._types import MIN
+    from mpidist.backends.hybrid import may_stage
     from mpidist.collectives import all_reduce, broadcast_object
 
     if world.size == 1:
-        return reason, env.gpu_fallback()
+        return reason, may_stage()
     first = int(all_reduce(np.array(world.size if reason is None else world.rank), world, op=MIN))
     if first == world.size:
         return None, False
-    told = (f"on rank {first}, {reason}", env.gpu_fallback())
+    told = (f"on rank {first}, {reason}", may_stage())
     said: tuple[str, bool] = broadcast_object(told, world, root=first)
     return said
 

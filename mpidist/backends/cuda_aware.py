@@ -2,7 +2,8 @@
 
 A library that is not CUDA-aware reads a device's address as one of the host: at best the program is
 killed. So it gets device arrays only if the user asks for it, by ``MPIDIST_CUDA_AWARE_MPI=1``, and
-it says itself that it can.
+it says itself that it can; and only where NCCL does not carry them, since the two on one GPU may
+wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import ctypes
 from typing import Any
 
 from mpidist import env
+from mpidist.backends.base import Backend
 from mpidist.backends.loaded import loaded_libraries, mpi_library
+from mpidist.backends.staging import Staging
 from mpidist.errors import BackendUnavailableError
 
-__all__ = ["ask_mpi", "is_wanted"]
+__all__ = ["ask_mpi", "is_wanted", "stage"]
 
 
 def ask_mpi(mpi: Any, path: str) -> tuple[bool | None, str]:
@@ -77,3 +80,23 @@ def is_wanted(mpi: Any) -> bool:
         "MPICH_GPU_SUPPORT_ENABLED=1; Open MPI of conda-forge: OMPI_MCA_opal_cuda_support=true); "
         "or unset the variable: NCCL carries device arrays without it"
     )
+
+
+def stage(host: Backend) -> Staging:
+    """Make what carries device arrays without NCCL, with the library's help if it is wanted.
+
+    Parameters
+    ----------
+    host : Backend
+        The transport of host arrays between the same ranks.
+
+    Raises
+    ------
+    BackendUnavailableError
+        As `is_wanted` says.
+    """
+    if host.name != "mpi":
+        return Staging(host)
+    from mpidist.backends.mpi import load_mpi
+
+    return Staging(host, aware=is_wanted(load_mpi()))

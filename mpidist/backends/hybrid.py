@@ -6,11 +6,14 @@ collective is decided by its arrays. The companion is there on all ranks, or on 
 
 from __future__ import annotations
 
+import sys
+
+from mpidist import env
 from mpidist.arrays import device_module
 from mpidist.backends.availability import why_no_gpu, why_no_nccl
 from mpidist.backends.base import Backend
 
-__all__ = ["carry_devices", "use_device", "why_not"]
+__all__ = ["carry_devices", "may_stage", "use_device", "why_not"]
 
 
 def why_not() -> str | None:
@@ -28,8 +31,13 @@ def why_not() -> str | None:
     return why_no_nccl()
 
 
-def use_device(local_rank: int) -> int:
-    """Make one of the visible GPUs the current device of this thread.
+def may_stage() -> bool:
+    """Whether this rank has a GPU, and lets its arrays go by way of the host."""
+    return env.gpu_fallback() and why_no_gpu() is None
+
+
+def use_device(local_rank: int) -> int | None:
+    """Make one of the visible GPUs the current device of this thread, if there is one.
 
     Parameters
     ----------
@@ -38,11 +46,13 @@ def use_device(local_rank: int) -> int:
 
     Returns
     -------
-    int
+    int or None
         The device: number `local_rank`, counted round where there are fewer, such as the only one
         that a launcher lets this rank see; the one that is current if the program chose another
-        than the first before.
+        than the first before. None where CuPy was not imported, or sees no GPU.
     """
+    if "cupy" not in sys.modules or why_no_gpu() is not None:
+        return None
     cuda = device_module().cuda
     chosen: int = cuda.Device().id
     if chosen == 0:
@@ -51,7 +61,7 @@ def use_device(local_rank: int) -> int:
     return chosen
 
 
-def carry_devices(host: Backend, reason: str | None) -> None:
+def carry_devices(host: Backend, reason: str | None, *, fallback: bool) -> None:
     """Let a transport carry device arrays, too; the same on all ranks.
 
     Parameters
@@ -60,10 +70,16 @@ def carry_devices(host: Backend, reason: str | None) -> None:
         Of host arrays.
     reason : str or None
         Why NCCL cannot carry them; None where it can, on all ranks.
+    fallback : bool
+        Whether they go by way of the host then.
     """
     if reason is None:
         from mpidist.backends.nccl import NcclBackend
 
         host.device = NcclBackend(host)
+    elif fallback:
+        from mpidist.backends.cuda_aware import stage
+
+        host.device = stage(host)
     else:
         host.no_device = reason

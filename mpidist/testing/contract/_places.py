@@ -138,7 +138,7 @@ class DevicePlace(Place):
 
     def ready(self, group: ProcessGroup) -> None:
         """Let the group make its communicator, which its first collective on a device does."""
-        collectives.all_reduce(self.put(np.zeros(1)), group)
+        collectives.iall_reduce(self.put(np.zeros(1)), group).synchronize()
 
     @property
     def dtypes(self) -> tuple[DType, ...]:
