@@ -61,19 +61,15 @@ static bool all_have(Comm *comm, bool departed, uint64_t step) {
     return true;
 }
 
-/* Compares what those have issued that are here already: a rank that never comes must not hide a
- * difference. */
+/* Called when all have arrived, and so have finished what came before: a difference fails no earlier
+ * operation, and the text is the same in each run. */
 static bool same_calls(Comm *comm, uint64_t step) {
-    int first = -1;
-    for (int rank = 0; rank < comm->size; rank++) {
-        RankCell *cells = comm->segment->ranks;
-        if (atomic_load_explicit(&cells[rank].arrived, memory_order_acquire) < step)
-            continue;
-        if (first < 0)
-            first = rank;
-        const Call *a = &cells[first].calls[step % 2], *b = &cells[rank].calls[step % 2];
-        if (!call_equal(a, b)) {
-            fail_all(comm, "operation", comm->collectives + 1, first, a, rank, b);
+    const RankCell *cells = comm->segment->ranks;
+    const Call *first = &cells[0].calls[step % 2];
+    for (int rank = 1; rank < comm->size; rank++) {
+        const Call *other = &cells[rank].calls[step % 2];
+        if (!call_equal(first, other)) {
+            fail_all(comm, "operation", comm->collectives + 1, 0, first, rank, other);
             return false;
         }
     }
@@ -234,7 +230,7 @@ static bool put(Operation *op) {
 static bool take(Operation *op) {
     Comm *comm = op->comm;
     uint64_t step = comm->step + 1;
-    if (!same_calls(comm, step) || !all_have(comm, false, step))
+    if (!all_have(comm, false, step) || !same_calls(comm, step))
         return false;
     size_t count = op->split ? 1 : elements_now(op, chunk_elements(op));
     if (op->split) {

@@ -18,6 +18,9 @@
 
 static const char MAGIC[8] = "nccstub";
 
+static const char USED_UP[] = "the memory behind this unique id is gone: a communicator has used it "
+                              "up, or the process that made it has ended";
+
 typedef struct {
     char magic[8];
     char nonce[NONCE_BYTES]; /* tells this segment from another file that got the same descriptor */
@@ -63,7 +66,7 @@ static ncclResult_t map(int file, const Id *id, int size, Segment **out) {
     char nonce[NONCE_BYTES];
     if (pread(file, nonce, NONCE_BYTES, offsetof(Segment, nonce)) != NONCE_BYTES ||
         memcmp(nonce, id->nonce, NONCE_BYTES) != 0)
-        return refuse(ncclInvalidUsage, "this unique id was used up by an earlier communicator");
+        return refuse(ncclSystemError, "%s", USED_UP);
     /* It only ever grows, so that a rank with a wrong size cannot take mapped pages away from
      * another. */
     if (fstat(file, &status) != 0 || ((size_t)status.st_size < total_bytes(size) &&
@@ -92,8 +95,7 @@ ncclResult_t segment_map(const ncclUniqueId *unique_id, int size, Segment **out)
     snprintf(path, sizeof path, "/proc/%d/fd/%d", (int)id.process, (int)id.descriptor);
     int file = open(path, O_RDWR | O_CLOEXEC);
     if (file < 0)
-        return refuse(ncclSystemError,
-                      "%s, of the process that made the unique id, cannot be opened: %m", path);
+        return refuse(ncclSystemError, "%s (%s: %m)", USED_UP, path);
     ncclResult_t result = map(file, &id, size, out);
     close(file);
     return result;
