@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -520,9 +519,8 @@ def through_cupy(rank: int, size: int, made: bytes) -> list[Any]:
     return [nccl.get_version(), y.tolist(), part.size(), x[0], status]
 
 
+@pytest.mark.usefixtures("nccl_extension")
 def test_cupys_extension_takes_it(team: Team) -> None:
-    if importlib.util.find_spec("cupy_backends") is None:
-        pytest.skip("CuPy is not installed")
     (made,) = team.call(1, make_id)
     total = [3.0, 6.0, 9.0, 12.0, 15.0]
     assert team.call(3, through_cupy, made) == [
