@@ -4,6 +4,13 @@ A blocking verb returns its result. Its immediate form, with an ``i`` before the
 same arguments and returns a `Work` whose `wait` returns the result. Rows are counted along the
 first dimension. Costs are those of `mpidist.backends.algorithms`; a transport that has its own
 collective may be cheaper.
+
+Arrays stay where they are: of host arrays the result is a host array, of device arrays one of the
+device (`ProcessGroup.device_capabilities` says what these can). What a blocking verb returns of
+device arrays is ready for what the caller puts on the current stream next, and so it is after
+`Work.wait`; the host goes on at once, and `Work.synchronize` makes it wait. The first device
+collective of a group connects its ranks, and blocks until all have come, in either form. A
+`barrier` is one of the hosts.
 """
 
 from __future__ import annotations

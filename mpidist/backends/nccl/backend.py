@@ -335,6 +335,8 @@ class NcclBackend(DeviceBackend):
         communicator, under_way = self._communicator, tuple(self.under_way)
         if communicator is None or self._failure is not None:
             return
+        # Without this the first call of CUDA in a thread would open a context on device 0.
+        device_module().cuda.Device(self._device).use()
         problem = communicator.problem()
         if problem is not None:
             for work in under_way[:1]:
@@ -351,6 +353,10 @@ class NcclBackend(DeviceBackend):
         watchdog().forget(self)
         communicator, self._communicator = self._communicator, None
         if communicator is None or self._failure is not None:
+            return
+        if not self.idle():
+            # The program ends without having waited for them, and others may not even come.
+            communicator.abort()
             return
         thread = threading.Thread(target=communicator.destroy, name="mpidist-nccl", daemon=True)
         thread.start()
