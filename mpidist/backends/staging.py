@@ -97,9 +97,19 @@ class _Staged(DeviceWork):
         self._waiter = waiter
         self._cuda = cuda
         self._keep = keep
+        self._over = False
+        self._then: Callable[[], None] | None = None
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call this when the copies to the device are seen to be over."""
+        self._then = then
 
     def done(self) -> bool:
-        return self._steps.done() and bool(self._brought.done)
+        if not self._over and self._steps.done() and self._brought.done:
+            self._over, self._keep = True, None
+            if self._then is not None:
+                self._then()
+        return self._over
 
     def order(self) -> None:
         """Let the current stream go on behind this operation; blocks until the host's part is over.
@@ -186,6 +196,9 @@ class Staging(DeviceBackend):
         self._own: Backend | None = None
         self._lift: _Lift | None = None
         self._last: Work[None] | None = None
+        # What failed stays: the host transport may still write into its memory.
+        self._under_way: list[_Staged] = []
+        self._failed: list[_Staged] = []
 
     def prepare(self, waiter: Waiter) -> None:
         """Make the transport on which staged operations run; collective, blocks.
@@ -224,7 +237,7 @@ class Staging(DeviceBackend):
         over = lift.event()
         steps = _in_pieces(own, lift, pieces, (lift.here(), over), behind=self._last)
         self._last = own.start(steps)
-        return _Staged(self._last, over, waiter, cuda=lift.cuda, keep=pieces)
+        return self._hold(_Staged(self._last, over, waiter, cuda=lift.cuda, keep=pieces))
 
     def exchange(
         self, sends: Sequence[Message], receives: Sequence[Message], waiter: Waiter
@@ -248,7 +261,24 @@ class Staging(DeviceBackend):
             over.record(lift.stream)
 
         keep = (fetched, brought)
-        return _Staged(own.start(arrive()), over, waiter, cuda=lift.cuda, keep=keep)
+        return self._hold(_Staged(own.start(arrive()), over, waiter, cuda=lift.cuda, keep=keep))
+
+    def _hold(self, work: _Staged) -> _Staged:
+        """Keep an operation until it is over, whoever else lets go of it."""
+        self.idle()
+        self._under_way.append(work)
+        return work
+
+    def idle(self) -> bool:
+        """Let go of what is over; return whether nothing is under way."""
+        while self._under_way:
+            try:
+                if not self._under_way[0].done():
+                    return False
+            except Exception:  # noqa: BLE001  # whoever waits for it gets it
+                self._failed.append(self._under_way[0])
+            del self._under_way[0]
+        return True
 
     def _room(self, x: Array) -> Array:
         """Return the memory that the host transport sends from, or receives into."""
