@@ -371,6 +371,8 @@ class Operations(Closing):
         """
         self._check_usable("progress")
         self._backend.progress()
+        if self._backend.device is not None:
+            self._backend.device.idle()
         for work in tuple(self._outstanding):
             work._complete()
         for companion in tuple(self._companions.values()):

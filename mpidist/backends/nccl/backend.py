@@ -46,8 +46,6 @@ class NcclWork(DeviceWork):
         Returns what waits for it; asked only if something is wrong.
     """
 
-    __slots__ = ("_backend", "_event", "_held", "_over", "_then", "began", "waiter")
-
     def __init__(
         self, backend: NcclBackend, event: Any, held: tuple[Any, ...], waiter: Callable[[], Waiter]
     ) -> None:
@@ -260,9 +258,9 @@ class NcclBackend(DeviceBackend):
             if operation.after is not None:
                 with side.stream:
                     operation.after()
-        return self._held((held, operations), lambda: waiter)
+        return self._hold((held, operations), lambda: waiter)
 
-    def _held(self, held: tuple[Any, ...], waiter: Callable[[], Waiter]) -> NcclWork:
+    def _hold(self, held: tuple[Any, ...], waiter: Callable[[], Waiter]) -> NcclWork:
         """Return what has just been put on the side stream as a work, and hold it."""
         assert self._side is not None, "something is on it"
         work = NcclWork(self, self._side.mark(), held, waiter)
@@ -280,7 +278,7 @@ class NcclBackend(DeviceBackend):
         if self._communicator is None or self._side is None:
             return None
         wire = self._plans.direct_sum(x, op)
-        if wire is None:
+        if wire is None or x.data.device_id != self._device:  # type: ignore[attr-defined]  # cupy's
             return None
         self.check()
         self._side.follow()
@@ -288,7 +286,7 @@ class NcclBackend(DeviceBackend):
             self._communicator.all_reduce(x, x, wire, op)
         except calls.vendor_errors() as problem:
             raise self._failed(waiter(), problem) from problem
-        return self._held((x,), waiter)
+        return self._hold((x,), waiter)
 
     def _failed(self, waiter: Waiter, problem: Exception) -> TransportError:
         """End the communicator of which a call failed, and return the error to raise."""
