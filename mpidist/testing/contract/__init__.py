@@ -18,12 +18,14 @@ from mpidist.testing.contract import (
     _groups,
     _immediate,
     _lists,
+    _mixed,
     _point_to_point,
+    _streams,
 )
 from mpidist.testing.contract._places import HOST, Case, DevicePlace, HostPlace, Place
 from mpidist.testing.contract._verbs import VERBS
 
-__all__ = ["BackendContract", "DevicePlace", "HostPlace", "Place", "Run"]
+__all__ = ["BackendContract", "DeviceContract", "DevicePlace", "HostPlace", "Place", "Run"]
 
 Run: TypeAlias = Callable[[Callable[[ProcessGroup], None]], object]
 """Calls a function on every rank with the rank's group of all ranks."""
@@ -132,3 +134,51 @@ class BackendContract:
     test_bad_members = _test(_groups.bad_members)
     test_mistakes = _test(_errors.mistakes)
     test_deadlines = _test(_errors.deadlines)
+
+
+def _device_test(
+    case: Callable[[ProcessGroup, DevicePlace], None],
+) -> Callable[[DeviceContract, Run], None]:
+    """Make a test method of a case that needs a device."""
+
+    def method(contract: DeviceContract, run: Run) -> None:
+        run(lambda group: case(group, contract.place))
+
+    method.__doc__ = case.__doc__
+    return method
+
+
+class DeviceContract(BackendContract):
+    """What is asked of a group that carries device arrays beside host arrays.
+
+    All of `BackendContract` on arrays of the device, and besides that both kinds at once, and the
+    order between the transport and the caller's streams.
+
+    Attributes
+    ----------
+    place : DevicePlace
+        Where the arrays lie; a subclass gives it.
+    """
+
+    place: DevicePlace
+
+    # -- host and device arrays at once --------------------------------------------------------
+
+    test_interleaved = _device_test(_mixed.interleaved)
+    test_both_in_one_call = _device_test(_mixed.both_in_one_call)
+    test_mixed_lists = _device_test(_mixed.mixed_lists)
+    test_mixed_messages = _device_test(_mixed.mixed_messages)
+    test_mixed_groups = _device_test(_mixed.mixed_groups)
+
+    # -- order of streams ----------------------------------------------------------------------
+
+    test_behind_a_slow_kernel = _device_test(_streams.behind_a_slow_kernel)
+    test_messages_behind_a_slow_kernel = _device_test(_streams.messages_behind_a_slow_kernel)
+    test_consumers = _device_test(_streams.consumers)
+    test_late_consumers = _device_test(_streams.late_consumers)
+    test_other_streams = _device_test(_streams.other_streams)
+    test_freed_memory = _device_test(_streams.freed_memory)
+    test_temporaries = _device_test(_streams.temporaries)
+    test_two_groups = _device_test(_streams.two_groups)
+    test_synchronized = _device_test(_streams.synchronized)
+    test_the_host_goes_on = _device_test(_streams.the_host_goes_on)

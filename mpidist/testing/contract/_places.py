@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -103,6 +103,17 @@ class HostPlace(Place):
 HOST = HostPlace()
 
 
+_SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+  long long begin, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+  do {
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  } while (now - begin < nanoseconds);
+}
+"""
+
+
 class DevicePlace(Place):
     """The memory of the current device.
 
@@ -131,7 +142,7 @@ class DevicePlace(Place):
 
     def capabilities(self, group: ProcessGroup) -> Capabilities:
         """Return what the group does with device arrays."""
-        offered: Capabilities | None = getattr(group, "device_capabilities", None)
+        offered = group.device_capabilities
         if offered is None:
             raise AssertionError(f"{group} carries no device arrays")
         return offered
@@ -139,6 +150,11 @@ class DevicePlace(Place):
     def ready(self, group: ProcessGroup) -> None:
         """Let the group make its communicator, which its first collective on a device does."""
         collectives.iall_reduce(self.put(np.zeros(1)), group).synchronize()
+
+    def busy(self, seconds: float) -> None:
+        """Keep the current stream busy, as a slow kernel does; returns at once."""
+        spin = self.cupy.RawKernel(_SPIN, "spin")
+        spin((1,), (1,), (np.int64(seconds * 1e9),))
 
     @property
     def dtypes(self) -> tuple[DType, ...]:
@@ -155,12 +171,14 @@ class DevicePlace(Place):
 
 Case: TypeAlias = Callable[[ProcessGroup, Place], None]
 
+P = TypeVar("P", bound=Place)
 
-def with_peers(case: Case) -> Case:
+
+def with_peers(case: Callable[[ProcessGroup, P], None]) -> Callable[[ProcessGroup, P], None]:
     """Make a case do nothing where the group is a single rank, which has nobody to talk to."""
 
     @wraps(case)
-    def run(group: ProcessGroup, place: Place) -> None:
+    def run(group: ProcessGroup, place: P) -> None:
         if group.size > 1:
             case(group, place)
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,7 +31,7 @@ from mpidist.testing.contract._landings import (
 from mpidist.testing.contract._places import HOST, Place
 from mpidist.testing.contract._values import combined, expect, tolerance, values
 
-__all__ = ["GATHERS", "REDUCTIONS", "VERBS", "Shares", "Trial", "Verb", "attempt", "begin"]
+__all__ = ["GATHERS", "REDUCTIONS", "VERBS", "Shares", "Trial", "Verb", "attempt", "begin", "call"]
 
 FLOAT64: DType = np.dtype(np.float64)
 
@@ -163,6 +163,12 @@ def attempt(trial: Trial, group: ProcessGroup, place: Place) -> Any:
     result = trial.verb.now(x, group, **trial.keywords(group, out))
     check(result)
     return result
+
+
+def call(trial: Trial, group: ProcessGroup, place: Place) -> Callable[[], None]:
+    """Make a blocking call, and return what checks its result; collective."""
+    x, out, check = _prepare(trial, group, place)
+    return partial(check, trial.verb.now(x, group, **trial.keywords(group, out)))
 
 
 def begin(trial: Trial, group: ProcessGroup, place: Place) -> Begun:

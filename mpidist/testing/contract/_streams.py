@@ -1,0 +1,210 @@
+"""Cases of the order between the caller's streams and the transport's.
+
+Each has something slow before what must wait for it: an event that is left out lets the later one
+go first, and it reads what is not there yet.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+
+from mpidist import collectives, point_to_point
+from mpidist._types import Array
+from mpidist.backends.work import Work
+from mpidist.group import ProcessGroup
+from mpidist.point_to_point import Receive, Send
+from mpidist.testing.contract._places import DevicePlace, with_peers
+from mpidist.testing.contract._values import check_that, expect
+
+COUNT = 5000
+SECONDS = 0.1
+"""How long something slow takes: much longer than to launch what has to wait for it."""
+
+
+def _array(place: DevicePlace, value: float = -1.0) -> Array:
+    """Return an array whose elements have arrived."""
+    x = place.put(np.full(COUNT, float(value)))
+    place.take(x)
+    return x
+
+
+def _sum(group: ProcessGroup, value: float = 0.0) -> Array:
+    """Return the sum of `value` plus the rank."""
+    return np.full(COUNT, sum(value + rank for rank in range(group.size)))
+
+
+def _stall(group: ProcessGroup, place: DevicePlace) -> Work[Any]:
+    """Let the transport be busy for a while, and the current stream not."""
+    with place.cupy.cuda.Stream(non_blocking=True):
+        x = _array(place)
+        place.busy(SECONDS)
+        x[...] = 1
+        return collectives.iall_reduce(x, group)
+
+
+def behind_a_slow_kernel(group: ProcessGroup, place: DevicePlace) -> None:
+    """Read, blocking or immediate, what a slow kernel before the collective writes."""
+    place.ready(group)
+    for form in ("blocking", "immediate"):
+        x = _array(place)
+        place.busy(SECONDS)
+        x[...] = group.rank
+        if form == "blocking":
+            out = collectives.all_reduce(x, group)
+        else:
+            out = collectives.iall_reduce(x, group).wait()
+        expect(place.take(out), _sum(group), f"{form} all_reduce behind a slow kernel")
+
+
+@with_peers
+def messages_behind_a_slow_kernel(group: ProcessGroup, place: DevicePlace) -> None:
+    """Send what a slow kernel before the message writes."""
+    place.ready(group)
+    after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    x, out = _array(place), _array(place)
+    place.busy(SECONDS)
+    x[...] = group.rank
+    point_to_point.exchange(
+        group, sends=[Send(x, after)], receives=[Receive(before, out=out)]
+    ).wait()
+    doubled = out * 2.0
+    expect(place.take(doubled), np.full(COUNT, 2.0 * before), "message behind a slow kernel")
+
+
+def consumers(group: ProcessGroup, place: DevicePlace) -> None:
+    """Launch something behind a collective: it reads the result, however long that takes."""
+    place.ready(group)
+    for form in ("blocking", "immediate"):
+        stalled = _stall(group, place)
+        x, out = _array(place, group.rank), _array(place)
+        if form == "blocking":
+            collectives.all_reduce(x, group, out=out)
+        else:
+            collectives.iall_reduce(x, group, out=out).wait()
+        doubled = out * 2.0
+        expect(place.take(doubled), 2 * _sum(group), f"what follows a {form} all_reduce")
+        stalled.wait()
+
+
+def late_consumers(group: ProcessGroup, place: DevicePlace) -> None:
+    """Wait on another stream than that of the call: what is current in `wait` goes on behind it."""
+    place.ready(group)
+    with place.cupy.cuda.Stream(non_blocking=True):
+        x, out = _array(place), _array(place)
+        place.busy(SECONDS)
+        x[...] = group.rank
+        work = collectives.iall_reduce(x, group, out=out)
+    with place.cupy.cuda.Stream(non_blocking=True):
+        work.wait()
+        doubled = out * 2.0
+        expect(place.take(doubled), 2 * _sum(group), "another stream behind wait")
+    work.wait()
+    doubled = out * 3.0
+    expect(place.take(doubled), 3 * _sum(group), "a third stream behind a second wait")
+
+
+def other_streams(group: ProcessGroup, place: DevicePlace) -> None:
+    """Make a stream of the user's own the current one, for some of the operations."""
+    place.ready(group)
+    stream = place.cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        x = _array(place)
+        place.busy(SECONDS)
+        x[...] = group.rank
+        out = collectives.all_reduce(x, group)
+        out += 1.0
+        again = collectives.all_reduce(out, group)
+        expect(place.take(again), group.size * (_sum(group) + 1), "on a stream of the user's own")
+    third = collectives.all_reduce(_array(place, group.rank), group)
+    expect(place.take(third), _sum(group), "on the first stream again")
+
+
+def freed_memory(group: ProcessGroup, place: DevicePlace) -> None:
+    """Arrays that nobody keeps live until the transport is done with them; a Work, too."""
+    place.ready(group)
+    stalled = _stall(group, place)
+    out = _array(place)
+    x = _array(place)
+    x[...] = group.rank
+    work = collectives.iall_reduce(x, group, out=out)
+    del x
+    gc.collect()
+    # The pool gives the memory of what was freed to whoever asks next on this stream.
+    others = [place.cupy.full(COUNT, 99.0) for _ in range(4)]
+    expect(place.take(work.wait()), _sum(group), "memory that was freed too early")
+    stalled.wait()
+
+    stalled = _stall(group, place)
+    collectives.iall_reduce(_array(place, group.rank), group, out=out)
+    gc.collect()
+    others += [place.cupy.full(COUNT, 77.0) for _ in range(4)]
+    collectives.iall_reduce(_array(place), group).wait()
+    expect(place.take(out), _sum(group), "the result of a Work that nobody kept")
+    stalled.wait()
+    for number, other in enumerate(others):
+        expect(place.take(other), np.full(COUNT, 99.0 if number < 4 else 77.0), "memory of others")
+
+
+def temporaries(group: ProcessGroup, place: DevicePlace) -> None:
+    """So do the copies that are made of arrays which are not contiguous."""
+    place.ready(group)
+    stalled = _stall(group, place)
+    wide = place.put(np.full((COUNT, 2), float(group.rank)))
+    target = place.put(np.full((COUNT, 2), -1.0))
+    work = collectives.iall_reduce(wide[:, 1], group, out=target[:, 0])
+    gc.collect()
+    others = [place.cupy.full(COUNT, 99.0) for _ in range(4)]
+    work.wait()
+    expect(place.take(target[:, 0].copy()), _sum(group), "a result that is not contiguous")
+    expect(place.take(target[:, 1].copy()), np.full(COUNT, -1.0), "what lies between its elements")
+    stalled.wait()
+    for other in others:
+        expect(place.take(other), np.full(COUNT, 99.0), "memory of others")
+
+
+def two_groups(group: ProcessGroup, place: DevicePlace) -> None:
+    """Give one group what another gave: each has a stream of its own."""
+    other = group.duplicate("other")
+    place.ready(group)
+    place.ready(other)
+    stalled = _stall(group, place)
+    first = collectives.iall_reduce(_array(place, group.rank), group).wait()
+    second = collectives.all_reduce(first, other)
+    expect(place.take(second), group.size * _sum(group), "a sum on one group of a sum on another")
+    stalled.wait()
+    other.close()
+
+
+def synchronized(group: ProcessGroup, place: DevicePlace) -> None:
+    """After `synchronize` the result is there for everybody, whatever stream is current."""
+    place.ready(group)
+    stalled = _stall(group, place)
+    out = _array(place)
+    work = collectives.iall_reduce(_array(place, group.rank), group, out=out)
+    work.synchronize()
+    check_that(work.done(), "not done after synchronize")
+    with place.cupy.cuda.Stream(non_blocking=True):
+        expect(place.take(out), _sum(group), "on a stream that waits for nothing")
+    stalled.wait()
+
+
+def the_host_goes_on(group: ProcessGroup, place: DevicePlace) -> None:
+    """Neither a blocking verb nor `wait` waits on the host for a result on a device."""
+    place.ready(group)
+    votes: list[bool] = []
+    for _ in range(5):  # a machine that stops for a moment gets another try
+        x, out = _array(place, group.rank), _array(place)
+        place.busy(3 * SECONDS)
+        collectives.all_reduce(x, group, out=out)
+        work = collectives.iall_reduce(x, group, out=out)
+        work.wait()
+        went_on = not work.done()
+        work.synchronize()
+        expect(place.take(out), _sum(group), "behind a slow kernel")
+        votes = collectives.all_gather_object(went_on, group)
+        if all(votes):
+            return
+    raise AssertionError(f"the host waited for the device on ranks {votes}")
