@@ -62,7 +62,11 @@ class Watchdog:
                 watched = tuple(self._watched)
                 self._changed.wait(_ROUND)
             for each in watched:
-                each.patrol()
+                try:
+                    each.patrol()
+                except Exception:  # noqa: BLE001  # of a device that has failed, whatever it raises
+                    # Whoever uses that device next is told; the others still need this thread.
+                    self.forget(each)
 
     def _on_exit(self) -> None:
         for each in tuple(self._watched):
