@@ -10,10 +10,10 @@ import pytest
 from mpidist.group import ProcessGroup
 from mpidist.testing import BackendContract
 from mpidist.testing.contract import DeviceContract, Run
-from tests.nccl_stub.fixtures import stand_in
+from tests.nccl_stub.fixtures import needs_stub
 from tests.nccl_stub.place import StandInPlace
 
-__all__ = ["stand_in"]
+pytestmark = needs_stub
 
 
 @pytest.mark.ranks(2, 3, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,19 @@ from types import ModuleType
 
 import pytest
 
+from tests.nccl_stub import build
 from tests.nccl_stub import stand_in as package
 
-__all__ = ["in_place", "stand_in", "stand_in_without_nccl"]
+__all__ = ["in_place", "needs_stub", "stand_in", "stand_in_without_nccl"]
+
+REQUIRED = os.environ.get("MPIDIST_TEST_REQUIRE_NCCL_STUB") == "1"  # set by .ci/run
+
+NO_CUPY = "no CuPy: pip install cupy-cuda12x (it needs no GPU)"
+
+_missing = build.missing() or (None if importlib.util.find_spec("cupy_backends") else NO_CUPY)
+
+needs_stub = pytest.mark.skipif(_missing is not None and not REQUIRED, reason=_missing or "")
+"""Skips tests on ranks that use `stand_in` before any rank is started."""
 
 
 @contextmanager
@@ -20,7 +31,7 @@ def in_place(*, nccl: bool) -> Iterator[ModuleType]:
     try:
         package.install(nccl=nccl)
     except package.NoStubError as error:
-        if os.environ.get("MPIDIST_TEST_REQUIRE_NCCL_STUB") == "1":  # set by .ci/run
+        if REQUIRED:
             raise
         pytest.skip(str(error))
     try:
