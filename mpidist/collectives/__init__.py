@@ -31,6 +31,7 @@ from mpidist.collectives._gathers import (
     iall_gather,
     igather,
 )
+from mpidist.collectives._gpu import gpu_all_reduce, gpu_broadcast
 from mpidist.collectives._objects import (
     all_gather_object,
     broadcast_object,
@@ -69,6 +70,8 @@ __all__ = [
     "broadcast_object",
     "gather",
     "gather_object",
+    "gpu_all_reduce",
+    "gpu_broadcast",
     "iall_gather",
     "iall_gather_coalesced",
     "iall_reduce",

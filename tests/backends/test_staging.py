@@ -252,8 +252,35 @@ def test_without_the_variable_device_arrays_are_refused(
 ) -> None:
     monkeypatch.delenv("MPIDIST_ENABLE_GPU_FALLBACK", raising=False)
     with mpidist.init() as world:
-        with pytest.raises(mpidist.UnsupportedOperationError) as caught:
-            mpidist.all_reduce(array([1.0]), world)
-        for words in ("finds no NCCL", "mpidist[cuda12]", "MPIDIST_ENABLE_GPU_FALLBACK=1"):
-            assert words in str(caught.value)
+        for verb in (mpidist.all_reduce, mpidist.gpu_all_reduce, mpidist.gpu_broadcast):
+            with pytest.raises(mpidist.UnsupportedOperationError) as caught:
+                verb(array([1.0]), world)
+            for words in ("finds no NCCL", "mpidist[cuda12]", "MPIDIST_ENABLE_GPU_FALLBACK=1"):
+                assert words in str(caught.value)
         assert int(mpidist.all_reduce(np.array(1), world)) == rank_count
+
+
+def gpu_verbs(group: ProcessGroup) -> None:
+    """Sum and broadcast device arrays, also into given ones; be refused with those of the host."""
+    x, out = array(np.arange(3.0) + group.rank), array(np.zeros(3))
+    expected = group.size * np.arange(3.0) + sum(range(group.size))
+    np.testing.assert_array_equal(mpidist.gpu_all_reduce(x, group).get(), expected)
+    assert mpidist.gpu_broadcast(x, group, root=group.size - 1, out=out) is out
+    np.testing.assert_array_equal(out.get(), np.arange(3.0) + group.size - 1)
+    mpidist.gpu_all_reduce(x, group, op=mpidist.MAX, out=x)
+    np.testing.assert_array_equal(x.get(), np.arange(3.0) + group.size - 1)
+    with pytest.raises(mpidist.UnsupportedOperationError, match=r"x is numpy.ndarray.*asarray"):
+        mpidist.gpu_all_reduce(np.zeros(3), group)
+    with pytest.raises(mpidist.UnsupportedOperationError, match=r"out is numpy.ndarray.*broadcast"):
+        mpidist.gpu_broadcast(x, group, out=np.zeros(3))
+
+
+def test_collectives_of_device_arrays_only() -> None:
+    on_devices(3, gpu_verbs)
+
+
+@pytest.mark.ranks(2)
+def test_collectives_of_device_arrays_only_on_ranks_of_mpi(
+    stand_in_without_nccl: ModuleType, fallback: None, world: ProcessGroup
+) -> None:
+    gpu_verbs(world)

@@ -16,7 +16,6 @@ from tests.docs.pages import DOCS, README, ROOT, readme_part
 NOT_BUILT = {
     "TCP backend": ["mpidist.backends.tcp"],
     "Gloo and UCC backends": ["mpidist.backends.gloo", "mpidist.backends.ucc"],
-    "GPU collectives": ["mpidist:gpu_all_reduce"],
     "FSDP": ["mpidist.parallel.fsdp"],
     "Pipeline, tensor parallel": ["mpidist.parallel.pipeline", "mpidist.parallel.tensor"],
     "Device mesh, DTensor": ["mpidist.mesh", "mpidist.dtensor"],
