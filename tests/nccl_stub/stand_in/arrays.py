@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.nccl_stub.stand_in import devices, memory, namespace, operations, streams
+from tests.nccl_stub.stand_in import devices, memory, namespace, operations, signatures, streams
 from tests.nccl_stub.stand_in.operations import compute, host, words
 
 __all__ = ["DeviceArray"]
@@ -121,8 +121,8 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
             "a NumPy array explicitly."
         )
 
-    def item(self, *args: Any) -> Any:
-        return self.get().item(*args)
+    def item(self) -> Any:
+        return self.get().item()
 
     def tolist(self) -> Any:
         return self.get().tolist()
@@ -137,7 +137,7 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
         return int(self.get())
 
     def __index__(self) -> int:
-        return self.get().__index__()
+        raise TypeError("'cupy.ndarray' object cannot be interpreted as an integer")
 
     def __float__(self) -> float:
         return float(self.get())
@@ -315,14 +315,19 @@ def _absent(name: str) -> Any:
     return property(absent)
 
 
-for _names, _make in (
-    (_COMPUTED, _computed),
-    (_VIEWED, _viewed),
-    (_IN_PLACE, _in_place),
-    (_NOT_OF_CUPY, _absent),
-):
+def _checked(name: str, method: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        signatures.check(f"ndarray.{name}", args, kwargs)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+for _names, _make in ((_COMPUTED, _computed), (_VIEWED, _viewed), (_IN_PLACE, _in_place)):
     for _name in _names:
-        setattr(DeviceArray, _name, _make(_name))
+        setattr(DeviceArray, _name, _checked(_name, _make(_name)))
+for _name in _NOT_OF_CUPY:
+    setattr(DeviceArray, _name, _absent(_name))
 
 DeviceArray.__name__ = DeviceArray.__qualname__ = "ndarray"
 DeviceArray.__module__ = "cupy"

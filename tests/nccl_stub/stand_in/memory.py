@@ -43,9 +43,11 @@ class Memory:
     """
 
     def __init__(self, nbytes: int, device: int) -> None:
-        whole = np.full(nbytes + _ALIGNMENT, POISON, np.uint8)
-        start = -whole.ctypes.data % _ALIGNMENT
-        self.data = whole[start : start + nbytes]
+        # Not an array: numpy keeps the last base of its own type only, past the block.
+        self.whole = bytearray(nbytes + _ALIGNMENT)
+        self.start = -np.frombuffer(self.whole, np.uint8).ctypes.data % _ALIGNMENT
+        self.data = np.frombuffer(self.whole, np.uint8, nbytes, self.start)
+        self.data.fill(POISON)
         self.device = device
         self.freed = False
         # Whose later operations may be handed the memory: CuPy's pools are per stream.
@@ -83,7 +85,7 @@ class Block(np.ndarray):  # type: ignore[type-arg]
 def allocate(nbytes: int, *, pinned: bool = False) -> Block:
     """Return memory of the current device (or of the host, pinned) that is full of garbage."""
     memory = Memory(nbytes, _PINNED if pinned else devices.current())
-    block = memory.data.view(Block)
+    block = np.ndarray.__new__(Block, nbytes, np.uint8, memory.whole, memory.start)  # type: ignore[call-overload]
     block.memory = memory
     weakref.finalize(block, memory.free).atexit = False
     return block

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from tests.nccl_stub.stand_in import memory, operations, streams
+from tests.nccl_stub.stand_in import memory, operations, signatures, streams
 from tests.nccl_stub.stand_in.operations import compute, host, is_device, words
 
 __all__ = ["MODULE", "array", "zeros"]
-
-NAMES = frozenset((Path(__file__).parent / "names.txt").read_text(encoding="utf-8").split())
-"""``dir(cupy)`` of CuPy 14.2.0 without its private names, and ``linalg.`` and ``random.`` names."""
 
 _VIEWS = words("""
     array_split as_strided atleast_1d atleast_2d atleast_3d broadcast_arrays broadcast_to diagonal
@@ -243,10 +239,18 @@ def forwarded(name: str, source: Any) -> Any:
     if short in _OF_THE_HOST:
         return _of_the_host(name, source)
     if short in _VIEWS:
-        return _viewed(name, source)
+        return _checked(name, _viewed(name, source))
     if short in ("allclose", "array_equal", "array_equiv", "count_nonzero"):
-        return _to_device_always(name, source)
-    return _computed(name, source)
+        return _checked(name, _to_device_always(name, source))
+    return _checked(name, _computed(name, source))
+
+
+def _checked(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        signatures.check(name, args, kwargs)
+        return fn(*args, **kwargs)
+
+    return call
 
 
 class Namespace(ModuleType):
@@ -258,7 +262,7 @@ class Namespace(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         path = ".".join([*self.__name__.split(".")[1:], name])
-        if path not in NAMES:
+        if path not in signatures.known():
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if not hasattr(self._source, name):
             raise AttributeError(f"the stand-in does not imitate {self.__name__}.{name}")

@@ -39,7 +39,7 @@ def words(text: str) -> tuple[str, ...]:
 
 # These wait for the stream, as CuPy does: their results' shapes are in the data.
 _WAITING = words("""
-    argwhere array_equiv bincount compress digitize extract flatnonzero getitem histogram in1d
+    argwhere array_equiv bincount compress digitize extract flatnonzero histogram in1d
     intersect1d isin nonzero piecewise place repeat setdiff1d setxor1d trim_zeros union1d unique
     unique_all unique_counts unique_inverse unique_values
 """)

@@ -137,9 +137,9 @@ class Stream:
         return self.queue.attempt(self._end())
 
     def _end(self) -> int:
-        # Who waits for the null stream waits for all blocking streams, too.
+        # What would be next on a blocking stream is behind what is on the null stream.
         queue = self.queue
-        return queue.push(lambda: None) if queue.is_null else queue.pushed
+        return queue.push(lambda: None) if queue.blocking else queue.pushed
 
     def record(self, event: Event | None = None) -> Event:
         event = Event() if event is None else event
