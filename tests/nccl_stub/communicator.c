@@ -135,9 +135,6 @@ void comm_leave(Comm *comm, ncclResult_t code) {
         batch_free(batch);
     }
     comm->queue = comm->last = NULL;
-    if (atomic_load(&comm->segment->joined) ==
-        comm->size) /* else a late rank must still find the failure */
-        segment_close_descriptor(comm->segment, &comm->id);
     segment_unmap(comm->segment);
     comm->segment = NULL;
 }
@@ -191,8 +188,8 @@ ncclResult_t comm_create(Comm **out, const ncclUniqueId *id, int size, int rank,
         return result;
     }
     result = join(comm);
-    if (!result && enter(comm))
-        *out = comm;
+    if (!result && enter(comm)) /* another thread may abort it while this one waits for the others */
+        __atomic_store_n(out, comm, __ATOMIC_RELEASE);
     else {
         segment_unmap(comm->segment);
         free(comm);

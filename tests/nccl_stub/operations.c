@@ -1,8 +1,9 @@
 /* Operations as state machines: each call does what can be done without waiting.
  *
- * A collective goes through numbered steps. In each, a rank puts its chunk into its slot and says
- * that it has arrived; when all have arrived it computes its result and says that it has departed.
- * Slots alternate between two, so a slot is free when all have departed from the step before last.
+ * A collective goes through numbered steps. In each, a rank puts its chunk into its slot and says that it
+ * has arrived; when all have arrived it takes its result from the slots. There are two slots, for even
+ * and odd steps: who has taken a step knows that all have arrived there, and so have taken the step
+ * before, whose slots the next step needs.
  * A message goes through the mailbox of its pair of ranks, and is sent only when all of it was
  * taken: as on a GPU, two ranks that send to each other first, outside a group, wait for ever. */
 
@@ -51,11 +52,10 @@ static void fail_all(Comm *comm, const char *what, uint64_t number, int a, const
 
 /* Collectives */
 
-static bool all_have(Comm *comm, bool departed, uint64_t step) {
+static bool all_have_arrived(const Comm *comm, uint64_t step) {
     for (int rank = 0; rank < comm->size; rank++) {
         RankCell *cell = &comm->segment->ranks[rank];
-        if (atomic_load_explicit(departed ? &cell->departed : &cell->arrived,
-                                 memory_order_acquire) < step)
+        if (atomic_load_explicit(&cell->arrived, memory_order_acquire) < step)
             return false;
     }
     return true;
@@ -212,8 +212,6 @@ static bool put(Operation *op) {
     Comm *comm = op->comm;
     RankCell *mine = &comm->segment->ranks[comm->rank];
     uint64_t step = comm->step + 1;
-    if (step > 2 && !all_have(comm, true, step - 2))
-        return false;
     char *slot = segment_slot(comm->segment, step, comm->rank);
     if (op->split) {
         ncclResult_t result = put_ballot(op, slot);
@@ -230,7 +228,7 @@ static bool put(Operation *op) {
 static bool take(Operation *op) {
     Comm *comm = op->comm;
     uint64_t step = comm->step + 1;
-    if (!all_have(comm, false, step) || !same_calls(comm, step))
+    if (!all_have_arrived(comm, step) || !same_calls(comm, step))
         return false;
     size_t count = op->split ? 1 : elements_now(op, chunk_elements(op));
     if (op->split) {
@@ -239,7 +237,6 @@ static bool take(Operation *op) {
             comm_fail(comm, result, "CommSplit: the new communicator cannot be made");
     } else
         take_chunk(op, step, count);
-    atomic_store_explicit(&comm->segment->ranks[comm->rank].departed, step, memory_order_release);
     comm->step = step;
     op->done += count;
     bool finished = op->done >= (op->split ? 2 : op->call.count);

@@ -80,8 +80,7 @@ typedef struct { /* what all ranks must have issued alike; -1 where a function h
 } Call;
 
 typedef struct {
-    alignas(64) atomic_ullong arrived; /* steps whose contribution lies in this rank's slot */
-    atomic_ullong departed;            /* steps whose results this rank has taken */
+    alignas(64) atomic_ullong arrived; /* steps whose contribution was put into this rank's slots */
     atomic_bool joined;
     int device;
     Call calls[2]; /* of an even and an odd step: a rank may be one step ahead of the slowest */

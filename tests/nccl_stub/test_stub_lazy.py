@@ -269,6 +269,7 @@ def inject(rank: int, size: int, made: bytes, faults: str | None, times: int) ->
     raw.library().nccl_stub_set_device(rank)
     comm = Communicator.of_rank(size, made, rank)
     if faults is not None:
+        operate(comm, 2)  # operations are counted from there
         raw.check(raw.library().nccl_stub_faults(faults.encode()))
     try:
         return operate(comm, times)
