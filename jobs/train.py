@@ -3,6 +3,7 @@
     python jobs/train.py --task digits
     mpirun -n 4 python jobs/train.py --task digits
     mpirun -n 4 python jobs/train.py --task text --out runs/text
+    mpirun -n 2 python jobs/train.py --task text --device gpu
     sbatch jobs/ddp-one-node.sbatch --task text --out runs/text
 
 Writes metrics.jsonl, loss.png and a directory of checkpoints into --out. The curve does not depend
@@ -62,7 +63,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    options = parser().parse_args(arguments)
+    p = parser()
+    options = p.parse_args(arguments)
+    if options.device == "gpu" and options.sharded_optimizer:
+        p.error("--sharded-optimizer keeps parameters on the host: leave out --device gpu")
     options.out = options.out or Path("runs", options.task)
     options.checkpoint_dir = options.checkpoint_dir or options.out / CHECKPOINTS
     limit_threads()
@@ -91,38 +95,54 @@ def run(options: argparse.Namespace) -> int:
     """Train as the options say; called by every rank of the job. Return the exit code."""
     # The first import of numpy fixes the number of threads, so it comes after limit_threads().
     import mpidist
-    from mpidist.parallel import DDP
-    from mpidist.train import Checkpoints, Run, StopSignal, make_sampler
+    from mpidist.train import StopSignal
 
-    with StopSignal() as stop, mpidist.init() as world:
-        task = make_task(options)
-        plan = make_plan(options, task)
-        model = DDP(task.model, world, op=mpidist.SUM, compression=make_compression(options))
-        optimizer = make_optimizer(options, task, plan, model, world)
-        checkpoints = Checkpoints(options.checkpoint_dir, world, keep=options.keep)
-        newest = checkpoints.newest()
-        if newest is not None and not (options.resume or options.overwrite):
-            if world.rank == 0:
-                refuse(options, newest)
+    with StopSignal() as stop:
+        try:
+            world = mpidist.init("hybrid" if options.device == "gpu" else None)
+        except mpidist.BackendUnavailableError as error:  # on all ranks
+            if options.device != "gpu":
+                raise
+            sys.stderr.write(f"train.py: error: --device gpu: {error}\n")  # a line in one piece
             return REFUSED
-        if newest is not None and options.resume:
-            checkpoints.load(Run(model, optimizer, make_sampler(task.train, plan, world)))
-        else:
-            checkpoints.discard()  # a later --resume must not go on from an earlier run
+        with world:
+            return run_on(world, options, stop)
+
+
+def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -> int:
+    """Train on these ranks. Return the exit code."""
+    from mpidist import SUM
+    from mpidist.parallel import DDP
+    from mpidist.train import Checkpoints, Run, make_sampler
+
+    task = make_task(options)
+    task.model.to(options.device)
+    plan = make_plan(options, task)
+    model = DDP(task.model, world, op=SUM, compression=make_compression(options))
+    optimizer = make_optimizer(options, task, plan, model, world)
+    checkpoints = Checkpoints(options.checkpoint_dir, world, keep=options.keep)
+    newest = checkpoints.newest()
+    if newest is not None and not (options.resume or options.overwrite):
         if world.rank == 0:
-            do_without(options)
-            announce(options, task, plan, world, step=optimizer.step_count)
-        train_and_record(options, task, plan, model, optimizer, checkpoints, stop, world)
-        done = optimizer.step_count == plan.steps
-        if world.rank == 0 and done:
-            report(options, task, ranks=world.size)
-        elif world.rank == 0:
-            print(
-                f"stopped by {signal.Signals(stop.stopping).name} after step "
-                f"{optimizer.step_count} of {plan.steps}; --resume goes on from "
-                f"{options.checkpoint_dir}",
-                flush=True,
-            )
+            refuse(options, newest)
+        return REFUSED
+    if newest is not None and options.resume:
+        checkpoints.load(Run(model, optimizer, make_sampler(task.train, plan, world)))
+    else:
+        checkpoints.discard()  # a later --resume must not go on from an earlier run
+    if world.rank == 0:
+        do_without(options)
+        announce(options, task, plan, world, step=optimizer.step_count)
+    train_and_record(options, task, plan, model, optimizer, checkpoints, stop, world)
+    done = optimizer.step_count == plan.steps
+    if world.rank == 0 and done:
+        report(options, task, ranks=world.size)
+    elif world.rank == 0:
+        print(
+            f"stopped by {signal.Signals(stop.stopping).name} after step {optimizer.step_count} of "
+            f"{plan.steps}; --resume goes on from {options.checkpoint_dir}",
+            flush=True,
+        )
     return 0 if done else STOPPED
 
 
@@ -278,6 +298,7 @@ def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
     return {
         "task": options.task,
+        "device": options.device,
         "steps": plan.steps,
         "batch_size": plan.batch_size,
         "seed": plan.seed,

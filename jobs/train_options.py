@@ -17,6 +17,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_run(p.add_argument_group("what to train, and on what"))
+    _add_optimizer(p.add_argument_group("how to train"))
+    _add_checkpoints(p.add_argument_group("checkpoints"))
+    _add_output(p.add_argument_group("output"))
+    return p
+
+
+def _add_run(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--task",
         choices=("digits", "text"),
@@ -24,11 +32,27 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="digits: 1,797 handwritten digits, a convolutional network; text: the help texts of "
         "Python, byte by byte, a transformer (default: %(default)s)",
     )
+    p.add_argument(
+        "--device",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="gpu: model and batches lie on one GPU per rank, and gradients go over NCCL "
+        "(default: %(default)s)",
+    )
     length = p.add_mutually_exclusive_group()
     length.add_argument(
         "--epochs", type=_positive(float), help="passes over the samples (default: the task's)"
     )
     length.add_argument("--steps", type=_positive(int), help="optimizer steps, instead of --epochs")
+    p.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="of the initial values, the order of the samples and dropout (default: %(default)s)",
+    )
+
+
+def _add_optimizer(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--batch-size",
         type=_positive(int),
@@ -45,7 +69,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "--sharded-optimizer",
         action="store_true",
         help="let each rank keep the optimizer's state of its share of the parameters only, and "
-        "the ranks of a node one copy of the parameters; the curve stays the same",
+        "the ranks of a node one copy of the parameters; the curve stays the same; --device cpu",
     )
     p.add_argument(
         "--lr",
@@ -54,25 +78,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "along a cosine (default: the task's)",
     )
     p.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
-        help="of the initial values, the order of the samples and dropout (default: %(default)s)",
-    )
-    p.add_argument(
         "--compression",
         choices=("none", "fp16", "bf16"),
         default="none",
         help="how gradients travel between the ranks; the halves save bytes and cost rounding "
         "(default: %(default)s)",
     )
-    p.add_argument(
-        "--log-every",
-        type=_positive(int),
-        default=10,
-        metavar="STEPS",
-        help="steps per training record (default: %(default)s)",
-    )
+
+
+def _add_checkpoints(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--checkpoint-dir",
         type=Path,
@@ -107,15 +121,24 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="begin anew where checkpoints of another run are, and remove these",
     )
+
+
+def _add_output(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
         help="where metrics.jsonl and loss.png go; made if missing (default: runs/TASK)",
     )
+    p.add_argument(
+        "--log-every",
+        type=_positive(int),
+        default=10,
+        metavar="STEPS",
+        help="steps per training record (default: %(default)s)",
+    )
     p.add_argument("--no-progress", action="store_true", help="draw no progress bar")
     p.add_argument("--no-plot", action="store_true", help="draw no picture")
-    return p
 
 
 def _seed(text: str) -> int:

@@ -26,6 +26,7 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
     for option in (
         *("--task", "--epochs", "--steps", "--batch-size", "--optimizer", "--lr", "--seed"),
         *(
+            "--device",
             "--sharded-optimizer",
             "--compression",
             "--log-every",
@@ -53,6 +54,7 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         (("--seed", "-1"), "--seed: must not be negative, got -1"),
         (("--steps", "1", "--epochs", "1"), "not allowed with argument"),
         (("--task", "speech"), "invalid choice: 'speech'"),
+        (("--device", "gpu", "--sharded-optimizer"), "--sharded-optimizer keeps parameters on the"),
     ],
 )
 def test_bad_arguments(run: Run, arguments: tuple[str, ...], said: str) -> None:

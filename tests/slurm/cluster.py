@@ -48,8 +48,9 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 KillWait=5
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
+GresTypes=gpu
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 Gres=gpu:4
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 Gres=gpu:4
 PartitionName=test Nodes=n0,n1 Default=YES
 """
 
@@ -193,6 +194,11 @@ class Cluster:
             ports=_free_ports(3),
         )
         (self.directory / "slurm.conf").write_text(text)
+        # GPUs that are counted and handed out, and are not there.
+        for number in range(4):
+            (self.directory / f"gpu{number}").touch()
+        gres = f"NodeName=n[0-1] Name=gpu File={self.directory}/gpu[0-3]\n"
+        (self.directory / "gres.conf").write_text(gres)
 
     def _start(self, *command: str) -> None:
         output = self.directory / f"{command[0]}-{len(self._daemons)}.out"

@@ -132,6 +132,19 @@ def ranks_of(cluster: Cluster, directory: Path) -> list[int]:
     return found
 
 
+def test_the_gpus_that_slurm_hands_out_are_asked_for_and_missed(
+    pmi2: Cluster, tmp_path: Path
+) -> None:
+    script = ("--ntasks-per-node=2", "--cpus-per-task=1", "jobs/ddp-gpus.sbatch")
+    job = submit(pmi2, script, tmp_path / "out")
+    assert job.wait() == "FAILED", job.output
+    assert "on n[0-1], GPUs per node: 4" in job.output
+    # Slurm counts GPUs that this machine has not.
+    assert "train.py: error: --device gpu: init('hybrid'): on rank 0, " in job.output
+    assert (job.fact("ExitCode"), job.fact("Restarts")) == ("2:0", "0")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_scripts_differ_in_their_nodes_only() -> None:
     one, several = (
         (ROOT / name).read_text().splitlines()
