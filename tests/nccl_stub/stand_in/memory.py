@@ -163,17 +163,8 @@ def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> Any:
     """cupyx.empty_pinned."""
     shape = (shape,) if np.ndim(shape) == 0 else tuple(shape)
     nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
-    held = np.asarray(_Held(allocate(nbytes, pinned=True)))
-    return np.ndarray(shape, dtype, buffer=held, order=order)  # type: ignore[call-overload]
-
-
-class _Held:
-    """Stands between a plain array and its block: numpy would take the block's own base, an array
-    too, for the array's, and let go of the block."""
-
-    def __init__(self, block: Block) -> None:
-        self.base = block
-        self.__array_interface__ = np.ndarray.view(block, np.ndarray).__array_interface__
+    block = allocate(nbytes, pinned=True)
+    return np.ndarray(shape, dtype, buffer=block, order=order)  # type: ignore[call-overload]
 
 
 def zeros_pinned(shape: Any, dtype: Any = float, order: str = "C") -> Any:

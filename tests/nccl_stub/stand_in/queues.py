@@ -69,6 +69,7 @@ class Queue:
         self.pushed = 0
         self.ran = 0
         self._entries: deque[_Entry] = deque()
+        self._running = False
         if not is_null:
             _queues[self.pointer] = self
 
@@ -85,22 +86,24 @@ class Queue:
             Whether it is a call of NCCL.
         """
         unordered = ticket and not any(entry.behind for entry in list(self._entries))
-        self._push(_Entry(step, late or ticket, time.monotonic() if ticket else None))
+        issued = time.monotonic() if ticket else None
+        position = self._push(_Entry(step, late or ticket, issued))
         if unordered:
-            _unordered.append((self, self.pushed))
+            _unordered.append((self, position))
         if ticket:
             _start_device()
-        return self.pushed
+        return position
 
     def push_wait(self, behind: Position) -> None:
         """Let the next steps wait until another queue has run so far."""
         self._push(_wait(behind))
 
-    def _push(self, entry: _Entry) -> None:
+    def _push(self, entry: _Entry) -> int:
         with _PUSHING:
             for other in self._ordered_before():
                 self._append(_wait((other, other.pushed)))
             self._append(entry)
+            return self.pushed
 
     def _append(self, entry: _Entry) -> None:
         self._entries.append(entry)
@@ -141,16 +144,18 @@ class Queue:
             for queue, end in [entry.behind for entry in ahead if entry.behind is not None]:
                 if not queue.attempt(end):
                     break
-            while self.ran < position:
-                if not self._run_first():
-                    return False
-            return True
+            while self.ran < position and self._run_first():
+                pass
+            return self.ran >= position
 
     def _run_first(self) -> bool:
-        over = True
+        if self._running:  # a finalizer of anything may ask while a step runs
+            return False
+        self._running = over = True
         try:
             over = self._entries[0].step() is not False
         finally:  # a step that raises is over, too
+            self._running = False
             if over:
                 self._entries.popleft()
                 self.ran += 1
