@@ -43,8 +43,8 @@ def shared_gpus(job: JobFacts) -> Sequence[Problem]:
             f"{count(len(places), 'GPU')} that its ranks see"
         )
         cure = (
-            "as many ranks on a node as GPUs, each of which sees all of them or one of its own "
-            "(srun --gpus-per-task=1); or NCCL 2.30.3 with NCCL_MULTI_RANK_GPU_ENABLE=1"
+            "as many ranks on a node as GPUs, and each rank sees all of them (mpirun -n 4, srun "
+            "--gpus-per-node=4); or NCCL 2.30.3 or newer with NCCL_MULTI_RANK_GPU_ENABLE=1"
         )
         problems.append(warning("shared_gpus", what, cure))
     return problems

@@ -77,7 +77,7 @@ def check_devices(facts: Sequence[dict[str, Any]]) -> None:
             raise LaunchError(
                 f"NCCL: ranks {first} and {rank} both use GPU {fact['bus']} (device "
                 f"{fact['device']} there), which NCCL refuses, or hangs on. Start at most one rank "
-                "per GPU (mpirun -n GPUS; srun --ntasks-per-node=GPUS --gpus-per-task=1); with "
+                "per GPU (mpirun -n GPUS; srun --ntasks-per-node=GPUS --gpus-per-node=GPUS); with "
                 f"NCCL 2.30.3 or newer (here {fact['nccl']}) NCCL_MULTI_RANK_GPU_ENABLE=1 on all "
                 "ranks allows it"
             )
