@@ -12,11 +12,13 @@ from mpidist import all_reduce, init, sendrecv
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM
 from mpidist.arrays import BFLOAT16
 from mpidist.backends.hybrid import carry_devices, use_device
+from mpidist.backends.nccl import NcclUniqueId
 from mpidist.backends.nccl.dtypes import REDUCTIONS, from_keys, needs_keys, to_keys
 from mpidist.backends.nccl.identity import check_devices
 from mpidist.errors import (
     BackendUnavailableError,
     LaunchError,
+    SizeMismatchError,
     UnsupportedOperationError,
 )
 from mpidist.group import ProcessGroup
@@ -166,3 +168,9 @@ def test_the_default_goes_on_without_nccl(stand_in_without_nccl: ModuleType) -> 
     with init() as world:
         assert world.backend == "simulated"
         assert all_reduce(np.ones(2), world).tolist() == [1, 1]
+
+
+def test_a_unique_id_has_128_bytes() -> None:
+    assert NcclUniqueId(bytes(range(128))) == bytes(range(128))
+    with pytest.raises(SizeMismatchError, match=r"expected 128 bytes, got 3"):
+        NcclUniqueId(b"abc")

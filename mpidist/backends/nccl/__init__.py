@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from mpidist.backends.nccl.backend import NcclBackend
 from mpidist.backends.nccl.communicator import NcclCommunicator
+from mpidist.backends.nccl.unique_id import NcclUniqueId
 
-__all__ = ["NcclBackend", "NcclCommunicator"]
+__all__ = ["NcclBackend", "NcclCommunicator", "NcclUniqueId"]

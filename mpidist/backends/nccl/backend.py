@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays import device_module
 from mpidist.backends.base import Backend, Capabilities
@@ -19,6 +17,7 @@ from mpidist.backends.nccl.dtypes import REDUCTIONS
 from mpidist.backends.nccl.identity import check_devices, gather_facts, own_facts
 from mpidist.backends.nccl.plans import Operation, Plans
 from mpidist.backends.nccl.streams import Side, order_behind
+from mpidist.backends.nccl.unique_id import NcclUniqueId
 from mpidist.backends.nccl.watchdog import watchdog
 from mpidist.backends.work import Message, Waiter
 from mpidist.errors import DistributedError, TransportError, UnsupportedOperationError
@@ -139,12 +138,8 @@ class NcclBackend(DeviceBackend):
             return
         facts = gather_facts(own_facts(self._host.node()), self._host, waiter)
         check_devices(facts)
-        told = np.zeros(calls.UNIQUE_ID_NBYTES, np.uint8)
-        if self.rank == 0:
-            told[:] = np.frombuffer(calls.new_unique_id(), np.uint8)
-        self._host.run("broadcast", (told, 0), waiter=waiter)
+        unique_id = NcclUniqueId.share(self._host, waiter)
         side, device = self._open()
-        unique_id = told.tobytes()
         made = self._beside(
             lambda: NcclCommunicator(self.size, self.rank, unique_id, device, side.handle), waiter
         )

@@ -138,7 +138,7 @@ def new_unique_id() -> bytes:
 def connect(size: int, rank: int, unique_id: bytes) -> Any:
     """Make a communicator on the current device; collective over its ranks, blocks."""
     binding = _binding()
-    told: Any = unique_id
+    told: Any = bytes(unique_id)  # of a subclass, Cython takes none
     if int(device_module().__version__.partition(".")[0]) < _BYTES_SINCE:
         told = tuple(np.frombuffer(unique_id, np.int8).tolist())
     with _translated(f"ncclCommInitRank of rank {rank} of {size}"):

@@ -8,6 +8,7 @@ from typing import Any
 from mpidist._types import ReduceOp
 from mpidist.backends.nccl import calls
 from mpidist.backends.nccl.dtypes import Wire, wire_of_bytes
+from mpidist.backends.nccl.unique_id import NcclUniqueId
 from mpidist.errors import TransportError
 
 __all__ = ["NcclCommunicator"]
@@ -22,8 +23,8 @@ class NcclCommunicator:
     ----------
     size, rank : int
         Number of ranks, and this one.
-    unique_id : bytes
-        From `calls.new_unique_id`, the same on all ranks.
+    unique_id : NcclUniqueId
+        The same on all ranks.
     device : int
         The current device, on which all arrays lie.
     stream : int
@@ -39,7 +40,9 @@ class NcclCommunicator:
     Collective over the ranks; blocks until all have come, as long as that takes.
     """
 
-    def __init__(self, size: int, rank: int, unique_id: bytes, device: int, stream: int) -> None:
+    def __init__(
+        self, size: int, rank: int, unique_id: NcclUniqueId, device: int, stream: int
+    ) -> None:
         self._take(calls.connect(size, rank, unique_id), size, rank, device, stream)
 
     def _take(self, handle: Any, size: int, rank: int, device: int, stream: int) -> None:
