@@ -30,7 +30,7 @@ from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.parallel import DDP
 
-__all__ = ["COMPARISONS", "Shape", "configure", "our_series", "run"]
+__all__ = ["COMPARISONS", "Shape", "configure", "make_model", "our_series", "run", "step"]
 
 _DDP, _ALONE, _SUM = "DDP", "alone", "one all_reduce"
 _TORCH_DDP, _TORCH = "torch DDP", "torch alone"
@@ -168,26 +168,27 @@ def _verdict(row: Row) -> str:
 def our_series(world: ProcessGroup, shape: Shape, batch: int) -> Iterator[list[Series]]:
     """Give the series of mpidist, DDP first, whose gradients have been compared once."""
     x, dy = _samples(world, shape, batch)
-    alone, wrapped = _model(shape), _model(shape)
+    alone, wrapped = make_model(shape), make_model(shape)
     with DDP(wrapped, world) as ddp:
         steps = {
-            _DDP: partial(_step, [*wrapped.parameters()], ddp.forward, ddp.backward, x, dy),
-            _ALONE: partial(_step, [*alone.parameters()], alone.forward, alone.backward, x, dy),
+            _DDP: partial(step, [*wrapped.parameters()], ddp.forward, ddp.backward, x, dy),
+            _ALONE: partial(step, [*alone.parameters()], alone.forward, alone.backward, x, dy),
         }
-        for step in steps.values():
-            step()
+        for call in steps.values():
+            call()
         mean = all_reduce(_gradient(alone), world, op=MEAN)
         if not np.allclose(_gradient(wrapped), mean, rtol=1e-4, atol=1e-6):
             raise RuntimeError("bench ddp: DDP's gradient is not the mean of the ranks' gradients")
         whole = world.empty(shape.parameters)
         whole.fill(0)
         yield [
-            *(Series(name, step) for name, step in steps.items()),
+            *(Series(name, call) for name, call in steps.items()),
             Series(_SUM, partial(all_reduce, whole, world, out=whole)),
         ]
 
 
-def _model(shape: Shape) -> nn.Sequential:
+def make_model(shape: Shape) -> nn.Sequential:
+    """Return the model of a shape, the same on all ranks."""
     layers: list[nn.Module] = []
     for seed in range(shape.layers):
         layers += [nn.Linear(shape.width, shape.width, rng=seed), nn.ReLU()]
@@ -206,13 +207,14 @@ def _gradient(model: nn.Sequential) -> Array:
     return gradient
 
 
-def _step(
+def step(
     parameters: Sequence[nn.Parameter],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     x: Array,
     dy: Array,
 ) -> None:
+    """Make a step: no optimizer."""
     for parameter in parameters:
         parameter.zero_grad()
     _, ctx = forward(x, nn.Mode(training=True))

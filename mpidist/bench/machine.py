@@ -48,6 +48,8 @@ class Machine:
         Processes that wanted to run in the minute before, the ranks' own start included.
     date : str
         When the measuring began, in UTC.
+    gpu : str
+        Name of this rank's GPU, and the versions of what drives it; empty where none was measured.
     """
 
     processor: str
@@ -65,6 +67,7 @@ class Machine:
     omp_num_threads: str
     load: float
     date: str
+    gpu: str = ""
 
     @classmethod
     def of(cls, group: ProcessGroup) -> Machine:
@@ -81,7 +84,7 @@ class Machine:
             python=platform.python_version(),
             numpy=metadata.version("numpy"),
             mpi4py=_version("mpi4py"),
-            mpi=library_name(load_mpi()) if group.backend == "mpi" else "",
+            mpi=library_name(load_mpi()) if group._backend.name == "mpi" else "",
             ranks=group.size,
             nodes=group.num_nodes,
             omp_num_threads=env.omp_num_threads(),
@@ -100,6 +103,7 @@ class Machine:
             f"{ranks} on {nodes} with {cores}; OMP_NUM_THREADS {self.omp_num_threads or 'not set'}",
             f"{self.processor}; {caches}; {memory}",
             f"{self.kernel}, Python {self.python}, numpy {self.numpy}{mpi}",
+            *([self.gpu] if self.gpu else []),
             f"{self.date}, load average {self.load:g} before",
         ]
 

@@ -39,12 +39,16 @@ class Series:
         How many operations one call makes one after another: the time is divided by it.
     before : callable or None
         Called before each call, and not timed.
+    clock : callable or None
+        ``clock(call)`` makes the call and returns the seconds that it took, such as those of a
+        device; None for the seconds that the host spends in the call.
     """
 
     name: str
     call: Callable[[], object]
     operations: int = 1
     before: Callable[[], object] | None = None
+    clock: Callable[[Callable[[], object]], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +215,9 @@ def _calls(series: Series, group: ProcessGroup, length: int) -> Array:
         if series.before is not None:
             series.before()
         barrier(group)
+        if series.clock is not None:
+            times[number] = series.clock(call)
+            continue
         start = perf_counter()
         call()
         times[number] = perf_counter() - start

@@ -18,7 +18,7 @@ def test_a_model_has_about_as_many_parameters_as_asked_for_in_several_layers(mil
     shape = Shape.of(millions * 1e6)
     assert shape.parameters == pytest.approx(millions * 1e6, rel=0.1)
     assert shape.layers >= 4
-    model = ddp._model(Shape(32, 4))
+    model = ddp.make_model(Shape(32, 4))
     sizes = [parameter.size for parameter in model.parameters()]
     assert sum(sizes) == Shape(32, 4).parameters == 4224
 

@@ -1,0 +1,220 @@
+"""Device arrays over NCCL, beside NCCL alone and beside copies on the device.
+
+calls: what mpidist adds to a call of the binding on small arrays, in the host's time until the call
+is on its way, and in the device's from an empty stream to the end; 20 calls in a row.
+kernels: packing, and what is one kernel per bucket, beside a copy that moves as many bytes.
+sweep: verbs over sizes; the size is that of the whole array, as nccl-tests counts it.
+overlap: a training step with DDP, the same step alone, and its reduction alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+from mpidist.bench.ddp import Shape
+from mpidist.bench.machine import Machine
+from mpidist.bench.nccl_device import cache_bytes, describe_device, enqueued, in_a_row
+from mpidist.bench.nccl_kernels import COPY, KERNEL, kernel_rows
+from mpidist.bench.nccl_overlap import ALONE, OVERLAPPED, REDUCTION, overlap_rows, overlap_words
+from mpidist.bench.nccl_verbs import COALESCED, OURS, RAW, Binding, divisible, verb_series
+from mpidist.bench.options import BenchmarkError, add_effort, effort, positive, tell_progress
+from mpidist.bench.report import Comparison, Measure, Report, Row, Target
+from mpidist.bench.sizes import read_size, sweep, tell_size
+from mpidist.bench.sweeps import rows_over
+from mpidist.bench.times import Series
+from mpidist.group import ProcessGroup
+
+__all__ = ["CALLS", "CLOCKS", "PARTS", "SWEPT", "configure", "run"]
+
+PARTS = ("calls", "kernels", "sweep", "overlap")
+
+CALLS = ("all_reduce", "iall_reduce and wait", "broadcast", "all_reduce_coalesced", "sendrecv")
+SWEPT = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "sendrecv")
+
+CLOCKS = ("host", "device")
+
+_SMALL = (1 << 10, 16 << 10)
+"""Bytes of small arrays."""
+
+_IN_A_ROW = 20
+"""Calls that are timed together, as nccl-tests does."""
+
+_FEW_IN_A_ROW = 4
+"""The same for large arrays, from this size on."""
+
+_LARGE = 16 << 20
+
+_MOST_ADDED = 5.0
+"""Microseconds over the call of the binding."""
+
+_LEAST_SHARE = 0.9
+"""Of the bandwidth of a copy."""
+
+_ADDED = Comparison("added", OURS, RAW, Measure.ADDED)
+_SHARE = Comparison("of copy", KERNEL, COPY)
+_COMPARISONS = (
+    _ADDED,
+    Comparison("of NCCL", OURS, RAW),
+    _SHARE,
+    Comparison("added", OVERLAPPED, ALONE, Measure.ADDED),
+)
+
+_LEGEND = {
+    OURS: "the verb of mpidist; in place where it can be",
+    RAW: "the call of cupy.cuda.nccl with addresses, on the current stream and the same arrays",
+    KERNEL: "what is named, on float32 arrays; GB/s of what has to be read and written",
+    COPY: "cupy.copyto, which reads and writes as many bytes",
+    OVERLAPPED: "a step with mpidist.parallel.DDP on the device, no optimizer",
+    ALONE: "the same step without communication, by all ranks at once",
+    REDUCTION: "the same buckets through mpidist.parallel.GradientReducer, with no step around",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    add_effort(parser, sizes=sweep("4KiB", "256MiB", 16), seconds=1.0)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="which ones (default: all)"
+    )
+    parser.add_argument(
+        "--kernel-size",
+        type=read_size,
+        default=read_size("256MiB"),
+        metavar="SIZE",
+        help="bytes of each array of the kernels, beyond the device's cache (default: 256MiB)",
+    )
+    parser.add_argument(
+        "--millions",
+        type=positive(float),
+        default=50.0,
+        metavar="N",
+        help="about how many million parameters DDP's model has (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive(int),
+        default=1024,
+        help="samples of each rank in DDP's step (default: %(default)s)",
+    )
+
+
+def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
+    """Measure on the device of each rank; collective over `world`."""
+    if world.device_capabilities is None:
+        raise BenchmarkError(f"bench nccl: no device arrays here: {world._backend.no_device}")
+    machine = replace(Machine.of(world), gpu=describe_device())
+    nccl, notes = Binding(world), list[str]()
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "calls": partial(_calls, world, nccl, options, notes),
+        "kernels": partial(_kernels, world, options, notes),
+        "sweep": partial(_sweep, world, nccl, options, notes),
+        "overlap": partial(_overlap, world, options, notes),
+    }
+    found = {part: make() for part, make in parts.items() if part in options.parts}
+    rows = [row for some in found.values() for row in some]
+    return Report(
+        benchmark="nccl",
+        machine=machine,
+        rows=rows,
+        comparisons=_COMPARISONS,
+        targets=[*_added(found.get("calls", ())), *_shares(found.get("kernels", ()))],
+        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _possible(verbs: Sequence[str], world: ProcessGroup, notes: list[str]) -> list[str]:
+    if world.size > 1:
+        return list(verbs)
+    notes.append("sendrecv and the overlap need two ranks")
+    return [verb for verb in verbs if verb != "sendrecv"]
+
+
+def _calls(
+    world: ProcessGroup, nccl: Binding, options: argparse.Namespace, notes: list[str]
+) -> list[Row]:
+    def make(verb: str, clock: str, nbytes: int) -> list[Series]:
+        series = [in_a_row(each, _IN_A_ROW) for each in verb_series(verb, world, nccl, nbytes)]
+        return [*map(enqueued, series)] if clock == "host" else series
+
+    notes.append(f"all_reduce_coalesced has {COALESCED} arrays, which are the size together")
+    sizes = [divisible(nbytes, world.size) for nbytes in _SMALL]
+    rows = []
+    for verb, clock in product(_possible(CALLS, world, notes), CLOCKS):
+        what = f"{verb}, {clock} time"
+        rows += rows_over(sizes, partial(make, verb, clock), world, operation=what, options=options)
+    return rows
+
+
+def _sweep(
+    world: ProcessGroup, nccl: Binding, options: argparse.Namespace, notes: list[str]
+) -> list[Row]:
+    def make(verb: str, nbytes: int) -> list[Series]:
+        number = _FEW_IN_A_ROW if nbytes >= _LARGE else _IN_A_ROW
+        return [in_a_row(each, number) for each in verb_series(verb, world, nccl, nbytes)]
+
+    sizes = list(dict.fromkeys(divisible(nbytes, world.size) for nbytes in options.sizes))
+    rows = []
+    for verb in _possible(SWEPT, world, notes):
+        rows += rows_over(sizes, partial(make, verb), world, operation=verb, options=options)
+    return rows
+
+
+def _kernels(world: ProcessGroup, options: argparse.Namespace, notes: list[str]) -> list[Row]:
+    if options.kernel_size < 4 * cache_bytes():
+        cache = tell_size(cache_bytes())
+        notes.append(f"the kernels' arrays are not far beyond the device's cache of {cache}")
+    tell = partial(tell_progress, world)
+    return kernel_rows(world, options.kernel_size, effort=effort(options), tell=tell)
+
+
+def _overlap(world: ProcessGroup, options: argparse.Namespace, notes: list[str]) -> list[Row]:
+    if not _possible(["sendrecv"], world, notes):
+        return []
+    shape = Shape.of(options.millions * 1e6)
+    rows = overlap_rows(world, shape, options.batch, effort=effort(options))
+    tell_progress(world, "DDP step", shape.nbytes)
+    notes += [overlap_words(row) for row in rows if "overlap" in row.values]
+    return rows
+
+
+def _added(rows: Sequence[Row]) -> list[Target]:
+    """Return what each verb adds in each time, at the size at which it adds most."""
+    targets = []
+    for operation in dict.fromkeys(row.operation for row in rows):
+        ours, raw = (
+            {row.nbytes: row for row in rows if (row.operation, row.series) == (operation, name)}
+            for name in (OURS, RAW)
+        )
+        added, nbytes = max((_ADDED.of(ours[n].times, raw[n].times), n) for n in ours)
+        told = [f"{1e6 * each[nbytes].times.median:.2f}" for each in (ours, raw)]
+        targets.append(
+            Target(
+                what=f"{operation}, us over the binding",
+                value=1e6 * added,
+                bound=_MOST_ADDED,
+                most=True,
+                detail=f"{told[0]} us, and {told[1]} us; {tell_size(nbytes)}",
+            )
+        )
+    return targets
+
+
+def _shares(rows: Sequence[Row]) -> list[Target]:
+    """Return each kernel's share of the copy's bandwidth."""
+    targets = []
+    for kernel, copy in zip(rows[::2], rows[1::2], strict=True):
+        speeds = [f"{row.nbytes / row.times.median / 1e9:.1f}" for row in (kernel, copy)]
+        targets.append(
+            Target(
+                what=f"{kernel.operation}, of the copy's bandwidth",
+                value=_SHARE.of(kernel.times, copy.times),
+                bound=_LEAST_SHARE,
+                detail=f"{speeds[0]} of {speeds[1]} GB/s",
+            )
+        )
+    return targets
