@@ -15,12 +15,23 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 
+from mpidist.backends.nccl import NcclBackend
 from mpidist.bench.ddp import Shape
 from mpidist.bench.machine import Machine
 from mpidist.bench.nccl_device import cache_bytes, describe_device, enqueued, in_a_row
 from mpidist.bench.nccl_kernels import COPY, KERNEL, kernel_rows
 from mpidist.bench.nccl_overlap import ALONE, OVERLAPPED, REDUCTION, overlap_rows, overlap_words
-from mpidist.bench.nccl_verbs import COALESCED, OURS, RAW, Binding, divisible, verb_series
+from mpidist.bench.nccl_verbs import (
+    COALESCED,
+    OURS,
+    RAW,
+    STAGED,
+    Binding,
+    divisible,
+    staged_group,
+    staged_series,
+    verb_series,
+)
 from mpidist.bench.options import BenchmarkError, add_effort, effort, positive, tell_progress
 from mpidist.bench.report import Comparison, Measure, Report, Row, Target
 from mpidist.bench.sizes import read_size, sweep, tell_size
@@ -59,6 +70,7 @@ _SHARE = Comparison("of copy", KERNEL, COPY)
 _COMPARISONS = (
     _ADDED,
     Comparison("of NCCL", OURS, RAW),
+    Comparison("staging of NCCL", STAGED, RAW),
     _SHARE,
     Comparison("added", OVERLAPPED, ALONE, Measure.ADDED),
 )
@@ -66,6 +78,7 @@ _COMPARISONS = (
 _LEGEND = {
     OURS: "the verb of mpidist; in place where it can be",
     RAW: "the call of cupy.cuda.nccl with addresses, on the current stream and the same arrays",
+    STAGED: "mpidist.all_reduce in a group without NCCL, with MPIDIST_ENABLE_GPU_FALLBACK=1",
     KERNEL: "what is named, on float32 arrays; GB/s of what has to be read and written",
     COPY: "cupy.copyto, which reads and writes as many bytes",
     OVERLAPPED: "a step with mpidist.parallel.DDP on the device, no optimizer",
@@ -104,8 +117,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure on the device of each rank; collective over `world`."""
-    if world.device_capabilities is None:
-        raise BenchmarkError(f"bench nccl: no device arrays here: {world._backend.no_device}")
+    device = world._backend.device
+    if not isinstance(device, NcclBackend):
+        why = world._backend.no_device if device is None else "they go by way of the host"
+        raise BenchmarkError(f"bench nccl: NCCL carries no device arrays here: {why}")
     machine = replace(Machine.of(world), gpu=describe_device())
     nccl, notes = Binding(world), list[str]()
     parts: dict[str, Callable[[], list[Row]]] = {
@@ -153,14 +168,19 @@ def _calls(
 def _sweep(
     world: ProcessGroup, nccl: Binding, options: argparse.Namespace, notes: list[str]
 ) -> list[Row]:
-    def make(verb: str, nbytes: int) -> list[Series]:
+    def make(verb: str, staged: ProcessGroup | None, nbytes: int) -> list[Series]:
         number = _FEW_IN_A_ROW if nbytes >= _LARGE else _IN_A_ROW
-        return [in_a_row(each, number) for each in verb_series(verb, world, nccl, nbytes)]
+        series = verb_series(verb, world, nccl, nbytes)
+        if verb == "all_reduce" and staged is not None:
+            series.append(staged_series(staged, nbytes))
+        return [in_a_row(each, number) for each in series]
 
     sizes = list(dict.fromkeys(divisible(nbytes, world.size) for nbytes in options.sizes))
     rows = []
-    for verb in _possible(SWEPT, world, notes):
-        rows += rows_over(sizes, partial(make, verb), world, operation=verb, options=options)
+    with staged_group(world) as staged:
+        for verb in _possible(SWEPT, world, notes):
+            each = partial(make, verb, staged)
+            rows += rows_over(sizes, each, world, operation=verb, options=options)
     return rows
 
 
@@ -168,6 +188,7 @@ def _kernels(world: ProcessGroup, options: argparse.Namespace, notes: list[str])
     if options.kernel_size < 4 * cache_bytes():
         cache = tell_size(cache_bytes())
         notes.append(f"the kernels' arrays are not far beyond the device's cache of {cache}")
+    notes.append("the finite check and the sum of squares make the host wait for their answer")
     tell = partial(tell_progress, world)
     return kernel_rows(world, options.kernel_size, effort=effort(options), tell=tell)
 

@@ -17,6 +17,7 @@ from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
 from mpidist.optim.kernels import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
+from mpidist.parallel import kernels
 
 __all__ = ["COPY", "KERNEL", "kernel_rows"]
 
@@ -59,6 +60,14 @@ def _works(count: int) -> Iterator[_Work]:
     yield _update("AdamW step", AdamRule(decay=0.01), count)
     yield _update("SGD step with momentum", SGDRule(momentum=0.9), count)
     yield _update("SGD step", SGDRule(), count)
+    x = _zeros(count)
+    half = _zeros(count, np.float16)
+    both = x.nbytes + half.nbytes
+    yield "cast to float16", both, partial(kernels.cast, x, half)
+    yield "cast from float16", both, partial(kernels.cast, half, x)
+    yield "scale", 2 * x.nbytes, partial(kernels.scaled, x, 0.5)
+    yield "finite check and unscale", 2 * x.nbytes, partial(kernels.all_finite_divided, [x], 0.5)
+    yield "sum of squares", x.nbytes, partial(kernels.sum_of_squares, [x])
     yield _packing(count)
 
 

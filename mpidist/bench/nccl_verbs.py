@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from mpidist import env
 from mpidist._types import SUM, Array
 from mpidist.arrays import address_of, device_empty, device_module, to_host
+from mpidist.backends.hybrid import carry_devices
 from mpidist.backends.nccl import NcclBackend, calls
 from mpidist.bench.nccl_device import DeviceClock
 from mpidist.bench.times import Series
@@ -24,11 +27,23 @@ from mpidist.collectives import (
     reduce_scatter,
 )
 from mpidist.group import ProcessGroup
+from mpidist.launch import init
 from mpidist.point_to_point import sendrecv
 
-__all__ = ["COALESCED", "OURS", "RAW", "VERBS", "Binding", "divisible", "verb_series"]
+__all__ = [
+    "COALESCED",
+    "OURS",
+    "RAW",
+    "STAGED",
+    "VERBS",
+    "Binding",
+    "divisible",
+    "staged_group",
+    "staged_series",
+    "verb_series",
+]
 
-OURS, RAW = "mpidist", "NCCL"
+OURS, RAW, STAGED = "mpidist", "NCCL", "host staging"
 
 COALESCED = 8
 """Arrays of an all_reduce_coalesced."""
@@ -179,18 +194,39 @@ def verb_series(verb: str, world: ProcessGroup, nccl: Binding, nbytes: int) -> l
     Each has given the right result once; the arrays hold zeros then. Collective; blocks.
     """
     pair = VERBS[verb](world, nccl, nbytes // _DTYPE.itemsize)
-    clock = DeviceClock()
-    for name, call in ((OURS, pair.ours), (RAW, pair.raw)):
-        pair.out.fill(0)
-        pair.x.fill(world.rank + 1)
-        call()
-        found = to_host(pair.out)
-        if not (found == pair.expected).all():
-            raise RuntimeError(f"{verb} by {name}: expected {pair.expected}, got {found}")
+    # The binding knows addresses only: the call of the other series holds its arrays.
+    return [_checked(OURS, pair.ours, pair, world), _checked(RAW, pair.raw, pair, world)]
+
+
+def staged_series(staged: ProcessGroup, nbytes: int) -> Series:
+    """Return all_reduce by way of the host, as `verb_series` does."""
+    x = device_empty(nbytes // _DTYPE.itemsize, _DTYPE)
+    call = partial(all_reduce, x, staged, out=x)
+    return _checked(STAGED, call, _Pair(call, call, x, x, _sum(staged)), staged)
+
+
+def _checked(name: str, call: Callable[[], Any], pair: _Pair, world: ProcessGroup) -> Series:
+    pair.out.fill(0)
+    pair.x.fill(world.rank + 1)
+    call()
+    found = to_host(pair.out)
+    if not (found == pair.expected).all():
+        raise RuntimeError(f"bench nccl: by {name} expected {pair.expected}, got {found}")
     for array in (pair.x, pair.out):
         array.fill(0)
-    # The binding knows addresses only: the call of the other series holds its arrays.
-    return [Series(OURS, pair.ours, clock=clock), Series(RAW, pair.raw, clock=clock)]
+    return Series(name, call, clock=DeviceClock())
+
+
+@contextmanager
+def staged_group(world: ProcessGroup) -> Iterator[ProcessGroup | None]:
+    """Give a group of the same ranks without NCCL, if device arrays may go by way of the host."""
+    if not env.gpu_fallback():
+        yield None
+        return
+    on_mpi = world._backend.name == "mpi"
+    with init(world._backend.name, comm=world.mpi_comm if on_mpi else None) as staged:
+        carry_devices(staged._backend, "it is measured beside NCCL", fallback=True)
+        yield staged
 
 
 def _parts(x: Array, world: ProcessGroup) -> list[Array]:
