@@ -1,7 +1,7 @@
 """Device arrays over NCCL, beside NCCL alone and beside copies on the device.
 
 calls: what mpidist adds to a call of the binding on small arrays, in the host's time until the call
-is on its way, and in the device's from an empty stream to the end; 20 calls in a row.
+is on its way, and in the device's from an empty stream to the end.
 kernels: packing, and what is one kernel per bucket, beside a copy that moves as many bytes.
 sweep: verbs over sizes; the size is that of the whole array, as nccl-tests counts it.
 overlap: a training step with DDP, the same step alone, and its reduction alone.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from math import ceil
 
 from mpidist.backends.nccl import NcclBackend
 from mpidist.bench.ddp import Shape
@@ -51,13 +52,8 @@ CLOCKS = ("host", "device")
 _SMALL = (1 << 10, 16 << 10)
 """Bytes of small arrays."""
 
-_IN_A_ROW = 20
-"""Calls that are timed together, as nccl-tests does."""
-
-_FEW_IN_A_ROW = 4
-"""The same for large arrays, from this size on."""
-
 _LARGE = 16 << 20
+"""Bytes from which on the sweep has a quarter of the calls in a row."""
 
 _MOST_ADDED = 5.0
 """Microseconds over the call of the binding."""
@@ -92,6 +88,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_effort(parser, sizes=sweep("4KiB", "256MiB", 16), seconds=1.0)
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="which ones (default: all)"
+    )
+    parser.add_argument(
+        "--in-a-row",
+        type=positive(int),
+        default=20,
+        metavar="N",
+        help="calls that are timed together, as by nccl-tests (default: %(default)s)",
     )
     parser.add_argument(
         "--kernel-size",
@@ -153,7 +156,8 @@ def _calls(
     world: ProcessGroup, nccl: Binding, options: argparse.Namespace, notes: list[str]
 ) -> list[Row]:
     def make(verb: str, clock: str, nbytes: int) -> list[Series]:
-        series = [in_a_row(each, _IN_A_ROW) for each in verb_series(verb, world, nccl, nbytes)]
+        series = verb_series(verb, world, nccl, nbytes)
+        series = [in_a_row(each, options.in_a_row) for each in series]
         return [*map(enqueued, series)] if clock == "host" else series
 
     notes.append(f"all_reduce_coalesced has {COALESCED} arrays, which are the size together")
@@ -169,7 +173,7 @@ def _sweep(
     world: ProcessGroup, nccl: Binding, options: argparse.Namespace, notes: list[str]
 ) -> list[Row]:
     def make(verb: str, staged: ProcessGroup | None, nbytes: int) -> list[Series]:
-        number = _FEW_IN_A_ROW if nbytes >= _LARGE else _IN_A_ROW
+        number = ceil(options.in_a_row / (4 if nbytes >= _LARGE else 1))
         series = verb_series(verb, world, nccl, nbytes)
         if verb == "all_reduce" and staged is not None:
             series.append(staged_series(staged, nbytes))
@@ -190,7 +194,8 @@ def _kernels(world: ProcessGroup, options: argparse.Namespace, notes: list[str])
         notes.append(f"the kernels' arrays are not far beyond the device's cache of {cache}")
     notes.append("the finite check and the sum of squares make the host wait for their answer")
     tell = partial(tell_progress, world)
-    return kernel_rows(world, options.kernel_size, effort=effort(options), tell=tell)
+    number = options.in_a_row
+    return kernel_rows(world, options.kernel_size, number=number, effort=effort(options), tell=tell)
 
 
 def _overlap(world: ProcessGroup, options: argparse.Namespace, notes: list[str]) -> list[Row]:

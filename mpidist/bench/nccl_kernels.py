@@ -28,25 +28,28 @@ _DTYPE = np.dtype(np.float32)
 _PARTS = 64
 """Arrays that are packed."""
 
-_IN_A_ROW = 10
-"""Calls that are timed together: the device is not to wait for the host between them."""
-
 _Work = tuple[str, int, Callable[[], Any]]
 """What it is, the bytes that it has to read and write, and the call."""
 
 
 def kernel_rows(
-    world: ProcessGroup, nbytes: int, *, effort: Effort, tell: Callable[[str, int], None]
+    world: ProcessGroup,
+    nbytes: int,
+    *,
+    number: int,
+    effort: Effort,
+    tell: Callable[[str, int], None],
 ) -> list[Row]:
     """Measure each kernel on arrays of `nbytes`, in turn with the copy; collective, blocks.
 
+    So many calls are made in a row that the device does not wait for the host between them.
     Sizes of the rows are the bytes that have to be read and written; bandwidths are these over the
     time. `tell` is told each kernel's name and bytes when it has been measured.
     """
     clock, rows = DeviceClock(), list[Row]()
     for what, moved, call in _works(nbytes // _DTYPE.itemsize):
         series = [Series(KERNEL, call, clock=clock), Series(COPY, _copy(moved), clock=clock)]
-        times = measure([in_a_row(each, _IN_A_ROW) for each in series], world, effort=effort)
+        times = measure([in_a_row(each, number) for each in series], world, effort=effort)
         rows += [
             Row(operation=what, series=name, nbytes=moved, times=each, bus_factor=1.0)
             for name, each in times.items()

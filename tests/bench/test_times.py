@@ -82,3 +82,12 @@ def test_the_garbage_collector_is_switched_on_again() -> None:
     with pytest.raises(ZeroDivisionError):
         run_ranks(1, failing)
     assert gc.isenabled()
+
+
+def clocked(group: ProcessGroup) -> Times:
+    series = Series("s", lambda: None, operations=4, clock=lambda call: 1.0 + group.rank)
+    return measure([series], group, effort=Effort(repeats=3))["s"]
+
+
+def test_another_clock_counts_instead_of_the_hosts() -> None:
+    assert [times.median for times in run_ranks(2, clocked)] == [0.5, 0.5]
