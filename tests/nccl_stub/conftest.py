@@ -26,7 +26,7 @@ def nccl_extension() -> None:
         skip("no CuPy: pip install cupy-cuda12x (it needs no GPU)")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def team() -> Iterator[Team]:
     """Four processes, each to be a rank of one job after the other."""
     if reason := build.missing():

@@ -211,13 +211,27 @@ static void drop_operations(void) {
     batch_free(batch);
 }
 
+/* The starts in a group with a mistake: the ranks that are missing will not come. */
+static void drop_starts(void) {
+    for (size_t i = 0; i < group.wait_count; i++) {
+        Wait *wait = &group.waits[i];
+        pthread_mutex_lock(&wait->comm->lock);
+        comm_leave(wait->comm, ncclInternalError);
+        pthread_mutex_unlock(&wait->comm->lock);
+        *wait->starts = NULL;
+    }
+    group.wait_count = 0;
+}
+
 static ncclResult_t flush(void) {
     Entry *entries = NULL;
     size_t count = 0;
     ncclResult_t error = group.error ? group.error : check_self_messages();
     group.error = ncclSuccess;
-    if (error)
+    if (error) {
         drop_operations();
+        drop_starts();
+    }
     while (group.first) {
         Comm *comm = group.first->comm;
         entries = realloc(entries, (count + 1) * sizeof *entries);
