@@ -184,7 +184,7 @@ class GroupWaiter(Waiter):
     def expire(self) -> CollectiveTimeoutError:
         """Break the group and report, as `Waiter` says."""
         error = CollectiveTimeoutError(
-            f"{self._told()}: not complete after {self.timeout:g} s{self._who()}. The group is "
+            f"{self.told}: not complete after {self.timeout:g} s{self._who()}. The group is "
             "broken: let this error end the job, and look at what the missing ranks were "
             "doing; init(timeout=...) sets the deadline"
         )
@@ -197,8 +197,9 @@ class GroupWaiter(Waiter):
         """The collective as the recorders know it; all groups that are being made have number 0."""
         return self.collective if self.collective and self.collective[0] else None
 
-    def _told(self) -> str:
-        """Return the operation, its group and where it was called."""
+    @property
+    def told(self) -> str:
+        """The operation, its group and where it was called."""
         return f"{self.operation} on {self.group}, called at {self.group._watch.here(self.record)}"
 
     def _who(self) -> str:
@@ -217,7 +218,7 @@ class GroupWaiter(Waiter):
     def report(self, why: str, *, dump: bool = True) -> None:
         """Tell what all ranks are doing, if no other rank is telling it."""
         self.group._watch.report(
-            f"{self._told()}: {why}",
+            f"{self.told}: {why}",
             members=self.group.ranks,
             key=self._key,
             missing=self._absent(),
@@ -232,7 +233,7 @@ class GroupWaiter(Waiter):
         told = self.group._watch.differences(self.group.ranks, self._key)
         if told:
             error = CollectiveMismatchError(
-                f"{self._told()}: the ranks called different things: {told}. The group is broken: "
+                f"{self.told}: the ranks called different things: {told}. The group is broken: "
                 "let this error end the job; all ranks must make the same calls in the same order"
             )
             self.group._break(error)
@@ -265,7 +266,7 @@ class GroupWaiter(Waiter):
             told = "; ".join(f"rank {rank} {words}" for rank, words in sorted(lost.items()))
             self.report(told)
             raise PeerLostError(
-                f"{self._told()}: {told}. The group is broken: let this error end the job; every "
+                f"{self.told}: {told}. The group is broken: let this error end the job; every "
                 "rank must call the same collectives"
             )
 

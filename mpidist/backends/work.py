@@ -235,6 +235,11 @@ class Waiter(ABC):
     def operation(self) -> str:
         """What is being waited for."""
 
+    @property
+    def told(self) -> str:
+        """The same with its group, and where it was called, where these are known."""
+        return self.operation
+
     @abstractmethod
     def wait_for(
         self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None

@@ -70,6 +70,8 @@ class NcclWork(DeviceWork):
                 self._backend.release(self, self._event)
                 if self._then is not None:
                     self._then()
+                # What NCCL has given up is over for the device, too.
+                self._backend.look(self.waiter)
         return self._over
 
     def overdue(self) -> bool:
@@ -117,6 +119,8 @@ class NcclBackend(DeviceBackend):
         self._device = -1
         self.under_way: list[NcclWork] = []
         self._failure: DistributedError | None = None
+        # The watchdog may find an error while a rank does: a communicator is aborted once.
+        self._failing = threading.Lock()
 
     # -- connecting ----------------------------------------------------------------------------
 
@@ -172,8 +176,10 @@ class NcclBackend(DeviceBackend):
         thread = threading.Thread(target=call, name="mpidist-nccl", daemon=True)
         thread.start()
         waiter.wait_for(lambda: not thread.is_alive())
-        if error:
-            raise error[0]
+        for problem in error:
+            if isinstance(problem, TransportError):
+                raise TransportError(f"{waiter.told}: {problem}", problem.code) from problem
+            raise problem
         return result[0]
 
     def split(
@@ -285,7 +291,7 @@ class NcclBackend(DeviceBackend):
 
     def _failed(self, waiter: Waiter, problem: Exception) -> TransportError:
         """End the communicator of which a call failed, and return the error to raise."""
-        error = calls.translate(waiter.operation, problem)
+        error = calls.translate(waiter.told, problem)
         self.fail(error)
         return error
 
@@ -319,7 +325,10 @@ class NcclBackend(DeviceBackend):
 
     def fail(self, error: DistributedError) -> None:
         """End all that is under way; every operation raises this error from now on."""
-        self._failure = self._failure or error
+        with self._failing:
+            if self._failure is not None:
+                return
+            self._failure = error
         if self._communicator is not None:
             self._communicator.abort()
 
@@ -330,16 +339,28 @@ class NcclBackend(DeviceBackend):
             return
         # Without this the first call of CUDA in a thread would open a context on device 0.
         device_module().cuda.Device(self._device).use()
-        problem = communicator.problem()
-        if problem is not None:
-            for work in under_way[:1]:
-                work.waiter().report(str(problem))
-            told = f"rank {self.rank} of {self.size}, {problem}; let this error end the job"
-            self.fail(TransportError(told, problem.code))
-            return
         for work in under_way[:1]:
-            if work.overdue():
-                self.fail(work.waiter().expire())
+            try:
+                self.look(work.waiter)
+            except TransportError as error:
+                work.waiter().report(str(error))
+            else:
+                if work.overdue():
+                    self.fail(work.waiter().expire())
+
+    def look(self, waiter: Callable[[], Waiter]) -> None:
+        """Raise what NCCL has found by itself since the communicator was made, if anything.
+
+        Parameters
+        ----------
+        waiter : callable
+            Returns that of the operation which this concerns.
+        """
+        problem = None if self._communicator is None else self._communicator.problem()
+        if problem is not None:
+            told = f"{waiter().told}: {problem}; let this error end the job"
+            self.fail(TransportError(told, problem.code))
+            self.check()
 
     def close(self) -> None:
         """Release the communicator; nothing is under way any more."""
