@@ -46,7 +46,8 @@ def overlap_rows(world: ProcessGroup, shape: Shape, batch: int, *, effort: Effor
         for call in calls.values():
             call()
         mean = all_reduce(_gradient(alone), world, op=MEAN)
-        if not np.allclose(_gradient(wrapped), mean, rtol=1e-3, atol=1e-5):
+        # Of the largest element: small ones are what is left of sums of large ones.
+        if np.abs(_gradient(wrapped) - mean).max() > 1e-3 * np.abs(mean).max():
             raise RuntimeError("bench nccl: DDP's gradient is not the mean of the ranks' gradients")
         clock = DeviceClock()
         series = [Series(name, call, clock=clock) for name, call in calls.items()]

@@ -11,10 +11,11 @@ from types import ModuleType
 
 import pytest
 
-from mpidist.bench import Report, Row, Series, Times, nccl
+from mpidist.bench import Report, Row, Series, Times, nccl, nccl_verbs
 from mpidist.bench.nccl_device import DeviceClock, enqueued, in_a_row
 from mpidist.bench.nccl_kernels import COPY, KERNEL
-from mpidist.bench.nccl_verbs import OURS, RAW, STAGED, divisible
+from mpidist.bench.nccl_verbs import OURS, RAW, STAGED, Binding, divisible, verb_series
+from mpidist.launch import init
 from tests._ranks.launcher import clean_environment
 from tests.nccl_stub.fixtures import stand_in
 
@@ -170,6 +171,17 @@ def test_a_device_has_its_own_time(stand_in: ModuleType) -> None:
     assert stream.queue.ran != stream.queue.pushed
     before()
     assert stream.queue.ran == stream.queue.pushed
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with init("hybrid") as world:
+        binding = Binding(world)
+        names = [each.name for each in verb_series("reduce_scatter", world, binding, 64)]
+        assert names == [OURS, RAW]
+        monkeypatch.setattr(nccl_verbs, "reduce_scatter", lambda *args, **options: None)
+        with pytest.raises(RuntimeError, match=r"by mpidist expected 1\.0, got \[0\."):
+            verb_series("reduce_scatter", world, binding, 64)
 
 
 def row(operation: str, series: str, nbytes: int, microseconds: float) -> Row:
