@@ -144,6 +144,8 @@ def is_array(x: object) -> bool:
 
 def is_device(x: object) -> bool:
     """Whether `x` is an array in the memory of a device; its module is cupy then."""
+    if type(x) is np.ndarray:
+        return False
     # Another thread may be importing cupy just now: it has no arrays yet.
     kind = getattr(sys.modules.get("cupy"), "ndarray", None)
     return kind is not None and isinstance(x, kind)

@@ -69,3 +69,25 @@ def test_nothing_to_hold() -> None:
 def test_storage_that_does_not_fit(storage: np.ndarray) -> None:
     with pytest.raises(SizeMismatchError, match=r"shape \(4,\) and dtype float64, got"):
         FlatBuffer({"x": (4,)}, np.float64, storage=storage)
+
+
+def test_stretches_are_neighbours_with_one_label():
+    flat = FlatBuffer({"a": (3,), "b": (2, 2), "c": (), "d": (5,)}, np.float32, alignment=4)
+    assert flat.stretches(dict.fromkeys("abcd", 1)) == [(1, slice(0, 17))]
+    assert flat.stretches({"a": 1, "b": 2, "c": 2, "d": 1}) == [
+        (1, slice(0, 3)),
+        (2, slice(4, 9)),
+        (1, slice(12, 17)),
+    ]
+    assert flat.stretches({"d": 1, "a": 1}) == [(1, slice(0, 3)), (1, slice(12, 17))]
+    assert flat.stretches({}) == []
+
+
+def test_one_like_another_is_laid_out_as_it_is():
+    flat = FlatBuffer({"a": (3,), "b": (2, 2)}, np.float64, alignment=8)
+    like = flat.zeros_like()
+    assert (like.data.shape, like.data.dtype) == (flat.data.shape, flat.data.dtype)
+    assert not like.data.any()
+    like.views["b"][...] = 1
+    assert like.data[8:12].all()
+    assert not np.shares_memory(like.data, flat.data)

@@ -112,8 +112,9 @@ class Optimizer:
                 continue
             state = self._state[name]
             self._check_shapes(name, p.data, p.grad, state)
+            there = self._is_on_device(name, p.data, p.grad, state)
             self._updates[name] += 1
-            if is_device(p.data):
+            if there:
                 on_device[name] = self._updates[name]
                 continue
             for (w, g, *slots), scratch in _blocks(p.data, p.grad, *state.values()):
@@ -174,13 +175,18 @@ class Optimizer:
                 f"gradient {grad.shape}, its state {shapes}; make the optimizer after the model "
                 "has its final shapes"
             )
+
+    def _is_on_device(
+        self, name: str, data: Array, grad: Array, state: Mapping[str, Array]
+    ) -> bool:
         there = is_device(data)
-        if any(is_device(array) is not there for array in (grad, *state.values())):
+        if is_device(grad) is not there or (there and not all(map(is_device, state.values()))):
             raise ValueError(
                 f"{type(self).__name__}.step: parameter {name!r}, its gradient and its state do "
                 "not all lie on the host or all on a device; call Module.to before the optimizer "
                 "and the DDP are made"
             )
+        return there
 
 
 class SGD(Optimizer):

@@ -87,6 +87,11 @@ class DDP(Closing):
     buckets are laid out from then on, once for all: see [Note: order of arrival] in
     `mpidist.parallel.order`.
 
+    Of a model on a device (`Module.to`), the buckets lie there and travel over NCCL, beside the
+    stream on which backward runs. `backward` then returns when the reduction has been put
+    before whatever is put on that stream next; neither it nor the optimizer's step makes the host
+    wait for the device. Ranks tell each other over the host which parameters they used.
+
     References
     ----------
     Li et al. (2020), PyTorch Distributed: Experiences on Accelerating Data Parallel Training.

@@ -110,7 +110,7 @@ class ParameterGradients:
                 raise RuntimeError(
                     f"DDP on {self._reducer.group}: the gradient of parameter '{name}' does not "
                     "live in this DDP's bucket any more; something else has called attach(), "
-                    "perhaps a second DDP over the same module"
+                    "perhaps a second DDP over the same module, or the model was moved by to()"
                 )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mpidist.flat import FlatBuffer
 from mpidist.nn import Parameter
 
 
@@ -169,3 +170,18 @@ def test_parameters_are_told_apart_by_identity_and_print_their_name():
     assert len({a, b, a}) == 2
     assert "fc.weight" in repr(a)
     assert (a.shape, a.dtype, a.size) == ((2, 3), np.float32, 6)
+
+
+def test_new_values_forget_the_gradient_and_its_memory():
+    p = Parameter(np.ones(3))
+    flat = FlatBuffer({"p": (3,)}, np.float64)
+    p.attach(flat.views["p"], place=(flat, "p"))
+    p.add_grad(np.ones(3))
+    p.move(lambda values: values)
+    assert p.grad is flat.views["p"]
+    assert p.place == (flat, "p")
+    p.move(np.copy)
+    assert (p.grad, p.buffer, p.place) == (None, None, None)
+    p.expect(1)
+    with pytest.raises(RuntimeError, match="move: parameter"):
+        p.move(np.copy)
