@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.backends import cuda_aware, staging
+from mpidist.backends import cuda_aware, lift
 from mpidist.backends.simulated import SimulatedBackend
 from mpidist.backends.staging import Staging
 from mpidist.group import ProcessGroup
@@ -41,7 +41,7 @@ def on_devices(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_CHUNK", ITEMS * 8)
+    monkeypatch.setattr(lift, "_CHUNK", ITEMS * 8)
 
 
 def array(values: Any) -> Any:
@@ -83,11 +83,11 @@ def test_any_number_of_chunks(count: int) -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_the_next_chunk_is_on_its_way_while_one_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[tuple[str, int]] = []
-    fetch, transfer = staging._Lift.fetch, SimulatedBackend.transfer
+    fetch, transfer = lift.Lift.fetch, SimulatedBackend.transfer
 
-    def fetched(lift: Any, copies: Any) -> Any:
+    def fetched(its: Any, copies: Any) -> Any:
         happened.append(("fetch", len(copies)))
-        return fetch(lift, copies)
+        return fetch(its, copies)
 
     def transferred(backend: Any, verb: str, args: Any) -> Any:
         happened.append((verb, args[0].size))
@@ -98,7 +98,7 @@ def test_the_next_chunk_is_on_its_way_while_one_is_summed(monkeypatch: pytest.Mo
         mpidist.all_reduce(x, group)
         # What is asked for first is to connect; only the second one is looked at.
         del happened[:]
-        monkeypatch.setattr(staging._Lift, "fetch", fetched)
+        monkeypatch.setattr(lift.Lift, "fetch", fetched)
         monkeypatch.setattr(SimulatedBackend, "transfer", transferred)
         return mpidist.all_reduce(x, group).get()
 
@@ -149,6 +149,22 @@ def test_synchronize_waits_for_the_device() -> None:
         return work.done()
 
     assert on_devices(2, body) == [True, True]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_rank_may_be_at_work_on_another_device_meanwhile() -> None:
+    """The device refuses events of one device on a stream of another."""
+
+    def body(group: ProcessGroup) -> Any:
+        cupy = sys.modules["cupy"]
+        work = mpidist.iall_reduce(array(np.ones(5 * ITEMS)), group)
+        with cupy.cuda.Device(3):
+            while not work.done():
+                pass
+        return work.wait().get()
+
+    for result in on_devices(2, body):
+        np.testing.assert_array_equal(result, np.full(5 * ITEMS, 2.0))
 
 
 def test_messages_before_the_ranks_are_connected_are_refused() -> None:
@@ -224,13 +240,13 @@ def test_mpi_gets_device_arrays_where_it_says_that_it_takes_them(
 ) -> None:
     """The library here takes the stand-in's arrays, whose memory is the host's."""
     copies: list[int] = []
-    fetch = staging._Lift.fetch
+    fetch = lift.Lift.fetch
 
-    def fetched(lift: Any, some: Any) -> Any:
+    def fetched(its: Any, some: Any) -> Any:
         copies.append(len(some))
-        return fetch(lift, some)
+        return fetch(its, some)
 
-    monkeypatch.setattr(staging._Lift, "fetch", fetched)
+    monkeypatch.setattr(lift.Lift, "fetch", fetched)
     monkeypatch.setenv("MPIDIST_CUDA_AWARE_MPI", "1")
     monkeypatch.setattr(cuda_aware, "ask_mpi", lambda mpi, path: (True, "for the test"))
     with mpidist.init() as world:
