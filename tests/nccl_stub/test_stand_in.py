@@ -52,7 +52,11 @@ def test_a_result_is_garbage_until_its_stream_is_waited_for(cupy: Any) -> None:
         lambda cupy, x: x.fill(2),
         lambda cupy, x: x.sort(),
         lambda cupy, x: cupy.add(x, 1, out=x),
+        lambda cupy, x: cupy.add(x, 1, x),
+        lambda cupy, x: cupy.clip(x, 1, 2, x),
+        lambda cupy, x: cupy.ones((2, 2)).sum(0, None, x),
         lambda cupy, x: cupy.copyto(x, 2),
+        lambda cupy, x: cupy.put(x, 0, 2),
         lambda cupy, x: np.multiply(x, 2, out=x),
         lambda cupy, x: cupy.sum(cupy.ones((2, 2)), axis=0, out=x),
         lambda cupy, x: x.set(np.ones(2)),
@@ -305,7 +309,13 @@ def test_dtypes_that_cupy_has_not_are_refused(cupy: Any, dtype: Any) -> None:
 
 def test_names_that_cupy_has_not_are_missing(cupy: Any) -> None:
     x = cupy.ones(2)
-    for module, name in ((cupy, "nosuch"), (cupy, "einsum_path"), (cupy.linalg, "multi_dot")):
+    for module, name in (
+        (cupy, "nosuch"),
+        (cupy, "einsum_path"),
+        (cupy, "random"),
+        (cupy, "r_"),
+        (cupy.linalg, "multi_dot"),
+    ):
         with pytest.raises(AttributeError, match=name):
             getattr(module, name)
     for name in ("ctypes", "__array_interface__", "setflags", "resize"):

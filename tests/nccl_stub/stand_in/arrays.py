@@ -317,7 +317,7 @@ def _absent(name: str) -> Any:
 
 def _checked(name: str, method: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        signatures.check(f"ndarray.{name}", args, kwargs)
+        args, kwargs = signatures.checked(f"ndarray.{name}", args, kwargs)
         return method(self, *args, **kwargs)
 
     return call

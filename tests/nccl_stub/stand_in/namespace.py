@@ -18,11 +18,13 @@ _VIEWS = words("""
     dsplit expand_dims flip fliplr flipud hsplit imag matrix_transpose moveaxis permute_dims ravel
     real reshape rollaxis rot90 sliding_window_view split squeeze swapaxes transpose vsplit
 """)
+_IN_PLACE = words("fill_diagonal place put put_along_axis putmask")
 _OF_THE_HOST = words("""
     broadcast_shapes can_cast common_type finfo iinfo iscomplexobj isfortran isrealobj isscalar
     issubdtype may_share_memory min_scalar_type mintypecode ndim promote_types result_type shape
     shares_memory size typename
 """)
+_AS_THEY_ARE = (float, int, type(None))
 
 
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> Any:
@@ -222,6 +224,13 @@ def _viewed(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _in_place(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Any, *args: Any, **kwargs: Any) -> None:
+        operations.change(name, [x], lambda xs, *a, **k: fn(xs[0], *a, **k), args, kwargs)
+
+    return call
+
+
 def _of_the_host(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     def plain(x: Any) -> Any:
         return host(x) if is_device(x) else x
@@ -230,24 +239,34 @@ def _of_the_host(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forwarded(name: str, source: Any) -> Any:
-    """Return what stands for an attribute of numpy."""
+    """Return what stands for an attribute of numpy; NotImplemented if nothing does."""
     short = name.rpartition(".")[2]
     if isinstance(source, np.ufunc):
         return UFunc(source)
-    if isinstance(source, type) or not callable(source):
+    if isinstance(source, _AS_THEY_ARE) or _is_type_alike(source):
         return source
+    if isinstance(source, type) or not callable(source):
+        return NotImplemented
     if short in _OF_THE_HOST:
         return _of_the_host(name, source)
     if short in _VIEWS:
         return _checked(name, _viewed(name, source))
+    if short in _IN_PLACE:
+        return _checked(name, _in_place(name, source))
     if short in ("allclose", "array_equal", "array_equiv", "count_nonzero"):
         return _checked(name, _to_device_always(name, source))
     return _checked(name, _computed(name, source))
 
 
+def _is_type_alike(source: Any) -> bool:
+    """Whether it is a type that CuPy has from numpy."""
+    alike = (np.generic, Exception, np.dtype, np.finfo, np.iinfo, np.ndindex)
+    return isinstance(source, type) and issubclass(source, alike)
+
+
 def _checked(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        signatures.check(name, args, kwargs)
+        args, kwargs = signatures.checked(name, args, kwargs)
         return fn(*args, **kwargs)
 
     return call
@@ -264,9 +283,9 @@ class Namespace(ModuleType):
         path = ".".join([*self.__name__.split(".")[1:], name])
         if path not in signatures.known():
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        if not hasattr(self._source, name):
+        made = forwarded(path, getattr(self._source, name, NotImplemented))
+        if made is NotImplemented:
             raise AttributeError(f"the stand-in does not imitate {self.__name__}.{name}")
-        made = forwarded(path, getattr(self._source, name))
         setattr(self, name, made)
         return made
 

@@ -95,7 +95,13 @@ def view(plain: Plain) -> Any:
     return plain.view(_array_type[0])
 
 
-def to_plain(name: str, x: Any, convert: Callable[[Any], Plain] = host) -> Any:
+def _read_only(x: Any) -> Plain:
+    plain = host(x)
+    plain.flags.writeable = False
+    return plain
+
+
+def to_plain(name: str, x: Any, convert: Callable[[Any], Plain] = _read_only) -> Any:
     """Return arguments with device arrays as plain ones; refuse the host's."""
     if is_device(x):
         if x.device.id != devices.current():
@@ -226,7 +232,7 @@ def compute(
     name : str
         For messages.
     fn : callable
-        Gets plain arrays over the same memory, and must not write to them.
+        Gets plain arrays over the same memory, which it cannot write to.
     args, kwargs
         With device arrays in them; ``out``, if given by name, must be such, or a tuple of such.
 

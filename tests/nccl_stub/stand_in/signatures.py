@@ -16,10 +16,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MADE_OF", "check", "described", "known"]
+__all__ = ["MADE_OF", "checked", "described", "known"]
 
 MADE_OF = "14.2.0"
-_MODULES = ("", "lib", "lib.stride_tricks", "linalg", "random")
+_MODULES = ("", "lib", "lib.stride_tricks", "linalg")
 _FILE = Path(__file__).parent / "signatures.txt"
 
 
@@ -31,14 +31,18 @@ def known() -> dict[str, inspect.Signature | None]:
     return {m[1]: None if m[2] is None else _signature(m[2]) for m in split if m is not None}
 
 
-def check(name: str, args: Any, kwargs: Any) -> None:
-    """Raise a TypeError if CuPy would not take a call for its arguments."""
+def checked(name: str, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments of a call with `out` by name; raise a TypeError if CuPy would."""
     signature = known().get(name)
-    if signature is not None:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"cupy.{name}{signature}: {error}") from None
+    if signature is None:
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"cupy.{name}{signature}: {error}") from None
+    names = list(signature.parameters)
+    first = names.index("out") if "out" in names else len(args)
+    return args[:first], {**dict(zip(names[first:], args[first:], strict=False)), **kwargs}
 
 
 def _signature(text: str) -> inspect.Signature:
