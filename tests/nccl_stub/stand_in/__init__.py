@@ -46,13 +46,16 @@ import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-from tests.nccl_stub.stand_in import devices, queues, streams
+import numpy as np
+
+from tests.nccl_stub.stand_in import devices, operations, queues, streams
 from tests.nccl_stub.stand_in import nccl as over_the_stub
 from tests.nccl_stub.stand_in.modules import FINDER, modules
 from tests.nccl_stub.stand_in.nccl import NoStubError
 
-__all__ = ["NoStubError", "delay", "hold", "install", "uninstall"]
+__all__ = ["NoStubError", "contents", "delay", "hold", "install", "uninstall"]
 
 _real: dict[str, ModuleType] = {}
 
@@ -120,6 +123,11 @@ def hold(stream: streams.Stream) -> Callable[[], None]:
     released = threading.Event()
     stream.queue.push(released.is_set, late=True)
     return released.set
+
+
+def contents(x: Any) -> np.ndarray[Any, Any]:
+    """Return the memory of a device array as it is now, whoever has yet to write there."""
+    return operations.host(x)
 
 
 def _is_cupy(name: str) -> bool:

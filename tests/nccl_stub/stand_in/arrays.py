@@ -8,21 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.nccl_stub.stand_in import devices, memory, namespace, operations, signatures, streams
-from tests.nccl_stub.stand_in.operations import compute, host, words
+from tests.nccl_stub.stand_in import devices, memory, methods, namespace, operations, streams
+from tests.nccl_stub.stand_in.operations import compute, host
 
 __all__ = ["DeviceArray"]
-
-_COMPUTED = words("""
-    all any argmax argmin argpartition argsort choose clip compress conj conjugate copy cumprod
-    cumsum dot flatten max mean min nonzero prod repeat round searchsorted std sum take trace var
-""")
-_VIEWED = words("reshape ravel transpose swapaxes squeeze diagonal")
-_IN_PLACE = words("fill partition put sort")
-_NOT_OF_CUPY = words("""
-    ctypes getfield setfield setflags resize newbyteorder itemset tostring __array_interface__
-    __array_struct__
-""")
 
 
 class DeviceArray(np.ndarray):  # type: ignore[type-arg]
@@ -282,53 +271,7 @@ def _plain_index(index: Any) -> Any:
     return plain if isinstance(index, tuple) else plain[0]
 
 
-def _computed(name: str) -> Any:
-    fn = getattr(np.ndarray, name)
-    return lambda self, *args, **kwargs: compute(name, fn, (self, *args), kwargs)
-
-
-def _viewed(name: str) -> Any:
-    fn = getattr(np.ndarray, name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = fn(host(self), *args, **kwargs)
-        if memory.block_of(plain) is not None:
-            return operations.view(plain)
-        return compute(name, fn, (self, *args), kwargs)  # a copy, which has to wait
-
-    return method
-
-
-def _in_place(name: str) -> Any:
-    fn = getattr(np.ndarray, name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> None:
-        operations.change(name, [self], lambda x, *a, **k: fn(x[0], *a, **k), args, kwargs)
-
-    return method
-
-
-def _absent(name: str) -> Any:
-    def absent(self: Any) -> Any:
-        raise AttributeError(f"'cupy.ndarray' object has no attribute '{name}'")
-
-    return property(absent)
-
-
-def _checked(name: str, method: Any) -> Any:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = signatures.checked(f"ndarray.{name}", args, kwargs)
-        return method(self, *args, **kwargs)
-
-    return call
-
-
-for _names, _make in ((_COMPUTED, _computed), (_VIEWED, _viewed), (_IN_PLACE, _in_place)):
-    for _name in _names:
-        setattr(DeviceArray, _name, _checked(_name, _make(_name)))
-for _name in _NOT_OF_CUPY:
-    setattr(DeviceArray, _name, _absent(_name))
-
+methods.add_to(DeviceArray)
 DeviceArray.__name__ = DeviceArray.__qualname__ = "ndarray"
 DeviceArray.__module__ = "cupy"
 operations._array_type[:] = [DeviceArray]
