@@ -8,8 +8,10 @@ files while it moves them. A file that all ranks write together (`shared_file`) 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import numpy as np
 from mpidist._types import Array, DType
 from mpidist.arrays import BFLOAT16
 from mpidist.boxes import Box
-from mpidist.checkpoint.manifest import ALIGNMENT, FORMAT, VERSION, Manifest, StoredArray, StoredBox
+from mpidist.checkpoint.manifest import ALIGNMENT, FORMAT, VERSION, Manifest, StoredBox
 
 __all__ = [
     "MOST_IN_VIEW",
@@ -41,6 +43,10 @@ TAG = "mpidist dtype"
 
 MOST_IN_VIEW = 4096
 """Arrays in a view: a virtual dataset takes a fifth of a millisecond to make."""
+
+
+_IN_A_ROW, _PAUSE = 8, 1e-5
+"""How many arrays are put into a view before other threads are let go on, and for how long."""
 
 
 def create_file(
@@ -234,52 +240,77 @@ def create_view(path: Path, manifest: Manifest) -> None:
     with h5py.File(path, "w", locking="best-effort", libver=("v110", "v110")) as file:
         shows = f"{len(shown)} of {len(names)}"
         _describe(file, {"format": f"view of {FORMAT}", "id": manifest.id, "arrays": shows})
-        for name in shown:
-            _show(file, name, manifest.arrays[name], manifest)
+        view = _View(file, manifest)
+        for number, name in enumerate(shown):
+            view.show(name)
+            if number % _IN_A_ROW == 0:
+                # HDF5 keeps the interpreter's lock, and who writes beside this would get it after
+                # 5 ms, each time that a block is written.
+                time.sleep(_PAUSE)
 
 
-def _show(file: Any, name: str, array: StoredArray, manifest: Manifest) -> None:
-    """Make a virtual dataset; by h5py's low-level calls, as its others take ten times as long."""
+class _View:
+    """A file of virtual datasets; by h5py's low-level calls, as its others take ten times as long.
+
+    What many arrays have in common is made once.
+    """
+
+    def __init__(self, file: Any, manifest: Manifest) -> None:
+        self._file = file
+        self._manifest = manifest
+        self._links = _links()
+        self._layouts = cache(_virtual)
+        self._spaces = lru_cache(maxsize=1024)(_selected)
+
+    def show(self, name: str) -> None:
+        """Make the virtual dataset of an array."""
+        import h5py
+
+        array = self._manifest.arrays[name]
+        kind, empty = self._layouts(_stored(array.dtype))
+        layout = empty.copy()
+        for stored in array.boxes:
+            if stored.box.empty:
+                continue
+            origin = self._manifest.files[stored.file]
+            shape = origin.datasets[stored.dataset].shape
+            source = stored.dataset.replace("%", "%%")  # "%b" would stand for a block's number
+            here = self._spaces(array.shape, stored.box)
+            there = _selected(shape, _selection(stored, shape))
+            layout.set_virtual(here, origin.name.encode(), source.encode(), there)
+        space = self._spaces(array.shape, None)
+        shown = h5py.h5d.create(self._file.id, name.encode(), kind, space, layout, self._links)
+        if array.dtype == BFLOAT16:
+            _describe(h5py.Dataset(shown), {TAG: str(array.dtype)})
+
+
+def _virtual(dtype: DType) -> tuple[Any, Any]:
+    """Return HDF5's type of elements, and the layout of a virtual dataset without sources."""
     import h5py
 
-    dtype = _stored(array.dtype)
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_layout(h5py.h5d.VIRTUAL)
     if dtype.kind in "fc":
         layout.set_fill_value(np.array([np.nan], dtype))
-    space = h5py.h5s.create_simple(array.shape)
-    for stored in array.boxes:
-        if stored.box.empty:
-            continue
-        origin = manifest.files[stored.file]
-        shape = origin.datasets[stored.dataset].shape
-        source = stored.dataset.replace("%", "%%")  # "%b" would stand for a block's number
-        here, there = (
-            _selected(array.shape, stored.box),
-            _selected(shape, _selection(stored, shape)),
-        )
-        layout.set_virtual(here, origin.name.encode(), source.encode(), there)
-    kind = h5py.h5t.py_create(dtype, logical=True)
-    shown = h5py.h5d.create(file.id, name.encode(), kind, space, layout, _links())
-    if array.dtype == BFLOAT16:
-        _describe(h5py.Dataset(shown), {TAG: str(array.dtype)})
+    return h5py.h5t.py_create(dtype, logical=True), layout
 
 
-def _selected(shape: Sequence[int], box: Box) -> Any:
-    """Return a data space in which a box is selected."""
+def _selected(shape: Sequence[int], box: Box | None) -> Any:
+    """Return a data space in which a box is selected, or all."""
     import h5py
 
     space = h5py.h5s.create_simple(tuple(shape))
-    if shape:  # the one element of a 0-d array is always selected
+    if shape and box is not None:  # the one element of a 0-d array is always selected
         space.select_hyperslab(box.offsets, box.sizes)
     return space
 
 
 def _selection(stored: StoredBox, shape: tuple[int, ...]) -> Box:
     """Return where in its dataset a box lies."""
-    sizes = stored.box.sizes if len(stored.box.sizes) == len(shape) else (stored.box.count,)
+    if len(shape) == 1:
+        return Box((stored.first,), (stored.box.count,))
     begin = map(int, np.unravel_index(stored.first, shape))
-    return Box(tuple(begin), sizes)
+    return Box(tuple(begin), stored.box.sizes)
 
 
 class Dataset(NamedTuple):
