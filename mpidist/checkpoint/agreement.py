@@ -55,16 +55,24 @@ class _Held(NamedTuple):
     ----------
     flat, metadata, declared
         The state, what the user says of it, and what is told of it to rank 0.
-    key, values, common : bytes
-        Digests of all that a plan depends on; of the values; of values and whole arrays together.
+    values : bytes
+        Digest of the values.
     """
 
     flat: FlatState
     metadata: JSON
     declared: Declaration
-    key: bytes
     values: bytes
-    common: bytes
+
+    @property
+    def names(self) -> Declaration:
+        """All that a plan depends on: what is told, without the values themselves."""
+        return replace(self.declared, values=dict.fromkeys(self.declared.values))
+
+    @property
+    def common(self) -> bytes:
+        """Digest of the values and the arrays that are held whole."""
+        return _digest(f"{sorted(self.declared.whole.items())}{self.values.hex()}")
 
 
 class _Order(NamedTuple):
@@ -109,14 +117,15 @@ def agree(
     group = saver.group
     held, problem = _looked_at(state, metadata, saver, single_file=single_file)
     where = str(directory / SINGLE_FILE if single_file else directory)
-    last = saver.last if saver.last is not None and saver.last.key == held.key else None
+    names = held.names
+    last = saver.last if saver.last is not None and saver.last.names == names else None
     identity = _as_before(None if problem else last, held, where, saver, directory)
     if identity is not None and last is not None:
         order, plan = _Order(None, identity.hex(), last.assignment), last.plan
         plan = plan and replace(plan, values=held.declared.values)
     else:
         order, plan = _anew(held, problem, where, saver, directory)
-        saver.last = LastSave(held.key, order.id, order.assignment, plan)
+        saver.last = LastSave(names, order.id, order.assignment, plan)
     if plan is None:
         return Agreement(order.id, held.flat, order.assignment, None)
     header = Manifest(
@@ -151,18 +160,7 @@ def _looked_at(
 
 def _held(flat: FlatState, metadata: JSON) -> _Held:
     declared = Declaration.of(flat)
-    whole = repr(sorted(declared.whole.items()))
-    values = json.dumps(declared.values, sort_keys=True)
-    sharded = repr(sorted(declared.sharded.items(), key=lambda item: item[0]))
-    key = f"{whole}{sharded}{sorted(declared.values)}"
-    return _Held(
-        flat,
-        metadata,
-        declared,
-        key=_digest(key),
-        values=_digest(values),
-        common=_digest(f"{whole}{values}"),
-    )
+    return _Held(flat, metadata, declared, _digest(json.dumps(declared.values, sort_keys=True)))
 
 
 def _digest(text: str) -> bytes:

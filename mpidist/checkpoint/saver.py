@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import Save, Waitable, steps_of
 from mpidist.checkpoint.directory import Checkpoint
-from mpidist.checkpoint.plan import Assignment, Plan
+from mpidist.checkpoint.plan import Assignment, Declaration, Plan
 from mpidist.checkpoint.staging import Staging
 from mpidist.checkpoint.worker import Worker
 from mpidist.errors import CheckpointAsyncError, CheckpointError
@@ -145,8 +145,8 @@ class LastSave(NamedTuple):
 
     Attributes
     ----------
-    key : bytes
-        Of what this rank held.
+    names : Declaration
+        What this rank held, without the values.
     id : str
         Of the save that the plan was made for: the same plan on all ranks.
     assignment : Assignment
@@ -155,7 +155,7 @@ class LastSave(NamedTuple):
         On rank 0, who wrote what.
     """
 
-    key: bytes
+    names: Declaration
     id: str
     assignment: Assignment
     plan: Plan | None

@@ -78,7 +78,7 @@ class _Blocks:
 def _copied(parts: Mapping[Part, Array], block: Array) -> list[Piece]:
     pieces, place = [], 0
     for part, data in parts.items():
-        memory = block[place : place + data.nbytes].view(data.dtype).reshape(data.shape)
+        memory: Array = np.ndarray(data.shape, data.dtype, block, place)
         pieces.append(Piece(part.name, part.box, to_host(data, out=memory)))
         place += _round_up(data.nbytes)
     return pieces
