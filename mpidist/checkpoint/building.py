@@ -150,7 +150,7 @@ class _Streamed:
     def chunks(self) -> Iterator[tuple[int, Array]]:
         """Yield its bytes, some tiles at a time."""
         itemsize = self.dtype.itemsize
-        tiling = Tiling(self.box.sizes, itemsize)
+        tiling = Tiling.of(self.box.sizes, itemsize)
         self._digests.clear()
         for _, _, region in tiling.joined(np.arange(tiling.count), UNIT):
             data = self.source.read(region.placed_in(self.box))

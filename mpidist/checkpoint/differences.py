@@ -112,7 +112,7 @@ def _unsettled(
     """Yield the parts of an array that have to be read, of at most 1 MiB each."""
     known = {stored.box: stored.digests for stored in theirs}
     for stored in ours:
-        tiling = Tiling(stored.box.sizes, itemsize)
+        tiling = Tiling.of(stored.box.sizes, itemsize)
         numbers = np.arange(tiling.count)
         if stored.box in known:
             a, b = (_table(digests) for digests in (stored.digests, known[stored.box]))

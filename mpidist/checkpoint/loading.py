@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,8 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
                 box: targets.take(name, box, piece, inside=inside)
                 for box, piece in array.pieces.items()
             }
-            targets.arrays[name] = ShardedArray(array.shape, array.dtype, pieces)
+            same = all(map(is_, pieces.values(), array.pieces.values()))
+            targets.arrays[name] = array if same else ShardedArray(array.shape, array.dtype, pieces)
         else:
             whole = Box.whole(array.shape)
             inside = name in flat.inside
@@ -314,7 +316,7 @@ def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers)
             raise problem
         return  # another rank raises
     slots = readers.slots() if shared else None
-    if slots is None:  # nobody to share with, or no memory: each for itself
+    if shared and slots is None:  # nobody to share with, or no memory: each for itself
         own, shared = units_of(manifest, wanted[readers.rank]), []
     try:
         _fill_alone(files, manifest, targets, own)

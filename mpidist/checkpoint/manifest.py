@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, lru_cache
+from math import prod
+from operator import le
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +34,7 @@ __all__ = [
     "StoredBox",
     "StoredDataset",
     "StoredFile",
+    "box_of",
     "decode",
     "dtype_of",
     "encode",
@@ -143,7 +146,7 @@ class StoredBox:
     def from_json(cls, entry: Mapping[str, JSON]) -> StoredBox:
         """Undo `as_json`."""
         return cls(
-            Box(_numbers(entry["offsets"]), _numbers(entry["sizes"])),
+            box_of(_numbers(entry["offsets"]), _numbers(entry["sizes"])),
             int(entry["file"]),
             str(entry["dataset"]),
             int(entry["first"]),
@@ -304,7 +307,7 @@ def _parsed(body: Mapping[str, JSON]) -> Manifest:
     for name, entry in body["arrays"].items():
         boxes = tuple(map(StoredBox.from_json, entry["boxes"]))
         array = StoredArray(dtype_of(entry["dtype"]), _numbers(entry["shape"]), boxes)
-        check_cover(array.shape, [stored.box for stored in boxes])
+        _check_cover(array.shape, tuple(stored.box for stored in boxes))
         for stored in boxes:
             _check_place(name, stored, array.dtype.itemsize, files)
         arrays[name] = array
@@ -322,6 +325,13 @@ def _parsed(body: Mapping[str, JSON]) -> Manifest:
     )
 
 
+# Many arrays have the same few shapes, and are cut in the same way.
+box_of = lru_cache(maxsize=4096)(Box)
+"""Make a `Box`; of the same numbers mostly the same object."""
+
+_check_cover = lru_cache(maxsize=1024)(check_cover)  # what it raises is not kept
+
+
 def _file(entry: Mapping[str, JSON]) -> StoredFile:
     name = str(entry["name"])
     if "/" in name or "\0" in name or name in ("", ".", ".."):
@@ -337,27 +347,29 @@ def _check_place(
     name: str, stored: StoredBox, itemsize: int, files: tuple[StoredFile, ...]
 ) -> None:
     """Raise ValueError unless a box lies inside its dataset, and that inside its file."""
-    tiles = Tiling(stored.box.sizes, itemsize).count
+    tiles = Tiling.of(stored.box.sizes, itemsize).count
     if len(stored.digests) != tiles * DIGEST_BYTES:
         raise ValueError(f"{name}: {len(stored.digests)} bytes of digests for {tiles} tiles")
-    if stored.box.empty:
+    if not tiles:
         return
     if stored.file < 0:
         raise ValueError(f"{name}: file {stored.file}")
     file = files[stored.file]
     dataset = file.datasets[stored.dataset]
-    count = Box.whole(dataset.shape).count
+    count = prod(dataset.shape)
     if not (dataset.byte >= 0 and dataset.byte + count * itemsize <= file.size):
         raise ValueError(f"{name}: {stored.dataset} does not lie inside {file.name}")
     sizes = stored.box.sizes
-    sizes = sizes if len(sizes) == len(dataset.shape) else (stored.box.count,)
-    if dataset.shape == (count,):
-        begin: Sequence[Any] = (stored.first,)
+    if len(dataset.shape) == 1:
+        inside = 0 <= stored.first <= count - stored.box.count
+    elif stored.first == 0:
+        inside = len(sizes) == len(dataset.shape) and all(map(le, sizes, dataset.shape))
     else:
         begin = np.unravel_index(stored.first, dataset.shape)  # raises if it is outside
-    if any(
-        a < 0 or a + n > length for a, n, length in zip(begin, sizes, dataset.shape, strict=True)
-    ):
+        inside = all(
+            a + n <= length for a, n, length in zip(begin, sizes, dataset.shape, strict=True)
+        )
+    if not inside:
         raise ValueError(f"{name}: {stored.box} does not lie inside {stored.dataset}")
 
 
@@ -380,8 +392,11 @@ def _digest(text: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(text)
 
 
+_INT = frozenset([int])
+
+
 def _numbers(values: JSON) -> tuple[int, ...]:
-    if not all(type(value) is int for value in values):
+    if not _INT.issuperset(map(type, values)):
         raise ValueError(f"expected whole numbers, got {values}")
     return tuple(values)
 

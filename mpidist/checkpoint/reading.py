@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpidist._types import Array
 from mpidist.boxes import Box
 from mpidist.checkpoint.files import read_at
-from mpidist.checkpoint.manifest import ID_DATASET, Manifest, StoredFile
+from mpidist.checkpoint.manifest import ID_DATASET, Manifest, StoredArray, StoredFile
 from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digests_of
 from mpidist.errors import (
     CheckpointCorruptError,
@@ -46,10 +47,6 @@ _MOST_OPEN = 256
 """Files that are open at once: a process may often have no more than 1,024."""
 
 
-_Key: TypeAlias = tuple[str, int]
-"""An array's name, and the position of a stored box among its boxes."""
-
-
 class Wanted(NamedTuple):
     """A part of an array that somebody needs."""
 
@@ -77,6 +74,8 @@ class Unit:
         Which file they lie in.
     byte : int
         Where the first of them begins.
+    length : int
+        How many bytes lie side by side from there: all of them, unless the box is cut in columns.
     """
 
     name: str
@@ -87,6 +86,7 @@ class Unit:
     nbytes: int
     file: int
     byte: int
+    length: int
 
 
 def units_of(manifest: Manifest, wanted: Sequence[Wanted]) -> list[Unit]:
@@ -128,61 +128,84 @@ def divided_units(
     list of Unit
         Those that parts of several readers touch; the same for all.
     """
-    tilings: dict[_Key, Tiling] = {}
     if len(wanted) > 1 and all(some == wanted[0] for some in wanted[1:]):
         return [], units_of(manifest, wanted[0])
-    tiles = [_tiles_of(manifest, some, tilings) for some in wanted]
     own: list[Unit] = []
     shared: list[Unit] = []
-    for key, tiling in tilings.items():
-        lists = {r: found[key] for r, found in enumerate(tiles) if key in found}
-        if len(lists) == 1:
-            if reader in lists:
-                own += _units_of_box(manifest, key, tiling, lists[reader])
-            continue
-        numbers, times = np.unique(np.concatenate(list(lists.values())), return_counts=True)
-        several = numbers[times > 1]
-        if several.size:
-            shared += _units_of_box(manifest, key, tiling, several)
-        mine = np.setdiff1d(lists.get(reader, several), several, assume_unique=True)
-        if mine.size:
-            own += _units_of_box(manifest, key, tiling, mine)
+    for name, wants in _by_name(wanted).items():
+        for number, tiling, tiles in _touched(manifest.arrays[name], wants, reader):
+            if len(tiles) == 1:
+                if reader in tiles:
+                    own += _units_of_box(manifest, name, number, tiling, tiles[reader])
+                continue
+            numbers, times = np.unique(np.concatenate(list(tiles.values())), return_counts=True)
+            several = numbers[times > 1]
+            if several.size:
+                shared += _units_of_box(manifest, name, number, tiling, several)
+            mine = np.setdiff1d(tiles.get(reader, several), several, assume_unique=True)
+            if mine.size:
+                own += _units_of_box(manifest, name, number, tiling, mine)
     for units in (own, shared):
-        units.sort(key=lambda unit: (unit.file, unit.byte))
+        units.sort(key=attrgetter("file", "byte"))
     return own, shared
 
 
-def _tiles_of(
-    manifest: Manifest, wanted: Sequence[Wanted], tilings: dict[_Key, Tiling]
-) -> dict[_Key, Array]:
-    """Return the numbers of the tiles that parts touch, by stored box; add the boxes' tilings."""
-    tiles: dict[_Key, list[Array]] = {}
-    for name, box in dict.fromkeys(wanted):
-        array = manifest.arrays[name]
-        for number, stored in enumerate(array.boxes):
-            common = None if box.empty else stored.box.intersect(box)
-            if common is None:
+def _by_name(wanted: Sequence[Sequence[Wanted]]) -> dict[str, dict[Box, list[int]]]:
+    """Return which readers want which boxes of each array; no empty boxes."""
+    found: dict[str, dict[Box, list[int]]] = {}
+    for reader, some in enumerate(wanted):
+        for name, box in some:
+            if not box.empty:
+                readers = found.setdefault(name, {}).setdefault(box, [])
+                if reader not in readers[-1:]:
+                    readers.append(reader)
+    return found
+
+
+def _touched(
+    array: StoredArray, wants: Mapping[Box, Sequence[int]], reader: int
+) -> Iterator[tuple[int, Tiling, dict[int, Array]]]:
+    """Yield the stored boxes that are touched: number, tiling, and which tiles by which reader.
+
+    Those that only another reader touches may be left out.
+    """
+    itemsize = array.dtype.itemsize
+    numbers = {stored.box: number for number, stored in enumerate(array.boxes)}
+    if wants.keys() <= numbers.keys():  # stored as it is wanted: most often, and there are no cuts
+        for box, readers in wants.items():
+            if readers[0] != reader and len(readers) == 1:
                 continue
-            key = (name, number)
-            if key not in tilings:
-                tilings[key] = Tiling(stored.box.sizes, array.dtype.itemsize)
-            region = common.relative_to(stored.box)
-            tiles.setdefault(key, []).append(tilings[key].covering(region))
-    return {
-        key: lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
-        for key, lists in tiles.items()
-    }
+            tiling = Tiling.of(box.sizes, itemsize)
+            yield numbers[box], tiling, dict.fromkeys(readers, tiling.numbers)
+        return
+    for number, stored in enumerate(array.boxes):
+        tiling = Tiling.of(stored.box.sizes, itemsize)
+        tiles: dict[int, list[Array]] = {}
+        for box, readers in wants.items():
+            common = stored.box.intersect(box)
+            if common is not None:
+                covered = tiling.covering(common.relative_to(stored.box))
+                for each in readers:
+                    tiles.setdefault(each, []).append(covered)
+        if tiles:
+            yield (
+                number,
+                tiling,
+                {
+                    each: lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
+                    for each, lists in tiles.items()
+                },
+            )
 
 
 def _units_of_box(
-    manifest: Manifest, key: tuple[str, int], tiling: Tiling, numbers: Array
+    manifest: Manifest, name: str, number: int, tiling: Tiling, tiles: Array
 ) -> Iterator[Unit]:
-    name, number = key
     file = manifest.arrays[name].boxes[number].file
-    for first, count, region in tiling.joined(numbers, UNIT):
+    for first, count, region in tiling.joined(tiles, UNIT):
+        byte, length = next(_runs(manifest, name, number, region))
         nbytes = region.count * tiling.itemsize
-        byte = next(_runs(manifest, name, number, region))[0]
-        yield Unit(name, number, first, count, region, nbytes, file, byte)
+        yield Unit(name, number, first, count, region, nbytes, file, byte, length)
 
 
 def _runs(manifest: Manifest, name: str, number: int, region: Box) -> Iterator[tuple[int, int]]:
@@ -211,6 +234,9 @@ def runs_of(region: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     int, int
         Position of the first element, and how many there are.
     """
+    if region.sizes[1:] == tuple(shape[1:]):
+        yield (region.offsets[0] * prod(shape[1:]) if shape else 0), region.count
+        return
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
     begin = sum(o * s for o, s in zip(region.offsets, strides, strict=True))
     inner = len(shape)  # from here on the region is as wide as what it lies in
@@ -297,7 +323,6 @@ class Files:
         self._manifest = manifest
         self._verify = verify
         self._open: dict[int, int] = {}
-        self._tilings: dict[_Key, Tiling] = {}
         self.read = 0
 
     def __enter__(self) -> Files:
@@ -333,7 +358,7 @@ class Files:
         at = (-1, 0, 0)
         for unit, memory in zip(units, memories, strict=True):
             place = 0
-            for byte, length in _runs(self._manifest, unit.name, unit.number, unit.region):
+            for byte, length in self._runs(unit):
                 file, begin, count = at
                 if (unit.file, byte) != (file, begin + count) or len(pending) == _MOST_PARTS:
                     self._read(at, pending)
@@ -347,6 +372,12 @@ class Files:
             for unit, data in zip(units, found, strict=True):
                 self._check(unit, data)
         return found
+
+    def _runs(self, unit: Unit) -> Iterable[tuple[int, int]]:
+        """Return where the bytes of a unit lie side by side: byte in the file, and length."""
+        if unit.length == unit.nbytes:
+            return ((unit.byte, unit.nbytes),)
+        return _runs(self._manifest, unit.name, unit.number, unit.region)
 
     def _read(self, at: tuple[int, int, int], parts: Sequence[Array]) -> None:
         """Read what lies side by side in a file: its number, the first byte, and how many."""
@@ -370,10 +401,7 @@ class Files:
     def _check(self, unit: Unit, data: Array) -> None:
         array = self._manifest.arrays[unit.name]
         stored = array.boxes[unit.number]
-        tiling = self._tilings.get((unit.name, unit.number))
-        if tiling is None:
-            tiling = Tiling(stored.box.sizes, array.dtype.itemsize)
-            self._tilings[unit.name, unit.number] = tiling
+        tiling = Tiling.of(stored.box.sizes, array.dtype.itemsize)
         begin = unit.first * DIGEST_BYTES
         expected = stored.digests[begin : begin + unit.count * DIGEST_BYTES]
         found = digests_of(data, tiling.over(unit.region))
@@ -425,12 +453,16 @@ def place_of(
     wanted = targets.get(unit.name, ())
     if len(wanted) != 1:
         return None
-    here = unit.region.placed_in(manifest.arrays[unit.name].boxes[unit.number].box)
+    stored = manifest.arrays[unit.name].boxes[unit.number].box
     ((box, out),) = wanted
-    if here.intersect(box) != here:
-        return None
-    index: Any = (*here.relative_to(box).slices, ...)  # a view, also of a 0-d array
-    place: Array = out[index]
+    if unit.region.sizes == box.sizes and stored == box:
+        place = out
+    else:
+        here = unit.region.placed_in(stored)
+        if here.intersect(box) != here:
+            return None
+        index: Any = (*here.relative_to(box).slices, ...)  # a view, also of a 0-d array
+        place = out[index]
     if not place.flags.c_contiguous or place.dtype != place.dtype.newbyteorder("<"):
         return None
     flat: Array = place.reshape(-1).view(np.uint8)

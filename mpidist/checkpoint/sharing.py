@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from mpidist._types import MAX, Array
+from mpidist.checkpoint.manifest import box_of
 from mpidist.checkpoint.reading import UNIT, Unit, Wanted
 from mpidist.collectives import all_gather, all_gather_object, all_reduce
 from mpidist.group import ProcessGroup
@@ -93,7 +94,11 @@ class Node(Readers):
         mine = np.frombuffer(xxhash.xxh3_128_digest(repr(wanted).encode()), np.uint8)
         if (all_gather(mine, self._group).reshape(self.size, -1) == mine).all():
             return [wanted] * self.size  # most often, and shorter to say
-        return all_gather_object(wanted, self._group)
+        told = [(name, box.offsets, box.sizes) for name, box in wanted]  # shorter than boxes
+        return [
+            [Wanted(name, box_of(offsets, sizes)) for name, offsets, sizes in some]
+            for some in all_gather_object(told, self._group)
+        ]
 
     def slots(self) -> Array | None:
         """Return memory of the node; collective over its ranks."""

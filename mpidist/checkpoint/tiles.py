@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
+from typing import TypeAlias
 
 import numpy as np
 import xxhash
@@ -53,6 +54,8 @@ class Tiling:
         Of the box, and of a tile; the last one in a dimension may be smaller.
     grid : tuple of int
         Number of tiles in each dimension. They are numbered in C order.
+    count : int
+        Number of tiles; none of an empty box, one of a 0-d array.
     cut : int
         The innermost dimension that may be cut: all behind it are whole in every tile.
     """
@@ -60,13 +63,22 @@ class Tiling:
     def __init__(self, sizes: Sequence[int], itemsize: int) -> None:
         self.sizes = tuple(sizes)
         self.itemsize = itemsize
-        self.tile, self.cut = _tile(self.sizes, itemsize, (_TILE, _LARGEST, _MANY, _RUN))
+        self.tile, self.cut = _tile(self.sizes, itemsize, _rule())
         self.grid = _grid(self.sizes, self.tile)
+        self.count = prod(self.grid)
+        self._all: tuple[int, list[tuple[int, int, Box]]] | None = None
 
-    @property
-    def count(self) -> int:
-        """Number of tiles; none of an empty box, one of a 0-d array."""
-        return prod(self.grid)
+    @classmethod
+    def of(cls, sizes: tuple[int, ...], itemsize: int) -> Tiling:
+        """Return the tiles of a box; of boxes of the same sizes mostly the same object."""
+        return _tiling(sizes, itemsize, _rule())
+
+    @cached_property
+    def numbers(self) -> Array:
+        """Those of all tiles, ascending, int64; read-only."""
+        numbers = np.arange(self.count)
+        numbers.flags.writeable = False
+        return numbers
 
     def box(self, number: int) -> Box:
         """Return what a tile covers, counted from the first index of the box."""
@@ -86,9 +98,14 @@ class Tiling:
 
     def over(self, region: Box) -> Tiling:
         """Return the tiles of a region that consists of whole ones, which are alike."""
+        if region.sizes == self.sizes:
+            return self
         part = copy(self)
         part.sizes = region.sizes
         part.grid = _grid(part.sizes, self.tile)
+        part.count = prod(part.grid)
+        part._all = None
+        part.__dict__.pop("numbers", None)
         return part
 
     def joined(self, numbers: Array, nbytes: int) -> Iterator[tuple[int, int, Box]]:
@@ -106,6 +123,18 @@ class Tiling:
         int, int, Box
             Number of the first tile, how many they are, and what they cover.
         """
+        if numbers is self.numbers:
+            yield from self._whole(nbytes)
+        else:
+            yield from self._joined(numbers, nbytes)
+
+    def _whole(self, nbytes: int) -> Sequence[tuple[int, int, Box]]:
+        """Return all tiles joined; kept, since many arrays have the same few shapes."""
+        if self._all is None or self._all[0] != nbytes:
+            self._all = (nbytes, [*self._joined(self.numbers, nbytes)])
+        return self._all[1]
+
+    def _joined(self, numbers: Array, nbytes: int) -> Iterator[tuple[int, int, Box]]:
         if self.count == 1 or not len(numbers):
             yield from [(0, 1, Box.whole(self.sizes))][: len(numbers)]
             return
@@ -122,7 +151,7 @@ class Tiling:
         if region.empty or not self.count:
             return np.empty(0, np.int64)
         if region.sizes == self.sizes:
-            return np.arange(self.count)
+            return self.numbers
         ranges = [
             np.arange(start // part, -(-stop // part))
             for start, stop, part in zip(region.offsets, region.stops, self.tile, strict=True)
@@ -134,10 +163,19 @@ def _grid(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // max(part, 1)) for size, part in zip(sizes, tile, strict=True))
 
 
+_Rule: TypeAlias = tuple[int, int, int, int]
+
+
+def _rule() -> _Rule:
+    return _TILE, _LARGEST, _MANY, _RUN
+
+
 @lru_cache(maxsize=1024)  # many arrays have the same few shapes
-def _tile(
-    sizes: tuple[int, ...], itemsize: int, rule: tuple[int, int, int, int]
-) -> tuple[tuple[int, ...], int]:
+def _tiling(sizes: tuple[int, ...], itemsize: int, _: _Rule) -> Tiling:
+    return Tiling(sizes, itemsize)
+
+
+def _tile(sizes: tuple[int, ...], itemsize: int, rule: _Rule) -> tuple[tuple[int, ...], int]:
     """Return the sizes of a tile, and the innermost dimension that it may cut."""
     nbytes, largest, many, run = rule
     while nbytes < largest and nbytes * many < prod(sizes) * itemsize:
@@ -179,7 +217,7 @@ def digests_of(array: Array, tiling: Tiling | None = None) -> bytes:
     ----------
     Collet, XXH3, as of the xxHash specification 0.2.0 (the xxhash package).
     """
-    tiling = tiling or Tiling(array.shape, array.dtype.itemsize)
+    tiling = tiling or Tiling.of(array.shape, array.dtype.itemsize)
     if tiling.count <= 1:
         return _digest(array) if tiling.count else b""
     # Fresh memory for each tile would cost several times the copy into it.
