@@ -18,9 +18,9 @@ from mpidist.checkpoint.commit import VIEW, assemble, commit, report_of
 from mpidist.checkpoint.directory import Checkpoint, make_room, step_directory
 from mpidist.checkpoint.manifest import JSON, Manifest, name_of
 from mpidist.checkpoint.plan import Declaration, Kind, Plan, make_plan
-from mpidist.checkpoint.reading import UNIT, runs_of
 from mpidist.checkpoint.sources import Progress, Source, unheard
 from mpidist.checkpoint.tiles import Tiling, digests_of
+from mpidist.checkpoint.units import UNIT, runs_of
 from mpidist.checkpoint.versions import versions
 from mpidist.checkpoint.writing import shard_name, write_file
 from mpidist.errors import CheckpointError, DistributedError, InvalidWorldSizeError

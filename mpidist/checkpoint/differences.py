@@ -13,9 +13,10 @@ from mpidist._types import Array
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.manifest import JSON, Manifest, StoredBox
-from mpidist.checkpoint.reading import UNIT, check_files
+from mpidist.checkpoint.reading import check_files
 from mpidist.checkpoint.sources import Progress, Reader, unheard
 from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling
+from mpidist.checkpoint.units import UNIT
 
 __all__ = ["Difference", "compare"]
 

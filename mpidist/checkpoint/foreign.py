@@ -15,8 +15,8 @@ from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.files import sync_directory, temporary, write_at
 from mpidist.checkpoint.manifest import JSON, StoredArray, decode, encode
-from mpidist.checkpoint.reading import runs_of
 from mpidist.checkpoint.sources import Progress, Reader, Source
+from mpidist.checkpoint.units import runs_of
 from mpidist.errors import CheckpointCorruptError
 
 __all__ = ["Foreign", "copy_array", "described", "description", "new_file"]

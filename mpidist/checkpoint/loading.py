@@ -17,19 +17,11 @@ from mpidist.arrays import array_namespace, is_host
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
 from mpidist.checkpoint.manifest import MANIFEST, Manifest
-from mpidist.checkpoint.reading import (
-    Files,
-    Unit,
-    Wanted,
-    check_files,
-    divided_units,
-    give,
-    place_of,
-    units_of,
-)
+from mpidist.checkpoint.reading import Files, check_files
 from mpidist.checkpoint.saver import saver_of
 from mpidist.checkpoint.sharing import SLOT, Alone, Readers, batches, readers_of, room
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
+from mpidist.checkpoint.units import Unit, Wanted, divided_units, give, place_of, units_of
 from mpidist.collectives import all_gather_object, all_reduce, broadcast_object
 from mpidist.errors import (
     CheckpointError,

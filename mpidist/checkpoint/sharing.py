@@ -17,7 +17,7 @@ import xxhash
 
 from mpidist._types import MAX, Array
 from mpidist.checkpoint.manifest import box_of
-from mpidist.checkpoint.reading import UNIT, Unit, Wanted
+from mpidist.checkpoint.units import UNIT, Unit, Wanted
 from mpidist.collectives import all_gather, all_gather_object, all_reduce
 from mpidist.group import ProcessGroup
 

@@ -10,7 +10,8 @@ import numpy as np
 from mpidist._types import Array, DType
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint
-from mpidist.checkpoint.reading import UNIT, Files, Unit, Wanted, give, units_of
+from mpidist.checkpoint.reading import Files
+from mpidist.checkpoint.units import UNIT, Unit, Wanted, give, units_of
 
 __all__ = ["Progress", "Reader", "Source", "StoredSource", "unheard"]
 

@@ -15,8 +15,9 @@ from mpidist.checkpoint.directory import Checkpoint, find
 from mpidist.checkpoint.hdf5 import MOST_IN_VIEW, Contents, Dataset, stored_as
 from mpidist.checkpoint.inspecting import inspect
 from mpidist.checkpoint.manifest import ID_DATASET, Manifest, StoredArray, StoredFile
-from mpidist.checkpoint.reading import UNIT, Files, Wanted, check_file, units_of
+from mpidist.checkpoint.reading import Files, check_file
 from mpidist.checkpoint.sources import Progress, unheard
+from mpidist.checkpoint.units import UNIT, Wanted, units_of
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["verify"]

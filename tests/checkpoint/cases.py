@@ -236,7 +236,7 @@ def small_sizes(tile: int, run: int, own: int) -> Iterator[None]:
         "hdf5": {"ALIGNMENT": own},
         "plan": {"ALIGNMENT": own},
         "writing": {"ALIGNMENT": own, "_BLOCK": 4 * own},
-        "reading": {"UNIT": unit},
+        "units": {"UNIT": unit},
         "sharing": {"UNIT": unit, "SLOT": 2 * unit},
     }
     with ExitStack() as stack:

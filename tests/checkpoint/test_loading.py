@@ -11,9 +11,10 @@ import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
 from mpidist.boxes import split_evenly
-from mpidist.checkpoint import loading, reading, sharing
+from mpidist.checkpoint import loading, sharing, units
 from mpidist.checkpoint.manifest import ALIGNMENT
-from mpidist.checkpoint.reading import Files, Wanted, units_of
+from mpidist.checkpoint.reading import Files
+from mpidist.checkpoint.units import Wanted, units_of
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -363,7 +364,7 @@ def test_a_rank_that_cannot_copy_tells_the_others(in_rows, monkeypatch):
         give(manifest, unit, data, targets)
 
     monkeypatch.setattr(loading, "give", failing)
-    monkeypatch.setattr(reading, "UNIT", 1 << 18)
+    monkeypatch.setattr(units, "UNIT", 1 << 18)
     monkeypatch.setattr(sharing, "SLOT", 1 << 19)  # so that they meet several times
 
     def body(group):
