@@ -90,7 +90,7 @@ class Backend(ABC):
     device: DeviceBackend | None = None
     """What carries device arrays between the same ranks; see `mpidist.backends.hybrid`."""
 
-    no_device: str = "it was started for host arrays only"
+    no_device: str = "it was started for host arrays only; init() looks for GPUs"
     """Why nothing does, where nothing does; the same on all ranks."""
 
     def __init__(self, rank: int, size: int, capabilities: Capabilities) -> None:
