@@ -187,6 +187,20 @@ def test_devices_can_be_asked_for(cupy: Any) -> None:
     assert runtime.memGetInfo() == (free - x.nbytes, total)
 
 
+def test_without_devices_nothing_can_be_made() -> None:
+    stand_in.uninstall()
+    stand_in.install(0, nccl=False)
+    try:
+        cupy = importlib.import_module("cupy")
+        assert not cupy.cuda.is_available()
+        for make in (lambda: cupy.empty(1), cupy.cuda.Stream, cupy.cuda.runtime.getDeviceCount):
+            with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="NoDevice"):
+                make()
+    finally:
+        stand_in.uninstall()
+        stand_in.install(nccl=False)
+
+
 def test_without_nccl_its_module_says_so_and_all_modules_go_again() -> None:
     names = ("cupy", "cupy.cuda", "cupyx", "cupy.cuda.nccl")
     nccl = importlib.import_module("cupy.cuda.nccl")

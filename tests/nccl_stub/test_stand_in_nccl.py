@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.nccl_stub.stand_in import queues
 
 COUNT = 4
 
@@ -46,8 +49,9 @@ def test_it_is_cupys_extension_without_cupy(cupy: Any, nccl: Any) -> None:
 
 @pytest.mark.parametrize("forgotten", ["", "before", "behind", "array"])
 def test_who_forgets_something_gets_garbage(
-    cupy: Any, nccl: Any, communicator: Any, forgotten: str
+    cupy: Any, nccl: Any, communicator: Any, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(queues, "IDLE_SECONDS", math.inf)  # this machine may be slow
     compute, side = cupy.cuda.get_current_stream(), cupy.cuda.Stream(non_blocking=True)
     x, out = cupy.ones(COUNT) * 3, cupy.zeros(COUNT)
     x += 1

@@ -5,7 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-__all__ = ["CUDARuntimeError", "Device", "bus_id", "count", "current", "on_use", "reset", "use"]
+__all__ = [
+    "CUDARuntimeError",
+    "Device",
+    "bus_id",
+    "count",
+    "current",
+    "on_use",
+    "reset",
+    "usable",
+    "use",
+]
 
 
 class CUDARuntimeError(RuntimeError):
@@ -47,12 +57,20 @@ def use(device: int) -> None:
         tell(device)
 
 
+def usable() -> int:
+    """Return the current device, of which something is wanted."""
+    _check(current())
+    return current()
+
+
 def bus_id(device: int) -> str:
     _check(device)
     return f"0000:{device + 1:02X}:00.0"
 
 
 def _check(device: int) -> None:
+    if not count():
+        raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
     if not 0 <= device < count():
         raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
 

@@ -84,7 +84,7 @@ class Block(np.ndarray):  # type: ignore[type-arg]
 
 def allocate(nbytes: int, *, pinned: bool = False) -> Block:
     """Return memory of the current device (or of the host, pinned) that is full of garbage."""
-    memory = Memory(nbytes, _PINNED if pinned else devices.current())
+    memory = Memory(nbytes, _PINNED if pinned else devices.usable())
     block = np.ndarray.__new__(Block, nbytes, np.uint8, memory.whole, memory.start)  # type: ignore[call-overload]
     block.memory = memory
     weakref.finalize(block, memory.free).atexit = False

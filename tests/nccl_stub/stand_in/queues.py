@@ -25,6 +25,8 @@ IDLE_SECONDS = 0.1
 On a GPU it would run while this rank's host waits for another host, which waits for its result.
 """
 
+_PATROL_SECONDS = 0.025
+
 # Pushing never waits for what runs: whoever pushes may hold locks that a step wants. One lock for
 # running all queues, as one may run others.
 _PUSHING = threading.RLock()
@@ -93,6 +95,11 @@ class Queue:
         if ticket:
             _start_device()
         return position
+
+    def end(self) -> int:
+        """Return how many steps the next one would be behind, those of other queues included."""
+        with _PUSHING:
+            return self.push(lambda: None) if self._ordered_before() else self.pushed
 
     def push_wait(self, behind: Position) -> None:
         """Let the next steps wait until another queue has run so far."""
@@ -186,7 +193,7 @@ class _Idle:
         self._ended.set()
 
     def _run(self) -> None:
-        pause = IDLE_SECONDS / 4
+        pause = _PATROL_SECONDS
         while not self._ended.wait(pause):
             overdue = False
             with _RUNNING:
@@ -194,7 +201,7 @@ class _Idle:
                     for position, since in list(queue.tickets()):
                         if time.monotonic() - since > IDLE_SECONDS and not self._ended.is_set():
                             overdue |= not queue.attempt(position)
-            pause = 1e-3 if overdue else IDLE_SECONDS / 4
+            pause = 1e-3 if overdue else _PATROL_SECONDS
 
 
 def next_pointer() -> int:

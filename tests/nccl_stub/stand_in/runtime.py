@@ -26,8 +26,7 @@ is_hip = False
 
 
 def getDeviceCount() -> int:
-    if not devices.count():
-        raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+    devices.usable()
     return devices.count()
 
 

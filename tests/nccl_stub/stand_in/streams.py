@@ -83,7 +83,7 @@ class Stream:
         self.is_non_blocking = non_blocking
         self.priority = priority or 0
         # The null stream is that of whatever device is current.
-        self._queue = None if null else Queue(devices.current(), blocking=not non_blocking)
+        self._queue = None if null else Queue(devices.usable(), blocking=not non_blocking)
         self.ptr = 0 if self._queue is None else self._queue.pointer
         self.device_id = -1 if self._queue is None else self._queue.device
 
@@ -130,16 +130,13 @@ class Stream:
         return device
 
     def synchronize(self) -> None:
-        self.queue.drive(self._end())
+        queue = self.queue
+        queue.drive(queue.end())
 
     @property
     def done(self) -> bool:
-        return self.queue.attempt(self._end())
-
-    def _end(self) -> int:
-        # What would be next on a blocking stream is behind what is on the null stream.
         queue = self.queue
-        return queue.push(lambda: None) if queue.blocking else queue.pushed
+        return queue.attempt(queue.end())
 
     def record(self, event: Event | None = None) -> Event:
         event = Event() if event is None else event
