@@ -105,20 +105,27 @@ def _add_devices(world: ProcessGroup, *, required: bool) -> None:
 def _first_reason(world: ProcessGroup, reason: str | None) -> tuple[str | None, bool]:
     """Return why the first rank that cannot carry device arrays cannot; collective.
 
-    Whether they may be staged is told by the same rank, so that all go the same way.
+    Returns
+    -------
+    (str or None, bool)
+        The reason; and whether they may be staged, which all ranks have to allow.
     """
     from mpidist._types import MIN
     from mpidist.backends.hybrid import may_stage
     from mpidist.collectives import all_reduce, broadcast_object
 
+    allowed = may_stage()
     if world.size == 1:
-        return reason, may_stage()
-    first = int(all_reduce(np.array(world.size if reason is None else world.rank), world, op=MIN))
+        return reason, allowed
+    mine = [world.size if reason is None else world.rank, allowed, not allowed]
+    first, by_all, by_none = all_reduce(np.array(mine), world, op=MIN).tolist()
     if first == world.size:
         return None, False
-    told = (f"on rank {first}, {reason}", may_stage())
-    said: tuple[str, bool] = broadcast_object(told, world, root=first)
-    return said
+    told = f"on rank {first}, {reason}"
+    if not by_all and not by_none:
+        told += "; and MPIDIST_ENABLE_GPU_FALLBACK=1 is set, with a GPU, on some ranks only"
+    said: str = broadcast_object(told, world, root=first)
+    return said, bool(by_all)
 
 
 def _without_launcher() -> str:

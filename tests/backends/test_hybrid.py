@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from mpidist import all_reduce, init, sendrecv
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM
 from mpidist.arrays import BFLOAT16
+from mpidist.backends import hybrid
 from mpidist.backends.hybrid import carry_devices, use_device
 from mpidist.backends.nccl import NcclUniqueId
 from mpidist.backends.nccl.dtypes import REDUCTIONS, from_keys, needs_keys, to_keys
@@ -133,6 +136,25 @@ def test_all_ranks_hear_of_the_first_that_has_no_nccl() -> None:
         return _first_reason(world, "there is none" if world.rank in (1, 2) else None)
 
     assert set(run_ranks(4, case)) == {("on rank 1, there is none", False)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "staged", "words"),
+    [([0, 1, 2], True, ""), ([], False, ""), ([1], False, "; and .* on some ranks only")],
+)
+def test_all_ranks_have_to_allow_the_way_by_the_host(
+    ranks: list[int], staged: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"rank-{rank}" for rank in ranks}
+    monkeypatch.setattr(hybrid, "may_stage", lambda: threading.current_thread().name in names)
+
+    def case(world: ProcessGroup) -> tuple[str | None, bool]:
+        threading.current_thread().name = f"rank-{world.rank}"
+        return _first_reason(world, "there is none" if world.rank == 1 else None)
+
+    for reason, allowed in run_ranks(3, case):
+        assert re.fullmatch(f"on rank 1, there is none{words}", str(reason))
+        assert allowed is staged
 
 
 def test_no_reason_where_all_have_it() -> None:
