@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpidist.backends.nccl import NcclCommunicator
 from mpidist.collectives import all_reduce, barrier, broadcast, iall_reduce
 from mpidist.errors import (
     CollectiveTimeoutError,
@@ -135,6 +137,42 @@ def test_an_operation_that_hangs_and_that_nobody_waits_for(
     began = time.monotonic()
     x.get()  # the watchdog ends it; what comes is not to be used
     assert time.monotonic() - began < SECONDS
+    check_broken(group, cupy)
+
+
+def test_an_operation_that_hangs_behind_one_that_nobody_has_seen_complete(
+    order_faults: Callable[[str], None], group: ProcessGroup, world: ProcessGroup, cupy: Any
+) -> None:
+    order_faults("hang:0:2")
+    x = cupy.ones(4)
+    if group.rank != 0:
+        time.sleep(0.1)  # the first is under way when rank 0 begins the second
+    all_reduce(x, group, out=x)
+    all_reduce(x, group, out=x)
+    began = time.monotonic()
+    x.get()
+    assert time.monotonic() - began < SECONDS
+    check_broken(group, cupy)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_call_that_does_not_return(
+    planned: bool, group: ProcessGroup, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the library's first call between two ranks, of which one does not come."""
+    aborted = threading.Event()
+
+    def wait(communicator: NcclCommunicator, *_: Any) -> None:
+        assert aborted.wait(2 * SECONDS)
+        raise KeyError(3)  # as the binding says of a result for which it has no words
+
+    monkeypatch.setattr(NcclCommunicator, "all_reduce", wait)
+    monkeypatch.setattr(NcclCommunicator, "abort", lambda communicator: aborted.set())
+    x = cupy.ones(4)
+    out = None if planned else x
+    error = fails(lambda: all_reduce(x, group, out=out), CollectiveTimeoutError)
+    assert "all_reduce" in str(error)
+    assert str(group) in str(error)
     check_broken(group, cupy)
 
 

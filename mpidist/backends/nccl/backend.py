@@ -74,10 +74,14 @@ class NcclWork(DeviceWork):
                 self._backend.look(self.waiter)
         return self._over
 
+    def reached(self) -> bool:
+        """Whether the device is done with it, without any consequences; from any thread."""
+        # In this order: when it is over, its event may be another operation's already.
+        return bool(self._event.done) or self._over
+
     def overdue(self) -> bool:
-        """Whether its deadline is over, and it is not; from any thread."""
-        late = time.monotonic() - self.began > self.waiter().timeout
-        return late and not self._event.done
+        """Whether its deadline is over; from any thread."""
+        return time.monotonic() - self.began > self.waiter().timeout
 
     def order(self) -> None:
         """Let the current stream go on only behind this operation."""
@@ -88,6 +92,16 @@ class NcclWork(DeviceWork):
     def wait(self, timeout: float | None = None) -> None:
         """Order the current stream; groups bring the deadline."""
         self.order()
+
+
+def _begin_all(operations: Sequence[Operation], communicator: NcclCommunicator) -> None:
+    """Make the calls of operations; several begin as one."""
+    if len(operations) == 1 and not operations[0].several:
+        operations[0].call(communicator)
+        return
+    with communicator.together():
+        for operation in operations:
+            operation.call(communicator)
 
 
 class NcclBackend(DeviceBackend):
@@ -118,6 +132,8 @@ class NcclBackend(DeviceBackend):
         self._side: Side | None = None
         self._device = -1
         self.under_way: list[NcclWork] = []
+        # What a call of the library is for that has not returned yet, and when it began.
+        self._inside: tuple[Callable[[], Waiter], float] | None = None
         self._failure: DistributedError | None = None
         # The watchdog may find an error while a rank does: a communicator is aborted once.
         self._failing = threading.Lock()
@@ -187,8 +203,8 @@ class NcclBackend(DeviceBackend):
     ) -> NcclBackend | None:
         """Make the transport of a new group; see `DeviceBackend.split`.
 
-        Where the ranks are connected and NCCL can, the new communicators come of this one, and
-        share its resources; else they are connected when they are used first.
+        Where the ranks are connected and NCCL can, the new communicators come of this one; else
+        they are connected when they are used first.
         """
         child = None if host is None else NcclBackend(host)
         communicator = self._communicator
@@ -244,17 +260,7 @@ class NcclBackend(DeviceBackend):
         communicator, side = self._communicator, self._side
         assert communicator is not None, "prepared before"
         assert side is not None, "made with it"
-        self.check()
-        side.follow()
-        try:
-            if len(operations) == 1 and not operations[0].several:
-                operations[0].call(communicator)
-            else:
-                with communicator.together():
-                    for operation in operations:
-                        operation.call(communicator)
-        except calls.vendor_errors() as problem:
-            raise self._failed(waiter, problem) from problem
+        self._call(lambda: waiter, _begin_all, operations, communicator)
         for operation in operations:
             if operation.after is not None:
                 with side.stream:
@@ -281,19 +287,28 @@ class NcclBackend(DeviceBackend):
         wire = self._plans.direct_sum(x, op)
         if wire is None or x.data.device_id != self._device:  # type: ignore[attr-defined]  # cupy's
             return None
-        self.check()
-        self._side.follow()
-        try:
-            self._communicator.all_reduce(x, x, wire, op)
-        except calls.vendor_errors() as problem:
-            raise self._failed(waiter(), problem) from problem
+        self._call(waiter, self._communicator.all_reduce, x, x, wire, op)
         return self._hold((x,), waiter)
 
-    def _failed(self, waiter: Waiter, problem: Exception) -> TransportError:
-        """End the communicator of which a call failed, and return the error to raise."""
-        error = calls.translate(waiter.told, problem)
-        self.fail(error)
-        return error
+    def _call(self, waiter: Callable[[], Waiter], call: Callable[..., None], *args: Any) -> None:
+        """Make calls of the library behind what is on the current stream.
+
+        Mostly they return at once. But the library connects two ranks when they first have
+        something for each other, and waits in the call for both to come: the watchdog ends that.
+        """
+        assert self._side is not None, "made with the communicator"
+        self.check()
+        self._side.follow()
+        self._inside = (waiter, time.monotonic())
+        try:
+            call(*args)
+        except calls.vendor_errors() as problem:
+            self.fail(calls.translate(waiter().told, problem))
+            # The watchdog may have ended the call, and its error says why.
+            assert self._failure is not None, "by now"
+            raise self._failure from problem
+        finally:
+            self._inside = None
 
     def poll(self) -> None:
         """Let go of what is over."""
@@ -339,13 +354,19 @@ class NcclBackend(DeviceBackend):
             return
         # Without this the first call of CUDA in a thread would open a context on device 0.
         device_module().cuda.Device(self._device).use()
-        for work in under_way[:1]:
+        inside = self._inside
+        if inside is not None and time.monotonic() - inside[1] > inside[0]().timeout:
+            self.fail(inside[0]().expire())
+        elif under_way:
+            # Those that the device is done with wait for somebody to see it, who may be waiting
+            # for the device.
+            work = next((each for each in under_way if not each.reached()), under_way[0])
             try:
                 self.look(work.waiter)
-            except TransportError as error:
+            except DistributedError as error:
                 work.waiter().report(str(error))
             else:
-                if work.overdue():
+                if work.overdue() and not work.reached():
                     self.fail(work.waiter().expire())
 
     def look(self, waiter: Callable[[], Waiter]) -> None:
@@ -360,7 +381,7 @@ class NcclBackend(DeviceBackend):
         if problem is not None:
             told = f"{waiter().told}: {problem}; let this error end the job"
             self.fail(TransportError(told, problem.code))
-            self.check()
+        self.check()
 
     def close(self) -> None:
         """Release the communicator; nothing is under way any more."""

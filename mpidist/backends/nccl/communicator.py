@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -49,11 +50,13 @@ class NcclCommunicator:
         self.size, self.rank, self.device = size, rank, device
         self._handle = handle
         self._stream = stream
+        # Nobody may ask for errors of what another thread is freeing.
+        self._ending = threading.Lock()
 
     def split(self, color: int | None, key: int, stream: int) -> NcclCommunicator | None:
         """Make a communicator per color, ordered by key; collective over the ranks, blocks.
 
-        No operation may be outstanding. Those made share the resources of this one.
+        No operation may be outstanding.
         """
         handle = calls.split(self._handle, color, key)
         if handle is None or color is None:
@@ -129,13 +132,23 @@ class NcclCommunicator:
     # -- the end -------------------------------------------------------------------------------
 
     def problem(self) -> TransportError | None:
-        """Return what went wrong since it was made; None if nothing. From any thread."""
-        return calls.problem_of(self._handle)
+        """Return what went wrong since it was made; None if nothing, or at its end.
+
+        From any thread.
+        """
+        if not self._ending.acquire(blocking=False):
+            return None
+        try:
+            return calls.problem_of(self._handle)
+        finally:
+            self._ending.release()
 
     def abort(self) -> None:
         """End all operations, wherever they are; local, from any thread."""
-        calls.abort(self._handle)
+        with self._ending:
+            calls.abort(self._handle)
 
     def destroy(self) -> None:
         """Release it when its operations are over; may wait for the other ranks."""
-        calls.destroy(self._handle)
+        with self._ending:
+            calls.destroy(self._handle)
