@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from mpidist.backends.availability import why_no_gpu, why_no_nccl
+from mpidist.testing.contract import DevicePlace
 from tests.nccl_stub.fixtures import in_place
+from tests.nccl_stub.place import StandInPlace
 
-__all__ = ["xp", "xp_with_nccl"]
+__all__ = ["place", "shared_device", "xp", "xp_with_nccl"]
 
 BOTH = ["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)]
 
@@ -32,7 +36,43 @@ def _cupy(*, on_gpu: bool, nccl: bool) -> Iterator[ModuleType]:
         with in_place(nccl=nccl):
             yield importlib.import_module("cupy")
         return
-    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
-    if not cupy.cuda.is_available():
-        pytest.skip("no GPU here")
-    yield cupy
+    if reason := why_no_nccl() if nccl else why_no_gpu():
+        pytest.skip(_no_gpu(reason))
+    yield importlib.import_module("cupy")
+
+
+def _no_gpu(reason: str) -> str:
+    return f"no GPU to test on: {reason.partition(':')[0]}"  # its cure is for users
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs GPUs on several ranks before any rank is started."""
+    on_ranks = item.get_closest_marker("ranks") is not None
+    if on_ranks and item.get_closest_marker("gpu") is not None and (reason := why_no_gpu()):
+        raise pytest.skip.Exception(_no_gpu(reason), _use_item_location=True)
+
+
+@pytest.fixture
+def place(xp_with_nccl: ModuleType, request: pytest.FixtureRequest) -> DevicePlace:
+    """The place of device arrays, over NCCL or its stub."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    return DevicePlace(xp_with_nccl) if on_gpu else StandInPlace(xp_with_nccl)
+
+
+_SHARED_SINCE = 23003
+"""The NCCL that lets ranks share a GPU."""
+
+
+@pytest.fixture
+def shared_device(place: DevicePlace, monkeypatch: pytest.MonkeyPatch) -> DevicePlace:
+    """The same, where NCCL lets several ranks use one device."""
+    nccl: Any = importlib.import_module("cupy.cuda.nccl")
+    if nccl.get_version() < _SHARED_SINCE:
+        pytest.skip(
+            f"NCCL {nccl.get_version()} is too old: from {_SHARED_SINCE} on ranks share a GPU"
+        )
+    # As NCCL's documentation has it: each rank takes channels of its own on the device.
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    monkeypatch.setenv("NCCL_MAX_CTAS", "2")
+    return place

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from tests._ranks.launcher import clean_environment
-from tests.nccl_stub.fixtures import needs_stub
+from tests.nccl_stub.fixtures import needs_cupy
 
-pytestmark = [needs_stub, pytest.mark.mpirun]
+pytestmark = [needs_cupy, pytest.mark.mpirun]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,9 +23,9 @@ from mpidist.errors import (
 )
 from mpidist.group import ProcessGroup
 from tests.nccl_stub import raw
-from tests.nccl_stub.fixtures import needs_stub
+from tests.nccl_stub.fixtures import needs_cupy
 
-pytestmark = [needs_stub, pytest.mark.ranks(3)]
+pytestmark = [needs_cupy, pytest.mark.ranks(3)]
 
 DEADLINE = 0.5
 SECONDS = 3.0

@@ -10,19 +10,18 @@ from types import ModuleType
 
 import pytest
 
-from tests.nccl_stub import build
 from tests.nccl_stub import stand_in as package
 
-__all__ = ["in_place", "needs_stub", "stand_in", "stand_in_without_nccl"]
+__all__ = ["in_place", "needs_cupy", "stand_in", "stand_in_without_nccl"]
 
 REQUIRED = os.environ.get("MPIDIST_TEST_REQUIRE_NCCL_STUB") == "1"  # set by .ci/run
 
 NO_CUPY = "no CuPy: pip install cupy-cuda12x (it needs no GPU)"
 
-_missing = build.missing() or (None if importlib.util.find_spec("cupy_backends") else NO_CUPY)
-
-needs_stub = pytest.mark.skipif(_missing is not None and not REQUIRED, reason=_missing or "")
-"""Skips tests on ranks that use `stand_in` before any rank is started."""
+needs_cupy = pytest.mark.skipif(
+    importlib.util.find_spec("cupy_backends") is None and not REQUIRED, reason=NO_CUPY
+)
+"""Skips tests on ranks before any rank is started."""
 
 
 @contextmanager

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+import mpidist
+from mpidist import collectives
 from mpidist._types import MIN, Array, ReduceOp
 from mpidist.arrays import HALVES
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend
+from mpidist.backends.nccl import NcclBackend, backend
+from mpidist.backends.nccl.streams import Side
+from mpidist.backends.staging import Staging
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Work
 from mpidist.errors import TransportError
 from mpidist.group import ProcessGroup
+from mpidist.pending import DeviceGroupWork
 from mpidist.testing import BackendContract, run_ranks
+from mpidist.testing.contract import DeviceContract
+from tests.nccl_stub.place import StandInPlace
 
 Reduction = Callable[[Array, Array, ReduceOp], Work[Any]]
 
@@ -137,6 +146,82 @@ def test_a_wrong_transport_is_found(spoil: Callable[[Backend], None]) -> None:
     method = getattr(BackendContract(), name)
     with pytest.raises((AssertionError, TimeoutError, TransportError), match=words):
         method(run)
+
+
+# -- of device arrays --------------------------------------------------------------------------
+
+
+def forgets_the_event_before(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
+    """Begin before what is on the current stream has been done."""
+    patch.setattr(Side, "follow", lambda side: None)
+
+
+def forgets_the_event_after(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
+    """Let the current stream go on before the operation is over."""
+    patch.setattr(backend, "order_behind", lambda event: None)
+
+
+def drops_its_arrays(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
+    """Keep none of the arrays that NCCL reads and writes."""
+    hold = NcclBackend._hold
+    patch.setattr(NcclBackend, "_hold", lambda self, held, waiter: hold(self, (), waiter))
+
+
+def waits_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
+    """Wait for the device where only the current stream has to."""
+    patch.setattr(backend, "order_behind", lambda event: event.synchronize())
+
+
+def goes_by_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
+    """Copy to the host and back, and say nothing of it."""
+    world._backend.device = Staging(world._backend)
+
+
+def leaves_results_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
+    """Copy to the host, and leave the result there."""
+    right = collectives.all_reduce
+    patch.setattr(collectives, "all_reduce", lambda *args, **kwargs: right(*args, **kwargs).get())
+
+
+def takes_begun_for_done(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
+    """Return from `synchronize` when the operation is on its stream."""
+    patch.setattr(DeviceGroupWork, "synchronize", DeviceGroupWork.wait)
+
+
+DEVICE_FAKES: list[tuple[Callable[[pytest.MonkeyPatch, ProcessGroup], None], str, str]] = [
+    (forgets_the_event_before, "test_behind_a_slow_kernel", "all_reduce behind a slow kernel"),
+    (forgets_the_event_before, "test_other_streams", "on a stream of the user's own"),
+    (forgets_the_event_before, "test_every_all_reduce", r"all_reduce\("),
+    (forgets_the_event_after, "test_consumers", "what follows a blocking all_reduce"),
+    (forgets_the_event_after, "test_late_consumers", "another stream behind wait"),
+    (forgets_the_event_after, "test_two_groups", "a sum on one group of a sum on another"),
+    (forgets_the_event_after, "test_every_all_reduce", r"all_reduce\("),
+    (drops_its_arrays, "test_freed_memory", "freed too early"),
+    (drops_its_arrays, "test_temporaries", "a result that is not contiguous"),
+    (waits_on_the_host, "test_the_host_goes_on", r"waited for the device on ranks \[False\]"),
+    (goes_by_the_host, "test_the_host_goes_on", r"waited for the device on ranks \[False\]"),
+    (leaves_results_on_the_host, "test_every_all_reduce", "expected a device array, got ndarray"),
+    (takes_begun_for_done, "test_synchronized", "not done after synchronize"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "case", "words"),
+    [pytest.param(*fake, id=f"{fake[0].__name__}-{fake[1]}") for fake in DEVICE_FAKES],
+)
+def test_a_wrong_transport_of_device_arrays_is_found(
+    spoil: Callable[[pytest.MonkeyPatch, ProcessGroup], None],
+    case: str,
+    words: str,
+    stand_in: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contract = DeviceContract()
+    contract.place = StandInPlace(importlib.import_module("cupy"))
+    with mpidist.init("hybrid") as world, monkeypatch.context() as patch:
+        spoil(patch, world)
+        with pytest.raises(AssertionError, match=words):
+            getattr(contract, case)(lambda case: case(world))
 
 
 def test_every_method_says_what_it_asks() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpidist import collectives, point_to_point
-from mpidist._types import Array
+from mpidist._types import MAX, Array
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import Receive, Send
@@ -149,17 +149,19 @@ def freed_memory(group: ProcessGroup, place: DevicePlace) -> None:
 
 
 def temporaries(group: ProcessGroup, place: DevicePlace) -> None:
-    """So do the copies that are made of arrays which are not contiguous."""
+    """So do the copies that are made of arrays which are not contiguous, or to keep NaN."""
     place.ready(group)
     stalled = _stall(group, place)
     wide = place.put(np.full((COUNT, 2), float(group.rank)))
     target = place.put(np.full((COUNT, 2), -1.0))
-    work = collectives.iall_reduce(wide[:, 1], group, out=target[:, 0])
+    total = collectives.iall_reduce(wide[:, 1], group, out=target[:, 0])
+    most = collectives.iall_reduce(_array(place, group.rank), group, op=MAX)
     gc.collect()
-    others = [place.cupy.full(COUNT, 99.0) for _ in range(4)]
-    work.wait()
+    others = [place.cupy.full(COUNT, 99.0) for _ in range(6)]
+    total.wait()
     expect(place.take(target[:, 0].copy()), _sum(group), "a result that is not contiguous")
     expect(place.take(target[:, 1].copy()), np.full(COUNT, -1.0), "what lies between its elements")
+    expect(place.take(most.wait()), np.full(COUNT, group.size - 1.0), "the largest of all ranks")
     stalled.wait()
     for other in others:
         expect(place.take(other), np.full(COUNT, 99.0), "memory of others")
