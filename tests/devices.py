@@ -45,11 +45,14 @@ def _no_gpu(reason: str) -> str:
     return f"no GPU to test on: {reason.partition(':')[0]}"  # its cure is for users
 
 
+_REASON = why_no_gpu()
+"""Asked for before anything stands in for CuPy."""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs GPUs on several ranks before any rank is started."""
-    on_ranks = item.get_closest_marker("ranks") is not None
-    if on_ranks and item.get_closest_marker("gpu") is not None and (reason := why_no_gpu()):
-        raise pytest.skip.Exception(_no_gpu(reason), _use_item_location=True)
+    """Skip what needs GPUs, before any rank is started for it."""
+    if _REASON is not None and item.get_closest_marker("gpu") is not None:
+        raise pytest.skip.Exception(_no_gpu(_REASON), _use_item_location=True)
 
 
 @pytest.fixture
