@@ -193,6 +193,11 @@ class GroupWaiter(Waiter):
         return error
 
     @property
+    def hopeless(self) -> bool:
+        """Whether the group is broken."""
+        return self.group._reason is not None
+
+    @property
     def _key(self) -> tuple[int, int] | None:
         """The collective as the recorders know it; all groups that are being made have number 0."""
         return self.collective if self.collective and self.collective[0] else None

@@ -240,6 +240,11 @@ class Waiter(ABC):
         """The same with its group, and where it was called, where these are known."""
         return self.operation
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether an error has ended what it waits with, so that others may not come."""
+        return False
+
     @abstractmethod
     def wait_for(
         self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None

@@ -43,8 +43,16 @@ ENDINGS = {
     "with work that nobody waited for": Ending(
         "works = [mpidist.iall_reduce(x, world) for _ in range(3)]"
     ),
+    "when all have had a rank's part, which does not wait for them": Ending(
+        "import time\n"
+        "if world.rank:\n"
+        "    time.sleep(0.5)\n"
+        "work = mpidist.iall_reduce(cupy.ones(100_000), world)  # of several chunks\n"
+        "if world.rank:\n"
+        "    assert work.synchronize().get().sum() == 200_000",
+    ),
     "while an operation hangs that nobody waits for": Ending(
-        "mpidist.all_reduce(x, world)", "hang:1:1"
+        "mpidist.all_reduce(x, world)", "hang:1:1", ("all_reduce", "not complete after 1 s")
     ),
     "after a deadline": Ending(
         "mpidist.iall_reduce(x, world).synchronize()",

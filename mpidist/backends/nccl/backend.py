@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from mpidist._types import Array, ReduceOp
@@ -383,6 +384,18 @@ class NcclBackend(DeviceBackend):
             self.fail(TransportError(told, problem.code))
         self.check()
 
+    def end(self) -> None:
+        """Release the communicator as the process ends, whatever is under way.
+
+        Others may need this rank's part of it, so it gets the rest of its time.
+        """
+        waiter = self.under_way[-1].waiter() if self.under_way else None
+        if waiter is not None and not waiter.hopeless:
+            # A missed deadline has been reported then, and the group is broken.
+            with suppress(DistributedError):
+                waiter.wait_for(self.idle)
+        self.close()
+
     def close(self) -> None:
         """Release the communicator; nothing is under way any more."""
         watchdog().forget(self)
@@ -390,7 +403,7 @@ class NcclBackend(DeviceBackend):
         if communicator is None or self._failure is not None:
             return
         if not self.idle():
-            # The program ends without having waited for them, and others may not even come.
+            # The group is broken, and others may not even come.
             communicator.abort()
             return
         thread = threading.Thread(target=communicator.destroy, name="mpidist-nccl", daemon=True)

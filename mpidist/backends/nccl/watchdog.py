@@ -8,6 +8,8 @@ operation raises.
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 import threading
 from functools import cache
 from typing import Protocol
@@ -22,8 +24,8 @@ class _Watched(Protocol):
     def patrol(self) -> None:
         """Look for what is wrong, and end what cannot be completed."""
 
-    def close(self) -> None:
-        """Release what is held."""
+    def end(self) -> None:
+        """Wait for what is under way, with a deadline, and release what is held."""
 
 
 class Watchdog:
@@ -33,6 +35,7 @@ class Watchdog:
         self._watched: list[_Watched] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
         # What is left when the interpreter ends would be destroyed in no order.
         atexit.register(self._on_exit)
 
@@ -69,8 +72,13 @@ class Watchdog:
                     self.forget(each)
 
     def _on_exit(self) -> None:
+        if os.getpid() != self._pid:  # a child that was forked can neither use nor release them
+            return
         for each in tuple(self._watched):
-            each.close()
+            try:
+                each.end()
+            except Exception as error:  # noqa: BLE001  # of a device that has failed; see `_run`
+                sys.stderr.write(f"mpidist: at the exit, NCCL could not be released: {error}\n")
 
 
 @cache
