@@ -40,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "ranks(*counts): run the test on that many real ranks, one item per count"
     )
     config.addinivalue_line("markers", "mpirun: the test starts mpirun itself; see fixture mpirun")
+    config.addinivalue_line(
+        "markers", "any_mpi: it is not about the MPI library, and CI runs it under one of them only"
+    )
+    config.addinivalue_line(
+        "markers", "one_python: it is long, and CI runs it under one version of Python only"
+    )
     config.addinivalue_line("markers", "slurm: the test submits jobs to a Slurm of its own")
     config.addinivalue_line("markers", "gpu: the test needs a GPU and cupy")
     if not config.pluginmanager.hasplugin("timeout"):

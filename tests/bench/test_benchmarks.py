@@ -152,6 +152,7 @@ def test_one_rank_is_refused(name: str) -> None:
         run_ranks(1, lambda world: report_of(BENCHMARKS[name], world))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("attempts", [1, 3])
 def test_the_guard_fails_without_a_library_after_all_attempts(attempts: int) -> None:
     words = ["--repeats", "1", "--attempts", str(attempts)]

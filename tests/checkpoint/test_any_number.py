@@ -46,6 +46,7 @@ def some_sizes(random: Random):
     return small_sizes(random.choice([16, 64, 256]), random.choice([1, 4, 8]), 32)
 
 
+@pytest.mark.one_python
 @pytest.mark.timeout(0 if EXAMPLES else 60)
 @pytest.mark.parametrize("loaders", NUMBERS)
 @pytest.mark.parametrize("savers", NUMBERS)

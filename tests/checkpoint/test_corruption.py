@@ -33,6 +33,7 @@ def sources(directory) -> Path:
     return directory / "sources"
 
 
+@pytest.mark.one_python
 def test_what_is_spoilt_is_detected_or_harmless(directory):
     found = list(corruption.soak(directory, cases=120, seed=1, verify_every=40))
     assert [f"{case}: {verdict.wrong}" for case, verdict in found if verdict.wrong] == []

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 MANIFEST = "step-000002/manifest.json"
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("scenario", [Scenario(2, False, True), Scenario(2, True, False)], ids=str)
 def test_every_call_fails_once(scenario):
     found = list(failures.soak(scenario, thorough=False))

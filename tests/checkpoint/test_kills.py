@@ -11,11 +11,12 @@ from mpidist.checkpoint.manifest import MANIFEST
 from mpidist.testing.checkpoints import kills, loop
 from mpidist.testing.checkpoints.kills import Kill
 
-pytestmark = [pytest.mark.mpirun, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 RUNS = 6
 
 
+@pytest.mark.mpirun
 def test_jobs_that_are_killed_leave_their_newest_checkpoint(tmp_path, mpirun):
     seen = list(kills.soak(mpirun, tmp_path / "run", runs=RUNS, ranks=4, seed=2))
     assert len(seen) == RUNS
@@ -26,6 +27,8 @@ def test_jobs_that_are_killed_leave_their_newest_checkpoint(tmp_path, mpirun):
     assert sorted(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
+@pytest.mark.any_mpi
+@pytest.mark.mpirun
 def test_a_checkpoint_that_is_lost_is_found(tmp_path, mpirun, monkeypatch):
     kill = Kill(1, "itself", (0,), fatal=70)
     monkeypatch.setattr(Kill, "draw", lambda rng, most: kill)

@@ -58,6 +58,7 @@ def test_an_example_runs_as_one_rank(example: Path, tmp_path: Path) -> None:
     said_by_rank_0(run([sys.executable, example], tmp_path), 1)
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 @each_example
 def test_an_example_runs_on_four_ranks(example: Path, tmp_path: Path, mpirun: list[str]) -> None:
@@ -88,6 +89,7 @@ def test_tests_without_mpi_pass(arguments: list[str], tmp_path: Path) -> None:
     run([sys.executable, *PYTEST, tmp_path, DOCS / "examples" / name, *others], tmp_path)
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 def test_tests_on_ranks_pass(tmp_path: Path, mpirun: list[str]) -> None:
     test = DOCS / "examples" / "test_on_mpi.py"

@@ -34,6 +34,7 @@ def test_a_page_runs_alone(page: Path) -> None:
     run(page)
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(4)
 @each_page
 def test_a_page_runs_on_ranks(

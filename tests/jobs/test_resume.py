@@ -176,6 +176,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_save(
     check_records(tmp_path / "stopped", whole)
 
 
+@pytest.mark.any_mpi
 def test_other_ranks_and_another_optimizer_go_on(
     start: Start, run: Run, mpirun: list[str], tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_other_ranks_and_another_optimizer_go_on(
     assert run(*OPTIONS, "--out", "x").returncode == 0  # done already: says the result again
 
 
+@pytest.mark.any_mpi
 def test_what_cannot_be_loaded_is_said_and_begins_nothing(
     run: Run, mpirun: list[str], tmp_path: Path
 ) -> None:
@@ -208,6 +210,7 @@ def test_what_cannot_be_loaded_is_said_and_begins_nothing(
     assert file.stat().st_size == 10_000
 
 
+@pytest.mark.any_mpi
 def test_checkpoints_are_removed_only_if_that_is_said(run: Run, tmp_path: Path) -> None:
     begin = ("--steps", "2", "--no-plot", "--no-progress", "--out", "x")
     assert run(*begin).returncode == 0
@@ -224,6 +227,7 @@ def test_checkpoints_are_removed_only_if_that_is_said(run: Run, tmp_path: Path) 
     assert [r["step"] for r in read_records(tmp_path / "x/metrics.jsonl")[1:]] == [2, 2]
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize(("task", "steps"), [("digits", 40), ("text", 12)])
 def test_saved_by_four_ranks_and_loaded_by_any(
     run: Run, mpirun: list[str], tmp_path: Path, task: str, steps: int

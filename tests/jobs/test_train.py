@@ -179,6 +179,7 @@ def test_four_ranks_reach_the_promised_accuracy(
     assert records[-1]["accuracy"] >= 0.97
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 @pytest.mark.parametrize("size", [2, 3])
 def test_curve_is_the_same_on_any_number_of_ranks(
@@ -195,6 +196,7 @@ def test_curve_is_the_same_on_any_number_of_ranks(
         assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.01)
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 def test_a_sharded_optimizer_changes_no_bit_of_the_curve(
     run: Run, mpirun: list[str], tmp_path: Path

@@ -74,6 +74,7 @@ def test_a_job_is_traced_from_init_to_its_exit(mpirun: list[str], tmp_path: Path
     assert summary.notes == []
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 @pytest.mark.timeout(70)
 def test_what_rank_0_finds_in_the_environment_counts(mpirun: list[str], tmp_path: Path) -> None:
@@ -129,6 +130,7 @@ def test_a_rank_that_is_killed_leaves_what_was_written_in_time(
     assert {rank: names.count("step") for rank, names in left.items()} == {0: 5, 1: 5, 2: 5}
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 @pytest.mark.timeout(70)
 def test_a_directory_that_cannot_be_used_is_told_at_init(mpirun: list[str], tmp_path: Path) -> None:
