@@ -14,7 +14,7 @@ from mpidist.backends.base import Backend
 from mpidist.backends.device import DeviceBackend, DeviceWork
 from mpidist.backends.journal import Journal, describe
 from mpidist.backends.work import Message, Steps
-from mpidist.errors import CollectiveMismatchError, GroupBrokenError
+from mpidist.errors import CollectiveMismatchError, GroupBrokenError, UnsupportedOperationError
 from mpidist.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers, Plan
 from mpidist.recorder import Kind, caller
 
@@ -246,6 +246,10 @@ class Operations(Closing):
         waiter = self._message_waiter("exchange", "on the device", peers, caller(3))
         try:
             inner = device.exchange(sends, receives, waiter)
+        except UnsupportedOperationError:
+            # The ranks are not connected, on none of them, and nothing has begun.
+            self._journal.end(waiter.record, failed=True)
+            raise
         except BaseException as error:
             self._failed(error, waiter)
             raise

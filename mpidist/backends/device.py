@@ -11,7 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mpidist.arrays import array_namespace
 from mpidist.backends.work import Message, Waiter, Work
+from mpidist.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:
     from mpidist._types import Array, ReduceOp
@@ -92,9 +94,37 @@ class DeviceBackend(ABC):
     def create(self, host: Backend) -> DeviceBackend:
         """Make the transport that belongs to the host's new one of some ranks; does not block."""
 
+    @property
     @abstractmethod
+    def chosen(self) -> int | None:
+        """The device of this rank's arrays; None until the first operation chooses it."""
+
     def check_place(self, x: Array, words: str) -> None:
-        """Raise unless this array lies on this rank's device."""
+        """Raise unless an array lies on this rank's device, and that is this thread's current one.
+
+        Parameters
+        ----------
+        x : Array
+            On any device.
+        words : str
+            What it is, for messages.
+        """
+        current: int = array_namespace(x).cuda.Device().id
+        here = current if self.chosen is None else self.chosen
+        lies: int = x.device.id  # type: ignore[attr-defined]  # cupy's
+        if lies != here:
+            raise UnsupportedOperationError(
+                f"{words} lies on device {lies}, and this rank's is device {here}; copy it there "
+                f"(with cupy.cuda.Device({here}): cupy.array(x)), or choose the device by "
+                "cupy.cuda.Device(i).use() before the group's first operation"
+            )
+        if current != here:
+            # What an operation makes lies on the current device, and its streams are that one's.
+            raise UnsupportedOperationError(
+                f"{words} lies on device {here}, as it has to, but the current device of this "
+                f"thread is {current}: call it inside of 'with cupy.cuda.Device({here}):', or let "
+                f"the thread begin with cupy.cuda.Device({here}).use()"
+            )
 
     @abstractmethod
     def close(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import MAX, Array
-from mpidist.arrays import array_namespace, is_device
+from mpidist.arrays import is_device
 from mpidist.backends.base import Backend, Traffic
 from mpidist.backends.device import DeviceBackend, DeviceWork
 from mpidist.backends.lift import Copy, Lift, Piece, Reached, pieces_of, pinned_like
@@ -214,16 +214,10 @@ class Staging(DeviceBackend):
         """Make the staging of the host's new transport; local."""
         return Staging(host, aware=self._aware)
 
-    def check_place(self, x: Array, words: str) -> None:
-        """Raise unless this array lies on this rank's device: that of the first one."""
-        here = array_namespace(x).cuda.Device().id if self._lift is None else self._lift.device
-        lies: int = x.device.id  # type: ignore[attr-defined]  # cupy's
-        if lies != here:
-            raise UnsupportedOperationError(
-                f"{words} lies on device {lies}, and this rank's is device {here}; copy it there "
-                f"(with cupy.cuda.Device({here}): cupy.array(x)), or choose the device by "
-                "cupy.cuda.Device(i).use() before the group's first operation"
-            )
+    @property
+    def chosen(self) -> int | None:
+        """The device of the first array; None before that."""
+        return None if self._lift is None else self._lift.device
 
     def close(self) -> None:
         """Release the transport on which staged operations ran."""

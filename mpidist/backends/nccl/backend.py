@@ -139,6 +139,11 @@ class NcclBackend(DeviceBackend):
         # The watchdog may find an error while a rank does: a communicator is aborted once.
         self._failing = threading.Lock()
 
+    @property
+    def chosen(self) -> int | None:
+        """The device on which the ranks were connected; None before that."""
+        return None if self._communicator is None else self._device
+
     # -- connecting ----------------------------------------------------------------------------
 
     def prepare(self, waiter: Waiter) -> None:
@@ -160,17 +165,19 @@ class NcclBackend(DeviceBackend):
         facts = gather_facts(own_facts(self._host.node()), self._host, waiter)
         check_devices(facts)
         unique_id = NcclUniqueId.share(self._host, waiter)
-        side, device = self._open()
+        device: int = device_module().cuda.Device().id
+        stream = self._open(device)
         made = self._beside(
-            lambda: NcclCommunicator(self.size, self.rank, unique_id, device, side.handle), waiter
+            lambda: NcclCommunicator(self.size, self.rank, unique_id, device, stream), waiter
         )
         self._connected(made)
 
-    def _open(self) -> tuple[Side, int]:
-        """Make the side stream on the current device."""
-        self._device = device_module().cuda.Device().id
-        self._side = Side()
-        return self._side, self._device
+    def _open(self, device: int) -> int:
+        """Make the side stream on a device, and return its handle."""
+        self._device = device
+        with device_module().cuda.Device(device):
+            self._side = Side()
+        return self._side.handle
 
     def _connected(self, communicator: NcclCommunicator) -> None:
         self._communicator = communicator
@@ -213,7 +220,7 @@ class NcclBackend(DeviceBackend):
             return child
         # The library wants nothing to be outstanding on the parent.
         waiter.wait_for(self.idle)
-        stream = 0 if child is None else child._open()[0].handle
+        stream = 0 if child is None else child._open(self._device)
         made = self._beside(lambda: communicator.split(color, key, stream), waiter)
         if child is not None and made is not None:
             child._connected(made)
@@ -224,17 +231,6 @@ class NcclBackend(DeviceBackend):
         return NcclBackend(host)
 
     # -- operations ----------------------------------------------------------------------------
-
-    def check_place(self, x: Array, words: str) -> None:
-        """Raise unless an array lies on the device of this group."""
-        used = self._device if self._communicator is not None else device_module().cuda.Device().id
-        lies: int = x.device.id  # type: ignore[attr-defined]  # cupy's
-        if lies != used:
-            raise UnsupportedOperationError(
-                f"{words} lies on device {lies}, and this rank's is device {used}; copy it there "
-                f"(with cupy.cuda.Device({used}): cupy.array(x)), or choose the device by "
-                "cupy.cuda.Device(i).use() before the group's first operation"
-            )
 
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> NcclWork:
         """Start a collective; see `DeviceBackend.begin`."""
@@ -286,7 +282,8 @@ class NcclBackend(DeviceBackend):
         if self._communicator is None or self._side is None:
             return None
         wire = self._plans.direct_sum(x, op)
-        if wire is None or x.data.device_id != self._device:  # type: ignore[attr-defined]  # cupy's
+        lies: int = x.data.device_id  # type: ignore[attr-defined]  # cupy's
+        if wire is None or not lies == self._device == self._side.current_device():
             return None
         self._call(waiter, self._communicator.all_reduce, x, x, wire, op)
         return self._hold((x,), waiter)
@@ -406,6 +403,12 @@ class NcclBackend(DeviceBackend):
             # The group is broken, and others may not even come.
             communicator.abort()
             return
-        thread = threading.Thread(target=communicator.destroy, name="mpidist-nccl", daemon=True)
+
+        def release() -> None:
+            # As in `patrol`.
+            device_module().cuda.Device(self._device).use()
+            communicator.destroy()
+
+        thread = threading.Thread(target=release, name="mpidist-nccl", daemon=True)
         thread.start()
         thread.join(_GOODBYE)

@@ -34,6 +34,11 @@ class Side:
         self._ready = cuda.Event(disable_timing=True)
         self._spare: list[Any] = []
 
+    def current_device(self) -> int:
+        """Return the current device of this thread."""
+        device: int = self._cuda.runtime.getDevice()
+        return device
+
     def follow(self) -> None:
         """Let what comes next on the side stream begin behind what is on the current stream."""
         # One event serves all: a wait is for what it recorded when the wait was put there.
