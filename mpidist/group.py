@@ -17,6 +17,7 @@ from mpidist.arrays import device_empty, is_host
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import (
+    BackendUnavailableError,
     CollectiveMismatchError,
     InvalidRankError,
     SizeMismatchError,
@@ -390,6 +391,8 @@ class ProcessGroup(Operations):
             If the ranks ask for different numbers of bytes; on all of them, and nothing is made.
         SizeMismatchError
             If a length is negative.
+        BackendUnavailableError
+            If it is to lie on a GPU, and there is none.
 
         Notes
         -----
@@ -399,6 +402,11 @@ class ProcessGroup(Operations):
         device it is an ordinary array, too, and making it is local.
         """
         if device == "gpu":
+            from mpidist.backends.availability import why_no_gpu
+
+            reason = why_no_gpu()
+            if reason is not None:
+                raise BackendUnavailableError(f"empty on {self}: {reason}")
             return device_empty(shape, dtype)
         if device not in (None, "cpu"):
             raise UnsupportedOperationError(
