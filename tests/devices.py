@@ -49,6 +49,12 @@ _REASON = why_no_gpu()
 """Asked for before anything stands in for CuPy."""
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what uses CuPy's binding of NCCL: ``-m cupy`` is what needs the wheel."""
+    if {"nccl_extension", "stand_in", "xp_with_nccl"} & set(getattr(item, "fixturenames", ())):
+        item.add_marker("cupy")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs GPUs, before any rank is started for it."""
     if _REASON is not None and item.get_closest_marker("gpu") is not None:

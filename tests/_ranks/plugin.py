@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "slurm: the test submits jobs to a Slurm of its own")
     config.addinivalue_line("markers", "gpu: the test needs a GPU and cupy")
+    config.addinivalue_line("markers", "cupy: the test needs the wheel of CuPy, but no GPU")
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): the deadline of a test on ranks")
     if not _on_ranks(config):

@@ -33,13 +33,13 @@ class TestNccl(DeviceContract):
         return lambda case: case(world)
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(2)
 @needs_cupy
 class TestHostArrays(BackendContract):
     """Host arrays of a group that carries device arrays, too."""
 
     @pytest.fixture
-    def run(self, stand_in: object, world: ProcessGroup) -> Run:
+    def run(self, xp_with_nccl: object, world: ProcessGroup) -> Run:
         assert world.backend == "hybrid"
         return lambda case: case(world)
 

@@ -13,7 +13,7 @@ import pytest
 from tests._ranks.launcher import clean_environment
 from tests.nccl_stub.fixtures import needs_cupy
 
-pytestmark = [needs_cupy, pytest.mark.mpirun]
+pytestmark = [needs_cupy, pytest.mark.cupy, pytest.mark.mpirun]
 
 ROOT = Path(__file__).resolve().parents[2]
 

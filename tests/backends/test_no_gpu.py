@@ -1,6 +1,6 @@
-"""Where there is no GPU, no driver, no CuPy or no NCCL: everything works but device arrays.
+"""Where there is no CuPy, or a real one that finds no GPU: everything works but device arrays.
 
-Each question is asked of a fresh process, in which nothing of a GPU has been imported yet.
+Each question is asked of a fresh process. `tests.test_without_gpus` asks the stand-in, too.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 import mpidist
 from mpidist.backends.availability import why_no_gpu
-from mpidist.collectives import all_reduce, gpu_all_reduce
-from mpidist.errors import BackendUnavailableError, UnsupportedOperationError
 
 ROOT = Path(mpidist.__file__).parents[1]
+
+pytestmark = pytest.mark.cupy
 
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 HAS_DRIVER = HAS_CUPY and why_no_gpu() is None
@@ -46,10 +45,7 @@ STATES = {
     "all GPUs hidden": State("", "hides all GPUs", (("CUDA_VISIBLE_DEVICES", ""),)),
 }
 
-in_every_state = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "no CuPy" else [needs_cupy_alone]) for name in STATES],
-)
+WITH_CUPY = [pytest.param(name, marks=needs_cupy_alone) for name in STATES if name != "no CuPy"]
 
 
 def told(name: str, program: str) -> str:
@@ -68,7 +64,7 @@ def told(name: str, program: str) -> str:
     return ended.stdout
 
 
-@in_every_state
+@pytest.mark.parametrize("name", WITH_CUPY)
 def test_import_probes_and_init(name: str) -> None:
     program = """
 import sys
@@ -87,30 +83,23 @@ print(why_no_gpu())
     assert STATES[name].words in told(name, program)
 
 
-@in_every_state
+@pytest.mark.parametrize("name", ["no CuPy", *WITH_CUPY])
 def test_what_needs_a_gpu_says_why_there_is_none(name: str) -> None:
     program = """
-import mpidist, numpy as np
+import mpidist
 from mpidist.errors import DistributedError
 world = mpidist.init()
-for call in (
-    lambda: mpidist.init("hybrid"),
-    lambda: world.empty(3, device="gpu"),
-    lambda: mpidist.gpu_all_reduce(np.ones(3), world),
-):
+for call in lambda: mpidist.init("hybrid"), lambda: world.empty(3, device="gpu"):
     try:
         call()
     except DistributedError as error:
         print(type(error).__name__, error)
 """
-    hybrid, empty, host_array = told(name, program).splitlines()
+    hybrid, empty = told(name, program).splitlines()
     assert hybrid.startswith("BackendUnavailableError init('hybrid'): ")
     assert empty.startswith("BackendUnavailableError empty on group 'world', rank 0 of 1: ")
     assert STATES[name].words in hybrid
     assert STATES[name].words in empty
-    assert host_array.startswith(
-        "UnsupportedOperationError gpu_all_reduce on group 'world', rank 0"
-    )
 
 
 @pytest.mark.parametrize(
@@ -120,42 +109,3 @@ def test_info(name: str) -> None:
     said = told(name, "from mpidist.cli import main; main(['info'])")
     assert "mpidist" in said
     assert "Traceback" not in said
-
-
-# -- a GPU, and no NCCL ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cupy(stand_in_without_nccl: object) -> Any:
-    import cupy
-
-    return cupy
-
-
-def test_without_nccl_groups_carry_host_arrays(cupy: Any) -> None:
-    assert not mpidist.is_nccl_available()
-    with mpidist.init() as world:
-        assert world.device_capabilities is None
-        assert all_reduce(np.ones(2), world).tolist() == [1.0, 1.0]
-        for call in (
-            lambda: all_reduce(cupy.ones(2), world),
-            lambda: gpu_all_reduce(cupy.ones(2), world),
-        ):
-            with pytest.raises(UnsupportedOperationError) as caught:
-                call()
-            for words in ("all_reduce on group 'world', rank 0 of 1", "finds no NCCL", "cuda12"):
-                assert words in str(caught.value)
-            assert "MPIDIST_ENABLE_GPU_FALLBACK=1" in str(caught.value)
-
-
-def test_without_nccl_hybrid_is_refused(cupy: Any) -> None:
-    with pytest.raises(BackendUnavailableError, match=r"init\('hybrid'\): .*finds no NCCL"):
-        mpidist.init("hybrid")
-
-
-def test_without_nccl_arrays_go_by_the_host_if_the_user_says_so(
-    cupy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MPIDIST_ENABLE_GPU_FALLBACK", "1")
-    with mpidist.init("hybrid") as world:
-        assert all_reduce(cupy.ones(2), world).get().tolist() == [1.0, 1.0]
