@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from operator import index
@@ -152,7 +152,7 @@ def _begin(
     with region("checkpoint plan"):
         agreed = agree(state, metadata, saver, directory, single_file=single_file)
     take = saver.staging.copy if in_flight else _in_place
-    parts = {part: part_of(agreed.flat.arrays[part.name], part) for part in agreed.assignment}
+    parts = [(part, part_of(agreed.flat.arrays[part.name], part)) for part in agreed.assignment]
     with region("checkpoint copy"):  # it may fail for want of memory, which all must learn
         taken = done_here(take, parts)
     attributes = {"id": agreed.id, "step": step, "world_size": group.size}
@@ -171,9 +171,9 @@ def _begin(
     return future
 
 
-def _in_place(parts: Mapping[Part, Array]) -> list[Piece]:
+def _in_place(parts: Sequence[tuple[Part, Array]]) -> list[Piece]:
     """Return parts of arrays where they are, but for those that are on a device."""
-    return [Piece(part.name, part.box, to_host(data)) for part, data in parts.items()]
+    return [Piece(part.name, part.box, to_host(data)) for part, data in parts]
 
 
 def _write(

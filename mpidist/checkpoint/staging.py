@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Staging:
         self._pinned = _Blocks(pinned_empty)
         self._used: dict[int, list[tuple[_Blocks, Array]]] = {}
 
-    def copy(self, parts: Mapping[Part, Array]) -> list[Piece]:
+    def copy(self, parts: Sequence[tuple[Part, Array]]) -> list[Piece]:
         """Copy parts of arrays, from the host or a device.
 
         Returns
@@ -39,9 +39,9 @@ class Staging:
         pieces: list[Piece] = []
         taken = []
         for blocks, here in ((self._ordinary, True), (self._pinned, False)):
-            some = {part: data for part, data in parts.items() if is_host(data) == here}
+            some = [(part, data) for part, data in parts if is_host(data) == here]
             if some:
-                block = blocks.take(sum(_round_up(data.nbytes) for data in some.values()))
+                block = blocks.take(sum(_round_up(data.nbytes) for _, data in some))
                 taken.append((blocks, block))
                 pieces += _copied(some, block)
         self._used[id(pieces)] = taken
@@ -75,9 +75,9 @@ class _Blocks:
         return self._make(need)
 
 
-def _copied(parts: Mapping[Part, Array], block: Array) -> list[Piece]:
+def _copied(parts: Sequence[tuple[Part, Array]], block: Array) -> list[Piece]:
     pieces, place = [], 0
-    for part, data in parts.items():
+    for part, data in parts:
         memory: Array = np.ndarray(data.shape, data.dtype, block, place)
         pieces.append(Piece(part.name, part.box, to_host(data, out=memory)))
         place += _round_up(data.nbytes)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from mpidist._types import Array
+from mpidist._types import Array, DType
 from mpidist.arrays import DTYPES, is_array
 from mpidist.checkpoint.manifest import FLOAT_KEY, JSON
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
@@ -128,7 +129,7 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
                 f"checkpoint: {name!r} is a masked array, whose mask would be lost; keep its data "
                 "and its mask"
             )
-        if value.dtype.newbyteorder("=") not in DTYPES:
+        if not _can_be_kept(value.dtype):
             raise UnsupportedOperationError(
                 f"checkpoint: {name!r} has dtype {value.dtype}, which a checkpoint cannot "
                 "keep; convert it to numbers first"
@@ -146,6 +147,11 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
         _put(flat.values, flat, name, as_json(name, value))
 
 
+@cache
+def _can_be_kept(dtype: DType) -> bool:
+    return dtype.newbyteorder("=") in DTYPES
+
+
 def _put(where: dict[str, Any], flat: FlatState, name: str, value: Any) -> None:
     if name in flat.arrays or name in flat.values:
         raise UnsupportedOperationError(f"checkpoint: the name {name!r} comes twice; rename one")
@@ -154,15 +160,19 @@ def _put(where: dict[str, Any], flat: FlatState, name: str, value: Any) -> None:
 
 def _checked(name: object) -> str:
     """Return a name that may be a path in an HDF5 file."""
-    parts = name.split("/") if isinstance(name, str) else [""]
-    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+    if not (isinstance(name, str) and _is_path(name)):
         raise UnsupportedOperationError(
             f"checkpoint: {name!r} cannot be a name; expected text whose parts between '/' are "
             "neither empty nor '.' nor '..'"
         )
     if name == FLOAT_KEY:
         raise _taken("the state")
-    return str(name)
+    return name
+
+
+@lru_cache(maxsize=1 << 14)  # a program saves the same names again and again
+def _is_path(name: str) -> bool:
+    return "\0" not in name and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 def _taken(where: str) -> UnsupportedOperationError:

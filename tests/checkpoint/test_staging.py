@@ -64,14 +64,14 @@ def part(name: str, array: np.ndarray[Any, Any]) -> Part:
 
 def test_copies_are_made_into_the_memory_of_the_last_ones() -> None:
     staging, x = Staging(), np.arange(1000.0)
-    first = staging.copy({part("x", x): x, part("y", x): x[::-1]})
+    first = staging.copy([(part("x", x), x), (part("y", x), x[::-1])])
     x += 1
     np.testing.assert_array_equal(first[0].data, x - 1)
     np.testing.assert_array_equal(first[1].data, x[::-1] - 1)
-    second = staging.copy({part("x", x): x})  # while the first ones are being written
+    second = staging.copy([(part("x", x), x)])  # while the first ones are being written
     assert not np.shares_memory(first[0].data, second[0].data)
     staging.release(first)
-    third = staging.copy({part("x", x): x, part("y", x): x})
+    third = staging.copy([(part("x", x), x), (part("y", x), x)])
     assert np.shares_memory(first[0].data, third[0].data)
     assert np.shares_memory(first[1].data, third[1].data)
 
@@ -81,7 +81,7 @@ def test_what_comes_from_a_device_goes_into_pinned_memory(
 ) -> None:
     staging, x = Staging(), np.arange(10, dtype=np.float32)
     device: Any = DeviceArray(x)
-    pieces = {p.name: p.data for p in staging.copy({part("a", x): device, part("b", x): x})}
+    pieces = {p.name: p.data for p in staging.copy([(part("a", x), device), (part("b", x), x)])}
     assert [np.shares_memory(pieces["a"], memory) for memory in pinned] == [True]
     assert not np.shares_memory(pieces["b"], pinned[0])
     np.testing.assert_array_equal(pieces["a"], x)
