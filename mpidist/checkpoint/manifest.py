@@ -221,7 +221,7 @@ class Manifest:
         """Return the manifest as a file holds it: JSON with a digest of all the rest."""
         arrays = {
             name: {
-                "dtype": str(array.dtype),
+                "dtype": name_of(array.dtype),
                 "shape": array.shape,
                 "boxes": [box.as_json() for box in array.boxes],
             }

@@ -269,8 +269,14 @@ def give(
 ) -> None:
     """Copy from a unit to wherever its elements are wanted."""
     stored = manifest.arrays[unit.name].boxes[unit.number].box
-    here = unit.region.placed_in(stored)
+    if unit.region.sizes == stored.sizes:  # all of the box, as most small ones are
+        here = stored
+    else:
+        here = unit.region.placed_in(stored)
     for box, out in targets.get(unit.name, ()):
+        if box == here:
+            out[...] = data
+            continue
         common = here.intersect(box)
         if common is not None:
             out[common.relative_to(box).slices] = data[common.relative_to(here).slices]
