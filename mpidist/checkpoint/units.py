@@ -269,10 +269,7 @@ def give(
 ) -> None:
     """Copy from a unit to wherever its elements are wanted."""
     stored = manifest.arrays[unit.name].boxes[unit.number].box
-    if unit.region.sizes == stored.sizes:  # all of the box, as most small ones are
-        here = stored
-    else:
-        here = unit.region.placed_in(stored)
+    here = unit.region.placed_in(stored)
     for box, out in targets.get(unit.name, ()):
         if box == here:
             out[...] = data
