@@ -122,7 +122,11 @@ class Operations(Closing):
         if self._backend.device is not None and plan.on_device:
             inner, waiter = self._begin_on_device(plan, Kind.BLOCKING)
             inner.when_over(partial(self._journal.end, waiter.record))
-            inner.order()
+            try:
+                inner.order()
+            except BaseException as error:
+                self._failed(error, waiter)
+                raise
             return plan.finish()
         number = self._count(plan.verb)
         journal = self._journal

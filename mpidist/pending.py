@@ -308,23 +308,28 @@ class GroupWork(Work[T]):
             if not self._inner.done():
                 return False
             self._arrived()
-        except CollectiveMismatchError as error:
-            self._group._tell_callers(error, self._waiter)
-            self._end(error)
-        except SizeMismatchError as error:
-            self._end(error)
-        except TransportError as error:
-            words = f"{self._waiter.operation} on {self._group}: {error}"
-            told = TransportError(words, error.code)
-            told.__cause__ = error
-            self._end(told, broken=True)
         except BaseException as error:
-            self._end(error, broken=True)
+            self._fail(error)
             if not isinstance(error, Exception):
                 raise
         else:
             self._end()
         return True
+
+    def _fail(self, error: BaseException) -> None:
+        """Be over with an error of the transport's part, in the words of the group."""
+        if isinstance(error, CollectiveMismatchError):
+            self._group._tell_callers(error, self._waiter)
+            self._end(error)
+        elif isinstance(error, SizeMismatchError):
+            self._end(error)
+        elif isinstance(error, TransportError):
+            words = f"{self._waiter.operation} on {self._group}: {error}"
+            told = TransportError(words, error.code)
+            told.__cause__ = error
+            self._end(told, broken=True)
+        else:
+            self._end(error, broken=True)
 
     def _arrived(self) -> None:
         """Take the result, once: the transport's part is over."""
@@ -397,7 +402,10 @@ class DeviceGroupWork(GroupWork[T]):
         """
         if not self._over:
             self._group._check_usable(self._waiter.operation)
-            self._inner.order()
+            try:
+                self._inner.order()
+            except Exception as error:  # noqa: BLE001  # kept, and raised below
+                self._fail(error)
         if self._error is not None:
             raise self._error
         if not self._result:

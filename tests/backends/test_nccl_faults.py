@@ -116,6 +116,18 @@ def test_an_asynchronous_error(
     sum_of(world, cupy)
 
 
+def test_an_asynchronous_error_before_anybody_waits(
+    order_faults: Callable[[str], None], group: ProcessGroup, cupy: Any
+) -> None:
+    order_faults(f"async:{group.rank}:1")
+    work = iall_reduce(cupy.ones(4), group)
+    time.sleep(0.3)  # the watchdog finds it
+    error = fails(group.close, TransportError)
+    assert "all_reduce" in str(error)
+    assert str(group) in str(error)
+    assert fails(work.wait, TransportError) is error
+
+
 def test_an_operation_that_hangs(
     order_faults: Callable[[str], None], group: ProcessGroup, world: ProcessGroup, cupy: Any
 ) -> None:
