@@ -150,7 +150,7 @@ class Staging(DeviceBackend):
             else:
                 pieces += pieces_of(each, some, own.rank, lift, first=len(pieces))
         over = lift.event()
-        steps = _inpieces_of(own, lift, pieces, (lift.here(), over), behind=self._last)
+        steps = _in_pieces(own, lift, pieces, (lift.here(), over), behind=self._last)
         self._last = own.start(steps)
         return self._hold(_Staged(self._last, over, waiter, cuda=lift.cuda, keep=pieces))
 
@@ -237,7 +237,7 @@ class Staging(DeviceBackend):
         return self._own, self._lift
 
 
-def _inpieces_of(
+def _in_pieces(
     own: Backend,
     lift: Lift,
     pieces: Sequence[Piece],

@@ -188,6 +188,24 @@ def test_a_call_that_does_not_return(
     check_broken(group, cupy)
 
 
+def test_a_device_that_fails(
+    order_faults: Callable[[str], None],
+    group: ProcessGroup,
+    cupy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its events just do not happen: CuPy's `done` is False whatever CUDA says."""
+    group.timeout = 10 * SECONDS
+    order_faults(f"hang:{group.rank}:1")
+    work = iall_reduce(cupy.ones(4), group)
+    monkeypatch.setattr(cupy.cuda.runtime, "eventQuery", lambda event: 700)
+    monkeypatch.setattr(cupy.cuda.Event, "done", False)
+    error = fails(work.synchronize, TransportError)
+    for words in ("all_reduce", str(group), f"device {group.rank}", "CUDARuntimeError: 700"):
+        assert words in str(error)
+    check_broken(group, cupy)
+
+
 def test_a_communicator_that_is_in_progress_for_ever(
     order_faults: Callable[[str], None], group: ProcessGroup, world: ProcessGroup, cupy: Any
 ) -> None:

@@ -52,7 +52,7 @@ class NcclWork(DeviceWork):
         self.waiter = waiter
         self.began = time.monotonic()
         self._backend = backend
-        self._event = event
+        self.event = event
         self._held = held
         self._over = False
         self._then: Callable[[], None] | None = None
@@ -65,10 +65,10 @@ class NcclWork(DeviceWork):
         """Return whether the device is done with it."""
         if not self._over:
             self._backend.check()
-            self._over = bool(self._event.done)
+            self._over = bool(self.event.done)
             if self._over:
                 self._held = ()
-                self._backend.release(self, self._event)
+                self._backend.release(self, self.event)
                 if self._then is not None:
                     self._then()
                 # What NCCL has given up is over for the device, too.
@@ -78,7 +78,7 @@ class NcclWork(DeviceWork):
     def reached(self) -> bool:
         """Whether the device is done with it, without any consequences; from any thread."""
         # In this order: when it is over, its event may be another operation's already.
-        return bool(self._event.done) or self._over
+        return bool(self.event.done) or self._over
 
     def overdue(self) -> bool:
         """Whether its deadline is over; from any thread."""
@@ -88,7 +88,7 @@ class NcclWork(DeviceWork):
         """Let the current stream go on only behind this operation."""
         self._backend.check()
         if not self._over:
-            order_behind(self._event)
+            order_behind(self.event)
 
     def wait(self, timeout: float | None = None) -> None:
         """Order the current stream; groups bring the deadline."""
@@ -308,14 +308,10 @@ class NcclBackend(DeviceBackend):
         finally:
             self._inside = None
 
-    def poll(self) -> None:
-        """Let go of what is over."""
+    def idle(self) -> bool:
+        """Let go of what is over; return whether nothing is under way."""
         while self.under_way and self.under_way[0].done():
             pass
-
-    def idle(self) -> bool:
-        """Return whether nothing is under way."""
-        self.poll()
         return not self.under_way
 
     def fence(self) -> Callable[[], bool]:
@@ -347,8 +343,8 @@ class NcclBackend(DeviceBackend):
 
     def patrol(self) -> None:
         """Look for errors that NCCL reports, and for missed deadlines; by the watchdog's thread."""
-        communicator, under_way = self._communicator, tuple(self.under_way)
-        if communicator is None or self._failure is not None:
+        side, under_way = self._side, tuple(self.under_way)
+        if side is None or self._communicator is None or self._failure is not None:
             return
         # Without this the first call of CUDA in a thread would open a context on device 0.
         device_module().cuda.Device(self._device).use()
@@ -364,8 +360,18 @@ class NcclBackend(DeviceBackend):
             except DistributedError as error:
                 work.waiter().report(str(error))
             else:
+                side.check(work.event)
                 if work.overdue() and not work.reached():
                     self.fail(work.waiter().expire())
+
+    def give_up(self, error: Exception) -> None:
+        """Fail because the device does; by the watchdog's thread.
+
+        What has not happened there never will.
+        """
+        told = self.under_way[0].waiter().told if self.under_way else "NCCL"
+        words = f"{told}: device {self._device} has failed: {type(error).__name__}: {error}"
+        self.fail(TransportError(words, calls.DEVICE_FAILED))
 
     def look(self, waiter: Callable[[], Waiter]) -> None:
         """Raise what NCCL has found by itself since the communicator was made, if anything.

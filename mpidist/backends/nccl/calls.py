@@ -23,6 +23,7 @@ from mpidist.errors import BackendUnavailableError, TransportError
 __all__ = [
     "BYTE",
     "CODES",
+    "DEVICE_FAILED",
     "OPS",
     "UNIQUE_ID_NBYTES",
     "abort",
@@ -59,8 +60,11 @@ CODES: dict[DType, int] = {
 OPS: dict[ReduceOp, int] = {SUM: 0, PROD: 1, MAX: 2, MIN: 3, MEAN: 4}
 """``ncclRedOp_t``; the last is ``ncclAvg``."""
 
+DEVICE_FAILED = 1
+"""The code of errors of CUDA: ``ncclUnhandledCudaError``."""
+
 _SUCCESS, _INTERNAL, _IN_PROGRESS = 0, 3, 7
-"""Of ``ncclResult_t``."""
+"""Of ``ncclResult_t``, too."""
 
 _BYTES_SINCE = 14
 """The CuPy whose unique ids are bytes; they were tuples of signed characters."""

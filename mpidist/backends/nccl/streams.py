@@ -17,6 +17,10 @@ from mpidist.arrays import device_module
 __all__ = ["Side", "order_behind"]
 
 
+_SUCCESS, _NOT_READY = 0, 600
+"""Of ``cudaError_t``."""
+
+
 class Side:
     """The side stream of a group on the current device.
 
@@ -54,6 +58,19 @@ class Side:
     def take_back(self, event: Any) -> None:
         """Take an event that has happened, and for which nobody waits any more."""
         self._spare.append(event)
+
+    def check(self, event: Any) -> None:
+        """Raise if the device has failed: an event does not happen then, and `done` is just False.
+
+        Raises
+        ------
+        CUDARuntimeError
+            What has failed, such as an illegal access of some kernel before.
+        """
+        runtime = self._cuda.runtime
+        code = runtime.eventQuery(event.ptr)
+        if code not in (_SUCCESS, _NOT_READY):
+            raise runtime.CUDARuntimeError(code)
 
     def fence(self) -> Callable[[], bool]:
         """Return what tells whether all that is on the current stream by now has been done."""

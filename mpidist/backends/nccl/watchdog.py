@@ -24,6 +24,9 @@ class _Watched(Protocol):
     def patrol(self) -> None:
         """Look for what is wrong, and end what cannot be completed."""
 
+    def give_up(self, error: Exception) -> None:
+        """Take what `patrol` has raised as the end."""
+
     def end(self) -> None:
         """Wait for what is under way, with a deadline, and release what is held."""
 
@@ -67,9 +70,10 @@ class Watchdog:
             for each in watched:
                 try:
                     each.patrol()
-                except Exception:  # noqa: BLE001  # of a device that has failed, whatever it raises
-                    # Whoever uses that device next is told; the others still need this thread.
+                except Exception as error:  # noqa: BLE001  # of a device that has failed
+                    # The others still need this thread.
                     self.forget(each)
+                    each.give_up(error)
 
     def _on_exit(self) -> None:
         if os.getpid() != self._pid:  # a child that was forked can neither use nor release them

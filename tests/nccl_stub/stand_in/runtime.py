@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.nccl_stub.stand_in import devices, memory
+from tests.nccl_stub.stand_in import devices, memory, streams
 from tests.nccl_stub.stand_in.devices import CUDARuntimeError
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "deviceGetPCIBusId",
     "deviceSynchronize",
     "driverGetVersion",
+    "eventQuery",
     "getDevice",
     "getDeviceCount",
     "getDeviceProperties",
@@ -44,6 +45,10 @@ def deviceGetPCIBusId(device: int) -> str:
 
 def deviceSynchronize() -> None:
     devices.Device().synchronize()
+
+
+def eventQuery(event: int) -> int:
+    return streams.event_query(event)
 
 
 def deviceCanAccessPeer(device: int, peer: int) -> int:

@@ -6,11 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tests.nccl_stub.stand_in import devices, queues
 from tests.nccl_stub.stand_in.queues import Queue
 
-__all__ = ["Event", "Stream", "current_stream", "get_elapsed_time", "reset"]
+__all__ = ["Event", "Stream", "current_stream", "event_query", "get_elapsed_time", "reset"]
+
+
+_events: WeakValueDictionary[int, Event] = WeakValueDictionary()
+
+
+def event_query(event: int) -> int:
+    """Return cudaSuccess or cudaErrorNotReady for the pointer of an event."""
+    return 0 if _events[event].done else 600
 
 
 class Event:
@@ -22,6 +31,7 @@ class Event:
         if interprocess and not disable_timing:
             raise ValueError("Timing must be disabled for interprocess events")
         self.ptr = queues.next_pointer()
+        _events[self.ptr] = self
         self._timed = not disable_timing
         self._device = devices.current()
         self._at: tuple[Queue, int] | None = None
