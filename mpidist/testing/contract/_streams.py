@@ -45,17 +45,28 @@ def _stall(group: ProcessGroup, place: DevicePlace) -> Work[Any]:
         return collectives.iall_reduce(x, group)
 
 
+def _all_reduce(form: str, x: Array, group: ProcessGroup, out: Array) -> None:
+    """Sum `x`, in one of three ways, and let the current stream go on behind that."""
+    if form == "blocking":
+        collectives.all_reduce(x, group, out=out)
+    elif form == "immediate":
+        collectives.iall_reduce(x, group, out=out).wait()
+    else:
+        out[...] = x
+        collectives.all_reduce(out, group, out=out)
+
+
+FORMS = ("blocking", "immediate", "in place", "in place")  # the second of which is a repeated call
+
+
 def behind_a_slow_kernel(group: ProcessGroup, place: DevicePlace) -> None:
-    """Read, blocking or immediate, what a slow kernel before the collective writes."""
+    """Read, in every form of a call, what a slow kernel before the collective writes."""
     place.ready(group)
-    for form in ("blocking", "immediate"):
-        x = _array(place)
+    for form in FORMS:
+        x, out = _array(place), _array(place)
         place.busy(SECONDS)
         x[...] = group.rank
-        if form == "blocking":
-            out = collectives.all_reduce(x, group)
-        else:
-            out = collectives.iall_reduce(x, group).wait()
+        _all_reduce(form, x, group, out)
         expect(place.take(out), _sum(group), f"{form} all_reduce behind a slow kernel")
 
 
@@ -77,13 +88,10 @@ def messages_behind_a_slow_kernel(group: ProcessGroup, place: DevicePlace) -> No
 def consumers(group: ProcessGroup, place: DevicePlace) -> None:
     """Launch something behind a collective: it reads the result, however long that takes."""
     place.ready(group)
-    for form in ("blocking", "immediate"):
+    for form in FORMS:
         stalled = _stall(group, place)
         x, out = _array(place, group.rank), _array(place)
-        if form == "blocking":
-            collectives.all_reduce(x, group, out=out)
-        else:
-            collectives.iall_reduce(x, group, out=out).wait()
+        _all_reduce(form, x, group, out)
         doubled = out * 2.0
         expect(place.take(doubled), 2 * _sum(group), f"what follows a {form} all_reduce")
         stalled.wait()
