@@ -181,4 +181,5 @@ class DeviceContract(BackendContract):
     test_temporaries = _device_test(_streams.temporaries)
     test_two_groups = _device_test(_streams.two_groups)
     test_synchronized = _device_test(_streams.synchronized)
+    test_a_stream_of_its_own = _device_test(_streams.a_stream_of_its_own)
     test_the_host_goes_on = _device_test(_streams.the_host_goes_on)

@@ -7,6 +7,7 @@ go first, and it reads what is not there yet.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -191,21 +192,51 @@ def two_groups(group: ProcessGroup, place: DevicePlace) -> None:
 def synchronized(group: ProcessGroup, place: DevicePlace) -> None:
     """After `synchronize` the result is there for everybody, whatever stream is current."""
     place.ready(group)
-    stalled = _stall(group, place)
-    out = _array(place)
-    work = collectives.iall_reduce(_array(place, group.rank), group, out=out)
-    work.synchronize()
-    check_that(work.done(), "not done after synchronize")
-    with place.cupy.cuda.Stream(non_blocking=True):
-        expect(place.take(out), _sum(group), "on a stream that waits for nothing")
-    stalled.wait()
+    for out in (_array(place), place.put(np.full((COUNT, 2), -1.0))[:, 0]):
+        stalled = _stall(group, place)
+        work = collectives.iall_reduce(_array(place, group.rank), group, out=out)
+        work.synchronize()
+        check_that(work.done(), "not done after synchronize")
+        with place.cupy.cuda.Stream(non_blocking=True):
+            expect(place.take(out), _sum(group), "on a stream that waits for nothing")
+        stalled.wait()
+
+
+def _agreed(group: ProcessGroup, trial: Callable[[], bool], words: str) -> None:
+    """Raise unless a trial succeeds on all ranks at once."""
+    votes: list[bool] = []
+    for _ in range(5):  # a machine that stops for a moment gets another try
+        votes = collectives.all_gather_object(trial(), group)
+        if all(votes):
+            return
+    raise AssertionError(f"{words} on ranks {[rank for rank, ok in enumerate(votes) if not ok]}")
+
+
+def a_stream_of_its_own(group: ProcessGroup, place: DevicePlace) -> None:
+    """Be independent of the stream on which the ranks were connected, where it has no part."""
+    place.ready(group)
+
+    def trial() -> bool:
+        with place.cupy.cuda.Stream(non_blocking=True):
+            x = _array(place, group.rank)
+        behind = place.cupy.cuda.Event(disable_timing=True)
+        place.busy(3 * SECONDS)
+        behind.record()
+        with place.cupy.cuda.Stream(non_blocking=True):
+            out = collectives.iall_reduce(x, group).synchronize()
+            expect(place.take(out), _sum(group), "beside a slow kernel on another stream")
+        went_on = not behind.done
+        behind.synchronize()
+        return went_on
+
+    _agreed(group, trial, "the transport waited for a stream that was not current,")
 
 
 def the_host_goes_on(group: ProcessGroup, place: DevicePlace) -> None:
     """Neither a blocking verb nor `wait` waits on the host for a result on a device."""
     place.ready(group)
-    votes: list[bool] = []
-    for _ in range(5):  # a machine that stops for a moment gets another try
+
+    def trial() -> bool:
         x, out = _array(place, group.rank), _array(place)
         place.busy(3 * SECONDS)
         collectives.all_reduce(x, group, out=out)
@@ -214,7 +245,6 @@ def the_host_goes_on(group: ProcessGroup, place: DevicePlace) -> None:
         went_on = not work.done()
         work.synchronize()
         expect(place.take(out), _sum(group), "behind a slow kernel")
-        votes = collectives.all_gather_object(went_on, group)
-        if all(votes):
-            return
-    raise AssertionError(f"the host waited for the device on ranks {votes}")
+        return went_on
+
+    _agreed(group, trial, "the host waited for the device")
