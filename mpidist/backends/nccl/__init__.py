@@ -1,7 +1,8 @@
 """NCCL: collectives and messages of device arrays, see `mpidist.backends.hybrid`.
 
 `calls` holds every call of the library, `communicator` its operations on arrays, `plans` the verbs
-in these terms, `streams` their order on the device, and `backend` brings them together for a group.
+in these terms, `streams` their order on the device, `work` what is under way, and `backend` brings
+them together for a group.
 """
 
 from __future__ import annotations

@@ -11,88 +11,25 @@ from typing import Any, TypeVar
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays import device_module
 from mpidist.backends.base import Backend, Capabilities
-from mpidist.backends.device import DeviceBackend, DeviceWork
+from mpidist.backends.device import DeviceBackend
 from mpidist.backends.nccl import calls
 from mpidist.backends.nccl.communicator import NcclCommunicator
 from mpidist.backends.nccl.dtypes import REDUCTIONS
 from mpidist.backends.nccl.identity import check_devices, gather_facts, own_facts
 from mpidist.backends.nccl.plans import Operation, Plans
-from mpidist.backends.nccl.streams import Side, order_behind
+from mpidist.backends.nccl.streams import Side
 from mpidist.backends.nccl.unique_id import NcclUniqueId
 from mpidist.backends.nccl.watchdog import watchdog
+from mpidist.backends.nccl.work import NcclWork
 from mpidist.backends.work import Message, Waiter
 from mpidist.errors import DistributedError, TransportError, UnsupportedOperationError
 
-__all__ = ["NcclBackend", "NcclWork"]
+__all__ = ["NcclBackend"]
 
 T = TypeVar("T")
 
 _GOODBYE = 10.0
 """Seconds that NCCL gets to release a communicator."""
-
-
-class NcclWork(DeviceWork):
-    """An operation of NCCL under way.
-
-    Parameters
-    ----------
-    backend : NcclBackend
-        Who performs it.
-    event : cupy.cuda.Event
-        Happens when it is over.
-    held : tuple
-        What it reads and writes.
-    waiter : callable
-        Returns what waits for it; asked only if something is wrong.
-    """
-
-    def __init__(
-        self, backend: NcclBackend, event: Any, held: tuple[Any, ...], waiter: Callable[[], Waiter]
-    ) -> None:
-        self.waiter = waiter
-        self.began = time.monotonic()
-        self._backend = backend
-        self.event = event
-        self._held = held
-        self._over = False
-        self._then: Callable[[], None] | None = None
-
-    def when_over(self, then: Callable[[], None]) -> None:
-        """Call this when it is seen to be over."""
-        self._then = then
-
-    def done(self) -> bool:
-        """Return whether the device is done with it."""
-        if not self._over:
-            self._backend.check()
-            self._over = bool(self.event.done)
-            if self._over:
-                self._held = ()
-                self._backend.release(self, self.event)
-                if self._then is not None:
-                    self._then()
-                # What NCCL has given up is over for the device, too.
-                self._backend.look(self.waiter)
-        return self._over
-
-    def reached(self) -> bool:
-        """Whether the device is done with it, without any consequences; from any thread."""
-        # In this order: when it is over, its event may be another operation's already.
-        return bool(self.event.done) or self._over
-
-    def overdue(self) -> bool:
-        """Whether its deadline is over; from any thread."""
-        return time.monotonic() - self.began > self.waiter().timeout
-
-    def order(self) -> None:
-        """Let the current stream go on only behind this operation."""
-        self._backend.check()
-        if not self._over:
-            order_behind(self.event)
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Order the current stream; groups bring the deadline."""
-        self.order()
 
 
 def _begin_all(operations: Sequence[Operation], communicator: NcclCommunicator) -> None:
