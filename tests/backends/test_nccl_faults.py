@@ -101,6 +101,21 @@ def test_a_call_that_fails_on_one_rank(
     sum_of(world, cupy)
 
 
+def test_a_communicator_that_cannot_even_be_aborted(
+    order_faults: Callable[[str], None],
+    group: ProcessGroup,
+    cupy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As releases of NCCL do that wait for all ranks of the node to abort."""
+    monkeypatch.setattr("mpidist.backends.nccl.backend._GOODBYE", 0.2)
+    monkeypatch.setattr(NcclCommunicator, "abort", lambda _: time.sleep(2 * SECONDS))
+    order_faults(f"fail:{group.rank}:1")
+    error = fails(lambda: all_reduce(cupy.ones(4), group), TransportError)
+    assert "all_reduce" in str(error)
+    check_broken(group, cupy)
+
+
 def test_an_asynchronous_error(
     order_faults: Callable[[str], None], group: ProcessGroup, world: ProcessGroup, cupy: Any
 ) -> None:

@@ -29,7 +29,7 @@ __all__ = ["NcclBackend"]
 T = TypeVar("T")
 
 _GOODBYE = 10.0
-"""Seconds that NCCL gets to release a communicator."""
+"""Seconds that NCCL gets to end or to release a communicator."""
 
 
 def _begin_all(operations: Sequence[Operation], communicator: NcclCommunicator) -> None:
@@ -276,15 +276,31 @@ class NcclBackend(DeviceBackend):
                 return
             self._failure = error
         if self._communicator is not None:
-            self._communicator.abort()
+            self._leave(self._communicator.abort)
+
+    def _leave(self, call: Callable[[], None]) -> None:
+        """Make a communicator's last call, and go on after a while if it does not return.
+
+        Some releases of NCCL wait there for the other ranks of the node, or for their own threads.
+        """
+
+        def leave() -> None:
+            # A device that has failed says so again, and whoever uses it knows.
+            with suppress(Exception):
+                # Without this the first call of CUDA in a thread would open a context on device 0.
+                device_module().cuda.Device(self._device).use()
+                call()
+
+        thread = threading.Thread(target=leave, name="mpidist-nccl", daemon=True)
+        thread.start()
+        thread.join(_GOODBYE)
 
     def patrol(self) -> None:
         """Look for errors that NCCL reports, and for missed deadlines; by the watchdog's thread."""
         side, under_way = self._side, tuple(self.under_way)
         if side is None or self._communicator is None or self._failure is not None:
             return
-        # Without this the first call of CUDA in a thread would open a context on device 0.
-        device_module().cuda.Device(self._device).use()
+        device_module().cuda.Device(self._device).use()  # as in `_leave`
         inside = self._inside
         if inside is not None and time.monotonic() - inside[1] > inside[0]().timeout:
             self.fail(inside[0]().expire())
@@ -342,16 +358,5 @@ class NcclBackend(DeviceBackend):
         communicator, self._communicator = self._communicator, None
         if communicator is None or self._failure is not None:
             return
-        if not self.idle():
-            # The group is broken, and others may not even come.
-            communicator.abort()
-            return
-
-        def release() -> None:
-            # As in `patrol`.
-            device_module().cuda.Device(self._device).use()
-            communicator.destroy()
-
-        thread = threading.Thread(target=release, name="mpidist-nccl", daemon=True)
-        thread.start()
-        thread.join(_GOODBYE)
+        # What is under way is a broken group's, and others may not even come to it.
+        self._leave(communicator.destroy if self.idle() else communicator.abort)
