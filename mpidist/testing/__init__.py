@@ -1,19 +1,21 @@
 """What tests of mpidist, and of programs that use it, are made of.
 
 Simulated ranks (`run_ranks`) with injected faults, and the cases that every transport has to pass
-(`BackendContract`). Nothing in mpidist imports this package.
+(`BackendContract`; `DeviceContract` of device arrays). Nothing in mpidist imports this package.
 """
 
 from __future__ import annotations
 
 from mpidist.backends.faults import Death, Drop, Faults, Mode
-from mpidist.testing.contract import BackendContract
+from mpidist.testing.contract import BackendContract, DeviceContract, DevicePlace
 from mpidist.testing.gradcheck import check_gradients, check_halves
 from mpidist.testing.ranks import run_ranks
 
 __all__ = [
     "BackendContract",
     "Death",
+    "DeviceContract",
+    "DevicePlace",
     "Drop",
     "Faults",
     "Mode",
