@@ -158,7 +158,7 @@ def forgets_the_event_before(patch: pytest.MonkeyPatch, world: ProcessGroup) -> 
 
 def forgets_the_event_after(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Let the current stream go on before the operation is over."""
-    patch.setattr(backend, "order_behind", lambda event: None)
+    patch.setattr(backend.NcclWork, "order", lambda work: None)
 
 
 def drops_its_arrays(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
@@ -169,7 +169,13 @@ def drops_its_arrays(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
 
 def waits_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Wait for the device where only the current stream has to."""
-    patch.setattr(backend, "order_behind", lambda event: event.synchronize())
+    order, cuda = backend.NcclWork.order, importlib.import_module("cupy").cuda
+
+    def blocks(work: backend.NcclWork) -> None:
+        order(work)
+        cuda.get_current_stream().synchronize()
+
+    patch.setattr(backend.NcclWork, "order", blocks)
 
 
 def goes_by_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
