@@ -48,6 +48,7 @@ def lies_shared(x, world):
     return world._backend.registered.place(x.reshape(-1)) is not None
 
 
+@pytest.mark.any_mpi
 @direct_only
 @pytest.mark.ranks(2, 3, 4)
 def test_every_reduction_equals_numpy_bit_for_bit(world):
@@ -62,6 +63,7 @@ def test_every_reduction_equals_numpy_bit_for_bit(world):
         np.testing.assert_array_equal(result, in_rank_order(parts, op), err_msg=f"{op} {dtype}")
 
 
+@pytest.mark.any_mpi
 @direct_only
 @pytest.mark.ranks(2, 3, 4)
 def test_sums_are_made_in_rank_order(world):

@@ -41,6 +41,7 @@ def series_of(report: Report) -> set[str]:
     return {row.series for row in report.rows}
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(2, 3)
 def test_all_reduce_without_gloo(world: ProcessGroup) -> None:
     report = report_of(all_reduce, world, *SMALL, "--no-gloo")
@@ -56,6 +57,7 @@ def test_all_reduce_without_gloo(world: ProcessGroup) -> None:
     assert "Gloo was left out" in report.notes
 
 
+@pytest.mark.any_mpi
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.ranks(2)
 def test_all_reduce_with_gloo(world: ProcessGroup) -> None:
@@ -68,6 +70,7 @@ def no_torch(module: str, **_: str) -> Any:
     raise BackendUnavailableError(f"no {module} here")
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(2)
 def test_a_peer_that_one_rank_lacks_is_a_note_on_all(
     world: ProcessGroup, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +110,7 @@ def test_the_bound_covers_the_whole_array(ranks: int, monkeypatch: pytest.Monkey
     assert sum(added) == sum(copied) == (ranks - 1) * 1_000_000
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(2, 3)
 def test_collectives(world: ProcessGroup) -> None:
     report = report_of(collectives, world, *SMALL)
@@ -118,6 +122,7 @@ def test_collectives(world: ProcessGroup) -> None:
     assert [(row.series, row.nbytes) for row in barriers] == [(ORDINARY, 0), (LIBRARY, 0)]
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(2, 3)
 def test_p2p(world: ProcessGroup) -> None:
     report = report_of(p2p, world, *SMALL)
@@ -126,6 +131,7 @@ def test_p2p(world: ProcessGroup) -> None:
     assert found == {(name, who) for name in operations for who in (ORDINARY, LIBRARY)}
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(2)
 def test_overhead(world: ProcessGroup) -> None:
     report = report_of(overhead, world, "--sizes", "4", "1K", "--repeats", "2")
@@ -163,6 +169,7 @@ def test_the_guard_fails_without_a_library_after_all_attempts(attempts: int) -> 
     }
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(2)
 def test_what_a_trace_adds(world: ProcessGroup) -> None:
     words = ["--millions", "0.1", "--block", "0.05", "--rounds", "2"]

@@ -158,6 +158,7 @@ def test_arrays_that_were_not_loaded_are_noticed(
         run_ranks(1, lambda world: reads_of_ranks(world, Model(1), tmp_path))
 
 
+@pytest.mark.any_mpi
 @pytest.mark.skipif(find_spec("tabulate") is None, reason="tabulate is missing")
 @pytest.mark.ranks(2)
 @pytest.mark.timeout(120)
@@ -180,6 +181,7 @@ def test_the_whole_benchmark_on_ranks(
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.any_mpi
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.ranks(2)
 @pytest.mark.timeout(120)

@@ -46,6 +46,7 @@ def test_without_torch_nothing_is_compared_with_it():
     assert rows[0].values["added"] == 0
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(importlib.util.find_spec("tabulate") is None, reason="tabulate is missing")

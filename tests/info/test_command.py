@@ -86,6 +86,7 @@ def test_real_ranks_give_the_names_of_the_json_form(mpirun: list[str]) -> None:
     assert [name for name in absent if not name.startswith(may_be)] == []
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 def test_the_crossovers_in_force_are_told_with_their_source(tmp_path: Path) -> None:
     report = json.loads(run(*INFO, "--json", MPIDIST_CROSSOVERS="small=7,scratch=never").stdout)
@@ -96,6 +97,7 @@ def test_the_crossovers_in_force_are_told_with_their_source(tmp_path: Path) -> N
     assert report["crossovers"]["source"] == ""
 
 
+@pytest.mark.any_mpi
 @pytest.mark.mpirun
 def test_crossovers_that_init_would_refuse_are_fatal() -> None:
     answer = run(*INFO, MPIDIST_CROSSOVERS="small=much")

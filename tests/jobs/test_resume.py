@@ -90,8 +90,8 @@ def check_goes_on(run: Run, out: Path, whole: Path, launcher: tuple[str, ...]) -
 @pytest.mark.parametrize(
     ("to", "number"),
     [
-        ("one rank", signal.SIGUSR1),
-        ("one rank", signal.SIGTERM),
+        pytest.param("one rank", signal.SIGUSR1, marks=pytest.mark.any_mpi),
+        pytest.param("one rank", signal.SIGTERM, marks=pytest.mark.any_mpi),
         ("mpirun", signal.SIGUSR1),
         ("mpirun", signal.SIGTERM),
     ],
@@ -148,6 +148,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("sharded", [(), ("--sharded-optimizer",)])
 def test_a_run_that_is_killed_goes_on_from_its_last_save(
     start: Start,

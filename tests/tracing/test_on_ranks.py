@@ -55,6 +55,7 @@ def read(path: Path, world: ProcessGroup) -> tuple[Summary, Any]:
     return told
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(4)
 def test_the_summary_of_a_training_agrees_with_the_clock(
     world: ProcessGroup, tmp_path: Path
@@ -78,6 +79,7 @@ def test_the_summary_of_a_training_agrees_with_the_clock(
     assert [step.seconds for step in summary.steps] == pytest.approx(slowest, rel=0.05, abs=2e-3)
 
 
+@pytest.mark.any_mpi
 @pytest.mark.ranks(4)
 def test_a_rank_that_sleeps_in_each_step_is_the_slowest(
     world: ProcessGroup, tmp_path: Path
