@@ -323,7 +323,7 @@ class GroupWork(Work[T]):
             self._end(error)
         elif isinstance(error, SizeMismatchError):
             self._end(error)
-        elif isinstance(error, TransportError):
+        elif isinstance(error, TransportError) and str(self._group) not in str(error):
             words = f"{self._waiter.operation} on {self._group}: {error}"
             told = TransportError(words, error.code)
             told.__cause__ = error
