@@ -175,8 +175,8 @@ def all_rows_on_one_rank(group: ProcessGroup, place: Place) -> None:
         own = slice(0, counts[group.rank])
         wanted = np.full((rows, 1), owner + 1.0)
         mine = np.full((rows, 1), group.rank + 1.0)
-        registered = [group.empty((rows, 1), np.float64)] if place.on_host else []
-        for out in (place.put(mine.copy()), *registered):
+        registered = group.empty((rows, 1), np.float64, device="cpu" if place.on_host else "gpu")
+        for out in (place.put(mine.copy()), registered):
             for form in ("blocking", "immediate"):
                 out[...] = group.rank + 1
                 if form == "blocking":
