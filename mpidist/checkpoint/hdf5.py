@@ -8,7 +8,6 @@ files while it moves them. A file that all ranks write together (`shared_file`) 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -43,10 +42,6 @@ TAG = "mpidist dtype"
 
 MOST_IN_VIEW = 4096
 """Arrays in a view: a virtual dataset takes a fifth of a millisecond to make."""
-
-
-_IN_A_ROW, _PAUSE = 8, 1e-5
-"""How many arrays are put into a view before other threads are let go on, and for how long."""
 
 
 def create_file(
@@ -241,12 +236,8 @@ def create_view(path: Path, manifest: Manifest) -> None:
         shows = f"{len(shown)} of {len(names)}"
         _describe(file, {"format": f"view of {FORMAT}", "id": manifest.id, "arrays": shows})
         view = _View(file, manifest)
-        for number, name in enumerate(shown):
+        for name in shown:
             view.show(name)
-            if number % _IN_A_ROW == 0:
-                # HDF5 keeps the interpreter's lock, and who writes beside this would get it after
-                # 5 ms, each time that a block is written.
-                time.sleep(_PAUSE)
 
 
 class _View:
