@@ -196,6 +196,11 @@ class ProcessGroup(Operations):
             )
         device.check_place(x, f"{verb} on {self}: {name}")
 
+    def keep(self, x: Array) -> None:
+        """Hold a device array until what is on the current stream by now is done with it."""
+        if self._backend.device is not None:
+            self._backend.device.keep(x)
+
     @property
     def crossovers(self) -> Crossovers:
         """From which sizes on this group takes which path; may be set, to the same on all ranks."""

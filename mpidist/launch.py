@@ -37,8 +37,9 @@ def init(
         The transport of host arrays: ``"mpi"``, or ``"simulated"`` for one rank in this process.
         When omitted: MPI, if a launcher started this process as a rank or `comm` is given; else one
         rank, and MPI is not started. In that case device arrays are carried, too, by NCCL, where
-        every rank has it and a GPU: `local_rank` chooses which, unless the program has done so.
-        ``"hybrid"`` is the same, and an error where they cannot be carried.
+        every rank has it and a GPU; if CuPy has been imported, `local_rank` chooses the GPU, unless
+        the program has done so. ``"hybrid"`` imports CuPy, and is an error where device arrays
+        cannot be carried.
     comm : mpi4py.MPI.Intracomm, optional
         Its ranks are the group's; duplicated. ``MPI.COMM_WORLD`` when omitted.
     timeout : float, optional
@@ -94,7 +95,8 @@ def _add_devices(world: ProcessGroup, *, required: bool) -> None:
     """Let a world carry device arrays if all its ranks can; collective."""
     from mpidist.backends.hybrid import carry_devices, use_device, why_not
 
-    reason, fallback = _first_reason(world, why_not())
+    asked = required or env.gpu_fallback()
+    reason, fallback = _first_reason(world, why_not(asked=asked))
     if reason is not None and required and not fallback:
         raise BackendUnavailableError(f"init('hybrid'): {reason}")
     carry_devices(world._backend, reason, fallback=fallback)

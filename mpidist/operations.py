@@ -14,7 +14,13 @@ from mpidist.backends.base import Backend
 from mpidist.backends.device import DeviceBackend, DeviceWork
 from mpidist.backends.journal import Journal, describe
 from mpidist.backends.work import Message, Steps
-from mpidist.errors import CollectiveMismatchError, GroupBrokenError, UnsupportedOperationError
+from mpidist.errors import (
+    BackendUnavailableError,
+    CollectiveMismatchError,
+    GroupBrokenError,
+    LaunchError,
+    UnsupportedOperationError,
+)
 from mpidist.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers, Plan
 from mpidist.recorder import Kind, caller
 
@@ -236,6 +242,10 @@ class Operations(Closing):
                 waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
             device.prepare(waiter)
             return device.begin(plan.verb, plan.args, waiter), waiter
+        except (BackendUnavailableError, LaunchError):
+            # The ranks cannot be connected, all of them know, and nothing has begun.
+            self._journal.end(record, failed=True)
+            raise
         except BaseException as error:
             self._failed(error, waiter)
             raise
@@ -443,3 +453,5 @@ class Operations(Closing):
         if self._reason is None:
             self._reason = str(error) or type(error).__name__
             _BROKEN.append(self)
+            if self._backend.device is not None:
+                self._backend.device.abandon(error)

@@ -48,6 +48,21 @@ class DeviceBackend(ABC):
     name: str
     capabilities: Capabilities
 
+    def __init__(self) -> None:
+        self._kept: list[tuple[Callable[[], bool], object]] = []
+
+    def keep(self, what: object) -> None:
+        """Hold something until what is on the current stream by now has been done.
+
+        Memory goes back to the stream on which it was made: whatever another stream still reads has
+        to be held.
+        """
+        self._kept = [(reached, held) for reached, held in self._kept if not reached()]
+        self._kept.append((self.fence(), what))
+
+    def abandon(self, error: BaseException) -> None:  # noqa: B027  # optional
+        """End what is under way: the group is broken, by this error."""
+
     @abstractmethod
     def prepare(self, waiter: Waiter) -> None:
         """Connect the ranks, the first time; collective, blocks."""

@@ -16,13 +16,19 @@ from mpidist.backends.base import Backend
 __all__ = ["carry_devices", "may_stage", "use_device", "why_not"]
 
 
-def why_not() -> str | None:
+def why_not(*, asked: bool) -> str | None:
     """Say why this rank cannot carry device arrays over NCCL; None if it can.
 
-    Imports CuPy where there seems to be a GPU.
+    Parameters
+    ----------
+    asked : bool
+        Whether the program has asked for them, so that CuPy may be imported. If it has not, and has
+        not imported CuPy either, None means that there seems to be a GPU; connecting the ranks
+        finds out the rest.
     """
+    # A program that uses no GPU pays nothing for those of its node: no import, and no context.
     reason = why_no_gpu()
-    if reason is not None:
+    if reason is not None or not (asked or "cupy" in sys.modules):
         return reason
     try:
         device_module()

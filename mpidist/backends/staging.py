@@ -103,6 +103,7 @@ class Staging(DeviceBackend):
     name = "staging"
 
     def __init__(self, host: Backend, *, aware: bool = False) -> None:
+        super().__init__()
         self.capabilities = replace(
             host.capabilities, max_tag=0, any_source=False, unknown_shapes=False
         )

@@ -219,6 +219,8 @@ def land(
 
     def write_back() -> Array:
         xp.copyto(plain, landed)
+        if is_device(landed):
+            group.keep(landed)
         return out
 
     return Landing(landed.reshape(-1), write_back)

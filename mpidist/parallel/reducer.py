@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays import REDUCTIONS
+from mpidist.arrays import REDUCTIONS, is_device
 from mpidist.errors import UnsupportedOperationError
 from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
@@ -356,4 +356,9 @@ def _check(arrays: Mapping[str, Array], op: ReduceOp) -> None:
         if (MEAN, array.dtype) not in REDUCTIONS:
             raise UnsupportedOperationError(
                 f"GradientReducer: '{name}' has dtype {array.dtype}; gradients are float or complex"
+            )
+        if array.dtype.kind == "c" and is_device(array):
+            raise UnsupportedOperationError(
+                f"GradientReducer: '{name}' is complex and lies on a device, where gradients are "
+                "float; reduce it by all_reduce, or on the host"
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -14,10 +16,12 @@ from mpidist import all_reduce, init, sendrecv
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM
 from mpidist.arrays import BFLOAT16
 from mpidist.backends import hybrid
-from mpidist.backends.hybrid import carry_devices, use_device
-from mpidist.backends.nccl import NcclUniqueId
+from mpidist.backends.hybrid import carry_devices, use_device, why_not
+from mpidist.backends.nccl import NcclBackend, NcclUniqueId
 from mpidist.backends.nccl.dtypes import REDUCTIONS, from_keys, needs_keys, to_keys
 from mpidist.backends.nccl.identity import check_devices
+from mpidist.backends.network import Network
+from mpidist.backends.simulated import SimulatedBackend
 from mpidist.errors import (
     BackendUnavailableError,
     LaunchError,
@@ -123,6 +127,12 @@ def test_newer_releases_let_ranks_share_a_device_if_all_say_so() -> None:
         check_devices([facts[0], fact(0, "a", nccl=23003)])
 
 
+def test_all_ranks_hear_what_one_lacks() -> None:
+    facts = [fact(0, "a"), {"lacks": "CuPy finds no NCCL"}, {"lacks": "the driver is old"}]
+    with pytest.raises(BackendUnavailableError, match=r"^NCCL: on rank 1, CuPy finds no NCCL$"):
+        check_devices(facts)
+
+
 def test_different_releases_are_refused() -> None:
     with pytest.raises(BackendUnavailableError, match=r"rank 0 22803, rank 1 23003"):
         check_devices([fact(0, "a"), fact(0, "b", nccl=23003)])
@@ -155,6 +165,17 @@ def test_all_ranks_have_to_allow_the_way_by_the_host(
     for reason, allowed in run_ranks(3, case):
         assert re.fullmatch(f"on rank 1, there is none{words}", str(reason))
         assert allowed is staged
+
+
+def test_cupy_is_imported_only_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise ImportError("no import was asked for")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr("mpidist.backends.hybrid.why_no_gpu", lambda: None)
+    monkeypatch.setattr("mpidist.backends.hybrid.device_module", refuse)
+    assert why_not(asked=False) is None
+    assert "no import was asked for" in str(why_not(asked=True))
 
 
 def test_no_reason_where_all_have_it() -> None:
@@ -196,3 +217,25 @@ def test_a_unique_id_has_128_bytes() -> None:
     assert NcclUniqueId(bytes(range(128))) == bytes(range(128))
     with pytest.raises(SizeMismatchError, match=r"expected 128 bytes, got 3"):
         NcclUniqueId(b"abc")
+
+
+def test_what_a_stream_still_reads_is_held_until_it_has() -> None:
+    class Lent:
+        """Something whose end can be seen."""
+
+    class OneStream(NcclBackend):
+        reached = False
+
+        def fence(self) -> Any:
+            return lambda: self.reached
+
+    transport = OneStream(SimulatedBackend(Network(1), 0))
+    lent, later = Lent(), Lent()
+    seen = weakref.ref(lent)
+    transport.keep(lent)
+    del lent
+    transport.keep(later)
+    assert seen() is not None
+    transport.reached = True
+    transport.keep(later)
+    assert seen() is None

@@ -11,10 +11,11 @@ import pytest
 
 import mpidist
 from mpidist.arrays import BFLOAT16, is_device, to_host
+from mpidist.errors import UnsupportedOperationError
 from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
 from mpidist.nn import Parameter
-from mpidist.parallel import GradScaler, Metrics, clip_grad_norm, kernels
+from mpidist.parallel import GradientReducer, GradScaler, Metrics, clip_grad_norm, kernels
 from mpidist.parallel.stretches import gradient_arrays
 
 HALVES = (np.float16, BFLOAT16)
@@ -139,3 +140,9 @@ def test_metrics_take_numbers_from_a_device(xp: ModuleType, alone: ProcessGroup)
     metrics.add("loss", xp.asarray(np.float32(1.0)), weight=3)
     metrics.add("loss", xp.asarray(np.float32(np.nan)), weight=0)
     assert metrics.reduce() == {"loss": 1.5}
+
+
+def test_complex_gradients_are_refused_there(xp: ModuleType, alone: ProcessGroup) -> None:
+    grads = {"w": xp.zeros(3, np.complex64)}
+    with pytest.raises(UnsupportedOperationError, match=r"'w' is complex and lies on a device"):
+        GradientReducer(grads, alone)

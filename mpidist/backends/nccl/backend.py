@@ -22,7 +22,12 @@ from mpidist.backends.nccl.unique_id import NcclUniqueId
 from mpidist.backends.nccl.watchdog import watchdog
 from mpidist.backends.nccl.work import NcclWork
 from mpidist.backends.work import Message, Waiter
-from mpidist.errors import DistributedError, TransportError, UnsupportedOperationError
+from mpidist.errors import (
+    DistributedError,
+    GroupBrokenError,
+    TransportError,
+    UnsupportedOperationError,
+)
 
 __all__ = ["NcclBackend"]
 
@@ -56,6 +61,7 @@ class NcclBackend(DeviceBackend):
     name = "nccl"
 
     def __init__(self, host: Backend) -> None:
+        super().__init__()
         self.rank, self.size = host.rank, host.size
         self.capabilities = Capabilities(
             reductions=REDUCTIONS,
@@ -268,6 +274,13 @@ class NcclBackend(DeviceBackend):
         """Raise what has ended the communicator, if anything has."""
         if self._failure is not None:
             raise self._failure
+
+    def abandon(self, error: BaseException) -> None:
+        """End what is under way; see `DeviceBackend.abandon`."""
+        if self.under_way:
+            if not isinstance(error, DistributedError):
+                error = GroupBrokenError(f"an error has broken the group: {error}")
+            self.fail(error)
 
     def fail(self, error: DistributedError) -> None:
         """End all that is under way; every operation raises this error from now on."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpidist.arrays import device_module
+from mpidist.backends.availability import why_no_nccl
 from mpidist.backends.base import Backend
 from mpidist.backends.nccl import calls
 from mpidist.backends.work import Waiter
@@ -17,8 +18,8 @@ from mpidist.errors import BackendUnavailableError, LaunchError
 
 __all__ = ["check_devices", "gather_facts", "own_facts"]
 
-_ROOM = 512
-"""Bytes of what a rank says."""
+_ROOM, _WORDS = 1024, 400
+"""Bytes of what a rank says, and letters of a reason in it."""
 
 _SHARED_SINCE = 23003
 """The NCCL that lets several ranks use one GPU, if the environment says so: 2.30.3."""
@@ -32,6 +33,9 @@ def own_facts(node: int) -> dict[str, Any]:
     node : int
         The same for exactly the ranks of this node.
     """
+    reason = why_no_nccl()
+    if reason is not None:
+        return {"lacks": reason[:_WORDS]}
     cuda = device_module().cuda
     device = cuda.Device().id
     return {
@@ -60,8 +64,11 @@ def check_devices(facts: Sequence[dict[str, Any]]) -> None:
     LaunchError
         If two ranks use one device, and are not allowed to.
     BackendUnavailableError
-        If ranks have different releases of NCCL.
+        If a rank lacks something, or ranks have different releases of NCCL.
     """
+    for rank, fact in enumerate(facts):
+        if "lacks" in fact:
+            raise BackendUnavailableError(f"NCCL: on rank {rank}, {fact['lacks']}")
     versions = {fact["nccl"] for fact in facts}
     if len(versions) > 1:
         told = ", ".join(f"rank {rank} {fact['nccl']}" for rank, fact in enumerate(facts))
@@ -77,7 +84,8 @@ def check_devices(facts: Sequence[dict[str, Any]]) -> None:
             raise LaunchError(
                 f"NCCL: ranks {first} and {rank} both use GPU {fact['bus']} (device "
                 f"{fact['device']} there), which NCCL refuses, or hangs on. Start at most one rank "
-                "per GPU (mpirun -n GPUS; srun --ntasks-per-node=GPUS --gpus-per-node=GPUS); with "
+                "per GPU (mpirun -n GPUS; srun --ntasks-per-node=GPUS --gpus-per-node=GPUS), and "
+                "import cupy before mpidist.init, which gives each a GPU of its own then; with "
                 f"NCCL 2.30.3 or newer (here {fact['nccl']}) NCCL_MULTI_RANK_GPU_ENABLE=1 on all "
                 "ranks allows it"
             )
