@@ -57,3 +57,14 @@ def test_the_call_at_which_a_rank_is_killed(fatal, where, tmp_path):
     for _ in range(9):
         killer(call, lambda: None, ())
     assert done == [f"save: {where} os.fsync of the rank's file"]
+
+
+def test_the_call_is_found_though_other_threads_make_calls_meanwhile(tmp_path):
+    log, done = loop.Log(tmp_path, 0), []
+    log.begin("save")
+    killer = loop.Killer(log, 2, lambda: done.append(loop.mark_of(tmp_path / "rank-0.mark")))
+    write = loop.Call(0, "os.pwrite", "step-000001/rank-00000.h5.tmp")
+    view = loop.Call(0, "hdf5.create_view", "step-000001/view.h5")
+    killer(view, lambda: None, ())
+    killer(write, lambda: killer(view, lambda: None, ()), ())
+    assert done == ["save: after os.pwrite of the rank's file"]

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,17 @@ class Killer:
 
     def __init__(self, log: Log, fatal: int, kill: Callable[[], None]) -> None:
         self._log = log
-        self._left = fatal
-        self._odd = fatal % 2
+        self._fatal = fatal
+        self._calls = count(1)  # several threads may touch files at once
         self._kill = kill
 
     def __call__(self, call: Call, perform: Perform, args: tuple[Any, ...]) -> Any:
         what = f"{call.name} of {_kind(call.file)}"
         if not self._log.activity.startswith(("save", "prune")):
             return perform()
-        self._left -= 1
+        fatal = next(self._calls) == self._fatal
         self._log.mark(f"before {what}")
-        if self._left == 0 and self._odd:
+        if fatal and self._fatal % 2:
             self._kill()
         time.sleep(random.uniform(0, _PAUSE))
         self._log.mark(f"in {what}")
@@ -118,7 +119,7 @@ class Killer:
             return perform()
         finally:
             self._log.mark(f"after {what}")
-            if self._left == 0 and not self._odd:
+            if fatal and not self._fatal % 2:
                 self._kill()
             time.sleep(random.uniform(0, _PAUSE))
 
