@@ -63,8 +63,8 @@ class Binding:
         all_reduce(device_module().zeros(1, _DTYPE), world)
         device = world._backend.device
         assert isinstance(device, NcclBackend), "the group carries device arrays"
-        assert device._communicator is not None, "it has just been used"
-        self.comm: Any = device._communicator._handle
+        assert device.communicator is not None, "it has just been used"
+        self.comm: Any = device.communicator._handle
         cuda = device_module().cuda
         self.stream: int = cuda.get_current_stream().ptr
         self._begin, self._end = cuda.nccl.groupStart, cuda.nccl.groupEnd

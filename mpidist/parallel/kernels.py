@@ -37,7 +37,7 @@ def cast(x: Array, out: Array) -> None:
 
 @cache
 def _cast(xp: ModuleType) -> Any:
-    # By way of float, since halves cannot be made of each other.
+    # By way of float, as the host makes one half of another.
     return xp.ElementwiseKernel("T x", "U y", "y = (U)(float)x;", "mpidist_cast")
 
 

@@ -108,7 +108,7 @@ def test_a_communicator_that_cannot_even_be_aborted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As releases of NCCL do that wait for all ranks of the node to abort."""
-    monkeypatch.setattr("mpidist.backends.nccl.backend._GOODBYE", 0.2)
+    monkeypatch.setattr("mpidist.backends.nccl.link._GOODBYE", 0.2)
     monkeypatch.setattr(NcclCommunicator, "abort", lambda _: time.sleep(2 * SECONDS))
     order_faults(f"fail:{group.rank}:1")
     error = fails(lambda: all_reduce(cupy.ones(4), group), TransportError)

@@ -15,8 +15,9 @@ from mpidist._types import MIN, Array, ReduceOp
 from mpidist.arrays import HALVES
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend
-from mpidist.backends.nccl import NcclBackend, backend
+from mpidist.backends.nccl.link import Link
 from mpidist.backends.nccl.streams import Side
+from mpidist.backends.nccl.work import NcclWork
 from mpidist.backends.staging import Staging
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Work
@@ -158,24 +159,24 @@ def forgets_the_event_before(patch: pytest.MonkeyPatch, world: ProcessGroup) -> 
 
 def forgets_the_event_after(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Let the current stream go on before the operation is over."""
-    patch.setattr(backend.NcclWork, "order", lambda work: None)
+    patch.setattr(NcclWork, "order", lambda work: None)
 
 
 def drops_its_arrays(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Keep none of the arrays that NCCL reads and writes."""
-    hold = NcclBackend._hold
-    patch.setattr(NcclBackend, "_hold", lambda self, held, waiter: hold(self, (), waiter))
+    hold = Link.hold
+    patch.setattr(Link, "hold", lambda self, held, waiter: hold(self, (), waiter))
 
 
 def waits_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Wait for the device where only the current stream has to."""
-    order, cuda = backend.NcclWork.order, importlib.import_module("cupy").cuda
+    order, cuda = NcclWork.order, importlib.import_module("cupy").cuda
 
-    def blocks(work: backend.NcclWork) -> None:
+    def blocks(work: NcclWork) -> None:
         order(work)
         cuda.get_current_stream().synchronize()
 
-    patch.setattr(backend.NcclWork, "order", blocks)
+    patch.setattr(NcclWork, "order", blocks)
 
 
 def goes_by_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:

@@ -10,7 +10,7 @@ from mpidist.backends.device import DeviceWork
 from mpidist.backends.nccl.streams import order_behind
 
 if TYPE_CHECKING:
-    from mpidist.backends.nccl.backend import NcclBackend
+    from mpidist.backends.nccl.link import Link
     from mpidist.backends.work import Waiter
 
 __all__ = ["NcclWork"]
@@ -21,8 +21,8 @@ class NcclWork(DeviceWork):
 
     Parameters
     ----------
-    backend : NcclBackend
-        Who performs it.
+    link : Link
+        Of the ranks that perform it.
     event : cupy.cuda.Event
         Happens when it is over.
     held : tuple
@@ -37,12 +37,12 @@ class NcclWork(DeviceWork):
     """
 
     def __init__(
-        self, backend: NcclBackend, event: Any, held: tuple[Any, ...], waiter: Callable[[], Waiter]
+        self, link: Link, event: Any, held: tuple[Any, ...], waiter: Callable[[], Waiter]
     ) -> None:
         self.event = event
         self.waiter = waiter
         self._began = time.monotonic()
-        self._backend = backend
+        self._link = link
         self._held = held
         self._over = False
         self._then: Callable[[], None] | None = None
@@ -54,15 +54,15 @@ class NcclWork(DeviceWork):
     def done(self) -> bool:
         """Return whether the device is done with it."""
         if not self._over:
-            self._backend.check()
+            self._link.check()
             self._over = bool(self.event.done)
             if self._over:
                 self._held = ()
-                self._backend.release(self, self.event)
+                self._link.release(self, self.event)
                 if self._then is not None:
                     self._then()
                 # What NCCL has given up is over for the device, too.
-                self._backend.look(self.waiter)
+                self._link.look(self.waiter)
         return self._over
 
     def reached(self) -> bool:
@@ -76,7 +76,7 @@ class NcclWork(DeviceWork):
 
     def order(self) -> None:
         """Let the current stream go on only behind this operation."""
-        self._backend.check()
+        self._link.check()
         if not self._over:
             order_behind(self.event)
 
