@@ -1,0 +1,241 @@
+"""Messages between two ranks, each verb blocking and immediate.
+
+Every message begins with an envelope that says shape and dtype (`mpidist.envelope`), so that a
+receiver may be of unknown shape, and one that expects something else gets an error instead of
+wrong numbers. A short array travels inside its envelope, as one message; a longer one follows its
+envelope in a lane of its own, numbered by its sender.
+
+Messages of device arrays have no envelopes: both sides pass a device array of the same size, and
+messages between two ranks match in the order in which they are sent. The sends and receives of one
+`exchange` or `sendrecv` are performed at once. Those of single calls follow each other on one
+stream: where each of two ranks sends before it receives, only `exchange` and `sendrecv` are safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpidist._types import Array
+from mpidist.arrays import array_namespace, is_device
+from mpidist.backends.work import ANY_SOURCE, Work
+from mpidist.collectives._objects import pickled, unpickled
+from mpidist.group import ProcessGroup
+from mpidist.point_to_point._batches import exchange_on_device, prepare_batch
+from mpidist.point_to_point._messages import (
+    Receive,
+    ReceiveWork,
+    Send,
+    prepare_receive,
+    prepare_send,
+)
+
+__all__ = [
+    "ANY_SOURCE",
+    "Receive",
+    "ReceiveWork",
+    "Send",
+    "exchange",
+    "irecv",
+    "isend",
+    "recv",
+    "recv_object",
+    "send",
+    "send_object",
+    "sendrecv",
+]
+
+
+def isend(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> Work[None]:
+    """Start a `send`; `x` belongs to it until the Work is complete."""
+    return prepare_send(Send(x, dst, tag), group)()
+
+
+def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
+    """Send an array to one rank.
+
+    Parameters
+    ----------
+    x : Array, any shape and dtype
+        What is sent.
+    group : ProcessGroup
+        The ranks among which `dst` counts.
+    dst : int
+        Who receives it.
+    tag : int, optional
+        Only a receive with the same tag takes it.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError
+        If `dst` is not another rank of the group.
+    CollectiveTimeoutError
+        If the message cannot be delivered within the group's timeout.
+
+    Notes
+    -----
+    Blocks until `x` may be changed, which may be before, or only when, the receive begins. One
+    message up to about 4 KiB, two above.
+    """
+    isend(x, group, dst=dst, tag=tag).wait()
+
+
+def irecv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> ReceiveWork:
+    """Start a `recv`; `out` belongs to it until the Work is complete.
+
+    The Work's `source` says who sent the message.
+    """
+    return prepare_receive(Receive(src, tag, out), group)()
+
+
+def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> Array:
+    """Receive an array from one rank.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks among which `src` counts.
+    src : int
+        Who sends it; `ANY_SOURCE` takes the next message of any rank.
+    tag : int, optional
+        Only a message with the same tag is taken.
+    out : Array, optional
+        Where to write it; its shape and dtype must be those of the message. Without it any shape
+        is taken, into a fresh array.
+
+    Returns
+    -------
+    Array
+        The message; `out` itself when given.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError
+        If `src` is not another rank of the group.
+    SizeMismatchError
+        If the message does not fit `out`. The message is lost then, and the group stays usable.
+    CollectiveTimeoutError
+        If no message comes within the group's timeout.
+
+    Notes
+    -----
+    Blocks. Messages from one rank with one tag are received in the order in which they were sent.
+    """
+    return irecv(group, src=src, tag=tag, out=out).wait()
+
+
+def sendrecv(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    dst: int,
+    src: int,
+    tag: int = 0,
+    out: Array | None = None,
+) -> Array:
+    """Send to one rank and receive from one at the same time.
+
+    Parameters
+    ----------
+    x : Array, any shape and dtype
+        What is sent.
+    group : ProcessGroup
+        The ranks among which `dst` and `src` count.
+    dst, src : int
+        Who receives, and who sends; they may be the same rank.
+    tag : int, optional
+        Of both messages.
+    out : Array, optional
+        Where to write what is received. When omitted, a host array of any shape is taken, and a
+        device array like `x`.
+
+    Returns
+    -------
+    Array
+        What was received; `out` itself when given.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError, SizeMismatchError, CollectiveTimeoutError
+        As `send` and `recv`.
+
+    Notes
+    -----
+    Blocks, and cannot deadlock in a ring as a `send` before a `recv` may.
+    """
+    if out is None and is_device(x):
+        out = array_namespace(x).empty_like(x)
+    (received,) = exchange(
+        group, sends=[Send(x, dst, tag)], receives=[Receive(src, tag, out)]
+    ).wait()
+    return received
+
+
+def exchange(
+    group: ProcessGroup, *, sends: Sequence[Send], receives: Sequence[Receive]
+) -> Work[list[Array]]:
+    """Start several sends and receives at once.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks among which the messages travel.
+    sends : sequence of Send
+        What is sent.
+    receives : sequence of Receive
+        What is received.
+
+    Returns
+    -------
+    Work of list of Array
+        One array per receive, in their order.
+
+    Raises
+    ------
+    InvalidRankError, SelfSendError, UnsupportedOperationError
+        As `send` and `recv`.
+
+    Notes
+    -----
+    Immediate. Any set of messages is free of deadlock if each send meets a receive.
+    """
+    if any(is_device(each.out) for each in receives) or any(is_device(each.x) for each in sends):
+        return exchange_on_device(group, sends, receives)
+    return prepare_batch(group, sends, receives)()
+
+
+def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
+    """Send any object that can be pickled to one rank; see `send`.
+
+    Parameters
+    ----------
+    obj : object
+        What is sent.
+    group : ProcessGroup
+        The ranks among which `dst` counts.
+    dst : int
+        Who receives it.
+    tag : int, optional
+        Only a receive with the same tag takes it.
+    """
+    send(pickled(obj), group, dst=dst, tag=tag)
+
+
+def recv_object(group: ProcessGroup, *, src: int, tag: int = 0) -> Any:
+    """Receive an object that `send_object` sent; see `recv`.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks among which `src` counts.
+    src : int
+        Who sends it; `ANY_SOURCE` takes the next message of any rank.
+    tag : int, optional
+        Only a message with the same tag is taken.
+
+    Returns
+    -------
+    object
+        A copy.
+    """
+    return unpickled(recv(group, src=src, tag=tag))

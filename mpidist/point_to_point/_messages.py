@@ -1,0 +1,209 @@
+"""One message: checked before it is started, on the host or on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import index
+
+from mpidist._types import Array
+from mpidist.arrays import as_native, is_device
+from mpidist.backends.messages import Receipt, receive_steps, send_steps
+from mpidist.backends.work import ANY_SOURCE, Message, Work
+from mpidist.collectives._checks import (
+    check_array,
+    check_rank,
+    check_writable,
+    flat_source,
+    land,
+    nothing,
+)
+from mpidist.errors import SelfSendError, UnsupportedOperationError
+from mpidist.group import ProcessGroup
+from mpidist.pending import Peers
+
+__all__ = [
+    "Receive",
+    "ReceiveWork",
+    "Send",
+    "device_receive",
+    "device_send",
+    "prepare_receive",
+    "prepare_send",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One message of an `exchange`.
+
+    Attributes
+    ----------
+    x : Array
+        What is sent.
+    dst : int
+        Who receives it.
+    tag : int
+        As in `send`.
+    """
+
+    x: Array
+    dst: int
+    tag: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """One receive of an `exchange`.
+
+    Attributes
+    ----------
+    src : int
+        Who sends it.
+    tag : int
+        As in `recv`.
+    out : Array or None
+        As in `recv`.
+    """
+
+    src: int
+    tag: int = 0
+    out: Array | None = None
+
+
+class ReceiveWork(Work[Array]):
+    """A receive under way; see `Work`."""
+
+    def __init__(self, work: Work[Array], receipt: Receipt) -> None:
+        self._work = work
+        self._receipt = receipt
+
+    @property
+    def source(self) -> int:
+        """The rank that sent the message; `ANY_SOURCE` while it is unknown."""
+        return self._receipt.source
+
+    def done(self) -> bool:
+        """Make progress, and return whether the message is there."""
+        return self._work.done()
+
+    def wait(self, timeout: float | None = None) -> Array:
+        """Wait for the message."""
+        return self._work.wait(timeout)
+
+    def synchronize(self, timeout: float | None = None) -> Array:
+        """Block the host until the message is there."""
+        return self._work.synchronize(timeout)
+
+
+def _check_peer(peer: int, verb: str, name: str, group: ProcessGroup) -> int:
+    peer = check_rank(peer, verb, group, name=name)
+    if peer == group.rank:
+        raise SelfSendError(
+            f"{verb} on {group}: {name} is this rank itself; keep a copy instead of a message"
+        )
+    return peer
+
+
+def _check_tag(tag: int, verb: str, group: ProcessGroup) -> int:
+    largest = group.capabilities.max_tag
+    try:
+        number = index(tag)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= largest:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: tag must be a whole number from 0 to {largest} on the "
+            f"{group.backend} backend, got {tag!r}"
+        )
+    return number
+
+
+def _check_tagless(tag: int, verb: str, group: ProcessGroup) -> None:
+    if tag != 0:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: messages of device arrays have no tags, and match in the order in "
+            f"which they are sent; leave tag at 0, got {tag!r}"
+        )
+
+
+def device_send(message: Send, group: ProcessGroup) -> Message:
+    """Check the arguments of `send` of a device array."""
+    x = check_array(message.x, "send", group)
+    dst = _check_peer(message.dst, "send", "dst", group)
+    _check_tagless(message.tag, "send", group)
+    return Message(flat_source(x), dst, 0)
+
+
+def device_receive(receive: Receive, group: ProcessGroup) -> tuple[Message, Callable[[], Array]]:
+    """Check the arguments of `recv` into a device array; return also what gives the result."""
+    out = receive.out
+    assert out is not None, "only its array tells that it is for a device"
+    check_array(out, "recv", group)
+    if receive.src == ANY_SOURCE:
+        raise UnsupportedOperationError(
+            f"recv on {group}: a device array cannot be received from any source; name the rank"
+        )
+    src = _check_peer(receive.src, "recv", "src", group)
+    _check_tagless(receive.tag, "recv", group)
+    flat, finish = land(out, out.shape, out, verb="recv", group=group)
+    return Message(flat, src, 0), finish
+
+
+def prepare_send(message: Send, group: ProcessGroup) -> Callable[[], Work[None]]:
+    """Check the arguments of `send`, and return what starts it."""
+    if is_device(message.x):
+        leaving = device_send(message, group)
+        return lambda: group.start_messages([leaving], [], nothing)
+    x = as_native(check_array(message.x, "send", group))
+    dst = _check_peer(message.dst, "send", "dst", group)
+    tag = _check_tag(message.tag, "send", group)
+
+    def start() -> Work[None]:
+        number = group.next_payload()
+        return group.start_steps(
+            "send",
+            lambda backend: send_steps(backend, x, dst, tag, number),
+            nothing,
+            peers=Peers(frozenset({dst})),
+        )
+
+    return start
+
+
+def prepare_receive(receive: Receive, group: ProcessGroup) -> Callable[[], ReceiveWork]:
+    """Check the arguments of `recv`, and return what starts it."""
+    if is_device(receive.out):
+        arriving, finish = device_receive(receive, group)
+        receipt = Receipt(source=arriving.peer)
+        return lambda: ReceiveWork(group.start_messages([], [arriving], finish), receipt)
+    src = receive.src
+    if src != ANY_SOURCE:
+        src = _check_peer(src, "recv", "src", group)
+    elif not group.capabilities.any_source:
+        raise UnsupportedOperationError(
+            f"recv on {group}: the {group.backend} backend cannot receive from any source; "
+            "name the rank"
+        )
+    tag = _check_tag(receive.tag, "recv", group)
+    out = None if receive.out is None else check_writable(receive.out, "recv", group)
+    receipt, where = Receipt(), f"recv on {group}"
+
+    def start() -> ReceiveWork:
+        work = group.start_steps(
+            "recv",
+            lambda backend: receive_steps(backend, receipt, out, src=src, tag=tag, where=where),
+            lambda: receipt.array if receive.out is None else receive.out,
+            peers=_senders(src, group),
+        )
+        return ReceiveWork(work, receipt)
+
+    return start
+
+
+def _senders(src: int, group: ProcessGroup) -> Peers:
+    """Return whom a receive depends on: of any source, one other rank that is left is enough."""
+    if src != ANY_SOURCE:
+        return Peers(frozenset({src}))
+    others = frozenset(range(group.size)) - {group.rank}
+    return Peers(others, spare=len(others) - 1)
