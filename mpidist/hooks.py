@@ -45,6 +45,13 @@ is told to end the job need not read any more what ranks have written.
 """
 
 
+_SPARE = 8 << 20
+"""Bytes of address space that a rank gives up when it has to say why it ends.
+
+It may have run out of memory. Nothing is ever written there, so they take no memory before.
+"""
+
+
 class _Hooks:
     """What one process has installed.
 
@@ -69,6 +76,7 @@ class _Hooks:
         self.starting: tuple[float, float] | None = None
         self._ending = False
         self._pid = os.getpid()
+        self._spare: bytearray | None = bytearray(_SPARE)
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
@@ -111,6 +119,7 @@ class _Hooks:
         trace: TracebackType | None,
     ) -> None:
         """Print the traceback of an exception that nobody caught, and end the job."""
+        self._spare = None
         if os.getpid() != self._pid:  # a child that was forked is no rank
             self._next_hook(kind, error, trace)
             return
