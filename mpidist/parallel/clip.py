@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays import HALVES
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
@@ -58,8 +58,9 @@ def clip_grad_norm(
     -----
     Local: after `DDP.backward` the gradients are the same on all ranks, bit by bit, so the norm is
     too. With `group` collective over it: one all_reduce of 8 bytes. Blocks the host; gradients on a
-    device once, with two kernels per bucket. A norm that is not finite is returned, and nothing is
-    scaled.
+    device once, with two kernels per bucket. The factor is not rounded to the gradients' dtype:
+    each product is rounded to it once. A norm that is not finite, or beyond 1e154, whose square is
+    not, is returned, and nothing is scaled. numpy's error state (`numpy.seterr`) does not act here.
 
     References
     ----------
@@ -69,16 +70,35 @@ def clip_grad_norm(
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
     host, device = gradient_arrays(parameters)
-    squares = math.fsum([*map(_sum_of_squares, host), kernels.sum_of_squares(device)])
-    if group is not None:
-        squares = float(all_reduce(np.array(squares), group))
-    norm = math.sqrt(squares)
-    if math.isfinite(norm) and norm > max_norm:
-        for grad in host:
-            grad[...] *= max_norm / norm
-        for grad in device:
-            array_namespace(grad).multiply(grad, max_norm / norm, out=grad)
+    # A rank that raised here would leave the others waiting.
+    with np.errstate(all="ignore"):
+        squares = _add([*map(_sum_of_squares, host), kernels.sum_of_squares(device)])
+        if group is not None:
+            squares = float(all_reduce(np.array(squares), group))
+        norm = math.sqrt(squares)
+        if math.isfinite(norm) and norm > max_norm:
+            for grad in host:
+                _scale(grad, max_norm / norm)
+            for grad in device:
+                kernels.scale(grad, max_norm / norm)
     return norm
+
+
+def _add(numbers: list[float]) -> float:
+    """Return the sum, rounded once; infinite where it is beyond the range of a float."""
+    try:
+        return math.fsum(numbers)
+    except OverflowError:
+        return math.inf
+
+
+def _scale(grad: Array, factor: float) -> None:
+    """Multiply in place, rounding once: the factor may be beyond the precision of the dtype."""
+    wide = np.complex128 if grad.dtype.kind == "c" else np.float64
+    if grad.dtype in HALVES or factor < np.finfo(grad.dtype).tiny:
+        np.multiply(grad, factor, out=grad, dtype=wide, casting="unsafe")
+    else:
+        grad *= factor
 
 
 def _sum_of_squares(x: Array) -> float:

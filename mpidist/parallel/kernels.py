@@ -12,7 +12,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays import HALVES, array_namespace
 
-__all__ = ["all_finite_divided", "cast", "scaled", "sum_of_squares"]
+__all__ = ["all_finite_divided", "cast", "scale", "scaled", "sum_of_squares"]
 
 _THREADS = 1 << 17
 """Partial sums per bucket: enough to keep a GPU's memory busy, and few to add up."""
@@ -70,6 +70,32 @@ def scaled(x: Array, factor: float) -> Array:
 def _scaled(xp: ModuleType, kind: str, wide: str) -> Any:
     return xp.ElementwiseKernel(
         f"T x, {kind} factor", "T y", f"y = ({wide})x * factor;", "mpidist_scaled"
+    )
+
+
+def scale(x: Array, factor: float) -> None:
+    """Multiply by a factor in place, in float64, and round to the dtype.
+
+    Parameters
+    ----------
+    x : Array, float
+        On a device.
+    factor : float
+        May be beyond the precision of the dtype.
+
+    Notes
+    -----
+    Local; does not block the host.
+    """
+    _, wide = _wide(x)
+    _scale(array_namespace(x), wide)(factor, x)
+
+
+@cache
+def _scale(xp: ModuleType, wide: str) -> Any:
+    # By way of float where a half is made of it, as in `_cast`.
+    return xp.ElementwiseKernel(
+        "float64 factor", "T x", f"x = ({wide})((double)x * factor);", "mpidist_scale"
     )
 
 

@@ -23,7 +23,7 @@ from mpidist.arrays import DTYPES, HALVES
 from mpidist.nn.kernels import philox_at_least, rows_at, sum_rows_at
 from mpidist.optim.kernels import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule
-from mpidist.parallel.kernels import all_finite_divided, cast, scaled, sum_of_squares
+from mpidist.parallel.kernels import all_finite_divided, cast, scale, scaled, sum_of_squares
 from mpidist.testing.contract import DevicePlace
 from tests.nccl_stub import stand_in
 
@@ -153,6 +153,7 @@ def _buckets(cupy: ModuleType) -> None:
         cast(cupy.zeros(4, narrow), cupy.zeros(4, wide))
     for dtype in FLOATS:
         x = cupy.zeros((2, 3), dtype)
+        scale(x, 0.5)
         scaled(x, 0.5)
         scaled(x.T, 0.5)
         all_finite_divided([x], 0.5)

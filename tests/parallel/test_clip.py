@@ -8,6 +8,7 @@ import pytest
 from mpidist.arrays import BFLOAT16
 from mpidist.nn import Parameter
 from mpidist.parallel import clip_grad_norm
+from mpidist.testing import run_ranks
 
 
 def with_grad(grad):
@@ -58,3 +59,31 @@ def test_no_gradients_have_norm_0():
 def test_max_norm_must_be_positive(bad):
     with pytest.raises(ValueError, match="max_norm must be positive"):
         clip_grad_norm([], bad)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "large"),
+    [(np.float16, 6e4), (BFLOAT16, 3e38), (np.float32, 1e38), (np.complex64, 1e38)],
+)
+def test_the_factor_is_not_rounded_to_the_dtype(dtype, large):
+    # It is a subnormal number of each of them, of which few bits or none are left.
+    grad = np.full(10_000, large, dtype)
+    p = with_grad(grad)
+    norm = clip_grad_norm([p], 1.0)
+    wide = np.complex128 if grad.dtype.kind == "c" else np.float64
+    np.testing.assert_array_equal(p.grad, (grad.astype(wide) * (1 / norm)).astype(dtype))
+    assert np.linalg.norm(p.grad.astype(wide)) == pytest.approx(1.0, rel=4e-3)
+
+
+def test_squares_that_overflow_together_are_an_infinite_norm_on_all_ranks():
+    def clip(group):
+        grads = [np.full(1, 1.3e154), np.full(1, 1.3e154)] if group.rank else [np.ones(1)]
+        return clip_grad_norm([with_grad(grad) for grad in grads], 1.0, group=group)
+
+    assert run_ranks(2, clip) == [math.inf, math.inf]
+
+
+def test_the_error_state_of_the_user_does_not_stop_a_rank():
+    grads = [np.full(4, 1e-40, np.float32), np.full(4, 1e30, np.float32)]
+    with np.errstate(all="raise"):
+        assert clip_grad_norm([with_grad(grad) for grad in grads], 1.0) == pytest.approx(2e30)

@@ -78,6 +78,19 @@ def test_clipping(xp: ModuleType, dtype: Any, max_norm: float) -> None:
         np.testing.assert_allclose(to_host(p.grad), expected, tolerance, 1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(np.float16, 6e4), (BFLOAT16, 3e38)])
+def test_the_factor_of_clipping_is_not_rounded_to_the_dtype(
+    xp: ModuleType, dtype: Any, large: float
+) -> None:
+    grads = {"a": np.full(5_000, large, dtype), "own": np.full(5_000, large, dtype)}
+    params = parameters(xp, grads)
+    norm = clip_grad_norm(params, 1.0)
+    for p in params:
+        assert p.grad is not None
+        expected = (grads[p.name].astype(np.float64) * (1 / norm)).astype(dtype)
+        np.testing.assert_array_equal(to_host(p.grad), expected)
+
+
 def test_a_norm_that_is_not_finite_scales_nothing(xp: ModuleType) -> None:
     grads = {"a": np.array([1.0, np.inf]), "b": np.ones(3)}
     params = parameters(xp, grads)
