@@ -11,6 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mpidist._new_file import create
+from mpidist.log import logger
+
 __all__ = ["MetricsFile", "Record", "read_records"]
 
 
@@ -65,8 +68,9 @@ class MetricsFile:
 
     Notes
     -----
-    Local. A run that is killed leaves every line it has written, none of them cut off. If the
-    system is, the last one may be, and is dropped.
+    Local. A run that is killed leaves every line it has written, none of them cut off. A loss of
+    power, or a second writer, may leave damaged lines. A run that goes on drops these, keeps all
+    others, and logs a warning with their number and the first of them.
     """
 
     def __init__(self, path: Path | None, *, after: int = 0) -> None:
@@ -115,44 +119,68 @@ def read_records(path: Path) -> list[Record]:
     Returns
     -------
     list of Record
-        In order. What is null there is NaN.
+        In order. What is null there is NaN. Lines that are no whole record are left out: headers,
+        and what was cut off.
     """
-    names = [field.name for field in fields(Record)]
-    return [
-        Record(**{name: _number(values[name]) for name in names if name in values})
-        for values in _lines(path)
-        if values["kind"] in _KINDS
-    ]
+    found = (_record(values) for _, _, values in _lines(path) if values is not None)
+    return [record for record in found if record is not None]
 
 
 _KINDS = ("train", "held-out")
+
+
+def _record(values: Mapping[str, Any]) -> Record | None:
+    """Return the record that a line holds, or None if it holds something else."""
+    if values.get("kind") not in _KINDS:
+        return None
+    names = [field.name for field in fields(Record)]
+    try:
+        return Record(**{name: _number(values[name]) for name in names if name in values})
+    except TypeError:  # a field without a default is missing
+        return None
 
 
 def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file that are whole."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Yield the lines of a file: number, bytes, and the object, or None if it is damaged."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError):  # cut off, or no UTF-8
+                values = None
+            yield number, line, values if isinstance(values, dict) else None
 
 
 def _keep(path: Path, step: int) -> None:
     """Drop the lines of later steps; whoever is killed leaves the old file or the new one."""
     if not path.exists():
         return
+    damaged = []
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        for values in _lines(path):
-            if values.get("step", 0) <= step:
-                file.write(json.dumps(values) + "\n")
+    with os.fdopen(create(part, mode=path.stat().st_mode & 0o777, replace=True), "wb") as file:
+        for number, line, values in _lines(path):
+            if values is None:
+                damaged.append(number)
+            elif not _is_later(values.get("step"), step):
+                file.write(line.rstrip(b"\n") + b"\n")
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+    if damaged:
+        logger.warning(
+            "%s: dropped %d damaged lines, the first of them line %d; all others are kept",
+            path,
+            len(damaged),
+            damaged[0],
+        )
+
+
+def _is_later(value: object, step: int) -> bool:
+    return isinstance(value, (int, float)) and value > step
 
 
 def _unknown(value: object) -> bool:

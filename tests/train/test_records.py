@@ -73,6 +73,49 @@ def test_a_run_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
     assert math.isnan(record.loss)
 
 
+DAMAGE = {
+    "cut off": b'{"kind": "train", "st\n',
+    "zeros, as after a loss of power": b"\0" * 40 + b"\n",
+    "no UTF-8": b'{"kind": "train", "note": "\xff"}\n',
+    "no object": b"[1, 2]\n",
+    "nested too deeply": b"[" * 20_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_costs_no_other(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    odd = b'{"kind": "train", "step": null}\n{"note": "no kind"}\n'
+    with MetricsFile(path) as file:
+        file.write(RECORDS[0].as_json())
+        file.write(RECORDS[1].as_json())
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGE[damage] + whole.replace(b"\n", b"\n" + DAMAGE[damage]) + odd)
+    path.chmod(0o640)
+    assert read_records(path) == RECORDS[:2]
+    with MetricsFile(path, after=10) as file:
+        file.write(RECORDS[2].as_json())
+    assert read_records(path) == RECORDS[:3]
+    assert path.read_bytes().startswith(whole + odd)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert f"{path}: dropped 3 damaged lines, the first of them line 1" in caplog.text
+
+
+def test_going_on_writes_through_no_link(tmp_path: Path) -> None:
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    other.write_text("not ours")
+    with MetricsFile(path) as file:
+        file.write(RECORDS[0].as_json())
+    (tmp_path / "metrics.jsonl.part").symlink_to(other)
+    with MetricsFile(path, after=10):
+        pass
+    assert other.read_text() == "not ours"
+    assert not path.is_symlink()
+    assert read_records(path) == RECORDS[:1]
+
+
 def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:
     with MetricsFile(None) as file:
         file.write({"a": 1})
