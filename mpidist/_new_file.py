@@ -11,14 +11,14 @@ import os
 
 __all__ = ["create", "create_unique"]
 
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _ATTEMPTS = 100
 """Random names that are tried; a second one is needed once in 4 billion files of one stem."""
 
 
 def create(path: str | os.PathLike[str], *, mode: int = 0o600, replace: bool = False) -> int:
-    """Create a file, and return its descriptor, open for writing.
+    """Create a file, and return its descriptor, open for reading and writing.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def create_unique(
     Returns
     -------
     (int, str)
-        The descriptor, open for writing, which the caller closes; and the path.
+        The descriptor, open for reading and writing, which the caller closes; and the path.
 
     Raises
     ------

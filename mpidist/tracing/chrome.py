@@ -15,13 +15,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any
 
+from mpidist._new_file import create_unique
 from mpidist.tracing.clock import Clock, Reading
 from mpidist.tracing.parts import Part, Row
 
@@ -106,9 +109,11 @@ def write_trace(parts: Iterable[Part], path: Path) -> None:
     lanes = _lanes(sorted(parts, key=lambda part: int(part.facts["rank"])))
     arrivals = _arrivals(lanes)
     origin = min(lane.began for lane in lanes)
-    fresh = path.with_name(path.name + ".new")
+    # It becomes the trace, so it is as readable as any file that the user makes.
+    descriptor, name = create_unique(path.parent, path.name, ".new", mode=0o666)
+    fresh = Path(name)
     try:
-        with _open(fresh, compressed=path.suffix == ".gz") as file:
+        with _open(descriptor, compressed=path.suffix == ".gz") as file:
             about = {"displayTimeUnit": "ms", "otherData": _about(lanes, origin)}
             file.write(json.dumps(about, indent=1)[:-2] + ',\n "traceEvents": [\n')
             comma = ""
@@ -122,10 +127,16 @@ def write_trace(parts: Iterable[Part], path: Path) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def _open(path: Path, *, compressed: bool) -> IO[str]:
-    if not compressed:
-        return path.open("w", encoding="utf-8")
-    return io.TextIOWrapper(gzip.GzipFile(path, "wb", compresslevel=5, mtime=0), encoding="utf-8")
+@contextmanager
+def _open(descriptor: int, *, compressed: bool) -> Iterator[IO[str]]:
+    with os.fdopen(descriptor, "wb") as raw:
+        if not compressed:
+            with io.TextIOWrapper(raw, encoding="utf-8") as file:
+                yield file
+            return
+        packed = gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=5, mtime=0)
+        with io.TextIOWrapper(packed, encoding="utf-8") as file:
+            yield file
 
 
 def _lanes(parts: Sequence[Part]) -> list[_Lane]:

@@ -41,7 +41,9 @@ def begin_job_trace(directory: str, world: ProcessGroup) -> None:
     if _job:
         return
     started = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    name = broadcast_object(f"trace-{started}-{os.getpid()}.json.gz", world)
+    # Jobs in containers may share the directory, the second and the process number.
+    own = f"trace-{started}-{os.getpid()}-{os.urandom(4).hex()}.json.gz"
+    name = broadcast_object(own, world)
     session = Session.begin(Path(directory, name), world)
     _job.append(session)
     if not hooks.attend(session):

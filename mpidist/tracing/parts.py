@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from mpidist._new_file import create
 
 if TYPE_CHECKING:
     from mpidist.recorder import Recorder
@@ -154,7 +157,7 @@ class PartFile:
     Parameters
     ----------
     path : Path
-        The file; overwritten.
+        The file: a new one, for its owner only, in the place of what stands there.
     events : Events
         What is written.
     facts : mapping of str to object
@@ -164,6 +167,11 @@ class PartFile:
     ------
     OSError
         If the file cannot be made.
+
+    Notes
+    -----
+    The file stays open until `close` or `remove`. Another job that begins a trace of the same path
+    takes the name away, and the two never write into one file, nor read each other's.
     """
 
     def __init__(self, path: Path, events: Events, facts: Mapping[str, Any]) -> None:
@@ -174,7 +182,13 @@ class PartFile:
         self._writing = threading.Lock()
         self._over = threading.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_packed([{"format": FORMAT, **facts}]))
+        self._file = os.fdopen(create(path, replace=True), "r+b", buffering=0)
+        self._made = os.fstat(self._file.fileno())
+        try:
+            _write_all(self._file, _packed([{"format": FORMAT, **facts}]))
+        except OSError:
+            self.remove()
+            raise
         self._thread = threading.Thread(target=self._work, name="mpidist-trace", daemon=True)
         self._thread.start()
 
@@ -192,8 +206,7 @@ class PartFile:
             if self.problem is not None or not lines:
                 return
             try:
-                with self.path.open("ab") as file:
-                    file.write(_packed(lines))
+                _write_all(self._file, _packed(lines))
             except OSError as error:
                 self.problem = error
 
@@ -202,19 +215,41 @@ class PartFile:
         with self._writing:
             self._facts.append(facts)
 
-    def close(self) -> None:
-        """Write the last events."""
+    def finish(self) -> bytes:
+        """Write the last events, and return all that was written; the file stays open."""
         self._over.set()
         self._thread.join()
         self._write()
+        size = os.fstat(self._file.fileno()).st_size
+        self._file.seek(0)
+        data = bytearray()
+        while len(data) < size and (more := self._file.read(size - len(data))):
+            data += more
+        return bytes(data)
+
+    def close(self) -> None:
+        """Write the last events and leave the file behind; may be called twice."""
+        if not self._file.closed:
+            with self._file:
+                self.finish()
 
     def remove(self) -> None:
-        """Delete the file, and its directory after the last rank's."""
-        self.path.unlink(missing_ok=True)
+        """Close and delete the file, and its directory after the last rank's."""
+        self._file.close()
         try:
+            if os.path.samestat(
+                self._made, self.path.lstat()
+            ):  # not another job's of the same name
+                self.path.unlink()
             self.path.parent.rmdir()
         except OSError:
             return  # others' parts are there still
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def _packed(lines: Iterable[Any]) -> bytes:

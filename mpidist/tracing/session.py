@@ -65,7 +65,9 @@ def trace(
     their clocks are compared at both, see [Note: clocks] in `mpidist.tracing.clock`. Every second
     a thread of each rank writes what has come since into a file beside `path`, in a directory
     ``<path>.parts``, which is deleted at the end. It stays when the block ends by an error, or the
-    rank is killed: then ``python -m mpidist trace merge`` makes the trace of it.
+    rank is killed: then ``python -m mpidist trace merge`` makes the trace of it. A trace replaces
+    an earlier one of the same path, and what that one has left in this directory: jobs that run at
+    the same time need paths of their own.
     """
     session = Session.begin(Path(path), group, limit=limit)
     try:
@@ -149,20 +151,28 @@ class Session:
         last = compare_clocks(self._group, self._clocks)
         readings = self._readings if last is None else [*self._readings, last]
         self._file.note({"readings": readings, "complete": True})
-        self._file.close()
+        try:
+            self._hand_in(together=together)
+        except BaseException:
+            self._file.close()
+            raise
+        self._file.remove()
+        self._group.close()
+
+    def _hand_in(self, *, together: bool) -> None:
+        """Have rank 0 write the trace of all parts; see `end`."""
+        data = self._file.finish()
         problem = "" if self._file.problem is None else str(self._file.problem)
         _raise_together(problem, self._group)
-        problem = self._collect()
+        problem = self._collect(data)
         if together:
             _raise_together(problem, self._group)
         elif problem:
             raise OSError(problem)
-        self._file.remove()
-        self._group.close()
 
-    def _collect(self) -> str:
+    def _collect(self, data: bytes) -> str:
         """Bring the parts to rank 0 and let it write the trace; return what went wrong."""
-        group, data = self._group, self._file.path.read_bytes()
+        group = self._group
         if group.rank:
             send(np.frombuffer(data, np.uint8), group, dst=0)
             return ""
@@ -208,7 +218,10 @@ def _prepare(path: Path) -> str:
     """Make room for the trace, and return what is wrong with its place."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in part_path(path, 0).parent.glob("rank-*"):
+        parts = part_path(path, 0).parent
+        if parts.is_symlink():
+            return f"{parts} is a symbolic link; remove it, or give the trace another name"
+        for old in parts.glob("rank-*"):
             old.unlink()
     except OSError as error:
         return str(error)

@@ -235,6 +235,17 @@ def test_a_name_that_ends_with_gz_is_compressed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json.gz", "b.json"]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_trace_is_written_through_no_link(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    for link in (name, f"{name}.new"):
+        (tmp_path / link).symlink_to(target)
+    assert trace_of(two_ranks(), tmp_path, name)["traceEvents"]
+    assert target.read_text() == "precious"
+    assert not (tmp_path / name).is_symlink()
+
+
 @pytest.mark.parametrize(
     ("what", "nbytes"),
     [

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpidist.group import ProcessGroup
+from mpidist.testing import run_ranks
+from mpidist.tracing import job
+from mpidist.tracing.job import begin_job_trace
 from mpidist.tracing.parts import Part
+from mpidist.tracing.session import Session
 from mpidist.tracing.summary import load, summarise
 from tests._ranks.launcher import clean_environment
 from tests.tracing.format import check_trace
@@ -60,6 +66,29 @@ def test_a_lone_process_is_traced_from_init_to_its_exit(tmp_path: Path) -> None:
     summary = the_trace(tmp_path / "new")
     assert len(summary.steps) == 5
     assert summary.calls[0].calls == 5
+
+
+def test_jobs_of_the_same_second_and_process_number_have_traces_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers, where every job may be process 1."""
+
+    class Frozen(datetime):
+        @classmethod
+        def now(cls, _: Any = None) -> datetime:
+            return datetime(2026, 1, 2, tzinfo=timezone.utc)
+
+    monkeypatch.setattr(job, "datetime", Frozen)
+    monkeypatch.setattr(job.hooks, "attend", lambda _: True)
+
+    def begin(group: ProcessGroup) -> Session:
+        begin_job_trace(str(tmp_path), group)
+        return job._job.pop()
+
+    sessions = [run_ranks(1, begin)[0] for _ in range(2)]
+    for session in sessions:
+        session.end()
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.mpirun

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import threading
 import time
@@ -145,10 +147,37 @@ def test_a_file_that_was_cut_off_anywhere_gives_whole_rows(tmp_path: Path) -> No
 
 def test_a_disk_that_fails_is_told_and_nothing_is_written_after_it(tmp_path: Path) -> None:
     file, events = make(tmp_path / "here" / "part")
-    file.remove()
+    with Path("/dev/full").open("wb") as full:
+        os.dup2(full.fileno(), file._file.fileno())
     events.mark("a", 1, 2)
     file.close()
-    assert isinstance(file.problem, FileNotFoundError)
+    assert isinstance(file.problem, OSError)
+    assert file.problem.errno == errno.ENOSPC
+
+
+def test_two_jobs_of_one_name_write_no_common_file(tmp_path: Path) -> None:
+    """As two traces of one path, or of one directory in containers that are alike."""
+    (one, first), (other, second) = (make(tmp_path / "t.parts" / "part") for _ in range(2))
+    first.mark("first", 1, 2)
+    second.mark("second", 1, 2)
+    assert [row.what for row in Part.of(one.finish()).rows()] == ["first"]
+    written = other.finish()
+    assert [row.what for row in Part.of(written).rows()] == ["second"]
+    one.remove()
+    assert other.path.read_bytes() == written, "removed only what is its own"
+    other.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_is_for_its_owner_and_follows_no_link(tmp_path: Path) -> None:
+    path, target = tmp_path / "part", tmp_path / "target"
+    target.write_text("precious")
+    path.symlink_to(target)
+    file, _ = make(path)
+    file.close()
+    assert target.read_text() == "precious"
+    assert path.lstat().st_mode & 0o777 == 0o600
+    assert Part.of(path.read_bytes()).facts["rank"] == 3
 
 
 def test_another_file_is_refused() -> None:

@@ -153,6 +153,23 @@ def test_parts_of_an_earlier_trace_are_not_taken_for_this_one_s(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
 
+def test_a_directory_of_parts_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "rank-00000.jsonl.gz").write_bytes(b"another job's")
+    (tmp_path / "t.json.parts").symlink_to(elsewhere)
+
+    def body(group: ProcessGroup) -> None:
+        with (
+            pytest.raises(OSError, match=r"rank 0: .*t\.json\.parts is a symbolic link; remove it"),
+            mpidist.trace(tmp_path / "t.json", group),
+        ):
+            pytest.fail("the block was entered")
+
+    run_ranks(2, body)
+    assert [path.name for path in elsewhere.iterdir()] == ["rank-00000.jsonl.gz"]
+
+
 def test_a_path_that_cannot_be_written_is_told_on_all_ranks_before_the_block(
     tmp_path: Path,
 ) -> None:
