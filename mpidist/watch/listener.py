@@ -8,13 +8,18 @@ are JSON. They are not encrypted: they hold paths and lines of the program.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hmac
 import os
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address
+from queue import Empty, SimpleQueue
 
 from mpidist.watch.threads import in_thread
 
@@ -27,11 +32,20 @@ _NONCE = _CODE = 32
 _LONGEST = 64 << 20
 """Bytes of an answer."""
 
-_MOST = 8
-"""Questions that are answered at a time; further ones are turned away."""
+_ANSWERED_AT_ONCE = 8
+"""Questions that are answered at a time; further ones wait for their turn."""
+
+_UNPROVEN = 64
+"""Connections that have not proved yet that they know the secret; a further one takes the place of
+the oldest, so that whoever holds connections open keeps nobody else out."""
 
 _ASKED_AT_ONCE = 64
 """Nodes."""
+
+_RESOLVED = 1.0
+"""Seconds in which the name service has to say which addresses this host has."""
+
+_SIOCGIFADDR = 0x8915
 
 
 class Listener:
@@ -44,17 +58,21 @@ class Listener:
 
     Attributes
     ----------
+    address : str
+        Where it listens: the one address by which the other nodes reach this one.
     port : int
-        Where it listens, on all interfaces.
+        Its port there.
     """
 
     def __init__(self, answer: Callable[[], bytes]) -> None:
         self._answer = answer
         self._secret = b""
-        self._socket = socket.create_server(("", 0))
+        self._socket = _listen()
         self._socket.setblocking(False)  # noqa: FBT003  # its interface
-        self._room = threading.Semaphore(_MOST)
-        self.port: int = self._socket.getsockname()[1]
+        self._unproven: deque[socket.socket] = deque()
+        self._changing = threading.Lock()
+        self._answering = threading.Semaphore(_ANSWERED_AT_ONCE)
+        self.address, self.port = self._socket.getsockname()[:2]
 
     def open(self, secret: bytes) -> None:
         """Answer from now on those who know this secret."""
@@ -62,7 +80,8 @@ class Listener:
 
     def __del__(self) -> None:
         """Stop listening."""
-        self._socket.close()
+        with contextlib.suppress(AttributeError, OSError):  # it may not have come to listen
+            self._socket.close()
 
     def fileno(self) -> int:
         """Return the descriptor that is ready when somebody asks."""
@@ -74,30 +93,105 @@ class Listener:
             connection, _ = self._socket.accept()
         except OSError:
             return  # gone again, or this process may open no more files
-        if not self._secret or not self._room.acquire(blocking=False):
+        if not self._secret:
             connection.close()
             return
+        with self._changing:
+            if len(self._unproven) == _UNPROVEN:
+                with contextlib.suppress(OSError):  # it has gone
+                    self._unproven.popleft().shutdown(socket.SHUT_RDWR)  # wakes its thread
+            self._unproven.append(connection)
         in_thread(lambda: self._serve(connection), "mpidist-listener")
 
     def _serve(self, connection: socket.socket) -> None:
-        try:
-            with connection:
-                deadline = time.monotonic() + _PATIENCE
-                nonce = os.urandom(_NONCE)
-                connection.settimeout(_PATIENCE)
-                connection.sendall(nonce)
-                theirs = _read(connection, _NONCE, deadline)
-                code = _read(connection, _CODE, deadline)
-                if not hmac.compare_digest(code, _code(self._secret, b"ask", nonce, theirs)):
-                    return
+        with connection, contextlib.suppress(OSError):  # whoever asked will call this node silent
+            try:
+                theirs = self._prove(connection)
+            finally:
+                with self._changing, contextlib.suppress(ValueError):  # it has been dropped
+                    self._unproven.remove(connection)
+            if theirs is None:
+                return
+            with self._answering:
                 text = self._answer()
-                code = _code(self._secret, b"answer", theirs, text)
-                connection.settimeout(_PATIENCE)
-                connection.sendall(code + len(text).to_bytes(8, "big") + text)
+            code = _code(self._secret, b"answer", theirs, text)
+            connection.settimeout(_PATIENCE)
+            connection.sendall(code + len(text).to_bytes(8, "big") + text)
+
+    def _prove(self, connection: socket.socket) -> bytes | None:
+        """Return the number of one that knows the secret; None for one that does not."""
+        deadline = time.monotonic() + _PATIENCE
+        nonce = os.urandom(_NONCE)
+        connection.settimeout(_PATIENCE)
+        connection.sendall(nonce)
+        theirs = _read(connection, _NONCE, deadline)
+        code = _read(connection, _CODE, deadline)
+        proven = hmac.compare_digest(code, _code(self._secret, b"ask", nonce, theirs))
+        return theirs if proven else None
+
+
+def _listen() -> socket.socket:
+    """Return a socket that listens at the first address of this host by which others reach it.
+
+    Raises
+    ------
+    OSError
+        If not even this machine itself can be reached.
+    """
+    for address in _addresses():
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with contextlib.suppress(OSError):  # not this host's, whatever the name service says
+            return socket.create_server((address, 0), family=family, backlog=_UNPROVEN)
+    return socket.create_server(("127.0.0.1", 0), backlog=_UNPROVEN)
+
+
+def _addresses() -> Iterator[str]:
+    """Yield the addresses of this host, the likeliest first; none that others cannot reach.
+
+    Those of its name, by which a launcher mostly finds it; that of the default route; those of its
+    interfaces, where it has neither a name that is known nor a route.
+    """
+    for find in (_addresses_of_name, _address_of_route, _addresses_of_interfaces):
+        for address in find():
+            parsed = ip_address(address.partition("%")[0])
+            if not (parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified):
+                yield address
+
+
+def _addresses_of_name() -> list[str]:
+    """Return the addresses of this host's name; none if nobody says so soon."""
+    answers: SimpleQueue[list[str]] = SimpleQueue()
+
+    def resolve() -> None:
+        with contextlib.suppress(OSError):
+            found = socket.getaddrinfo(os.uname().nodename, None, type=socket.SOCK_STREAM)
+            answers.put([str(address[0]) for *_, address in found])
+
+    in_thread(resolve, "mpidist-resolver")
+    try:
+        return answers.get(timeout=_RESOLVED)
+    except Empty:
+        return []
+
+
+def _address_of_route() -> list[str]:
+    """Return the address from which this host would send to anywhere; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737: nobody has this address
         except OSError:
-            pass  # whoever asked will call this node silent
-        finally:
-            self._room.release()
+            return []
+        return [probe.getsockname()[0]]
+
+
+def _addresses_of_interfaces() -> Iterator[str]:
+    """Yield the IPv4 address of each interface (netdevice(7), SIOCGIFADDR)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):  # it has none
+                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                yield socket.inet_ntoa(reply[20:24])
 
 
 def ask(host: str, port: int, secret: bytes) -> bytes:

@@ -103,6 +103,7 @@ class Watch:
         words = {
             "host": os.uname().nodename[:200],
             "pid": os.getpid(),
+            "address": "" if self.listener is None else self.listener.address,
             "port": 0 if self.listener is None else self.listener.port,
             "secret": os.urandom(32).hex(),
             "debug": env.debug(),
@@ -118,7 +119,7 @@ class Watch:
         self._nodes = nodes
         self._hosts = [card["host"] for card in read]
         self._pids = [card["pid"] for card in read]
-        self._doors = [(card["host"], card["port"]) for card in read if card["port"]]
+        self._doors = [(card["address"], card["port"]) for card in read if card["port"]]
         self._secret = bytes.fromhex(read[0]["secret"])
         self.debug = read[0]["debug"]
         if self.listener is not None:
