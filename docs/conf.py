@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS / "_ext"), str(DOCS.parent)]
 
+import mpidist  # noqa: E402  # of this checkout
+
 project = "mpidist"
 author = "The mpidist authors"
 copyright = "2026, The mpidist authors"
-try:
-    version = release = metadata.version("mpidist")
-except metadata.PackageNotFoundError:  # read from a checkout that is not installed
-    version = release = ""
+version = release = mpidist.__version__
 
 extensions = [
     "sphinx.ext.autodoc",

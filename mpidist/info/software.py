@@ -10,13 +10,13 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from mpidist import __version__
 from mpidist.backends.loaded import loaded_libraries
 from mpidist.info.facts import Blas, Hdf5
 
 __all__ = ["blas", "hdf5", "installed"]
 
 _PACKAGES = (
-    "mpidist",
     "numpy",
     "mpi4py",
     "h5py",
@@ -39,7 +39,7 @@ _OPENBLAS = ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "ope
 
 def installed() -> dict[str, str]:
     """Return the versions of the packages that matter here and are installed."""
-    found = {}
+    found = {"mpidist": __version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

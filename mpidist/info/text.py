@@ -33,8 +33,7 @@ def tell(job: JobFacts, problems: Sequence[Problem], *, date: str) -> str:
     date : str
         When it was found out.
     """
-    version = job.first.versions.get("mpidist", "from a checkout")
-    lines = [f"mpidist {version}, {_size(job)}, {date}", ""]
+    lines = [f"mpidist {job.first.versions['mpidist']}, {_size(job)}, {date}", ""]
     lines += _section("MPI", _mpi(job))
     for nodes in _alike(job):
         lines += _section(_title(nodes), _node(job, nodes))
