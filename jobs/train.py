@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from train_options import make_parser
 
+from mpidist.usage import write_once
+
 if TYPE_CHECKING:
     from task import Task
 
@@ -103,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         except mpidist.BackendUnavailableError as error:  # on all ranks
             if options.device != "gpu":
                 raise
-            sys.stderr.write(f"train.py: error: --device gpu: {error}\n")  # a line in one piece
+            write_once(f"train.py: error: --device gpu: {error}\n")
             return REFUSED
         with world:
             return run_on(world, options, stop)

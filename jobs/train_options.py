@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from mpidist.usage import RankArgumentParser
+
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Return the command line's parser."""
     summary, _, rest = description.partition("\n\n")
-    p = argparse.ArgumentParser(
+    p = RankArgumentParser(
         prog="train.py",
         description=summary,
         epilog=rest,

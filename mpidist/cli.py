@@ -1,4 +1,4 @@
-"""The command line, ``python -m mpidist``."""
+"""The command line, ``python -m mpidist`` or ``mpidist``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from mpidist import __version__
 from mpidist.bench import command as bench
 from mpidist.bench import plan
 from mpidist.checkpoint import command as checkpoint
 from mpidist.info import command as info
 from mpidist.tracing import command as trace
+from mpidist.usage import RankArgumentParser
 
-__all__ = ["COMMANDS", "Command", "main"]
+__all__ = ["COMMANDS", "Command", "main", "make_parser"]
 
 
 class Command(Protocol):
@@ -55,12 +57,20 @@ def main(words: Sequence[str] | None = None) -> int:
     Raises
     ------
     SystemExit
-        If the words are no command line (code 2), or ask for help (code 0).
+        If the words are no command line (code 2), or ask for help or the version (code 0).
     """
     words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(prog="python -m mpidist", description=__doc__)
+    options = make_parser().parse_args(words)
+    return COMMANDS[options.command][0].run(options, words=words)
+
+
+def make_parser() -> RankArgumentParser:
+    """Return the parser of all commands."""
+    parser = RankArgumentParser(
+        prog="python -m mpidist", description="MPI-first distributed training: its tools."
+    )
+    parser.add_argument("--version", action="version", version=f"mpidist {__version__}")
     choices = parser.add_subparsers(title="commands", dest="command", required=True)
     for name, (command, text) in COMMANDS.items():
         command.configure(choices.add_parser(name, help=text, description=text))
-    options = parser.parse_args(words)
-    return COMMANDS[options.command][0].run(options, words=words)
+    return parser

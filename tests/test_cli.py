@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import mpidist
 from mpidist import cli
 from mpidist.bench import command
 from mpidist.bench.report import Report
@@ -33,6 +38,84 @@ def test_help_names_what_there_is(words: list[str], capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     for name in command.BENCHMARKS if words[0] == "bench" else cli.COMMANDS:
         assert name in shown
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and all of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action.choices.values():
+                yield from parsers(choice)
+
+
+def test_no_help_shows_the_backticks_of_docstrings() -> None:
+    every = list(parsers(cli.make_parser()))
+    assert len(every) > 20
+    assert [parser.prog for parser in every if "`" in parser.format_help()] == []
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"mpidist {mpidist.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mpidist.__version__)
+
+
+def test_the_console_script_is_the_command_line() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^\[project\.scripts\]\nmpidist = "([\w.]+):(\w+)"$', project, re.MULTILINE)
+    assert found is not None
+    assert getattr(importlib.import_module(found[1]), found[2]) is cli.main
+    assert 'version = { attr = "mpidist.__version__" }' in project
+
+
+AS_A_RANK = """
+import os, sys, time
+from pathlib import Path
+from mpidist.usage import RankArgumentParser
+parser = RankArgumentParser(prog="job", description="What `this` does.")
+parser.add_argument("--steps", type=int)
+here = Path(sys.argv.pop(1))
+(here / f"rank-{os.environ['PMI_RANK']}").touch()  # ranks of a busy machine start apart
+deadline = time.monotonic() + 20
+while len(list(here.glob("rank-*"))) < int(os.environ["PMI_SIZE"]) and time.monotonic() < deadline:
+    time.sleep(0.01)
+parser.parse_args(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "counts"),
+    [
+        (3 * [["--steps", "x"]], 2, {"usage: job": 1, "error: argument --steps: invalid int": 1}),
+        # One of them differs: its message is its own.
+        (
+            [*2 * [["--steps", "x"]], ["--stepz", "1"]],
+            2,
+            {"invalid int": 1, "arguments: --stepz": 1},
+        ),
+        (3 * [["--help"]], 0, {"What this does.": 1}),
+    ],
+)
+def test_ranks_report_the_same_usage_error_once(
+    words: list[list[str]], code: int, counts: dict[str, int], tmp_path: Path
+) -> None:
+    with (tmp_path / "output").open("w") as output:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", AS_A_RANK, str(tmp_path), *each],
+                env=clean_environment()
+                | {"PYTHONPATH": str(ROOT), "PMI_SIZE": str(len(words)), "PMI_RANK": str(rank)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, each in enumerate(words)
+        ]
+        assert [rank.wait(timeout=30) for rank in ranks] == [code] * len(words)
+    text = (tmp_path / "output").read_text()
+    assert {told: text.count(told) for told in counts} == counts, text
 
 
 @pytest.mark.parametrize("name", command.BENCHMARKS)

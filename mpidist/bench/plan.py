@@ -24,6 +24,7 @@ from mpidist.bench.predictions import BACKWARD, Fitted, Layout, Plan, make_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
 from mpidist.bench.sizes import read_size, tell_size
 from mpidist.errors import BackendUnavailableError
+from mpidist.usage import write_once
 
 __all__ = ["configure", "render_plan", "run"]
 
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
         if options.plot is not None:
             plot_plan(plan, reports, options.plot)
     except (BenchmarkError, BackendUnavailableError) as error:
-        sys.stderr.write(f"{error}\n")
+        write_once(f"{error}\n")
         return 2
     sys.stdout.write(text)
     if options.json is not None:

@@ -49,6 +49,7 @@ from mpidist.errors import (
     CheckpointMissingShardError,
     DistributedError,
 )
+from mpidist.usage import write_once
 
 __all__ = ["configure", "run"]
 
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
 
 
 def _refuse(options: argparse.Namespace, error: Exception, code: int) -> int:
-    sys.stderr.write(f"checkpoint {options.action}: {error}\n")
+    write_once(f"checkpoint {options.action}: {error}\n")
     return code
 
 

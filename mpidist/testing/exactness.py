@@ -11,7 +11,6 @@ absolute values. All ranks must hold the same bits, and so must the same call wh
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from mpidist._types import MAX, MEAN, MIN, PROD, SUM, Array, DType, ReduceOp
 from mpidist.arrays import HALVES
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
+from mpidist.usage import RankArgumentParser
 
 __all__ = ["Case", "Findings", "compare_with_numpy", "main"]
 
@@ -322,9 +322,7 @@ def _compare_ranks(digests: list[int], seed: int, group: ProcessGroup) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mpidist.testing.exactness", description=__doc__
-    )
+    parser = RankArgumentParser(prog="python -m mpidist.testing.exactness", description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="how many (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes and values (default: 0)")
     options = parser.parse_args(arguments)

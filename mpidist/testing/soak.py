@@ -9,7 +9,6 @@ several operations outstanding that each rank polls and waits for in an order of
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, ufunc_of
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
+from mpidist.usage import RankArgumentParser
 
 __all__ = ["main", "soak"]
 
@@ -268,7 +268,7 @@ def soak(group: ProcessGroup, *, seed: int, seconds: float, rounds: int | None =
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mpidist.testing.soak", description=__doc__)
+    parser = RankArgumentParser(prog="python -m mpidist.testing.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the operations (default: 0)")
     options = parser.parse_args(arguments)

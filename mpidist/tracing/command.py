@@ -13,6 +13,7 @@ from mpidist.tracing.chrome import write_trace
 from mpidist.tracing.parts import Part
 from mpidist.tracing.summary import load, summarise
 from mpidist.tracing.table import render_summary
+from mpidist.usage import write_once
 
 __all__ = ["configure", "run"]
 
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
     try:
         text = _summary(options, words) if options.action == "summary" else _merge(options)
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"trace {options.action}: {error}\n")
+        write_once(f"trace {options.action}: {error}\n")
         return 2
     sys.stdout.write(text)
     return 0

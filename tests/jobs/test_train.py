@@ -41,6 +41,7 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         ),
     ):
         assert option in ended.stdout
+    assert "`" not in ended.stdout
     lines = "import sys, train; train.parser().format_help(); assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", lines], cwd=SCRIPT.parent, check=True, timeout=60)
 

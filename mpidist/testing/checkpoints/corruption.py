@@ -13,7 +13,6 @@ load fail.
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import os
 import random
@@ -34,6 +33,7 @@ from mpidist.group import ProcessGroup
 from mpidist.testing.checkpoints.damage import DAMAGES, Damage, Place, Touched
 from mpidist.testing.checkpoints.states import KINDS, Contents, Cut
 from mpidist.testing.ranks import run_ranks
+from mpidist.usage import RankArgumentParser
 
 __all__ = ["Case", "Verdict", "copy", "judge", "main", "soak", "source"]
 
@@ -281,7 +281,7 @@ def _say(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = RankArgumentParser(
         prog="python -m mpidist.testing.checkpoints.corruption", description=__doc__
     )
     parser.add_argument("--cases", type=int, default=2000, help="how many (default: 2000)")

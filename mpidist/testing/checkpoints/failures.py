@@ -11,7 +11,6 @@ told the same, with the rank and the reason, and the same save must succeed on t
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import shutil
@@ -36,6 +35,7 @@ from mpidist.shards import ShardedArray
 from mpidist.testing.checkpoints.calls import Call, Perform, intercepted
 from mpidist.testing.checkpoints.states import Contents, Cut
 from mpidist.testing.ranks import run_ranks
+from mpidist.usage import RankArgumentParser
 
 __all__ = [
     "ERRORS",
@@ -348,7 +348,7 @@ def _say(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = RankArgumentParser(
         prog="python -m mpidist.testing.checkpoints.failures", description=__doc__
     )
     parser.add_argument(

@@ -13,7 +13,6 @@ names must load and hold what was saved; no process may be left; and `prune` mus
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -39,6 +38,7 @@ from mpidist.testing.launcher import (
     marked_processes,
     vendor_arguments,
 )
+from mpidist.usage import RankArgumentParser
 
 __all__ = ["Kill", "Report", "main", "soak"]
 
@@ -311,7 +311,7 @@ def _tell(seen: Sequence[tuple[Kill, Report]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = RankArgumentParser(
         prog="python -m mpidist.testing.checkpoints.kills", description=__doc__
     )
     parser.add_argument("--runs", type=int, default=300, help="number of jobs (default: 300)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
 import random
@@ -24,6 +23,7 @@ from mpidist.group import ProcessGroup
 from mpidist.shards import ShardedArray
 from mpidist.testing.checkpoints.calls import Call, Perform, intercepted
 from mpidist.testing.checkpoints.states import Contents, Cut
+from mpidist.usage import RankArgumentParser
 
 __all__ = ["KEEP", "MARK_BYTES", "MOST", "main", "mark_of"]
 
@@ -184,7 +184,7 @@ def run(directory: Path, log: Log, world: ProcessGroup, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = RankArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="of the checkpoints")
     parser.add_argument("log", type=Path, help="where each rank tells what it has done")
     parser.add_argument("--seed", type=int, default=0, help="of the contents")
