@@ -27,7 +27,7 @@ _MOST = 2**31 - 1
 
 _BOOL = np.dtype(np.bool_)
 
-# Booleans are bytes that hold 0 or 1, and MPI has no arithmetic on its own type for them.
+# MPI has no arithmetic on its own type for booleans: they are given as bytes that hold 0 or 1.
 _OF_BOOLEANS = {
     ReduceOp.SUM: "BOR",
     ReduceOp.PROD: "BAND",
@@ -122,6 +122,13 @@ class LibraryCalls:
             return None
         return self._ops.get((op, x.dtype))
 
+    def _given(self, x: Array, out: Array | None = None) -> Any:
+        """Return what this rank gives to a reduction into `out`."""
+        if x.dtype == _BOOL:
+            # numpy takes every byte but 0 for True; the library would combine the bits of 1 and 2.
+            x = np.not_equal(x.view(np.uint8), 0, out=x if x is out else None)
+        return self._in_place if x is out else _movable(x)
+
     def _mean(self, out: Array | None, op: ReduceOp) -> Callable[[], None] | None:
         """Return what makes a sum a mean."""
         if op is not ReduceOp.MEAN or out is None:
@@ -145,8 +152,7 @@ class LibraryCalls:
         library_op = self._reduction(x, op)
         if library_op is None:
             return None
-        source = self._in_place if x is out else _movable(x)
-        args = (source, _movable(out), library_op, root)
+        args = (self._given(x, out), _movable(out), library_op, root)
         return LibraryCall("Reduce", args, self._mean(out, op))
 
     def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> LibraryCall | None:
@@ -154,8 +160,8 @@ class LibraryCalls:
         library_op = self._reduction(x, op)
         if library_op is None:
             return None
-        source = self._in_place if x is out else _movable(x)
-        return LibraryCall("Allreduce", (source, _movable(out), library_op), self._mean(out, op))
+        args = (self._given(x, out), _movable(out), library_op)
+        return LibraryCall("Allreduce", args, self._mean(out, op))
 
     def gather(
         self, x: Array, out: Array | None, counts: Sequence[int], root: int
@@ -192,7 +198,7 @@ class LibraryCalls:
         library_op = self._reduction(x, op)
         if library_op is None:
             return None
-        buffers = (_movable(x), _movable(out))
+        buffers = (self._given(x), _movable(out))
         if _uniform(counts):
             return LibraryCall("Reduce_scatter_block", (*buffers, library_op), self._mean(out, op))
         args = (*buffers, list(counts), library_op)

@@ -55,11 +55,12 @@ def values(shape: tuple[int, ...], dtype: DType, *seed: int) -> Array:
     Returns
     -------
     Array
-        Integers from their whole range (sums wrap, as numpy's do), floats from -2 to 2.
+        Integers from their whole range (sums wrap, as numpy's do), floats from -2 to 2. Booleans
+        are bytes of which some are neither 0 nor 1, as in views of other arrays.
     """
     rng = np.random.default_rng([number + 1 for number in seed])
     if dtype.kind == "b":
-        return rng.random(shape) < 0.5
+        return np.asarray(rng.choice([0, 0, 1, 2, 255], shape), np.uint8).view(np.bool_)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
         return rng.integers(info.min, info.max, shape, dtype, endpoint=True)
