@@ -14,7 +14,7 @@ from functools import cached_property
 from operator import index
 from pathlib import Path
 
-from mpidist.checkpoint.files import exists, sync_directory, temporary
+from mpidist.checkpoint.files import exists, read_regular, sync_directory, temporary
 from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest, StoredArray
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
@@ -65,7 +65,7 @@ class Checkpoint:
             return self._known
         path = self.directory / MANIFEST
         try:
-            return manifest_of(self.directory, path.read_bytes())
+            return manifest_of(self.directory, read_regular(path))
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"{self.directory} holds no complete checkpoint: there is no {MANIFEST}"

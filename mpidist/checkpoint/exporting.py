@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from mpidist.checkpoint.as_npz import open_npz, write_npz
 from mpidist.checkpoint.as_safetensors import open_safetensors, write_safetensors
 from mpidist.checkpoint.building import build
 from mpidist.checkpoint.directory import Checkpoint
+from mpidist.checkpoint.files import open_regular
 from mpidist.checkpoint.foreign import Foreign, new_file
 from mpidist.checkpoint.reading import check_files
 from mpidist.checkpoint.sources import Progress, unheard
@@ -116,6 +118,8 @@ def import_from(
     """
     opener = _format_of(file).open
     try:
+        with suppress(FileNotFoundError):  # reported below, after a package that is missing
+            os.close(open_regular(file))  # the packages would wait at a FIFO
         with opener(file) as foreign:
             number = foreign.step if step is None else step
             if number is None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpidist._types import Array
+from mpidist.errors import CheckpointCorruptError
 
-__all__ = ["exists", "read_at", "replace_file", "sync_directory", "temporary", "write_at"]
+__all__ = [
+    "exists",
+    "open_regular",
+    "read_at",
+    "read_regular",
+    "replace_file",
+    "sync_directory",
+    "temporary",
+    "write_at",
+]
 
 _BLOCK = 1 << 22
 """Bytes that are written by one call."""
@@ -29,6 +40,42 @@ def exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading, and return its descriptor, which the caller closes.
+
+    Raises
+    ------
+    CheckpointCorruptError
+        If it is anything but a regular file, such as a FIFO, at which a plain `open` waits until
+        somebody writes.
+    OSError
+        If it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise CheckpointCorruptError(
+        f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, and a regular file is "
+        "expected; put that file back from a copy, or use another checkpoint"
+    )
+
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the contents of a regular file; raises as `open_regular`."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
 
 
 def write_at(descriptor: int, data: Array, offset: int) -> int:

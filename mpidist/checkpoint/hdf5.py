@@ -8,6 +8,7 @@ files while it moves them. A file that all ranks write together (`shared_file`) 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -19,6 +20,7 @@ import numpy as np
 from mpidist._types import Array, DType
 from mpidist.arrays import BFLOAT16
 from mpidist.boxes import Box
+from mpidist.checkpoint.files import open_regular
 from mpidist.checkpoint.manifest import ALIGNMENT, FORMAT, VERSION, Manifest, StoredBox
 
 __all__ = [
@@ -347,6 +349,8 @@ def contents(path: Path) -> Contents:
     ------
     OSError
         If it is no HDF5 file, or is cut off or damaged.
+    CheckpointCorruptError
+        If it is no regular file.
 
     Notes
     -----
@@ -366,6 +370,7 @@ def contents(path: Path) -> Contents:
                 tuple(sorted({(s.file_name, s.dset_name.replace("%%", "%")) for s in sources})),
             )
 
+    os.close(open_regular(path))  # HDF5 would wait at a FIFO
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             file.visititems(note)

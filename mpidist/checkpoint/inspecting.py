@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mpidist.checkpoint.hdf5 import Contents, Dataset, contents
 from mpidist.checkpoint.manifest import JSON
+from mpidist.errors import CheckpointCorruptError
 
 __all__ = ["answer", "inspect"]
 
@@ -83,7 +84,7 @@ def answer() -> None:
         try:
             seen = contents(Path(json.loads(line)))
             found = [seen.id, seen.datasets]
-        except OSError as error:
+        except (OSError, CheckpointCorruptError) as error:
             found = str(error)
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from mpidist._types import MAX, Array
 from mpidist.arrays import array_namespace, is_host
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
+from mpidist.checkpoint.files import read_regular
 from mpidist.checkpoint.manifest import MANIFEST, Manifest
 from mpidist.checkpoint.reading import Files, check_files
 from mpidist.checkpoint.saver import saver_of
@@ -222,7 +223,7 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
     if group.rank == 0:
         try:
             directory = find(path, step).directory
-            found = directory, (directory / MANIFEST).read_bytes()
+            found = directory, read_regular(directory / MANIFEST)
         except DistributedError as error:
             problem = error
         except Exception as error:  # noqa: BLE001  # whatever it is, the others must not wait

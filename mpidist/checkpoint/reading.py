@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.checkpoint.files import read_at
+from mpidist.checkpoint.files import open_regular, read_at
 from mpidist.checkpoint.manifest import ID_DATASET, Manifest, StoredFile
 from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digests_of
 from mpidist.checkpoint.units import Unit, runs_in_file
@@ -46,22 +46,25 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 
 def check_file(path: Path, file: StoredFile, identity: str) -> None:
     """Raise unless a file is there, in its full length, and of the save with this id."""
+    place = file.datasets.get(ID_DATASET)
+    found: bytes | None = None
     try:
-        with path.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if size != file.size:
-                raise _cut_off(path, file.size, size)
-            place = file.datasets.get(ID_DATASET)
-            if place is not None:  # other programs may leave it out
-                found = os.pread(opened.fileno(), len(identity), place.byte)
-                if found != identity.encode():
-                    raise CheckpointCorruptError(
-                        f"{path} is not of the save that the manifest beside it is of "
-                        f"({identity}), or is damaged; restore the files of one save, or load "
-                        "another step"
-                    )
+        descriptor = open_regular(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            if place is not None and size == file.size:  # other programs may leave it out
+                found = os.pread(descriptor, len(identity), place.byte)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise _missing(path, error) from error
+    if size != file.size:
+        raise _cut_off(path, file.size, size)
+    if found not in (None, identity.encode()):
+        raise CheckpointCorruptError(
+            f"{path} is not of the save that the manifest beside it is of ({identity}), or is "
+            "damaged; restore the files of one save, or load another step"
+        )
 
 
 def _missing(path: Path, error: OSError) -> CheckpointError:
@@ -209,7 +212,7 @@ class Files:
                 os.close(self._open.pop(next(iter(self._open))))
             path, expected = self._path(number), self._manifest.files[number].size
             try:
-                descriptor = os.open(path, os.O_RDONLY)
+                descriptor = open_regular(path)
             except OSError as error:
                 raise _missing(path, error) from error
             self._open[number] = descriptor

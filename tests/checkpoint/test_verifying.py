@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-from mpidist import checkpoint
+from mpidist import checkpoint, cli
+from mpidist.checkpoint.exporting import import_from
+from mpidist.checkpoint.worker import settle
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointIncompatibleError,
     CheckpointMissingShardError,
     CheckpointNotFoundError,
 )
+from mpidist.group import ProcessGroup
+from mpidist.testing import run_ranks
 from tests.checkpoint.made import VALUES, arrays, save
 
 RANKS = 3
@@ -94,6 +103,48 @@ def test_a_later_format_is_one_error(copy: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
     (error,) = checkpoint.verify(copy)
     assert isinstance(error, CheckpointIncompatibleError)
+
+
+def within_seconds(call: Callable[[], Any]) -> Any:
+    """Call a function in a thread, so that one which waits for ever ends the test, not the run."""
+    future: Future[Any] = Future()
+    Thread(target=settle, args=(future, call), daemon=True).start()
+    return future.result(20)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00001.h5", "view.h5"])
+def test_nobody_waits_at_a_fifo(copy: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / STEP / name).unlink()
+    os.mkfifo(copy / STEP / name)
+    words = f"{name} is a FIFO, and a regular file is expected"
+    begin = time.monotonic()
+    errors = within_seconds(lambda: checkpoint.verify(copy))
+    assert [type(error) for error in errors] == [CheckpointCorruptError]
+    assert words in str(errors[0])
+
+    def load(group: ProcessGroup) -> str:
+        state = {"epoch": 0, "model/weight": np.zeros((700, 513), np.float32)}
+        with pytest.raises(CheckpointCorruptError, match=words) as caught:
+            checkpoint.load(copy, state, group)
+        return str(caught.value)
+
+    if name != "view.h5":  # which nothing reads
+        with pytest.raises(CheckpointCorruptError, match=words):
+            within_seconds(lambda: checkpoint.load_full(copy))
+        assert len(set(within_seconds(lambda: run_ranks(2, load, timeout=15.0)))) == 1
+    if name == "manifest.json":
+        for action, code in (("list", 0), ("show", 1)):
+            assert within_seconds(lambda: cli.main(["checkpoint", action, str(copy)])) == code  # noqa: B023
+            assert words in "".join(capsys.readouterr())
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_nothing_is_imported_from_a_fifo(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"file{suffix}"
+    os.mkfifo(file)
+    with pytest.raises(CheckpointCorruptError, match="is a FIFO"):
+        within_seconds(lambda: import_from(file, tmp_path / "run", step=1))
 
 
 def test_a_directory_of_another_name_is_told(copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -107,6 +108,13 @@ def _become_directory(place: Place, rng: random.Random) -> Touched:
     path = place.file(rng)
     path.unlink()
     path.mkdir()
+    return {path.name}
+
+
+def _become_fifo(place: Place, rng: random.Random) -> Touched:
+    path = place.file(rng)
+    path.unlink()
+    os.mkfifo(path)
     return {path.name}
 
 
@@ -294,6 +302,7 @@ DAMAGES: Mapping[str, Damage] = {
     "file deleted": Damage(_delete, (CheckpointMissingShardError, CheckpointNotFoundError)),
     "file emptied": Damage(_empty, share=1),
     "file became a directory": Damage(_become_directory, (CheckpointError,), share=1),
+    "file became a FIFO": Damage(_become_fifo, share=1),
     "files swapped": Damage(_swap),
     "files of another step": Damage(_take_from_step),
     "files of another run": Damage(_take_from_run),
