@@ -7,7 +7,7 @@ would be a third of the time that importing this package takes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import BackendUnavailableError, LaunchError
 from mpidist.group import ProcessGroup
 
-__all__ = ["found_crossovers", "init"]
+__all__ = ["FoundCrossovers", "found_crossovers", "init"]
 
 _TIMEOUT = 1800.0
 _WARN_AFTER = 60.0
@@ -184,17 +184,41 @@ def _agreed(world: ProcessGroup, library: str) -> tuple[Mapping[int, Crossovers]
     problem = None
     if world.rank == 0:
         try:
-            table, _ = found_crossovers(library)
+            found = found_crossovers(library)
         except (ValueError, OSError) as error:
             problem = str(error)
+        else:
+            table = found.table
+            if found.problem:
+                world.log.warning("init: %s. The default crossovers are used", found.problem)
     told = (table, problem, env.trace_directory())
     table, problem, directory = broadcast_object(told, world, root=0)
     if problem is not None:
-        raise LaunchError(f"init: the crossovers that rank 0 found cannot be used: {problem}")
+        raise LaunchError(
+            f"init: MPIDIST_CROSSOVERS of rank 0 cannot be used: {problem}; correct it, or unset it"
+        )
     return table, directory
 
 
-def found_crossovers(library: str) -> tuple[Mapping[int, Crossovers], str]:
+class FoundCrossovers(NamedTuple):
+    """The sizes at which paths change, and where they come from.
+
+    Attributes
+    ----------
+    table : mapping of int to Crossovers
+        By the number of ranks on a node; empty where nothing was found.
+    source : str
+        ``MPIDIST_CROSSOVERS`` or the path of a file; empty where nothing was found.
+    problem : str
+        Why the user's file is left out; empty if it is not.
+    """
+
+    table: Mapping[int, Crossovers]
+    source: str
+    problem: str = ""
+
+
+def found_crossovers(library: str) -> FoundCrossovers:
     """Find the sizes at which paths change, in the environment or in the user's file.
 
     Parameters
@@ -204,29 +228,36 @@ def found_crossovers(library: str) -> tuple[Mapping[int, Crossovers], str]:
 
     Returns
     -------
-    (mapping of int to Crossovers, str)
-        By the number of ranks on a node, and where they were found; both empty where nothing was.
+    FoundCrossovers
+        The user's file is a cache: if it cannot be used, it is left out.
 
     Raises
     ------
     ValueError
-        If what is found cannot be used.
+        If what ``MPIDIST_CROSSOVERS`` gives cannot be used.
     OSError
-        If the file cannot be read.
+        If the file that it names cannot be read.
     """
     from pathlib import Path
 
-    from mpidist.backends.crossover_file import FILE_NAME, machine_name, read
+    from mpidist.backends.crossover_file import machine_name, read, user_file
     from mpidist.backends.crossovers import parse
 
     given = env.crossovers()
     if given is not None and "=" in given:
-        return {1: parse(given)}, "MPIDIST_CROSSOVERS"
-    path = Path(given) if given else Path(env.cache_directory(), FILE_NAME).expanduser()
-    if given is not None and not path.is_file():
-        raise ValueError(f"MPIDIST_CROSSOVERS names the file {path}, and there is none")
-    table = read(path, machine_name(library)) if path.is_file() else {}
-    return table, str(path) if table else ""
+        return FoundCrossovers({1: parse(given)}, "MPIDIST_CROSSOVERS")
+    machine = machine_name(library)
+    if given is not None:
+        if not Path(given).is_file():
+            raise ValueError(f"MPIDIST_CROSSOVERS names the file {given}, and there is none")
+        table = read(Path(given), machine)
+        return FoundCrossovers(table, given if table else "")
+    path = user_file()
+    try:
+        table = read(path, machine)
+    except (ValueError, OSError) as error:
+        return FoundCrossovers({}, "", str(error))
+    return FoundCrossovers(table, str(path) if table else "")
 
 
 def _refuse_strangers(evidence: env.Evidence | None, mpi: Any) -> None:

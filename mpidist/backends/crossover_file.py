@@ -6,18 +6,22 @@ import dataclasses
 import json
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpidist import env
 from mpidist.backends.crossovers import Crossovers
 
-__all__ = ["FILE_NAME", "machine_name", "processor", "read", "write"]
+__all__ = ["machine_name", "processor", "read", "user_file", "write"]
 
 
-FILE_NAME = "crossovers.json"
-"""Name of the file in the user's cache directory."""
+def user_file() -> Path:
+    """Return the path of the user's file, which may not exist."""
+    # Unlike Path.expanduser, this raises nothing where there is no home directory.
+    return Path(os.path.expanduser(env.cache_directory()), "crossovers.json")  # noqa: PTH111
 
 
 def processor() -> str:
@@ -50,10 +54,11 @@ def read(path: Path, machine: str) -> Mapping[int, Crossovers]:
     ------
     ValueError
         If the file does not hold such measurements.
+    OSError
+        If it cannot be read.
     """
     try:
-        entries = _load(path).get(machine, {})
-        return {int(ranks): Crossovers(**sizes) for ranks, sizes in entries.items()}
+        return _table(_load(path).get(machine, {}))
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} does not hold what 'python -m mpidist bench crossovers --save' writes "
@@ -62,9 +67,17 @@ def read(path: Path, machine: str) -> Mapping[int, Crossovers]:
 
 
 def write(path: Path, machine: str, ranks: int, crossovers: Crossovers) -> None:
-    """Add what was measured; the file is replaced at once, so that a reader sees all or nothing."""
-    entries = _load(path)
-    entries.setdefault(machine, {})[str(ranks)] = dataclasses.asdict(crossovers)
+    """Add what was measured; the file is replaced at once, so that a reader sees all or nothing.
+
+    A file that holds something else is replaced, too.
+    """
+    try:
+        entries = _load(path)
+        mine = dict(_table(entries.get(machine, {})))
+    except (TypeError, AttributeError, ValueError):
+        entries, mine = {}, {}
+    mine[ranks] = crossovers
+    entries[machine] = {str(number): dataclasses.asdict(each) for number, each in mine.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(entries, indent=2, sort_keys=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
@@ -72,9 +85,22 @@ def write(path: Path, machine: str, ranks: int, crossovers: Crossovers) -> None:
     Path(file.name).replace(path)
 
 
+def _table(entries: Mapping[str, Any]) -> Mapping[int, Crossovers]:
+    table = {int(ranks): Crossovers(**sizes) for ranks, sizes in entries.items()}
+    if any(ranks < 1 for ranks in table):
+        raise ValueError(f"there are measurements of {min(table)} ranks")
+    return table
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
-        entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    if not regular:  # reading a FIFO would wait for a writer
+        raise ValueError("it is no regular file")
+    try:
+        entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
     return entries

@@ -35,7 +35,7 @@ class Crossovers:
     Raises
     ------
     ValueError
-        If one is negative, or `small` is larger than it can be.
+        If one is no integer, negative or above 2**62, or `small` is larger than it can be.
     """
 
     small: int = 128 << 10
@@ -45,7 +45,8 @@ class Crossovers:
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
-        if min(sizes.values()) < 0 or self.small > SMALL:
+        whole = all(isinstance(size, int) and 0 <= size <= NEVER for size in sizes.values())
+        if not whole or self.small > SMALL:
             raise ValueError(
                 f"crossovers must be sizes in bytes, small at most {SMALL}; got {sizes}"
             )

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpidist import env
 from mpidist._types import Array
-from mpidist.backends.crossover_file import FILE_NAME, machine_name, write
+from mpidist.backends.crossover_file import machine_name, user_file, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers
 from mpidist.backends.mpi import library_name, load_mpi
 from mpidist.bench.machine import Machine
@@ -57,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--save",
         nargs="?",
         type=Path,
-        const=Path(env.cache_directory(), FILE_NAME).expanduser(),
+        const=user_file(),
         metavar="FILE",
         help="keep the result (default: %(const)s)",
     )
@@ -83,10 +82,12 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     notes = [
         f"{name}: {_tell(getattr(found, name))}" for name in ("small", "registered", "scratch")
     ]
+    failures: list[str] = []
     if options.save is not None:
-        if world.rank == 0:
-            write(options.save, machine_name(library_name(load_mpi())), world.size, found)
-        notes.append(f"kept in {options.save} for {world.size} ranks and more")
+        if problem := _save(options.save, found, world):
+            failures.append(problem)
+        else:
+            notes.append(f"kept in {options.save} for {world.size} ranks and more")
     return Report(
         benchmark="crossovers",
         machine=machine,
@@ -94,7 +95,18 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         comparisons=(),
         legend=_LEGEND,
         notes=tuple(notes),
+        failures=tuple(failures),
     )
+
+
+def _save(path: Path, found: Crossovers, world: ProcessGroup) -> str:
+    """Keep the result, on rank 0; return why it could not be done, or nothing."""
+    if world.rank == 0:
+        try:
+            write(path, machine_name(library_name(load_mpi())), world.size, found)
+        except OSError as error:
+            return f"not kept in {path}: {error}"
+    return ""
 
 
 def _series(world: ProcessGroup, nbytes: int) -> list[Series]:

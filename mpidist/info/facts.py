@@ -295,7 +295,8 @@ class CrossoverFacts:
     source : str
         Where they were found; empty if they are the package's own.
     problem : str
-        Why they cannot be used, or nothing.
+        Why what was found cannot be used, or nothing. With sizes, the user's file is left out;
+        without, no job of several ranks starts.
     """
 
     ranks: int

@@ -73,11 +73,14 @@ def _where(launch: Launch) -> str:
 
 
 def crossovers(job: JobFacts) -> Sequence[Problem]:
-    """Find a table of crossovers that `init` would refuse."""
-    if not job.crossovers.problem:
+    """Find crossovers that `init` would refuse, or leave out."""
+    problem = job.crossovers.problem
+    if not problem:
         return []
+    if job.crossovers.sizes:
+        return [warning("crossovers", f"left out: {problem}", "remove the file, and measure again")]
     cure = "correct or unset MPIDIST_CROSSOVERS, or remove the file"
-    return [fatal("crossovers", f"no job of several ranks starts: {job.crossovers.problem}", cure)]
+    return [fatal("crossovers", f"no job of several ranks starts: {problem}", cure)]
 
 
 def differences(job: JobFacts) -> Sequence[Problem]:

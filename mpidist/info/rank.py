@@ -134,13 +134,13 @@ def _mpirun(library: str) -> str:
 def _crossovers(library: Library | None, ranks: int) -> CrossoverFacts:
     sizes: dict[str, int] = {}
     try:
-        table, source = found_crossovers(library.name if library else "")
+        found = found_crossovers(library.name if library else "")
     except (ValueError, OSError) as error:
         return CrossoverFacts(ranks=ranks, sizes=sizes, source="", problem=str(error))
     # Those of the user's file are of one library each.
-    if library is not None or table:
-        sizes = dataclasses.asdict(choose(table, ranks))
-    return CrossoverFacts(ranks=ranks, sizes=sizes, source=source, problem="")
+    if library is not None or found.table:
+        sizes = dataclasses.asdict(choose(found.table, ranks))
+    return CrossoverFacts(ranks=ranks, sizes=sizes, source=found.source, problem=found.problem)
 
 
 def main(how: str, seconds: float) -> int:

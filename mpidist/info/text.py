@@ -117,7 +117,7 @@ def _launcher(launch: Launch) -> str:
 
 def _crossovers(job: JobFacts) -> str:
     found = job.crossovers
-    if found.problem:
+    if found.problem and not found.sizes:
         return f"unusable: {found.problem}"
     if not found.sizes:
         return "unknown: they are kept for each MPI library"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from mpidist.backends.crossover_file import machine_name, processor, read, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers, choose, parse
 from mpidist.backends.meetings import supported
 from mpidist.errors import CollectiveMismatchError
+from mpidist.launch import found_crossovers
 from tests._ranks.launcher import clean_environment
 
 ROOT = str(Path(__file__).parents[2])
@@ -49,14 +52,75 @@ def test_a_file_keeps_every_machine_and_number_of_ranks(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"here": 3}', '{"here": {"2": {"tiny": 1}}}', '{"here": {"x": {}}}']
-)
+DAMAGED = [
+    "{",
+    "[]",
+    "[" * 100_000,
+    "\x00\x01",
+    '{"here": 3}',
+    '{"here": {"2": {"tiny": 1}}}',  # of a version with other fields
+    '{"here": {"x": {}}}',
+    '{"here": {"-2": {}}}',
+    '{"here": {"2": {"small": NaN}}}',
+    '{"here": {"2": {"small": -1}}}',
+    '{"here": {"2": {"scratch": 1.5}}}',
+    '{"here": {"2": {"scratch": Infinity}}}',
+    '{"here": {"2": {"registered": "1"}}}',
+    '{"here": {"2": {"registered": 4611686018427387905}}}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_file_of_something_else_is_refused_with_its_name(tmp_path, text):
     path = tmp_path / "crossovers.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"crossovers\.json does not hold .* remove it"):
         read(path, "here")
+    write(path, "here", 2, Crossovers(small=3))
+    assert read(path, "here") == {2: Crossovers(small=3)}
+
+
+def forbid(path):
+    path.write_text("{}")
+    path.chmod(0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: path.write_text("{"), "does not hold what"),
+        (lambda path: path.mkdir(), "it is no regular file"),
+        (os.mkfifo, "it is no regular file"),
+        (forbid, "Permission denied"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+    ],
+    ids=["torn", "directory", "fifo", "unreadable", "loop"],
+)
+def test_a_cache_that_cannot_be_used_is_left_out_and_reported(tmp_path, monkeypatch, damage, told):
+    path = tmp_path / "mpidist" / "crossovers.json"
+    path.parent.mkdir()
+    damage(path)
+    if os.geteuid() == 0 and "Permission" in told:  # who may read everything
+        read_text = Path.read_text
+
+        def refuse(self, **options):
+            if self == path:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return read_text(self, **options)
+
+        monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MPIDIST_CROSSOVERS", raising=False)
+    found = found_crossovers("MPI 1")
+    assert (found.table, found.source) == ({}, "")
+    assert told in found.problem
+    assert str(path) in found.problem
+
+
+def test_without_a_home_directory_there_is_no_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-at-all/cache")
+    monkeypatch.delenv("MPIDIST_CROSSOVERS", raising=False)
+    assert found_crossovers("MPI 1") == ({}, "", "")
 
 
 @pytest.mark.skipif(not supported(), reason="this processor has no direct path")
@@ -117,15 +181,20 @@ def test_init_takes_what_rank_0_finds(mpirun, tmp_path):
 
     assert run(MPIDIST_CROSSOVERS="small=77,scratch=12345").stdout.count("77 12345") == 2
     default = Crossovers()
-    assert run().stdout.count(f"{default.small} {default.scratch}") == 2
+    cache = tmp_path / "mpidist" / "crossovers.json"
+    cache.parent.mkdir()
+    cache.write_text('{"torn')
+    result = run()
+    assert result.stdout.count(f"{default.small} {default.scratch}") == 2
+    assert result.stderr.count(f"{cache} does not hold what") == 1
     name = machine_name(library_name(load_mpi()))
-    write(tmp_path / "mpidist" / "crossovers.json", name, 2, Crossovers(small=5, scratch=6))
+    write(cache, name, 2, Crossovers(small=5, scratch=6))
     assert run().stdout.count("5 6") == 2
     (tmp_path / "bad.json").write_text("[1]")
     for wrong in ("small=x", str(tmp_path / "bad.json"), str(tmp_path / "none.json")):
         result = run(MPIDIST_CROSSOVERS=wrong)
         assert result.returncode != 0
-        assert "LaunchError: init: the crossovers that rank 0 found cannot be used" in result.stderr
+        assert "LaunchError: init: MPIDIST_CROSSOVERS of rank 0 cannot be used" in result.stderr
 
 
 def _wait_for_all_reduce(x, group):

@@ -113,6 +113,13 @@ def test_crossovers_that_init_would_refuse() -> None:
     assert "MPIDIST_CROSSOVERS" in problem.cure
 
 
+def test_crossovers_that_init_would_leave_out() -> None:
+    left_out = dataclasses.replace(a_job().crossovers, problem="x.json: Permission denied")
+    (problem,) = crossovers(dataclasses.replace(a_job(), crossovers=left_out))
+    assert not problem.fatal
+    assert problem.what == "left out: x.json: Permission denied"
+
+
 def test_an_h5py_that_cannot_be_imported_is_told_once() -> None:
     broken = Hdf5(version="", parallel=False, problem="ImportError: libhdf5.so")
     (problem,) = hdf5_imports(a_job(2, rank={"hdf5": broken}))
