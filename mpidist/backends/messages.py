@@ -10,8 +10,8 @@ from mpidist._types import Array
 from mpidist.arrays import as_bytes
 from mpidist.backends.base import Backend, Traffic
 from mpidist.backends.work import ANY_SOURCE, Message, Steps
-from mpidist.envelope import ROOM, open_envelope, seal
-from mpidist.errors import SizeMismatchError
+from mpidist.envelope import ROOM, Envelope, open_envelope, seal
+from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 
 __all__ = ["Receipt", "receive_steps", "send_steps"]
 
@@ -32,7 +32,9 @@ class Receipt:
     source: int = ANY_SOURCE
 
 
-def send_steps(backend: Backend, x: Array, dst: int, tag: int, number: int) -> Steps:
+def send_steps(
+    backend: Backend, x: Array, dst: int, tag: int, number: int, *, is_object: bool
+) -> Steps:
     """Send an array: one message if it fits into its envelope, else two.
 
     Parameters
@@ -45,8 +47,10 @@ def send_steps(backend: Backend, x: Array, dst: int, tag: int, number: int) -> S
         Whom to, and the tag.
     number : int
         The lane in which it follows its envelope, if it does.
+    is_object : bool
+        Whether it is the pickle of an object.
     """
-    envelope, inside = seal(x, number)
+    envelope, inside = seal(x, number, is_object=is_object)
     messages = [Message(envelope, dst, backend.lane(Traffic.ENVELOPE, tag))]
     if not inside:
         messages.append(Message(as_bytes(x), dst, backend.lane(Traffic.PAYLOAD, number)))
@@ -61,8 +65,9 @@ def receive_steps(
     src: int,
     tag: int,
     where: str,
+    is_object: bool,
 ) -> Steps:
-    """Receive an array.
+    """Receive an array, or the pickle of an object.
 
     Parameters
     ----------
@@ -76,9 +81,13 @@ def receive_steps(
         Whom from, and the tag.
     where : str
         Who receives, for messages.
+    is_object : bool
+        Whether the pickle of an object is expected.
 
     Raises
     ------
+    CollectiveMismatchError
+        If an object came for an array, or the other way round. It has been received all the same.
     SizeMismatchError
         If it does not fit `out`. It has been received all the same.
     """
@@ -87,23 +96,37 @@ def receive_steps(
     yield arriving
     (receipt.source,) = arriving.wait()
     envelope = open_envelope(frame)
-    fits = out is None or (
-        out.shape == envelope.shape and out.dtype.newbyteorder("=") == envelope.dtype
-    )
-    direct = out is not None and fits and out.flags.c_contiguous and out.dtype.isnative
+    refusal = _refusal(envelope, receipt.source, out, where=where, is_object=is_object)
+    direct = refusal is None and out is not None and out.flags.c_contiguous and out.dtype.isnative
     array = out if direct and out is not None else np.empty(envelope.shape, envelope.dtype)
     if envelope.content is not None:
         as_bytes(array)[...] = envelope.content
     else:
         lane = backend.lane(Traffic.PAYLOAD, envelope.number)
         yield backend.exchange([], [Message(as_bytes(array), receipt.source, lane)])
-    # An array that does not fit has been received all the same: its sender must not hang.
-    if not fits and out is not None:
-        raise SizeMismatchError(
-            f"{where}: rank {receipt.source} sent an array of shape {envelope.shape} and dtype "
-            f"{envelope.dtype}, out has shape {out.shape} and dtype {out.dtype}; leave out=None to "
-            "take what comes"
-        )
+    # What does not fit has been received all the same: its sender must not hang.
+    if refusal is not None:
+        raise refusal
     if out is not None and not direct:
         np.copyto(out, array)
     receipt.array = array if out is None else out
+
+
+def _refusal(
+    envelope: Envelope, source: int, out: Array | None, *, where: str, is_object: bool
+) -> Exception | None:
+    """Return what is wrong with a message for this receive, or None."""
+    sent = f"{where}: rank {source} sent {envelope}"
+    if envelope.is_object != is_object:
+        verb = "recv_object" if envelope.is_object else "recv"
+        return CollectiveMismatchError(
+            f"{sent}; receive it with {verb}. The message is lost, and the group can still be used"
+        )
+    if out is None or (
+        out.shape == envelope.shape and out.dtype.newbyteorder("=") == envelope.dtype
+    ):
+        return None
+    return SizeMismatchError(
+        f"{sent}, out has shape {out.shape} and dtype {out.dtype}; leave out=None to take what "
+        "comes"
+    )

@@ -18,7 +18,11 @@ from mpidist.collectives._checks import check_rank
 from mpidist.collectives._gathers import all_gather, gather
 from mpidist.collectives._reductions import broadcast
 from mpidist.collectives._scatters import scatter
-from mpidist.errors import SizeMismatchError, UnsupportedOperationError
+from mpidist.errors import (
+    CollectiveMismatchError,
+    SizeMismatchError,
+    UnsupportedOperationError,
+)
 from mpidist.group import ProcessGroup
 
 __all__ = [
@@ -31,19 +35,67 @@ __all__ = [
 ]
 
 
-def pickled(obj: Any) -> Array:
-    """Return the pickle of an object as a flat uint8 array."""
-    return np.frombuffer(pickle.dumps(obj, protocol=5), np.uint8)
+_MARK = int.from_bytes(b"MpD obj1", "little")
+"""The first number of every header, which no array of a program is likely to begin with."""
 
 
-def unpickled(data: Array) -> Any:
-    """Return the object of a flat uint8 array from a rank of this job."""
-    return pickle.loads(data.data)  # noqa: S301  # from a rank of this job, see above
+def pickled(obj: Any, verb: str, group: ProcessGroup) -> Array:
+    """Return the pickle of an object as a flat uint8 array; see `_refuse` for the error."""
+    packed = _pack([obj])
+    if packed.error is not None:
+        _refuse([group.rank], packed, verb, group)
+    return packed.pieces[0]
 
 
-def _cut(data: Array, counts: Sequence[int]) -> list[Any]:
-    stops = accumulate(counts)
-    return [unpickled(data[stop - count : stop]) for stop, count in zip(stops, counts, strict=True)]
+def unpickled(data: Array, source: int, verb: str, group: ProcessGroup) -> Any:
+    """Return the object of a flat uint8 array from a rank of this job.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If it cannot be unpickled here; everything has been received then, and the group is usable.
+    """
+    try:
+        return pickle.loads(data.data)  # noqa: S301  # from a rank of this job, see above
+    except Exception as error:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: the object that rank {source} gave cannot be unpickled here: "
+            f"{type(error).__name__}: {error}. Its class must be importable under the same name on "
+            "this rank, and must restore itself from its pickle. The group can still be used"
+        ) from error
+
+
+def _cut(data: Array, counts: Sequence[int], verb: str, group: ProcessGroup) -> list[Any]:
+    stops = enumerate(zip(accumulate(counts), counts, strict=True))
+    return [unpickled(data[stop - n : stop], rank, verb, group) for rank, (stop, n) in stops]
+
+
+def _header(*numbers: int) -> Array:
+    """Return what an object form sends first.
+
+    It has four dimensions, so that the comparison of calls does not take it for an array of the
+    program.
+    """
+    return np.array([_MARK, *numbers], np.int64).reshape(1, 1, 1, -1)
+
+
+def _numbers(header: Array, verb: str, group: ProcessGroup, root: int | None = None) -> Array:
+    """Return the numbers of headers, one row each: of every rank, or of `root` alone.
+
+    Raises
+    ------
+    CollectiveMismatchError
+        If a rank has called a collective on arrays instead, whose bytes are not to be unpickled.
+    """
+    rows = header.reshape(header.shape[0], -1)
+    strange = np.flatnonzero(rows[:, 0] != _MARK).tolist()
+    if strange:
+        ranks = strange if root is None else [root]
+        raise CollectiveMismatchError(
+            f"{verb} on {group}: rank {', '.join(map(str, ranks))} called a collective on arrays "
+            f"instead; all ranks must call {verb}"
+        )
+    return rows[:, 1:]
 
 
 class _Packed(NamedTuple):
@@ -64,7 +116,8 @@ _FAILED = -1
 def _pack(objs: Iterable[Any]) -> _Packed:
     """Pickle objects; an error is kept until all ranks know of it."""
     try:
-        return _Packed([pickled(obj) for obj in objs])
+        pickles = [pickle.dumps(obj, protocol=5) for obj in objs]
+        return _Packed([np.frombuffer(data, np.uint8) for data in pickles])
     except Exception as error:  # noqa: BLE001  # an object may raise what it likes
         return _Packed([], error)
 
@@ -78,7 +131,8 @@ def _refuse(ranks: Sequence[int], packed: _Packed, verb: str, group: ProcessGrou
 
 
 def _lengths(packed: _Packed, verb: str, group: ProcessGroup) -> list[int]:
-    lengths: list[int] = all_gather(np.array(packed.length), group).tolist()
+    headers = all_gather(_header(packed.length), group)
+    lengths: list[int] = _numbers(headers, verb, group)[:, 0].tolist()
     failed = [rank for rank, length in enumerate(lengths) if length == _FAILED]
     if failed:
         _refuse(failed, packed, verb, group)
@@ -105,7 +159,9 @@ def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
     Raises
     ------
     UnsupportedOperationError
-        On all ranks, if the object cannot be pickled.
+        On all ranks, if the object cannot be pickled; where it cannot be unpickled, on that rank.
+    CollectiveMismatchError
+        If `root` calls a collective on arrays instead.
     InvalidRankError, CollectiveTimeoutError
         As `broadcast`.
 
@@ -116,13 +172,13 @@ def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
     root = check_rank(root, "broadcast_object", group)
     here = group.rank == root
     packed = _pack([obj] if here else [])
-    told = np.array(packed.length if here else 0)
-    length = int(broadcast(told, group, root=root))
+    header = broadcast(_header(packed.length if here else 0), group, root=root)
+    length = int(_numbers(header, "broadcast_object", group, root)[0, 0])
     if length == _FAILED:
         _refuse([root], packed, "broadcast_object", group)
     data = packed.pieces[0] if here else np.empty(length, np.uint8)
     data = broadcast(data, group, root=root)
-    return obj if here else unpickled(data)
+    return obj if here else unpickled(data, root, "broadcast_object", group)
 
 
 def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
@@ -143,7 +199,9 @@ def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
     Raises
     ------
     UnsupportedOperationError
-        On all ranks, if an object cannot be pickled.
+        On all ranks, if an object cannot be pickled; where it cannot be unpickled, on that rank.
+    CollectiveMismatchError
+        If another rank calls a collective on arrays instead.
     CollectiveTimeoutError
         If a rank does not come within the group's timeout.
 
@@ -153,7 +211,8 @@ def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
     """
     packed = _pack([obj])
     counts = _lengths(packed, "all_gather_object", group)
-    return _cut(all_gather(packed.pieces[0], group, counts=counts), counts)
+    whole = all_gather(packed.pieces[0], group, counts=counts)
+    return _cut(whole, counts, "all_gather_object", group)
 
 
 def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] | None:
@@ -176,7 +235,9 @@ def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] 
     Raises
     ------
     UnsupportedOperationError
-        On all ranks, if an object cannot be pickled.
+        On all ranks, if an object cannot be pickled; where it cannot be unpickled, on that rank.
+    CollectiveMismatchError
+        If another rank calls a collective on arrays instead.
     InvalidRankError, CollectiveTimeoutError
         As `gather`.
 
@@ -188,7 +249,7 @@ def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] 
     packed = _pack([obj])
     counts = _lengths(packed, "gather_object", group)
     whole = gather(packed.pieces[0], group, root=root, counts=counts)
-    return None if whole is None else _cut(whole, counts)
+    return None if whole is None else _cut(whole, counts, "gather_object", group)
 
 
 def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int = 0) -> Any:
@@ -211,7 +272,9 @@ def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int
     Raises
     ------
     UnsupportedOperationError
-        On all ranks, if an object cannot be pickled.
+        On all ranks, if an object cannot be pickled; where it cannot be unpickled, on that rank.
+    CollectiveMismatchError
+        If another rank calls a collective on arrays instead.
     InvalidRankError, CollectiveTimeoutError
         As `scatter`.
     SizeMismatchError
@@ -226,19 +289,18 @@ def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int
     packed = _pack((() if objs is None else objs) if here else ())
     pieces = packed.pieces
     # The first number tells all ranks how many objects the root has, so that all can raise.
-    told = np.zeros(group.size + 1, np.int64)
-    told[0] = len(pieces) if packed.error is None else _FAILED
-    if len(pieces) == group.size:
-        told[1:] = [piece.size for piece in pieces]
-    told = broadcast(told, group, root=root)
-    if told[0] == _FAILED:
+    number = len(pieces) if packed.error is None else _FAILED
+    lengths = [piece.size for piece in pieces] if number == group.size else [0] * group.size
+    header = broadcast(_header(number, *lengths), group, root=root)
+    number, *counts = _numbers(header, "scatter_object", group, root)[0].tolist()
+    if number == _FAILED:
         _refuse([root], packed, "scatter_object", group)
-    if told[0] != group.size:
+    if number != group.size:
         raise SizeMismatchError(
             f"scatter_object on {group}: rank {root} must give one object per rank, "
-            f"{group.size} in all; got {told[0]}"
+            f"{group.size} in all; got {number}"
         )
-    counts = told[1:].tolist()
     mine = np.empty(counts[group.rank], np.uint8)
     whole = np.concatenate(pieces) if here else None
-    return unpickled(scatter(whole, group, root=root, out=mine, counts=counts))
+    mine = scatter(whole, group, root=root, out=mine, counts=counts)
+    return unpickled(mine, root, "scatter_object", group)

@@ -1,9 +1,9 @@
 """Messages between two ranks, each verb blocking and immediate.
 
-Every message begins with an envelope that says shape and dtype (`mpidist.envelope`), so that a
-receiver may be of unknown shape, and one that expects something else gets an error instead of
-wrong numbers. A short array travels inside its envelope, as one message; a longer one follows its
-envelope in a lane of its own, numbered by its sender.
+Every message begins with an envelope that says shape and dtype, and whether it is an object
+(`mpidist.envelope`), so that a receiver may be of unknown shape, and one that expects something
+else gets an error instead of wrong numbers. A short array travels inside its envelope, as one
+message; a longer one follows its envelope in a lane of its own, numbered by its sender.
 
 Messages of device arrays have no envelopes: both sides pass a device array of the same size, and
 messages between two ranks match in the order in which they are sent. The sends and receives of one
@@ -114,6 +114,8 @@ def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = Non
         If `src` is not another rank of the group.
     SizeMismatchError
         If the message does not fit `out`. The message is lost then, and the group stays usable.
+    CollectiveMismatchError
+        If an object comes, which only `recv_object` takes. As above.
     CollectiveTimeoutError
         If no message comes within the group's timeout.
 
@@ -217,8 +219,16 @@ def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> Non
         Who receives it.
     tag : int, optional
         Only a receive with the same tag takes it.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If the object cannot be pickled; nothing has been sent then.
+    InvalidRankError, SelfSendError, CollectiveTimeoutError
+        As `send`.
     """
-    send(pickled(obj), group, dst=dst, tag=tag)
+    message = Send(pickled(obj, "send_object", group), dst, tag)
+    prepare_send(message, group, is_object=True)().wait()
 
 
 def recv_object(group: ProcessGroup, *, src: int, tag: int = 0) -> Any:
@@ -237,5 +247,17 @@ def recv_object(group: ProcessGroup, *, src: int, tag: int = 0) -> Any:
     -------
     object
         A copy.
+
+    Raises
+    ------
+    CollectiveMismatchError
+        If an array comes: its bytes are not unpickled. The message is lost then, and the group
+        stays usable.
+    UnsupportedOperationError
+        If the object cannot be unpickled here. The group stays usable.
+    InvalidRankError, SelfSendError, CollectiveTimeoutError
+        As `recv`.
     """
-    return unpickled(recv(group, src=src, tag=tag))
+    work = prepare_receive(Receive(src, tag), group, is_object=True)()
+    data = work.wait()
+    return unpickled(data, work.source, "recv_object", group)

@@ -150,20 +150,23 @@ def device_receive(receive: Receive, group: ProcessGroup) -> tuple[Message, Call
     return Message(flat, src, 0), finish
 
 
-def prepare_send(message: Send, group: ProcessGroup) -> Callable[[], Work[None]]:
-    """Check the arguments of `send`, and return what starts it."""
+def prepare_send(
+    message: Send, group: ProcessGroup, *, is_object: bool = False
+) -> Callable[[], Work[None]]:
+    """Check the arguments of `send` or `send_object`, and return what starts it."""
+    verb = "send_object" if is_object else "send"
     if is_device(message.x):
         leaving = device_send(message, group)
         return lambda: group.start_messages([leaving], [], nothing)
-    x = as_native(check_array(message.x, "send", group))
-    dst = _check_peer(message.dst, "send", "dst", group)
-    tag = _check_tag(message.tag, "send", group)
+    x = as_native(check_array(message.x, verb, group))
+    dst = _check_peer(message.dst, verb, "dst", group)
+    tag = _check_tag(message.tag, verb, group)
 
     def start() -> Work[None]:
         number = group.next_payload()
         return group.start_steps(
-            "send",
-            lambda backend: send_steps(backend, x, dst, tag, number),
+            verb,
+            lambda backend: send_steps(backend, x, dst, tag, number, is_object=is_object),
             nothing,
             peers=Peers(frozenset({dst})),
         )
@@ -171,28 +174,33 @@ def prepare_send(message: Send, group: ProcessGroup) -> Callable[[], Work[None]]
     return start
 
 
-def prepare_receive(receive: Receive, group: ProcessGroup) -> Callable[[], ReceiveWork]:
-    """Check the arguments of `recv`, and return what starts it."""
+def prepare_receive(
+    receive: Receive, group: ProcessGroup, *, is_object: bool = False
+) -> Callable[[], ReceiveWork]:
+    """Check the arguments of `recv` or `recv_object`, and return what starts it."""
+    verb = "recv_object" if is_object else "recv"
     if is_device(receive.out):
         arriving, finish = device_receive(receive, group)
         receipt = Receipt(source=arriving.peer)
         return lambda: ReceiveWork(group.start_messages([], [arriving], finish), receipt)
     src = receive.src
     if src != ANY_SOURCE:
-        src = _check_peer(src, "recv", "src", group)
+        src = _check_peer(src, verb, "src", group)
     elif not group.capabilities.any_source:
         raise UnsupportedOperationError(
-            f"recv on {group}: the {group.backend} backend cannot receive from any source; "
+            f"{verb} on {group}: the {group.backend} backend cannot receive from any source; "
             "name the rank"
         )
-    tag = _check_tag(receive.tag, "recv", group)
-    out = None if receive.out is None else check_writable(receive.out, "recv", group)
-    receipt, where = Receipt(), f"recv on {group}"
+    tag = _check_tag(receive.tag, verb, group)
+    out = None if receive.out is None else check_writable(receive.out, verb, group)
+    receipt, where = Receipt(), f"{verb} on {group}"
 
     def start() -> ReceiveWork:
         work = group.start_steps(
-            "recv",
-            lambda backend: receive_steps(backend, receipt, out, src=src, tag=tag, where=where),
+            verb,
+            lambda backend: receive_steps(
+                backend, receipt, out, src=src, tag=tag, where=where, is_object=is_object
+            ),
             lambda: receipt.array if receive.out is None else receive.out,
             peers=_senders(src, group),
         )

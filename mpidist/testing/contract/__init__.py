@@ -96,6 +96,8 @@ class BackendContract:
     test_coalesced_in_place = _test(_lists.coalesced_in_place)
     test_objects = _test(_lists.objects)
     test_objects_without_pickle = _test(_lists.objects_without_pickle)
+    test_objects_not_restored = _test(_lists.objects_that_cannot_be_restored)
+    test_objects_and_arrays = _test(_lists.objects_and_arrays)
 
     # -- point to point ------------------------------------------------------------------------
 
@@ -107,6 +109,8 @@ class BackendContract:
     test_messages_of_subclasses = _test(_point_to_point.matrices)
     test_batches = _test(_point_to_point.batches)
     test_messages_of_objects = _test(_point_to_point.messages_of_objects)
+    test_messages_of_either_kind = _test(_point_to_point.objects_and_arrays)
+    test_messages_not_restored = _test(_point_to_point.objects_that_cannot_be_restored)
     test_receive_first = _test(_point_to_point.receive_first)
     test_flood = _test(_point_to_point.many_in_a_row)
 

@@ -11,7 +11,11 @@ import numpy as np
 from mpidist import collectives
 from mpidist._types import MAX, SUM, Array, ReduceOp
 from mpidist.arrays import BFLOAT16
-from mpidist.errors import SizeMismatchError, UnsupportedOperationError
+from mpidist.errors import (
+    CollectiveMismatchError,
+    SizeMismatchError,
+    UnsupportedOperationError,
+)
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract._landings import fortran
 from mpidist.testing.contract._places import Place
@@ -194,3 +198,67 @@ def objects_without_pickle(group: ProcessGroup, _place: Place) -> None:
             )
     listed = collectives.all_gather_object(rank, group)
     check_that(listed == list(range(size)), f"all_gather_object afterwards: {listed}")
+
+
+class Unrestorable:
+    """Something that can be pickled and not be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what raises."""
+        return _not_restored, ()
+
+
+def _not_restored() -> None:
+    raise ValueError("not restored")
+
+
+def objects_that_cannot_be_restored(group: ProcessGroup, _place: Place) -> None:
+    """Name verb, group and giver of an object that cannot be unpickled, and go on."""
+    rank, last = group.rank, group.size - 1
+    obj: Any = Unrestorable() if rank == last else rank
+    everybody, scattered = range(group.size), [0] * last + [Unrestorable()]
+    calls: dict[str, tuple[Callable[[], Any], Sequence[int]]] = {
+        "all_gather_object": (partial(collectives.all_gather_object, obj, group), everybody),
+        "gather_object": (partial(collectives.gather_object, obj, group), [0]),
+        "broadcast_object": (
+            partial(collectives.broadcast_object, obj, group, root=last),
+            everybody[:-1],
+        ),
+        "scatter_object": (
+            partial(collectives.scatter_object, scattered, group, root=last),
+            [last],
+        ),
+    }
+    for verb, (call, receivers) in calls.items():
+        if rank in receivers:
+            words = f"{verb} on {group}: the object that rank {last} gave cannot be unpickled here"
+            expect_error(UnsupportedOperationError, call, verb, words, "ValueError: not restored")
+        else:
+            call()
+    listed = collectives.all_gather_object(rank, group)
+    check_that(listed == list(everybody), f"all_gather_object afterwards: {listed}")
+
+
+def objects_and_arrays(group: ProcessGroup, _place: Place) -> None:
+    """Unpickle no array of a rank that calls a collective on arrays, whatever its shape."""
+    if group.size == 1:
+        return
+    last, header = group.size - 1, np.full((1, 1, 1, 2), 16, np.int64)
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "broadcast_object": (
+            partial(collectives.broadcast, header, group, root=last),
+            partial(collectives.broadcast_object, None, group, root=last),
+        ),
+        "all_gather_object": (
+            partial(collectives.all_gather, header, group),
+            partial(collectives.all_gather_object, None, group),
+        ),
+    }
+    for verb, (of_array, of_object) in calls.items():
+        if group.rank == last:
+            of_array()
+            continue
+        words = f"rank {last} called a collective on arrays instead"
+        expect_error(CollectiveMismatchError, of_object, verb, f"{verb} on {group}", words)
+    total = collectives.all_reduce(np.array(1), group)
+    check_that(total == group.size, f"all_reduce afterwards: {total}")

@@ -6,17 +6,26 @@ a receive also keeps what its rank starts later waiting, so that rings go by `ex
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 
 from mpidist import collectives, point_to_point
 from mpidist._types import Array, DType
-from mpidist.errors import DistributedError, SizeMismatchError, UnsupportedOperationError
+from mpidist.errors import (
+    CollectiveMismatchError,
+    DistributedError,
+    SizeMismatchError,
+    UnsupportedOperationError,
+)
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import ANY_SOURCE, Receive, Send
 from mpidist.testing.contract._landings import fortran, strided
+from mpidist.testing.contract._lists import Unrestorable
 from mpidist.testing.contract._places import Place, with_peers
 from mpidist.testing.contract._values import (
     byte_swapped,
@@ -244,6 +253,62 @@ def messages_of_objects(group: ProcessGroup, _place: Place) -> None:
     if group.rank < group.size - 1:
         point_to_point.send_object(payload, group, dst=group.rank + 1, tag=2)
     check_that(payload["path"] == list(range(group.rank + 1)), f"{payload['path']}")
+
+
+_RECEIVES: dict[str, Callable[[ProcessGroup, int], Any]] = {
+    "recv": lambda g, src: point_to_point.recv(g, src=src),
+    "recv into": lambda g, src: point_to_point.recv(g, src=src, out=np.zeros(3)),
+    "irecv": lambda g, src: point_to_point.irecv(g, src=src).wait(),
+    "exchange": lambda g, src: point_to_point.exchange(g, sends=[], receives=[Receive(src)]).wait(),
+    "recv_object": lambda g, src: point_to_point.recv_object(g, src=src),
+}
+
+
+@with_peers
+def objects_and_arrays(group: ProcessGroup, _place: Place) -> None:
+    """Refuse an object for an array and an array for an object, short or long; unpickle neither."""
+    last = group.size - 1
+    sources = [last] + [ANY_SOURCE] * group.capabilities.any_source
+    for length, src in product((10, 10_000), sources):
+        obj = [1] * length
+        for name, receive in _RECEIVES.items():
+            of_object = name == "recv_object"
+            if group.rank == last and of_object:
+                point_to_point.send(np.frombuffer(pickle.dumps(obj), np.uint8), group, dst=0)
+            elif group.rank == last:
+                point_to_point.send_object(obj, group, dst=0)
+            elif group.rank == 0:
+                told = "an array" if of_object else "an object; receive it with recv_object"
+                where = f"recv_object on {group}" if of_object else f"recv on {group}"
+                words = (where, f"rank {last} sent {told}", "the group can still be used")
+                call = partial(receive, group, src)
+                expect_error(CollectiveMismatchError, call, f"{name} of {length}", *words)
+    total = collectives.all_reduce(np.array(1), group)
+    check_that(total == group.size, f"all_reduce afterwards: {total}")
+
+
+@with_peers
+def objects_that_cannot_be_restored(group: ProcessGroup, _place: Place) -> None:
+    """Name who gave an object that cannot be unpickled, and who gave one without a pickle."""
+    last = group.size - 1
+    if group.rank == last:
+        point_to_point.send_object(Unrestorable(), group, dst=0)
+        expect_error(
+            UnsupportedOperationError,
+            lambda: point_to_point.send_object(lambda: None, group, dst=0),
+            "send_object",
+            f"send_object on {group}: what rank {last} gave cannot be pickled",
+        )
+        point_to_point.send_object("next", group, dst=0)
+    if group.rank == 0:
+        expect_error(
+            UnsupportedOperationError,
+            lambda: point_to_point.recv_object(group, src=last),
+            "recv_object",
+            f"recv_object on {group}: the object that rank {last} gave cannot be unpickled here",
+            "ValueError: not restored",
+        )
+        check_that(point_to_point.recv_object(group, src=last) == "next", "the next object")
 
 
 @with_peers
