@@ -44,6 +44,9 @@ of the addresses alone (4K aliasing; Fog, The microarchitecture of Intel, AMD an
 on store forwarding).
 """
 
+_PAGE = 4096
+"""The second of two halves must begin as far behind a page as the first, and as well aligned."""
+
 _REMEMBERED = 256
 """Calls whose preparations are kept, of each kind."""
 
@@ -356,13 +359,18 @@ class NodeSums:
         turns, record = self._turns, Call("all_reduce", x, None, op, way=Way.SCRATCH).record()
         turns.settle(waiters)
         turns.board.finish(turns.enter(record, waiters))
-        chunk = max(_ALL_CHUNKS // self._team.transport.size, _SHORTEST_CHUNK)
+        chunk = _chunk_bytes(self._team.transport.size)
         parts = self._share(_SKEW + 2 * chunk, waiters())
         if parts is None:
             self._scratch_refused = True
             return None
         self._scratch = _Rooms(parts, chunk, _SKEW)
         return self._scratch
+
+
+def _chunk_bytes(size: int) -> int:
+    """Return how many bytes of an ordinary array are summed at a time by so many ranks."""
+    return max(_ALL_CHUNKS // size, _SHORTEST_CHUNK) // _PAGE * _PAGE
 
 
 def _remember(kept: dict[K, V], key: K, value: V) -> V:

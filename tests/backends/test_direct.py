@@ -340,6 +340,18 @@ def test_arrays_that_are_not_aligned_are_like_any_other(world):
         group.close()
 
 
+@pytest.mark.ranks(3)
+@direct_only
+def test_both_halves_of_the_scratch_memory_are_aligned_alike(world):
+    x = np.ones(1 << 20, np.float64)
+    total = mpidist.all_reduce(x, world)
+    assert total.min() == total.max() == world.size
+    first, second = (world._backend.sums._scratch.arrays(half, x.dtype, 100) for half in (0, 1))
+    for before, after in zip(first, second, strict=True):
+        assert before.flags.aligned
+        assert (after.ctypes.data - before.ctypes.data) % 4096 == 0
+
+
 @pytest.mark.ranks(2)
 def test_without_shared_memory_arrays_are_ordinary(world, monkeypatch):
     def refuse(*_):
