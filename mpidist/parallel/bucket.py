@@ -79,16 +79,17 @@ def assign_buckets(arrays: Mapping[str, Array], sizes: BucketSizes) -> list[list
     """
     position = {name: i for i, name in enumerate(reversed(list(arrays)))}
     filling: dict[tuple[DType, str], list[str]] = {}
+    filled: dict[tuple[DType, str], int] = {}
     limits: dict[tuple[DType, str], int] = {}
     closed: list[list[str]] = []
     for name in position:
         array = arrays[name]
         kind = (array.dtype, array_namespace(array).__name__)
-        bucket = filling.setdefault(kind, [])
-        bucket.append(name)
-        if sum(arrays[member].nbytes for member in bucket) >= limits.get(kind, sizes.first):
+        filling.setdefault(kind, []).append(name)
+        filled[kind] = filled.get(kind, 0) + array.nbytes
+        if filled[kind] >= limits.get(kind, sizes.first):
             closed.append(filling.pop(kind))
-            limits[kind] = sizes.rest
+            filled[kind], limits[kind] = 0, sizes.rest
     # A bucket is complete when its last member is.
     return sorted([*closed, *filling.values()], key=lambda bucket: position[bucket[-1]])
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,14 @@ def test_each_dtype_has_its_buckets_and_they_stand_in_the_order_of_completion():
     }
     # float32 is complete with b, bfloat16 with c, float64 only with a.
     assert assign_buckets(arrays, BucketSizes()) == [["c"], ["e", "b"], ["d", "a"]]
+
+
+def test_100_000_arrays_take_less_than_a_second():
+    arrays = dict.fromkeys(map(str, range(100_000)), np.empty(2, np.float32))  # 8 bytes each
+    began = time.process_time()
+    buckets = assign_buckets(arrays, BucketSizes(first=400_000, rest=2**40))
+    assert time.process_time() - began < 1
+    assert [len(bucket) for bucket in buckets] == [50_000, 50_000]
 
 
 def test_no_arrays_make_no_buckets():
