@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidist._arguments import whole_number
 from mpidist._types import Array
 from mpidist.arrays import device_empty, is_host
 from mpidist.backends.base import Backend, Capabilities
@@ -224,9 +225,13 @@ class ProcessGroup(Operations):
     def rank_of(self, world_rank: int) -> int | None:
         """Return the rank in this group of a rank of the world, or None for a non-member.
 
-        The other way round is ``group.ranks[rank]``.
+        The other way round is ``group.ranks[rank]``. `InvalidRankError` if it is no integer.
         """
-        return self.ranks.index(world_rank) if world_rank in self.ranks else None
+        try:
+            number = whole_number(world_rank)
+        except TypeError as error:
+            raise InvalidRankError(f"rank_of on {self}: {error}") from None
+        return self.ranks.index(number) if number in self.ranks else None
 
     # -- making groups -------------------------------------------------------------------------
 
@@ -280,19 +285,14 @@ class ProcessGroup(Operations):
         Raises
         ------
         InvalidRankError
-            If a rank lies outside the group or is named twice, or there is none.
+            If a rank lies outside the group, is named twice or is no integer, or there is none. A
+            boolean mask is no list of ranks.
 
         Notes
         -----
         Collective over `ranks` only, which block until all of them have come.
         """
-        ranks = tuple(int(rank) for rank in ranks)
-        valid = all(0 <= rank < self.size for rank in ranks)
-        if not valid or len(set(ranks)) != len(ranks) or not ranks:
-            raise InvalidRankError(
-                f"new_group on {self}: ranks must be different ranks from 0 to {self.size - 1}, "
-                f"at least one; got {ranks}"
-            )
+        ranks = self._check_members(ranks)
         if self.rank not in ranks:
             return None
         with self._performing(f"new_group({list(ranks)})", among=ranks) as waiter:
@@ -483,10 +483,27 @@ class ProcessGroup(Operations):
                 )
             return make(nbytes, waiter=waiter) if nbytes else None
 
+    def _check_members(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Return different ranks of this group as plain numbers."""
+        try:
+            numbers = tuple(map(whole_number, ranks))
+        except TypeError:
+            numbers = ()
+        valid = all(0 <= rank < self.size for rank in numbers)
+        if not valid or len(set(numbers)) != len(numbers) or not numbers:
+            raise InvalidRankError(
+                f"new_group on {self}: ranks must be different ranks from 0 to {self.size - 1}, at "
+                f"least one; got {ranks}. The ranks of a mask are numpy.flatnonzero(mask)"
+            )
+        return numbers
+
     def _check_color(self, color: int | None, key: int) -> None:
         """Raise unless every MPI library takes these for a split."""
-        valid = color is None or (isinstance(color, int | np.integer) and 0 <= color < 2**31)
-        if not (valid and isinstance(key, int | np.integer) and abs(key) < 2**31):
+        try:
+            valid = (color is None or 0 <= index(color) < 2**31) and abs(index(key)) < 2**31
+        except TypeError:
+            valid = False
+        if not valid:
             raise UnsupportedOperationError(
                 f"split on {self}: color must be None or an integer from 0 to 2**31 - 1 and key an "
                 f"integer below 2**31; got color {color!r}, key {key!r}"

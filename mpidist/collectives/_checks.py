@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpidist._arguments import whole_number
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import DTYPES, address_of, array_namespace, as_native, is_device, is_host
 from mpidist.errors import InvalidRankError, SizeMismatchError, UnsupportedOperationError
@@ -101,7 +101,7 @@ def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> N
 def check_rank(rank: int, verb: str, group: ProcessGroup, *, name: str = "root") -> int:
     """Return `rank` as a plain number if it is one of the group's."""
     try:
-        number = index(rank)
+        number = whole_number(rank)
     except TypeError:
         number = -1
     if not 0 <= number < group.size:
@@ -114,7 +114,7 @@ def check_rank(rank: int, verb: str, group: ProcessGroup, *, name: str = "root")
 def check_counts(counts: Sequence[int], verb: str, group: ProcessGroup) -> tuple[int, ...]:
     """Return the rows of each rank as a tuple of plain numbers."""
     try:
-        numbers = tuple(map(index, counts))
+        numbers = tuple(map(whole_number, counts))
     except TypeError:
         numbers = ()
     if len(numbers) != group.size or min(numbers) < 0:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mpidist._arguments import whole_number
 from mpidist.boxes import split_evenly
 
 __all__ = ["Batch", "ShardedSampler"]
@@ -93,11 +93,11 @@ class ShardedSampler:
     ) -> None:
         _check_arguments(num_samples, rank, size, batch_size, seed)
         # Plain integers and booleans, whatever came, so that the state can be written as JSON.
-        self.num_samples = index(num_samples)
-        self.rank = index(rank)
-        self.size = index(size)
-        self.batch_size = index(batch_size)
-        self.seed = index(seed)
+        self.num_samples = whole_number(num_samples)
+        self.rank = whole_number(rank)
+        self.size = whole_number(size)
+        self.batch_size = whole_number(batch_size)
+        self.seed = whole_number(seed)
         self.shuffle = bool(shuffle)
         self.drop_last = bool(drop_last)
         self._epoch = 0
@@ -197,7 +197,7 @@ class ShardedSampler:
         """
         if step < 0:
             raise ValueError(f"ShardedSampler.skip_to: step must not be negative, got {step}")
-        self._epoch, self._step = divmod(index(step), self.steps_per_epoch)
+        self._epoch, self._step = divmod(whole_number(step), self.steps_per_epoch)
 
     def _order(self) -> npt.NDArray[np.int64]:
         if not self.shuffle:

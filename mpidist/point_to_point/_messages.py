@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import index
 
+from mpidist._arguments import whole_number
 from mpidist._types import Array
 from mpidist.arrays import as_native, is_device
 from mpidist.backends.messages import Receipt, receive_steps, send_steps
@@ -105,10 +105,17 @@ def _check_peer(peer: int, verb: str, name: str, group: ProcessGroup) -> int:
     return peer
 
 
+def _is_any(src: int) -> bool:
+    try:
+        return whole_number(src) == ANY_SOURCE
+    except TypeError:
+        return False
+
+
 def _check_tag(tag: int, verb: str, group: ProcessGroup) -> int:
     largest = group.capabilities.max_tag
     try:
-        number = index(tag)
+        number = whole_number(tag)
     except TypeError:
         number = -1
     if not 0 <= number <= largest:
@@ -140,7 +147,7 @@ def device_receive(receive: Receive, group: ProcessGroup) -> tuple[Message, Call
     out = receive.out
     assert out is not None, "only its array tells that it is for a device"
     check_array(out, "recv", group)
-    if receive.src == ANY_SOURCE:
+    if _is_any(receive.src):
         raise UnsupportedOperationError(
             f"recv on {group}: a device array cannot be received from any source; name the rank"
         )
@@ -183,9 +190,9 @@ def prepare_receive(
         arriving, finish = device_receive(receive, group)
         receipt = Receipt(source=arriving.peer)
         return lambda: ReceiveWork(group.start_messages([], [arriving], finish), receipt)
-    src = receive.src
-    if src != ANY_SOURCE:
-        src = _check_peer(src, verb, "src", group)
+    src = ANY_SOURCE
+    if not _is_any(receive.src):
+        src = _check_peer(receive.src, verb, "src", group)
     elif not group.capabilities.any_source:
         raise UnsupportedOperationError(
             f"{verb} on {group}: the {group.backend} backend cannot receive from any source; "

@@ -189,3 +189,9 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
     arguments = {"num_samples": 8, "rank": 0, "size": 2, "batch_size": 4, **changes}
     with pytest.raises(ValueError, match=message):
         ShardedSampler(**arguments)
+
+
+@pytest.mark.parametrize("rank", [True, np.True_, 0.0])
+def test_a_rank_is_an_integer(rank: Any) -> None:
+    with pytest.raises(TypeError, match="integer"):
+        ShardedSampler(8, rank=rank, size=2, batch_size=4)

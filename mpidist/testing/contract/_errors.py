@@ -130,6 +130,17 @@ MISTAKES: dict[str, Mistake] = {
         "0.0",
         lambda g, at: c.reduce(at(X), g, root=0.0),  # type: ignore[arg-type]
     ),
+    "root a boolean": Mistake(
+        InvalidRankError, "True", lambda g, at: c.broadcast(at(X), g, root=g.size > 0)
+    ),
+    "source a float": Mistake(
+        InvalidRankError,
+        "-1.0",
+        lambda g, _: p.recv(g, src=-1.0),  # type: ignore[arg-type]
+    ),
+    "peer a boolean": Mistake(
+        InvalidRankError, "dst", lambda g, at: p.send(at(X), g, dst=g.rank != 1)
+    ),
     "root of objects": Mistake(
         InvalidRankError, "root", lambda g, _: c.broadcast_object(1, g, root=g.size)
     ),
@@ -216,6 +227,11 @@ MISTAKES: dict[str, Mistake] = {
         "6.5",
         lambda g, at: c.all_gather(at(X), g, counts=[6.5] * g.size),  # type: ignore[list-item]
     ),
+    "counts of booleans": Mistake(
+        SizeMismatchError,
+        "True",
+        lambda g, at: c.scatter(at(_rows(g)), g, counts=[True] * g.size),
+    ),
     "one count": Mistake(
         SizeMismatchError,
         "counts",
@@ -250,6 +266,11 @@ MISTAKES: dict[str, Mistake] = {
         "1.5",
         lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=1.5),  # type: ignore[arg-type]
     ),
+    "tag a boolean": Mistake(
+        UnsupportedOperationError,
+        "True",
+        lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=g.size > 0),
+    ),
     "tag too large": Mistake(
         UnsupportedOperationError,
         "tag",
@@ -262,7 +283,14 @@ MISTAKES: dict[str, Mistake] = {
     ),
 }
 
-PEERS = {"list sent", "tag negative", "tag a float", "tag too large", "recv locked"}
+PEERS = {
+    "list sent",
+    "recv locked",
+    "tag a boolean",
+    "tag a float",
+    "tag negative",
+    "tag too large",
+}
 """Mistakes of messages to others, which a single rank cannot make."""
 
 INDIVISIBLE: dict[str, Callable[[Array, ProcessGroup], Any]] = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from mpidist import collectives, point_to_point
 from mpidist._types import MAX
-from mpidist.errors import GroupBrokenError, InvalidRankError
+from mpidist.errors import GroupBrokenError, InvalidRankError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import Receive, Send
 from mpidist.testing.contract._places import Place, with_peers
@@ -181,6 +182,17 @@ def closing(group: ProcessGroup, place: Place) -> None:
 
 def bad_members(group: ProcessGroup, _place: Place) -> None:
     """Member lists that name no group are refused on all ranks, with nothing sent."""
-    for ranks in ([], [0, 0], [group.size], [-1], [0, group.size + 3]):
+    mask = [True] * group.size
+    lists: list[Any] = [[], [0, 0], [group.size], [-1], [0, group.size + 3]]
+    lists += [mask[:1], [*mask[:1], False], np.array(mask), [0.0], [0.9], np.array([0.5]), ["0"], 0]
+    for ranks in lists:
         expect_error(InvalidRankError, partial(group.new_group, ranks), f"{ranks}", "new_group")
+    number: Any
+    for number in (0.0, True, "0"):
+        expect_error(InvalidRankError, partial(group.rank_of, number), f"{number}", "rank_of")
+    pairs: list[tuple[Any, Any]] = [(0.0, 0), (0, 0.0), (-1, 0), (2**31, 0), ("a", 0), (0, None)]
+    for color, key in pairs:
+        cut = partial(group.split, color, key)
+        words = ("split", f"color {color!r}, key {key!r}")
+        expect_error(UnsupportedOperationError, cut, f"{color}, {key}", *words)
     collectives.barrier(group)
