@@ -94,7 +94,15 @@ class CollectiveTimeoutError(DistributedError, TimeoutError):
 
 
 class CollectiveMismatchError(DistributedError, ValueError):
-    """The ranks of a group called different operations, or the same one with other arguments."""
+    """The ranks of a group called different operations, or the same one with other arguments.
+
+    Attributes
+    ----------
+    usable : bool
+        Whether nothing was changed, so that the group can still be used; else it is broken.
+    """
+
+    usable: bool = True
 
 
 class PeerLostError(DistributedError, ConnectionError):

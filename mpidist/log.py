@@ -8,7 +8,7 @@ handlers to that logger.
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 __all__ = ["logger", "rank_logger"]
@@ -42,3 +42,14 @@ def rank_logger(group: str, rank: int, size: int) -> logging.LoggerAdapter[loggi
         Writes to the logger ``mpidist``.
     """
     return _RankAdapter(logger, {"group": group, "rank": rank, "size": size})
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Return numbers of ranks as people write them, such as ``"0-2, 5"``."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

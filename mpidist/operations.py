@@ -12,7 +12,8 @@ from mpidist._types import Array, ReduceOp
 from mpidist.arrays import is_device
 from mpidist.backends.base import Backend
 from mpidist.backends.device import DeviceBackend, DeviceWork
-from mpidist.backends.journal import Journal, describe
+from mpidist.backends.journal import Journal, describe, describe_counts
+from mpidist.backends.signatures import Described, Signature, balance_of
 from mpidist.backends.work import Message, Steps
 from mpidist.errors import (
     BackendUnavailableError,
@@ -22,7 +23,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers, Plan
-from mpidist.recorder import Kind, caller
+from mpidist.recorder import Kind, Name, caller
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -136,12 +137,12 @@ class Operations(Closing):
             return plan.finish()
         number = self._count(plan.verb)
         journal = self._journal
-        name = journal.name_collective(plan.verb, plan.args, plan.shape, Kind.BLOCKING)
+        name = journal.name_collective(Kind.BLOCKING, *plan.call)
         record = journal.begin(name, number, caller(2))
-        waiter = self._waiter(plan.verb, record, name.call)
+        waiter = self._waiter(plan.verb, record, self._signature(plan, name, record))
         try:
             if self._watch.debug:
-                waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
+                waiter.wait_for(self._backend.compare(waiter.signature.describe()).done)
             self._backend.run(plan.verb, plan.args, waiter=waiter)
         except BaseException as error:
             self._failed(error, waiter)
@@ -149,9 +150,21 @@ class Operations(Closing):
         journal.end(record)
         return plan.finish()
 
-    def _told(self, plan: Plan[Any], kind: str, record: int) -> tuple[str, str]:
-        """Return what a rank says of a plan before it begins, in debug mode."""
-        return f"{kind}{describe(plan.verb, plan.args, plan.shape)}", self._watch.here(record)
+    def _signature(
+        self, plan: Plan[Any], name: Name, record: int, kind: Kind = Kind.BLOCKING
+    ) -> Signature:
+        """Return what the ranks compare of a plan."""
+
+        def describe_call() -> Described:
+            verb, args, shape, rows, listed = plan.call
+            what = "i" * (kind is Kind.IMMEDIATE) + describe(verb, args, shape, rows, listed)
+            return Described(what, self._watch.here(record), describe_counts(verb, args))
+
+        if plan.verb == "all_to_all":
+            _, _, sends, receives = plan.args
+            balance = balance_of(self.rank, tuple(sends), tuple(receives))
+            return Signature(name.call, describe_call, plan.shape, balance, plan.breaks)
+        return Signature(name.call, describe_call, plan.shape, None, plan.breaks)
 
     def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
         """Perform an all_reduce in place if one like it has been prepared; else do nothing.
@@ -176,8 +189,13 @@ class Operations(Closing):
         journal = self._journal
         name = prepared.name or journal.name_sum(prepared, x, op)
         record = journal.begin(name, number, caller(2))
+
+        def waiter() -> GroupWaiter:
+            plan = Plan("all_reduce", (x, x, op), lambda: x, x.shape)
+            return self._waiter("all_reduce", record, self._signature(plan, name, record))
+
         try:
-            prepared.run(x, x, lambda: self._waiter("all_reduce", record))
+            prepared.run(x, x, waiter)
         except BaseException as error:
             self._failed(error, self._waiter("all_reduce", record))
             raise
@@ -190,7 +208,7 @@ class Operations(Closing):
         number, record = self._collectives[0] + 1, 0
 
         def waiter() -> GroupWaiter:
-            return self._waiter("all_reduce", record, name.call, number=number)
+            return self._waiter("all_reduce", record, number=number)
 
         try:
             work = device.repeat_sum(x, op, waiter)
@@ -213,15 +231,16 @@ class Operations(Closing):
             return DeviceGroupWork(waiter, begun, plan.finish)
         verb = f"i{plan.verb}"
         number = self._count(verb)
-        name = self._journal.name_collective(plan.verb, plan.args, plan.shape, Kind.IMMEDIATE)
+        name = self._journal.name_collective(Kind.IMMEDIATE, *plan.call)
         record = self._journal.begin(name, number, caller(2))
-        waiter = self._waiter(verb, record)
+        signature = self._signature(plan, name, record, Kind.IMMEDIATE)
+        waiter = self._waiter(verb, record, signature)
         try:
             if self._watch.debug:
-                told = self._told(plan, "i", record)
-                inner = self._backend.begin_compared(plan.verb, plan.args, *told)
+                described = signature.describe()
+                inner = self._backend.begin_compared(plan.verb, plan.args, described)
             else:
-                inner = self._backend.begin(plan.verb, plan.args)
+                inner = self._backend.begin(plan.verb, plan.args, waiter)
         except BaseException as error:
             self._failed(error, waiter)
             raise
@@ -233,13 +252,13 @@ class Operations(Closing):
         assert device is not None, "asked before"
         verb = plan.verb if kind is Kind.BLOCKING else f"i{plan.verb}"
         number = self._count(verb)
-        name = self._journal.name_collective(plan.verb, plan.args, plan.shape, kind)
+        name = self._journal.name_collective(kind, *plan.call)
         record = self._journal.begin(name, number, caller(3))
-        waiter = self._waiter(verb, record, name.call)
+        waiter = self._waiter(verb, record, self._signature(plan, name, record))
         try:
             if self._watch.debug:
                 # Also the immediate form meets here: what the device has begun cannot be undone.
-                waiter.wait_for(self._backend.compare(*self._told(plan, "", record)).done)
+                waiter.wait_for(self._backend.compare(waiter.signature.describe()).done)
             device.prepare(waiter)
             return device.begin(plan.verb, plan.args, waiter), waiter
         except (BackendUnavailableError, LaunchError):
@@ -319,11 +338,16 @@ class Operations(Closing):
         return number
 
     def _waiter(
-        self, verb: str, record: int, digest: int = 0, *, number: int | None = None
+        self,
+        verb: str,
+        record: int,
+        signature: Signature | None = None,
+        *,
+        number: int | None = None,
     ) -> GroupWaiter:
         """Return what waits for a collective, the one that was begun last when it has no number."""
         collective = (self._identity, self._collectives[0] if number is None else number)
-        return GroupWaiter(self, verb, record, collective=collective, digest=digest)
+        return GroupWaiter(self, verb, record, collective=collective, signature=signature)
 
     def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
         """Count an operation among some ranks, record it, and return what waits for it."""
@@ -342,13 +366,13 @@ class Operations(Closing):
             # The rest of what it is differs legitimately, or is compared by itself.
             name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
             record = self._journal.begin(name, number, frame)
-            waiter = self._waiter(what, record, name.call)
+            signature = Signature(name.call, lambda: Described(what, self._watch.here(record)))
+            waiter = self._waiter(what, record, signature)
         else:
             waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
         try:
             if self._watch.debug and among is None:
-                here = self._watch.here(waiter.record)
-                waiter.wait_for(self._backend.compare(what, here).done)
+                waiter.wait_for(self._backend.compare(waiter.signature.describe()).done)
             yield waiter
         except BaseException as error:
             self._failed(error, waiter)
@@ -358,18 +382,18 @@ class Operations(Closing):
     def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:
         """Break the group on an error that may have left its ranks at different places."""
         self._journal.end(waiter.record, failed=True)
+        usable = False
         if isinstance(error, CollectiveMismatchError):
-            self._tell_callers(error, waiter)
-        else:
+            self._name(error, waiter)
+            usable = error.usable
+        if not usable:
             # Also an interrupt: the other ranks have gone on to the next operation.
             self._break(error)
 
-    def _tell_callers(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
-        """Add to an error who called what, and where; in debug mode it says so itself."""
-        if waiter.collective is not None and self._reason is None:
-            debug, callers = self._watch.debug, self._watch.callers
-            told = "" if debug else f". {callers(self.ranks, waiter.collective)}"
-            error.args = (f"{waiter.operation} on {self}: {error}{told}",)
+    def _name(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
+        """Add operation and group to an error of the transport."""
+        if self._reason is None:
+            error.args = (f"{waiter.operation} on {self}: {error}",)
 
     def companion(self, name: str, make: Callable[[], C]) -> C:
         """Return what a subsystem keeps with this group, made when it is asked for first.

@@ -20,6 +20,7 @@ from mpidist.errors import (
 from mpidist.recorder import caller
 
 if TYPE_CHECKING:
+    from mpidist.backends.signatures import Signature
     from mpidist.operations import Operations
 
 __all__ = [
@@ -54,13 +55,28 @@ class Plan(Generic[T]):
     finish : callable
         Called once when the operation is complete; returns the verb's result.
     shape : tuple of int, optional
-        Of the caller's array, where it is the same on all ranks.
+        Of the caller's array, which is the same on all ranks; where `rows` are given, of one row.
+    rows : tuple of int, optional
+        Rows of each rank's part. Empty for all_to_all, whose rows differ by rank.
+    listed : str, optional
+        All arrays of the list of which this packs those of one dtype.
+    breaks : bool, optional
+        Whether it is one of several that were called together, so that a difference breaks the
+        group: the others are under way.
     """
 
     verb: str
     args: tuple[Any, ...]
     finish: Callable[[], T]
     shape: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    listed: str = ""
+    breaks: bool = False
+
+    @property
+    def call(self) -> tuple[Any, ...]:
+        """What `Journal.name_collective` and `describe` want to know of it."""
+        return self.verb, self.args, self.shape, self.rows, self.listed
 
     @property
     def on_device(self) -> bool:
@@ -68,10 +84,10 @@ class Plan(Generic[T]):
         return self.verb == "together" or any(map(is_device, self.args))
 
 
-def together(plans: Sequence[Plan[Any]]) -> Plan[list[Any]]:
+def together(plans: Sequence[Plan[Any]], listed: str) -> Plan[list[Any]]:
     """Make one plan of several on device arrays, which are performed as one operation."""
     calls = tuple((plan.verb, plan.args) for plan in plans)
-    return Plan("together", calls, lambda: [plan.finish() for plan in plans])
+    return Plan("together", calls, lambda: [plan.finish() for plan in plans], listed=listed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +126,8 @@ class GroupWaiter(Waiter):
         The group's identity and the number of the operation among its collectives.
     peers : Peers, optional
         The ranks it depends on; all when omitted.
-    digest : int, optional
-        Of what has to be the same on all ranks.
+    signature : Signature, optional
+        What the ranks compare, where they meet.
     """
 
     # One is made for every blocking call, most of which never have to wait for long.
@@ -123,10 +139,10 @@ class GroupWaiter(Waiter):
         "_number",
         "_verb",
         "collective",
-        "digest",
         "group",
         "peers",
         "record",
+        "signature",
         "timeout",
     )
 
@@ -139,10 +155,11 @@ class GroupWaiter(Waiter):
         number: int = 0,
         collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
-        digest: int = 0,
+        signature: Signature | None = None,
     ) -> None:
         self.group = group
-        self.digest = digest
+        if signature is not None:
+            self.signature = signature
         self.record = record
         self.collective = collective
         self.peers = peers
@@ -235,12 +252,16 @@ class GroupWaiter(Waiter):
         if self._key is None or waited < self._next_look:
             return
         self._next_look = min(2 * waited, waited + _LONGEST_PAUSE)
-        told = self.group._watch.differences(self.group.ranks, self._key)
+        group = self.group
+        told = group._watch.differences(
+            group.ranks, self._key, compared=group._backend.compares_calls
+        )
         if told:
             error = CollectiveMismatchError(
                 f"{self.told}: the ranks called different things: {told}. The group is broken: "
                 "let this error end the job; all ranks must make the same calls in the same order"
             )
+            error.usable = False
             self.group._break(error)
             self.report("will never be complete")
             raise error
@@ -319,8 +340,8 @@ class GroupWork(Work[T]):
     def _fail(self, error: BaseException) -> None:
         """Be over with an error of the transport's part, in the words of the group."""
         if isinstance(error, CollectiveMismatchError):
-            self._group._tell_callers(error, self._waiter)
-            self._end(error)
+            self._group._name(error, self._waiter)
+            self._end(error, broken=not error.usable)
         elif isinstance(error, SizeMismatchError):
             self._end(error)
         elif isinstance(error, TransportError) and str(self._group) not in str(error):

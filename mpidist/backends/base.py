@@ -25,8 +25,8 @@ from mpidist.recorder import Recorder
 
 if TYPE_CHECKING:
     from mpidist.backends.device import DeviceBackend
-    from mpidist.backends.direct import Direct
     from mpidist.backends.node_sums import NodeSums
+    from mpidist.backends.signatures import Described
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
 
@@ -63,7 +63,7 @@ class Traffic(IntEnum):
     ENVELOPE = 1
     PAYLOAD = 2
     CREATE = 3
-    TURN = 4
+    SEQUENCED = 4
 
 
 class Backend(ABC):
@@ -87,6 +87,9 @@ class Backend(ABC):
     recorder: Recorder
     """Where this rank's operations are recorded, once `record` or `join` has been called."""
 
+    compares_calls = False
+    """Whether calls on host arrays are compared before a result is handed out."""
+
     device: DeviceBackend | None = None
     """What carries device arrays between the same ranks; see `mpidist.backends.hybrid`."""
 
@@ -100,7 +103,6 @@ class Backend(ABC):
         self.registered = Registry()
         self.crossovers = Crossovers()
         self._table: Mapping[int, Crossovers] = {}
-        self._direct: Direct | None = None
         self.sums: NodeSums | None = None
         self.engine = Engine()
         self._collectives = 0
@@ -228,7 +230,7 @@ class Backend(ABC):
         """
         return None
 
-    def begin(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
+    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
         """Start a collective, and return at once.
 
         Parameters
@@ -237,23 +239,18 @@ class Backend(ABC):
             Name of one of the collectives below.
         args : tuple
             Its arguments.
+        waiter : Waiter
+            Knows the signature of the call. Nothing waits here.
 
         Returns
         -------
         Work
-            Complete when this rank's result is there.
-
-        Notes
-        -----
-        On registered memory it is performed where the arrays lie; else by `transfer`.
+            Complete when this rank's result is there. A transport that compares calls raises
+            `CollectiveMismatchError` from it if the ranks have called different things.
         """
-        if self._direct is not None:
-            meetings = self._direct.begin(verb, args, self.registered, self.crossovers.registered)
-            if meetings is not None:
-                return self.start(meetings)
-        return self.transfer(verb, args)
+        return self.transfer(verb, args, waiter)
 
-    def transfer(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
+    def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
         """Start a collective by moving bytes between the ranks; see `begin`.
 
         A transport overrides this for the collectives that it performs itself.
@@ -263,13 +260,13 @@ class Backend(ABC):
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
         """Perform a collective, and return when this rank's result is there; see `begin`."""
-        waiter.wait_for(self.begin(verb, args).done)
+        waiter.wait_for(self.begin(verb, args, waiter).done)
 
-    def compare(self, what: str, site: str) -> Work[None]:
+    def compare(self, described: Described) -> Work[None]:
         """Find out whether all ranks are about to call the same; see `compared.compare`."""
-        return self.start(self._comparing(what, site))
+        return self.start(self._comparing(described))
 
-    def begin_compared(self, verb: str, args: tuple[Any, ...], what: str, site: str) -> Work[None]:
+    def begin_compared(self, verb: str, args: tuple[Any, ...], described: Described) -> Work[None]:
         """Start a collective that begins when all ranks have come to it with the same call.
 
         Notes
@@ -277,15 +274,15 @@ class Backend(ABC):
         By messages: one of the library's collectives would start when this rank notices that the
         comparison is over, which may be in another order on another rank; see [Note: phases].
         """
-        return self.start(self._comparing(what, site, BY_MESSAGES[verb], args))
+        return self.start(self._comparing(described, BY_MESSAGES[verb], args))
 
     def _comparing(
-        self, what: str, site: str, verb: Callable[..., Steps] | None = None, args: Any = ()
+        self, described: Described, verb: Callable[..., Steps] | None = None, args: Any = ()
     ) -> Steps:
         # Two lanes in any case: also ranks that differ in this stay in step.
         first, second = self._next_lane(), self._next_lane()
         then = () if verb is None else verb(second, *args)
-        return _in_turn(compare(first, what, site, rank=self.rank, size=self.size), then)
+        return _in_turn(compare(first, described, rank=self.rank, size=self.size), then)
 
     # -- operations of several phases ----------------------------------------------------------
 

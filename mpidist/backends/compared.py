@@ -1,29 +1,45 @@
-"""Debug mode: all ranks say what they are about to call before any of them begins.
+"""What the ranks call, in words: told to all where it differs, and compared by debug mode.
 
-The comparison travels in a lane of its own, so that it finds ranks that call different verbs, and
-ranks of which one blocks where another does not.
+The words travel in a lane of their own, so that this works for ranks that call different verbs, and
+for ranks of which one blocks where another does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from mpidist._types import Array
 from mpidist.backends import algorithms
+from mpidist.backends.signatures import Described
 from mpidist.backends.work import Steps
 from mpidist.errors import CollectiveMismatchError
+from mpidist.log import ranges
 
-__all__ = ["BY_MESSAGES", "DIFFERENT", "compare"]
+__all__ = ["BY_MESSAGES", "compare", "difference", "refuse"]
 
-DIFFERENT = (
-    "the ranks called different things; nothing has been changed. All must make the same calls in "
-    "the same order"
-)
-"""What an error says where calls are compared before anything begins; who called what follows."""
+_LONGEST = 260, 150, 100
+"""Bytes of what a rank calls, where, and how it travels; the rest is cut off."""
 
 _ROOM = 512
 """Bytes for the words of each rank."""
+
+_NAMED = 8
+"""Different calls that an error tells one by one."""
+
+_ALIKE = "the ranks made the same call, {}, with arrays that do not fit together"
+
+_STATES = {
+    True: "Nothing has been changed, and the group can still be used",
+    False: "A part of it was under way, and the group is broken: let this error end the job",
+}
+
+_SAME_CALLS = "All ranks must make the same calls in the same order"
+_SAME_ARRAYS = (
+    "All ranks must pass the same place of the same registered block, or none of them a registered "
+    "one; have the same crossovers; and expect as much as is sent to them"
+)
 
 BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
     "all_gather": algorithms.ring_all_gather,
@@ -39,37 +55,88 @@ BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
 """How each collective goes by messages."""
 
 
-def compare(lane: algorithms.Lane, what: str, site: str, *, rank: int, size: int) -> Steps:
+def compare(lane: algorithms.Lane, described: Described, *, rank: int, size: int) -> Steps:
     """Raise on all ranks if they are about to call different things.
 
     Parameters
     ----------
     lane : Lane
         For the messages.
-    what : str
-        What has to be the same on all ranks.
-    site : str
-        Where it was called.
+    described : Described
+        What this rank calls.
     rank, size : int
-        Of the group.
+        This rank, and the number of ranks.
 
     Raises
     ------
     CollectiveMismatchError
         With what every rank calls, and where.
     """
-    texts = np.zeros((size, _ROOM), np.uint8)
-    words = f"{what}\n{site}".encode(errors="replace")[:_ROOM]
-    texts[rank, : len(words)] = np.frombuffer(words, np.uint8)
-    yield from algorithms.ring_all_gather(lane, None, texts.reshape(-1), (_ROOM,) * size)
-    calls: dict[tuple[str, str], list[int]] = {}
-    for other, text in enumerate(texts):
-        theirs, _, where = text.tobytes().rstrip(b"\0").decode(errors="replace").partition("\n")
-        calls.setdefault((theirs, where), []).append(other)
-    if len({theirs for theirs, _ in calls}) > 1:
-        # The fewest first: they are the likeliest to be wrong.
-        told = "; ".join(
-            f"rank {', '.join(map(str, ranks))}: {theirs} at {where}"
-            for (theirs, where), ranks in sorted(calls.items(), key=lambda call: len(call[1]))
-        )
-        raise CollectiveMismatchError(f"{DIFFERENT}. {told}")
+    calls = np.zeros((size, _ROOM), np.uint8)
+    yield from _exchange(lane, described, calls, rank)
+    everybody = _read(calls)
+    if len({call.what for call in everybody}) > 1:
+        raise difference(everybody)
+
+
+def refuse(
+    lane: algorithms.Lane, described: Described, *, rank: int, size: int, usable: bool
+) -> Steps:
+    """Raise on all ranks, which know already that their calls differ, what they have called.
+
+    Parameters
+    ----------
+    lane, described, rank, size
+        As `compare`.
+    usable : bool
+        Whether nothing has been changed, so that the group can still be used.
+
+    Raises
+    ------
+    CollectiveMismatchError
+        Always.
+    """
+    calls = np.zeros((size, _ROOM), np.uint8)
+    yield from _exchange(lane, described, calls, rank)
+    raise difference(_read(calls), usable=usable)
+
+
+def _exchange(lane: algorithms.Lane, described: Described, calls: Array, rank: int) -> Steps:
+    """Let every rank write what it calls into its row, and give all rows to all ranks."""
+    parts = zip(described, _LONGEST, strict=True)
+    text = b"\n".join(part.encode(errors="replace")[:most] for part, most in parts)
+    calls[rank, : len(text)] = np.frombuffer(text, np.uint8)
+    yield from algorithms.ring_all_gather(lane, None, calls.reshape(-1), (_ROOM,) * len(calls))
+
+
+def _read(calls: Array) -> list[Described]:
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in calls]
+    return [Described(*[*text.split("\n"), "", ""][:3]) for text in texts]
+
+
+def difference(calls: Sequence[Described], *, usable: bool = True) -> CollectiveMismatchError:
+    """Return the error that says who called what, and where.
+
+    Parameters
+    ----------
+    calls : sequence of Described
+        By rank. How they travel is told only if they are the same otherwise.
+    usable : bool, optional
+        Whether nothing has been changed, so that the group can still be used.
+    """
+    differ = len({call.what for call in calls}) > 1
+    ranks: dict[str, list[int]] = {}
+    for rank, call in enumerate(calls):
+        words = f" called {call.what}" if differ else f": {call.how},"
+        words += f" at {call.site}"
+        ranks.setdefault(words, []).append(rank)
+    # The fewest first: they are the likeliest to be wrong.
+    ordered = sorted(ranks.items(), key=lambda item: len(item[1]))
+    told = [f"rank {ranges(who)}{words}" for words, who in ordered[:_NAMED]]
+    if len(ordered) > _NAMED:
+        told.append(f"and {len(ordered) - _NAMED} other calls")
+    head = "the ranks called different things" if differ else _ALIKE.format(calls[0].what)
+    rule = _SAME_CALLS if differ else _SAME_ARRAYS
+    error = CollectiveMismatchError(f"{head}: {'; '.join(told)}. {_STATES[usable]}. {rule}")
+    error.usable = usable
+    return error

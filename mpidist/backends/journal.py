@@ -9,14 +9,14 @@ from zlib import crc32
 import numpy as np
 
 from mpidist._types import ReduceOp
-from mpidist.arrays import is_array, is_host
+from mpidist.arrays import is_array, is_device, is_host
 from mpidist.recorder import Kind, Name, Recorder
 
 if TYPE_CHECKING:
     from mpidist._types import Array
     from mpidist.backends.node_sums import Sum
 
-__all__ = ["Journal", "describe"]
+__all__ = ["Journal", "describe", "describe_counts"]
 
 _ROOTED = ("broadcast", "reduce", "gather", "scatter")
 
@@ -57,16 +57,24 @@ class Journal:
         )
 
     def name_collective(
-        self, verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None, kind: Kind
+        self,
+        kind: Kind,
+        verb: str,
+        args: tuple[Any, ...],
+        shape: tuple[int, ...] | None = None,
+        rows: tuple[int, ...] | None = None,
+        listed: str = "",
     ) -> Name:
         """Return how a collective is recorded; see `describe`."""
         # What of an argument makes a difference to the name; this is part of every call.
         keys = [(x.dtype, x.size) if type(x) is np.ndarray else _key(x) for x in args]
-        key = (verb, kind, shape, *keys)
+        key = (verb, kind, shape, rows, listed, *keys)
         found = self._names.get(key)
         if found is None:
-            what = "i" * (kind is Kind.IMMEDIATE) + describe(verb, args, shape)
-            found = self._remember(key, self._recorder.name(what, self._group, kind))
+            what = "i" * (kind is Kind.IMMEDIATE) + describe(verb, args, shape, rows, listed)
+            on_device = verb == "together" or any(is_device(x) for x in args)
+            name = self._recorder.name(what, self._group, kind, on_device=on_device)
+            found = self._remember(key, name)
         return found
 
     def _remember(self, key: object, name: Name) -> Name:
@@ -78,7 +86,7 @@ class Journal:
     def name_sum(self, prepared: Sum, x: Array, op: ReduceOp) -> Name:
         """Return the name of an all_reduce in place of a 1-D array, and remember it there."""
         args = (x, x, op)
-        prepared.name = name = self.name_collective("all_reduce", args, None, Kind.BLOCKING)
+        prepared.name = name = self.name_collective(Kind.BLOCKING, "all_reduce", args, x.shape)
         return name
 
     def name_device_sum(self, x: Array, op: ReduceOp) -> Name:
@@ -86,7 +94,7 @@ class Journal:
         key = (x.dtype, x.shape, op)
         found = self._names.get(key)
         if found is None:
-            found = self.name_collective("all_reduce", (x, x, op), x.shape, Kind.BLOCKING)
+            found = self.name_collective(Kind.BLOCKING, "all_reduce", (x, x, op), x.shape)
             self._remember(key, found)
         return found
 
@@ -98,7 +106,13 @@ def _key(x: Any) -> Any:
     return (x.dtype, x.size, is_host(x)) if is_array(x) else x
 
 
-def describe(verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None) -> str:
+def describe(
+    verb: str,
+    args: tuple[Any, ...],
+    shape: tuple[int, ...] | None = None,
+    rows: tuple[int, ...] | None = None,
+    listed: str = "",
+) -> str:
     """Return what has to be the same on all ranks of a collective.
 
     Parameters
@@ -106,7 +120,11 @@ def describe(verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None) ->
     verb, args : str, tuple
         As a transport gets them: flat arrays, counts, op, root.
     shape : tuple of int, optional
-        Of the caller's array, where it is the same on all ranks.
+        Of the caller's array; where `rows` are given, of one row.
+    rows : tuple of int, optional
+        Rows of each rank's part; none for all_to_all, whose rows differ by rank.
+    listed : str, optional
+        All arrays of a list of which these are packed.
 
     Returns
     -------
@@ -114,29 +132,46 @@ def describe(verb: str, args: tuple[Any, ...], shape: tuple[int, ...] | None) ->
         Such as ``"all_reduce SUM float32[10, 100]"``.
     """
     if verb == "together":
-        return " + ".join(describe(each, some, None) for each, some in args)
+        return f"{' + '.join(describe(*each) for each in args)} of a list of {listed}"
     words = [verb]
     words += [op.name for op in args if isinstance(op, ReduceOp)]
     arrays = [x for x in args if is_array(x)]
-    counts = [count for count in args if isinstance(count, tuple | list)]
     if arrays:
-        dtype = arrays[0].dtype
-        if verb == "all_to_all":  # how much goes where differs by rank
-            words.append(f"{dtype}")
-        elif counts:
-            words.append(f"{dtype} in parts of {_tell_counts(counts[0])}")
-        else:
-            words.append(f"{dtype}{list(shape) if shape is not None else [arrays[0].size]}")
+        words.append(f"{arrays[0].dtype}{_lengths(arrays[0], args, shape, rows)}")
     if verb in _ROOTED:
         words.append(f"root {args[-1]}")
+    if listed:
+        words.append(f"of a list of {listed}")
     if arrays and not is_host(arrays[0]):
         words.append("on the device")
     return " ".join(words)
 
 
-def _tell_counts(counts: Sequence[int]) -> str:
-    if min(counts) == max(counts):
-        return f"{counts[0]}"
+def describe_counts(verb: str, args: tuple[Any, ...]) -> str:
+    """Return what of an all_to_all may differ by rank, but has to fit; nothing for other verbs."""
+    if verb != "all_to_all":
+        return ""
+    sends, receives = (_few(counts) for counts in args[2:])
+    return f"sends {sends} elements, expects {receives}"
+
+
+def _lengths(
+    x: Array, args: tuple[Any, ...], shape: tuple[int, ...] | None, rows: tuple[int, ...] | None
+) -> str:
+    """Return the shape that is the same on all ranks."""
+    if rows is None:
+        counts = [count for count in args if isinstance(count, tuple | list)]
+        if counts:  # of the package's own calls
+            return f" in parts of {_few(counts[0])}"
+        return str(list(x.shape if shape is None else shape))
+    row = f" rows of {list(shape)}" if shape else ""
+    if not rows:
+        return row
+    return f" in parts of {rows[0] if min(rows) == max(rows) else _few(rows)}{row}"
+
+
+def _few(counts: Sequence[int]) -> str:
+    """Return numbers in words of bounded length that differ if they do."""
     if len(counts) <= _MOST_COUNTS:
         return f"{list(counts)}"
     digest = crc32(np.array(counts, np.int64).tobytes())

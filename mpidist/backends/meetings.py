@@ -19,9 +19,19 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Work
+from mpidist.backends.work import Steps, Work
 
-__all__ = ["RING", "ROOM", "DirectBoard", "Meetings", "Record", "Until", "supported"]
+__all__ = [
+    "RING",
+    "ROOM",
+    "DirectBoard",
+    "Meetings",
+    "Record",
+    "Until",
+    "fence",
+    "phases",
+    "supported",
+]
 
 T = TypeVar("T")
 
@@ -30,6 +40,9 @@ RING = 64
 
 ROOM = 16 << 10
 """Bytes of the largest array for which there is room beside the counters, twice."""
+
+_BREAKS, _BALANCE, _DIGEST, _NUMBER = 4, 5, 6, 7
+"""Words of a slot: of the record, and the number of its operation behind it."""
 
 _FENCE = threading.Lock()
 
@@ -44,21 +57,29 @@ class Record(NamedTuple):
     Attributes
     ----------
     words : Array, shape (7,), uint64
-        Six numbers, and the digest.
+        Five numbers that have to be the same on all ranks, the balance, and the digest.
     digest : int
-        A hash of the six.
+        A hash of the five.
+    balance : int or None
+        What has to add up to 0 over all ranks, where something has to.
     """
 
     words: Array
     digest: int
+    balance: int | None
 
     @classmethod
-    def of(cls, numbers: Sequence[int]) -> Record:
-        """Make the record of six numbers."""
+    def of(cls, numbers: Sequence[int], balance: int | None = None) -> Record:
+        """Make the record of five numbers."""
         # Python salts the hashes of texts, not those of whole numbers: all ranks get the same.
-        digest = hash(tuple(numbers)) & (2**64 - 1)
-        words = np.array([*numbers, digest], np.uint64)
-        return cls(words, digest)
+        digest = hash(tuple(map(int, numbers))) & (2**64 - 1)
+        words = np.array([*numbers, balance or 0, digest], np.uint64)
+        return cls(words, digest, balance)
+
+    @property
+    def breaks(self) -> bool:
+        """Whether a difference breaks the group; see `Signature`."""
+        return bool(self.words[_BREAKS])
 
 
 def supported() -> bool:
@@ -84,14 +105,10 @@ class DirectBoard:
         Number of the last operation with which this rank is done.
     """
 
-    # In words of 8 bytes. A slot holds a record, its digest, and the number of its operation; a
-    # rank's part begins with a slot of its counters: finished, reached. Behind the slots stand the
-    # numbers of the operations to which it objected: one word would not do, since a rank may come
-    # to object to the next one before another has looked for its objection to this one.
+    # In words of 8 bytes. A slot holds a record and the number of its operation; a rank's part
+    # begins with a slot of its counters: finished, reached.
     _SLOT = 8
-    _DIGEST, _NUMBER = 6, 7
-    _OBJECTIONS = _SLOT * (RING + 1)
-    _ROOM = (_OBJECTIONS + RING) * 8
+    _ROOM = _SLOT * (RING + 1) * 8
     _PART = -(-(_ROOM + 2 * ROOM) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def __init__(self, memory: Any, rank: int, size: int) -> None:
@@ -102,7 +119,7 @@ class DirectBoard:
         self._mine = self._starts[rank]
         self._numbers = [self._mine + self._SLOT * (2 + place) - 1 for place in range(RING)]
         slots = np.frombuffer(self._bytes, np.uint64, self._SLOT * (RING + 1), 8 * self._mine)
-        self._slots = [slot[: self._NUMBER] for slot in slots.reshape(-1, self._SLOT)[1:]]
+        self._slots = [slot[:_NUMBER] for slot in slots.reshape(-1, self._SLOT)[1:]]
         self.finished = 0
         self._standing: list[Record | None] = [None] * RING
 
@@ -125,7 +142,7 @@ class DirectBoard:
 
     def all_entered(self, number: int) -> bool:
         """Whether the others have come to it."""
-        return self._all_at(self._SLOT * (1 + number % RING) + self._NUMBER, number)
+        return self._all_at(self._SLOT * (1 + number % RING) + _NUMBER, number)
 
     def meet(self, number: int, record: Record) -> bool:
         """Come to an operation, and say whether all have soon come to it with the same."""
@@ -138,7 +155,7 @@ class DirectBoard:
         with _FENCE:
             pass
         words[self._numbers[place]] = number
-        place = 8 * place + 15
+        place = self._SLOT * (1 + place) + _NUMBER
         for start in self._others:
             at = start + place
             if words[at] < number and not _comes(words, at, number):
@@ -149,7 +166,7 @@ class DirectBoard:
 
     def absent(self, number: int) -> list[int]:
         """Return the places of the ranks that have not come to operation `number`."""
-        place = self._SLOT * (1 + number % RING) + self._NUMBER
+        place = self._SLOT * (1 + number % RING) + _NUMBER
         return [at for at, start in enumerate(self._starts) if self._words[start + place] != number]
 
     def same(self, number: int, record: Record) -> bool:
@@ -161,22 +178,15 @@ class DirectBoard:
                 return False
         return True
 
-    def records(self, number: int) -> list[Array]:
-        """Return what each rank came with."""
-        place = self._SLOT * (1 + number % RING)
-        return [
-            np.array(self._words[start + place : start + place + self._DIGEST], np.uint64)
-            for start in self._starts
-        ]
+    def balanced(self, number: int) -> bool:
+        """Whether the balances of all ranks add up to 0."""
+        place = self._SLOT * (1 + number % RING) + _BALANCE
+        return sum(self._words[start + place] for start in self._starts) % 2**64 == 0
 
-    def object(self, number: int) -> None:
-        """Say to the others of the node, before the next stage, that an operation cannot be."""
-        self._words[self._mine + self._OBJECTIONS + number % RING] = number
-
-    def objected(self, number: int) -> bool:
-        """Whether anybody did."""
-        place = self._OBJECTIONS + number % RING
-        return any(self._words[start + place] == number for start in self._starts)
+    def breaks(self, number: int) -> bool:
+        """Whether any rank came with a call of which a part is under way."""
+        place = self._SLOT * (1 + number % RING) + _BREAKS
+        return any(self._words[start + place] for start in self._starts)
 
     def finish(self, number: int) -> None:
         """Be done with operation `number` and all before it."""
@@ -258,6 +268,12 @@ def _comes(words: memoryview, at: int, number: int) -> bool:
     return False
 
 
+def fence() -> None:
+    """Make what this rank has written visible before what it writes from now on."""
+    with _FENCE:
+        pass
+
+
 class Until(Work[None]):
     """Complete when a condition holds.
 
@@ -288,3 +304,9 @@ class Until(Work[None]):
 
 Meetings: TypeAlias = Generator[Until, None, T]
 """Steps of an operation on the direct path: it yields each meeting that it has to wait for."""
+
+
+def phases(steps: Steps) -> Meetings[None]:
+    """Wait for each phase of an operation as for a meeting."""
+    for phase in steps:
+        yield Until(phase.done, list)

@@ -22,10 +22,9 @@ from mpidist import env
 from mpidist._types import Array
 from mpidist.arrays import as_bytes
 from mpidist.backends import algorithms
-from mpidist.backends.agreement import Call
 from mpidist.backends.base import Backend, Capabilities, Traffic
-from mpidist.backends.board import ArrivalBoard
-from mpidist.backends.compared import DIFFERENT
+from mpidist.backends.compared import BY_MESSAGES, refuse
+from mpidist.backends.comparison import SumComparison
 from mpidist.backends.departures import Departures
 from mpidist.backends.direct import Direct
 from mpidist.backends.meetings import DirectBoard, supported
@@ -33,11 +32,19 @@ from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
 from mpidist.backends.mpi_memory import share
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.node_sums import NodeSums
-from mpidist.backends.registered import Block
-from mpidist.backends.turns import Turns
+from mpidist.backends.registered import Block, Place
+from mpidist.backends.sequencer import Sequencer
+from mpidist.backends.signatures import (
+    DIRECT_VERBS,
+    Described,
+    Route,
+    Signature,
+    registered_place,
+    whole_array,
+)
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
-from mpidist.errors import BackendUnavailableError, CollectiveMismatchError, TransportError
+from mpidist.errors import BackendUnavailableError, TransportError
 from mpidist.recorder import Recorder
 
 __all__ = ["MpiBackend", "load_mpi", "world_ranks"]
@@ -169,6 +176,7 @@ class MpiBackend(Backend):
     """
 
     name = "mpi"
+    compares_calls = True
     _alive: ClassVar[weakref.WeakSet[MpiBackend]] = weakref.WeakSet()
 
     def __init__(
@@ -189,10 +197,13 @@ class MpiBackend(Backend):
         self._near = Neighbours.of(nodes, self.rank)
         # The ranks of this node: who shares memory.
         self._local = comm if len(set(nodes)) == 1 else comm.Split(self._node, self.rank)
-        self._board = self._make_board()
-        self._direct = direct = self._make_direct()
-        if direct is not None and direct.team.alone:
-            self.sums = NodeSums(direct.turns, direct.team, self.registered, self._parts)
+        self._sequencer, shared = self._make_sequencer()
+        self._direct: Direct | None = None
+        if shared:
+            lane_of = partial(self.lane, Traffic.SEQUENCED)
+            self._direct = direct = Direct(self._sequencer, self, lane_of)
+            if direct.team.alone:
+                self.sums = NodeSums(self._sequencer, direct.team, self.registered, self._parts)
         self.inside: tuple[Waiter, float] | None = None
         with _ALIVE_LOCK:
             self._alive.add(self)
@@ -298,33 +309,91 @@ class MpiBackend(Backend):
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
         """Perform a collective: by shared memory, or by the library's blocking call."""
-        direct = self._direct
-        call: LibraryCall | None = None
         if verb == "all_reduce" and self.sums is not None:
             x, out, op = args
-            summed = self.sums.prepare(x, out, op, lambda: waiter)
+            summed = self.sums.prepare(x, out, op, waiter)
             if summed is not None:
                 summed.run(x, out, lambda: waiter)
                 return
-        if direct is not None:
-            whole = Call.of(verb, args, self.registered, self.crossovers.registered)
-            if whole is not None:
-                if whole.place is None:
-                    call = getattr(self._calls, verb)(*args)
-                # A blocking call of the library starts in the same order on all ranks.
-                meetings = direct.plan(whole, args) if call is None else direct.meet(whole)
-                for meeting in meetings:
-                    waiter.wait_for(meeting.condition, missing=meeting.missing)
-                if call is not None:
-                    self._call(call, waiter)
-                return
-        call = getattr(self._calls, verb)(*args)
-        if call is not None or self._board is not None:
-            self._arrive(waiter)
+        place = self._place_of(verb, args)
+        if place is not None and self._direct is not None:
+            for meeting in self._direct.plan(verb, args, waiter.signature, place):
+                waiter.wait_for(meeting.condition, missing=meeting.missing)
+            return
+        call: LibraryCall | None = getattr(self._calls, verb)(*args)
+        steps = self._by_messages(verb, args) if call is None else None
+        self._arrive(waiter, Route.LIBRARY if steps is None else Route.MESSAGES)
         if call is not None:
             self._call(call, waiter)
-        else:
-            super().run(verb, args, waiter=waiter)
+        elif steps is not None:
+            waiter.wait_for(self.start(steps).done)
+
+    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+        """Start a collective by shared memory, by messages, or by the library's nonblocking call.
+
+        Notes
+        -----
+        The first two begin when all ranks have come. The library's call begins at once, and its
+        result is handed out when all ranks have come with the same call; see [Note: comparison].
+        """
+        place = self._place_of(verb, args)
+        if place is not None and self._direct is not None:
+            return self.start(self._direct.plan(verb, args, waiter.signature, place))
+        if self._takes_registered(verb, args):
+            # The arrays of another rank may be registered: that is known when all have come.
+            return self._start_by_messages(verb, args, waiter.signature)
+        return self.transfer(verb, args, waiter)
+
+    def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+        """Start a collective by the library's nonblocking call if it has one, else by messages."""
+        call: LibraryCall | None = getattr(self._calls, verb)(*args)
+        nonblocking = None if call is None else call.nonblocking
+        signature = waiter.signature
+        if call is None or nonblocking is None:
+            return self._start_by_messages(verb, args, signature)
+        signature.breaks = self.size > 1
+        comparison = self.start(self._sequencer.comparing(signature, Route.LIBRARY))
+        with _translated(self._mpi, verb):
+            request = getattr(self._comm, nonblocking)(*call.args)
+        work = _Requests(self._mpi, [request], keep=call)
+        return _Compared(comparison, work, call.after)
+
+    def _start_by_messages(
+        self, verb: str, args: tuple[Any, ...], signature: Signature
+    ) -> Work[None]:
+        """Start a collective that goes by messages when all ranks have come."""
+        steps = self._by_messages(verb, args)
+        comparing = self._sequencer.comparing(signature, Route.MESSAGES)
+        return self.start(_then(comparing, steps))
+
+    def _place_of(self, verb: str, args: tuple[Any, ...]) -> Place | None:
+        """Return where the arrays of a call lie if it is performed there."""
+        if not self._takes_registered(verb, args):
+            return None
+        return registered_place(verb, args, self.registered)
+
+    def _takes_registered(self, verb: str, args: tuple[Any, ...]) -> bool:
+        """Whether a call is performed in registered memory if its arrays lie there.
+
+        It depends on what is the same on all ranks only, on verb and size: where the arrays of
+        another rank lie is not known yet.
+        """
+        if self._direct is None or verb not in DIRECT_VERBS:
+            return False
+        return whole_array(verb, args).nbytes >= self.crossovers.registered
+
+    def _by_messages(self, verb: str, args: tuple[Any, ...]) -> Steps:
+        """Return the steps by messages of the collective that begins next."""
+        return BY_MESSAGES[verb](self._lane_of(self._sequencer.begun + 1), *args)
+
+    def _lane_of(self, number: int) -> algorithms.Lane:
+        """Return the lane of the operation with a number: in step also after a difference."""
+        return algorithms.Lane(self, self.lane(Traffic.SEQUENCED, number))
+
+    def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
+        """Return the steps that raise on all ranks that they have called different things."""
+        lane = self._lane_of(number)
+        return refuse(lane, described, rank=self.rank, size=self.size, usable=usable)
 
     def _call(self, call: LibraryCall, waiter: Waiter) -> None:
         """Make a blocking call of the library, to which all have come."""
@@ -339,23 +408,25 @@ class MpiBackend(Backend):
         if call.after is not None:
             call.after()
 
-    def _make_board(self) -> ArrivalBoard | None:
-        """Make the board of arrivals where all ranks share memory; collective."""
-        if self.size == 1 or self._local != self._comm:
-            return None
-        memory = share(self._mpi, self._comm, ArrivalBoard.nbytes(1))
-        return None if memory is None else ArrivalBoard(memory, self.rank, self.size)
-
-    def _make_direct(self) -> Direct | None:
-        """Make the direct path where the ranks of every node share memory; collective."""
-        near = self._near
-        if not supported() or self.local_size == 1:
-            return None
-        memory = self._share(DirectBoard.nbytes(1))
+    def _make_sequencer(self) -> tuple[Sequencer, bool]:
+        """Return what keeps the calls in order, and whether nodes share memory; collective."""
+        near, memory = self._near, None
+        if supported() and self.local_size > 1:
+            memory = self._share(DirectBoard.nbytes(1))
         if memory is None:
-            return None
+            alone = Neighbours((self.rank,), 0, 1, ((self.rank,),))
+            board = DirectBoard(bytearray(DirectBoard.nbytes(1)), 0, 1)
+            summed = SumComparison(self._add, self.size) if self.size > 1 else None
+            return Sequencer(board, alone, summed, self._refuse), False
         board = DirectBoard(memory, near.rank, len(near.local))
-        return Direct(Turns(board, near), self, partial(self.lane, Traffic.TURN))
+        summed = SumComparison(self._add, self.size) if len(near.nodes) > 1 else None
+        return Sequencer(board, near, summed, self._refuse), True
+
+    def _add(self, words: Array) -> Work[Any]:
+        """Start adding up words of all ranks in place."""
+        with _translated(self._mpi, "arrival"):
+            request = self._comm.Iallreduce(self._mpi.IN_PLACE, words, self._mpi.SUM)
+        return _Requests(self._mpi, [request], keep=words)
 
     def _share(self, nbytes: int) -> memoryview | None:
         """Map memory of so many bytes of each rank of this node, or None on all; collective."""
@@ -400,17 +471,9 @@ class MpiBackend(Backend):
         self.recorder = Recorder(parts[near.rank])
         return dict(zip(near.local, parts, strict=True))
 
-    def _arrive(self, waiter: Waiter) -> None:
-        """Wait, with the deadline, until all ranks have come to this operation."""
-        if self.size == 1:
-            return
-        if self._board is not None:
-            self._board.arrive(waiter.digest)
-            waiter.wait_for(self._board.all_here, missing=self._board.missing)
-            if not self._board.alike():
-                raise CollectiveMismatchError(DIFFERENT)
-        else:
-            waiter.wait_for(_Requests(self._mpi, [self._comm.Ibarrier()], keep=None).done)
+    def _arrive(self, waiter: Waiter, route: Route = Route.LIBRARY) -> None:
+        """Wait, with the deadline, until all ranks have come to this operation, and compare it."""
+        self._sequencer.arrive(waiter.signature, route, lambda: waiter)
 
     @contextlib.contextmanager
     def _within(self, waiter: Waiter) -> Iterator[None]:
@@ -422,21 +485,52 @@ class MpiBackend(Backend):
         finally:
             self.inside = None
 
-    def transfer(self, verb: str, args: tuple[Any, ...]) -> Work[Any]:
-        """Start a collective by the library's nonblocking call, if it has one."""
-        call: LibraryCall | None = getattr(self._calls, verb)(*args)
-        nonblocking = None if call is None else call.nonblocking
-        if call is None or nonblocking is None:
-            return super().transfer(verb, args)
-        with _translated(self._mpi, verb):
-            request = getattr(self._comm, nonblocking)(*call.args)
-        work = _Requests(self._mpi, [request], keep=call)
-        return work if call.after is None else self.start(_then(work, call.after))
+
+class _Compared(Work[None]):
+    """A nonblocking call of the library, complete when all ranks have made the same, too.
+
+    Parameters
+    ----------
+    comparison : Work
+        Complete when all have.
+    work : Work
+        The library's request. Its errors count only after the comparison, which knows better.
+    after : callable or None
+        What remains to be done when both are complete.
+    """
+
+    def __init__(
+        self, comparison: Work[None], work: Work[Any], after: Callable[[], None] | None
+    ) -> None:
+        self._comparison: Work[None] | None = comparison
+        self._work = work
+        self._after = after
+
+    def done(self) -> bool:
+        """Poll both."""
+        if self._comparison is not None:
+            if not self._comparison.done():
+                return False
+            self._comparison = None
+        if not self._work.done():
+            return False
+        if self._after is not None:
+            after, self._after = self._after, None
+            after()
+        return True
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks that have not come."""
+        return () if self._comparison is None else self._comparison.missing()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait without driving anything else."""
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
-def _then(work: Work[Any], after: Callable[[], None]) -> Steps:
-    yield work
-    after()
+def _then(first: Steps, second: Steps) -> Steps:
+    yield from first
+    yield from second
 
 
 def _cut(memory: memoryview, stride: int) -> list[memoryview]:

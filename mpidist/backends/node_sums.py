@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.backends.agreement import Call, Way
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.in_place import Team, prepare_all_reduce
 from mpidist.backends.kernels import combination, combining, even_slices
 from mpidist.backends.meetings import ROOM
 from mpidist.backends.registered import Place, Registry
-from mpidist.backends.turns import Turns, Waiters
+from mpidist.backends.sequencer import Sequencer, Waiters
+from mpidist.backends.signatures import Route, Signature
 from mpidist.backends.work import Waiter
 from mpidist.recorder import Name
 
@@ -79,28 +79,33 @@ class SmallSum:
     name: Name | None = None
 
     def __init__(
-        self, turns: Turns, team: Team, rooms: _Rooms, op: ReduceOp, dtype: DType, count: int
+        self,
+        sequencer: Sequencer,
+        team: Team,
+        rooms: _Rooms,
+        x: Array,
+        op: ReduceOp,
+        signature: Signature,
     ) -> None:
-        self._turns = turns
+        self._sequencer = sequencer
         self._rooms = rooms
         self._run: Callable[..., None] = team.quiet.run
-        like = np.empty(count, dtype)
-        self._record = Call("all_reduce", like, None, op, way=Way.ARRIVAL).record()
-        halves = [rooms.arrays(half, dtype, count) for half in (0, 1)]
+        self._record = signature.record(Route.ARRIVAL)
+        halves = [rooms.arrays(half, x.dtype, x.size) for half in (0, 1)]
         self._mine = [parts[team.near.rank] for parts in halves]
         self._work = [combining(parts, op) for parts in halves]
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
-        turns, rooms = self._turns, self._rooms
+        sequencer, rooms = self._sequencer, self._rooms
         half = rooms.half
-        if turns.begun != turns.board.finished:
-            turns.settle(waiters)
+        if sequencer.begun != sequencer.board.finished:
+            sequencer.settle(waiters)
         self._mine[half][...] = x
-        number = turns.enter(self._record, waiters)
+        number = sequencer.enter(self._record, waiters)
         rooms.half = 1 - half
         self._run(*self._work[half], out)
-        turns.board.finish(number)
+        sequencer.board.finish(number)
 
 
 class PlaceSum:
@@ -112,19 +117,21 @@ class PlaceSum:
 
     name: Name | None = None
 
-    def __init__(self, turns: Turns, team: Team, place: Place, op: ReduceOp) -> None:
-        self._turns = turns
+    def __init__(
+        self, sequencer: Sequencer, team: Team, place: Place, op: ReduceOp, signature: Signature
+    ) -> None:
+        self._sequencer = sequencer
         self._run = team.quiet.run
         self._work = prepare_all_reduce(team, place, op)
-        self._record = Call("all_reduce", place.arrays[team.near.rank], place, op).record()
+        self._record = signature.record(Route.REGISTERED, place)
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
-        turns = self._turns
-        turns.settle(waiters)
-        number = turns.enter(self._record, waiters)
+        sequencer = self._sequencer
+        sequencer.settle(waiters)
+        number = sequencer.enter(self._record, waiters)
         self._run(*self._work)
-        turns.part(number, waiters)
+        sequencer.part(number, waiters)
 
 
 class ScratchSum:
@@ -137,20 +144,28 @@ class ScratchSum:
 
     name: Name | None = None
 
-    def __init__(self, turns: Turns, team: Team, rooms: _Rooms, x: Array, op: ReduceOp) -> None:
-        self._turns = turns
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        team: Team,
+        rooms: _Rooms,
+        x: Array,
+        op: ReduceOp,
+        signature: Signature,
+    ) -> None:
+        self._sequencer = sequencer
         self._run = team.quiet.run
         self._rooms = rooms
         self._combine = combination(op, x.dtype)
-        self._record = Call("all_reduce", x, None, op, way=Way.SCRATCH).record()
+        self._record = signature.record(Route.SCRATCH)
         self._step = rooms.nbytes // x.itemsize
         self._chunks: dict[tuple[int, int], _Chunk] = {}
         self._me = team.near.rank
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
-        turns, rooms, step = self._turns, self._rooms, self._step
-        turns.settle(waiters)
+        sequencer, rooms, step = self._sequencer, self._rooms, self._step
+        sequencer.settle(waiters)
         number = 0
         for start in range(0, x.size, step):
             given, result = x[start : start + step], out[start : start + step]
@@ -158,9 +173,9 @@ class ScratchSum:
             for part, room in chunk.given:
                 room[...] = given[part]
             if start:
-                turns.reach(waiters)
+                sequencer.reach(waiters)
             else:
-                number = turns.enter(self._record, waiters)
+                number = sequencer.enter(self._record, waiters)
             rooms.half ^= 1
             mine, total = given[chunk.mine], result[chunk.mine]
             if x is out and self._me > 1:
@@ -169,10 +184,10 @@ class ScratchSum:
             # Straight into the result: it is in the cache, the room for it perhaps in another's.
             self._run(self._combine, [*chunk.before, mine, *chunk.after], total)
             chunk.result[...] = total
-            turns.reach(waiters)
+            sequencer.reach(waiters)
             for part, room in chunk.results:
                 result[part] = room
-        turns.board.finish(number)
+        sequencer.board.finish(number)
 
     def _chunk(self, given: Array) -> _Chunk:
         """Return every rank's room for a chunk, in the half whose turn it is."""
@@ -257,7 +272,7 @@ class NodeSums:
 
     Parameters
     ----------
-    turns : Turns
+    sequencer : Sequencer
         Their order among the group's operations.
     team : Team
         The ranks.
@@ -269,19 +284,19 @@ class NodeSums:
 
     def __init__(
         self,
-        turns: Turns,
+        sequencer: Sequencer,
         team: Team,
         registered: Registry,
         share: Callable[[int, Waiter], list[memoryview] | None],
     ) -> None:
-        self._turns = turns
+        self._sequencer = sequencer
         self._team = team
         self._registered = registered
         self._share = share
         self._sizes = Crossovers()
         self._small: dict[Any, Sum] = {}
         self._long: dict[Any, Sum] = {}
-        self._beside = _Rooms(turns.board.rooms(), ROOM)
+        self._beside = _Rooms(sequencer.board.rooms(), ROOM)
         self._scratch: _Rooms | None = None
         self._scratch_refused = False
 
@@ -306,8 +321,15 @@ class NodeSums:
         kept = self._choose(x, x, op)
         return None if kept is None else kept[0].get(kept[1])
 
-    def prepare(self, x: Array, out: Array, op: ReduceOp, waiters: Waiters) -> Sum | None:
+    def prepare(self, x: Array, out: Array, op: ReduceOp, waiter: Waiter) -> Sum | None:
         """Return the sum of flat arrays, or None where the library is faster.
+
+        Parameters
+        ----------
+        x, out, op : Array, Array, ReduceOp
+            As `Backend.all_reduce` takes them.
+        waiter : Waiter
+            Knows the signature of the call.
 
         Notes
         -----
@@ -317,9 +339,13 @@ class NodeSums:
         if kept is None:
             return None
         sums, key, place = kept
+        shape = waiter.signature.shape
+        if shape != x.shape:
+            # Arrays of another shape, though as long, are another call; `find` never asks for them.
+            key = (key, shape)
         found = sums.get(key)
         if found is None:
-            found = self._make(x, op, place, waiters)
+            found = self._make(x, op, place, waiter)
             if found is not None:
                 _remember(sums, key, found)
         return found
@@ -339,28 +365,26 @@ class NodeSums:
             return self._long, (op, x.dtype, x.size), None
         return None
 
-    def _make(self, x: Array, op: ReduceOp, place: Place | None, waiters: Waiters) -> Sum | None:
-        turns, team = self._turns, self._team
+    def _make(self, x: Array, op: ReduceOp, place: Place | None, waiter: Waiter) -> Sum | None:
+        sequencer, team, signature = self._sequencer, self._team, waiter.signature
         if place is not None:
-            return PlaceSum(turns, team, place, op)
+            return PlaceSum(sequencer, team, place, op, signature)
         small = x.nbytes <= self._sizes.small
         beside = small and x.nbytes <= ROOM
-        rooms = self._beside if beside else self._make_scratch(x, op, waiters)
+        rooms = self._beside if beside else self._make_scratch(waiter)
         if rooms is None:
             return None
         if small:
-            return SmallSum(turns, team, rooms, op, x.dtype, x.size)
-        return ScratchSum(turns, team, rooms, x, op)
+            return SmallSum(sequencer, team, rooms, x, op, signature)
+        return ScratchSum(sequencer, team, rooms, x, op, signature)
 
-    def _make_scratch(self, x: Array, op: ReduceOp, waiters: Waiters) -> _Rooms | None:
+    def _make_scratch(self, waiter: Waiter) -> _Rooms | None:
         """Make room for long arrays when all have come for it; it is asked for once."""
         if self._scratch is not None or self._scratch_refused:
             return self._scratch
-        turns, record = self._turns, Call("all_reduce", x, None, op, way=Way.SCRATCH).record()
-        turns.settle(waiters)
-        turns.board.finish(turns.enter(record, waiters))
+        self._sequencer.arrive(waiter.signature, Route.SCRATCH, lambda: waiter)
         chunk = _chunk_bytes(self._team.transport.size)
-        parts = self._share(_SKEW + 2 * chunk, waiters())
+        parts = self._share(_SKEW + 2 * chunk, waiter)
         if parts is None:
             self._scratch_refused = True
             return None

@@ -151,7 +151,8 @@ class Staging(DeviceBackend):
             else:
                 pieces += pieces_of(each, some, own.rank, lift, first=len(pieces))
         over = lift.event()
-        steps = _in_pieces(own, lift, pieces, (lift.here(), over), behind=self._last)
+        events = lift.here(), over
+        steps = _in_pieces(own, lift, pieces, events, behind=self._last, waiter=waiter)
         self._last = own.start(steps)
         return self._hold(_Staged(self._last, over, waiter, cuda=lift.cuda, keep=pieces))
 
@@ -245,6 +246,7 @@ def _in_pieces(
     events: tuple[Any, Any],
     *,
     behind: Work[None] | None,
+    waiter: Waiter,
 ) -> Steps:
     """Copy, call and copy back, piece by piece.
 
@@ -258,6 +260,8 @@ def _in_pieces(
         Behind what the arrays' owner has put on its stream, and to be recorded at the end.
     behind : Work or None
         The operation before this one, if there was any.
+    waiter : Waiter
+        Knows the signature of the operation.
     """
     before, over = events
     if behind is not None:
@@ -271,6 +275,6 @@ def _in_pieces(
         if index + 1 < len(pieces):
             fetching = lift.fetch(pieces[index + 1].fetched)
         yield fetched
-        yield own.transfer(piece.verb, piece.args)
+        yield own.transfer(piece.verb, piece.args, waiter)
         lift.bring(piece.brought)
     over.record(lift.stream)

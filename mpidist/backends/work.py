@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from mpidist._types import Array
 from mpidist.backends.waiting import wait_until
 from mpidist.errors import CollectiveTimeoutError
+
+if TYPE_CHECKING:
+    from mpidist.backends.signatures import Signature
 
 __all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work"]
 
@@ -221,14 +224,14 @@ class Waiter(ABC):
         What is being waited for, for messages.
     timeout : float
         Seconds.
-    digest : int
-        Of what has to be the same on all ranks.
+    signature : Signature
+        What the ranks compare, of an operation on which they meet.
     """
 
     __slots__ = ()
 
     timeout: float
-    digest: int
+    signature: Signature
 
     @property
     @abstractmethod

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
 from mpidist._types import SUM, Array, DType, ReduceOp
 from mpidist.arrays import array_namespace, is_device, is_host
 from mpidist.backends.work import Work
-from mpidist.collectives._checks import check_array, check_out, native_dtype
+from mpidist.collectives._checks import check_array, check_out, native_dtype, nothing
 from mpidist.collectives._gathers import plan_all_gather
 from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, plan_reduce_scatter
 from mpidist.collectives._rows import cut_rows, rows_of
@@ -35,6 +36,10 @@ __all__ = [
     "ireduce_scatter_coalesced",
     "reduce_scatter_coalesced",
 ]
+
+
+_NAMED = 4
+"""Arrays of a list that are described one by one."""
 
 
 class _Together(Work[list[Array]]):
@@ -86,6 +91,7 @@ def _start(
     """
     results, targets = outs
     plans: list[Plan[Any]] = []
+    listed = _describe_list(arrays)
     for dtype, places in _by_dtype(arrays).items():
         rows = _rows(arrays, places, parts[0])
         packed = np.empty((parts[0], FlatBuffer.length_of(_shapes(rows[0]))), dtype)
@@ -93,12 +99,27 @@ def _start(
             FlatBuffer(_shapes(inputs), dtype, storage=row).pack(inputs)
         checked = plan(packed, packed if parts == (1, 1) else None)
         unpack = partial(_unpack, checked.finish, _rows(targets, places, parts[1]))
-        plans.append(Plan(checked.verb, checked.args, unpack))
+        verb, args, shape, each_rank, _ = checked.call
+        plans.append(Plan(verb, args, unpack, shape, each_rank, listed))
     devices = [plan(x, out) for x, out in zip(arrays, targets, strict=True) if is_device(x)]
     if devices:
-        plans.append(together(devices))
+        plans.append(together(devices, listed))
+    if not plans:
+        # Nothing moves, but the others may have come with a longer list.
+        plans.append(Plan("barrier", (), nothing, listed=listed))
+    for each in plans:
+        each.breaks = len(plans) > 1
     # None is started before all are known to be good.
     return _Together([group.start(each) for each in plans], results)
+
+
+def _describe_list(arrays: Sequence[Array]) -> str:
+    """Return words for the arrays of a list that differ if any dtype, shape or the order does."""
+    kinds = [f"{native_dtype(x)}{list(x.shape)}" for x in arrays]
+    if len(kinds) <= _NAMED:
+        return f"{len(kinds)} arrays: {', '.join(kinds)}" if kinds else "0 arrays"
+    checksum = crc32(" ".join(kinds).encode())
+    return f"{len(kinds)} arrays: {', '.join(kinds[:_NAMED])}, ... (checksum {checksum:08x})"
 
 
 def _rows(arrays: Sequence[Array], places: Sequence[int], parts: int) -> list[dict[str, Array]]:

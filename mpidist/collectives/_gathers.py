@@ -43,7 +43,7 @@ def plan_all_gather(
         mine[...] = source
     # Always in place: MPI wants either all ranks to be, or none, and a rank cannot know whether
     # the `x` of the others are parts of their `out`, nor tell it of an empty x of its own.
-    return Plan("all_gather", (None, flat, elements), finish)
+    return Plan("all_gather", (None, flat, elements), finish, shape[1:], rows)
 
 
 def _own_part(flat: Array, elements: Sequence[int], group: ProcessGroup) -> Array:
@@ -113,13 +113,13 @@ def plan_gather(
     elements = elements_in(rows, shape)
     source = flat_source(x)
     if group.rank != root:
-        return Plan("gather", (source, None, elements, root), nothing)
+        return Plan("gather", (source, None, elements, root), nothing, shape[1:], rows)
     flat, finish = land(out, shape, x, verb="gather", group=group)
     mine = _own_part(flat, elements, group)
     source = separate(source, mine, out)
     if source is not mine:
         source = separate(source, flat, out)
-    return Plan("gather", (source, flat, elements, root), finish)
+    return Plan("gather", (source, flat, elements, root), finish, shape[1:], rows)
 
 
 def gather(

@@ -261,7 +261,9 @@ def plan_reduce_scatter(
     source = flat_source(x)
     if out is not None and overlap(source, flat):
         source = source.copy()
-    return Plan("reduce_scatter", (source, flat, elements_in(rows, x.shape), op), finish)
+    return Plan(
+        "reduce_scatter", (source, flat, elements_in(rows, x.shape), op), finish, x.shape[1:], rows
+    )
 
 
 def reduce_scatter(

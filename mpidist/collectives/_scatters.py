@@ -45,11 +45,11 @@ def plan_scatter(
     flat, finish = land(out, shape, x, verb="scatter", group=group)
     elements = elements_in(rows, x.shape)
     if group.rank != root:
-        return Plan("scatter", (None, flat, elements, root), finish)
+        return Plan("scatter", (None, flat, elements, root), finish, x.shape[1:], rows)
     source = flat_source(x)
     if out is not None and overlap(source, flat):
         source = source.copy()
-    return Plan("scatter", (source, flat, elements, root), finish)
+    return Plan("scatter", (source, flat, elements, root), finish, x.shape[1:], rows)
 
 
 def _receive_scatter(
@@ -65,7 +65,8 @@ def _receive_scatter(
             f"scatter on {group}: out must have {rows[group.rank]} rows, got shape {out.shape}"
         )
     flat, finish = land(out, out.shape, out, verb="scatter", group=group)
-    return Plan("scatter", (None, flat, elements_in(rows, out.shape), root), finish)
+    elements = elements_in(rows, out.shape)
+    return Plan("scatter", (None, flat, elements, root), finish, out.shape[1:], tuple(rows))
 
 
 def scatter(
@@ -152,7 +153,7 @@ def plan_all_to_all(
     if out is not None and overlap(source, flat):
         source = source.copy()
     elements = elements_in(sent, x.shape), elements_in(received, x.shape)
-    return Plan("all_to_all", (source, flat, *elements), finish)
+    return Plan("all_to_all", (source, flat, *elements), finish, x.shape[1:], ())
 
 
 def all_to_all(

@@ -14,6 +14,7 @@ __all__ = [
     "GROUPS_NBYTES",
     "NBYTES",
     "NUMBER",
+    "ON_DEVICE",
     "RECORD",
     "RING",
     "SEQUENCE",
@@ -53,6 +54,9 @@ STACKS = TEXTS + TEXTS_NBYTES
 
 RECORD = struct.Struct("<8q")
 WHAT, GROUP, CALL, NUMBER, SITE, BEGAN, ENDED, SEQUENCE = range(8)
+
+ON_DEVICE = 1 << 32
+"""In the checksum of a call: its arrays lie on a device."""
 
 TEXT_BITS = 20
 TEXT_MASK = (1 << TEXT_BITS) - 1

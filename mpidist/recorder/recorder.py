@@ -21,6 +21,7 @@ from mpidist.recorder.layout import (
     GROUPS_NBYTES,
     NBYTES,
     NUMBER,
+    ON_DEVICE,
     RECORD,
     RING,
     SEQUENCE,
@@ -47,7 +48,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep 
 _OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "testing"))
 """Parts of this package that use it as anybody does."""
 
-_DETAILS = re.compile(r"(\[|\(| in parts of ).*")
+_DETAILS = re.compile(r"(\[|\(| in parts of | of a list of ).*")
 """Of what differs without end."""
 
 _REMEMBERED = 4096
@@ -64,8 +65,9 @@ class Name(NamedTuple):
     group : int
         Identity of the group.
     call : int
-        A checksum of what has to be the same on all ranks. Calls are compared by it, never by the
-        texts: on one rank there may be room for them where there is none on another.
+        A checksum of what has to be the same on all ranks, and `ON_DEVICE`. Calls are compared by
+        it, never by the texts: on one rank there may be room for them where there is none on
+        another.
     """
 
     what: int
@@ -121,7 +123,15 @@ class Recorder:
 
     # -- operations ----------------------------------------------------------------------------
 
-    def name(self, what: str, group: tuple[int, int], kind: Kind, alike: str | None = None) -> Name:
+    def name(
+        self,
+        what: str,
+        group: tuple[int, int],
+        kind: Kind,
+        alike: str | None = None,
+        *,
+        on_device: bool = False,
+    ) -> Name:
         """Return how operations of this name are recorded.
 
         Parameters
@@ -134,11 +144,14 @@ class Recorder:
             How it is called.
         alike : str, optional
             What of it has to be the same on all ranks; all when omitted.
+        on_device : bool, optional
+            Whether its arrays lie on a device.
         """
         text, identity = group
         found = self._text(what, DETAILS_NBYTES) or self._text(_DETAILS.sub("...", what))
         packed = found | text << TEXT_BITS | kind << 2 * TEXT_BITS
-        return Name(packed, identity, crc32((what if alike is None else alike).encode()))
+        call = crc32((what if alike is None else alike).encode())
+        return Name(packed, identity, call | ON_DEVICE * on_device)
 
     def name_group(self, name: str, identity: int) -> tuple[int, int]:
         """Return what `name` wants to know of a group."""

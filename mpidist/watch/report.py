@@ -117,12 +117,17 @@ def _first_difference(states: States, members: Sequence[int], key: Key | None) -
     """
     if key is None:
         return None
-    calls: dict[int, set[int]] = {}
+    found: dict[int, list[Record]] = {}
     for rank in members:
         for record in states[rank].records if rank in states else ():
             if record.number <= key[1] and record.is_of((key[0], record.number)):
-                calls.setdefault(record.number, set()).add(record.call)
-    different = [number for number, call in calls.items() if len(call) > 1]
+                found.setdefault(record.number, []).append(record)
+    # Where it is over on all ranks it was found, and keeps nobody waiting.
+    different = [
+        number
+        for number, records in found.items()
+        if len({r.call for r in records}) > 1 and any(not r.ended for r in records)
+    ]
     return (key[0], min(different)) if different else None
 
 

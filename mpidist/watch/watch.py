@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mpidist import env
 from mpidist.log import rank_logger
 from mpidist.recorder import Head, Recorder
+from mpidist.recorder.layout import ON_DEVICE
 from mpidist.recorder.recording import Recording
 from mpidist.watch.processes import Process, Status
 from mpidist.watch.report import accuse, callers, place, suspects, tell
@@ -263,16 +264,28 @@ class Watch:
         """Return who called what where, as far as is known on this node; see `accuse`."""
         return callers(self.states(ask=False), members, key)
 
-    def differences(self, members: Sequence[int], key: tuple[int, int]) -> str:
+    def differences(self, members: Sequence[int], key: tuple[int, int], *, compared: bool) -> str:
         """Return who called what where if all have come to a collective with different calls.
 
         Nothing if they have called the same, or as long as it is not known of all of them.
+
+        Parameters
+        ----------
+        members, key
+            As `accuse`.
+        compared : bool
+            Whether the transport compares the calls on host arrays. It knows better then: only
+            calls of which some are on host arrays and some on device arrays never meet there.
         """
         if any(rank not in self._recordings for rank in members):
             return ""
         found = {self._recordings[rank].find(key) for rank in members}
         calls = {None if record is None else record.call for record in found}
-        return self.callers(members, key) if len(calls) > 1 and None not in calls else ""
+        if None in calls or len(calls) == 1:
+            return ""
+        if compared and not any(call is not None and call & ON_DEVICE for call in calls):
+            return ""
+        return self.callers(members, key)
 
     def report(
         self,

@@ -64,7 +64,7 @@ def test_a_difference_is_told_on_all_ranks_and_the_group_stays_usable(what: str)
     for rank, text in enumerate(run_ranks(3, one)):
         assert f"rank {rank} of 3" in text
         # Who is in the minority comes first, with the line.
-        assert text.index("rank 1: ") < text.index("rank 0, 2: ")
+        assert text.index("rank 1 called ") < text.index("rank 0, 2 called ")
         assert text.count(f"{__file__.rpartition('/')[2]}:") == 2
         assert text.count(" on rank ") == 0
 

@@ -12,9 +12,9 @@ import pytest
 import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
-from mpidist.backends.agreement import DIRECT_VERBS
 from mpidist.backends.crossovers import NEVER, Crossovers
 from mpidist.backends.meetings import DirectBoard, Until, supported
+from mpidist.backends.signatures import DIRECT_VERBS
 from mpidist.backends.waiting import WaitTimeout
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, SizeMismatchError
 
@@ -142,11 +142,11 @@ def test_a_mismatch_raises_on_all_ranks_and_changes_nothing(world):
     buffer = world.empty(LEAST, np.float64)
     buffer[...] = world.rank
     x = buffer if world.rank else buffer[: LEAST // 2]
-    with pytest.raises(CollectiveMismatchError, match="rank 0: all_reduce"):
+    with pytest.raises(CollectiveMismatchError, match="rank 0 called all_reduce"):
         mpidist.all_reduce(x, world, out=x)
     assert (buffer == world.rank).all()
     op = mpidist.MAX if world.rank else mpidist.MIN
-    with pytest.raises(CollectiveMismatchError, match="op MIN"):
+    with pytest.raises(CollectiveMismatchError, match="all_reduce MIN"):
         mpidist.iall_reduce(buffer, world, op=op, out=buffer).wait()
     mpidist.all_reduce(buffer, world, out=buffer)
     assert (buffer == world.size * (world.size - 1) / 2).all()
@@ -168,11 +168,18 @@ def test_memory_that_is_registered_on_some_ranks_only_is_a_mismatch(world):
         lambda verb: verb("reduce_scatter")(out, world),
         lambda verb: verb("all_gather")(out[mine], world, out=out),
     )
+    told = r"(rank 0(-1)?: at byte 0 of registered block 1.*|not in registered memory.*){2}"
     for call in calls:
-        with pytest.raises(CollectiveMismatchError, match=r"(?s)rank 0: .* block 1; .* not "):
+        with pytest.raises(
+            CollectiveMismatchError,
+            match=told,
+        ):
             call(lambda name: getattr(mpidist, name))
         work = call(lambda name: getattr(mpidist, f"i{name}"))
-        with pytest.raises(CollectiveMismatchError, match=r"(?s)rank 0: .* block 1; .* not "):
+        with pytest.raises(
+            CollectiveMismatchError,
+            match=told,
+        ):
             work.wait()
         assert (x == 7).all()
         # The group is usable, and the lanes of messages are in step.
@@ -189,7 +196,7 @@ def test_counts_that_differ_are_a_mismatch(world):
         counts[:2] = [LEAST // 2 + 10, LEAST // 2 - 10]
     start = sum(counts[: world.rank])
     mine = out[start : start + counts[world.rank]]
-    with pytest.raises(CollectiveMismatchError, match=rf"all_gather .* counts are \[{counts[0]}, "):
+    with pytest.raises(CollectiveMismatchError, match=r"all_gather float64 in parts of "):
         mpidist.all_gather(mine, world, out=out, counts=counts)
     with pytest.raises(CollectiveMismatchError, match="reduce_scatter"):
         mpidist.reduce_scatter(out, world, counts=counts)

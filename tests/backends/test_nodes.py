@@ -8,7 +8,7 @@ import pytest
 import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
-from mpidist.backends.meetings import DirectBoard, supported
+from mpidist.backends.meetings import supported
 from mpidist.backends.neighbours import Neighbours
 from mpidist.errors import CollectiveMismatchError
 
@@ -160,12 +160,3 @@ def test_who_is_whose_neighbour():
     assert near.cross == ()
     assert Neighbours.of([7, 3, 7, 7, 3], 4).cross == (2, 4)
     assert [near.node_of(rank) for rank in range(5)] == [0, 1, 0, 0, 1]
-
-
-def test_an_objection_stands_until_all_have_looked_for_it():
-    memory = bytearray(DirectBoard.nbytes(2))
-    worker, other = (DirectBoard(memory, rank, 2) for rank in range(2))
-    worker.object(5)
-    # The worker is done with operation 5, and the other one has not looked yet.
-    worker.object(6)
-    assert [other.objected(number) for number in (4, 5, 6, 7)] == [False, True, True, False]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.deaths.case import Case, Ending
+from tests.deaths.case import Case
 
 __all__ = ["CASES"]
 
 DIFFERENT = "CollectiveMismatchError: .*the ranks called different things"
-CALLED = r"rank <guilty>(?: called|:) {}"
+CALLED = r"rank <guilty> called {}"
 ONE_PER_NODE = {"MPIDIST_RANKS_PER_NODE": "1"}
 DEBUG = {"MPIDIST_DEBUG": "1"}
 
@@ -44,40 +44,29 @@ ON_ONE_NODE = (
     _different("shape", "reduce(small[1:], world)", r"reduce SUM float64\[999\]"),
     _different("root", "reduce(small, world, root=guilty)", "reduce .* root <guilty>"),
 )
-VERB, OP, DTYPE, SHAPE, ROOT = ON_ONE_NODE
-
-STUCK = Case(
-    name="",
-    fault="calls another verb, or gives another root, on another node",
-    body="",
-    sees=(
-        "not complete after|stuck in the MPI library's part",
-        "[Tt]he ranks called different things",
-    ),
-)
-UNSEEN = Case(
-    name="",
-    fault="gives another op on another node",
-    body="",
-    sites=(),
-    dumps=False,
-    ending=Ending.UNSEEN,
-)
-JUDGED = Case(
-    name="",
-    fault="gives another dtype or shape on another node",
-    body="",
-    sites=(),
-    dumps=False,
-    ending=Ending.ANY,
-)
+_, OP, _, SHAPE, ROOT = ON_ONE_NODE
 
 
-def _over_nodes(case: Case, like: Case) -> Case:
-    """Return the case with each rank on a node of its own: only the MPI library can judge."""
-    blames = case.blames if like is STUCK else None
-    name = f"{case.name}-nodes"
-    return replace(like, name=name, body=case.body, blames=blames, environment=ONE_PER_NODE)
+def _over_nodes(case: Case) -> Case:
+    """Return the case with each rank on a node of its own."""
+    return replace(case, name=f"{case.name}-nodes", environment=ONE_PER_NODE, dumps=False)
+
+
+def _immediate(case: Case, theirs: str, called: str, others: str) -> Case:
+    """Return the case with immediate calls, of which a part is under way when they are compared."""
+    return replace(
+        case,
+        name=f"immediate-{case.name}",
+        fault="the same, in an immediate call",
+        body=_calls(f"{theirs}.wait()", f"{others}.wait()"),
+        blames=CALLED.format(called),
+    )
+
+
+IMMEDIATE = (
+    _immediate(SHAPE, "iall_reduce(small[1:], world)", "iall_reduce", "iall_reduce(small, world)"),
+    _immediate(ROOT, "igather(small, world, root=guilty)", "igather", "igather(small, world)"),
+)
 
 
 def _debugged(case: Case) -> Case:
@@ -100,12 +89,10 @@ CASES = (
         "all_reduce .*MAX",
         "all_reduce(large, world)",
     ),
-    _over_nodes(VERB, STUCK),
-    _over_nodes(OP, UNSEEN),
-    _over_nodes(DTYPE, JUDGED),
-    _over_nodes(SHAPE, JUDGED),
-    _over_nodes(ROOT, STUCK),
-    *map(_debugged, ON_ONE_NODE),
+    *map(_over_nodes, ON_ONE_NODE),
+    *IMMEDIATE,
+    *map(_over_nodes, IMMEDIATE),
+    *map(_debugged, (OP, IMMEDIATE[0])),
     Case(
         name="one-too-many",
         fault="calls one collective too many",

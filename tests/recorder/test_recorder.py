@@ -118,10 +118,10 @@ def test_calls_are_told_apart_by_numbers_also_when_their_texts_are_cut() -> None
 def test_only_some_names_are_remembered() -> None:
     recorder, _ = pair()
     journal = Journal(recorder, "g", 1)
-    first = journal.name_collective("all_gather", (None, np.ones(1), (0, 1)), None, Kind.BLOCKING)
+    first = journal.name_collective(Kind.BLOCKING, "all_gather", (None, np.ones(1), (0, 1)))
     for size in range(5000):
         args = (None, np.ones(1), (size, 1))
-        name = journal.name_collective("all_gather", args, None, Kind.BLOCKING)
+        name = journal.name_collective(Kind.BLOCKING, "all_gather", args)
         assert size == 0 or name.call != first.call
     assert len(journal._names) <= 1024
 
@@ -207,14 +207,17 @@ def test_sites_lie_outside_the_package() -> None:
         (lambda x, g: mpidist.iall_reduce(x, g).wait(), "iall_reduce SUM float32[4, 6]"),
         (lambda x, g: mpidist.broadcast(x, g, root=1), "broadcast float32[4, 6] root 1"),
         (lambda x, g: mpidist.reduce(x, g, root=1), "reduce SUM float32[4, 6] root 1"),
-        (lambda x, g: mpidist.gather(x, g, root=1), "gather float32 in parts of 24 root 1"),
-        (mpidist.all_gather, "all_gather float32 in parts of 24"),
-        (mpidist.all_to_all, "all_to_all float32"),
+        (
+            lambda x, g: mpidist.gather(x, g, root=1),
+            "gather float32 in parts of 4 rows of [6] root 1",
+        ),
+        (mpidist.all_gather, "all_gather float32 in parts of 4 rows of [6]"),
+        (mpidist.all_to_all, "all_to_all float32 rows of [6]"),
         (
             lambda x, g: mpidist.reduce_scatter(x, g, counts=[1, 3]),
-            "reduce_scatter SUM float32 in parts of [6, 18]",
+            "reduce_scatter SUM float32 in parts of [1, 3] rows of [6]",
         ),
-        (mpidist.scatter, "scatter float32 in parts of 12 root 0"),
+        (mpidist.scatter, "scatter float32 in parts of 2 rows of [6] root 0"),
         (lambda x, g: g.split(0).close(), "split"),
     ],
 )
