@@ -18,10 +18,12 @@ __all__ = [
     "cuda_aware_mpi",
     "debug",
     "dump_directory",
+    "dump_requested",
     "gpu_fallback",
     "keep_mpi_from_starting",
     "launcher_evidence",
     "launcher_rank",
+    "log_level",
     "omp_num_threads",
     "process_managers",
     "ranks_per_node",
@@ -143,6 +145,16 @@ def debug() -> bool:
 def dump_directory() -> str:
     """Return where reports go as JSON: ``MPIDIST_DUMP``, or the current directory."""
     return os.environ.get("MPIDIST_DUMP") or "."
+
+
+def dump_requested() -> bool:
+    """Whether ``MPIDIST_DUMP`` asks for the records of every job that ends with an error."""
+    return bool(os.environ.get("MPIDIST_DUMP"))
+
+
+def log_level() -> str:
+    """Return ``MPIDIST_LOG``, the name of a level of the logger ``mpidist``; none if not set."""
+    return os.environ.get("MPIDIST_LOG", "").strip().lower()
 
 
 def trace_directory() -> str | None:

@@ -88,7 +88,7 @@ def test_a_long_wait_is_logged_again_at_each_doubling(caplog):
         run_ranks(2, body)
     waits = [record.getMessage() for record in caplog.records]
     assert 2 <= len(waits) <= 3, waits
-    assert all(wait.startswith("[world 0/2] barrier #") for wait in waits)
+    assert all("\n  barrier #1 on group 'world', rank 0 of 2, called" in wait for wait in waits)
     assert "the deadline is at 30 s" in waits[0]
 
 

@@ -88,6 +88,11 @@ class Head(IntEnum):
     CLAIMED = 11  # when this rank last set out to write a report
     REPORTED = 12  # when it had written it
     LEAVING = 13  # when it came to its exit
+    BEAT = 14  # when the helper thread last ran
+    FAILED = 15  # checksum of the reason for which it ends, see `mpidist.watch.failures`
+    FAILED_AT = 16  # when it came to that
+    LISTED = 17  # when it looked which others end for the same reason
+    TOLD = 18  # when it had said so
 
 
 def place(sequence: int) -> int:

@@ -10,15 +10,34 @@ from mpidist.recorder.recording import Record, Site
 from mpidist.watch.processes import Status
 from mpidist.watch.states import RankState, Stack
 
-__all__ = ["accuse", "callers", "place", "suspects", "tell"]
+__all__ = [
+    "accuse",
+    "callers",
+    "causes",
+    "cure",
+    "place",
+    "processes",
+    "ranges",
+    "suspects",
+    "tell",
+]
 
 _NAMED = 4
 """Ranks whose doings are told one by one in a sentence."""
 
-_ROWS = 32
+_ROWS = 8
 """Ranks of which each has a line; of more, those that do the same share one."""
 
+_LINES = 12
+"""Lines of the table, which must leave room on the screen for what stands around it."""
+
 _FRAMES = 6
+
+_THREADS = 3
+"""Threads of a rank of which it is told where they are."""
+
+_LINE = 400
+"""Characters of the line that says where the ranks of a job are."""
 
 _LIBRARY = os.__file__.removesuffix("os.py")
 
@@ -40,7 +59,14 @@ def place(site: Site) -> str:
 
 
 def accuse(states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]) -> str:
-    """Return words for the ranks that keep an operation from being complete.
+    """Return `causes` as one text, for an error."""
+    return ". ".join(causes(states, members, key, missing))
+
+
+def causes(
+    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+) -> list[str]:
+    """Return a sentence for each thing that keeps an operation from being complete.
 
     Parameters
     ----------
@@ -63,13 +89,64 @@ def accuse(states: States, members: Sequence[int], key: Key | None, missing: Seq
     if absent:
         named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
         if len(absent) > _NAMED:
-            named.append(f"and {len(absent) - _NAMED} more: {_ranges(absent[_NAMED:])}")
+            named.append(f"and {len(absent) - _NAMED} more: {ranges(absent[_NAMED:])}")
         sentences.append(f"Missing: {'; '.join(named)}")
     for status in (Status.DEAD, Status.STOPPED):
         ranks = [rank for rank in _gone(states, members, absent) if states[rank].status is status]
         if ranks:
-            sentences.append(f"{status.value.capitalize()}: rank {_ranges(ranks)}")
-    return ". ".join(sentences)
+            sentences.append(f"{status.value.capitalize()}: rank {ranges(ranks)}")
+    return sentences + _silences(states, [*members, *absent])
+
+
+def _silences(states: States, ranks: Iterable[int]) -> list[str]:
+    """Return a sentence for ranks that cannot say where they are, and one for such nodes."""
+    silent = [rank for rank in sorted({*ranks} & {*states}) if states[rank].status is Status.SILENT]
+    held = [rank for rank in silent if states[rank].records]
+    unheard = [rank for rank in silent if not states[rank].records]
+    sentences = []
+    if held:
+        last = states[held[0]].current
+        where = f", after {place(last.site)}" if last is not None and len(held) == 1 else ""
+        sentences.append(
+            f"Silent: rank {ranges(held)}: no thread of it runs: foreign code holds Python's lock "
+            f"(the GIL){where}"
+        )
+    if unheard:
+        hosts = sorted({states[rank].process.partition(":")[0] for rank in unheard})
+        named = ", ".join(hosts[:_NAMED]) + ", ..." * (len(hosts) > _NAMED)
+        sentences.append(f"Silent: rank {ranges(unheard)}: nothing is heard from {named}")
+    return sentences
+
+
+def cure(states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]) -> str:
+    """Return what to do about the first thing that `causes` names; nothing where it names none."""
+    if _first_difference(states, members, key) is not None:
+        return "let all ranks make the same calls in the same order"
+    absent = _absent(states, members, key, missing)
+    silent = [rank for rank in members if rank in states and states[rank].status is Status.SILENT]
+    for rank in [*absent, *_gone(states, members, absent), *silent][:1]:
+        return _cure(rank, states.get(rank))
+    if key is None:
+        return ""
+    return "all have come, as far as is known; MPIDIST_DEBUG=1 compares every call before it begins"
+
+
+def _cure(rank: int, state: RankState | None) -> str:
+    """Return what to do about a rank that others wait for."""
+    status = Status.UNKNOWN if state is None else state.status
+    pid = "PID" if state is None else state.process.rpartition(":")[2]
+    if status is Status.DEAD:
+        return f"look in rank {rank}'s output, the launcher's, and dmesg, for who ended it, and why"
+    if status is Status.STOPPED:
+        return f"let it go on (kill -CONT {pid}), and find out who has stopped it"
+    if status is Status.SILENT:
+        return f"see where it is from outside: py-spy dump --native --pid {pid}, or gdb -p {pid}"
+    if status is Status.LEAVING:
+        return f"let rank {rank} make as many calls as the others, or raise an exception"
+    return (
+        f"let rank {rank} make this call, too; if it is only slow, give it longer: "
+        "init(timeout=...)"
+    )
 
 
 def suspects(
@@ -146,7 +223,7 @@ def callers(states: States, members: Sequence[int], key: Key) -> str:
         words = f"{record.what} at {place(record.site)}"
         calls.setdefault((record.call, words), []).append(rank)
     ordered = sorted(calls.items(), key=lambda call: len(call[1]))
-    told = [f"rank {_ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
+    told = [f"rank {ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
     return "; ".join([*told, "..."] if len(ordered) > _NAMED else told)
 
 
@@ -154,7 +231,8 @@ def _absence(rank: int, state: RankState | None) -> str:
     if state is None:
         return f"rank {rank} (on another node)"
     status = "" if state.status is Status.ALIVE else f", {state.status}"
-    head = f"rank {rank} ({state.process}{status}), "
+    now = _now_at(state)
+    head = f"rank {rank} ({state.process}{status}), " + (f"now at {now}, " if now else "")
     record = state.current
     if record is None:
         return f"{head}which has called nothing"
@@ -167,30 +245,45 @@ def _absence(rank: int, state: RankState | None) -> str:
     return f"{head}{word} {_ago(state, record.ended)} ago with {record} {group}, {called}"
 
 
-def tell(title: str, states: Iterable[RankState], first: Collection[int]) -> str:
-    """Return a report: a title, a table of the ranks, and where some of them are.
+def tell(
+    title: str,
+    states: Iterable[RankState],
+    first: Collection[int],
+    *,
+    causes: Sequence[str] = (),
+    cure: str = "",
+) -> str:
+    """Return a report: the causes, what does not end, the cure, a table, and where some ranks are.
 
     Parameters
     ----------
     title : str
-        First line.
+        What does not end, or why there is a report.
     states : iterable of RankState
         The ranks to be told of.
     first : collection of int
         Those that come first, with their stacks.
+    causes : sequence of str, optional
+        Sentences, of which each has a line.
+    cure : str, optional
+        What to do.
     """
     ordered = sorted(states, key=lambda state: (state.rank not in first, state.rank))
     rows = [_row(state) for state in ordered]
     if len(rows) > _ROWS:
-        rows = _joined(rows)
+        rows = _joined(rows, first)
+    lines = "\n  ".join([*causes, title, *([f"Cure: {cure}"] if cure else [])]).splitlines()
     header = ("rank", "node", "process", "state", "last operation", "called at", "when", "now at")
-    lines = [title, *_columns([header, *rows])]
+    lines += _columns([header, *rows[:_LINES]]) if rows else []
+    if len(rows) > _LINES:
+        lines.append(f"  and {len(rows) - _LINES} lines more")
     for state in [state for state in ordered if state.rank in first][:_NAMED]:
-        for stack in state.stacks:
-            frames = _outside(stack)
-            if frames:
-                called = " < ".join(map(place, frames[:_FRAMES]))
-                lines.append(f"  rank {state.rank}, {stack.thread}: {called}")
+        stacks = [stack for stack in state.stacks if _outside(stack)]
+        for stack in stacks[:_THREADS]:
+            called = " < ".join(map(place, _outside(stack)[:_FRAMES]))
+            lines.append(f"  rank {state.rank}, {stack.thread}: {called}")
+        if len(stacks) > _THREADS:
+            lines.append(f"  rank {state.rank} has {len(stacks) - _THREADS} threads more")
     return "\n".join(lines)
 
 
@@ -236,14 +329,24 @@ def _outside(stack: Stack) -> list[Site]:
     return found + library
 
 
-def _joined(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Let ranks that do the same share a line, with the first one's node and process."""
-    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+def _joined(rows: Sequence[tuple[str, ...]], first: Collection[int]) -> list[tuple[str, ...]]:
+    """Let ranks that do the same share a line: those at the top before the rest, the fewest first.
+
+    The process is that of the lowest rank.
+    """
+    alike: dict[tuple[object, ...], list[tuple[str, ...]]] = {}
     for row in rows:
-        alike.setdefault((row[3], row[4], row[5], row[7]), []).append(row)
+        top = int(row[0]) in first
+        alike.setdefault((not top, row[3], row[4], row[5], row[7]), []).append(row)
+    ordered = sorted(alike.items(), key=lambda item: (item[0][0], len(item[1])))
     return [
-        (_ranges([int(row[0]) for row in same]), *same[0][1:])
-        for same in sorted(alike.values(), key=len)
+        (
+            ranges([int(row[0]) for row in same]),
+            ranges({int(row[1]) for row in same}),
+            same[0][2] + ", ..." * (len(same) > 1),
+            *same[0][3:],
+        )
+        for _, same in ordered
     ]
 
 
@@ -257,12 +360,42 @@ def _ago(state: RankState, time: int) -> str:
     return f"{state.seconds(time):.1f} s"
 
 
-def _ranges(ranks: Sequence[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Return ranks as people write them: 0-2, 5."""
+    return _runs(sorted(numbers))
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    """Return numbers in their order, those that follow each other as 0-2."""
     runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            runs.append([rank])
+            runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def processes(
+    nodes: Sequence[int], hosts: Sequence[str], pids: Sequence[int], *, short: bool = True
+) -> str:
+    """Return which ranks are on which host, and the numbers of their processes.
+
+    Parameters
+    ----------
+    nodes, hosts, pids : sequence
+        Of each rank.
+    short : bool, optional
+        Whether process numbers, and then hosts, are left out where there are too many for a line.
+    """
+    ranks: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    where = [f"rank {_runs(some)} on {hosts[some[0]]}" for some in ranks.values()]
+    numbers = [f"pid {_runs(pids[rank] for rank in some)}" for some in ranks.values()]
+    text = ", ".join(f"{on} ({numbered})" for on, numbered in zip(where, numbers, strict=True))
+    if not short or len(text) <= _LINE:
+        return text
+    if len(", ".join(where)) > _LINE:
+        where = [f"{len(nodes)} ranks on {len(where)} nodes", *where[:_NAMED], "...", where[-1]]
+    return f"{', '.join(where)} (MPIDIST_LOG=debug names all processes)"

@@ -84,6 +84,8 @@ class RankState:
         Where its threads are; none where it was not asked or did not answer.
     claimed : float
         Seconds since it set out to write a report; below 0 if it is not writing one.
+    failed : int
+        Checksum of the reason for which it ends; 0 if it does not. See `mpidist.watch.failures`.
     """
 
     rank: int
@@ -95,6 +97,7 @@ class RankState:
     wait: Wait | None = None
     stacks: tuple[Stack, ...] = ()
     claimed: float = -1.0
+    failed: int = 0
 
     @property
     def current(self) -> Record | None:
@@ -176,6 +179,7 @@ class RankState:
             wait=wait,
             stacks=_read_stacks(stacks),
             claimed=(now - claimed) / 1e9 if claimed else -1.0,
+            failed=words[Head.FAILED],
         )
 
 

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from queue import Empty, SimpleQueue
 from time import monotonic_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from mpidist import env
 from mpidist.log import rank_logger
 from mpidist.recorder import Head, Recorder
 from mpidist.recorder.layout import ON_DEVICE
 from mpidist.recorder.recording import Recording
+from mpidist.watch.dump import write_dump
+from mpidist.watch.failures import Failures, digest_of
 from mpidist.watch.processes import Process, Status
-from mpidist.watch.report import accuse, callers, place, suspects, tell
+from mpidist.watch.report import accuse, callers, causes, cure, place, processes, suspects, tell
 from mpidist.watch.states import RankState, own_stacks
 
 if TYPE_CHECKING:
     from mpidist.watch.listener import Listener
 
 __all__ = ["Watch"]
+
+Answers: TypeAlias = "tuple[SimpleQueue[bytes | None] | None, int]"
 
 _CARD = 512
 """Bytes with which each rank introduces itself."""
@@ -42,6 +47,13 @@ _FAR = 3.0
 
 _HEARD = 6.0
 """Seconds after which an answer of another node is not waited for."""
+
+_BEAT = 2.0
+"""Seconds after which the helper thread of a rank has been kept from running: it runs five times a
+second, unless foreign code holds the interpreter's lock."""
+
+_ELSEWHERE = 1.0
+"""Seconds that other nodes have to say whether they fail for the same reason."""
 
 _POLL = 0.02
 
@@ -65,6 +77,8 @@ class Watch:
     ----------
     debug : bool
         Whether all collectives are compared before they begin.
+    failures : Failures
+        Why ranks of this node end.
     """
 
     def __init__(self, rank: int, recorder: Recorder, records: Mapping[int, memoryview]) -> None:
@@ -81,6 +95,7 @@ class Watch:
         self._pids = [os.getpid()] * (rank + 1)
         self._processes: dict[int, Process] = {}
         self._doors: list[tuple[str, int]] = []
+        self.failures = Failures(rank, self._recordings, self._can_speak)
 
     # -- how the ranks get to know each other --------------------------------------------------
 
@@ -134,6 +149,16 @@ class Watch:
         """Return host and process number of every rank."""
         return [f"{host}:{pid}" for host, pid in zip(self._hosts, self._pids, strict=True)]
 
+    def processes(self, *, all_of_them: bool = False) -> str:
+        """Return which ranks are on which host, and their process numbers, in some 400 characters.
+
+        Parameters
+        ----------
+        all_of_them : bool, optional
+            Whether to name all, however long the line gets.
+        """
+        return processes(self._nodes, self._hosts, self._pids, short=not all_of_them)
+
     # -- what they are doing -------------------------------------------------------------------
 
     def here(self, sequence: int) -> str:
@@ -152,25 +177,37 @@ class Watch:
         found = {}
         for rank in self._recordings:
             status = self._status(rank)
-            if ask and status is Status.ALIVE and rank not in stacks and self._listens(rank):
+            asked = ask and rank not in stacks and self._listens(rank)
+            if status is Status.ALIVE and (asked or self._is_held(rank)):
                 status = Status.SILENT
             found[rank] = self._read(rank, status, stacks.get(rank, ""))
         return found
 
     def all_states(self) -> dict[int, RankState]:
         """Return what is known of all ranks, other nodes asked as well, which may take 6 s."""
+        deadline = time.monotonic() + _HEARD
+        answers = self._ask_others()
+        found = self.states()
+        found |= self._heard(answers, deadline)
+        return found | self._unknown(found)
+
+    def _ask_others(self) -> Answers:
+        """Ask the other nodes, and return at once how many there are, and their answers."""
         here = self._nodes[self.rank]
         far = [door for node, door in enumerate(self._doors) if node != here]
         if not far:
-            return self.states() | self._unknown(self._recordings)
-        from queue import Empty
-
+            return None, 0
         from mpidist.watch.listener import ask_all
 
-        deadline = time.monotonic() + _HEARD
-        answers = ask_all(far, self._secret)
-        found = self.states()
-        for _ in far:
+        return ask_all(far, self._secret), len(far)
+
+    @staticmethod
+    def _heard(asked: Answers, deadline: float) -> dict[int, RankState]:
+        """Return what other nodes have answered by then."""
+        answers, count = asked
+        found: dict[int, RankState] = {}
+        for _ in range(count):
+            assert answers is not None, "there are other nodes"
             try:
                 answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
             except Empty:
@@ -178,7 +215,7 @@ class Watch:
             if answer is not None:
                 told = [RankState.from_json(fields) for fields in json.loads(answer)]
                 found |= {state.rank: state for state in told}
-        return found | self._unknown(found)
+        return found
 
     def _unknown(self, found: Collection[int]) -> dict[int, RankState]:
         """Return what is known of the ranks of which nothing has been heard."""
@@ -208,6 +245,28 @@ class Watch:
         if process is not None:
             return process.status()
         return Status.ALIVE if self._pids[rank] == os.getpid() else Status.UNKNOWN
+
+    def _is_held(self, rank: int) -> bool:
+        """Whether the helper thread of a rank of this node does not come to run."""
+        last = self._recordings[rank].words[Head.BEAT]
+        return rank != self.rank and 0 < last < monotonic_ns() - _BEAT * 1e9
+
+    def _can_speak(self, rank: int) -> bool:
+        """Whether a rank of this node may still fail, or say that it has."""
+        words = self._recordings[rank].words
+        gone = self._status(rank) in (Status.DEAD, Status.STOPPED)
+        return not gone and bool(words[Head.FAILED] or not words[Head.LEAVING])
+
+    def fails_elsewhere(self, reason: str) -> int | None:
+        """Return the first rank before this one, on another node, that ends for this reason.
+
+        Takes up to 1 s where there are other nodes.
+        """
+        deadline = time.monotonic() + _ELSEWHERE
+        found = self._heard(self._ask_others(), deadline)
+        digest = digest_of(reason)
+        same = [rank for rank, state in found.items() if state.failed == digest]
+        return min((rank for rank in same if rank < self.rank), default=None)
 
     def killed(self) -> list[int]:
         """Return the ranks of this node whose processes have ended before they came to their exit.
@@ -297,13 +356,14 @@ class Watch:
         first: Sequence[int] = (),
         ask: bool = True,
         dump: bool = False,
+        table: bool = True,
     ) -> None:
         """Log what all ranks are doing, if no other rank has just done so or is about to.
 
         Parameters
         ----------
         title : str
-            First words.
+            What does not end, or why there is a report.
         members : sequence of int, optional
             The ranks of the group, in the world; all when omitted.
         key : (int, int), optional
@@ -315,17 +375,21 @@ class Watch:
         ask : bool, optional
             Whether to ask other processes and nodes.
         dump : bool, optional
-            Whether to write it as JSON, too; see `mpidist.env.dump_directory`.
+            Whether to write it as JSON, too; see `mpidist.env.dump_directory`. It is logged as an
+            error then, else as a warning.
+        table : bool, optional
+            Whether to log what each rank is doing; all of it is written as JSON in any case.
 
         Notes
         -----
         Returns when the rank that writes the report has written it, at the latest after 8 s:
         whoever ends the job afterwards must not take it from the screen.
         """
+        members = range(len(self._nodes)) if members is None else members
         # One thread of this process at a time: ranks see from each other which one reports.
         held = self._reporting.acquire(timeout=_WRITING)
         try:
-            self._report(title, members, key, missing, first, ask=ask, dump=dump)
+            self._report(title, members, key, missing, first, ask=ask, dump=dump, table=table)
         finally:
             if held:
                 self._reporting.release()
@@ -333,13 +397,14 @@ class Watch:
     def _report(
         self,
         title: str,
-        members: Sequence[int] | None,
+        members: Sequence[int],
         key: tuple[int, int] | None,
         missing: Sequence[int],
         first: Sequence[int],
         *,
         ask: bool,
         dump: bool,
+        table: bool,
     ) -> None:
         if not self._claim():
             return
@@ -350,13 +415,15 @@ class Watch:
             time.sleep(_FAR)  # it is on another node: it cannot be seen when it is done
             self._words[Head.REPORTED] = monotonic_ns()
             return
-        members = range(len(self._nodes)) if members is None else members
-        told = accuse(states, members, key, missing)
+        why = causes(states, members, key, missing)
         top = {*first, *suspects(states, members, key, missing)}
-        text = tell(f"{title}. {told}" if told else title, states.values(), top)
+        what_to_do = cure(states, members, key, missing)
+        shown = states.values() if table else ()
+        text = tell(title, shown, top, causes=why, cure=what_to_do)
         if dump and self._words[Head.LISTENING]:
-            text += f"\n  {self._dump(title, states)}"
-        rank_logger("world", self.rank, len(self._nodes)).warning("%s", text)
+            text += f"\n  {write_dump(title, states)}"
+        level = logging.ERROR if dump else logging.WARNING
+        rank_logger("world", self.rank, len(self._nodes)).log(level, "%s", text)
         self._words[Head.REPORTED] = monotonic_ns()
 
     def reported_lately(self) -> bool:
@@ -392,28 +459,12 @@ class Watch:
         words = self._recordings[rank].words
         return bool(words[Head.REPORTED] >= words[Head.CLAIMED] > 0)
 
-    def _dump(self, title: str, states: Mapping[int, RankState]) -> str:
-        """Write what is known as JSON, and return words for where it is."""
-        name = f"mpidist-report-{os.uname().nodename}-{os.getpid()}.json"
-        path = Path(env.dump_directory(), name)
-        content = {
-            "format": 1,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "title": title,
-            "ranks": [state.as_json() for _, state in sorted(states.items())],
-        }
-        try:
-            path = path.absolute()
-            path.write_text(json.dumps(content))
-        except OSError as error:
-            return f"The records could not be written to {path}: {error}"
-        return f"The last operations and all stacks of these ranks are in {path}"
-
     # -- the helper thread ---------------------------------------------------------------------
 
     def answer(self) -> None:
-        """Write where the threads are, if somebody has asked."""
+        """Show that this thread runs, and write where all are, if somebody has asked."""
         words = self._words
+        words[Head.BEAT] = monotonic_ns()
         if words[Head.ASKED] > words[Head.ANSWERED]:
             self._recorder.write_stacks(own_stacks())
 

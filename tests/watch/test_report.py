@@ -13,7 +13,16 @@ from mpidist.recorder import Kind
 from mpidist.recorder.recording import Record, Site
 from mpidist.watch import report
 from mpidist.watch.processes import Status
-from mpidist.watch.report import accuse, callers, place, suspects, tell
+from mpidist.watch.report import (
+    accuse,
+    callers,
+    causes,
+    cure,
+    place,
+    processes,
+    suspects,
+    tell,
+)
 from mpidist.watch.states import RankState, Stack, Wait
 
 SECOND = 10**9
@@ -113,8 +122,41 @@ def test_a_rank_that_came_and_is_gone_is_named(status: Status) -> None:
 def test_the_status_of_a_missing_rank_is_told() -> None:
     states = world(state(0, record()), state(1, status=Status.SILENT))
     assert accuse(states, [0, 1], KEY, [1]) == (
-        "Missing: rank 1 (host0:101, silent), which has called nothing"
+        "Missing: rank 1 (host0:101, silent), which has called nothing. Silent: rank 1: nothing is "
+        "heard from host0"
     )
+
+
+def test_a_rank_that_came_and_is_silent_has_a_sentence() -> None:
+    """It is not missing, and neither dead nor stopped."""
+    states = world(state(0, record()), state(1, record(), status=Status.SILENT))
+    for key, missing in ((KEY, []), (None, [])):
+        (told,) = causes(states, [0, 1], key, missing)
+        assert told.startswith("Silent: rank 1: no thread of it runs: foreign code holds Python's")
+        assert told.endswith(" (the GIL), after /elsewhere/train.py:31 in step")
+    assert "py-spy dump --native --pid 101" in cure(states, [0, 1], KEY, [])
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (Status.ALIVE, "let rank 1 make this call"),
+        (Status.STOPPED, "kill -CONT 101"),
+        (Status.DEAD, "dmesg"),
+        (Status.SILENT, "gdb -p 101"),
+        (Status.LEAVING, "let rank 1 make as many calls"),
+    ],
+)
+def test_the_cure_is_that_of_the_missing_rank(status: Status, expected: str) -> None:
+    states = world(state(0, record()), state(1, record(number=41, ended=5), status=status))
+    assert expected in cure(states, [0, 1], KEY, [])
+
+
+def test_what_to_do_where_nobody_is_missing() -> None:
+    states = world(state(0, record()), state(1, record()))
+    assert "MPIDIST_DEBUG=1" in cure(states, [0, 1], KEY, [])
+    odd = world(state(0, record()), state(1, record("barrier")))
+    assert cure(odd, [0, 1], KEY, []) == "let all ranks make the same calls in the same order"
 
 
 def test_different_calls_are_told_the_rarest_first() -> None:
@@ -185,7 +227,44 @@ def test_of_many_ranks_those_that_do_the_same_share_a_row() -> None:
     lines = tell("title", states, [70]).splitlines()
     assert len(lines) == 4
     assert lines[2].split()[:3] == ["70", "35", "host35:170"]
-    assert lines[3].startswith("  0-69, 71-99")
+    assert lines[3].startswith("  0-69, 71-99  0-49  host0:100, ...")
+
+
+def test_a_report_has_room_on_the_screen_whatever_the_ranks_do() -> None:
+    """Each is somewhere else, with many threads."""
+    frames = tuple(Site("/elsewhere/load.py", line, "read") for line in range(30))
+    stacks = tuple(Stack(name, frames) for name in ("MainThread", *map(str, range(50))))
+    states = [
+        state(rank, record(number=rank, line=rank, ended=1), stacks=stacks) for rank in range(64)
+    ]
+    found = causes(world(*states), range(64), KEY, [])
+    what_to_do = cure(world(*states), range(64), KEY, [])
+    lines = tell("title", states, range(42), causes=found, cure=what_to_do).splitlines()
+    assert len(lines) < 40
+    assert lines[0].startswith("Missing: rank 0 (host0:100), now at /elsewhere/load.py:0 in read")
+    assert lines[1:3] == ["  title", f"  Cure: {what_to_do}"]
+    assert "  and 52 lines more" in lines
+    assert sum("threads more" in line for line in lines) == 4
+
+
+def test_the_processes_of_a_node_are_a_range() -> None:
+    hosts = ["n1"] * 4 + ["n2"] * 3
+    pids = [10, 11, 12, 14, 9, 8, 7]
+    assert processes([0] * 4 + [1] * 3, hosts, pids) == (
+        "rank 0-3 on n1 (pid 10-12, 14), rank 4-6 on n2 (pid 9, 8, 7)"
+    )
+
+
+@pytest.mark.parametrize("per_node", [1, 4, 1000])
+def test_a_thousand_ranks_have_a_short_line(per_node: int) -> None:
+    """Also where the process numbers of a node are no range."""
+    nodes = [rank // per_node for rank in range(1000)]
+    arguments = nodes, [f"node{node:04}" for node in nodes], [7 * rank for rank in range(1000)]
+    line = processes(*arguments)
+    assert len(line) < 500
+    assert "MPIDIST_LOG=debug" in line
+    assert f"on node{nodes[-1]:04}" in line
+    assert "6993" in processes(*arguments, short=False)
 
 
 def test_a_failed_operation_is_told_apart() -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import stat
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mpidist
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerLostError
-from mpidist.recorder import Kind
+from mpidist.recorder import Head, Kind
 from mpidist.testing import run_ranks
+from mpidist.watch.dump import write_dump
 from mpidist.watch.processes import Process, Status
 from mpidist.watch.states import own_stacks
 
@@ -85,9 +89,10 @@ def test_one_rank_reports_a_missed_deadline_and_names_who_is_missing(world, repo
     written = everywhere(world, reports())
     lines = [report for of_rank in written for report in of_rank]
     assert len(lines) == 1
-    first, _, row, *_ = lines[0].splitlines()
-    assert f"Missing: rank {LATE} (" in first
-    assert "not complete after 0.5 s" in first
+    cause, operation, cure, _, row, *_ = lines[0].splitlines()
+    assert f"Missing: rank {LATE} (" in cause
+    assert "not complete after 0.5 s" in operation
+    assert "Cure: " in cure
     assert row.split()[0] == str(LATE)
     assert "in test_one_rank_reports" in row  # where its main thread is
     assert f"rank {LATE}, MainThread: " in lines[0]
@@ -98,7 +103,7 @@ def test_a_long_wait_is_reported_and_goes_on(world, reports):
     group = world.duplicate("slow")
     group.warn_after = 0.3
     if group.rank == LATE:
-        time.sleep(1.2)
+        time.sleep(1.0)  # not as long as until a further warning
     assert mpidist.all_reduce(np.ones(3), group)[0] == world.size
     written = [report for of_rank in everywhere(world, reports()) for report in of_rank]
     assert written
@@ -192,6 +197,46 @@ def test_a_rank_whose_process_is_dead_is_not_waited_for_until_the_deadline(caplo
     assert "dead" in caplog.text
 
 
+def test_with_many_ranks_a_report_begins_with_the_cause(caplog) -> None:
+    """And a screen holds all of it."""
+
+    def one(group: mpidist.ProcessGroup) -> None:
+        group.timeout = 1.0
+        mpidist.barrier(group)
+        if group.rank == LATE:
+            time.sleep(1.5)
+            return
+        with pytest.raises(CollectiveTimeoutError):
+            mpidist.all_reduce(np.ones(3), group)
+
+    with caplog.at_level(logging.WARNING, logger="mpidist"):
+        run_ranks(64, one)
+    (report,) = [record.message for record in caplog.records]
+    lines = report.splitlines()
+    assert len(lines) <= 24, report
+    assert f"Missing: rank {LATE} (" in lines[0]
+    assert "called at tests/watch/test_watch.py:" in lines[0]
+    assert "all_reduce #" in lines[1]
+    assert "called at tests/watch/test_watch.py:" in lines[1]
+    assert lines[2].startswith(f"  Cure: let rank {LATE} make this call")
+
+
+def test_a_rank_whose_helper_does_not_run_is_silent() -> None:
+    """Foreign code that holds the interpreter's lock keeps it from running."""
+
+    def one(group: mpidist.ProcessGroup) -> str:
+        mpidist.barrier(group)
+        if group.rank == LATE:
+            group._watch._words[Head.BEAT] = time.monotonic_ns() - 3 * 10**9
+        mpidist.barrier(group)
+        return group._watch.accuse(group.ranks, None, [])
+
+    told = run_ranks(3, one)
+    assert told[0] == told[2]
+    silent = rf"Silent: rank {LATE}: .* holds Python's lock \(the GIL\), after "
+    assert re.fullmatch(silent + r"tests/watch/test_watch\.py:\d+ in one", told[0])
+
+
 def test_simulated_ranks_report_too(caplog) -> None:
     def one(group: mpidist.ProcessGroup) -> str:
         group.timeout = 0.3
@@ -221,10 +266,20 @@ def test_a_report_is_written_as_json(tmp_path, monkeypatch, caplog) -> None:
     run_ranks(2, one)
     (path,) = tmp_path.iterdir()
     assert str(path) in caplog.text
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     content = json.loads(path.read_text())
     assert content["title"] == "a title"
     assert [rank["rank"] for rank in content["ranks"]] == [0, 1]
     assert all("barrier" in [r["what"] for r in rank["records"]] for rank in content["ranks"])
+
+
+def test_no_report_takes_the_file_of_another(tmp_path, monkeypatch) -> None:
+    """As where containers share a directory, their host name and process numbers."""
+    monkeypatch.setenv("MPIDIST_DUMP", str(tmp_path))
+    titles = ["one", "two", "three"]
+    told = [write_dump(title, {}) for title in titles]
+    files = [Path(words.rpartition(" ")[2]) for words in told]
+    assert [json.loads(file.read_text())["title"] for file in files] == titles
 
 
 def test_a_directory_that_cannot_be_written_is_told_and_harms_nothing(monkeypatch, caplog) -> None:
@@ -235,7 +290,7 @@ def test_a_directory_that_cannot_be_written_is_told_and_harms_nothing(monkeypatc
         group._watch.report("a title", dump=True, ask=False)
 
     run_ranks(1, one)
-    assert "could not be written to /dev/full/" in caplog.text
+    assert "could not be written to /dev/full: " in caplog.text
 
 
 def test_of_many_threads_the_main_one_is_told() -> None:
@@ -270,7 +325,7 @@ def test_a_report_needs_no_current_directory(tmp_path, monkeypatch, caplog) -> N
     gone.rmdir()
     run_ranks(1, one)
     assert f"{__file__}:" in caplog.text
-    assert "could not be written to mpidist-report-" in caplog.text
+    assert "could not be written to .: " in caplog.text
 
 
 def test_ranks_that_report_at_once_write_one_report(caplog) -> None:
