@@ -56,6 +56,9 @@ __all__ = [
 class DistributedError(Exception):
     """Base of every error raised by mpidist."""
 
+    _reported = ""
+    """What the title of a report says of it; ranks that stop because of one report are brief."""
+
 
 class LaunchError(DistributedError):
     """The job was started in a way that cannot work; the message gives the cure."""

@@ -10,24 +10,34 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import sys
 import threading
 import time
-import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from mpidist import env
 from mpidist.backends.departures import Departures
 from mpidist.backends.mpi import MpiBackend
 from mpidist.backends.work import Waiter
-from mpidist.errors import DistributedError
+from mpidist.errors import (
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    DistributedError,
+    PeerLostError,
+)
 from mpidist.group import ProcessGroup
+from mpidist.log import ranges, shows
 from mpidist.operations import broken_groups, companions
+from mpidist.watch import Watch
+from mpidist.watch.failures import Ending
 from mpidist.watch.helper import helper
 from mpidist.watch.threads import in_thread
+from mpidist.watch.tracebacks import callers_of, lines_of, reason_of, summary_of
 
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
@@ -44,6 +54,12 @@ Ranks that check the same arguments raise together: each can show its traceback.
 is told to end the job need not read any more what ranks have written.
 """
 
+
+_TRACEBACKS = 4
+"""Different exceptions of one node of which the tracebacks are shown; of more, the messages."""
+
+_HUNG = (CollectiveMismatchError, CollectiveTimeoutError, PeerLostError)
+"""Of which the records of all ranks tell more than the traceback does."""
 
 _SPARE = 8 << 20
 """Bytes of address space that a rank gives up when it has to say why it ends.
@@ -68,7 +84,8 @@ class _Hooks:
 
     def __init__(self, mpi: Any) -> None:
         self._mpi = mpi
-        self._words = f"[world {mpi.COMM_WORLD.rank}/{mpi.COMM_WORLD.size}]"
+        self._rank = mpi.COMM_WORLD.rank
+        self._words = f"[world {self._rank}/{mpi.COMM_WORLD.size}]"
         self._worlds: list[tuple[Departures, float]] = []
         self._groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
         self.traces: list[Session] = []
@@ -92,9 +109,8 @@ class _Hooks:
 
     def follow(self, group: ProcessGroup) -> None:
         """Drive this group at the exit, and count its operations in the notice of departure."""
-        if not self._groups and group.rank == 0:
-            who = (f"rank {rank} is {process}" for rank, process in enumerate(group._watch.who()))
-            _write(f"mpidist: {', '.join(who)}")
+        if not self._groups and group.rank == 0 and shows(logging.INFO):
+            _write(f"mpidist: {group._watch.processes(all_of_them=shows(logging.DEBUG))}")
         self._groups.add(group)
 
     def _abort(self, code: int) -> None:
@@ -123,32 +139,49 @@ class _Hooks:
         if os.getpid() != self._pid:  # a child that was forked is no rank
             self._next_hook(kind, error, trace)
             return
+        interrupted = issubclass(kind, KeyboardInterrupt)
         try:
-            if issubclass(kind, KeyboardInterrupt):
-                self._say("interrupted; ending the job")
-                self._abort(_INTERRUPTED)
-            self._tell(kind, error, trace)
-        except Exception as another:  # noqa: BLE001  # whatever it is, the others must not wait
+            if interrupted:
+                self._say_together("interrupted", "was interrupted; ending the job")
+            else:
+                self._tell(error, trace)
+        except BaseException as another:  # noqa: BLE001  # whatever it is, the others must not wait
             self._say(f"could not tell all of it: {another!r}")
-        self._abort(1)
+        finally:
+            self._abort(_INTERRUPTED if interrupted else 1)
 
-    def _tell(
-        self,
-        kind: type[BaseException],
-        error: BaseException,
-        trace: TracebackType | None,
-    ) -> None:
-        """Print an exception, its message first, and what all ranks are doing."""
-        told = ""
-        if self._next_hook is sys.__excepthook__:
-            lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
-            told = "".join(f"\n{self._words} {line}" for line in lines)
+    def _tell(self, error: BaseException, trace: TracebackType | None) -> None:
+        """Print an exception, once for all ranks that raise it, and what the others are doing."""
+        if self._next_hook is not sys.__excepthook__:
+            self._next_hook(type(error), error, trace)
+        ending, elsewhere = self._join(reason_of(error, trace))
+        if not ending.ranks:
+            return
+        if elsewhere is not None:
+            self._say(f"raised the same as rank {elsewhere}; ending the job", ending.ranks)
         else:
-            self._next_hook(kind, error, trace)
-        # The traceback ends with these words, too; but those of several ranks are long together.
-        words = traceback.format_exception_only(kind, error)[0].splitlines()[0]
-        self._say(f"raised {words}; ending the job{told}")
-        self._report(f"raised {kind.__name__}")
+            self._say_why(error, trace, ending)
+            hung = isinstance(error, _HUNG) and not error._reported
+            if hung or ending.others or env.dump_requested():
+                what = f"raised {type(error).__name__}"
+                self._report(what, dump=hung, table=ending.others)
+        self._spoken()
+
+    def _say_why(self, error: BaseException, trace: TracebackType | None, ending: Ending) -> None:
+        """Print an exception, its message first; briefly if there has been a report of it."""
+        lines: list[str] = []
+        if isinstance(error, DistributedError) and error._reported and not env.debug():
+            word = "stops" if len(ending.ranks) == 1 else "stop"
+            text = f"{word} because of this report: {type(error).__name__}: {error._reported}"
+            callers = callers_of(trace)
+            lines = [f"  {callers}"] if " < " in callers else []
+        else:
+            same = "" if len(ending.ranks) == 1 else " the same:"
+            text = f"raised{same} {summary_of(error)}"
+            if self._next_hook is sys.__excepthook__ and ending.earlier < _TRACEBACKS:
+                lines = lines_of(error, trace, whole=env.debug())
+        told = "".join(f"\n{self._words} {line}" for line in lines)
+        self._say(f"{text}; ending the job{told}", ending.ranks)
 
     def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit and args.exc_value is not None:
@@ -162,7 +195,8 @@ class _Hooks:
             group._watch.leave()
         broken = [group for group in broken_groups() if group._backend.name == MpiBackend.name]
         if broken:
-            self._say(f"ends with a broken group ({broken[0]}); ending the job")
+            text = f"ends with a broken group ({broken[0].name!r}); ending the job"
+            self._say_together("broken", text)
             self._abort(1)
         operations = sum(group.operations for group in self._groups)
         for departures, _ in self._worlds:
@@ -170,11 +204,12 @@ class _Hooks:
         for departures, timeout in self._worlds:
             remaining = departures.wait_for_all(timeout, self._progress)
             if remaining:
-                self._report(f"has waited {timeout:g} s for the exit of others")
-                self._say(
+                self._report(f"has waited {timeout:g} s for the exit of others", dump=True)
+                text = (
                     f"left after operation {operations} and has waited {timeout:g} s for the exit "
                     f"of rank {', '.join(map(str, remaining))}; ending the job"
                 )
+                self._say_together(text, text)
                 self._abort(1)
         self._end_traces()
 
@@ -238,22 +273,56 @@ class _Hooks:
             if waiter is not None:
                 with contextlib.suppress(Exception):  # whatever a report fails of, the job ends
                     waiter.report(words)
-            self._say(f"{words}; ending the job")
+            self._say_together("late", f"{words}; ending the job")
             self._abort(1)
 
         self._ending = True
         in_thread(end, "mpidist-end")
 
-    def _report(self, what: str) -> None:
-        """Tell what all ranks of this node are doing, unless that has just been told."""
+    def _report(self, what: str, *, dump: bool, table: bool = True) -> None:
+        """Tell what all ranks of this node are doing, unless that has just been told.
+
+        They are written as JSON if the ranks have waited for each other, or the user wants it.
+        """
         for group in tuple(self._groups):
             watch = group._watch
             if not watch.reported_lately():
                 title = f"rank {watch.rank} {what}"
-                watch.report(title, first=[watch.rank], ask=False, dump=True)
+                dump = dump or env.dump_requested()
+                watch.report(title, first=[watch.rank], ask=False, dump=dump, table=table)
 
-    def _say(self, text: str) -> None:
-        _write(f"{self._words} mpidist: this rank {text}")
+    def _watch(self) -> Watch | None:
+        """Return the watch of the largest world."""
+        watches = [group._watch for group in tuple(self._groups)]
+        return max(watches, key=lambda watch: len(watch.who()), default=None)
+
+    def _join(self, reason: str) -> tuple[Ending, int | None]:
+        """Return for whom this rank speaks, and which rank of another node does already."""
+        watch = self._watch()
+        if watch is None:
+            return Ending((self._rank,), self._rank, others=True), None
+        ending = watch.failures.join(reason)
+        if ending.first != watch.rank:
+            return ending, ending.first
+        return ending, watch.fails_elsewhere(reason)
+
+    def _spoken(self) -> None:
+        watch = self._watch()
+        if watch is not None:
+            watch.failures.spoken()
+
+    def _say_together(self, reason: str, text: str) -> None:
+        """Say why this rank ends, once for all ranks of the node with this reason."""
+        ending, elsewhere = self._join(reason)
+        if ending.ranks:
+            known = f"ends for the same reason as rank {elsewhere}"
+            self._say(text if elsewhere is None else known, ending.ranks)
+            self._spoken()
+
+    def _say(self, text: str, ranks: Sequence[int] = ()) -> None:
+        """Write a line about this rank, or about several, of which it is one."""
+        who = f"ranks {ranges(ranks)}" if len(ranks) > 1 else "this rank"
+        _write(f"{self._words} mpidist: {who} {text}")
 
 
 def _write(text: str) -> None:

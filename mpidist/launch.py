@@ -15,6 +15,7 @@ from mpidist import env
 from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import BackendUnavailableError, LaunchError
 from mpidist.group import ProcessGroup
+from mpidist.log import configure
 
 __all__ = ["FoundCrossovers", "found_crossovers", "init"]
 
@@ -68,6 +69,7 @@ def init(
     exit handler, so that nobody waits for a rank that has left; not inside pytest and IPython.
     May be called again. MPI is finalised when the interpreter exits.
     """
+    configure(env.log_level(), warn=env.launcher_rank() == 0)
     evidence = env.launcher_evidence()
     devices = None if backend is None else backend == "hybrid"
     if backend in (None, "hybrid"):

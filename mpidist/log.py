@@ -3,6 +3,10 @@
 mpidist logs through the standard library to the logger ``mpidist`` and configures nothing at
 import. `rank_logger` is what a group uses; a program that wants other output attaches its own
 handlers to that logger.
+
+`init` gives the logger the level that ``MPIDIST_LOG`` names: ``debug`` or ``info`` for all there
+is, ``warning`` for no line at the start, ``error`` for reports of what ends the job only. A program
+may set the level itself, before `init`.
 """
 
 from __future__ import annotations
@@ -11,9 +15,45 @@ import logging
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-__all__ = ["logger", "rank_logger"]
+__all__ = ["configure", "logger", "ranges", "rank_logger", "shows"]
 
 logger = logging.getLogger("mpidist")
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+def configure(level: str, *, warn: bool = True) -> None:
+    """Give the logger a level by its name.
+
+    Parameters
+    ----------
+    level : str
+        What ``MPIDIST_LOG`` says. Nothing is changed where it says nothing; a name that does not
+        exist is a warning, for nobody's job should end of it.
+    warn : bool, optional
+        Whether to log that warning; one rank will do.
+    """
+    if level in _LEVELS:
+        logger.setLevel(_LEVELS[level])
+    elif level and warn:
+        logger.warning("MPIDIST_LOG=%s: expected one of %s", level, ", ".join(_LEVELS))
+
+
+def shows(level: int) -> bool:
+    """Whether messages of a level are wanted that no handler is needed for.
+
+    Parameters
+    ----------
+    level : int
+        Such as `logging.INFO`, which is shown unless the logger has a level above it; what is below
+        that is shown only if the logger has such a level.
+    """
+    return (logger.level or logging.INFO) <= level
 
 
 class _RankAdapter(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from 3.11 on only

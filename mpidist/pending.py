@@ -13,6 +13,7 @@ from mpidist.backends.work import Waiter, Work
 from mpidist.errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
+    DistributedError,
     PeerLostError,
     SizeMismatchError,
     TransportError,
@@ -206,7 +207,7 @@ class GroupWaiter(Waiter):
             "doing; init(timeout=...) sets the deadline"
         )
         self.group._break(error)
-        self.report(f"not complete after {self.timeout:g} s")
+        self.report(f"not complete after {self.timeout:g} s", error=error)
         return error
 
     @property
@@ -237,8 +238,12 @@ class GroupWaiter(Waiter):
             missing = sorted(self.peers.ranks or ())
         return [members[rank] for rank in missing]
 
-    def report(self, why: str, *, dump: bool = True) -> None:
-        """Tell what all ranks are doing, if no other rank is telling it."""
+    def report(self, why: str, *, dump: bool = True, error: DistributedError | None = None) -> None:
+        """Tell what all ranks are doing, if no other rank is telling it, because of an error."""
+        if error is not None:
+            here = self.group._watch.here(self.record)
+            group = f"group {self.group.name!r}"
+            error._reported = f"{self.operation} on {group}, called at {here}: {why}"
         self.group._watch.report(
             f"{self.told}: {why}",
             members=self.group.ranks,
@@ -263,7 +268,7 @@ class GroupWaiter(Waiter):
             )
             error.usable = False
             self.group._break(error)
-            self.report("will never be complete")
+            self.report("will never be complete", error=error)
             raise error
 
     def _lost(self) -> dict[int, str]:
@@ -290,11 +295,12 @@ class GroupWaiter(Waiter):
             self._lost_since = waited
         if waited - self._lost_since >= GRACE:
             told = "; ".join(f"rank {rank} {words}" for rank, words in sorted(lost.items()))
-            self.report(told)
-            raise PeerLostError(
+            error = PeerLostError(
                 f"{self.told}: {told}. The group is broken: let this error end the job; every "
                 "rank must call the same collectives"
             )
+            self.report(told, error=error)
+            raise error
 
 
 class GroupWork(Work[T]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from mpidist.log import ranges
 from mpidist.recorder import is_inside
 from mpidist.recorder.recording import Record, Site
 from mpidist.watch.processes import Status
@@ -342,7 +343,7 @@ def _joined(rows: Sequence[tuple[str, ...]], first: Collection[int]) -> list[tup
     return [
         (
             ranges([int(row[0]) for row in same]),
-            ranges({int(row[1]) for row in same}),
+            ranges(sorted({int(row[1]) for row in same})),
             same[0][2] + ", ..." * (len(same) > 1),
             *same[0][3:],
         )
@@ -360,13 +361,8 @@ def _ago(state: RankState, time: int) -> str:
     return f"{state.seconds(time):.1f} s"
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Return ranks as people write them: 0-2, 5."""
-    return _runs(sorted(numbers))
-
-
 def _runs(numbers: Iterable[int]) -> str:
-    """Return numbers in their order, those that follow each other as 0-2."""
+    """Return numbers in the order given, those that follow each other as 0-2; see `ranges`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -20,7 +20,7 @@ from tests.deaths.matrix import Matrix, Outcome
 pytestmark = pytest.mark.mpirun
 
 FIRST = 20  # lines
-WHO = r"rank (\d+) is [^ ,:]+:(\d+)"
+WHO = r"rank ([\d, -]+) on [^ ,:]+ \(pid ([\d, -]+)\)"
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size}-ranks")
@@ -63,12 +63,22 @@ def assert_launcher_blames(outcome: Outcome, guilty: int) -> None:
     of them.
     """
     head = "\n".join(line.text for line in outcome.ended.lines[:FIRST])
-    ranks = {pid: int(rank) for rank, pid in re.findall(WHO, head)}
+    ranks = {
+        str(pid): rank
+        for node in re.findall(WHO, head)
+        for rank, pid in zip(*map(numbers, node), strict=True)
+    }
     found = re.search(r"(?:process rank (\d+) with )?PID (\d+)", head)
     assert found, f"no process is named:\n{outcome}"
     assert found[2] in ranks, f"no line of init's says which rank is {found[2]}:\n{outcome}"
     if found[1] is not None:
         assert ranks[found[2]] == int(found[1]) == guilty, outcome
+
+
+def numbers(text: str) -> list[int]:
+    """Return what ``0-2, 5`` stands for."""
+    runs = [part.split("-") for part in text.split(", ")]
+    return [number for run in runs for number in range(int(run[0]), int(run[-1]) + 1)]
 
 
 def assert_dumped(outcome: Outcome, size: int) -> None:

@@ -48,9 +48,13 @@ class Run:
     directory: Path
     jobs: list[Job]
 
-    def __call__(self, body: str, event: Event = lambda job, pids: None) -> tuple[Ended, float]:
+    def __call__(
+        self, body: str, event: Event = lambda job, pids: None, **variables: str
+    ) -> tuple[Ended, float]:
         """Return how the job ended, and how many seconds after the event."""
-        job = Job(self.mpirun, SIZE, HEAD + body, self.directory)
+        # As most users have it: reports go to the current directory, and only where one is due.
+        environment = {"MPIDIST_DUMP": "", **variables}
+        job = Job(self.mpirun, SIZE, HEAD + body, self.directory, environment)
         self.jobs.append(job)
         found = job.until(r"ready (\d+) (\d+)", SIZE)
         began = time.monotonic()
@@ -121,7 +125,9 @@ if world.rank == 1:
     assert os.waitpid(child, 0)[1] == 3 << 8
 mpidist.barrier(world)
 """
-    assert "ZeroDivisionError" in assert_ends_well(run(body))
+    text = assert_ends_well(run(body, MPIDIST_LOG="warning"))
+    assert "ZeroDivisionError" in text
+    assert "mpidist: rank 0" not in text
 
 
 def test_exception_while_others_compute(run: Run) -> None:
@@ -130,7 +136,29 @@ if world.rank == 1:
     raise ValueError("no such luck")
 time.sleep(60)
 """
-    assert_ends_badly(run(body), said="ValueError: no such luck")
+    ended = run(body)
+    assert_ends_badly(ended, said="ValueError: no such luck")
+    assert "waits" not in ended[0].text
+    assert list(run.directory.glob("mpidist-report-*")) == []  # nobody hung
+
+
+def test_the_same_mistake_on_all_ranks_is_told_once(run: Run) -> None:
+    body = """
+def step():
+    mpidist.all_reduce(x, world, out=np.empty(4))
+
+step()
+"""
+    ended = run(body)
+    assert_ends_badly(
+        ended, said=r"mpidist: ranks 0-2 raised the same: \S+SizeMismatchError: all_r"
+    )
+    text = ended[0].text
+    assert text.count("Traceback") == text.count("out must have shape") == 1
+    assert text.count("in step") == 1
+    assert "_reductions.py" not in text
+    assert "last operation" not in text  # all are in the traceback
+    assert list(run.directory.glob("mpidist-report-*")) == []
 
 
 def test_exit_while_others_compute_ends_the_job_at_their_next_collective(
@@ -188,7 +216,9 @@ def test_all_ranks_exit_with_an_error(run: Run) -> None:
     ],
 )
 def test_all_ranks_end_normally(run: Run, body: str) -> None:
-    assert "left" not in assert_ends_well(run(body))
+    text = assert_ends_well(run(body))
+    assert "left" not in text
+    assert re.search(r"^mpidist: rank 0-2 on \S+ \(pid [\d, -]+\)$", text, re.MULTILINE)
 
 
 def test_a_rank_that_did_its_part_may_leave(run: Run) -> None:
