@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import TracebackType
 from typing import Any
@@ -34,7 +35,8 @@ class ProgressBar:
     Notes
     -----
     Local. Under `mpirun` standard error is a pipe even in front of a terminal, so the bar is drawn
-    there too, but less often and with a fixed width.
+    there too, but less often and with a fixed width. Where standard error cannot be written any
+    more, because the terminal has been closed, nothing is drawn from then on.
     """
 
     def __init__(self, steps: int, *, name: str, show: bool, done: int = 0) -> None:
@@ -43,16 +45,17 @@ class ProgressBar:
         if show:
             tqdm = require("tqdm", extra="train", purpose="ProgressBar").tqdm
             terminal = sys.stderr.isatty()
-            self._bar = tqdm(
-                total=steps,
-                initial=done,
-                desc=name,
-                unit="step",
-                file=sys.stderr,
-                mininterval=0.1 if terminal else 0.5,
-                ncols=None if terminal else 100,
-                dynamic_ncols=terminal,
-            )
+            with contextlib.suppress(OSError):
+                self._bar = tqdm(
+                    total=steps,
+                    initial=done,
+                    desc=name,
+                    unit="step",
+                    file=sys.stderr,
+                    mininterval=0.1 if terminal else 0.5,
+                    ncols=None if terminal else 100,
+                    dynamic_ncols=terminal,
+                )
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -64,7 +67,8 @@ class ProgressBar:
         traceback: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
     def show(self, record: Record) -> None:
         """Move to the step of a record and show its figures.
@@ -80,4 +84,8 @@ class ProgressBar:
         value = f"{record.accuracy:.1%}" if record.kind == "held-out" else f"{record.loss:.3f}"
         self._figures[name] = value
         self._bar.set_postfix(self._figures, refresh=False)
-        self._bar.update(record.step - self._bar.n)
+        try:
+            self._bar.update(record.step - self._bar.n)
+        except OSError:  # the run must not be lost with its terminal
+            self._bar.disable = True  # or it would be drawn when it is deleted
+            self._bar = None

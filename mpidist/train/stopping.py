@@ -35,7 +35,8 @@ class StopSignal:
     Parameters
     ----------
     signals : sequence of int, optional
-        Which. `SIGUSR1` and `SIGTERM`, when omitted: what batch systems send before they end a job.
+        Which. When omitted: `SIGUSR1` and `SIGTERM`, which batch systems send before they end a
+        job, and `SIGHUP`, which a terminal sends when it is closed.
 
     Attributes
     ----------
@@ -56,6 +57,10 @@ class StopSignal:
     (batch systems send SIGTERM after SIGUSR1) would otherwise kill a rank between the save and its
     exit, and the job would count as failed.
 
+    A `SIGHUP` that is ignored when the context is entered stays ignored: ``nohup`` has started the
+    process, so that it goes on when the terminal is closed. Ranks under `mpirun` get no SIGHUP from
+    their terminal: the launcher gets it, and ends them. Start that with ``nohup``.
+
     Enter it before `mpidist.init`, so that a signal during the start is not lost. MPICH sets a
     handler of its own for SIGUSR1 in MPI_Init, which calls the one that it finds there. If that one
     is replaced later, Python cannot put it back, and SIGUSR1 is ignored afterwards.
@@ -65,7 +70,9 @@ class StopSignal:
     does so until its deadline, or until the launcher kills it.
     """
 
-    def __init__(self, signals: Sequence[int] = (signal.SIGUSR1, signal.SIGTERM)) -> None:
+    def __init__(
+        self, signals: Sequence[int] = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
+    ) -> None:
         self._signals = tuple(signals)
         self._before: dict[int, Any] = {}
         self.requested = 0
@@ -80,6 +87,8 @@ class StopSignal:
                 "enter it and call request()"
             )
         for number in self._signals:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -17,21 +17,21 @@ from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
 from mpidist.train import StopSignal
 
-BOTH = (signal.SIGUSR1, signal.SIGTERM)
+ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
 def heard() -> Iterator[list[int]]:
     """Signals that reach a handler which was there before; the process's own are put back."""
     numbers: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in BOTH}
+    before = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in ALL}
     yield numbers
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_handlers_are_put_back(heard: list[int]) -> None:
-    before = [signal.getsignal(number) for number in BOTH]
+    before = [signal.getsignal(number) for number in ALL]
     with StopSignal() as stop:
         assert stop.requested == 0
         signal.raise_signal(signal.SIGTERM)
@@ -42,10 +42,27 @@ def test_handlers_are_put_back(heard: list[int]) -> None:
             signal.raise_signal(signal.SIGUSR1)
             raise KeyError
         assert inner.requested == signal.SIGUSR1
-    assert [signal.getsignal(number) for number in BOTH] == before
+    assert [signal.getsignal(number) for number in ALL] == before
     assert heard == []
     signal.raise_signal(signal.SIGUSR1)
     assert heard == [signal.SIGUSR1]
+
+
+def test_a_closed_terminal_stops_the_run(heard: list[int]) -> None:
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested == signal.SIGHUP
+    assert heard == []
+
+
+def test_nohup_is_respected(heard: list[int]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the fixture puts back what was there
+    with StopSignal() as stop, mpidist.init("simulated") as world:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested == 0
+        stop.request()
+        assert stop.agreed(world)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_after_an_agreement_the_signals_are_ignored(heard: list[int]) -> None:
@@ -61,7 +78,7 @@ def test_after_an_agreement_the_signals_are_ignored(heard: list[int]) -> None:
 
 
 def test_other_threads_are_refused_before_anything_is_installed(heard: list[int]) -> None:
-    before = [signal.getsignal(number) for number in BOTH]
+    before = [signal.getsignal(number) for number in ALL]
     errors: list[RuntimeError] = []
 
     def enter() -> None:
@@ -74,7 +91,7 @@ def test_other_threads_are_refused_before_anything_is_installed(heard: list[int]
     thread.start()
     thread.join()
     assert "to the main thread only, and this is 'loader'" in str(errors[0])
-    assert [signal.getsignal(number) for number in BOTH] == before
+    assert [signal.getsignal(number) for number in ALL] == before
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
