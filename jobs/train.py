@@ -11,8 +11,9 @@ on the number of ranks, apart from rounding: --batch-size counts the samples of 
 and samples, initial values and dropout follow from --seed alone. The loop itself is
 mpidist/train/loop.py.
 
-At SIGUSR1 or SIGTERM on any rank all ranks finish their step, save, and end with exit code 75: run
-it again with --resume. Training that diverges ends with exit code 1.
+At SIGUSR1, SIGTERM or SIGHUP (a terminal that is closed) on any rank all ranks finish their step,
+save, and end with exit code 75: run it again with --resume. Started by nohup, it goes on when the
+terminal is closed. Training that diverges ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from train_options import make_parser
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from mpidist.nn import Parameter
     from mpidist.optim import Optimizer
     from mpidist.parallel import DDP, Compression, ShardedOptimizer
-    from mpidist.train import Checkpoints, Plan, StopSignal
+    from mpidist.train import Checkpoints, MetricsFile, Plan, Run, StopSignal
 
 DIVERGED = 1
 """Exit code after a loss or gradient that is not finite."""
@@ -54,6 +55,9 @@ INTERRUPTED = 130
 
 REFUSED = 2
 """Exit code after options that cannot be followed, as argparse has it."""
+
+OUTPUT_BYTES = 1 << 19
+"""What metrics.jsonl and loss.png take, about."""
 
 METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "loss.png", "checkpoints"
 
@@ -123,40 +127,105 @@ def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -
     model = DDP(task.model, world, op=SUM, compression=make_compression(options))
     optimizer = make_optimizer(options, task, plan, model, world)
     checkpoints = Checkpoints(options.checkpoint_dir, world, keep=options.keep)
+    run = Run(model, optimizer, make_sampler(task.train, plan, world))
     newest = checkpoints.newest()
-    if newest is not None and not (options.resume or options.overwrite):
+    if newest is not None and (answer := refuse(options, plan, newest, world)) is not None:
+        return answer
+    try:
+        check_output(options, plan, run, checkpoints, newest or 0, world)
+        if newest is not None and options.resume:
+            checkpoints.load(run)
+        else:
+            checkpoints.discard()  # a later --resume must not go on from an earlier run
+        file = open_metrics(options, plan, optimizer.step_count, world)
+    except OSError as error:  # on all ranks
         if world.rank == 0:
-            refuse(options, newest)
+            say(f"train.py: error: cannot write {error.filename}: {error.strerror}", sys.stderr)
         return REFUSED
-    if newest is not None and options.resume:
-        checkpoints.load(Run(model, optimizer, make_sampler(task.train, plan, world)))
-    else:
-        checkpoints.discard()  # a later --resume must not go on from an earlier run
     if world.rank == 0:
         do_without(options)
         announce(options, task, plan, world, step=optimizer.step_count)
-    train_and_record(options, task, plan, model, optimizer, checkpoints, stop, world)
+    with file:
+        train_and_record(options, task, plan, run, checkpoints, file, stop, world)
     done = optimizer.step_count == plan.steps
     if world.rank == 0 and done:
         report(options, task, ranks=world.size)
     elif world.rank == 0:
-        print(
+        say(
             f"stopped by {signal.Signals(stop.stopping).name} after step {optimizer.step_count} of "
-            f"{plan.steps}; --resume goes on from {options.checkpoint_dir}",
-            flush=True,
+            f"{plan.steps}; --resume goes on from {options.checkpoint_dir}"
         )
     return 0 if done else STOPPED
 
 
-def refuse(options: argparse.Namespace, newest: int) -> None:
-    """Say why this run does not begin: there are checkpoints, and nobody has said what of them."""
-    print(
-        f"train.py: error: {options.checkpoint_dir} has checkpoints of a run up to step {newest}: "
-        "go on from there with --resume, begin anew with --overwrite, which removes them, or "
-        "choose another --out or --checkpoint-dir",
-        file=sys.stderr,
-        flush=True,
-    )
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print, also where nobody reads any more: a run must not be lost with its terminal."""
+    stream = sys.stdout if file is None else file
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())  # or the exit would fail of what is left in the buffer
+        os.close(null)
+
+
+def refuse(options: argparse.Namespace, plan: Plan, newest: int, world: ProcessGroup) -> int | None:
+    """Return the exit code where checkpoints are that this run cannot go on from, and say why."""
+    if not (options.resume or options.overwrite):
+        if world.rank == 0:
+            say(
+                f"train.py: error: {options.checkpoint_dir} has checkpoints of a run up to step "
+                f"{newest}: go on from there with --resume, begin anew with --overwrite, which "
+                "removes them, or choose another --out or --checkpoint-dir",
+                sys.stderr,
+            )
+        return REFUSED
+    if options.resume and newest > plan.steps:
+        if world.rank == 0:
+            say(
+                f"nothing to do: the run in {options.checkpoint_dir} has {newest:,} steps, and "
+                f"this one is to end after {plan.steps:,}"
+            )
+        return 0  # and not STOPPED, with which a batch script would start the job again
+    return None
+
+
+def check_output(
+    options: argparse.Namespace,
+    plan: Plan,
+    run: Run,
+    checkpoints: Checkpoints,
+    newest: int,
+    world: ProcessGroup,
+) -> None:
+    """Raise OSError on all ranks if the results cannot be written, before the work."""
+    from mpidist.train import check_space
+
+    needs = {}
+    if world.rank == 0:
+        steps = plan.steps - newest * options.resume
+        saves = math.ceil(steps / (options.checkpoint_every or plan.steps))
+        needs[options.out] = OUTPUT_BYTES
+        needs[options.checkpoint_dir] = checkpoints.space(run, saves=saves, anew=options.overwrite)
+    check_space(needs, world)
+
+
+def open_metrics(
+    options: argparse.Namespace, plan: Plan, begin: int, world: ProcessGroup
+) -> MetricsFile:
+    """Begin metrics.jsonl on rank 0; raise OSError on all ranks if it cannot be written."""
+    from mpidist.train import MetricsFile, raise_from_rank_0
+
+    file, problem = MetricsFile(None), None
+    if world.rank == 0:
+        header = {"kind": "resume", "step": begin} if begin else {"kind": "run"}
+        try:
+            file = MetricsFile(options.out / METRICS, after=begin)
+            file.write({**header, "ranks": world.size, **describe(options, plan)})
+        except OSError as error:
+            problem = error
+    raise_from_rank_0(problem, world)
+    return file
 
 
 def do_without(options: argparse.Namespace) -> None:
@@ -171,7 +240,7 @@ def do_without(options: argparse.Namespace) -> None:
             importlib.import_module(module)
         except ImportError as error:
             setattr(options, option, True)
-            print(f"no {what}: {error}; to get it: pip install 'mpidist[train]'", flush=True)
+            say(f"no {what}: {error}; to get it: pip install 'mpidist[train]'")
 
 
 def announce(
@@ -180,12 +249,11 @@ def announce(
     """Print what is going to happen."""
     name, nats = task.baseline
     going_on = f", going on after step {step:,}" if step else ""
-    print(
+    say(
         f"{options.task}: {len(task.train):,} samples to learn from and {len(task.held_out):,} "
         f"held out, {sum(p.size for p in task.model.parameters()):,} parameters\n"
         f"{plan.steps:,} steps of {plan.batch_size} samples{going_on}, ranks: {world.size}; "
-        f"{name}: {nats:.3f} nats per target",
-        flush=True,
+        f"{name}: {nats:.3f} nats per target"
     )
 
 
@@ -260,29 +328,24 @@ def train_and_record(
     options: argparse.Namespace,
     task: Task,
     plan: Plan,
-    model: DDP,
-    optimizer: Optimizer | ShardedOptimizer,
+    run: Run,
     checkpoints: Checkpoints,
+    file: MetricsFile,
     stop: StopSignal,
     world: ProcessGroup,
 ) -> None:
     """Run the loop; rank 0 shows its progress and writes metrics.jsonl."""
-    from mpidist.train import MetricsFile, ProgressBar, train
+    from mpidist.train import ProgressBar, train
 
-    first, begin = world.rank == 0, optimizer.step_count
-    if first:
-        options.out.mkdir(parents=True, exist_ok=True)
+    first, optimizer = world.rank == 0, run.optimizer
     show = first and not options.no_progress
-    header = {"kind": "resume", "step": begin} if begin else {"kind": "run"}
     data = (task.train, task.held_out)
     try:
-        with (
-            MetricsFile(options.out / METRICS if first else None, after=begin) as file,
-            ProgressBar(plan.steps, name=options.task, show=show, done=begin) as bar,
-        ):
-            file.write({**header, "ranks": world.size, **describe(options, plan)})
+        with ProgressBar(
+            plan.steps, name=options.task, show=show, done=optimizer.step_count
+        ) as bar:
             for record in train(
-                model, optimizer, *data, plan, world, checkpoints=checkpoints, stop=stop
+                run.model, optimizer, *data, plan, world, checkpoints=checkpoints, stop=stop
             ):
                 file.write(record.as_json())
                 bar.show(record)
@@ -290,7 +353,7 @@ def train_and_record(
         if first:
             at = f"after step {optimizer.step_count} of {plan.steps}"
             why = f"interrupted {at}" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
-            print(f"{why}; the records so far are in {options.out / METRICS}", flush=True)
+            say(f"{why}; the records so far are in {options.out / METRICS}")
         raise
 
 
@@ -319,11 +382,10 @@ def report(options: argparse.Namespace, task: Task, *, ranks: int) -> None:
     records = read_records(options.out / METRICS)  # with those of the jobs before this one
     last, name, nats = records[-1], *task.baseline
     speeds = [r.samples_per_second for r in records if r.kind == "train"]
-    print(
+    say(
         f"held-out accuracy {100 * last.accuracy:.1f} %, loss {last.loss:.3f} nats "
         f"= {last.loss / math.log(2):.3f} bits per target ({name}: {nats:.3f} nats); "
-        f"{statistics.median(speeds):,.0f} samples/s",
-        flush=True,
+        f"{statistics.median(speeds):,.0f} samples/s"
     )
     written = str(options.out / METRICS)
     if not options.no_plot:
@@ -332,7 +394,7 @@ def report(options: argparse.Namespace, task: Task, *, ranks: int) -> None:
         title = f"{job}: held-out accuracy {100 * last.accuracy:.1f} %"
         plot_records(records, picture, title=title, baseline=task.baseline)
         written += f" and {picture}"
-    print(f"wrote {written}", flush=True)
+    say(f"wrote {written}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from mpidist.train.plot import plot_records
 from mpidist.train.progress import ProgressBar
 from mpidist.train.records import MetricsFile, Record, read_records
 from mpidist.train.saving import Checkpoints, Run
+from mpidist.train.space import check_space, raise_from_rank_0
 from mpidist.train.stopping import StopSignal
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "Record",
     "Run",
     "StopSignal",
+    "check_space",
     "evaluate",
     "make_sampler",
     "plot_records",
+    "raise_from_rank_0",
     "read_records",
     "train",
     "train_step",

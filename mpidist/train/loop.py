@@ -112,7 +112,8 @@ def train(
     model : DDP
         Made with ``op=SUM``; its output has the classes last.
     optimizer : Optimizer or ShardedOptimizer
-        Of the model's parameters, or made with `model`. Training goes on from its `step_count`.
+        Of the model's parameters, or made with `model`. Training goes on from its `step_count`;
+        with that many steps or more than `Plan.steps` there is nothing to do.
     train_set, held_out : ArrayDataset
         What to learn from, and what to judge by; the same on all ranks.
     plan : Plan

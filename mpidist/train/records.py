@@ -66,6 +66,11 @@ class MetricsFile:
         The run goes on after this step: lines of later steps are dropped, since those steps are
         made again, and lines are added behind the others. 0 replaces the file.
 
+    Raises
+    ------
+    OSError
+        Naming the file, if it cannot be opened.
+
     Notes
     -----
     Local. A run that is killed leaves every line it has written, none of them cut off. A loss of
@@ -76,7 +81,8 @@ class MetricsFile:
     def __init__(self, path: Path | None, *, after: int = 0) -> None:
         if path is not None and after:
             _keep(path, after)
-        self._file = None if path is None else path.open("a" if after else "w", encoding="utf-8")
+        # Not buffered: what could not be written would be written again when it is closed.
+        self._file = None if path is None else path.open("ab" if after else "wb", buffering=0)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -96,11 +102,21 @@ class MetricsFile:
         ----------
         values : mapping
             JSON values. A number that is not finite becomes null: JSON knows none.
+
+        Raises
+        ------
+        OSError
+            Naming the file, if it cannot be written.
         """
-        if self._file is not None:
-            known = {key: None if _unknown(value) else value for key, value in values.items()}
-            self._file.write(json.dumps(known, allow_nan=False) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        known = {key: None if _unknown(value) else value for key, value in values.items()}
+        line = f"{json.dumps(known, allow_nan=False)}\n".encode()
+        try:
+            while line:  # a disk that becomes full takes a part
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._file.name)) from error
 
     def close(self) -> None:
         """Close the file; may be called twice."""

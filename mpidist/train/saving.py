@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TypeVar
 from mpidist import checkpoint
 from mpidist.checkpoint import CheckpointFuture, State
 from mpidist.checkpoint.directory import partial, remove
+from mpidist.checkpoint.state import flatten
 from mpidist.collectives import broadcast_object
 from mpidist.data import ShardedSampler
 from mpidist.errors import CheckpointError, DistributedError
@@ -62,6 +64,13 @@ class Run:
             "optimizer": optimizer,
             "sampler": self.sampler,
         }
+
+    def nbytes(self) -> int:
+        """Return the bytes of the arrays in a checkpoint of the run, over all ranks."""
+        return sum(
+            math.prod(array.shape) * array.dtype.itemsize
+            for array in flatten(self.state()).arrays.values()
+        )
 
 
 class Checkpoints:
@@ -129,6 +138,38 @@ class Checkpoints:
             return None if found is None else found.step
 
         return self._by_rank_0(look)
+
+    def space(self, run: Run, *, saves: int, anew: bool = False) -> int:
+        """Return about how many bytes more than now the directory will have, at most.
+
+        Parameters
+        ----------
+        run : Run
+            What is to be saved.
+        saves : int
+            How many checkpoints of it will be saved. Only so many stay as `keep` says, and one
+            more while it is written.
+        anew : bool, optional
+            Whether the checkpoints that are there will be removed before.
+
+        Returns
+        -------
+        int
+            Bytes, with 2 % and 64 KiB per rank for what is no array. For `check_space`.
+
+        Notes
+        -----
+        Local. A directory that cannot be read counts as empty.
+        """
+        try:
+            there = len(checkpoint.list(self.directory))
+        except CheckpointError:  # which newest raises, on all ranks
+            there = 0
+        if anew:
+            more = max(min(saves, self._keep + 1) - there, 0)
+        else:
+            more = min(saves, max(self._keep + 1 - there, 1))
+        return more * (run.nbytes() * 102 // 100 + self._group.size * (64 << 10))
 
     def save(self, run: Run) -> None:
         """Copy a run, and write the copy while training goes on.

@@ -219,6 +219,9 @@ def test_checkpoints_are_removed_only_if_that_is_said(run: Run, tmp_path: Path) 
     ended = run(*begin, "--seed", "1")
     assert ended.returncode == 2
     assert "has checkpoints of a run up to step 2: go on from there with --resume" in ended.stdout
+    ended = run(*begin, "--resume", "--steps", "1")  # the last --steps counts
+    assert ended.returncode == 0
+    assert "nothing to do: the run in x/checkpoints has 2 steps, and this one" in ended.stdout
     after = read_arrays(tmp_path / "x/checkpoints")
     assert all(array.tobytes() == before[name].tobytes() for name, array in after.items())
     assert run(*begin, "--seed", "1", "--overwrite").returncode == 0

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import re
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -56,12 +62,14 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         (("--steps", "1", "--epochs", "1"), "not allowed with argument"),
         (("--task", "speech"), "invalid choice: 'speech'"),
         (("--device", "gpu", "--sharded-optimizer"), "--sharded-optimizer keeps parameters on the"),
+        (("--out", str(SCRIPT)), f"cannot write {SCRIPT}: it is a file; 512.0 KiB needed"),
     ],
 )
 def test_bad_arguments(run: Run, arguments: tuple[str, ...], said: str) -> None:
     ended = run(*arguments)
     assert ended.returncode == 2
     assert said in ended.stdout
+    assert "Traceback" not in ended.stdout
 
 
 def test_digits_on_one_rank(run: Run, tmp_path: Path) -> None:
@@ -125,6 +133,37 @@ def test_ctrl_c_on_one_rank_says_where_it_stopped(start: Start, tmp_path: Path) 
     assert "interrupted after step" in output
     assert "Traceback" not in output
     assert read_records(file)[-1]["step"] > 0  # no line is cut off
+
+
+IN_A_TERMINAL = """
+import os, signal, sys
+terminal = os.open(sys.argv[1], os.O_RDWR)  # that of this session from now on
+os.dup2(terminal, 1)
+os.dup2(terminal, 2)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_a_run_is_not_lost_with_its_terminal(start: Start, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = start(
+        *("--steps", "100000", "--log-every", "1", "--no-plot"),
+        launcher=(sys.executable, "-c", IN_A_TERMINAL, os.ttyname(theirs)),
+    )
+    shown, deadline = b"", time.monotonic() + 60
+    while b"loss=" not in shown:  # the bar, which is drawn again and again
+        assert process.poll() is None, shown.decode()
+        assert time.monotonic() < deadline, shown.decode()
+        if select.select([ours], [], [], 0.1)[0]:
+            shown += os.read(ours, 4096)
+    os.close(theirs)
+    os.close(ours)
+    assert process.wait(timeout=30) == 75
+    last = read_records(tmp_path / "runs/digits/metrics.jsonl")[-1]["step"]
+    kept = tmp_path / f"runs/digits/checkpoints/step-{last:06d}/manifest.json"
+    assert kept.exists()
 
 
 def check_diverged(ended: subprocess.CompletedProcess[str], file: Path) -> None:

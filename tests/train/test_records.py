@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import io
 import json
 import math
 import sys
@@ -116,6 +119,15 @@ def test_going_on_writes_through_no_link(tmp_path: Path) -> None:
     assert read_records(path) == RECORDS[:1]
 
 
+def test_a_full_disk_is_an_error_that_names_the_file() -> None:
+    with (
+        MetricsFile(Path("/dev/full")) as file,
+        pytest.raises(OSError, match="No space left") as no,
+    ):
+        file.write({"kind": "run"})
+    assert no.value.filename == "/dev/full"
+
+
 def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:
     with MetricsFile(None) as file:
         file.write({"a": 1})
@@ -143,6 +155,34 @@ def test_bar_shows_steps_and_figures(capsys: pytest.CaptureFixture[str]) -> None
     assert "20/20" in shown
     assert "loss=1.000" in shown
     assert "held-out accuracy=80.0%" in shown
+
+
+class Terminal(io.StringIO):
+    """An error output that can be hung up."""
+
+    gone = False
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("lines", range(5))
+def test_a_run_goes_on_when_its_bar_cannot_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, lines: int
+) -> None:
+    pytest.importorskip("tqdm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    terminal.gone = lines == 0
+    with ProgressBar(20, name="digits", show=True) as bar:
+        for count, record in enumerate(RECORDS, start=1):
+            terminal.gone = terminal.gone or count == lines
+            bar.show(record)
+    terminal.gone = False
+    gc.collect()  # a bar that is deleted would be drawn a last time
+    assert "20/20" not in terminal.getvalue()
 
 
 def test_hidden_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,16 @@ from mpidist.group import ProcessGroup
 from mpidist.optim import SGD, AdamW, Optimizer
 from mpidist.parallel import DDP, BucketSizes, ShardedOptimizer
 from mpidist.testing import run_ranks
-from mpidist.train import Checkpoints, Plan, Record, Run, StopSignal, make_sampler, train
+from mpidist.train import (
+    Checkpoints,
+    Plan,
+    Record,
+    Run,
+    StopSignal,
+    check_space,
+    make_sampler,
+    train,
+)
 from tests.jobs.running import read_arrays
 
 CLASSES = 3
@@ -307,3 +318,71 @@ def test_a_save_that_fails_raises_on_all_ranks_and_keeps_the_one_before(tmp_path
 
     assert len(set(run_ranks(2, failing))) == 1
     same_bits(read_arrays(tmp_path), before)
+
+
+def bytes_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_space_that_a_run_needs_is_known_before(tmp_path: Path, *, sharded: bool) -> None:
+    def body(group: ProcessGroup) -> tuple[list[int], int]:
+        kept = Checkpoints(tmp_path, group, keep=2)
+        with DDP(module(0, width=300), group, op=SUM) as model:
+            optimizer: Optimizer | ShardedOptimizer
+            if sharded:
+                optimizer = ShardedOptimizer(model, group, optimizer=AdamW)
+            else:
+                optimizer = AdamW(model.module.named_parameters())
+            run = Run(model, optimizer, make_sampler(data(33, seed=0), PLAN, group))
+            one = kept.space(run, saves=1)
+            before = [kept.space(run, saves=n) // one for n in (0, 1, 3, 4, 5)]
+            kept.save(run)
+            kept.wait()
+            barrier(group)
+            after = [kept.space(run, saves=n) // one for n in (0, 1, 2, 3)]
+            anew = [kept.space(run, saves=n, anew=True) // one for n in (1, 2, 9)]
+            barrier(group)
+        return [*before, *after, *anew], one
+
+    for multiples, one in run_ranks(2, body):
+        # Two stay, and one more while it is written; the third list is without the one there.
+        assert multiples == [0, 1, 3, 3, 3, 0, 1, 2, 2, 0, 1, 2]
+        assert 0.5 * one < bytes_of(tmp_path) <= one
+
+
+@pytest.mark.parametrize(
+    ("where", "free", "told"),
+    [
+        ("file", 10**12, "it is a file; 3.0 MiB needed"),
+        ("file/below", 10**12, "Not a directory; 3.0 MiB needed"),
+        ("/sys/nothing", 10**12, "3.0 MiB needed"),  # the same for root
+        ("a/b", (3 << 20) - 1, "No space left on device, 3.0 MiB free; 3.0 MiB needed"),
+    ],
+)
+def test_output_that_cannot_be_written_is_refused_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, free: int, told: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+    def body(group: ProcessGroup) -> str:
+        with pytest.raises(OSError, match=told) as raised:
+            check_space({tmp_path / where: 3 << 20}, group)
+        return str(raised.value.filename)
+
+    assert run_ranks(3, body) == [str(tmp_path / where)] * 3
+
+
+def test_two_directories_of_one_file_system_share_its_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+
+    def body(group: ProcessGroup) -> None:
+        check_space({tmp_path / "a": 60, tmp_path / "b": 40}, group)
+        with pytest.raises(OSError, match="100 B free; 101 B needed"):
+            check_space({tmp_path / "a": 60, tmp_path / "b": 41}, group)
+
+    run_ranks(2, body)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b"]
