@@ -157,18 +157,44 @@ def test_a_file_that_cannot_be_written_is_told_before_measuring(
     assert f"cannot write {path}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["tabulate", "matplotlib"])
-def test_a_missing_package_is_told_before_measuring(
-    missing: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+def no_start() -> None:
+    raise AssertionError("MPI has been started")
+
+
+def test_all_that_is_missing_is_told_before_mpi_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    assert cli.main(["bench", "import", "--plot", str(tmp_path / "p.png")]) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(command, "init", no_start)
+    words = ["bench", "all_reduce", "--plot", str(tmp_path / "p.png")]
+    words += ["--json", str(tmp_path / "none" / "r.json")]
+    assert cli.main(words) == 2
     told = capsys.readouterr().err
-    assert missing in told
+    assert "bench all_reduce: --plot needs matplotlib" in told
     assert "pip install 'mpidist[bench]'" in told
+    assert f"bench all_reduce: cannot write {tmp_path / 'none'}" in told
+
+
+def test_a_peer_that_is_missing_is_told_before_mpi_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(command, "init", no_start)
+    for words in (["all_reduce"], ["ddp"], ["checkpoint"]):
+        with pytest.raises(AssertionError, match="MPI has been started"):
+            cli.main(["bench", *words])
+        assert f"bench {words[0]}: torch is not installed" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="MPI has been started"):
+        cli.main(["bench", "all_reduce", "--no-gloo"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_picture_of_no_known_kind_is_told_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", "import", "--plot", str(tmp_path / "picture.jason")]) == 2
+    assert "expected a name that ends with ." in capsys.readouterr().err
 
 
 def test_import_is_measured_without_ranks(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
-from mpidist._optional import require
+from mpidist import env
 from mpidist.bench import (
     all_reduce,
     checkpoint,
@@ -32,9 +33,9 @@ from mpidist.bench.plot import plot_report
 from mpidist.bench.report import Report
 from mpidist.bench.table import render_table
 from mpidist.collectives import broadcast_object
-from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 from mpidist.launch import init
+from mpidist.usage import write_once
 
 __all__ = ["BENCHMARKS", "Benchmark", "configure", "run"]
 
@@ -95,8 +96,13 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
 
     Notes
     -----
-    Collective over all ranks of the job.
+    Collective over all ranks of the job. What is missing is reported before MPI starts.
     """
+    if options.plot is not None and find_spec("matplotlib") is None:
+        write_once(f"{_problem(options)}\n")
+        return 2
+    if env.launcher_rank() == 0:
+        sys.stderr.writelines(f"{text}\n" for text in _absent_peers(options))
     with init() as world:
         try:
             _agree(_problem(options) if world.rank == 0 else "", world)
@@ -113,11 +119,21 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
 def _problem(options: argparse.Namespace) -> str:
     """Return what would fail after the measuring, or nothing."""
     try:
-        require("tabulate", extra="bench", purpose="the tables of mpidist bench")
         check_files(options, f"bench {options.benchmark}")
-    except (BackendUnavailableError, BenchmarkError) as error:
+    except BenchmarkError as error:
         return str(error)
     return ""
+
+
+def _absent_peers(options: argparse.Namespace) -> Iterator[str]:
+    """Tell which peers are wanted and will be missing from the report."""
+    for option in ("no_gloo", "no_torch"):
+        if getattr(options, option, True) is False and find_spec("torch") is None:
+            yield (
+                f"bench {options.benchmark}: torch is not installed, so it is not measured beside "
+                "mpidist; for the comparison: pip install 'mpidist[torch]'; without this line: "
+                f"--{option.replace('_', '-')}"
+            )
 
 
 def _agree(problem: str, world: ProcessGroup) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mpidist._optional import require
 from mpidist.bench.sizes import read_size, tell_size
 from mpidist.bench.times import Effort
+from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
 __all__ = [
@@ -92,16 +93,30 @@ def check_files(options: argparse.Namespace, command: str) -> None:
 
     Raises
     ------
-    BackendUnavailableError
-        If a picture is wanted and matplotlib is not installed.
     BenchmarkError
-        If a file cannot be written.
+        If files cannot be written, or the picture cannot be drawn; it names all that is wrong.
     """
-    if options.plot is not None:
+    problems = [] if options.plot is None else list(_of_picture(options.plot))
+    problems += [
+        f"cannot write {path}"
+        for path in filter(None, (options.json, options.plot))
+        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir()
+    ]
+    if problems:
+        raise BenchmarkError("\n".join(f"{command}: {problem}" for problem in problems))
+
+
+def _of_picture(path: Path) -> Iterator[str]:
+    try:
         require("matplotlib", extra="bench", purpose="--plot")
-    for path in filter(None, (options.json, options.plot)):
-        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
-            raise BenchmarkError(f"{command}: cannot write {path}")
+    except BackendUnavailableError as error:
+        yield str(error)
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        yield f"--plot {path}: expected a name that ends with .{', .'.join(sorted(known))}"
 
 
 def require_ranks(world: ProcessGroup, benchmark: str, *, least: int = 2) -> None:

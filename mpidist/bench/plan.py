@@ -16,14 +16,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpidist._optional import require
+from mpidist._columns import columns
 from mpidist.bench.model import Errors, Network
 from mpidist.bench.options import BenchmarkError, add_files, check_files, positive
 from mpidist.bench.plan_plot import plot_plan
 from mpidist.bench.predictions import BACKWARD, Fitted, Layout, Plan, make_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
 from mpidist.bench.sizes import read_size, tell_size
-from mpidist.errors import BackendUnavailableError
 from mpidist.usage import write_once
 
 __all__ = ["configure", "render_plan", "run"]
@@ -90,7 +89,7 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
         text = render_plan(plan, reports, command)
         if options.plot is not None:
             plot_plan(plan, reports, options.plot)
-    except (BenchmarkError, BackendUnavailableError) as error:
+    except BenchmarkError as error:
         write_once(f"{error}\n")
         return 2
     sys.stdout.write(text)
@@ -139,11 +138,6 @@ def render_plan(plan: Plan, reports: dict[str, Report], command: str) -> str:
     -------
     str
         Lines of text.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If tabulate is not installed.
     """
     sources = [f"{name}: {_source(report)}" for name, report in reports.items()]
     blocks = [
@@ -192,7 +186,7 @@ def _fits(fitted: Sequence[Fitted]) -> str:
         bounded = fit.knee < float("inf")
         lines.append(
             [
-                fit.ranks,
+                str(fit.ranks),
                 _short(fit.meetings * 1e6),
                 _short(_rate(fit.near)),
                 tell_size(int(fit.knee)) if bounded else "any size",
@@ -259,10 +253,8 @@ def _stepped(plan: Plan) -> str:
     )
 
 
-def _table(lines: Sequence[Sequence[Any]], heads: Sequence[str]) -> str:
-    tabulate = require("tabulate", extra="bench", purpose="the tables of mpidist plan").tabulate
-    aligned = ["right"] * len(heads)
-    return str(tabulate(lines, heads, tablefmt="simple", colalign=aligned, disable_numparse=True))
+def _table(lines: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
+    return "\n".join(columns(heads, lines, ruled=True))
 
 
 def _short(value: float) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from mpidist._optional import require
+from mpidist._columns import columns
 from mpidist.bench.report import Measure, Report, Row, Target
 from mpidist.bench.sizes import tell_size
 
@@ -26,11 +25,6 @@ def render_table(report: Report) -> str:
         Lines of text. Targets come first. A row is a size; each series has its median time and in
         parentheses its 95th percentile, in microseconds. Comparisons are of the medians. Bandwidths
         are those of the first series, in 10**9 bytes per second.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If tabulate is not installed.
     """
     blocks = [[f"mpidist bench {report.benchmark}", *report.machine.lines()]]
     if report.command:
@@ -49,7 +43,6 @@ def render_table(report: Report) -> str:
 
 
 def _table(report: Report, operation: str) -> str:
-    tabulate = require("tabulate", extra="bench", purpose="the tables of mpidist bench").tabulate
     rows = [row for row in report.rows if row.operation == operation]
     series = list(dict.fromkeys(row.series for row in rows))
     sizes = list(dict.fromkeys(row.nbytes for row in rows))
@@ -57,9 +50,9 @@ def _table(report: Report, operation: str) -> str:
     wide = any(row.bus_factor is not None for row in rows)
     sized = sizes != [0]
     heads = [*["size"] * sized, *series, *(comparison.title for comparison in compared)]
-    lines: list[list[Any]] = []
+    lines: list[list[str]] = []
     for size in sizes:
-        line: list[Any] = [tell_size(size)] if sized else []
+        line: list[str] = [tell_size(size)] if sized else []
         line += [_time(report.find(operation, name, size)) for name in series]
         for comparison in compared:
             value = report.compare(comparison, operation, size)
@@ -69,15 +62,10 @@ def _table(report: Report, operation: str) -> str:
         lines.append(line)
     if wide:
         heads += ["alg GB/s", "bus GB/s"]
-    return str(
-        tabulate(
-            lines, heads, tablefmt="simple", colalign=["right"] * len(heads), disable_numparse=True
-        )
-    )
+    return "\n".join(columns(heads, lines, ruled=True))
 
 
 def _targets(targets: Sequence[Target]) -> str:
-    tabulate = require("tabulate", extra="bench", purpose="the tables of mpidist bench").tabulate
     lines = [
         (
             target.what,
@@ -88,9 +76,7 @@ def _targets(targets: Sequence[Target]) -> str:
         )
         for target in targets
     ]
-    heads = ["", "measured", "target", "reached", ""]
-    align = ["left", "right", "right", "left", "left"]
-    return str(tabulate(lines, heads, tablefmt="simple", colalign=align, disable_numparse=True))
+    return "\n".join(columns(("", "measured", "target", "reached", ""), lines, left=2, ruled=True))
 
 
 def _time(row: Row | None) -> str:

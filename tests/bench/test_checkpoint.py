@@ -159,7 +159,6 @@ def test_arrays_that_were_not_loaded_are_noticed(
 
 
 @pytest.mark.any_mpi
-@pytest.mark.skipif(find_spec("tabulate") is None, reason="tabulate is missing")
 @pytest.mark.ranks(2)
 @pytest.mark.timeout(120)
 def test_the_whole_benchmark_on_ranks(

@@ -49,7 +49,6 @@ def test_without_torch_nothing_is_compared_with_it():
 @pytest.mark.any_mpi
 @pytest.mark.mpirun
 @pytest.mark.timeout(120)
-@pytest.mark.skipif(importlib.util.find_spec("tabulate") is None, reason="tabulate is missing")
 @pytest.mark.parametrize("peer", [True, False], ids=["torch", "no torch"])
 def test_the_command_measures_a_small_model(mpirun, tmp_path, peer):
     if peer and importlib.util.find_spec("torch") is None:

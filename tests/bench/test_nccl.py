@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -83,10 +82,6 @@ def expected_series(ranks: int) -> dict[str, set[str]]:
     return expected | ({"DDP step": {"DDP", "alone", "reduction"}} if ranks > 1 else {})
 
 
-needs_tabulate = pytest.mark.skipif(find_spec("tabulate") is None, reason="tabulate is missing")
-
-
-@needs_tabulate
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.timeout(100)
 def test_one_rank_measures_what_needs_no_other(tmp_path: Path) -> None:
@@ -107,7 +102,6 @@ def test_one_rank_measures_what_needs_no_other(tmp_path: Path) -> None:
         assert target.value == pytest.approx(copy.times.median / ours.times.median)
 
 
-@needs_tabulate
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.mpirun
 @pytest.mark.timeout(100)
@@ -127,7 +121,6 @@ def test_two_ranks_measure_everything(mpirun: list[str], tmp_path: Path) -> None
     assert f"{overlap:.0%} of the reduction's time is hidden" in printed
 
 
-@needs_tabulate
 @pytest.mark.gpu
 @pytest.mark.timeout(100)
 def test_a_gpu_is_measured(tmp_path: Path) -> None:
@@ -137,7 +130,6 @@ def test_a_gpu_is_measured(tmp_path: Path) -> None:
     assert series_of(report) == expected_series(1)
 
 
-@needs_tabulate
 @pytest.mark.timeout(70)
 def test_without_a_gpu_it_says_why() -> None:
     variables = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
