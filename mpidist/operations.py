@@ -12,8 +12,7 @@ from mpidist._types import Array, ReduceOp
 from mpidist.arrays import is_device
 from mpidist.backends.base import Backend
 from mpidist.backends.device import DeviceBackend, DeviceWork
-from mpidist.backends.journal import Journal, describe, describe_counts
-from mpidist.backends.signatures import Described, Signature, balance_of
+from mpidist.backends.journal import Journal
 from mpidist.backends.work import Message, Steps
 from mpidist.errors import (
     BackendUnavailableError,
@@ -23,7 +22,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers, Plan
-from mpidist.recorder import Kind, Name, caller
+from mpidist.recorder import Kind, caller
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -137,34 +136,20 @@ class Operations(Closing):
             return plan.finish()
         number = self._count(plan.verb)
         journal = self._journal
-        name = journal.name_collective(Kind.BLOCKING, *plan.call)
+        name = journal.name_collective(
+            Kind.BLOCKING, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
+        )
         record = journal.begin(name, number, caller(2))
-        waiter = self._waiter(plan.verb, record, self._signature(plan, name, record))
+        waiter = self._waiter(plan.verb, record, name.call, plan)
         try:
             if self._watch.debug:
-                waiter.wait_for(self._backend.compare(waiter.signature.describe()).done)
+                waiter.wait_for(self._backend.compare(waiter.describe()).done)
             self._backend.run(plan.verb, plan.args, waiter=waiter)
         except BaseException as error:
             self._failed(error, waiter)
             raise
         journal.end(record)
         return plan.finish()
-
-    def _signature(
-        self, plan: Plan[Any], name: Name, record: int, kind: Kind = Kind.BLOCKING
-    ) -> Signature:
-        """Return what the ranks compare of a plan."""
-
-        def describe_call() -> Described:
-            verb, args, shape, rows, listed = plan.call
-            what = "i" * (kind is Kind.IMMEDIATE) + describe(verb, args, shape, rows, listed)
-            return Described(what, self._watch.here(record), describe_counts(verb, args))
-
-        if plan.verb == "all_to_all":
-            _, _, sends, receives = plan.args
-            balance = balance_of(self.rank, tuple(sends), tuple(receives))
-            return Signature(name.call, describe_call, plan.shape, balance, plan.breaks)
-        return Signature(name.call, describe_call, plan.shape, None, plan.breaks)
 
     def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
         """Perform an all_reduce in place if one like it has been prepared; else do nothing.
@@ -192,7 +177,7 @@ class Operations(Closing):
 
         def waiter() -> GroupWaiter:
             plan = Plan("all_reduce", (x, x, op), lambda: x, x.shape)
-            return self._waiter("all_reduce", record, self._signature(plan, name, record))
+            return self._waiter("all_reduce", record, name.call, plan)
 
         try:
             prepared.run(x, x, waiter)
@@ -231,14 +216,14 @@ class Operations(Closing):
             return DeviceGroupWork(waiter, begun, plan.finish)
         verb = f"i{plan.verb}"
         number = self._count(verb)
-        name = self._journal.name_collective(Kind.IMMEDIATE, *plan.call)
+        name = self._journal.name_collective(
+            Kind.IMMEDIATE, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
+        )
         record = self._journal.begin(name, number, caller(2))
-        signature = self._signature(plan, name, record, Kind.IMMEDIATE)
-        waiter = self._waiter(verb, record, signature)
+        waiter = self._waiter(verb, record, name.call, plan)
         try:
             if self._watch.debug:
-                described = signature.describe()
-                inner = self._backend.begin_compared(plan.verb, plan.args, described)
+                inner = self._backend.begin_compared(plan.verb, plan.args, waiter.describe())
             else:
                 inner = self._backend.begin(plan.verb, plan.args, waiter)
         except BaseException as error:
@@ -252,13 +237,15 @@ class Operations(Closing):
         assert device is not None, "asked before"
         verb = plan.verb if kind is Kind.BLOCKING else f"i{plan.verb}"
         number = self._count(verb)
-        name = self._journal.name_collective(kind, *plan.call)
+        name = self._journal.name_collective(
+            kind, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
+        )
         record = self._journal.begin(name, number, caller(3))
-        waiter = self._waiter(verb, record, self._signature(plan, name, record))
+        waiter = self._waiter(verb, record, name.call, plan)
         try:
             if self._watch.debug:
                 # Also the immediate form meets here: what the device has begun cannot be undone.
-                waiter.wait_for(self._backend.compare(waiter.signature.describe()).done)
+                waiter.wait_for(self._backend.compare(waiter.describe()).done)
             device.prepare(waiter)
             return device.begin(plan.verb, plan.args, waiter), waiter
         except (BackendUnavailableError, LaunchError):
@@ -341,13 +328,14 @@ class Operations(Closing):
         self,
         verb: str,
         record: int,
-        signature: Signature | None = None,
+        digest: int = 0,
+        plan: Plan[Any] | None = None,
         *,
         number: int | None = None,
     ) -> GroupWaiter:
         """Return what waits for a collective, the one that was begun last when it has no number."""
         collective = (self._identity, self._collectives[0] if number is None else number)
-        return GroupWaiter(self, verb, record, collective=collective, signature=signature)
+        return GroupWaiter(self, verb, record, collective=collective, digest=digest, plan=plan)
 
     def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
         """Count an operation among some ranks, record it, and return what waits for it."""
@@ -366,13 +354,12 @@ class Operations(Closing):
             # The rest of what it is differs legitimately, or is compared by itself.
             name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
             record = self._journal.begin(name, number, frame)
-            signature = Signature(name.call, lambda: Described(what, self._watch.here(record)))
-            waiter = self._waiter(what, record, signature)
+            waiter = self._waiter(what, record, name.call)
         else:
             waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
         try:
             if self._watch.debug and among is None:
-                waiter.wait_for(self._backend.compare(waiter.signature.describe()).done)
+                waiter.wait_for(self._backend.compare(waiter.describe()).done)
             yield waiter
         except BaseException as error:
             self._failed(error, waiter)

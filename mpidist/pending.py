@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mpidist.arrays import is_device
 from mpidist.backends.device import DeviceWork
+from mpidist.backends.journal import describe, describe_counts
+from mpidist.backends.signatures import Described, balance_of
 from mpidist.backends.waiting import WaitTimeout, wait_until
 from mpidist.backends.work import Waiter, Work
 from mpidist.errors import (
@@ -21,7 +23,6 @@ from mpidist.errors import (
 from mpidist.recorder import caller
 
 if TYPE_CHECKING:
-    from mpidist.backends.signatures import Signature
     from mpidist.operations import Operations
 
 __all__ = [
@@ -75,11 +76,6 @@ class Plan(Generic[T]):
     breaks: bool = False
 
     @property
-    def call(self) -> tuple[Any, ...]:
-        """What `Journal.name_collective` and `describe` want to know of it."""
-        return self.verb, self.args, self.shape, self.rows, self.listed
-
-    @property
     def on_device(self) -> bool:
         """Whether its arrays lie on a device."""
         return self.verb == "together" or any(map(is_device, self.args))
@@ -127,8 +123,10 @@ class GroupWaiter(Waiter):
         The group's identity and the number of the operation among its collectives.
     peers : Peers, optional
         The ranks it depends on; all when omitted.
-    signature : Signature, optional
-        What the ranks compare, where they meet.
+    digest : int, optional
+        Of what has to be the same on all ranks.
+    plan : Plan, optional
+        What is performed, if it is a plan.
     """
 
     # One is made for every blocking call, most of which never have to wait for long.
@@ -139,11 +137,13 @@ class GroupWaiter(Waiter):
         "_next_warning",
         "_number",
         "_verb",
+        "breaks",
         "collective",
+        "digest",
         "group",
         "peers",
+        "plan",
         "record",
-        "signature",
         "timeout",
     )
 
@@ -156,11 +156,13 @@ class GroupWaiter(Waiter):
         number: int = 0,
         collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
-        signature: Signature | None = None,
+        digest: int = 0,
+        plan: Plan[Any] | None = None,
     ) -> None:
         self.group = group
-        if signature is not None:
-            self.signature = signature
+        self.digest = digest
+        self.plan = plan
+        self.breaks = plan is not None and plan.breaks
         self.record = record
         self.collective = collective
         self.peers = peers
@@ -174,6 +176,33 @@ class GroupWaiter(Waiter):
         """What is being waited for, for messages."""
         number = self._number if self.collective is None else self.collective[1]
         return f"{self._verb} #{number}"
+
+    # -- the signature of a collective -----------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of the caller's array, where the call has one."""
+        return None if self.plan is None else self.plan.shape
+
+    @property
+    def balance(self) -> int | None:
+        """What has to add up to 0 over all ranks, where something has to."""
+        plan = self.plan
+        if plan is None or plan.verb != "all_to_all":
+            return None
+        _, _, sends, receives = plan.args
+        return balance_of(self.group.rank, tuple(sends), tuple(receives))
+
+    def describe(self) -> Described:
+        """Return the call in words."""
+        site, plan = self.group._watch.here(self.record), self.plan
+        if plan is None:
+            return Described(self._verb, site)
+        immediate = "i" * (self._verb != plan.verb)
+        what = describe(plan.verb, plan.args, plan.shape, plan.rows, plan.listed)
+        return Described(immediate + what, site, describe_counts(plan.verb, plan.args))
+
+    # -- waiting ---------------------------------------------------------------------------------
 
     def wait_for(
         self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None

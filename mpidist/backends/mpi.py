@@ -38,7 +38,6 @@ from mpidist.backends.signatures import (
     DIRECT_VERBS,
     Described,
     Route,
-    Signature,
     registered_place,
     whole_array,
 )
@@ -317,7 +316,7 @@ class MpiBackend(Backend):
                 return
         place = self._place_of(verb, args)
         if place is not None and self._direct is not None:
-            for meeting in self._direct.plan(verb, args, waiter.signature, place):
+            for meeting in self._direct.plan(verb, args, waiter, place):
                 waiter.wait_for(meeting.condition, missing=meeting.missing)
             return
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
@@ -338,33 +337,31 @@ class MpiBackend(Backend):
         """
         place = self._place_of(verb, args)
         if place is not None and self._direct is not None:
-            return self.start(self._direct.plan(verb, args, waiter.signature, place))
+            return self.start(self._direct.plan(verb, args, waiter, place))
         if self._takes_registered(verb, args):
             # The arrays of another rank may be registered: that is known when all have come.
-            return self._start_by_messages(verb, args, waiter.signature)
+            return self._start_by_messages(verb, args, waiter)
         return self.transfer(verb, args, waiter)
 
     def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
         """Start a collective by the library's nonblocking call if it has one, else by messages."""
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         nonblocking = None if call is None else call.nonblocking
-        signature = waiter.signature
         if call is None or nonblocking is None:
-            return self._start_by_messages(verb, args, signature)
-        signature.breaks = self.size > 1
-        comparison = self.start(self._sequencer.comparing(signature, Route.LIBRARY))
+            return self._start_by_messages(verb, args, waiter)
+        # `progress` drives it: later operations of this group wait for it.
+        comparison = self._sequencer.compare(waiter, Route.LIBRARY, begun=True)
+        self.engine.running.append(comparison)
         with _translated(self._mpi, verb):
             request = getattr(self._comm, nonblocking)(*call.args)
         work = _Requests(self._mpi, [request], keep=call)
         return _Compared(comparison, work, call.after)
 
-    def _start_by_messages(
-        self, verb: str, args: tuple[Any, ...], signature: Signature
-    ) -> Work[None]:
+    def _start_by_messages(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[None]:
         """Start a collective that goes by messages when all ranks have come."""
         steps = self._by_messages(verb, args)
-        comparing = self._sequencer.comparing(signature, Route.MESSAGES)
-        return self.start(_then(comparing, steps))
+        comparison = self._sequencer.compare(waiter, Route.MESSAGES)
+        return self.start(_then(comparison, steps))
 
     def _place_of(self, verb: str, args: tuple[Any, ...]) -> Place | None:
         """Return where the arrays of a call lie if it is performed there."""
@@ -473,7 +470,7 @@ class MpiBackend(Backend):
 
     def _arrive(self, waiter: Waiter, route: Route = Route.LIBRARY) -> None:
         """Wait, with the deadline, until all ranks have come to this operation, and compare it."""
-        self._sequencer.arrive(waiter.signature, route, lambda: waiter)
+        self._sequencer.arrive(waiter, route)
 
     @contextlib.contextmanager
     def _within(self, waiter: Waiter) -> Iterator[None]:
@@ -528,8 +525,8 @@ class _Compared(Work[None]):
         wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
-def _then(first: Steps, second: Steps) -> Steps:
-    yield from first
+def _then(first: Work[None], second: Steps) -> Steps:
+    yield first
     yield from second
 
 

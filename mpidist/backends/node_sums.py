@@ -19,7 +19,7 @@ from mpidist.backends.kernels import combination, combining, even_slices
 from mpidist.backends.meetings import ROOM
 from mpidist.backends.registered import Place, Registry
 from mpidist.backends.sequencer import Sequencer, Waiters
-from mpidist.backends.signatures import Route, Signature
+from mpidist.backends.signatures import Route, Signature, record_of
 from mpidist.backends.work import Waiter
 from mpidist.recorder import Name
 
@@ -90,7 +90,7 @@ class SmallSum:
         self._sequencer = sequencer
         self._rooms = rooms
         self._run: Callable[..., None] = team.quiet.run
-        self._record = signature.record(Route.ARRIVAL)
+        self._record = record_of(signature, Route.ARRIVAL)
         halves = [rooms.arrays(half, x.dtype, x.size) for half in (0, 1)]
         self._mine = [parts[team.near.rank] for parts in halves]
         self._work = [combining(parts, op) for parts in halves]
@@ -123,7 +123,7 @@ class PlaceSum:
         self._sequencer = sequencer
         self._run = team.quiet.run
         self._work = prepare_all_reduce(team, place, op)
-        self._record = signature.record(Route.REGISTERED, place)
+        self._record = record_of(signature, Route.REGISTERED, place)
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
@@ -157,7 +157,7 @@ class ScratchSum:
         self._run = team.quiet.run
         self._rooms = rooms
         self._combine = combination(op, x.dtype)
-        self._record = signature.record(Route.SCRATCH)
+        self._record = record_of(signature, Route.SCRATCH)
         self._step = rooms.nbytes // x.itemsize
         self._chunks: dict[tuple[int, int], _Chunk] = {}
         self._me = team.near.rank
@@ -329,7 +329,7 @@ class NodeSums:
         x, out, op : Array, Array, ReduceOp
             As `Backend.all_reduce` takes them.
         waiter : Waiter
-            Knows the signature of the call.
+            Has the signature of the call.
 
         Notes
         -----
@@ -339,7 +339,7 @@ class NodeSums:
         if kept is None:
             return None
         sums, key, place = kept
-        shape = waiter.signature.shape
+        shape = waiter.shape
         if shape != x.shape:
             # Arrays of another shape, though as long, are another call; `find` never asks for them.
             key = (key, shape)
@@ -366,23 +366,23 @@ class NodeSums:
         return None
 
     def _make(self, x: Array, op: ReduceOp, place: Place | None, waiter: Waiter) -> Sum | None:
-        sequencer, team, signature = self._sequencer, self._team, waiter.signature
+        sequencer, team = self._sequencer, self._team
         if place is not None:
-            return PlaceSum(sequencer, team, place, op, signature)
+            return PlaceSum(sequencer, team, place, op, waiter)
         small = x.nbytes <= self._sizes.small
         beside = small and x.nbytes <= ROOM
         rooms = self._beside if beside else self._make_scratch(waiter)
         if rooms is None:
             return None
         if small:
-            return SmallSum(sequencer, team, rooms, x, op, signature)
-        return ScratchSum(sequencer, team, rooms, x, op, signature)
+            return SmallSum(sequencer, team, rooms, x, op, waiter)
+        return ScratchSum(sequencer, team, rooms, x, op, waiter)
 
     def _make_scratch(self, waiter: Waiter) -> _Rooms | None:
         """Make room for long arrays when all have come for it; it is asked for once."""
         if self._scratch is not None or self._scratch_refused:
             return self._scratch
-        self._sequencer.arrive(waiter.signature, Route.SCRATCH, lambda: waiter)
+        self._sequencer.arrive(waiter, Route.SCRATCH)
         chunk = _chunk_bytes(self._team.transport.size)
         parts = self._share(_SKEW + 2 * chunk, waiter)
         if parts is None:

@@ -13,17 +13,25 @@ the group. It does so on all ranks, whatever the timing, since all see whether a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from mpidist.backends.comparison import BoardComparison, Comparison
 from mpidist.backends.meetings import RING, DirectBoard, Meetings, Record, Until, phases
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.registered import Place
-from mpidist.backends.signatures import Described, Route, Signature
-from mpidist.backends.work import Steps, Waiter
+from mpidist.backends.signatures import (
+    Described,
+    Route,
+    Signature,
+    describe_with_route,
+    record_of,
+)
+from mpidist.backends.waiting import wait_until
+from mpidist.backends.work import Steps, StepsWork, Waiter, Work
 
-__all__ = ["Sequencer", "Waiters"]
+__all__ = ["Arrival", "Sequencer", "Waiters"]
 
 Waiters: TypeAlias = Callable[[], Waiter]
 """Makes the waiter of the operation that has begun: few have to wait for so long."""
@@ -82,13 +90,17 @@ class Sequencer:
         if self.board.finished != self.begun:
             waiters().wait_for(
                 lambda: self.board.finished == self.begun,
-                missing=lambda: self._missing(self.board.finished + 1),
+                missing=lambda: self.missing(self.board.finished + 1),
             )
 
-    def arrive(self, signature: Signature, route: Route, waiters: Waiters) -> None:
+    def arrive(self, waiter: Waiter, route: Route) -> None:
         """Wait until all ranks have come to a call, and compare it; it needs no shared memory."""
+
+        def waiters() -> Waiter:
+            return waiter
+
         self.settle(waiters)
-        number = self.enter(signature.record(route), waiters)
+        number = self.enter(record_of(waiter, route), waiters)
         self.board.finish(number)
 
     def enter(self, record: Record, waiters: Waiters) -> int:
@@ -99,7 +111,7 @@ class Sequencer:
         record : Record
             What the ranks compare.
         waiters : callable
-            Makes what waits; it knows the signature of the call.
+            Makes what waits, and has the signature of the call.
 
         Returns
         -------
@@ -124,9 +136,9 @@ class Sequencer:
         else:
             comparison.enter(number, record)
         waiter = waiters()
-        waiter.wait_for(lambda: comparison.arrived(number), missing=lambda: self._missing(number))
+        waiter.wait_for(lambda: comparison.arrived(number), missing=lambda: self.missing(number))
         if not comparison.equal(number, record):
-            for until in self._differing(number, waiter.signature.described(record)):
+            for until in self.differing(number, describe_with_route(waiter, record)):
                 waiter.wait_for(until.condition, missing=until.missing)
         return number
 
@@ -156,28 +168,32 @@ class Sequencer:
         self, signature: Signature, route: Route, place: Place | None = None
     ) -> Meetings[int]:
         """Begin an operation, and return its number when it has its turn and all have come."""
-        self.begun += 1
-        number, board, comparison = self.begun, self.board, self._comparison
-        record = signature.record(route, place)
-        if self._on_board and (self._entered < number - 1 or not self._slot_free(number)):
+        number, record = self.begin(), record_of(signature, route, place)
+        if not self.try_to_enter(number, record):
             yield Until(
-                lambda: self._entered == number - 1 and self._slot_free(number),
-                lambda: self._ranks(board.unfinished(number - RING)),
+                lambda: self.try_to_enter(number, record),
+                lambda: self._ranks(self.board.unfinished(number - RING)),
             )
-        comparison.enter(number, record)
-        self._entered = number
-        yield Until(
-            lambda: board.finished == number - 1 and comparison.arrived(number),
-            lambda: self._missing(number),
-        )
-        if not comparison.equal(number, record):
-            yield from self._differing(number, signature.described(record))
+        yield Until(lambda: self.has_met(number), lambda: self.missing(number))
+        if not self._comparison.equal(number, record):
+            yield from self.differing(number, describe_with_route(signature, record))
         return number
 
-    def comparing(self, signature: Signature, route: Route) -> Meetings[None]:
-        """Arrive with an immediate call that needs no shared memory, and compare it."""
-        number = yield from self.entering(signature, route)
-        self.board.finish(number)
+    def compare(self, signature: Signature, route: Route, *, begun: bool = False) -> Arrival:
+        """Arrive with an immediate call that needs no shared memory, and compare it.
+
+        Parameters
+        ----------
+        signature, route, begun
+            Of the call; see `record_of`.
+
+        Returns
+        -------
+        Arrival
+            Complete when all ranks have come with the same call. Whoever gets it has to poll it:
+            later operations wait for it.
+        """
+        return Arrival(self, signature, record_of(signature, route, begun=begun))
 
     def parting(self, number: int) -> Meetings[None]:
         """Be done with an operation, and wait until all of the node are."""
@@ -187,12 +203,35 @@ class Sequencer:
             lambda: board.all_finished(number), lambda: self._ranks(board.unfinished(number))
         )
 
-    def _differing(self, number: int, described: Described) -> Meetings[None]:
+    def equal(self, number: int, record: Record) -> bool:
+        """Whether all ranks came to an operation with the same; asked once, when they have met."""
+        return self._comparison.equal(number, record)
+
+    def differing(self, number: int, described: Described) -> Meetings[None]:
         """Raise on all ranks what they have called."""
         usable = not self._comparison.breaks(number)
         # All have to have read what the others came with before anybody writes over it.
         yield from self.parting(number)
         yield from phases(self._refuse(number, described, usable))
+
+    # -- the same, one step at a time ------------------------------------------------------------
+
+    def begin(self) -> int:
+        """Return the number of the operation that begins now."""
+        self.begun += 1
+        return self.begun
+
+    def try_to_enter(self, number: int, record: Record) -> bool:
+        """Make known that this rank has come to an operation, if its turn to do so has come."""
+        if self._on_board and (self._entered < number - 1 or not self._slot_free(number)):
+            return False
+        self._comparison.enter(number, record)
+        self._entered = number
+        return True
+
+    def has_met(self, number: int) -> bool:
+        """Whether all ranks have come to an operation, and those before it are done here."""
+        return self.board.finished == number - 1 and self._comparison.arrived(number)
 
     # -- who and whether -------------------------------------------------------------------------
 
@@ -203,8 +242,69 @@ class Sequencer:
             self._free = self.board.least_finished()
         return last <= self._free
 
-    def _missing(self, number: int) -> list[int]:
+    def missing(self, number: int) -> list[int]:
+        """Return the ranks that have not come to an operation, as far as is known."""
         return self._ranks(self._comparison.missing(number))
 
     def _ranks(self, places: list[int]) -> list[int]:
         return [self.near.local[place] for place in places]
+
+
+class Arrival(Work[None]):
+    """An immediate call that is compared, and needs no shared memory besides.
+
+    A class of its own, not steps: most immediate calls are compared so.
+
+    Parameters
+    ----------
+    sequencer : Sequencer
+        Of the group.
+    signature, record : Signature, Record
+        Of the call.
+    """
+
+    def __init__(self, sequencer: Sequencer, signature: Signature, record: Record) -> None:
+        self._sequencer = sequencer
+        self._signature = signature
+        self._record = record
+        self._number = number = sequencer.begin()
+        self._entered = sequencer.try_to_enter(number, record)
+        self._over = False
+        self._differing: StepsWork | None = None
+        self._driven = threading.Lock()
+
+    def done(self) -> bool:
+        """Poll; raises `CollectiveMismatchError` if the ranks came with different calls."""
+        if self._over:
+            return True
+        # Another thread, waiting on another group, may be driving this one just now.
+        if not self._driven.acquire(blocking=False):
+            return False
+        try:
+            return self._advance()
+        finally:
+            self._driven.release()
+
+    def _advance(self) -> bool:
+        if self._differing is not None:
+            return self._differing.done()
+        sequencer, number, record = self._sequencer, self._number, self._record
+        if not self._entered:
+            self._entered = sequencer.try_to_enter(number, record)
+        if not self._entered or not sequencer.has_met(number):
+            return False
+        if sequencer.equal(number, record):
+            sequencer.board.finish(number)
+            self._over = True
+            return True
+        described = describe_with_route(self._signature, record)
+        self._differing = StepsWork(sequencer.differing(number, described))
+        return False
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks that have not come, as far as is known."""
+        return () if self._over else self._sequencer.missing(self._number)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait without driving anything else."""
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,7 +13,17 @@ from mpidist._types import Array
 from mpidist.backends.meetings import Record
 from mpidist.backends.registered import Place, Registry
 
-__all__ = ["DIRECT_VERBS", "Described", "Route", "Signature", "balance_of", "registered_place"]
+__all__ = [
+    "DIRECT_VERBS",
+    "Described",
+    "Route",
+    "Signature",
+    "balance_of",
+    "describe_with_route",
+    "record_of",
+    "registered_place",
+    "whole_array",
+]
 
 DIRECT_VERBS = ("all_reduce", "all_gather", "broadcast", "reduce_scatter")
 """The collectives that can be performed where the arrays lie."""
@@ -62,56 +71,73 @@ class Described(NamedTuple):
     how: str = ""
 
 
-@dataclass(slots=True)  # not frozen: that doubles the cost of making one
-class Signature:
+class Signature(Protocol):
     """What one rank calls, to be compared with what the others call.
+
+    The waiter of a collective is one: an object of its own would cost more than the comparison.
 
     Attributes
     ----------
     digest : int
         Checksum of what has to be the same on all ranks: form, verb, op, dtype, shape or rows of
         each rank, root.
-    describe : callable
-        Returns the call in words.
-    shape : tuple of int, optional
-        Of the caller's array, for verbs that take a whole one.
-    balance : int, optional
-        For all_to_all: `balance_of` what this rank sends and expects. The sum over all ranks is 0
-        if everybody sends what the receiver expects.
-    breaks : bool, optional
+    breaks : bool
         Whether a difference breaks the group, since a part of what was called is under way.
     """
 
     digest: int
-    describe: Callable[[], Described]
-    shape: tuple[int, ...] | None = None
-    balance: int | None = None
-    breaks: bool = False
+    breaks: bool
 
-    def record(self, route: Route, place: Place | None = None) -> Record:
-        """Return the numbers that the ranks compare."""
-        if place is not None:
-            numbers = (self.digest, Route.REGISTERED, place.block.number, place.offset, self.breaks)
-            return Record.of(numbers, self.balance)
-        if self.balance is not None:
-            return Record.of((self.digest, route, 0, 0, self.breaks), self.balance)
-        return _record(self.digest, route, self.breaks)
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of the caller's array, for verbs that take a whole one."""
 
-    def described(self, record: Record) -> Described:
-        """Return the call in words, with how it travels according to its record."""
-        described = self.describe()
-        _, route, block, offset = record.words[:4].tolist()
-        if block:
-            how = f"at byte {offset} of registered block {block}"
-        else:
-            how = f"not in registered memory, {_ROUTES[Route(route)]}"
-        return described._replace(how=described.how or how)
+    @property
+    def balance(self) -> int | None:
+        """For all_to_all, `balance_of` what this rank sends and expects; else None."""
+
+    def describe(self) -> Described:
+        """Return the call in words."""
+
+
+def record_of(
+    signature: Signature, route: Route, place: Place | None = None, *, begun: bool = False
+) -> Record:
+    """Return the numbers that the ranks compare.
+
+    Parameters
+    ----------
+    signature : Signature
+        Of the call.
+    route : Route
+        How it travels.
+    place : Place, optional
+        Where its arrays lie, if they are registered.
+    begun : bool, optional
+        Whether the call is under way when it is compared.
+    """
+    if place is None:
+        breaks = begun or signature.breaks
+        return _record(signature.digest, route, breaks, signature.balance)
+    block, offset = place.block.number, place.offset
+    return Record.of((signature.digest, route, block, offset, signature.breaks))
 
 
 @lru_cache(_KEPT)
-def _record(digest: int, route: Route, breaks: bool) -> Record:  # noqa: FBT001
+def _record(digest: int, route: Route, breaks: bool, balance: int | None) -> Record:  # noqa: FBT001
     """Return the record of a call that has no place; the same object for the same call."""
-    return Record.of((digest, route, 0, 0, breaks))
+    return Record.of((digest, route, 0, 0, breaks), balance)
+
+
+def describe_with_route(signature: Signature, record: Record) -> Described:
+    """Return a call in words, with how it travels according to its record."""
+    described = signature.describe()
+    _, route, block, offset = record.words[:4].tolist()
+    if block:
+        how = f"at byte {offset} of registered block {block}"
+    else:
+        how = f"not in registered memory, {_ROUTES[Route(route)]}"
+    return described._replace(how=described.how or how)
 
 
 def registered_place(verb: str, args: tuple[Any, ...], registered: Registry) -> Place | None:

@@ -12,7 +12,7 @@ from mpidist.backends.waiting import wait_until
 from mpidist.errors import CollectiveTimeoutError
 
 if TYPE_CHECKING:
-    from mpidist.backends.signatures import Signature
+    from mpidist.backends.signatures import Described
 
 __all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work"]
 
@@ -183,7 +183,7 @@ class Engine:
 
     Attributes
     ----------
-    running : list of StepsWork
+    running : list of Work
         What is driven.
     held : set
         Everything whose arrays the transport may still read or write, so that neither a dropped
@@ -191,7 +191,7 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        self.running: list[StepsWork] = []
+        self.running: list[Work[None]] = []
         self.held: set[object] = set()
         self._driving = threading.Lock()
 
@@ -207,7 +207,7 @@ class Engine:
             self._driving.release()
 
 
-def _finished(work: StepsWork) -> bool:
+def _finished(work: Work[None]) -> bool:
     # An operation that failed keeps its error for whoever waits for it.
     try:
         return work.done()
@@ -224,14 +224,29 @@ class Waiter(ABC):
         What is being waited for, for messages.
     timeout : float
         Seconds.
-    signature : Signature
-        What the ranks compare, of an operation on which they meet.
+    digest, breaks : int, bool
+        Of the call; see `mpidist.backends.signatures.Signature`, which a waiter is.
     """
 
     __slots__ = ()
 
     timeout: float
-    signature: Signature
+    digest: int
+    breaks: bool
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of the caller's array, where the call has one."""
+        return None
+
+    @property
+    def balance(self) -> int | None:
+        """What has to add up to 0 over all ranks, where something has to."""
+        return None
+
+    def describe(self) -> Described:
+        """Return the call in words."""
+        raise NotImplementedError
 
     @property
     @abstractmethod

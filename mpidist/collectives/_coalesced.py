@@ -8,7 +8,7 @@ of a device are not copied: NCCL takes all of them in one group of calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -99,8 +99,7 @@ def _start(
             FlatBuffer(_shapes(inputs), dtype, storage=row).pack(inputs)
         checked = plan(packed, packed if parts == (1, 1) else None)
         unpack = partial(_unpack, checked.finish, _rows(targets, places, parts[1]))
-        verb, args, shape, each_rank, _ = checked.call
-        plans.append(Plan(verb, args, unpack, shape, each_rank, listed))
+        plans.append(Plan(checked.verb, checked.args, unpack, checked.shape, checked.rows, listed))
     devices = [plan(x, out) for x, out in zip(arrays, targets, strict=True) if is_device(x)]
     if devices:
         plans.append(together(devices, listed))
@@ -115,7 +114,12 @@ def _start(
 
 def _describe_list(arrays: Sequence[Array]) -> str:
     """Return words for the arrays of a list that differ if any dtype, shape or the order does."""
-    kinds = [f"{native_dtype(x)}{list(x.shape)}" for x in arrays]
+    return _describe_kinds(tuple((native_dtype(x), x.shape) for x in arrays))
+
+
+@lru_cache(128)
+def _describe_kinds(arrays: tuple[tuple[DType, tuple[int, ...]], ...]) -> str:
+    kinds = [f"{dtype}{list(shape)}" for dtype, shape in arrays]
     if len(kinds) <= _NAMED:
         return f"{len(kinds)} arrays: {', '.join(kinds)}" if kinds else "0 arrays"
     checksum = crc32(" ".join(kinds).encode())
