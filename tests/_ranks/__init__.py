@@ -2,10 +2,13 @@
 
 A test marked ``@pytest.mark.ranks(2, 3, 4)`` becomes one item per rank count. The outer pytest
 starts one ``mpirun -n N python -m pytest --with-mpi`` per test module and rank count, reads what
-every rank reports, and shows each test as an item of its own.
+every rank reports, and shows each test as an item of its own. ``@pytest.mark.hosts(2, 4)`` does the
+same on pretended hosts, with two ranks on each.
 
 launcher
     Which mpirun, with which arguments and environment, and how to end a job with all it started.
+hosts
+    Pretended hosts: namespaces on this machine that nothing but a network connects.
 records
     What one rank reports about one test, and how the reports of all ranks become one result.
 job

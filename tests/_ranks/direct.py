@@ -6,6 +6,7 @@ import faulthandler
 import os
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,11 +14,27 @@ import pytest
 _GRACE = 10.0  # seconds that ranks have to end a test which has failed on this rank
 
 
-def rank_count_of(item: pytest.Item) -> int | None:
-    """Return an item's rank count, or None for a test that needs no ranks."""
+@dataclass(frozen=True, order=True)
+class Ranks:
+    """The ranks that an item asks for.
+
+    Attributes
+    ----------
+    count : int
+        All of them.
+    hosts : int
+        Number of pretended hosts; 0 if they run on this machine, as it is.
+    """
+
+    count: int
+    hosts: int = 0
+
+
+def ranks_of(item: pytest.Item) -> Ranks | None:
+    """Return the ranks that an item asks for, or None for a test that needs none."""
     callspec = getattr(item, "callspec", None)
-    count: int | None = callspec.params.get("rank_count") if callspec else None
-    return count
+    ranks: Ranks | None = callspec.params.get("rank_count") if callspec else None
+    return ranks
 
 
 def deadline_of(item: pytest.Item) -> float:
@@ -34,19 +51,25 @@ class DirectPlugin:
         from mpi4py import MPI
 
         self._comm = MPI.COMM_WORLD.Dup()
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self._nodes = self._comm.allreduce(int(node.rank == 0))
+        node.Free()
         self._failed = False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        """Keep the tests for this world size, and those that only carry pytest-mpi's own mark."""
+        """Keep the tests for this world, and those that only carry pytest-mpi's own mark."""
         kept: list[pytest.Item] = []
         dropped: list[pytest.Item] = []
         for item in items:
-            count = rank_count_of(item)
-            plain = count is None and item.get_closest_marker("mpi") is not None
-            (kept if plain or count == self._comm.size else dropped).append(item)
+            ranks = ranks_of(item)
+            if ranks is None:
+                fits = item.get_closest_marker("mpi") is not None
+            else:
+                fits = ranks.count == self._comm.size and ranks.hosts in (0, self._nodes)
+            (kept if fits else dropped).append(item)
         items[:] = kept
         config.hook.pytest_deselected(items=dropped)
 

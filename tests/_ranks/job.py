@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests._ranks.child import STACKS_SIGNAL
+from tests._ranks.direct import Ranks
 from tests._ranks.launcher import MARK, clean_environment, end_job, marked_processes
 from tests._ranks.records import LineReader, Outcome, Phase, Result, heading, merge, overall
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _START = 60.0  # seconds from mpirun to the first test
 _EXIT = 15.0  # seconds from the last test to mpirun's end
+_EXIT_ON_HOSTS = 40.0  # there the daemons of the launcher end one after the other
 _POLL = 0.02
 _TAIL = 8000  # characters of one rank's output in a report
 
@@ -29,16 +31,15 @@ _TAIL = 8000  # characters of one rank's output in a report
 class Launch:
     """How to start pytest on ranks; the same for every job of a run."""
 
-    mpirun: Path
-    vendor_arguments: Sequence[str]
+    mpirun: Callable[[Ranks], Sequence[str]]  # the start of its command line
     pytest_arguments: Sequence[str]
     directory: Path
     grace: float  # seconds that ranks have to end a test which has failed on another rank
 
-    def command(self, module: Path, size: int) -> list[str]:
-        """Return the command line that runs `module` on `size` ranks."""
+    def command(self, module: Path, ranks: Ranks) -> list[str]:
+        """Return the command line that runs `module` on ranks."""
         plugins = ["-p", "tests._ranks.child", "-p", "tests._ranks.plugin"]
-        start = [str(self.mpirun), *self.vendor_arguments, "-n", str(size), sys.executable]
+        start = [*self.mpirun(ranks), "-n", str(ranks.count), sys.executable]
         return [*start, "-m", "pytest", *plugins, *self.pytest_arguments, str(module)]
 
 
@@ -69,7 +70,7 @@ def _without_machinery(stacks: str) -> str:
 
 
 class Job:
-    """A running mpirun for some tests of one module on `size` ranks.
+    """A running mpirun for some tests of one module.
 
     Parameters
     ----------
@@ -77,17 +78,18 @@ class Job:
         The command line's fixed parts.
     module : Path
         The test module.
-    size : int
-        Ranks.
+    ranks : Ranks
+        How many, and on which hosts.
     deadlines : mapping of str to float
         The node ids to run, in order, with the seconds that each may take.
     """
 
     def __init__(
-        self, launch: Launch, module: Path, *, size: int, deadlines: Mapping[str, float]
+        self, launch: Launch, module: Path, *, ranks: Ranks, deadlines: Mapping[str, float]
     ) -> None:
-        self._size = size
+        self._size = size = ranks.count
         self._grace = launch.grace
+        self._exit = _EXIT_ON_HOSTS if ranks.hosts else _EXIT
         self._deadlines = deadlines
         self._waiting = list(deadlines)
         self._tests = {test: _Test() for test in deadlines}
@@ -104,7 +106,7 @@ class Job:
         self._since = time.monotonic()
         with (self._directory / "mpirun.out").open("wb") as output:
             self._process = subprocess.Popen(
-                launch.command(module, size),
+                launch.command(module, ranks),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -184,8 +186,9 @@ class Job:
             if now - self._since > _START:
                 return f"the ranks did not begin this test within {_START:g} s"
         elif test.ended is not None:
-            if now - test.ended > _EXIT:
-                return f"after this test, the last one, the job did not end within {_EXIT:g} s"
+            if now - test.ended > self._exit:
+                limit = f"{self._exit:g} s"
+                return f"after this test, the last one, the job did not end within {limit}"
         elif test.failed is not None and now - test.failed > self._grace:
             return (
                 f"{self._missing(test)} did not end within {self._grace:g} s of the failure above"

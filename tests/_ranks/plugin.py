@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest._code.code import ReprFileLocation, TerminalRepr
 
-from tests._ranks.direct import DirectPlugin, deadline_of, rank_count_of
+from tests._ranks.direct import DirectPlugin, Ranks, deadline_of, ranks_of
+from tests._ranks.hosts import HostPool, HostsUnavailableError
 from tests._ranks.job import Job, Launch
 from tests._ranks.launcher import MARK, find_mpirun, vendor_arguments
 from tests._ranks.records import Outcome, Result
@@ -38,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marks and, in the outer run, whatever starts jobs."""
     config.addinivalue_line(
         "markers", "ranks(*counts): run the test on that many real ranks, one item per count"
+    )
+    config.addinivalue_line(
+        "markers", "hosts(*counts, ranks=2): run it on that many pretended hosts, of 2 ranks each"
     )
     config.addinivalue_line("markers", "mpirun: the test starts mpirun itself; see fixture mpirun")
     config.addinivalue_line(
@@ -75,18 +79,31 @@ def mpirun_is_required() -> bool:
     return os.environ.get("MPIDIST_TEST_REQUIRE_MPI") == "1"
 
 
+def hosts_are_required() -> bool:
+    """Whether it is a failure that there can be no pretended hosts; set by .ci/run."""
+    return os.environ.get("MPIDIST_TEST_REQUIRE_HOSTS") == "1"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one item per rank count."""
-    mark = metafunc.definition.get_closest_marker("ranks")
-    if mark is not None:
-        if not mark.args or not all(isinstance(n, int) and n > 0 for n in mark.args):
-            raise pytest.UsageError(
-                f"{metafunc.definition.nodeid}: ranks() takes positive rank counts, got {mark.args}"
-            )
+    """Make one item per rank count, and per number of hosts."""
+    asked: dict[str, Ranks] = {}
+    if mark := metafunc.definition.get_closest_marker("ranks"):
+        asked |= {f"{n}ranks": Ranks(n) for n in _counts(metafunc, mark)}
+    if mark := metafunc.definition.get_closest_marker("hosts"):
+        on_each = mark.kwargs.get("ranks", 2)
+        asked |= {f"{n}hosts": Ranks(n * on_each, hosts=n) for n in _counts(metafunc, mark)}
+    if asked:
         if "rank_count" not in metafunc.fixturenames:
             metafunc.fixturenames.append("rank_count")
-        ids = [f"{n}ranks" for n in mark.args]
-        metafunc.parametrize("rank_count", mark.args, ids=ids, indirect=True)
+        metafunc.parametrize("rank_count", asked.values(), ids=asked.keys(), indirect=True)
+
+
+def _counts(metafunc: pytest.Metafunc, mark: pytest.Mark) -> tuple[int, ...]:
+    if not mark.args or not all(isinstance(n, int) and n > 0 for n in mark.args):
+        raise pytest.UsageError(
+            f"{metafunc.definition.nodeid}: {mark.name}() takes positive counts, got {mark.args}"
+        )
+    return mark.args
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -94,7 +111,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """On ranks, give the tests on ranks the mark by which pytest-mpi knows them."""
     if _on_ranks(config):
         for item in items:
-            if rank_count_of(item) is not None:
+            if ranks_of(item) is not None:
                 item.add_marker(pytest.mark.mpi)
 
 
@@ -106,23 +123,43 @@ def mpirun() -> list[str]:
     return [str(found), *vendor_arguments(found)]
 
 
+@pytest.fixture(scope="session")
+def hosts_mpirun(request: pytest.FixtureRequest) -> Callable[[int, int], list[str]]:
+    """The start of an mpirun command line for so many hosts, and ranks on each: (2, 2)."""
+    runner = request.config.pluginmanager.get_plugin("ranks-outer")
+    assert isinstance(runner, OuterPlugin), "mark the test: @pytest.mark.mpirun"
+
+    def start(hosts: int, ranks: int) -> list[str]:
+        try:
+            return runner.hosts.of(hosts).mpirun(ranks)
+        except HostsUnavailableError as error:
+            if hosts_are_required():
+                pytest.fail(str(error), pytrace=False)
+            pytest.skip(str(error))
+
+    return start
+
+
 @pytest.fixture
 def rank_count(request: pytest.FixtureRequest) -> int:
     """The number of ranks that the test was asked to run on."""
     if not hasattr(request, "param"):
         pytest.fail("this test needs a mark: @pytest.mark.ranks(2, 3, 4)")
-    count: int = request.param
-    return count
+    ranks: Ranks = request.param
+    return ranks.count
 
 
 @pytest.fixture
-def world(rank_count: int) -> Iterator[ProcessGroup]:
+def world(request: pytest.FixtureRequest, rank_count: int) -> Iterator[ProcessGroup]:
     """All ranks of the job as a group of this test's own."""
     import mpidist
 
+    ranks = ranks_of(request.node)
     with mpidist.init() as group:
         if group.size != rank_count:
             pytest.fail(f"expected a group of {rank_count} ranks, got {group.size}")
+        if ranks is not None and ranks.hosts not in (0, group.num_nodes):
+            pytest.fail(f"expected a group on {ranks.hosts} hosts, got {group.num_nodes}")
         yield group
 
 
@@ -148,9 +185,9 @@ class _RanksRepr(TerminalRepr):
 class RanksItem(pytest.Item):
     """A test that runs elsewhere, on ranks; stands where the test function stood."""
 
-    def __init__(self, *, function: pytest.Function, count: int, **kwargs: Any) -> None:
+    def __init__(self, *, function: pytest.Function, ranks: Ranks, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.count = count
+        self.ranks = ranks
         self.obj = function.obj
         self.own_markers = list(function.own_markers)
         self.keywords.update(function.keywords)
@@ -195,23 +232,24 @@ class OuterPlugin:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._plan: dict[tuple[Path, int], dict[str, float]] = {}
+        self.hosts = HostPool()
+        self._plan: dict[tuple[Path, Ranks], dict[str, float]] = {}
         self._results: dict[str, Result] = {}
         self._job: Job | None = None
         self._launch: Launch | None = None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Swap the items, and bring those of one module and rank count together."""
+        """Swap the items, and bring those of one module and its ranks together."""
         items[:] = [_swapped(item) for item in items]
         first_of = {item.path: index for index, item in reversed(list(enumerate(items)))}
-        items.sort(key=lambda item: (first_of[item.path], getattr(item, "count", 0)))
+        items.sort(key=lambda item: (first_of[item.path], getattr(item, "ranks", Ranks(0))))
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Note which tests were selected: no others are run on the ranks."""
         for item in session.items:
             if isinstance(item, RanksItem):
-                group = self._plan.setdefault((item.path, item.count), {})
+                group = self._plan.setdefault((item.path, item.ranks), {})
                 group[item.nodeid] = item.deadline
 
     @pytest.hookimpl(wrapper=True)
@@ -230,6 +268,12 @@ class OuterPlugin:
             self._job.close()
         if self._launch is not None:
             shutil.rmtree(self._launch.directory, ignore_errors=True)
+        self.hosts.close()
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say if the network between hosts was not what the tests asked for."""
+        if self.hosts.without_rate:
+            terminalreporter.write_line(f"hosts without a limited rate: {self.hosts.without_rate}")
 
     def result(self, item: RanksItem) -> Result:
         """Return the item's result, starting and watching jobs until there is one."""
@@ -249,15 +293,19 @@ class OuterPlugin:
 
     def _advance(self, launch: Launch, item: RanksItem) -> None:
         if self._job is None or self._job.ended:
-            group = self._plan[item.path, item.count]
+            group = self._plan[item.path, item.ranks]
             left = {test: t for test, t in group.items() if test not in self._results}
-            self._job = Job(launch, item.path, size=item.count, deadlines=left)
+            try:
+                self._job = Job(launch, item.path, ranks=item.ranks, deadlines=left)
+            except HostsUnavailableError as error:
+                self._results.update(dict.fromkeys(left, _without_hosts(str(error))))
+                return
         new = self._job.watch()
         self._results.update(new)
         if self._job.ended and not self._job.began:
             # Starting it again for every test of the module would fail as often, and slowly.
             (why,) = new.values()
-            for test in self._plan[item.path, item.count]:
+            for test in self._plan[item.path, item.ranks]:
                 self._results.setdefault(test, why)
 
     def _make_launch(self, mpirun: Path) -> Launch:
@@ -269,9 +317,15 @@ class OuterPlugin:
         arguments += [f"--tb={config.getoption('tbstyle')}", "-q", "--no-header", "--no-summary"]
         arguments += ["-p", "no:cacheprovider", "-o", "addopts="]
         directory = Path(tempfile.mkdtemp(prefix="mpidist-tests-"))
+        here = [str(mpirun), *vendor_arguments(mpirun)]
+
+        def start(ranks: Ranks) -> list[str]:
+            if not ranks.hosts:
+                return here
+            return self.hosts.of(ranks.hosts).mpirun(ranks.count // ranks.hosts)
+
         return Launch(
-            mpirun=mpirun,
-            vendor_arguments=vendor_arguments(mpirun),
+            mpirun=start,
             pytest_arguments=arguments,
             directory=directory,
             grace=float(config.getini("ranks_grace")),
@@ -279,11 +333,11 @@ class OuterPlugin:
 
 
 def _swapped(item: pytest.Item) -> pytest.Item:
-    count = rank_count_of(item)
-    if count is None or item.parent is None or not isinstance(item, pytest.Function):
+    ranks = ranks_of(item)
+    if ranks is None or item.parent is None or not isinstance(item, pytest.Function):
         return item
     swapped: RanksItem = RanksItem.from_parent(
-        item.parent, name=item.name, function=item, count=count
+        item.parent, name=item.name, function=item, ranks=ranks
     )
     return swapped
 
@@ -291,3 +345,7 @@ def _swapped(item: pytest.Item) -> pytest.Item:
 def _without_mpirun() -> Result:
     outcome = Outcome.FAILED if mpirun_is_required() else Outcome.SKIPPED
     return Result(outcome, NO_MPIRUN, NO_MPIRUN)
+
+
+def _without_hosts(why: str) -> Result:
+    return Result(Outcome.FAILED if hosts_are_required() else Outcome.SKIPPED, why, why)

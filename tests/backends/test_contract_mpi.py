@@ -13,13 +13,50 @@ from mpidist.group import ProcessGroup
 from mpidist.point_to_point import sendrecv
 from mpidist.testing import BackendContract
 from mpidist.testing.contract import Run
+from mpidist.testing.contract._places import HOST
+
+
+@pytest.fixture
+def run(world: ProcessGroup) -> Run:
+    return lambda case: case(world)
 
 
 @pytest.mark.ranks(2, 3, 4)
 class TestMpi(BackendContract):
-    @pytest.fixture
-    def run(self, world: ProcessGroup) -> Run:
-        return lambda case: case(world)
+    """All cases, on one host."""
+
+
+@pytest.mark.hosts(2)
+class TestHosts:
+    """The cases on two hosts in which data goes by shared memory and by a network."""
+
+    place = HOST
+
+    test_every_all_reduce = BackendContract.test_every_all_reduce
+    test_uneven_counts = BackendContract.test_uneven_counts
+    test_order_and_tags = BackendContract.test_order_and_tags
+    test_polled_at_random = BackendContract.test_polled_at_random
+    test_deadlines = BackendContract.test_deadlines
+
+
+@pytest.mark.hosts(2)
+@pytest.mark.any_mpi
+class TestMoreOnHosts:
+    """Some more of them, less about the MPI library."""
+
+    place = HOST
+
+    test_every_reduce_scatter = BackendContract.test_every_reduce_scatter
+    test_long_reductions = BackendContract.test_long_reductions
+    test_every_root = BackendContract.test_every_root
+    test_same_bits = BackendContract.test_same_bits
+    test_coalesced = BackendContract.test_coalesced
+    test_objects = BackendContract.test_objects
+    test_batches = BackendContract.test_batches
+    test_flood = BackendContract.test_flood
+    test_waited_in_any_order = BackendContract.test_waited_in_any_order
+    test_nodes = BackendContract.test_nodes
+    test_mistakes = BackendContract.test_mistakes
 
 
 BEYOND = 2**31 + 24

@@ -54,6 +54,7 @@ def test_any_number_saves_and_any_number_loads(world, path, seed):
 
 
 @pytest.mark.ranks(4)
+@pytest.mark.hosts(2)
 def test_saves_beside_the_program(world, path):
     x = np.zeros((300, 400))
     futures = []

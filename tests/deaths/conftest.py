@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -16,15 +17,33 @@ def matrix(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mpirun: list[str]
 ) -> Iterator[Matrix]:
     """The jobs of the cases that were selected, in the order in which their tests ask."""
-    selected = [
-        (item.callspec.params["case"], item.callspec.params["size"])
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and "matrix" in item.fixturenames
-    ]
+    selected = [(p["case"], p["size"]) for p in _parameters(request, "matrix")]
     jobs = Matrix(mpirun, tmp_path_factory.mktemp("deaths"), selected)
     request.config.stash[MATRIX] = jobs
     yield jobs
     jobs.close()
+
+
+@pytest.fixture(scope="module")
+def matrix_on_hosts(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    hosts_mpirun: Callable[[int, int], list[str]],
+) -> Iterator[Matrix]:
+    """The same on two hosts of two ranks."""
+    selected = [(p["case"], 4) for p in _parameters(request, "matrix_on_hosts")]
+    jobs = Matrix(hosts_mpirun(2, 2), tmp_path_factory.mktemp("deaths-on-hosts"), selected)
+    yield jobs
+    jobs.close()
+
+
+def _parameters(request: pytest.FixtureRequest, fixture: str) -> list[dict[str, Any]]:
+    """Return the parameters of all selected tests that use a fixture."""
+    return [
+        item.callspec.params
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and fixture in item.fixturenames
+    ]
 
 
 def pytest_terminal_summary(

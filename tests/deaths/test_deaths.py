@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.deaths.matrix import Matrix, Outcome
 pytestmark = pytest.mark.mpirun
 
 FIRST = 20  # lines
+ON_HOSTS = ("raise", "exit-0", "kill")
 WHO = r"rank ([\d, -]+) on [^ ,:]+ \(pid ([\d, -]+)\)"
 
 
@@ -28,7 +30,21 @@ WHO = r"rank ([\d, -]+) on [^ ,:]+ \(pid ([\d, -]+)\)"
     "case", [*endings.CASES, *mismatches.CASES], ids=lambda case: str(case.name)
 )
 def test_death(matrix: Matrix, case: Case, size: int) -> None:
-    outcome = matrix.outcome(case, size)
+    check(matrix.outcome(case, size), case, size)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in endings.CASES if case.name in ON_HOSTS], ids=lambda case: case.name
+)
+def test_death_on_hosts(matrix_on_hosts: Matrix, case: Case) -> None:
+    if case.name == "raise":
+        case = replace(case, dumps=False)  # it writes down its own node's records, and asks nobody
+    # Open MPI first writes 16 lines about a peer that has disconnected.
+    check(matrix_on_hosts.outcome(case, 4), case, 4, first=40)
+
+
+def check(outcome: Outcome, case: Case, size: int, *, first: int = FIRST) -> None:
+    """Check all that a case says of a job of so many ranks, whose first lines tell who it was."""
     ended = outcome.ended
     assert ended.code is not None, f"the job did not end by itself:\n{outcome}"
     assert outcome.seconds < case.within, outcome
@@ -38,7 +54,7 @@ def test_death(matrix: Matrix, case: Case, size: int) -> None:
     for words in case.sees:
         assert re.search(case.pattern(words, size), ended.text), f"{words}\n{outcome}"
     if size == 4:
-        assert_blamed(outcome, case, size)
+        assert_blamed(outcome, case, size, first)
     if size == 2:
         for name in case.sites:
             assert re.search(case.place(name), ended.text), f"{name}: {case.place(name)}\n{outcome}"
@@ -46,23 +62,23 @@ def test_death(matrix: Matrix, case: Case, size: int) -> None:
         assert_dumped(outcome, size)
 
 
-def assert_blamed(outcome: Outcome, case: Case, size: int) -> None:
+def assert_blamed(outcome: Outcome, case: Case, size: int, first: int) -> None:
     """Check that the first lines tell which rank it was, the line that names all apart."""
-    lines = [line.text for line in outcome.ended.lines[:FIRST]]
+    lines = [line.text for line in outcome.ended.lines[:first]]
     if case.launcher:
-        assert_launcher_blames(outcome, case.guilty(size))
+        assert_launcher_blames(outcome, case.guilty(size), first)
     elif case.blames is not None:
         pattern = case.pattern(case.blames, size)
         assert any(re.search(pattern, line) for line in lines), f"{pattern}\n{outcome}"
 
 
-def assert_launcher_blames(outcome: Outcome, guilty: int) -> None:
+def assert_launcher_blames(outcome: Outcome, guilty: int, first: int) -> None:
     """Check that the process that the launcher names is one of those that `init` told.
 
     Open MPI names the one that was killed. MPICH kills the others before it looks, and names any
     of them.
     """
-    head = "\n".join(line.text for line in outcome.ended.lines[:FIRST])
+    head = "\n".join(line.text for line in outcome.ended.lines[:first])
     ranks = {
         str(pid): rank
         for node in re.findall(WHO, head)
