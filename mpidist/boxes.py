@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from math import prod
 from operator import add, ge, le, sub
 
 import numpy as np
 
+from mpidist._types import Array
 from mpidist.errors import SizeMismatchError
 
-__all__ = ["Box", "boxes_of_at_most", "boxes_of_range", "overlapping", "split_evenly"]
+__all__ = [
+    "Box",
+    "BoxIndex",
+    "boxes_of_at_most",
+    "boxes_of_range",
+    "corners",
+    "overlapping",
+    "split_evenly",
+]
 
 _FEW = 6
 """Boxes that are compared one by one: for so few numpy takes longer."""
@@ -150,6 +159,82 @@ def boxes_of_at_most(box: Box, count: int) -> Iterator[Box]:
         yield from boxes_of_at_most(box.along(cut, start, size), count)
 
 
+class BoxIndex:
+    """Boxes, ordered so that those that meet another one are found without looking at all.
+
+    Parameters
+    ----------
+    boxes : sequence of Box
+        All of one number of dimensions; there may be none.
+
+    Notes
+    -----
+    They are sorted by where they begin in the dimension in which most begin at different indices:
+    rows by the first, columns by the last. A search looks only at those that may reach the box in
+    this dimension, in numpy.
+    """
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._boxes = boxes
+        self._few = len(boxes) <= _FEW or not boxes[0].sizes
+        if self._few:
+            return
+        starts, stops = corners(boxes)
+        self._dimension = max(range(len(starts)), key=lambda d: len(np.unique(starts[d])))
+        self._order = np.argsort(starts[self._dimension], kind="stable")
+        self._starts, self._stops = starts[:, self._order], stops[:, self._order]
+        self._reach = np.maximum.accumulate(self._stops[self._dimension])
+
+    def meeting(self, box: Box) -> list[int]:
+        """Return the positions of the boxes that share an element with a box, ascending."""
+        if self._few:
+            return [n for n, one in enumerate(self._boxes) if one.intersect(box) is not None]
+        begin, end = box.offsets[self._dimension], box.stops[self._dimension]
+        first = int(self._reach.searchsorted(begin, "right"))
+        last = int(self._starts[self._dimension].searchsorted(end))
+        starts, stops = self._starts[:, first:last], self._stops[:, first:last]
+        lower, upper = (np.array(corner)[:, None] for corner in (box.offsets, box.stops))
+        # An empty box may lie inside, and shares no element.
+        meets = (starts < upper) & (stops > lower) & (starts < stops)
+        if box.empty:
+            return []
+        return sorted(self._order[first + np.flatnonzero(meets.all(axis=0))].tolist())
+
+    @property
+    def in_line(self) -> bool:
+        """Whether each box ends, in the dimension they are sorted by, before the next begins."""
+        if self._few:
+            return False
+        begins = self._starts[self._dimension]
+        return bool((self._reach[:-1] <= begins[1:]).all())
+
+
+def corners(boxes: Sequence[Box]) -> tuple[Array, Array]:
+    """Return where boxes begin and end in each dimension.
+
+    Parameters
+    ----------
+    boxes : sequence of Box
+        All of one number of dimensions.
+
+    Returns
+    -------
+    starts, stops : Array, shape (ndim, len(boxes)) int64
+        One row per dimension.
+
+    Raises
+    ------
+    OverflowError
+        If a number has more than 64 bits.
+    """
+    shape = (len(boxes), len(boxes[0].sizes))
+    starts, sizes = (
+        np.fromiter(chain.from_iterable(numbers), np.int64, prod(shape)).reshape(shape).T.copy()
+        for numbers in ((box.offsets for box in boxes), (box.sizes for box in boxes))
+    )
+    return starts, starts + sizes
+
+
 def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
     """Return two boxes that share an element, or None if there are none.
 
@@ -165,22 +250,20 @@ def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 
     Notes
     -----
-    Time: at most the square of the number of boxes, in numpy.
+    Time: that of sorting where the boxes follow each other in one dimension, as rows and columns
+    do; at most the square of the number of boxes, in numpy.
     """
     order = sorted(boxes, key=lambda box: box.offsets)
     if len(order) <= _FEW:
         pairs = combinations(order, 2)
         return next((pair for pair in pairs if pair[0].intersect(pair[1]) is not None), None)
-    starts = np.array([box.offsets for box in order])
-    stops = np.array([box.stops for box in order])
-    for number in range(len(order) - 1):
-        # Those that begin behind the end of this one in the first dimension cannot meet it.
-        last = np.searchsorted(starts[:, 0], stops[number, 0]) if starts.shape[1] else len(order)
-        later = slice(number + 1, last)
-        meets = (starts[later] < stops[number]) & (stops[later] > starts[number])
-        hits = np.flatnonzero(meets.all(axis=1))
-        if hits.size:
-            return order[number], order[number + 1 + int(hits[0])]
+    index = BoxIndex(order)
+    if index.in_line:
+        return None
+    for number, box in enumerate(order):
+        for other in index.meeting(box):
+            if other > number:
+                return box, order[other]
     return None
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 
-from mpidist.boxes import Box, boxes_of_at_most, boxes_of_range, overlapping, split_evenly
+from mpidist.boxes import Box, BoxIndex, boxes_of_at_most, boxes_of_range, overlapping, split_evenly
 from mpidist.errors import SizeMismatchError
 
 SHAPE = (4, 5)
@@ -157,6 +158,34 @@ def test_boxes_overlap_where_an_element_is_in_two(number: int) -> None:
         assert found is None or (found[0].intersect(found[1]) is not None and found[0] in boxes)
         outcomes.add(found is not None)
     assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 7, 60])
+@pytest.mark.parametrize("ndim", [0, 1, 2, 3])
+def test_an_index_finds_the_boxes_that_share_an_element(number: int, ndim: int) -> None:
+    random = np.random.default_rng([number, ndim])
+
+    def some() -> Box:
+        offsets, sizes = random.integers(0, 9, ndim), random.integers(0, 4, ndim)
+        return Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
+
+    for _ in range(20):
+        boxes = [some() for _ in range(number)]
+        index = BoxIndex(boxes)
+        for box in (some() for _ in range(20)):
+            expected = [n for n, one in enumerate(boxes) if one.intersect(box) is not None]
+            assert index.meeting(box) == expected
+
+
+@pytest.mark.parametrize("way", ["rows", "columns"])
+def test_many_boxes_in_line_are_compared_in_no_time(way: str) -> None:
+    turn = slice(None, None, 1 if way == "rows" else -1)
+    boxes = [Box((n, 0)[turn], (1, 5)[turn]) for n in range(50_000)]
+    before = time.process_time()
+    assert overlapping(boxes) is None
+    assert time.process_time() - before < 2
+    last = Box((49_999, 2)[turn], (1, 1)[turn])
+    assert overlapping([last, *boxes]) in [(boxes[-1], last), (last, boxes[-1])]
 
 
 def test_numbers_without_dimensions_overlap() -> None:

@@ -28,6 +28,7 @@ from mpidist.checkpoint.layout import Outline, lay_out
 from mpidist.checkpoint.manifest import (
     JSON,
     MANIFEST,
+    MOST_BYTES,
     Manifest,
     StoredArray,
     StoredBox,
@@ -178,10 +179,18 @@ def commit(directory: Path, manifest: Manifest) -> None:
     ------
     OSError
         If it cannot be written; there is none then, unless the disk does not even take it back.
+    CheckpointError
+        If it is larger than what is read.
     """
     sync_directory(directory.parent)
     path = directory / MANIFEST
-    replace_file(path, manifest.to_bytes())
+    data = manifest.to_bytes()
+    if len(data) > MOST_BYTES:
+        raise CheckpointError(
+            f"the manifest would have {len(data)} bytes, and at most {MOST_BYTES} are read; save "
+            "fewer or larger pieces"
+        )
+    replace_file(path, data)
     try:
         sync_directory(directory)
     except OSError:

@@ -22,7 +22,7 @@ from mpidist.checkpoint.reading import Files, check_files
 from mpidist.checkpoint.saver import saver_of
 from mpidist.checkpoint.sharing import SLOT, Alone, Readers, batches, readers_of, room
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
-from mpidist.checkpoint.units import Unit, Wanted, divided_units, give, place_of, units_of
+from mpidist.checkpoint.units import Pieces, Unit, Wanted, divided_units, give, place_of, units_of
 from mpidist.collectives import all_gather_object, all_reduce, broadcast_object
 from mpidist.errors import (
     CheckpointError,
@@ -168,7 +168,7 @@ def load_full(
             targets.add(name, Box.whole(array.shape), np.empty(array.shape, array.dtype))
     with Files(checkpoint.directory, manifest, verify=verify) as files:
         _fill(files, manifest, targets, Alone())
-    whole = {name: pieces[0][1] for name, pieces in targets.pieces.items()}
+    whole = {name: pieces.parts[0][1] for name, pieces in targets.pieces.items()}
     return {name: whole[name] if name in whole else manifest.values[name] for name in names}
 
 
@@ -178,19 +178,19 @@ class _Targets:
 
     Attributes
     ----------
-    pieces : dict of str to list of (Box, Array)
+    pieces : dict of str to Pieces
         Host memory, by name of the array.
     arrays : dict of str to (Array or ShardedArray)
         What the objects of the state are given.
     """
 
-    pieces: dict[str, list[tuple[Box, Array]]] = field(default_factory=dict)
+    pieces: dict[str, Pieces] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     _copies: list[tuple[Array, Array]] = field(default_factory=list)
 
     def add(self, name: str, box: Box, memory: Array) -> None:
         """Have a part of an array read into some memory."""
-        self.pieces.setdefault(name, []).append((box, memory))
+        self.pieces.setdefault(name, Pieces()).add(box, memory)
 
     def take(self, name: str, box: Box, array: Array, *, inside: bool) -> Array:
         """Have a part read into an array, or into another one if it cannot be written."""
@@ -208,7 +208,7 @@ class _Targets:
 
     def wanted(self) -> list[Wanted]:
         """Return what has to be read."""
-        return [Wanted(name, box) for name, pieces in self.pieces.items() for box, _ in pieces]
+        return [Wanted(name, box) for name, each in self.pieces.items() for box, _ in each.parts]
 
     def finish(self) -> None:
         """Copy to devices what was read for them."""

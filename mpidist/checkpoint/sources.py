@@ -11,7 +11,7 @@ from mpidist._types import Array, DType
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.reading import Files
-from mpidist.checkpoint.units import UNIT, Unit, Wanted, give, units_of
+from mpidist.checkpoint.units import UNIT, Pieces, Unit, Wanted, give, units_of
 
 __all__ = ["Progress", "Reader", "Source", "StoredSource", "unheard"]
 
@@ -77,7 +77,7 @@ class Reader:
         """
         out: Array = np.empty(box.sizes, self._manifest.arrays[name].dtype)
         for unit, data in self.units(name, box):
-            give(self._manifest, unit, data, {name: [(box, out)]})
+            give(self._manifest, unit, data, {name: Pieces([(box, out)])})
         return out
 
     def units(self, name: str, box: Box) -> Iterator[tuple[Unit, Array]]:

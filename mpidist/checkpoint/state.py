@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from mpidist._types import Array, DType
 from mpidist.arrays import DTYPES, is_array
+from mpidist.checkpoint.limits import nested, problem_with_name, problem_with_shape
 from mpidist.checkpoint.manifest import FLOAT_KEY, JSON
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
 from mpidist.shards import ShardedArray
@@ -109,15 +110,12 @@ def check_nesting(names: Collection[str]) -> None:
 
     A dataset cannot be a group, and a program that reads the file shall find each under its name.
     """
-    for name in names:
-        parent = name
-        while "/" in parent:
-            parent = parent.rpartition("/")[0]
-            if parent in names:
-                raise UnsupportedOperationError(
-                    f"checkpoint: {parent!r} is an array, so that {name!r} cannot be inside it; "
-                    "rename one"
-                )
+    pair = nested(names)
+    if pair is not None:
+        raise UnsupportedOperationError(
+            f"checkpoint: {pair[0]!r} is an array, so that {pair[1]!r} cannot be inside it; "
+            "rename one"
+        )
 
 
 def _add(flat: FlatState, name: str, value: Any) -> None:
@@ -134,6 +132,9 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
                 f"checkpoint: {name!r} has dtype {value.dtype}, which a checkpoint cannot "
                 "keep; convert it to numbers first"
             )
+        problem = problem_with_shape(tuple(value.shape), value.dtype.itemsize)
+        if problem is not None:
+            raise UnsupportedOperationError(f"checkpoint: {name!r} has {problem}")
         _put(flat.arrays, flat, name, value)
     elif isinstance(value, Stateful):
         flat.objects.add(name)
@@ -160,19 +161,14 @@ def _put(where: dict[str, Any], flat: FlatState, name: str, value: Any) -> None:
 
 def _checked(name: object) -> str:
     """Return a name that may be a path in an HDF5 file."""
-    if not (isinstance(name, str) and _is_path(name)):
-        raise UnsupportedOperationError(
-            f"checkpoint: {name!r} cannot be a name; expected text whose parts between '/' are "
-            "neither empty nor '.' nor '..'"
-        )
+    if not isinstance(name, str):
+        raise UnsupportedOperationError(f"checkpoint: {name!r} cannot be a name; expected text")
+    problem = problem_with_name(name)
+    if problem is not None:
+        raise UnsupportedOperationError(f"checkpoint: {problem}")
     if name == FLOAT_KEY:
         raise _taken("the state")
     return name
-
-
-@lru_cache(maxsize=1 << 14)  # a program saves the same names again and again
-def _is_path(name: str) -> bool:
-    return "\0" not in name and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 def _taken(where: str) -> UnsupportedOperationError:

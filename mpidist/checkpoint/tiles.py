@@ -21,7 +21,7 @@ from mpidist._types import Array
 from mpidist.arrays import as_bytes
 from mpidist.boxes import Box, boxes_of_at_most, boxes_of_range
 
-__all__ = ["DIGEST_BYTES", "Tiling", "digests_of"]
+__all__ = ["DIGEST_BYTES", "Tiling", "digests_of", "number_of_tiles"]
 
 DIGEST_BYTES = 8
 """Bytes of a digest: XXH3, 64 bits, in its canonical (big-endian) form."""
@@ -157,6 +157,13 @@ class Tiling:
             for start, stop, part in zip(region.offsets, region.stops, self.tile, strict=True)
         ]
         return np.ravel_multi_index(np.ix_(*ranges), self.grid).reshape(-1)
+
+
+def number_of_tiles(sizes: tuple[int, ...], count: int, itemsize: int) -> int:
+    """Return `Tiling.count` of a box of so many elements, at once where they fit into one tile."""
+    if count * itemsize <= _TILE:
+        return int(count > 0)
+    return Tiling.of(sizes, itemsize).count
 
 
 def _grid(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.boxes import Box
+from mpidist.boxes import Box, BoxIndex
 from mpidist.checkpoint.manifest import Manifest, StoredArray
 from mpidist.checkpoint.tiles import Tiling
 
 __all__ = [
     "UNIT",
+    "Pieces",
     "Unit",
     "Wanted",
     "divided_units",
@@ -153,8 +154,7 @@ def _touched(
 
     Those that only another reader touches may be left out.
     """
-    itemsize = array.dtype.itemsize
-    numbers = {stored.box: number for number, stored in enumerate(array.boxes)}
+    itemsize, numbers = array.dtype.itemsize, array.numbers
     if wants.keys() <= numbers.keys():  # stored as it is wanted: most often, and there are no cuts
         for box, readers in wants.items():
             if readers[0] != reader and len(readers) == 1:
@@ -162,24 +162,25 @@ def _touched(
             tiling = Tiling.of(box.sizes, itemsize)
             yield numbers[box], tiling, dict.fromkeys(readers, tiling.numbers)
         return
-    for number, stored in enumerate(array.boxes):
-        tiling = Tiling.of(stored.box.sizes, itemsize)
-        tiles: dict[int, list[Array]] = {}
-        for box, readers in wants.items():
-            common = stored.box.intersect(box)
-            if common is not None:
-                covered = tiling.covering(common.relative_to(stored.box))
-                for each in readers:
-                    tiles.setdefault(each, []).append(covered)
-        if tiles:
-            yield (
-                number,
-                tiling,
-                {
-                    each: lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
-                    for each, lists in tiles.items()
-                },
-            )
+    touched: dict[int, dict[int, list[Array]]] = {}
+    for box, readers in wants.items():
+        for number in array.index.meeting(box):
+            stored = array.boxes[number].box
+            common = stored.intersect(box)
+            assert common is not None, "they meet"
+            covered = Tiling.of(stored.sizes, itemsize).covering(common.relative_to(stored))
+            tiles = touched.setdefault(number, {})
+            for each in readers:
+                tiles.setdefault(each, []).append(covered)
+    for number, tiles in sorted(touched.items()):
+        yield (
+            number,
+            Tiling.of(array.boxes[number].box.sizes, itemsize),
+            {
+                each: lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
+                for each, lists in tiles.items()
+            },
+        )
 
 
 def _units_of_box(
@@ -234,9 +235,32 @@ def runs_of(region: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield begin + sum(i * s for i, s in zip(index, strides[:outer], strict=True)), length
 
 
-def place_of(
-    manifest: Manifest, unit: Unit, targets: Mapping[str, Sequence[tuple[Box, Array]]]
-) -> Array | None:
+class Pieces:
+    """Memory for parts of one array, which may be many.
+
+    Attributes
+    ----------
+    parts : list of (Box, Array)
+        Which parts, and where they go.
+    """
+
+    def __init__(self, parts: Iterable[tuple[Box, Array]] = ()) -> None:
+        self.parts = list(parts)
+        self._index: BoxIndex | None = None
+
+    def add(self, box: Box, memory: Array) -> None:
+        """Add a part."""
+        self.parts.append((box, memory))
+        self._index = None
+
+    def meeting(self, box: Box) -> list[tuple[Box, Array]]:
+        """Return the parts that share an element with a box."""
+        if self._index is None:
+            self._index = BoxIndex([part for part, _ in self.parts])
+        return [self.parts[number] for number in self._index.meeting(box)]
+
+
+def place_of(manifest: Manifest, unit: Unit, targets: Mapping[str, Pieces]) -> Array | None:
     """Return where a unit may be read to, its elements being wanted there as they lie in the file.
 
     Returns
@@ -245,10 +269,10 @@ def place_of(
         A view of the array that wants it; None if none wants all of it, or several do, or it does
         not lie there side by side.
     """
-    wanted = targets.get(unit.name, ())
+    stored = manifest.arrays[unit.name].boxes[unit.number].box
+    wanted = targets[unit.name].meeting(unit.region.placed_in(stored))
     if len(wanted) != 1:
         return None
-    stored = manifest.arrays[unit.name].boxes[unit.number].box
     ((box, out),) = wanted
     if unit.region.sizes == box.sizes and stored == box:
         place = out
@@ -264,13 +288,13 @@ def place_of(
     return flat
 
 
-def give(
-    manifest: Manifest, unit: Unit, data: Array, targets: Mapping[str, Sequence[tuple[Box, Array]]]
-) -> None:
+def give(manifest: Manifest, unit: Unit, data: Array, targets: Mapping[str, Pieces]) -> None:
     """Copy from a unit to wherever its elements are wanted."""
     stored = manifest.arrays[unit.name].boxes[unit.number].box
     here = unit.region.placed_in(stored)
-    for box, out in targets.get(unit.name, ()):
+    if unit.name not in targets:  # it is another rank's
+        return
+    for box, out in targets[unit.name].meeting(here):
         if box == here:
             out[...] = data
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,7 @@ def verify(
         [checkpoint.directory / name for name in (*(file.name for file in manifest.files), VIEW)]
     )
     broken = set()
+    dtypes = _dtypes(manifest)
     for number, file in enumerate(manifest.files):
         path = checkpoint.directory / file.name
         problem = _of_file(path, file, manifest.id)
@@ -74,7 +75,7 @@ def verify(
             errors.append(problem)
             broken.add(number)
         else:
-            errors += _of_structure(path, seen[number], number, manifest)
+            errors += _of_structure(path, seen[number], file, dtypes[number], manifest.id)
     errors += _of_tiles(checkpoint, manifest, broken, progress)
     errors += _of_view(checkpoint.directory / VIEW, seen[-1], manifest)
     return errors
@@ -88,25 +89,30 @@ def _of_file(path: Path, file: StoredFile, identity: str) -> CheckpointError | N
     return None
 
 
+def _dtypes(manifest: Manifest) -> builtins.list[dict[str, str]]:
+    """Return the dtype of each dataset in which a box lies, by file and name."""
+    identity = {ID_DATASET: stored_as(np.dtype(np.uint8))}
+    dtypes: builtins.list[dict[str, str]] = [{} for _ in manifest.files]
+    for array in manifest.arrays.values():
+        dtype = stored_as(array.dtype)
+        for stored in array.boxes:
+            dtypes[stored.file][stored.dataset] = dtype
+    return [own | identity for own in dtypes]
+
+
 def _of_structure(
-    path: Path, seen: Contents | str, number: int, manifest: Manifest
+    path: Path, seen: Contents | str, file: StoredFile, dtypes: Mapping[str, str], identity: str
 ) -> Iterator[CheckpointError]:
     """Say what plain readers of HDF5 see otherwise than the manifest says."""
     if isinstance(seen, str):
         yield CheckpointCorruptError(f"{path} cannot be read as HDF5: {seen}; {_CURE}")
         return
-    if seen.id not in (None, manifest.id):
+    if seen.id not in (None, identity):
         yield CheckpointCorruptError(
-            f"{path} is of another save ({seen.id}) than the manifest beside it ({manifest.id}); "
+            f"{path} is of another save ({seen.id}) than the manifest beside it ({identity}); "
             f"{_CURE}"
         )
-    dtypes = {
-        stored.dataset: stored_as(array.dtype)
-        for array in manifest.arrays.values()
-        for stored in array.boxes
-        if stored.file == number
-    } | {ID_DATASET: stored_as(np.dtype(np.uint8))}
-    for name, dataset in manifest.files[number].datasets.items():
+    for name, dataset in file.datasets.items():
         dtype = dtypes.get(name, "")
         expected = Dataset(dataset.byte, dataset.shape, dtype, ())
         found = seen.datasets.get(name)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -386,6 +387,27 @@ def test_files_are_closed(in_rows):
         (unit,) = units_of(manifest, [Wanted("small/a", Box((0,), (5,)))])
         files.load([unit], [np.empty(64, np.uint8)])
         assert files.read == unit.nbytes == 40
+
+
+def test_many_columns_are_loaded_into_many_others(tmp_path):
+    """Neither who reads nor who copies looks at all of them for each."""
+    data = np.arange(4 * 3000, dtype=np.float32).reshape(4, 3000)
+    saved = {Box((0, n), (4, 1)): data[:, n : n + 1] for n in range(3000)}
+    found = np.zeros_like(data)
+    wanted = {
+        Box((row, n), (2, 1)): found[row : row + 2, n : n + 1]
+        for n in range(3000)
+        for row in (0, 2)
+    }
+
+    def state(pieces):
+        return {"x": ShardedArray(data.shape, data.dtype, pieces)}
+
+    before = time.process_time()
+    run_ranks(1, lambda g: checkpoint.save(tmp_path, state(saved), g, step=1))
+    run_ranks(1, lambda g: checkpoint.load(tmp_path, state(wanted), g))
+    assert time.process_time() - before < 10
+    np.testing.assert_array_equal(found, data)
 
 
 # -- many ------------------------------------------------------------------------------------------

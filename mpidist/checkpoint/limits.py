@@ -1,0 +1,103 @@
+"""What a checkpoint can have: names, shapes and steps, alike when it is saved and when it is read.
+
+Names reach terminals, HDF5 files and the entries of zip files, so they hold no control characters
+and no way out of a directory. The limits of shapes are those of HDF5 and of numpy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
+
+__all__ = [
+    "MOST_CHARACTERS",
+    "MOST_DIMENSIONS",
+    "MOST_STEP",
+    "is_printable",
+    "nested",
+    "printable",
+    "problem_with_name",
+    "problem_with_shape",
+]
+
+MOST_DIMENSIONS = 32
+"""Dimensions of a dataset of HDF5."""
+
+MOST_STEP = 2**63 - 1
+"""The highest step; it stands in each file as an attribute of 64 bits."""
+
+MOST_CHARACTERS = 4096
+"""Characters of a name."""
+
+_MOST_BYTES = 2**63 - 1
+
+# Control characters, line and paragraph separators, those that turn the direction of text, and
+# halves of characters, which no encoding has.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def is_printable(text: str) -> bool:
+    """Return whether a text has no characters that control a terminal or cannot be encoded."""
+    return _CONTROL.search(text) is None
+
+
+def printable(text: str) -> str:
+    r"""Return a text with such characters written as Python writes them, as ``\x1b``."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+@lru_cache(maxsize=1 << 14)  # a program saves the same names again and again
+def problem_with_name(name: str) -> str | None:
+    """Return why no array or value can have a name, or None if it can.
+
+    Parameters
+    ----------
+    name : str
+        Such as "optimizer/weight/mean".
+    """
+    if len(name) > MOST_CHARACTERS:
+        return (
+            f"{name[:30]!r}... cannot be a name: {len(name)} characters, at most {MOST_CHARACTERS}"
+        )
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        return (
+            f"{name!r} cannot be a name; expected text whose parts between '/' are neither empty "
+            "nor '.' nor '..'"
+        )
+    if not is_printable(name):
+        return f"{name!r} cannot be a name; expected text without control characters"
+    return None
+
+
+def nested(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return two names of which the second is inside the first, as "a/b" in "a"; None without."""
+    # No name has a character before this one, so what is inside a name follows it at once.
+    order = sorted(name.replace("/", "\0") for name in names)
+    for outer, inner in pairwise(order):
+        if inner.startswith(f"{outer}\0"):
+            return outer.replace("\0", "/"), inner.replace("\0", "/")
+    return None
+
+
+def problem_with_shape(shape: Sequence[int], itemsize: int) -> str | None:
+    """Return why no array can have a shape, or None if it can.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Its shape.
+    itemsize : int
+        Bytes of an element.
+    """
+    if len(shape) > MOST_DIMENSIONS:
+        return f"{len(shape)} dimensions; HDF5 has at most {MOST_DIMENSIONS}"
+    if min(shape, default=0) < 0:
+        return f"the shape {list(shape)}; expected none of it negative"
+    if prod(length or 1 for length in shape) * itemsize > _MOST_BYTES:
+        return (
+            f"the shape {list(shape)}; expected fewer than 2**63 bytes, empty dimensions left out"
+        )
+    return None
