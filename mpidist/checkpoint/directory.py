@@ -15,7 +15,7 @@ from operator import index
 from pathlib import Path
 
 from mpidist.checkpoint.files import exists, read_regular, sync_directory, temporary
-from mpidist.checkpoint.manifest import JSON, MANIFEST, Manifest, StoredArray
+from mpidist.checkpoint.manifest import JSON, MANIFEST, MOST_BYTES, Manifest, StoredArray
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 __all__ = [
@@ -65,7 +65,7 @@ class Checkpoint:
             return self._known
         path = self.directory / MANIFEST
         try:
-            return manifest_of(self.directory, read_regular(path))
+            return manifest_of(self.directory, read_regular(path, MOST_BYTES + 1))
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"{self.directory} holds no complete checkpoint: there is no {MANIFEST}"

@@ -72,10 +72,10 @@ _KINDS = {
 }
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the contents of a regular file; raises as `open_regular`."""
+def read_regular(path: Path, most: int) -> bytes:
+    """Return the contents of a regular file, at most so many bytes; raises as `open_regular`."""
     with os.fdopen(open_regular(path), "rb") as file:
-        return file.read()
+        return file.read(most)
 
 
 def write_at(descriptor: int, data: Array, offset: int) -> int:

@@ -17,7 +17,7 @@ from mpidist.arrays import array_namespace, is_host
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
 from mpidist.checkpoint.files import read_regular
-from mpidist.checkpoint.manifest import MANIFEST, Manifest
+from mpidist.checkpoint.manifest import MANIFEST, MOST_BYTES, Manifest
 from mpidist.checkpoint.reading import Files, check_files
 from mpidist.checkpoint.saver import saver_of
 from mpidist.checkpoint.sharing import SLOT, Alone, Readers, batches, readers_of, room
@@ -223,7 +223,7 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
     if group.rank == 0:
         try:
             directory = find(path, step).directory
-            found = directory, read_regular(directory / MANIFEST)
+            found = directory, read_regular(directory / MANIFEST, MOST_BYTES + 1)
         except DistributedError as error:
             problem = error
         except Exception as error:  # noqa: BLE001  # whatever it is, the others must not wait
