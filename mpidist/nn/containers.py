@@ -7,7 +7,7 @@ from typing import Any
 
 from mpidist._types import Array
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module, count_uses
+from mpidist.nn.module import Context, Module, children_of, count_uses
 
 __all__ = ["Recompute", "Residual", "Sequential"]
 
@@ -19,14 +19,26 @@ class Sequential(Module):
     ----------
     *layers : Module
         In order of the forward pass. Their names are "0", "1", ...
+
+    Raises
+    ------
+    TypeError
+        If one is no Module.
     """
 
     def __init__(self, *layers: Module) -> None:
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Module):
+                raise TypeError(
+                    f"Sequential: layer {i} is a {type(layer).__name__}, not a Module; pass "
+                    "modules one by one: Sequential(*layers)"
+                )
         self.layers = layers
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Yield the layers under their numbers."""
-        return ((str(i), layer) for i, layer in enumerate(self.layers))
+        """Yield the layers under their numbers, then what is held in other attributes."""
+        yield from ((str(i), layer) for i, layer in enumerate(self.layers))
+        yield from children_of(self, but="layers")
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Run the layers in order."""

@@ -13,8 +13,9 @@ The whole interface, as strategies such as data parallelism use it::
     module.named_buffers()                  # (qualified name, Array), updated in place only
     module.state_dict(); module.load_state_dict(state)
 
-Writing a module: keep parameters, child modules (or lists of them) as attributes, name buffers
-in the class attribute `buffer_names`, and write `forward`, `backward_input` and `backward_weight`.
+Writing a module: keep parameters and child modules as attributes, or in lists, tuples and dicts
+that are attributes, name buffers in the class attribute `buffer_names`, and write `forward`,
+`backward_input` and `backward_weight`.
 A module made of others also overrides `backward`, so that each child's gradients are complete
 before the child before it begins. Two layers are tied by holding the same `Parameter` object.
 """
@@ -26,14 +27,16 @@ import functools
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from mpidist._types import Array
 from mpidist.arrays import beside, to_device, to_host
+from mpidist.nn.members import members, nameless
 from mpidist.nn.mode import Mode
 from mpidist.nn.parameter import Parameter
+from mpidist.nn.tree import render_tree
 
-__all__ = ["Context", "Module", "after_backward", "count_uses"]
+__all__ = ["Context", "Module", "after_backward", "children_of", "count_uses"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -105,9 +108,11 @@ class Module(metaclass=_LabellingMeta):
     used up: it may be dropped, or run backward more than once.
 
     A constructor ends by naming the parameters and numbering the leaves of the tree below it, so
-    that the outermost module, built last, decides. Modules that are added or exchanged later are
-    not seen: call `relabel` on the outermost module then. Building another module around a part of
-    a model numbers that part anew, in place.
+    that the outermost module, built last, decides. It raises if parameters or modules are where
+    they have no name that all ranks share: in sets, as keys of dicts, in arrays. Objects that are
+    no modules are not looked into. Modules that are added or exchanged later have no names and
+    numbers yet: call `relabel` on the outermost module then. Building another module around a part
+    of a model numbers that part anew, in place.
     """
 
     buffer_names: ClassVar[tuple[str, ...]] = ()
@@ -122,6 +127,24 @@ class Module(metaclass=_LabellingMeta):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             cls.__init__ = vars(cls)["__init__"]  # type: ignore[method-assign]  # wraps it
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Say what to write: a pass has two results, and needs a mode.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} is not called: write y, ctx = model.forward(x, Mode("
+            "training=True, seed=seed, step=step)) and model.backward(ctx, dy) to train, and y, _ "
+            "= model.forward(x, EVAL) to use it"
+        )
+
+    def __repr__(self) -> str:
+        """Return the tree of modules, with shapes and numbers of elements."""
+        return render_tree(self)
 
     @abstractmethod
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
@@ -193,14 +216,8 @@ class Module(metaclass=_LabellingMeta):
         return dx
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Yield the modules held directly, as attributes or in lists and tuples (`name.0`)."""
-        for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, (list, tuple)):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield f"{name}.{i}", item
+        """Yield the modules held directly: in attributes, lists (`name.0`), dicts (`name.key`)."""
+        return children_of(self)
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """Yield this module as "" and all below it, parents first, a shared one once."""
@@ -218,18 +235,35 @@ class Module(metaclass=_LabellingMeta):
         ------
         RuntimeError
             If two random layers below have one `layer_index`, so that they would draw the same.
+        TypeError, ValueError
+            If a parameter or a module cannot be named: it is in a set, an array, or a dict whose
+            keys are no parts of names.
         """
         if self._is_labelled:  # a constructor may list what it has so far
             self._check_labels()
         return self._walk_parameters()
 
     def _walk_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield all parameters; then raise if modules hold some that have no name."""
         seen: set[Parameter] = set()
-        for prefix, module in self.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Parameter) and value not in seen:
-                    seen.add(value)
-                    yield _join(prefix, name), value
+        modules = tuple(self.named_modules())
+        for prefix, module in modules:
+            for attribute, value in vars(module).items():
+                for name, member in members(attribute, value, (Parameter, Module)):
+                    if isinstance(member, Parameter) and member not in seen:
+                        seen.add(member)
+                        yield _join(prefix, name), member
+        named = {id(module) for _, module in modules}.union(map(id, seen))
+        for prefix, module in modules:
+            for attribute, value in vars(module).items():
+                for where, member in nameless(value, (Parameter, Module)):
+                    if id(member) not in named:
+                        raise TypeError(
+                            f"{type(self).__name__}: '{_join(prefix, attribute)}' holds a "
+                            f"{type(member).__name__} in {where}, where it has no name, so it "
+                            "would not be trained; hold it as an attribute, or in a list, tuple or "
+                            "dict"
+                        )
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield the parameters, a shared one once."""
@@ -380,6 +414,15 @@ class Module(metaclass=_LabellingMeta):
                 f"load_state_dict: the state does not fit {type(self).__name__}; nothing was "
                 "changed:\n  " + "\n  ".join(problems)
             )
+
+
+def children_of(module: Module, *, but: str = "") -> Iterator[tuple[str, Module]]:
+    """Yield the modules in the attributes of a module, but for those of one attribute."""
+    for attribute, value in vars(module).items():
+        if attribute != but and type(value) is not Parameter:  # the most frequent ones
+            for name, member in members(attribute, value, (Parameter, Module)):
+                if not isinstance(member, Parameter):
+                    yield name, member
 
 
 def _labelling(init: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays import HALVES, array_namespace, beside, is_device
 from mpidist.nn.parameter import Parameter
+from mpidist.nn.parameters import HasParameters, Parameters, named_list
 from mpidist.optim.fused import FusedUpdates
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.optim.schedule import Schedule
@@ -27,8 +28,9 @@ class Optimizer:
 
     Parameters
     ----------
-    params : iterable of Parameter, or of (str, Parameter)
-        What to update. The names are the keys of `state_dict`; a bare parameter gives its own.
+    params : Module, DDP, or iterable of Parameter or of (str, Parameter)
+        What to update: all parameters of a model, or these. The names are the keys of
+        `state_dict`; a bare parameter gives its own.
     rule : UpdateRule
         The arithmetic of one update.
     lr : float or Schedule
@@ -36,6 +38,8 @@ class Optimizer:
 
     Raises
     ------
+    TypeError
+        If `params` is something else.
     ValueError
         If there is no parameter, a name or a parameter comes twice, or `rule` is an `AdamRule` and
         a parameter is float16 or bfloat16.
@@ -53,12 +57,13 @@ class Optimizer:
 
     def __init__(
         self,
-        params: Iterable[Parameter | tuple[str, Parameter]],
+        params: Parameters,
         *,
         rule: UpdateRule,
         lr: float | Schedule,
     ) -> None:
-        self._params = _by_name(params)
+        self._params = _by_name(params, type(self).__name__)
+        self._model = params if isinstance(params, HasParameters) else None
         if isinstance(rule, AdamRule):
             _refuse_halves(type(self).__name__, self._params)
         self._rule = rule
@@ -92,6 +97,7 @@ class Optimizer:
         Raises
         ------
         ValueError
+            At the first step, if the optimizer was made of a model that has other parameters now.
             If a gradient or a parameter has lost the shape that the state was made for, or lies
             elsewhere.
 
@@ -100,9 +106,22 @@ class Optimizer:
         Local. Temporaries: two blocks of 32,768 elements on the host, whatever the sizes of the
         parameters; none on a device, where it does not block the host either.
         """
+        if self._model is not None:
+            self._check_complete(self._model)
+            self._model = None
         with region("optimizer"):
             self._update()
         self._steps += 1
+
+    def _check_complete(self, model: HasParameters) -> None:
+        """Refuse a model that has been given other parameters since; once, as it takes time."""
+        mine = set(map(id, self._params.values()))
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in mine:
+                raise ValueError(
+                    f"{type(self).__name__}.step: parameter {name!r} has come to the model after "
+                    "the optimizer was made, and would not be trained; make the optimizer last"
+                )
 
     def _update(self) -> None:
         lr = self.lr
@@ -194,7 +213,7 @@ class SGD(Optimizer):
 
     Parameters
     ----------
-    params : iterable of Parameter, or of (str, Parameter)
+    params : Module, DDP, or iterable of Parameter or of (str, Parameter)
         What to update.
     lr : float or Schedule
         Learning rate.
@@ -218,7 +237,7 @@ class SGD(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Parameter | tuple[str, Parameter]],
+        params: Parameters,
         *,
         lr: float | Schedule,
         momentum: float = 0.0,
@@ -233,7 +252,7 @@ class Adam(Optimizer):
 
     Parameters
     ----------
-    params : iterable of Parameter, or of (str, Parameter)
+    params : Module, DDP, or iterable of Parameter or of (str, Parameter)
         What to update.
     lr : float or Schedule, optional
         Learning rate.
@@ -257,7 +276,7 @@ class Adam(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Parameter | tuple[str, Parameter]],
+        params: Parameters,
         *,
         lr: float | Schedule = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -272,7 +291,7 @@ class AdamW(Optimizer):
 
     Parameters
     ----------
-    params : iterable of Parameter, or of (str, Parameter)
+    params : Module, DDP, or iterable of Parameter or of (str, Parameter)
         What to update.
     lr : float or Schedule, optional
         Learning rate.
@@ -296,7 +315,7 @@ class AdamW(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Parameter | tuple[str, Parameter]],
+        params: Parameters,
         *,
         lr: float | Schedule = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -306,14 +325,11 @@ class AdamW(Optimizer):
         super().__init__(params, rule=AdamRule(*betas, eps, decay=weight_decay), lr=lr)
 
 
-def _by_name(
-    params: Iterable[Parameter | tuple[str, Parameter]],
-) -> dict[str, Parameter]:
+def _by_name(params: Parameters, optimizer: str) -> dict[str, Parameter]:
     named: dict[str, Parameter] = {}
     seen: set[int] = set()
-    for position, entry in enumerate(params):
-        name, p = entry if isinstance(entry, tuple) else (entry.name, entry)
-        name = name or f"parameter{position}"
+    for position, (given, p) in enumerate(named_list(params, optimizer)):
+        name = given or f"parameter{position}"
         if name in named or id(p) in seen:
             raise ValueError(
                 f"Optimizer: parameter {name!r} comes twice; give each one once and with its own "

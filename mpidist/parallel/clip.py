@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from mpidist._types import Array
 from mpidist.arrays import HALVES
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
-from mpidist.nn.parameter import Parameter
+from mpidist.nn.parameters import Parameters
 from mpidist.parallel import kernels
 from mpidist.parallel.stretches import gradient_arrays
 
@@ -22,7 +21,7 @@ _BLOCK = 1 << 16
 
 
 def clip_grad_norm(
-    parameters: Iterable[Parameter], max_norm: float, *, group: ProcessGroup | None = None
+    parameters: Parameters, max_norm: float, *, group: ProcessGroup | None = None
 ) -> float:
     """Scale all gradients down together so that their norm is at most `max_norm`.
 
@@ -36,7 +35,7 @@ def clip_grad_norm(
 
     Parameters
     ----------
-    parameters : iterable of Parameter
+    parameters : Module, DDP or iterable of Parameter
         Those without a gradient are passed over.
     max_norm : float
         The largest Euclidean norm of all gradients taken as one vector, positive.
@@ -51,8 +50,10 @@ def clip_grad_norm(
 
     Raises
     ------
+    TypeError
+        If `parameters` is something else.
     ValueError
-        If `max_norm` is not positive.
+        If `max_norm` is not positive, or, without `group`, an iterator has been used up.
 
     Notes
     -----
@@ -69,7 +70,7 @@ def clip_grad_norm(
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
-    host, device = gradient_arrays(parameters)
+    host, device = gradient_arrays(parameters, "clip_grad_norm", may_be_empty=group is not None)
     # A rank that raised here would leave the others waiting.
     with np.errstate(all="ignore"):
         squares = _add([*map(_sum_of_squares, host), kernels.sum_of_squares(device)])

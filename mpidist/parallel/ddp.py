@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
@@ -12,6 +12,7 @@ from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, after_backward
+from mpidist.nn.parameter import Parameter
 from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.buffers import BufferSync, broadcast_in_place
 from mpidist.parallel.compression import Compression, Hook
@@ -125,10 +126,26 @@ class DDP(Closing):
         self._gradients = ParameterGradients(named, self._reducer)
         self._order = BucketOrder(self._reducer, self._gradients, fixed=callable(compression))
 
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield the module's parameters as `Module.named_parameters` does, for an optimizer."""
+        return self.module.named_parameters()
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield the module's parameters, a shared one once."""
+        return self.module.parameters()
+
+    def __repr__(self) -> str:
+        """Return the group and the tree of the module."""
+        return f"DDP over {self.group!r}:\n{self.module!r}"
+
     @property
     def order(self) -> tuple[str, ...] | None:
         """The order in which the gradients' buckets have been laid out for good, if they have."""
         return self._order.found
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Say what to write, as a module does; always raises `TypeError`."""
+        self.module(*args, **kwargs)
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Run the model forward on this rank's samples.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from mpidist._types import LAND, Array
 from mpidist.arrays import HALVES, is_device
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
-from mpidist.nn.parameter import Parameter
+from mpidist.nn.parameters import Parameters
 from mpidist.parallel import kernels
 from mpidist.parallel.stretches import gradient_arrays
 
@@ -112,12 +112,12 @@ class GradScaler:
             scaled: Array = (wide * self.factor).astype(dy.dtype, copy=False)
         return scaled
 
-    def unscale(self, parameters: Iterable[Parameter]) -> bool:
+    def unscale(self, parameters: Parameters) -> bool:
         """Divide the gradients by the factor, if all are finite, and adjust the factor.
 
         Parameters
         ----------
-        parameters : iterable of Parameter
+        parameters : Module, DDP or iterable of Parameter
             Those without a gradient are passed over.
 
         Returns
@@ -130,6 +130,8 @@ class GradScaler:
         ------
         RuntimeError
             If it has been called since the last `scale`: the gradients would be divided twice.
+        TypeError, ValueError
+            If `parameters` is something else, or an iterator that has been used up.
         FloatingPointError
             On every rank, if the factor would fall below 2**-24: not the factor is to blame then.
 
@@ -144,8 +146,8 @@ class GradScaler:
                 "GradScaler.unscale: called twice in one step, and the gradients would be divided "
                 "by the factor twice; the order is scale, backward, unscale, clip_grad_norm, step"
             )
+        host, device = gradient_arrays(parameters, "GradScaler.unscale")
         self._unscaled = True
-        host, device = gradient_arrays(parameters)
         here = kernels.all_finite_divided(device, self.factor)
         here = here and all(bool(np.isfinite(grad).all()) for grad in host)
         finite = bool(all_reduce(np.array(here), self._group, op=LAND))

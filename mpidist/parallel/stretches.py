@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from mpidist._types import Array
 from mpidist.arrays import is_device
 from mpidist.flat import FlatBuffer
-from mpidist.nn.parameter import Parameter
+from mpidist.nn.parameters import Parameters, named_list
 
 __all__ = ["gradient_arrays"]
 
 
-def gradient_arrays(parameters: Iterable[Parameter]) -> tuple[list[Array], list[Array]]:
+def gradient_arrays(
+    parameters: Parameters, caller: str, *, may_be_empty: bool = False
+) -> tuple[list[Array], list[Array]]:
     """Return arrays that hold the gradients of these parameters and nothing else.
 
     Parameters
     ----------
-    parameters : iterable of Parameter
+    parameters : Module, DDP or iterable of Parameter
         Those without a gradient are passed over.
+    caller : str
+        For errors.
+    may_be_empty : bool, optional
+        Whether an iterator may yield nothing.
 
     Returns
     -------
@@ -26,11 +32,24 @@ def gradient_arrays(parameters: Iterable[Parameter]) -> tuple[list[Array], list[
         The gradients on the host, one by one.
     device : list of Array
         Those on a device: neighbours in a bucket as one flat array, with the zeros between them.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    ValueError
+        If an iterator yields nothing: it may have been used before.
     """
+    named = named_list(parameters, caller)
+    if not (named or may_be_empty) and isinstance(parameters, Iterator):
+        raise ValueError(
+            f"{caller}: got no parameter; an iterator can be used only once: pass "
+            "model.parameters() anew"
+        )
     host: list[Array] = []
     device: list[Array] = []
     parts: dict[FlatBuffer, set[str]] = {}
-    for parameter in parameters:
+    for _, parameter in named:
         grad = parameter.grad
         if grad is None:
             continue

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import inspect
+import types
 from typing import Any
 
 import numpy as np
@@ -112,6 +114,156 @@ def test_modules_in_lists_are_found_by_number():
         "branches.0.bias",
         "branches.2.weight",
     ]
+
+
+class Heads(Module):
+    """Runs the head that it is told, and scales by what a list in a dict holds."""
+
+    def __init__(self, heads: dict[Any, Module], scale: np.ndarray | None = None) -> None:
+        self.heads = heads
+        self.factors = {"all": [Parameter(np.ones(2) if scale is None else scale)]}
+        self.chosen = next(iter(heads))
+
+    def forward(self, x: np.ndarray, mode: Mode) -> tuple[np.ndarray, Context]:
+        y, ctx = self.heads[self.chosen].forward(x, mode)
+        factor = self.factors["all"][0]
+        return y * factor.data, Context((y, ctx), count_uses(ctx, factor))
+
+    def backward_input(self, ctx: Context, dy: np.ndarray) -> tuple[np.ndarray, Any]:
+        y, inner = ctx.saved
+        dx, wctx = self.heads[self.chosen].backward_input(inner, dy * self.factors["all"][0].data)
+        return dx, (wctx, y, dy)
+
+    def backward_weight(self, wctx: Any) -> None:
+        inner, y, dy = wctx
+        self.heads[self.chosen].backward_weight(inner)
+        self.factors["all"][0].add_grad((y * dy).sum(axis=0))
+
+
+def test_what_dicts_and_lists_hold_is_found_and_trained():
+    heads = {"left": Linear(3, 2, rng=0, dtype=np.float64), 7: Dropout(0.5), "more": ReLU()}
+    model = Heads(heads)
+    assert [name for name, _ in model.named_modules()] == [
+        "",
+        "heads.left",
+        "heads.7",
+        "heads.more",
+    ]
+    names = ["factors.all.0", "heads.left.weight", "heads.left.bias"]
+    assert [name for name, _ in model.named_parameters()] == names
+    assert [p.name for p in model.parameters()] == names
+    assert list(model.state_dict()) == names
+    assert heads[7].layer_index == 1
+    check_gradients(model, np.random.default_rng(0).normal(size=(2, 3)))
+
+
+class Holder(ReLU):
+    def __init__(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def linear() -> Linear:
+    return Linear(2, 2, rng=0)
+
+
+@pytest.mark.parametrize(
+    ("held", "count"),
+    [
+        ([linear()], 2),
+        ((ReLU(), [linear(), (linear(),)]), 4),
+        ({"a": linear(), "b": {"c": [Parameter(np.ones(1))]}}, 3),
+        (collections.deque([linear()]), 2),
+        (types.MappingProxyType({"a": linear()}), 2),
+        (collections.OrderedDict(a=linear()), 2),
+        ([Parameter(np.ones(1)), Parameter(np.ones(1))], 2),
+        ({"words": 1, "here": "text", (1, 2): 3}, 0),
+        ({1, 2}, 0),
+    ],
+)
+def test_containers_of_all_kinds(held: Any, count: int):
+    model = Holder(held=held)
+    assert len(list(model.parameters())) == count
+    later = ReLU()
+    later.held = held  # assigned after construction
+    assert len(list(later.parameters())) == count
+
+
+def test_a_list_that_holds_itself_is_walked_once():
+    held: list[Any] = [linear()]
+    held.append(held)
+    assert len(list(Holder(held=held).parameters())) == 2
+
+
+@pytest.mark.parametrize(
+    ("held", "error", "told"),
+    [
+        ({linear()}, TypeError, "'held' holds a Linear in a set, .* would not be trained"),
+        (frozenset([Parameter(np.ones(1))]), TypeError, "a Parameter in a set"),
+        ([{"a": {ReLU()}}], TypeError, "a ReLU in a set"),
+        ({linear(): 0.5}, TypeError, "a Linear in the keys of a dict"),
+        (np.array([linear(), None], object), TypeError, "a Linear in an array"),
+        ({(1, 2): linear()}, TypeError, r"the key \(1, 2\), of tuple.* use str or int"),
+        ({"a.b": linear()}, ValueError, "the key 'a.b'"),
+        ({"a/b": [linear()]}, ValueError, "the key 'a/b'"),
+        ({"": linear()}, ValueError, "the key ''"),
+        ({1: linear(), "1": linear()}, ValueError, "the key '1'"),
+    ],
+)
+def test_what_has_no_name_is_refused_when_the_module_is_built(
+    held: Any, error: type[Exception], told: str
+):
+    with pytest.raises(error, match=told):
+        Holder(held=held)
+    later = ReLU()
+    later.held = held
+    with pytest.raises(error, match=told):  # by a DDP or an optimizer
+        list(later.named_parameters())
+
+
+def test_a_set_may_hold_what_has_a_name_elsewhere():
+    layer = linear()
+    model = Holder(layer=layer, frozen={layer, layer.bias}, rates={layer.weight: 0.1})
+    assert [name for name, _ in model.named_parameters()] == ["layer.weight", "layer.bias"]
+
+
+def test_a_subclass_of_a_sequence_may_hold_more():
+    class Model(Sequential):
+        def __init__(self) -> None:
+            super().__init__(linear(), ReLU())
+            self.head = linear()
+
+    names = ["0.weight", "0.bias", "head.weight", "head.bias"]
+    assert [name for name, _ in Model().named_parameters()] == names
+    with pytest.raises(TypeError, match=r"layer 0 is a list, .* Sequential\(\*layers\)"):
+        Sequential([linear(), ReLU()])
+
+
+def test_a_module_shows_its_tree():
+    model = _image_model()
+    assert repr(model) == (
+        "Sequential: 51 elements in 6 parameters, float32\n"
+        "  0: Conv2d, 20; weight (2, 1, 3, 3), bias (2,)\n"
+        "  1: Residual, 4\n"
+        "    inner: BatchNorm2d, 4; weight (2,), bias (2,), buffer running_mean (2,), "
+        "buffer running_var (2,)\n"
+        "  2: Flatten\n"
+        "  3: Recompute, 27\n"
+        "    inner: Linear, 27; weight (3, 8), bias (3,)"
+    )
+    tied = repr(TiedModel())
+    assert tied.startswith("TiedModel: 40 elements in 3 parameters, float64\n")
+    assert "  head: Linear, 20; weight = embed.weight\n" in tied
+    assert "    1: Linear, the same as hidden\n" in tied
+    assert repr(Heads({"x": ReLU()})) == (
+        "Heads: 2 elements in 1 parameter, float64; factors.all.0 (2,)\n  heads.x: ReLU"
+    )
+    assert repr(object.__new__(Linear)) == "Linear: 0 elements in 0 parameters"  # half built
+
+
+def test_calling_a_module_says_what_to_write():
+    with pytest.raises(TypeError, match=r"y, ctx = model\.forward\(x, Mode\(.* EVAL\) to use it"):
+        Flatten()(np.ones((1, 2)))
 
 
 def test_a_tied_parameter_is_listed_once_and_counted_per_use():

@@ -10,9 +10,11 @@ import pytest
 
 from mpidist._types import Array
 from mpidist.arrays import BFLOAT16
+from mpidist.nn import Linear, ReLU, Sequential
 from mpidist.nn.parameter import Parameter
 from mpidist.optim import SGD, Adam, AdamRule, AdamW, Optimizer, WarmupCosine
 from mpidist.optim.optimizer import _BLOCK
+from mpidist.parallel import clip_grad_norm
 
 STEPS = 12
 # More than one block, a 0-d one, an empty one, and a block that is not full.
@@ -232,6 +234,60 @@ def test_parameters_that_come_twice_or_not_at_all_are_refused() -> None:
         SGD([("a", p), ("a", Parameter(np.zeros(1)))], lr=0.1)
     with pytest.raises(ValueError, match="no parameter"):
         SGD([], lr=0.1)
+
+
+def model() -> Sequential:
+    return Sequential(Linear(2, 3, rng=0), ReLU(), Linear(3, 1, rng=1))
+
+
+@pytest.mark.parametrize("make", [SGD, Adam, AdamW])
+def test_a_model_is_trained_whole(make: Any) -> None:
+    trained = model()
+    names = [name for name, _ in trained.named_parameters()]
+    for given in (trained, trained.named_parameters(), dict(trained.named_parameters())):
+        state = make(given, lr=0.1).state_dict()
+        assert [key.partition("/")[0] for key in state if key.endswith("/updates")] == names
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (lambda m: m.parameters, "got parameters; call it"),
+        (lambda m: m.layers[0].weight, "got one Parameter; put it into a list"),
+        (lambda m: m.state_dict(), "got dict of ndarray"),
+        (lambda m: m.layers, "got tuple of Linear"),
+        (lambda m: [{"params": m.parameters()}], "got list of dict"),
+        (lambda m: 3, "got int"),
+    ],
+)
+def test_what_is_no_parameter_is_refused_with_what_to_write(given: Any, told: str) -> None:
+    expected = "expected a model, model.parameters() or model.named_parameters(), "
+    for call in (SGD, clip_grad_norm):
+        with pytest.raises(TypeError) as raised:
+            call(given(model()), 0.1) if call is clip_grad_norm else call(given(model()), lr=0.1)
+        assert str(raised.value) == f"{call.__name__}: {expected}{told}"
+
+
+def test_a_model_that_has_grown_is_refused_at_the_first_step() -> None:
+    grown = model()
+    optimizer = SGD(grown, lr=0.1)
+    grown.head = Linear(1, 1, rng=2)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"SGD\.step: parameter 'head\.weight' has come to the"):
+        optimizer.step()
+    assert optimizer.step_count == 0
+    exchanged = model()
+    optimizer = SGD(exchanged, lr=0.1)
+    exchanged.layers[0].weight = Parameter(np.ones((3, 2)))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' has come to the model"):
+        optimizer.step()
+
+
+def test_an_iterator_that_was_used_up_clips_nothing_silently() -> None:
+    parameters = model().parameters()
+    assert clip_grad_norm(parameters, 1.0) == 0.0
+    with pytest.raises(ValueError, match="clip_grad_norm: got no parameter; an iterator can be"):
+        clip_grad_norm(parameters, 1.0)
+    assert clip_grad_norm([], 1.0) == 0.0
 
 
 def test_a_changed_shape_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mpidist._types import MEAN, SUM
 from mpidist.collectives import iall_reduce
-from mpidist.nn import BatchNorm2d, Linear, Module, Sequential
+from mpidist.nn import BatchNorm2d, Linear, Module, ReLU, Sequential
 from mpidist.optim import SGD
 from mpidist.parallel import DDP, BucketSizes, compression
 from mpidist.testing import Faults, run_ranks
@@ -294,3 +294,19 @@ def test_buffers_stay_local_inside_no_sync():
 
     first, second = run_ranks(2, body)
     assert first != second
+
+
+def test_an_optimizer_takes_it_and_it_shows_its_model():
+    def body(group):
+        model = Sequential(Linear(2, 3, rng=0), ReLU())
+        with DDP(model, group) as ddp:
+            assert list(ddp.parameters()) == list(model.parameters())
+            state = SGD(ddp, lr=0.1).state_dict()
+            assert {"0.weight/updates", "0.bias/updates"} <= state.keys()
+            shown = repr(ddp).splitlines()
+            assert shown[0] == f"DDP over {ddp.group!r}:"
+            assert shown[1:] == repr(model).splitlines()
+            with pytest.raises(TypeError, match=r"y, ctx = model\.forward\(x, Mode"):
+                ddp(np.ones((1, 2)))
+
+    run_ranks(2, body)

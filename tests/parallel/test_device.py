@@ -54,7 +54,7 @@ def gradients(dtype: Any) -> dict[str, Any]:
 
 def test_neighbours_in_a_bucket_are_one_array(xp: ModuleType) -> None:
     params = parameters(xp, gradients(np.float32))
-    host, device = gradient_arrays(params)
+    host, device = gradient_arrays(params, "test")
     assert host == []
     # own; a and b with the padding of a; c, behind the one without a gradient, and an empty one
     assert [array.size for array in device] == [6, 16 + 9, 8]
