@@ -249,7 +249,9 @@ def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
 def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
     """Return where everything goes; refuse a state that the checkpoint does not have."""
     # An object may go on without one of its values; what it cannot do without, it misses itself.
+    # Items of a list have their places: none may be missing.
     needed = flat.values.keys() - (flat.inside - flat.objects)
+    needed |= {name for name in flat.values if name.rpartition("/")[0] in flat.lists}
     problems = [f"{name}: not in it" for name in sorted(needed - manifest.values.keys())]
     targets = _Targets()
     for name, array in flat.arrays.items():
@@ -285,12 +287,16 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
 
 
 def _left_over(flat: FlatState, manifest: Manifest) -> Iterator[str]:
-    """Say which arrays were saved of an object that the object does not have."""
+    """Say which arrays were saved of an object, or items of a list, that it does not have."""
     for name in manifest.arrays:
         parent = name
-        while "/" in parent and parent not in flat.objects:
+        while "/" in parent and parent not in flat.objects and parent not in flat.lists:
             parent = parent.rpartition("/")[0]
-        if parent in flat.objects and name not in flat.arrays:
+        if parent in flat.objects | flat.lists and name not in flat.arrays:
+            yield f"{name}: saved, but {parent!r} has no such part"
+    for name in manifest.values:
+        parent = name.rpartition("/")[0]
+        if parent in flat.lists and name not in flat.values:
             yield f"{name}: saved, but {parent!r} has no such part"
 
 

@@ -29,7 +29,8 @@ class Stateful(Protocol):
         Returns
         -------
         mapping of str to Any
-            Arrays (they may be the living ones), `ShardedArray`, JSON values, mappings of such.
+            Arrays (they may be the living ones), `ShardedArray`, JSON values, mappings and lists
+            of such.
         """
 
     def load_state_dict(self, state: Any, /) -> object:
@@ -38,7 +39,7 @@ class Stateful(Protocol):
 
 State: TypeAlias = Mapping[str, Any]
 """What is saved, by name: arrays, `ShardedArray`, JSON values, `numpy.random.Generator`, objects
-that are `Stateful`, and mappings of such."""
+that are `Stateful`, and mappings, lists and tuples of such."""
 
 
 @dataclass
@@ -55,12 +56,15 @@ class FlatState:
         Names of what belongs to an object, which takes it by `load_state_dict`.
     objects : set of str
         Names of the objects.
+    lists : set of str
+        Names of the lists and tuples in which arrays are: all items of one are saved and loaded.
     """
 
     arrays: dict[str, Array | ShardedArray] = field(default_factory=dict)
     values: dict[str, JSON] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
     objects: set[str] = field(default_factory=set)
+    lists: set[str] = field(default_factory=set)
 
 
 class _GeneratorState:
@@ -90,8 +94,8 @@ def flatten(state: State) -> FlatState:
     Returns
     -------
     FlatState
-        Names inside objects and mappings are joined by ``/``. A mapping with no array in it is one
-        value.
+        Names inside objects and mappings are joined by ``/``; items of lists and tuples have their
+        positions for names, counted from 0. What has no array in it is one value.
 
     Raises
     ------
@@ -144,6 +148,10 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
     elif isinstance(value, Mapping) and _holds_arrays(value):
         for key, item in value.items():
             _add(flat, f"{name}/{_checked(key)}", item)
+    elif isinstance(value, (list, tuple)) and _holds_arrays(value):
+        flat.lists.add(name)
+        for number, item in enumerate(value):
+            _add(flat, f"{name}/{number}", item)
     else:
         _put(flat.values, flat, name, as_json(name, value))
 
@@ -181,6 +189,8 @@ def _taken(where: str) -> UnsupportedOperationError:
 def _holds_arrays(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_holds_arrays, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_arrays, value))
     return is_array(value) or isinstance(value, (ShardedArray, Stateful, np.random.Generator))
 
 
@@ -245,4 +255,9 @@ def _restore(name: str, value: Any, arrays: Mapping[str, Any], values: Mapping[s
     if isinstance(value, Mapping) and _holds_arrays(value):
         parts = {key: _restore(f"{name}/{key}", v, arrays, values) for key, v in value.items()}
         return {key: part for key, part in parts.items() if part is not _ABSENT}
+    if isinstance(value, (list, tuple)) and _holds_arrays(value):
+        items = [_restore(f"{name}/{n}", item, arrays, values) for n, item in enumerate(value)]
+        if isinstance(value, list):
+            return items
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
     return values.get(name, _ABSENT)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -68,6 +69,118 @@ def test_names():
     assert flat.inside == {name for name in (*flat.arrays, *flat.values) if "count" in name}
 
 
+def test_items_of_lists_are_named_by_their_positions():
+    x, y = np.zeros(2), np.ones(3)
+    state = {"s": [x, (y, 5)], "t": ({"w": [x]}, Counter()), "plain": [1, [2]], "empty": []}
+    flat = flatten(state)
+    assert set(flat.arrays) == {"s/0", "s/1/0", "t/0/w/0", "t/1/sums"}
+    assert flat.arrays["s/0"] is x
+    assert flat.lists == {"s", "s/1", "t", "t/0/w"}
+    assert flat.values == {
+        "s/1/1": 5,
+        "t/1/count": 0,
+        "t/1/note": {"unit": "s"},
+        "plain": [1, [2]],
+        "empty": [],
+    }
+
+
+class Point(NamedTuple):
+    where: object
+    name: str
+
+
+class Lists:
+    """An object whose state has lists and tuples, as those of other packages have."""
+
+    def __init__(self, fill, name="a"):
+        self.state = {
+            "moments": [np.full(3, fill), np.full((2, 2), fill)],
+            "groups": [{"lr": fill, "of": [np.full(1, fill), None]}],
+            "point": Point(np.full(2, fill), name),
+            "pair": (np.full(1, fill), "text"),
+            "plain": [1.5, [2]],
+        }
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_lists_come_back_as_they_were(tmp_path, asynchronous):
+    def save(group):
+        rows = Box((group.rank, 0), (1, 2))
+        part = ShardedArray((2, 2), float, {rows: np.full((1, 2), group.rank + 1.0)})
+        state = {"object": Lists(7.0), "arrays": [np.arange(4), part, 3]}
+        call = checkpoint.save_async if asynchronous else checkpoint.save
+        saving = call(tmp_path, state, group, step=1)
+        if asynchronous:
+            saving.wait()
+
+    run_ranks(2, save)
+    checkpoint.reshard(tmp_path, tmp_path / "other", 3)
+
+    def load(group, path):
+        mine, first, second = Lists(0.0, "b"), np.zeros(4, int), np.zeros((2, 2))
+        state = {"object": mine, "arrays": [first, second, None]}
+        values = checkpoint.load(path, state, group).values
+        assert values["arrays/2"] == 3
+        np.testing.assert_array_equal(first, np.arange(4))
+        np.testing.assert_array_equal(second, [[1, 1], [2, 2]])
+        found, expected = mine.state, Lists(7.0).state
+        assert isinstance(found["point"], Point)
+        assert found["point"].name == "a"
+        assert isinstance(found["pair"], tuple)
+        assert found["plain"] == [1.5, [2]]
+        assert (found["groups"][0]["lr"], found["groups"][0]["of"][1]) == (7.0, None)
+        for one, other in zip(found["moments"], expected["moments"], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    for path in (tmp_path, tmp_path / "other"):
+        run_ranks(3, load, path)
+    assert checkpoint.verify(tmp_path) == []
+    assert checkpoint.load_full(tmp_path)["arrays/1"].tolist() == [[1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([np.zeros(2)], "s/1: saved, but 's' has no such part"),
+        ([np.zeros(2), np.zeros(3)], "s/2: saved, but 's' has no such part"),
+        ([np.zeros(2), np.zeros(3), 1, np.zeros(4)], "s/3: not in it"),
+        ([np.zeros(2), np.zeros(3), 1, 5], "s/3: not in it"),
+        ([np.zeros(3), np.zeros(2), 1], "s/0: expected float64"),
+        ([], "s: not in it"),
+        ([1, 2, 3], "s: not in it"),
+    ],
+)
+def test_a_list_of_another_length_is_refused(tmp_path, items, words):
+    saved = {"s": [np.ones(2), np.ones(3), 5]}
+    run_ranks(1, lambda g: checkpoint.save(tmp_path, saved, g, step=1))
+
+    class Holder:
+        def state_dict(self):
+            return {"s": items}
+
+        def load_state_dict(self, state):
+            raise AssertionError("never called")
+
+    run_ranks(1, lambda g: checkpoint.save(tmp_path / "o", {"o": saved}, g, step=1))
+
+    def body(group):
+        with pytest.raises(CheckpointIncompatibleError, match=words):
+            checkpoint.load(tmp_path, {"s": items}, group)
+        if items and not isinstance(items[0], int):
+            inside = words.replace("s/", "o/s/").replace("'s'", "'o/s'")
+            with pytest.raises(CheckpointIncompatibleError, match=inside):
+                checkpoint.load(tmp_path / "o", {"o": Holder()}, group)
+
+    run_ranks(2, body)
+
+
 @pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
 def test_every_dtype_can_be_kept(dtype):
     assert flatten({"x": np.zeros(2, dtype)}).arrays["x"].dtype == dtype
@@ -103,7 +216,8 @@ def test_every_dtype_can_be_kept(dtype):
         ({"a": 1j}, "'a' is a builtins.complex"),
         ({"a": object}, "'a' is a builtins.type"),
         ({"a": {"b": [1, {2: 3}]}}, r"'a/b\[1\]' is a builtins.dict"),
-        ({"a": [np.zeros(2)]}, r"'a\[0\]' is a numpy.ndarray"),
+        ({"a": [np.zeros(2), {1, 2}]}, "'a/1' is a builtins.set"),
+        ({"a": [np.zeros(2)], "a/0": 1}, "the name 'a/0' comes twice"),
         ({"a/b": 1, "a": {"b": np.zeros(1)}}, "the name 'a/b' comes twice"),
         ({"a": np.zeros(1), "a/b": np.zeros(1)}, "'a' is an array, so that 'a/b' cannot be inside"),
         ({"a": np.zeros(1), "a/b/c": {"d": np.zeros(1)}}, "'a' is an array"),
