@@ -69,6 +69,16 @@ def test_a_rank_that_has_not_come_is_named_with_what_it_did_last() -> None:
     assert suspects(states, [0, 1, 2], KEY, []) == [2]
 
 
+def test_a_difference_that_is_over_on_all_ranks_is_not_blamed_for_a_later_wait() -> None:
+    caught = [record(what, number=40, ended=50) for what in ("gather float32[3] root 0", "barrier")]
+    states = world(
+        state(0, caught[0], record(sequence=2)),
+        state(1, caught[1], record("barrier", number=41, ended=45, sequence=2)),
+    )
+    assert accuse(states, [0, 1], KEY, []).startswith("Missing: rank 1 ")
+    assert suspects(states, [0, 1], KEY, []) == [1]
+
+
 def test_a_rank_in_another_group_is_named_with_that_group() -> None:
     other = record(number=3, group="pipeline", identity=8, began=12)
     told = accuse(world(state(0, record()), state(1, other)), [0, 1], KEY, [1])
