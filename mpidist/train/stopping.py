@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -15,6 +17,40 @@ from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 
 __all__ = ["StopSignal"]
+
+_TAKEN: dict[int, Any] = {}
+"""The signals that a `StopSignal` handles or ignores now, and the handlers before it."""
+
+_FORKING = threading.local()
+"""The signals that a thread has blocked while it forks."""
+
+
+def _block() -> None:
+    """Before a fork: keep signals to the child back until it has given up the handlers."""
+    _FORKING.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+
+
+def _unblock() -> None:
+    """After a fork."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _FORKING.blocked)
+
+
+def _give_up() -> None:
+    """In a child that was forked: let signals act as if there had never been a `StopSignal`.
+
+    A worker has to end when it is told to (``multiprocessing.Process.terminate`` sends SIGTERM).
+    """
+    while _TAKEN:
+        number, handler = _TAKEN.popitem()
+        now = signal.getsignal(number)
+        ours = now == signal.SIG_IGN or isinstance(getattr(now, "__self__", None), StopSignal)
+        with contextlib.suppress(ValueError):  # not in the main interpreter
+            if ours:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    _unblock()
+
+
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_give_up)
 
 
 class StopSignal:
@@ -55,7 +91,9 @@ class StopSignal:
     Local, but for `agreed`. As a context manager it installs handlers and puts back those that were
     there. After an agreement the signals are ignored instead, until the process ends: a second one
     (batch systems send SIGTERM after SIGUSR1) would otherwise kill a rank between the save and its
-    exit, and the job would count as failed.
+    exit, and the job would count as failed. Processes that are forked meanwhile, such as workers of
+    ``multiprocessing``, have the handlers that were there before, and a signal sent to them does
+    not ask for a stop.
 
     A `SIGHUP` that is ignored when the context is entered stays ignored: ``nohup`` has started the
     process, so that it goes on when the terminal is closed. Ranks under `mpirun` get no SIGHUP from
@@ -90,6 +128,7 @@ class StopSignal:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._before[number] = signal.signal(number, self._note)
+            _TAKEN.setdefault(number, self._before[number])
         return self
 
     def __exit__(
@@ -103,6 +142,8 @@ class StopSignal:
             # None is a handler of C code, which Python cannot put back.
             ignore = self.stopping or handler is None
             signal.signal(number, signal.SIG_IGN if ignore else handler)
+            if not ignore and handler == _TAKEN.get(number):
+                del _TAKEN[number]
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

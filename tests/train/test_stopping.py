@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -75,6 +77,53 @@ def test_after_an_agreement_the_signals_are_ignored(heard: list[int]) -> None:
         assert stop.agreed(world)
     os.kill(os.getpid(), signal.SIGTERM)  # after the save, before the exit
     assert heard == []
+
+
+FORK = """
+import os, signal, sys, time
+import mpidist
+from mpidist.train import StopSignal
+
+signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(7))
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+world = mpidist.init("simulated")
+
+def ending(number):
+    child = os.fork()
+    if not child:
+        time.sleep(0.2)
+        os._exit(0)
+    os.kill(child, number)  # it may not have come back from fork yet
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def endings():
+    return [ending(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
+
+outer = StopSignal((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
+with outer, StopSignal((signal.SIGTERM,)) as stop:
+    print(endings())
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested and not outer.requested
+    outer.request()
+    assert outer.agreed(world)
+    print(endings())
+print(endings())
+os.kill(os.getpid(), signal.SIGTERM)
+with StopSignal((signal.SIGINT,)):
+    pass
+signal.signal(signal.SIGINT, lambda number, frame: os._exit(8))
+child = os.fork()
+if not child:
+    signal.raise_signal(signal.SIGINT)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_has_the_handlers_that_were_there_before() -> None:
+    """While the signals are handled, and when they are ignored after an agreement."""
+    command = [sys.executable, "-c", FORK]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout.splitlines() == [str([-signal.SIGTERM, 7, 0])] * 3 + ["8"], ended
 
 
 def test_other_threads_are_refused_before_anything_is_installed(heard: list[int]) -> None:
