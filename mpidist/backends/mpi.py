@@ -8,13 +8,14 @@ by the algorithms (`mpidist.backends.mpi_calls` says what).
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from mpidist.backends.departures import Departures
 from mpidist.backends.direct import Direct
 from mpidist.backends.meetings import DirectBoard, supported
 from mpidist.backends.mpi_calls import LibraryCall, LibraryCalls
-from mpidist.backends.mpi_memory import share
+from mpidist.backends.mpi_memory import share, unlink_library_memory
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.node_sums import NodeSums
 from mpidist.backends.registered import Block, Place
@@ -46,7 +47,7 @@ from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
 from mpidist.errors import BackendUnavailableError, TransportError
 from mpidist.recorder import Recorder
 
-__all__ = ["MpiBackend", "load_mpi", "world_ranks"]
+__all__ = ["MpiBackend", "abort_job", "load_mpi", "world_ranks"]
 
 _CHUNK = 2**30
 """Bytes of the longest single message; longer ones travel in several."""
@@ -77,6 +78,24 @@ def load_mpi() -> Any:
     except (ImportError, RuntimeError, OSError) as error:
         raise BackendUnavailableError(f"mpi: {error}; {_CURE}") from error
     return MPI
+
+
+def abort_job(mpi: Any, code: int) -> NoReturn:
+    """End the whole job now, with this exit code, and leave nothing in ``/dev/shm``.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    code : int
+        The exit code.
+    """
+    try:
+        unlink_library_memory()
+        mpi.COMM_WORLD.Abort(code)
+    finally:
+        # Some libraries only ask the launcher to end the job, and return.
+        os._exit(code)
 
 
 class _Requests(Work[tuple[int, ...]]):
@@ -270,7 +289,7 @@ class MpiBackend(Backend):
         """End the whole job now."""
         sys.stdout.flush()
         sys.stderr.flush()
-        self._mpi.COMM_WORLD.Abort(code)
+        abort_job(self._mpi, code)
 
     def node(self) -> int:
         """Return the world rank of the first rank that shares this one's memory."""

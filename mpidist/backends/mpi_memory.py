@@ -6,8 +6,10 @@ held, and can deadlock a program of several threads.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ import numpy as np
 from mpidist.backends.shared_memory import NamedFile, SharedFile, map_part, open_address
 from mpidist.log import logger
 
-__all__ = ["share"]
+__all__ = ["share", "unlink_library_memory"]
 
 _LONGEST_ADDRESS = 256
+
+_LIBRARY_FILE = "/dev/shm/mpich_shm_"  # noqa: S108  # the library's name, not ours
+"""How the names of the files begin that MPICH removes in MPI_Finalize only."""
 
 _REASONS: set[str] = set()
 """Why there was no memory, so far."""
@@ -126,3 +131,17 @@ def _warn(reason: str) -> None:
             reason,
         )
     _REASONS.add(reason)
+
+
+def unlink_library_memory() -> None:
+    """Remove the names of the MPI library's files in shared memory that this process has mapped.
+
+    MPICH removes them in MPI_Finalize only, so that a job which ends by Abort would leave about a
+    megabyte per rank until the node is started anew. All ranks have mapped them by then.
+    """
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_bytes().splitlines()
+        found = {line.split(None, 5)[5] for line in maps if _LIBRARY_FILE.encode() in line}
+        for name in found:
+            with contextlib.suppress(OSError):
+                Path(os.fsdecode(name)).unlink()
