@@ -1,0 +1,149 @@
+"""End this process at a deadline, whatever its interpreter is doing.
+
+No thread of Python runs while mpi4py starts MPI, since it holds the interpreter lock, or once the
+interpreter is being finalised. So this is done by timers of the operating system
+(``timer_create``), each of which calls a function of the C library in a native thread. A process
+may have many of them, so that alarms and ``faulthandler`` timers of the program are not touched,
+and a child that is forked inherits none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+__all__ = ["ProcessDeadline"]
+
+_SIGNAL, _THREAD = 0, 2
+"""What a timer does, as <signal.h> has it: SIGEV_SIGNAL, SIGEV_THREAD."""
+
+_SIGNAL_AFTER, _END_AFTER = 0.2, 0.3
+"""Seconds from the message to the signal, and to the end of the process."""
+
+_LONGEST = 1e9
+"""Seconds; no deadline is longer."""
+
+_EXIT_CODE = 1
+
+
+class _Value(ctypes.Union):
+    _fields_ = (("number", ctypes.c_int), ("pointer", ctypes.c_void_p))
+
+
+class _Event(ctypes.Structure):
+    """``struct sigevent``, which has 64 bytes."""
+
+    _fields_ = (
+        ("value", _Value),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("function", ctypes.c_void_p),
+        ("rest", ctypes.c_byte * 40),
+    )
+
+
+class _Times(ctypes.Structure):
+    """``struct itimerspec``: the period, and the time until the timer expires."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_long) for name in ("every", "every_ns", "seconds", "nanoseconds")
+    )
+
+
+class ProcessDeadline:
+    """A time at which this process writes a message and ends with code 1.
+
+    Where the C library has no such timers nothing happens at the deadline.
+
+    Parameters
+    ----------
+    seconds : float
+        From now.
+    message : str
+        Written to the error output.
+    signal : int, optional
+        Sent to this process after the message; a handler of it in C can say more.
+    """
+
+    def __init__(self, seconds: float, message: str, signal: int | None = None) -> None:
+        self._timers: list[tuple[Any, float]] = []
+        try:
+            self._libc = libc = ctypes.CDLL(None)
+            # A copy that is never freed: the thread of a timer may still read it after `cancel`.
+            libc.strdup.restype = ctypes.c_void_p
+            text = libc.strdup(message.replace("%", "%%").encode())
+            self._add(0.0, _THREAD, function=libc.warnx, value=_Value(pointer=text))
+            if signal is not None:
+                self._add(_SIGNAL_AFTER, _SIGNAL, signal=signal)
+            self._add(_END_AFTER, _THREAD, function=libc._exit, value=_Value(number=_EXIT_CODE))
+        except (AttributeError, OSError):
+            self.cancel()
+        self.start(seconds)
+
+    def _add(self, delay: float, notify: int, *, signal: int = 0, **action: Any) -> None:
+        """Make a timer that expires so many seconds after the deadline."""
+        event, timer = _Event(signal=signal, notify=notify), ctypes.c_void_p()
+        if action:
+            event.value = action["value"]
+            event.function = ctypes.cast(action["function"], ctypes.c_void_p)
+        if self._libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
+            raise OSError("timer_create")
+        self._timers.append((timer, delay))
+
+    def start(self, seconds: float) -> None:
+        """Let the deadline be so many seconds from now."""
+        for start in self._starts(self._timers, seconds):
+            start()
+
+    def _starts(
+        self, timers: Sequence[tuple[Any, float]], seconds: float
+    ) -> list[Callable[[], object]]:
+        """Return what starts timers, without any module that may be gone at the very end."""
+        found: list[Callable[[], object]] = []
+        for timer, delay in timers:
+            whole, part = divmod(min(max(seconds, 0.001), _LONGEST) + delay, 1.0)
+            times = _Times(seconds=int(whole), nanoseconds=int(part * 1e9))
+            found.append(partial(self._libc.timer_settime, timer, 0, ctypes.byref(times), None))
+        return found
+
+    def start_anew_at_finalization(self, seconds: float) -> None:
+        """Begin again, without the signal, when the interpreter has ended all but MPI.
+
+        Parameters
+        ----------
+        seconds : float
+            From then to the deadline.
+        """
+        if not self._timers:
+            return
+        message, *signal, end = self._timers
+        actions = self._starts([message, end], seconds)
+        actions += [partial(self._libc.timer_delete, timer) for timer, _ in signal]
+        # The attributes of sys are the last that the interpreter lets go.
+        vars(sys)["_mpidist_last"] = _Last(actions)
+
+    def cancel(self) -> None:
+        """Let nothing happen at the deadline."""
+        while self._timers:
+            self._libc.timer_delete(self._timers.pop()[0])
+
+
+class _Last:
+    """Calls functions when it is let go.
+
+    Parameters
+    ----------
+    actions : sequence of callable
+        The functions.
+    """
+
+    def __init__(self, actions: Sequence[Callable[[], object]]) -> None:
+        self._actions = actions
+
+    def __del__(self) -> None:
+        for action in self._actions:
+            action()
