@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,13 +30,31 @@ if TYPE_CHECKING:
 
     from mpidist.watch import Watch
 
-__all__ = ["Companion", "Operations", "broken_groups", "companions"]
+__all__ = ["Companion", "Operations", "abandon_groups", "broken_groups", "companions"]
 
 T = TypeVar("T")
 
 _BROKEN: list[Operations] = []
 # The buffers of a broken group may still be written by the transport. They live here, with their
 # group, until the process ends, and the exit handler sees that the job has to be aborted.
+
+
+_GROUPS: weakref.WeakSet[Operations] = weakref.WeakSet()
+
+
+def abandon_groups(transport: str, reason: str) -> None:
+    """Let no group of a transport be used any more, in a process that is no rank of it.
+
+    Parameters
+    ----------
+    transport : str
+        The name of its backend.
+    reason : str
+        Why, for the error that every verb raises from now on.
+    """
+    for group in tuple(_GROUPS):
+        if group._backend.name == transport and group._reason is None:
+            group._reason = reason
 
 
 def broken_groups() -> Sequence[Operations]:
@@ -111,6 +130,7 @@ class Operations(Closing):
         self._reason: str | None = None
         self._closed_with: list[Operations] = []
         self._companions: dict[str, Companion] = {}
+        _GROUPS.add(self)
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""

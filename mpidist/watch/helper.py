@@ -42,7 +42,12 @@ class Helper:
         os.set_blocking(self._writer, False)
         self._next_wakeup = -1
         self._pid = os.getpid()
+        os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._run, name="mpidist-helper", daemon=True).start()
+
+    def here(self) -> bool:
+        """Whether its thread runs in this process, which may have been forked since."""
+        return os.getpid() == self._pid
 
     def serve(self, watch: Watch, nodes: Sequence[int]) -> None:
         """Answer for this watch, as long as somebody else holds it.
@@ -77,7 +82,6 @@ class Helper:
         signal.signal(signal.SIGUSR2, self._on_signal)
         # Whoever has asked to be woken before, such as an event loop, still is.
         self._next_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._forget)
         return True
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -85,7 +89,7 @@ class Helper:
 
         Others, such as event loops, take the descriptor, and give it up without giving it back.
         """
-        if os.getpid() != self._pid:
+        if not self.here():
             return
         taken = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         if taken == self._writer:
@@ -97,14 +101,17 @@ class Helper:
             os.write(self._writer, bytes([number]))
 
     def _forget(self) -> None:
-        """In a child that was forked: its signals are not this process's."""
+        """In a child that was forked: its signals and its listeners are not this process's."""
         with contextlib.suppress(ValueError):  # not in the main thread of the main interpreter
             taken = signal.set_wakeup_fd(-1)
             if taken not in (-1, self._writer):
                 signal.set_wakeup_fd(taken)
+        for watch in tuple(self._watches):  # no other thread is here, and the lock may be held
+            if watch.listener is not None:
+                watch.listener.close()
 
     def _run(self) -> None:
-        while os.getpid() == self._pid:  # not in a child that was forked
+        while self.here():
             self._round()
 
     def _round(self) -> None:
@@ -148,6 +155,6 @@ _helper: Helper | None = None
 def helper() -> Helper:
     """Return the helper of this process, which starts when it is asked for first."""
     global _helper  # noqa: PLW0603  # one thread per process
-    if _helper is None:
+    if _helper is None or not _helper.here():
         _helper = Helper()
     return _helper

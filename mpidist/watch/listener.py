@@ -78,10 +78,12 @@ class Listener:
         """Answer from now on those who know this secret."""
         self._secret = secret
 
-    def __del__(self) -> None:
+    def close(self) -> None:
         """Stop listening."""
         with contextlib.suppress(AttributeError, OSError):  # it may not have come to listen
             self._socket.close()
+
+    __del__ = close
 
     def fileno(self) -> int:
         """Return the descriptor that is ready when somebody asks."""
