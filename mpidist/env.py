@@ -20,10 +20,12 @@ __all__ = [
     "dump_directory",
     "dump_requested",
     "gpu_fallback",
+    "inherited_rank",
     "keep_mpi_from_starting",
     "launcher_evidence",
     "launcher_rank",
     "log_level",
+    "mark_rank",
     "omp_num_threads",
     "process_managers",
     "ranks_per_node",
@@ -67,6 +69,20 @@ _OPEN_MPI_OWN = (
     "OMPI_MCA_cpu_type",
 )
 _SECRET = ("SECRET", "TOKEN", "PASSWORD", "KEY")
+
+_MARK = "MPIDIST_RANK_PROCESS"
+"""Set by `init` for the processes that a rank starts, which inherit its launcher's variables."""
+
+_RANK = (
+    "PMIX_NAMESPACE",
+    "PMIX_RANK",
+    "PMI_RANK",
+    "PMI_FD",
+    "PMI_PORT",
+    "SLURM_STEP_ID",
+    "SLURM_PROCID",
+)
+"""What tells one rank from another, also from those of a job that a rank starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +224,58 @@ def launcher_rank() -> int:
     return 0
 
 
+def mark_rank() -> None:
+    """Leave a mark for the processes that this rank starts or forks; changes the environment."""
+    import json
+
+    global _marked_by  # noqa: PLW0603  # of this process, as the environment is
+    _marked_by = os.getpid()
+    mark = {"host": os.uname().nodename, "pid": _marked_by, "rank": _rank_identity()}
+    os.environ[_MARK] = json.dumps(mark | {"socket": _launcher_socket()})
+
+
+_marked_by: int | None = None
+
+
+def inherited_rank() -> int | None:
+    """Return the process whose rank's environment this one has inherited, or None.
+
+    Returns
+    -------
+    int or None
+        The number of a process of this host that has called `init`. None for that process itself,
+        and for the ranks of a job that it has started: these have a launcher of their own.
+    """
+    if _MARK not in os.environ:
+        return None
+    import json
+
+    try:
+        mark = json.loads(os.environ[_MARK])
+        marked = mark["host"], mark["rank"]
+        pid, socket = mark["pid"], mark["socket"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if _marked_by == os.getpid() or marked != (os.uname().nodename, _rank_identity()):
+        return None
+    # Ranks of two jobs of MPICH may have the same numbers, but each has a connection of its own,
+    # which a child has closed if it has not inherited it.
+    return None if _launcher_socket() not in ("", socket) else int(pid)
+
+
+def _rank_identity() -> list[str]:
+    return [os.environ.get(name, "") for name in _RANK]
+
+
+def _launcher_socket() -> str:
+    """Return which socket is the connection to a PMI launcher, or nothing where there is none."""
+    try:
+        target = os.readlink(f"/proc/self/fd/{os.environ['PMI_FD']}")  # noqa: PTH115  # no path
+    except (KeyError, OSError):
+        return ""
+    return target if target.startswith("socket:") else ""
+
+
 def process_managers() -> tuple[str, ...]:
     """Return the interfaces by which a rank can find the others: ``PMI``, ``PMIx``, or both."""
     variables = {"PMI": ("PMI_FD", "PMI_RANK", "PMI_PORT"), "PMIx": ("PMIX_RANK",)}
@@ -235,7 +303,7 @@ def settings() -> dict[str, str]:
         name: value
         for name, value in sorted(os.environ.items())
         if name.startswith(_SETTINGS)
-        and name not in _OPEN_MPI_OWN
+        and name not in (*_OPEN_MPI_OWN, _MARK)
         and not any(word in name for word in _SECRET)
     }
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterator
+
 import pytest
 
 from mpidist import env
@@ -104,6 +108,63 @@ def test_rank_of_the_launcher(
     for name, value in variables.items():
         environment.setenv(name, value)
     assert env.launcher_rank() == rank
+
+
+@pytest.fixture
+def rank(environment: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The environment of a rank that has called `init`, as another process inherits it."""
+    for name in ("PMIX_NAMESPACE", "SLURM_STEP_ID"):
+        environment.delenv(name, raising=False)
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        environment.setenv("PMI_RANK", "1")
+        environment.setenv("PMI_FD", str(mine.fileno()))
+        environment.setenv("OTHER_FD", str(theirs.fileno()))
+        environment.delenv("MPIDIST_RANK_PROCESS", raising=False)
+        assert env.inherited_rank() is None
+        environment.setattr(env, "_marked_by", None)
+        environment.setenv("MPIDIST_RANK_PROCESS", "")
+        env.mark_rank()
+        assert env.inherited_rank() is None  # it is the rank itself
+        environment.setattr(env, "_marked_by", None)
+        yield environment
+
+
+def test_a_rank_that_was_inherited(rank: pytest.MonkeyPatch) -> None:
+    assert env.inherited_rank() == os.getpid()  # by a fork
+    descriptor = int(os.environ["PMI_FD"])
+    held = os.dup(descriptor)
+    os.close(descriptor)
+    try:
+        assert env.inherited_rank() == os.getpid()  # by a subprocess, which closes descriptors
+    finally:
+        os.dup2(held, descriptor)
+        os.close(held)
+
+
+@pytest.mark.parametrize("name", ["PMIX_NAMESPACE", "PMI_RANK", "SLURM_STEP_ID"])
+def test_ranks_of_another_job_are_ranks(rank: pytest.MonkeyPatch, name: str) -> None:
+    """A rank may start a job of its own, which inherits the mark."""
+    rank.setenv(name, "5")
+    assert env.inherited_rank() is None
+
+
+def test_ranks_of_another_job_have_a_connection_of_their_own(rank: pytest.MonkeyPatch) -> None:
+    """Under MPICH they may have the same numbers."""
+    theirs, descriptor = int(os.environ["OTHER_FD"]), int(os.environ["PMI_FD"])
+    held = os.dup(descriptor)
+    os.dup2(theirs, descriptor)
+    try:
+        assert env.inherited_rank() is None
+    finally:
+        os.dup2(held, descriptor)
+        os.close(held)
+
+
+def test_a_mark_that_cannot_be_read_is_none(rank: pytest.MonkeyPatch) -> None:
+    for text in ("", "1", "[]", "{}", '{"host": 1}'):
+        rank.setenv("MPIDIST_RANK_PROCESS", text)
+        assert env.inherited_rank() is None
 
 
 def test_process_managers(environment: pytest.MonkeyPatch) -> None:
