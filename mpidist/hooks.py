@@ -3,7 +3,8 @@
 The hooks are the only state of the process that mpidist sets, and `mpidist.init` sets it once:
 `sys.excepthook`, `threading.excepthook`, one exit handler, and a handler of SIGUSR2 with the
 wake-up descriptor that it needs, where nobody else handles that signal. None of them is set inside
-pytest or IPython, which handle exceptions themselves.
+pytest or IPython, which handle exceptions themselves. What a forked child has to give up is in
+`mpidist.forks`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import mmap
 import os
 import sys
 import threading
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidist import env
 from mpidist.backends.departures import Departures
-from mpidist.backends.mpi import MpiBackend
+from mpidist.backends.mpi import MpiBackend, abort_job
 from mpidist.backends.work import Waiter
 from mpidist.errors import (
     CollectiveMismatchError,
@@ -36,13 +38,14 @@ from mpidist.operations import broken_groups, companions
 from mpidist.watch import Watch
 from mpidist.watch.failures import Ending
 from mpidist.watch.helper import helper
+from mpidist.watch.limits import limit_finalization, limit_loading, main_stack
 from mpidist.watch.threads import in_thread
 from mpidist.watch.tracebacks import callers_of, lines_of, reason_of, summary_of
 
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
 
-__all__ = ["attend", "end_companions_at_exit", "follow", "starting"]
+__all__ = ["attend", "end_companions_at_exit", "follow", "loading", "starting"]
 
 _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
@@ -53,7 +56,6 @@ _FLUSH = 0.2
 Ranks that check the same arguments raise together: each can show its traceback. And a launcher that
 is told to end the job need not read any more what ranks have written.
 """
-
 
 _TRACEBACKS = 4
 """Different exceptions of one node of which the tracebacks are shown; of more, the messages."""
@@ -80,6 +82,10 @@ class _Hooks:
     ----------
     starting : (float, float) or None
         When a call of `init` began, by `time.monotonic`, and its timeout in seconds, while it runs.
+    leaving : (float, float) or None
+        When the exit handler was done, and the seconds that the process may take to end.
+    timeout : float
+        The longest of all calls of `init`, in seconds.
     """
 
     def __init__(self, mpi: Any) -> None:
@@ -91,14 +97,16 @@ class _Hooks:
         self.traces: list[Session] = []
         self._next_hook = sys.excepthook
         self.starting: tuple[float, float] | None = None
+        self.leaving: tuple[float, float] | None = None
+        self.timeout = 0.0
         self._ending = False
         self._pid = os.getpid()
-        self._spare: bytearray | None = bytearray(_SPARE)
+        self._spare: mmap.mmap | None = mmap.mmap(-1, _SPARE, mmap.MAP_PRIVATE)
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
         atexit.register(self._on_exit)
-        helper().catch()
+        self._reports_signals = helper().catch()
         helper().rounds.append(self._check_deadlines)
 
     def join(self, comm: Any, timeout: float) -> Departures:
@@ -122,11 +130,7 @@ class _Hooks:
                 self._say(f"could not leave its part of the trace in {trace.parts}: {error!r}")
         _flush()
         time.sleep(_FLUSH)
-        try:
-            self._mpi.COMM_WORLD.Abort(code)
-        finally:
-            # Some libraries only ask the launcher to end the job, and return.
-            os._exit(code)
+        abort_job(self._mpi, code)
 
     def _on_exception(
         self,
@@ -212,6 +216,8 @@ class _Hooks:
                 self._say_together(text, text)
                 self._abort(1)
         self._end_traces()
+        self.leaving = (time.monotonic(), self.timeout)
+        limit_finalization(self._words, self.timeout, stacks=self._reports_signals)
 
     def end_companions(self) -> None:
         """Wait for what subsystems have under way, such as the last save; an exit handler."""
@@ -253,6 +259,12 @@ class _Hooks:
                 f"has been in init for {now - self.starting[0]:.0f} s: another rank has not "
                 "called it, or calls it on other ranks"
             )
+        if self.leaving is not None and now - self.leaving[0] > self.leaving[1]:
+            self._end_late(
+                f"has left, and its process has not ended for {now - self.leaving[0]:.0f} s: an "
+                "exit handler that was registered before mpidist.init does not return",
+                stack=main_stack(),
+            )
         for backend in MpiBackend.alive():
             if backend.inside is None:
                 continue
@@ -266,14 +278,14 @@ class _Hooks:
                     waiter,
                 )
 
-    def _end_late(self, words: str, waiter: Waiter | None = None) -> None:
+    def _end_late(self, words: str, waiter: Waiter | None = None, stack: str = "") -> None:
         """Report and abort, in a thread of its own: the helper has to answer the other ranks."""
 
         def end() -> None:
             if waiter is not None:
                 with contextlib.suppress(Exception):  # whatever a report fails of, the job ends
                     waiter.report(words)
-            self._say_together("late", f"{words}; ending the job")
+            self._say_together(f"late{stack}", f"{words}; ending the job{stack}")
             self._abort(1)
 
         self._ending = True
@@ -349,7 +361,28 @@ def _someone_else_handles_exceptions() -> bool:
 
 
 @contextlib.contextmanager
-def starting(mpi: Any, comm: Any, timeout: float) -> Iterator[Departures | None]:
+def loading(size: int | None, timeout: float) -> Iterator[None]:
+    """Guard the import of mpi4py, in which the ranks wait for each other with Python's lock held.
+
+    Parameters
+    ----------
+    size : int or None
+        The number of ranks that the launcher promises; None where it does not say.
+    timeout : float
+        Seconds that it may take.
+    """
+    if size == 1 or _someone_else_handles_exceptions():
+        yield
+        return
+    deadline = limit_loading(env.launcher_rank(), size, timeout)
+    try:
+        yield
+    finally:
+        deadline.cancel()
+
+
+@contextlib.contextmanager
+def starting(mpi: Any, comm: Any, began: float, timeout: float) -> Iterator[_Hooks | None]:
     """Guard a call of `init`, and install the hooks unless somebody else handles exceptions here.
 
     Parameters
@@ -357,14 +390,16 @@ def starting(mpi: Any, comm: Any, timeout: float) -> Iterator[Departures | None]
     mpi : module
         ``mpi4py.MPI``.
     comm : mpi4py.MPI.Intracomm
-        The ranks that leave together; collective over them.
+        The ranks that are in `init`.
+    began : float
+        When the call began, by `time.monotonic`.
     timeout : float
-        Seconds that the call may take, and that a rank which is done waits for the others.
+        Seconds that it may take.
 
     Yields
     ------
-    Departures or None
-        Where ranks announce that they leave; None if nothing is installed.
+    _Hooks or None
+        What is installed; None if nothing is.
     """
     global _installed  # noqa: PLW0603  # the state of the process, and named as such
     if comm.size == 1 or _someone_else_handles_exceptions():
@@ -372,9 +407,10 @@ def starting(mpi: Any, comm: Any, timeout: float) -> Iterator[Departures | None]
         return
     if _installed is None:
         _installed = _Hooks(mpi)
-    _installed.starting = (time.monotonic(), timeout)
+    _installed.starting = (began, timeout)
+    _installed.timeout = max(_installed.timeout, timeout)
     try:
-        yield _installed.join(comm, timeout)
+        yield _installed
     finally:
         _installed.starting = None
 

@@ -6,6 +6,8 @@ would be a third of the time that importing this package takes.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -44,7 +46,8 @@ def init(
     comm : mpi4py.MPI.Intracomm, optional
         Its ranks are the group's; duplicated. ``MPI.COMM_WORLD`` when omitted.
     timeout : float, optional
-        Seconds after which a wait fails and the group is broken.
+        Seconds after which a wait fails and the group is broken. The first is for all ranks to call
+        `init`; the last, for all processes to end when all have come to their exits.
     warn_after : float, optional
         Seconds after which a wait logs a warning, and again at each doubling.
 
@@ -57,7 +60,8 @@ def init(
     ------
     LaunchError
         If a launcher promised several ranks and MPI sees one: the job would run as that many
-        strangers, each believing that it is alone.
+        strangers, each believing that it is alone. If a rank has started or forked this process,
+        which is no rank. If the ranks run different versions of mpidist.
     BackendUnavailableError
         If the transport's library is missing; of ``"hybrid"`` also if a rank has no GPU or no NCCL,
         unless ``MPIDIST_ENABLE_GPU_FALLBACK=1`` lets device arrays go by way of the host.
@@ -147,13 +151,22 @@ def _without_launcher() -> str:
 def _init_mpi(
     evidence: env.Evidence | None, comm: Any, timeout: float, warn_after: float
 ) -> ProcessGroup:
-    from mpidist import hooks
+    began = time.monotonic()
+    _refuse_inherited_rank()
+    from mpidist import forks, hooks
     from mpidist.backends.mpi import MpiBackend, library_name, load_mpi, world_ranks
+    from mpidist.backends.versions import compare_versions
 
-    mpi = load_mpi()
+    if evidence is not None:
+        env.mark_rank()
+    with hooks.loading(1 if evidence is None else evidence.size, timeout):
+        mpi = load_mpi()
     _refuse_strangers(evidence, mpi)
+    forks.guard(mpi.COMM_WORLD.rank)
     comm = mpi.COMM_WORLD if comm is None else comm
-    with hooks.starting(mpi, comm, timeout) as departures:
+    with hooks.starting(mpi, comm, began, timeout) as installed:
+        compare_versions(mpi, comm)
+        departures = None if installed is None else installed.join(comm, timeout)
         backend = MpiBackend(comm.Dup(), departures=departures, places=world_ranks(mpi, comm))
         several = backend.size > 1
         world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after, answers=several)
@@ -260,6 +273,21 @@ def found_crossovers(library: str) -> FoundCrossovers:
     except (ValueError, OSError) as error:
         return FoundCrossovers({}, "", str(error))
     return FoundCrossovers(table, str(path) if table else "")
+
+
+def _refuse_inherited_rank() -> None:
+    """Raise in a process that a rank has started or forked: it would speak in the rank's name."""
+    rank = env.inherited_rank()
+    if rank is None:
+        return
+    raise LaunchError(
+        f"init: this process ({os.getpid()}) has inherited the launcher's variables of a rank "
+        f"(process {rank}, which has called init), but it is no rank: one rank started or forked "
+        "it. MPI cannot start here. To work alone, call mpidist.init('simulated'), or start it "
+        "without the launcher's variables (PMI*, PMIX*, OMPI*, PRTE*, SLURM*); to work with "
+        "several ranks, start it by mpirun or srun of its own, from the job script; or let the "
+        "ranks themselves do what it is to do"
+    )
 
 
 def _refuse_strangers(evidence: env.Evidence | None, mpi: Any) -> None:
