@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addini("ranks_grace", "seconds to end a test that failed on another rank", default="10")
     parser.addini("leftover_runs", "jobs of tests/test_leftovers.py", default="6")
+    parser.addini("deaths_sizes", "numbers of ranks for all of tests/deaths", default="")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,12 +9,12 @@ from enum import Enum
 
 __all__ = ["LIMIT", "SIZES", "SOON", "TIMEOUT", "Case", "Ending"]
 
-TIMEOUT = 4.0  # seconds: the deadline of all jobs
+TIMEOUT = 4.0  # seconds: the deadline of all jobs but those that say another
 LIMIT = TIMEOUT + 5.0  # seconds from the event to the end of the job
 SOON = 2.5  # seconds, for what needs nobody's deadline, nor the time that leaving ranks are given
 SIZES = (2, 4)
 
-HEAD = f"""\
+HEAD = """\
 import ctypes
 import os
 import resource
@@ -26,17 +26,31 @@ from pathlib import Path
 import numpy as np
 
 import mpidist
+from mpidist import env
 
-world = mpidist.init(timeout={TIMEOUT})
-guilty = world.size // 2
-small, large = np.ones(1000), np.ones(1 << 16)
-for x in (small, large):
-    mpidist.all_reduce(x, world)
+rank, evidence = env.launcher_rank(), env.launcher_evidence()
+size = evidence.size
+guilty = size // 2
 
 
 def it_happens():
     time.sleep(0.5)  # the others go on to their next operation
-    Path(f"event-{{world.rank}}").write_text(repr(time.monotonic()))
+    Path(f"event-{rank}").write_text(repr(time.monotonic()))
+
+
+"""
+
+EARLY = """\
+from mpi4py import MPI  # not within the deadline of init: a busy machine starts ranks one by one
+"""
+
+START = """\
+world = mpidist.init(timeout=<timeout>)
+small, large = np.ones(1000), np.ones(1 << 16)
+for x in (small, large):
+    mpidist.all_reduce(x, world)
+maps = Path("/proc/self/maps").read_text().split()
+Path(f"memory-{rank}").write_text("\\n".join(word for word in maps if "/mpich_shm_" in word))
 
 
 def work_for_ever():
@@ -51,6 +65,7 @@ class Ending(Enum):
     """How a job ends, to its launcher."""
 
     BAD = "with an exit code that is not 0"
+    GOOD = "with exit code 0: nothing is wrong"
     UNSEEN = "with exit code 0: nobody can see that something is wrong"
     ANY = "as the MPI library has it"
 
@@ -69,7 +84,9 @@ class Case:
     fault : str
         For people; docs/faults.rst has a row for it, which several cases may share.
     body : str
-        The program, after `HEAD`. It calls `it_happens` where the seconds begin.
+        The program, after `HEAD` and `START`. It calls `it_happens` where the seconds begin.
+    before : str
+        What comes before `START`, which calls `init`.
     sees : tuple of str
         Regular expressions, each of which the output must hold.
     blames : str or None
@@ -80,8 +97,12 @@ class Case:
         Whether the launcher alone tells of it, by a process number.
     dumps : bool
         Whether the records are written as JSON.
+    timeout : float
+        Seconds: the deadline.
     within : float
         Seconds from the event to the end of the job.
+    sizes : tuple of int
+        Numbers of ranks.
     environment : mapping of str to str
         What is set for the job.
     ending : Ending
@@ -91,19 +112,23 @@ class Case:
     name: str
     fault: str
     body: str
+    before: str = EARLY
     sees: tuple[str, ...] = ()
     blames: str | None = None
     sites: tuple[str, ...] = ("guilty", "others")
     launcher: bool = False
     dumps: bool = True
+    timeout: float = TIMEOUT
     within: float = LIMIT
+    sizes: tuple[int, ...] = SIZES
     environment: Mapping[str, str] = field(default_factory=dict)
     ending: Ending = Ending.BAD
 
     @property
     def script(self) -> str:
         """The whole program."""
-        return HEAD + self.body.lstrip("\n")
+        start = START.replace("<timeout>", str(self.timeout))
+        return HEAD + self.before.lstrip("\n") + start + self.body.lstrip("\n")
 
     def guilty(self, size: int) -> int:
         """Return the rank that does it, of so many."""

@@ -4,6 +4,8 @@ The jobs of all tests that were selected run a few at a time, from the first tes
 that they took are told at the end of
 
     python -m pytest tests/deaths/test_deaths.py -v
+
+and ``-o "deaths_sizes=2 3 4"`` tries all cases with these numbers of ranks.
 """
 
 from __future__ import annotations
@@ -11,24 +13,32 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tests.deaths import endings, mismatches
-from tests.deaths.case import SIZES, Case, Ending
+from tests.deaths import endings, lifetimes, mismatches
+from tests.deaths.case import Case, Ending
 from tests.deaths.matrix import Matrix, Outcome
 
 pytestmark = pytest.mark.mpirun
 
+CASES = (*endings.CASES, *lifetimes.CASES, *mismatches.CASES)
 FIRST = 20  # lines
 ON_HOSTS = ("raise", "exit-0", "kill")
 WHO = r"rank ([\d, -]+) on [^ ,:]+ \(pid ([\d, -]+)\)"
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size}-ranks")
-@pytest.mark.parametrize(
-    "case", [*endings.CASES, *mismatches.CASES], ids=lambda case: str(case.name)
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Try each case with its numbers of ranks, or with those that the command line names."""
+    if "size" not in metafunc.fixturenames:
+        return
+    asked = [int(size) for size in metafunc.config.getini("deaths_sizes").split()]
+    jobs = [(case, size) for case in CASES for size in asked or case.sizes]
+    names = [f"{case.name}-{size}-ranks" for case, size in jobs]
+    metafunc.parametrize(("case", "size"), jobs, ids=names)
+
+
 def test_death(matrix: Matrix, case: Case, size: int) -> None:
     check(matrix.outcome(case, size), case, size)
 
@@ -50,7 +60,7 @@ def check(outcome: Outcome, case: Case, size: int, *, first: int = FIRST) -> Non
     assert outcome.seconds < case.within, outcome
     assert ended.left == [], outcome
     if case.ending is not Ending.ANY:
-        assert (ended.code == 0) == (case.ending is Ending.UNSEEN), outcome
+        assert (ended.code == 0) == (case.ending in (Ending.UNSEEN, Ending.GOOD)), outcome
     for words in case.sees:
         assert re.search(case.pattern(words, size), ended.text), f"{words}\n{outcome}"
     if size == 4:
@@ -60,6 +70,7 @@ def check(outcome: Outcome, case: Case, size: int, *, first: int = FIRST) -> Non
             assert re.search(case.place(name), ended.text), f"{name}: {case.place(name)}\n{outcome}"
     if case.dumps:
         assert_dumped(outcome, size)
+        assert_nothing_in_shared_memory(outcome)
 
 
 def assert_blamed(outcome: Outcome, case: Case, size: int, first: int) -> None:
@@ -104,3 +115,10 @@ def assert_dumped(outcome: Outcome, size: int) -> None:
     for file in files:
         told = json.loads(file.read_text())["ranks"]
         assert [state["rank"] for state in told] == list(range(size)), file.read_text()
+
+
+def assert_nothing_in_shared_memory(outcome: Outcome) -> None:
+    """Check that a job which mpidist has ended leaves none of the MPI library's files there."""
+    told = [file.read_text().split() for file in outcome.directory.glob("memory-*")]
+    assert told, outcome
+    assert [name for name in set().union(*told) if Path(name).exists()] == [], outcome
