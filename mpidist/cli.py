@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mpidist import __version__
+from mpidist._stdout import accept_any_text
 from mpidist.bench import command as bench
 from mpidist.bench import plan
 from mpidist.checkpoint import command as checkpoint
@@ -59,6 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
     SystemExit
         If the words are no command line (code 2), or ask for help or the version (code 0).
     """
+    accept_any_text()
     words = sys.argv[1:] if words is None else words
     options = make_parser().parse_args(words)
     return COMMANDS[options.command][0].run(options, words=words)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from mpidist.checkpoint.directory import make_room, step_of
+from mpidist.checkpoint.directory import clear, make_room, step_directory, step_of
 from mpidist.checkpoint.manifest import JSON, Manifest
 from mpidist.checkpoint.plan import Assignment, Declaration, Plan, make_plan
+from mpidist.checkpoint.running import is_being_written
 from mpidist.checkpoint.saver import LastSave, Saver
 from mpidist.checkpoint.single_file import SINGLE_FILE, check_single_file
 from mpidist.checkpoint.state import FlatState, State, as_json, flatten
 from mpidist.checkpoint.versions import versions
 from mpidist.collectives import all_gather, broadcast_object, gather_object, scatter_object
-from mpidist.errors import CheckpointError, CollectiveMismatchError, DistributedError
+from mpidist.errors import (
+    CheckpointError,
+    CollectiveMismatchError,
+    DistributedError,
+    UnsupportedOperationError,
+)
 
 __all__ = ["Agreement", "agree"]
 
@@ -34,6 +41,8 @@ class Agreement:
     ----------
     id : str
         Of the save.
+    directory : Path
+        Of the step.
     flat : FlatState
         What this rank holds.
     assignment : Assignment
@@ -43,6 +52,7 @@ class Agreement:
     """
 
     id: str
+    directory: Path
     flat: FlatState
     assignment: Assignment
     lead: tuple[Manifest, Plan] | None
@@ -84,7 +94,13 @@ class _Order(NamedTuple):
 
 
 def agree(
-    state: State, metadata: JSON, saver: Saver, directory: Path, *, single_file: bool
+    state: State,
+    metadata: JSON,
+    saver: Saver,
+    path: str | os.PathLike[str],
+    step: int,
+    *,
+    single_file: bool,
 ) -> Agreement:
     """Plan a save with all ranks.
 
@@ -94,8 +110,8 @@ def agree(
         As for `save`.
     saver : Saver
         Of the group.
-    directory : Path
-        Of the step; rank 0 makes it.
+    path, step
+        As for `save`; rank 0 makes the directory.
     single_file : bool
         Whether all ranks write one file.
 
@@ -116,6 +132,13 @@ def agree(
     """
     group = saver.group
     held, problem = _looked_at(state, metadata, saver, single_file=single_file)
+    directory = Path(str(path))  # for messages, if it cannot be
+    try:
+        directory = step_directory(path, index(step))
+    except DistributedError as error:
+        problem = problem or type(error)(f"rank {group.rank}: {error}")
+    except (TypeError, ValueError) as error:
+        problem = problem or UnsupportedOperationError(f"rank {group.rank}: {error}")
     where = str(directory / SINGLE_FILE if single_file else directory)
     names = held.names
     last = saver.last if saver.last is not None and saver.last.names == names else None
@@ -127,7 +150,7 @@ def agree(
         order, plan = _anew(held, problem, where, saver, directory)
         saver.last = LastSave(names, order.id, order.assignment, plan)
     if plan is None:
-        return Agreement(order.id, held.flat, order.assignment, None)
+        return Agreement(order.id, directory, held.flat, order.assignment, None)
     header = Manifest(
         id=order.id,
         step=step_of(directory),
@@ -138,7 +161,7 @@ def agree(
         metadata=held.metadata,
         values=plan.values,
     )
-    return Agreement(order.id, held.flat, order.assignment, (header, plan))
+    return Agreement(order.id, directory, held.flat, order.assignment, (header, plan))
 
 
 def _looked_at(
@@ -164,7 +187,7 @@ def _held(flat: FlatState, metadata: JSON) -> _Held:
 
 
 def _digest(text: str) -> bytes:
-    return xxhash.xxh3_128_digest(text.encode())
+    return xxhash.xxh3_128_digest(text.encode(errors="surrogatepass"))  # names of files have them
 
 
 def _as_before(
@@ -177,20 +200,20 @@ def _as_before(
     """
     group = saver.group
     ready = last is not None
+    identity = uuid.uuid4()
     if ready and group.rank == 0:
         try:
-            _make_room(saver, directory)
+            _make_room(directory, identity.hex)
         except DistributedError:  # told to all in the other way
             ready = False
     kept = last.id if last is not None else ""
     told = [held.values, _digest(where), _digest(kept)]
-    mine = b"".join([bytes([ready]), *told, uuid.uuid4().bytes])
+    mine = b"".join([bytes([ready]), *told, identity.bytes])
     table = all_gather(np.frombuffer(mine, np.uint8), group).reshape(group.size, -1)
     if table[:, 0].all() and (table[:, :49] == table[0, :49]).all():
         return bytes(table[0, 49:])
     if ready and group.rank == 0:
-        with suppress(OSError):  # it will be emptied, or said to be there
-            directory.rmdir()
+        clear(directory, identity.hex)
     return None
 
 
@@ -241,7 +264,8 @@ def _elsewhere(directories: Sequence[str]) -> Iterator[DistributedError]:
         if directory != directories[0]:
             yield CollectiveMismatchError(
                 f"rank {rank} saves to {directory}, and rank 0 to {directories[0]}; give the same "
-                "path, step and single_file on all ranks"
+                "path, step and single_file on all ranks, and an absolute path where their working "
+                "directories differ"
             )
 
 
@@ -256,7 +280,7 @@ def _decide(
     plan = None
     try:
         plan = _planned(declarations, problems)
-        _make_room(saver, directory)
+        _make_room(directory, identity)
     except DistributedError as error:
         words = f"save of {directory} on {saver.group}: {error}"
         return None, [_Order(type(error)(words), "", [])] * len(declarations)
@@ -272,12 +296,12 @@ def _planned(declarations: list[Declaration], problems: list[DistributedError]) 
     return make_plan(declarations)
 
 
-def _make_room(saver: Saver, directory: Path) -> None:
+def _make_room(directory: Path, identity: str) -> None:
     """Make the directory of a step, or empty one that a killed save has left."""
-    if any(future.directory == directory for future in saver.pending):
+    if is_being_written(directory):
         raise CheckpointError("an earlier save of this step is still under way; wait for it")
     try:
-        make_room(directory)
+        make_room(directory, identity)
     except CheckpointError as error:
         raise CheckpointError(f"rank 0: {error}") from error
     except (OSError, ValueError) as error:  # a ValueError of a name that no file can have

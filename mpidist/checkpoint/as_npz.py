@@ -43,8 +43,19 @@ _DAMAGE = (
 )
 
 
-def write_npz(checkpoint: Checkpoint, path: Path, progress: Progress) -> None:
+def write_npz(checkpoint: Checkpoint, path: Path, file: IO[bytes], progress: Progress) -> None:
     """Write a checkpoint as one npz file, as `numpy.savez` does.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What to write.
+    path : Path
+        Of the file when it is complete.
+    file : binary file
+        The file, under a temporary name.
+    progress : callable
+        Is told how many more bytes are written.
 
     Notes
     -----
@@ -53,20 +64,20 @@ def write_npz(checkpoint: Checkpoint, path: Path, progress: Progress) -> None:
     """
     halves = [name for name, array in checkpoint.arrays.items() if array.dtype == BFLOAT16]
     with (
-        zipfile.ZipFile(path, "w", allowZip64=True) as archive,
-        tempfile.TemporaryFile(dir=path.parent) as file,
+        zipfile.ZipFile(file, "w", allowZip64=True) as archive,
+        tempfile.TemporaryFile(dir=path.parent) as whole,
         Reader(checkpoint) as reader,
     ):
         archive.writestr(zipfile.ZipInfo(_DESCRIPTION), description(checkpoint, bfloat16=halves))
         for name, array in checkpoint.arrays.items():
-            file.seek(0)
-            file.truncate()
-            file.write(_header(array))
-            file.flush()
-            copy_array(reader, name, array, file.fileno(), file.tell(), progress)
-            file.seek(0)
+            whole.seek(0)
+            whole.truncate()
+            whole.write(_header(array))
+            whole.flush()
+            copy_array(reader, name, array, whole.fileno(), whole.tell(), progress)
+            whole.seek(0)
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-                shutil.copyfileobj(file, entry, _BLOCK)
+                shutil.copyfileobj(whole, entry, _BLOCK)
 
 
 def _header(array: StoredArray) -> bytes:

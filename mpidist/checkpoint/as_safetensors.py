@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -40,8 +39,10 @@ _TO_NAME: dict[DType, str] = {
 _TO_DTYPE = {name: dtype for dtype, name in _TO_NAME.items()}
 
 
-def write_safetensors(checkpoint: Checkpoint, path: Path, progress: Progress) -> None:
-    """Write a checkpoint as one file of safetensors.
+def write_safetensors(
+    checkpoint: Checkpoint, path: Path, file: IO[bytes], progress: Progress
+) -> None:
+    """Write a checkpoint as one file of safetensors; parameters as of `write_npz`.
 
     Raises
     ------
@@ -64,6 +65,7 @@ def write_safetensors(checkpoint: Checkpoint, path: Path, progress: Progress) ->
             f"safetensors cannot keep {', '.join(unknown[:5])} of {checkpoint.directory}; export "
             "to .npz, which can"
         )
+    del path
     # As its library sorts them: whatever is in front of an array has elements of its length.
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {_KEY: description(checkpoint)}}
@@ -80,15 +82,10 @@ def write_safetensors(checkpoint: Checkpoint, path: Path, progress: Progress) ->
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     front = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        begin = write_at(descriptor, front, 0)
-        with Reader(checkpoint) as reader:
-            for name in names:
-                byte = begin + places[name]
-                copy_array(reader, name, arrays[name], descriptor, byte, progress)
-    finally:
-        os.close(descriptor)
+    begin = write_at(file.fileno(), front, 0)
+    with Reader(checkpoint) as reader:
+        for name in names:
+            copy_array(reader, name, arrays[name], file.fileno(), begin + places[name], progress)
 
 
 @contextmanager

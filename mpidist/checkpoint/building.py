@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from mpidist.arrays import as_bytes
 from mpidist.boxes import Box
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import VIEW, assemble, commit, report_of
-from mpidist.checkpoint.directory import Checkpoint, make_room, step_directory
+from mpidist.checkpoint.directory import Checkpoint, clear, make_room, step_directory
 from mpidist.checkpoint.manifest import JSON, Manifest, name_of
 from mpidist.checkpoint.plan import Declaration, Kind, Plan, make_plan
 from mpidist.checkpoint.sources import Progress, Source, unheard
@@ -29,7 +29,7 @@ __all__ = ["build"]
 
 
 def build(
-    path: Path,
+    path: str | os.PathLike[str],
     sources: Mapping[str, Source],
     values: Mapping[str, JSON],
     *,
@@ -43,7 +43,7 @@ def build(
 
     Parameters
     ----------
-    path : Path
+    path : path
         Directory of checkpoints.
     sources : mapping of str to Source
         The arrays.
@@ -92,11 +92,11 @@ def build(
     )
     directory = step_directory(path, step)
     try:
-        make_room(directory)
+        make_room(directory, header.id)
         try:
             _write(directory, header, plan, sources, progress)
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            clear(directory, header.id)
             raise
     except DistributedError as error:
         raise type(error)(f"{directory} is not written: {error}") from error

@@ -29,6 +29,7 @@ from mpidist.checkpoint.differences import compare
 from mpidist.checkpoint.directory import Checkpoint, find, prunable, step_of
 from mpidist.checkpoint.exporting import export_to, import_from
 from mpidist.checkpoint.manifest import JSON, encode
+from mpidist.checkpoint.paths import absolute
 from mpidist.checkpoint.progress import progress_bar
 from mpidist.checkpoint.resharding import reshard
 from mpidist.checkpoint.text import (
@@ -116,7 +117,7 @@ def _refuse(options: argparse.Namespace, error: Exception, code: int) -> int:
 
 
 def _list(options: argparse.Namespace) -> _Outcome:
-    path = options.path
+    path = absolute(options.path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}")
     partial = directory.partial(path)

@@ -10,7 +10,7 @@ fails, or dies, leaves a directory without a manifest, which is no checkpoint.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -23,7 +23,8 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.files import replace_file, sync_directory, temporary
+from mpidist.checkpoint.directory import claimed, clear
+from mpidist.checkpoint.files import naming, publish, sync_directory, temporary, write_at
 from mpidist.checkpoint.layout import Outline, lay_out
 from mpidist.checkpoint.manifest import (
     JSON,
@@ -145,7 +146,8 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
         if problem is None:
             problem = _failure(done_here(_conclude, save, results), 0)
         if problem is not None:
-            problem = f"{problem}. {_clear(save.directory)}"
+            assert save.lead is not None, "rank 0 planned it"
+            problem = f"{problem}. {clear(save.directory, save.lead[0].id)}"
         verdict = _packed(problem)
         yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
     if problem is not None:
@@ -180,36 +182,29 @@ def commit(directory: Path, manifest: Manifest) -> None:
     OSError
         If it cannot be written; there is none then, unless the disk does not even take it back.
     CheckpointError
-        If it is larger than what is read.
+        If it is larger than what is read, or the directory belongs to another save by now.
     """
     sync_directory(directory.parent)
     path = directory / MANIFEST
-    data = manifest.to_bytes()
-    if len(data) > MOST_BYTES:
+    part = temporary(path)
+    data = np.frombuffer(manifest.to_bytes(), np.uint8)
+    if data.nbytes > MOST_BYTES:
         raise CheckpointError(
-            f"the manifest would have {len(data)} bytes, and at most {MOST_BYTES} are read; save "
+            f"the manifest would have {data.nbytes} bytes, and at most {MOST_BYTES} are read; save "
             "fewer or larger pieces"
         )
-    replace_file(path, data)
+    with naming(part, data.nbytes), claimed(directory, manifest.id) as descriptor:
+        os.ftruncate(descriptor, 0)
+        write_at(descriptor, data, 0)
+        os.fsync(descriptor)
     try:
-        sync_directory(directory)
+        publish(part, path)
+    except FileExistsError:  # another save's, which is complete
+        raise
     except OSError:
         with suppress(OSError):  # the first one says more
-            path.replace(temporary(path))
+            path.replace(part)
         raise
-
-
-def _clear(directory: Path) -> str:
-    """Remove what a save that failed has left, and say whether that is a checkpoint.
-
-    The manifest goes first: where it cannot, the files stay that it names, which loading needs.
-    """
-    try:
-        (directory / MANIFEST).unlink(missing_ok=True)
-    except OSError:
-        return "Its manifest could not be taken away again: it may be there, and complete"
-    shutil.rmtree(directory, ignore_errors=True)
-    return "There is no such checkpoint"
 
 
 def _told(written: Future[Written], rank: int) -> JSON:

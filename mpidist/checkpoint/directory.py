@@ -8,19 +8,32 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
 from pathlib import Path
 
-from mpidist.checkpoint.files import exists, read_regular, sync_directory, temporary
+import numpy as np
+
+from mpidist._new_file import create
+from mpidist.checkpoint.files import (
+    exists,
+    naming,
+    read_regular,
+    sync_directory,
+    temporary,
+    write_at,
+)
 from mpidist.checkpoint.manifest import JSON, MANIFEST, MOST_BYTES, Manifest, StoredArray
+from mpidist.checkpoint.paths import absolute
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 __all__ = [
     "STALE",
     "Checkpoint",
+    "claimed",
+    "clear",
     "find",
     "latest",
     "list",
@@ -47,7 +60,7 @@ class Checkpoint:
     Attributes
     ----------
     directory : Path
-        Where its files are.
+        Where its files are; absolute.
 
     Notes
     -----
@@ -57,6 +70,9 @@ class Checkpoint:
 
     directory: Path
     _known: Manifest | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", absolute(self.directory))
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -133,11 +149,11 @@ def manifest_of(directory: Path, data: bytes) -> Manifest:
     return manifest
 
 
-def step_directory(path: Path, step: int) -> Path:
+def step_directory(path: str | os.PathLike[str], step: int) -> Path:
     """Return where the checkpoint of a step is, or would be; ValueError if the step is negative."""
     if step < 0:
         raise ValueError(f"a step is at least 0, got {step}")
-    return path / f"step-{step:06d}"
+    return absolute(path) / f"step-{step:06d}"
 
 
 def step_of(directory: Path) -> int:
@@ -171,8 +187,9 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
     -----
     Local.
     """
-    with _looking(path):
-        return [Checkpoint(found) for found in _steps(Path(path)) if exists(found / MANIFEST)]
+    where = absolute(path)
+    with _looking(where):
+        return [Checkpoint(found) for found in _steps(where) if exists(found / MANIFEST)]
 
 
 def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
@@ -186,7 +203,7 @@ def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def find(path: Path, step: int | str) -> Checkpoint:
+def find(path: str | os.PathLike[str], step: int | str) -> Checkpoint:
     """Return the checkpoint of a step, or of ``"latest"``.
 
     Raises
@@ -194,6 +211,7 @@ def find(path: Path, step: int | str) -> Checkpoint:
     CheckpointNotFoundError
         If there is none; it says which there are.
     """
+    path = absolute(path)
     try:
         step = step if step == "latest" else index(step)  # type: ignore[arg-type]  # raises
     except TypeError:
@@ -263,12 +281,21 @@ def prunable(
 
 def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
     """Return the directories of steps that are no checkpoints: left by a kill, or being written."""
-    with _looking(path):
-        return [found for found in _steps(Path(path)) if not exists(found / MANIFEST)]
+    where = absolute(path)
+    with _looking(where):
+        return [found for found in _steps(where) if not exists(found / MANIFEST)]
 
 
-def make_room(directory: Path) -> None:
+def make_room(directory: Path, identity: str) -> None:
     """Make the directory of a step, or empty one that a killed save has left.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the step.
+    identity : str
+        Of the save that is about to write there. It is put into what is going to be the manifest,
+        under its temporary name, and says to whom the directory belongs; see `claimed`.
 
     Raises
     ------
@@ -286,8 +313,100 @@ def make_room(directory: Path) -> None:
         remove(directory)
     fresh = [parent for parent in directory.parents if not exists(parent)]
     directory.mkdir(parents=True)
-    for made in fresh:
-        sync_directory(made.parent)
+    claim = temporary(directory / MANIFEST)
+    try:
+        with naming(claim):
+            descriptor = create(claim, mode=0o666)
+            try:
+                write_at(descriptor, np.frombuffer(identity.encode(), np.uint8), 0)
+            finally:
+                os.close(descriptor)
+        for made in fresh:
+            sync_directory(made.parent)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def claimed(directory: Path, identity: str) -> Iterator[int]:
+    """Open what is going to be the manifest, if the directory still belongs to a save.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the step.
+    identity : str
+        Of the save, as given to `make_room`.
+
+    Yields
+    ------
+    int
+        Descriptor of the file.
+
+    Raises
+    ------
+    CheckpointError
+        If another process has removed the directory since, or saves the same step.
+    """
+    claim = temporary(directory / MANIFEST)
+    try:
+        descriptor = os.open(claim, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CheckpointError(_LOST.format(directory)) from None
+    try:
+        if os.pread(descriptor, len(identity) + 1, 0) != identity.encode():
+            raise CheckpointError(_LOST.format(directory))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+_LOST = (
+    "another process has removed {}, or saves the same step there; let each run have a directory "
+    "of its own"
+)
+
+
+def clear(directory: Path, identity: str) -> str:
+    """Remove what a save that failed has left, unless it belongs to another save by now.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the step.
+    identity : str
+        Of the save.
+
+    Returns
+    -------
+    str
+        A sentence: whether there is a checkpoint now.
+
+    Notes
+    -----
+    The manifest goes first: where it cannot, the files stay that it names, which loading needs.
+    """
+    manifest = directory / MANIFEST
+    try:
+        if not exists(directory):
+            return "There is no such checkpoint"
+        if not _belongs(directory, identity):
+            return "What is there belongs to another save, and was left alone"
+        manifest.unlink(missing_ok=True)
+    except (OSError, CheckpointError):
+        return "Its manifest could not be taken away again: it may be there, and complete"
+    shutil.rmtree(directory, ignore_errors=True)
+    return "There is no such checkpoint"
+
+
+def _belongs(directory: Path, identity: str) -> bool:
+    """Return whether a directory is still that of a save: by its manifest, or what becomes one."""
+    manifest = directory / MANIFEST
+    for path in (manifest, temporary(manifest)):
+        with suppress(FileNotFoundError):
+            return identity.encode() in read_regular(path, MOST_BYTES + 1)
+    return False
 
 
 def remove(directory: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from mpidist.checkpoint.building import build
 from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.files import open_regular
 from mpidist.checkpoint.foreign import Foreign, new_file
+from mpidist.checkpoint.paths import absolute
 from mpidist.checkpoint.reading import check_files
 from mpidist.checkpoint.sources import Progress, unheard
 from mpidist.checkpoint.state import flatten
@@ -27,7 +28,7 @@ __all__ = ["FORMATS", "export_to", "import_from"]
 class Format(NamedTuple):
     """What can be done with a format."""
 
-    write: Callable[[Checkpoint, Path, Progress], None]
+    write: Callable[[Checkpoint, Path, IO[bytes], Progress], None]
     open: Callable[[Path], AbstractContextManager[Foreign]]
 
 
@@ -65,12 +66,13 @@ def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = unhear
     safetensors; in npz it is uint16, and the entry mpidist.json names the arrays.
     """
     write = _format_of(path).write
-    if path.exists():
+    path = absolute(path)
+    if os.path.lexists(path):
         raise CheckpointError(f"{path} is there already, and never overwritten; remove it first")
     check_files(checkpoint.directory, checkpoint.manifest)
     try:
-        with new_file(path) as part:
-            write(checkpoint, part, progress)
+        with new_file(path, checkpoint.nbytes) as file:
+            write(checkpoint, path, file, progress)
     except DistributedError:
         raise
     except OSError as error:
@@ -117,6 +119,7 @@ def import_from(
     Local. Memory: some blocks of at most 8 MiB. Nothing is unpickled.
     """
     opener = _format_of(file).open
+    file = absolute(file)
     try:
         with suppress(FileNotFoundError):  # reported below, after a package that is missing
             os.close(open_regular(file))  # the packages would wait at a FIFO

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mpidist._types import Array
 from mpidist.errors import CheckpointCorruptError
+from mpidist.log import logger
 
 __all__ = [
     "exists",
+    "naming",
     "open_regular",
+    "publish",
     "read_at",
     "read_regular",
-    "replace_file",
     "sync_directory",
     "temporary",
     "write_at",
@@ -75,7 +80,8 @@ _KINDS = {
 def read_regular(path: Path, most: int) -> bytes:
     """Return the contents of a regular file, at most so many bytes; raises as `open_regular`."""
     with os.fdopen(open_regular(path), "rb") as file:
-        return file.read(most)
+        size = os.fstat(file.fileno()).st_size
+        return file.read(min(size, most))  # which allocates as much as it is asked for
 
 
 def write_at(descriptor: int, data: Array, offset: int) -> int:
@@ -109,7 +115,8 @@ def write_at(descriptor: int, data: Array, offset: int) -> int:
     view = data.data
     while view:
         written = os.pwrite(descriptor, view[:_BLOCK], offset)
-        os.posix_fadvise(descriptor, offset, written, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # a hint, which some file systems do not know
+            os.posix_fadvise(descriptor, offset, written, os.POSIX_FADV_DONTNEED)
         view, offset = view[written:], offset + written
     return offset
 
@@ -145,37 +152,102 @@ def read_at(descriptor: int, parts: Sequence[Array], offset: int) -> int:
     return done
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file under its temporary name, sync it, and give it its name.
+@contextmanager
+def naming(path: Path, nbytes: int | None = None) -> Iterator[None]:
+    """Name the file in what the system raises in the block, and its size if the disk is full.
 
     Parameters
     ----------
     path : Path
-        The file; one that is there is replaced in one instant.
-    data : bytes
-        What it shall hold.
+        What is being written: calls with a descriptor do not name it.
+    nbytes : int, optional
+        Least size of the file when it is complete.
 
     Raises
     ------
     OSError
-        If it fails; what was there still is. The directory has not been synced.
+        Of the same number, so of the same class.
     """
-    part = temporary(path)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        text = error.strerror or os.strerror(error.errno)
+        if error.errno in _FULL and nbytes is not None and error.filename2 is None:
+            text += f" for a file of {nbytes:,} bytes"
+        name = path if error.filename is None else error.filename
+        raise OSError(error.errno, text, str(name)) from error
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def publish(part: Path, path: Path, *, warn: bool = True) -> None:
+    """Give a file that is complete and synced its name, and sync the directory.
+
+    Parameters
+    ----------
+    part, path : Path
+        Its temporary name and its own, in one directory.
+    warn : bool, optional
+        As of `sync_directory`.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something of that name: another process writes to the same directory.
+    OSError
+        If it fails.
+    """
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    else:
+        raise FileExistsError(errno.EEXIST, "Another process has made this file", str(path))
     os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
+    sync_directory(path.parent, warn=warn)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory survive a loss of power."""
+def sync_directory(directory: Path, *, warn: bool = True) -> None:
+    """Make the names in a directory survive a loss of power.
+
+    Parameters
+    ----------
+    directory : Path
+        Which one.
+    warn : bool, optional
+        Whether to log a warning, once in this process, where the file system does not support
+        it: CephFS and some that are mounted by FUSE refuse to sync a directory. They have the names
+        or do not have them after a loss of power; nothing else can be done about it.
+
+    Raises
+    ------
+    OSError
+        If it fails for another reason.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(directory):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        if warn and not _reported.is_set():
+            _reported.set()
+            logger.warning(
+                "%s: its file system does not sync directories (%s), so a loss of power may take "
+                "the newest checkpoint; this is said once",
+                directory,
+                error.strerror,
+            )
     finally:
         os.close(descriptor)
+
+
+_NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+_reported = threading.Event()
+"""Set when the warning has been given."""

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
+from typing import IO
 
+from mpidist._new_file import create_unique
 from mpidist.arrays import as_bytes
 from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint
-from mpidist.checkpoint.files import sync_directory, temporary, write_at
+from mpidist.checkpoint.files import naming, publish, write_at
 from mpidist.checkpoint.manifest import JSON, StoredArray, decode, encode
 from mpidist.checkpoint.sources import Progress, Reader, Source
 from mpidist.checkpoint.units import runs_of
@@ -74,27 +76,33 @@ def described(text: str | bytes, sources: Mapping[str, Source], path: Path) -> F
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Have a file made under a temporary name; it gets its own, synced, if nothing is raised.
+def new_file(path: Path, nbytes: int) -> Iterator[IO[bytes]]:
+    """Have a file written under a temporary name; it gets its own, synced, if nothing is raised.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file; must not be there.
+    nbytes : int
+        Least size of the complete file, for errors.
 
     Yields
     ------
-    Path
-        What to make.
+    binary file
+        What to write; nobody else writes to it.
     """
-    part = temporary(path)
+    with naming(path.parent):
+        descriptor, name = create_unique(path.parent, path.name, ".tmp", mode=0o666)
+    part = Path(name)
     try:
-        yield part
-        descriptor = os.open(part, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        part.replace(path)
+        with naming(part, nbytes), os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
 
 
 def copy_array(

@@ -9,6 +9,7 @@ files while it moves them. A file that all ranks write together (`shared_file`) 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -56,7 +57,7 @@ def create_file(
     Parameters
     ----------
     path : Path
-        Replaced if it is there.
+        Must not be there.
     datasets : iterable of (str, sequence of int, dtype)
         Name, shape and dtype of each.
     attributes : mapping of str to (str or int)
@@ -71,19 +72,42 @@ def create_file(
     Raises
     ------
     OSError
-        If it cannot be written.
+        If it cannot be written, or is there already.
     """
     import h5py
 
-    with h5py.File(
-        path,
-        "w",
-        locking="best-effort",  # many parallel file systems have no locks
-        alignment_threshold=ALIGNMENT,
-        alignment_interval=ALIGNMENT,
-    ) as file:
+    with (
+        _errors_of_the_system(path),
+        h5py.File(
+            path,
+            "x",
+            locking=_LOCKING,
+            alignment_threshold=ALIGNMENT,
+            alignment_interval=ALIGNMENT,
+        ) as file,
+    ):
         _describe(file, {"format": FORMAT, "version": VERSION, **attributes})
         return {name: _create(file, name, shape, dtype) for name, shape, dtype in datasets}
+
+
+_LOCKING = False
+"""For every file: none is written by two processes, and where locks are refused (NFS without its
+lock daemon, Lustre mounted without flock) HDF5 would not open any."""
+
+_NUMBER = re.compile(r"errno = (\d+)")
+
+
+@contextmanager
+def _errors_of_the_system(path: Path) -> Iterator[None]:
+    """Raise what the system has refused, with the file, in the place of HDF5's account of it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found = _NUMBER.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager
@@ -114,7 +138,10 @@ def shared_file(path: Path, comm: Any) -> Iterator[SharedFile]:
     """
     import h5py
 
-    with h5py.File(path, "r+", locking="best-effort", driver="mpio", comm=comm) as file:
+    with (
+        _errors_of_the_system(path),
+        h5py.File(path, "r+", locking=_LOCKING, driver="mpio", comm=comm) as file,
+    ):
         yield SharedFile(file)
 
 
@@ -214,14 +241,14 @@ def create_view(path: Path, manifest: Manifest) -> None:
     Parameters
     ----------
     path : Path
-        Replaced if it is there.
+        Must not be there.
     manifest : Manifest
         What lies where.
 
     Raises
     ------
     OSError
-        If it cannot be written.
+        If it cannot be written, or is there already.
 
     Notes
     -----
@@ -234,7 +261,10 @@ def create_view(path: Path, manifest: Manifest) -> None:
     names = sorted(manifest.arrays, key=lambda name: -manifest.arrays[name].nbytes)
     shown = sorted(names[:MOST_IN_VIEW])
     # Virtual datasets came with HDF5 1.10, whose groups are smaller and faster than those before.
-    with h5py.File(path, "w", locking="best-effort", libver=("v110", "v110")) as file:
+    with (
+        _errors_of_the_system(path),
+        h5py.File(path, "x", locking=_LOCKING, libver=("v110", "v110")) as file,
+    ):
         shows = f"{len(shown)} of {len(names)}"
         _describe(file, {"format": f"view of {FORMAT}", "id": manifest.id, "arrays": shows})
         view = _View(file, manifest)
@@ -372,7 +402,7 @@ def contents(path: Path) -> Contents:
 
     os.close(open_regular(path))  # HDF5 would wait at a FIFO
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with h5py.File(path, "r", locking=_LOCKING) as file:
             file.visititems(note)
             identity = bytes(file.attrs["id"]).decode() if "id" in file.attrs else None
     except OSError:

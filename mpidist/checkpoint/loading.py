@@ -18,8 +18,9 @@ from mpidist.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
 from mpidist.checkpoint.files import read_regular
 from mpidist.checkpoint.manifest import MANIFEST, MOST_BYTES, Manifest
+from mpidist.checkpoint.paths import absolute, check_same
 from mpidist.checkpoint.reading import Files, check_files
-from mpidist.checkpoint.saver import saver_of
+from mpidist.checkpoint.saver import Saver, saver_of
 from mpidist.checkpoint.sharing import SLOT, Alone, Readers, batches, readers_of, room
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
 from mpidist.checkpoint.units import Pieces, Unit, Wanted, divided_units, give, place_of, units_of
@@ -80,6 +81,9 @@ def load(
         saved, or the format is a later one.
     CheckpointError
         If a file cannot be read.
+    CollectiveMismatchError
+        If the ranks ask for other directories or steps, as where a relative path is given and their
+        working directories differ.
     UnsupportedOperationError
         If the state has something that cannot be kept.
 
@@ -93,8 +97,7 @@ def load(
     """
     saver = saver_of(group)
     saver.settle(0)
-    _all_or_none(saver.raise_untold, saver.group, f"load of {path} on group {group.name!r}")
-    checkpoint = _found(Path(path), step, saver.group)
+    checkpoint = _found(path, step, saver, f"load of {path} on group {group.name!r}")
     manifest = checkpoint.manifest
     what = f"load of {checkpoint.directory} on group {group.name!r}"
     flat = FlatState()
@@ -151,7 +154,7 @@ def load_full(
     -----
     Local. Memory: the arrays, and 2 MiB.
     """
-    checkpoint = find(Path(path), step)
+    checkpoint = find(path, step)
     manifest = checkpoint.manifest
     check_files(checkpoint.directory, manifest)
     names = [*manifest.values, *manifest.arrays] if names is None else names
@@ -216,18 +219,27 @@ class _Targets:
             array[...] = array_namespace(array).asarray(memory)
 
 
-def _found(path: Path, step: int | str, group: ProcessGroup) -> Checkpoint:
+def _found(path: str | os.PathLike[str], step: int | str, saver: Saver, what: str) -> Checkpoint:
     """Let rank 0 find a checkpoint, and give its manifest to all."""
+    group, where = saver.group, Path()
+
+    def prepare() -> None:
+        nonlocal where
+        saver.raise_untold()
+        where = absolute(path)
+
+    _all_or_none(prepare, group, what)
+    check_same(f"step {step!r} of {where} to load", group)
     problem: DistributedError | None = None
     found: tuple[Path, bytes] | None = None
     if group.rank == 0:
         try:
-            directory = find(path, step).directory
+            directory = find(where, step).directory
             found = directory, read_regular(directory / MANIFEST, MOST_BYTES + 1)
         except DistributedError as error:
             problem = error
         except Exception as error:  # noqa: BLE001  # whatever it is, the others must not wait
-            words = f"rank 0 cannot read {path}: {type(error).__name__}: {error}"
+            words = f"rank 0 cannot read {where}: {type(error).__name__}: {error}"
             problem = CheckpointError(words)
     problem, found = broadcast_object((problem, found), group)
     if problem is not None:

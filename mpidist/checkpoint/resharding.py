@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from mpidist.checkpoint.building import build
 from mpidist.checkpoint.directory import Checkpoint, find
@@ -61,12 +60,12 @@ def reshard(
     Memory: some blocks of at most 8 MiB, whatever the arrays' sizes, and the manifest. A kill
     leaves a directory without a manifest, which is no checkpoint.
     """
-    checkpoint = find(Path(src), step)
+    checkpoint = find(src, step)
     manifest = checkpoint.manifest
     check_files(checkpoint.directory, manifest)
     with Reader(checkpoint) as reader:
         return build(
-            Path(dst),
+            dst,
             reader.sources(),
             manifest.values,
             step=checkpoint.step,

@@ -12,6 +12,7 @@ from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import Save, Waitable, steps_of
 from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.plan import Assignment, Declaration, Plan
+from mpidist.checkpoint.running import end_write
 from mpidist.checkpoint.staging import Staging
 from mpidist.checkpoint.worker import Worker
 from mpidist.errors import CheckpointAsyncError, CheckpointError
@@ -40,7 +41,7 @@ class CheckpointFuture:
 
     @property
     def directory(self) -> Path:
-        """Where it is being written."""
+        """Where it is being written; absolute, as it was when the save began."""
         return self._save.directory
 
     @property
@@ -177,6 +178,7 @@ class Saver:
     def forget(self, future: CheckpointFuture) -> None:
         """Note that a save is over."""
         self.pending.remove(future)
+        end_write(future.directory, complete=not future.failed)
         if future.failed:
             self._failed.append(future)
 

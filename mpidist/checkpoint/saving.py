@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from mpidist.arrays import to_host
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.agreement import Agreement, agree
 from mpidist.checkpoint.commit import VIEW, Save, foresee
-from mpidist.checkpoint.directory import Checkpoint, step_directory
+from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.manifest import JSON, Manifest
 from mpidist.checkpoint.plan import Part, Plan, part_of
+from mpidist.checkpoint.running import begin_write
 from mpidist.checkpoint.saver import CheckpointFuture, saver_of
 from mpidist.checkpoint.single_file import SINGLE_FILE, write_together
 from mpidist.checkpoint.state import State
@@ -148,14 +148,14 @@ def _begin(
     """Plan a save and start it; in flight 0 is in this thread, without a copy."""
     saver = saver_of(group)
     saver.settle(max(in_flight - 1, 0))
-    directory = step_directory(Path(path), index(step))
     with region("checkpoint plan"):
-        agreed = agree(state, metadata, saver, directory, single_file=single_file)
+        agreed = agree(state, metadata, saver, path, step, single_file=single_file)
+    directory = agreed.directory
     take = saver.staging.copy if in_flight else _in_place
     parts = [(part, part_of(agreed.flat.arrays[part.name], part)) for part in agreed.assignment]
     with region("checkpoint copy"):  # it may fail for want of memory, which all must learn
         taken = done_here(take, parts)
-    attributes = {"id": agreed.id, "step": step, "world_size": group.size}
+    attributes = {"id": agreed.id, "step": int(step), "world_size": group.size}
     submit = saver.worker.submit if in_flight else done_here
     with region("checkpoint write"):
         if single_file:
@@ -168,6 +168,7 @@ def _begin(
     save = Save(directory, agreed.lead, written, viewed=not single_file)
     future = CheckpointFuture(saver, save, beside=bool(in_flight))
     saver.pending.append(future)
+    begin_write(directory)
     return future
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.boxes import Box, boxes_of_at_most
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.files import sync_directory, temporary
+from mpidist.checkpoint.files import naming, publish, temporary
 from mpidist.checkpoint.manifest import ID_DATASET, StoredBox, StoredDataset, StoredFile, dtype_of
 from mpidist.checkpoint.plan import Kind
 from mpidist.checkpoint.worker import done_here
@@ -106,8 +106,7 @@ def write_together(
     if made is None:
         return Written(None, boxes)
     size = part.stat().st_size
-    os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
-    sync_directory(path.parent)
+    publish(part, path)
     return Written(StoredFile(path.name, size, made.result()), boxes)
 
 
@@ -144,9 +143,10 @@ def _fill(
                 continue
             for box in boxes_of_at_most(piece.box, _BLOCK // piece.dtype.itemsize):
                 file.write(piece.name, box, _elements(piece, box))
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

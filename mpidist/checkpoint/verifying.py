@@ -55,7 +55,7 @@ def verify(
     Memory: 1 MiB and the manifest. Starts a process that opens the files with HDF5, whose library
     does not survive every damaged one.
     """
-    checkpoint = find(Path(path), step)
+    checkpoint = find(path, step)
     try:
         manifest = checkpoint.manifest
     except CheckpointNotFoundError:

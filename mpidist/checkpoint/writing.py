@@ -17,7 +17,7 @@ from mpidist._types import Array, DType
 from mpidist.arrays import as_bytes
 from mpidist.boxes import Box
 from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.files import sync_directory, temporary, write_at
+from mpidist.checkpoint.files import naming, publish, temporary, write_at
 from mpidist.checkpoint.layout import Extent, lay_out
 from mpidist.checkpoint.manifest import (
     ALIGNMENT,
@@ -154,24 +154,23 @@ def write_file(
     written. Digests are computed while the disk works.
     """
     pieces, datasets, boxes = lay_out(pieces)
-    part = temporary(path)
     identity = np.frombuffer(str(attributes["id"]).encode(), np.uint8)
     datasets[ID_DATASET] = (identity.shape, identity.dtype)
     shapes = [(name, shape, dtype) for name, (shape, dtype) in datasets.items()]
-    begins = hdf5.create_file(part, shapes, attributes)
-    descriptor = os.open(part, os.O_RDWR)
-    try:
-        with _beside(meanwhile):
+    part = temporary(path)
+    with _beside(meanwhile), naming(part, sum(piece.nbytes for piece in pieces)):
+        begins = hdf5.create_file(part, shapes, attributes)
+        descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
+        try:
             write_at(descriptor, identity, begins[ID_DATASET])
             for data, offset in _stream(pieces, boxes, begins):
                 write_at(descriptor, data, offset)
             size = os.fstat(descriptor).st_size
             with _beside(os.fsync, descriptor):
                 digests = [piece.digests() for piece in pieces]
-    finally:
-        os.close(descriptor)
-    os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
-    sync_directory(path.parent)
+        finally:
+            os.close(descriptor)
+    publish(part, path, warn=attributes["rank"] == 0)  # one rank's warning is enough
     stored = StoredFile(
         path.name,
         size,

@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from mpidist import checkpoint
 from mpidist.checkpoint import CheckpointFuture, State
 from mpidist.checkpoint.directory import partial, remove
+from mpidist.checkpoint.paths import absolute, check_same
 from mpidist.checkpoint.state import flatten
 from mpidist.collectives import broadcast_object
 from mpidist.data import ShardedSampler
@@ -98,7 +98,7 @@ class Checkpoints:
     Attributes
     ----------
     directory : Path
-        As given.
+        Absolute: it stays the same when the working directory changes.
 
     Raises
     ------
@@ -115,7 +115,7 @@ class Checkpoints:
     ) -> None:
         if keep < 1:
             raise ValueError(f"Checkpoints: keep must be at least 1, got {keep}")
-        self.directory = Path(directory)
+        self.directory = absolute(directory)
         self._group = group
         self._keep = keep
         self._saving: CheckpointFuture | None = None
@@ -127,10 +127,12 @@ class Checkpoints:
         ------
         CheckpointError
             On every rank, if rank 0 cannot look into the directory.
+        CollectiveMismatchError
+            On every rank, if their directories differ.
 
         Notes
         -----
-        Collective over the group; blocks. One small broadcast.
+        Collective over the group; blocks. An all_gather of 16 bytes and a small broadcast.
         """
 
         def look() -> int | None:
@@ -258,7 +260,7 @@ class Checkpoints:
 
         Notes
         -----
-        Collective over the group; blocks. One small broadcast.
+        Collective over the group; blocks. An all_gather of 16 bytes and a small broadcast.
         """
 
         def clear() -> None:
@@ -270,6 +272,7 @@ class Checkpoints:
 
     def _by_rank_0(self, action: Callable[[], T]) -> T:
         """Return on all ranks what rank 0 gets, or raise what it raises."""
+        check_same(str(self.directory), self._group)
         told: tuple[DistributedError | None, T | None] = None, None
         if self._group.rank == 0:
             try:

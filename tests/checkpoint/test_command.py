@@ -159,9 +159,9 @@ def test_damage_is_one_line(tmp_path: Path, run: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["list", "nowhere"], "checkpoint list: there is no directory nowhere"),
-        (["show", "nowhere"], "no complete checkpoint of any step in nowhere"),
-        (["show", "runs", "--step", "7"], "no complete checkpoint of step 7 in runs"),
+        (["list", "nowhere"], "checkpoint list: there is no directory /"),
+        (["show", "nowhere"], "no complete checkpoint of any step in"),
+        (["show", "runs", "--step", "7"], "no complete checkpoint of step 7 in"),
         (["show", "runs/step-000100", "--step", "7"], "leave out --step 7"),
         (["verify", "runs/step-000150"], "no complete checkpoint of step 150"),
         (["export", "runs", "a.pt"], "known are .safetensors and .npz"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint.files import read_at, replace_file, temporary, write_at
+from mpidist.checkpoint.files import publish, read_at, temporary, write_at
 from mpidist.testing import run_ranks
 from tests.checkpoint.cases import small_sizes
 
@@ -64,14 +64,21 @@ def test_where_a_file_ends(descriptor, monkeypatch, count):
     assert read_at(descriptor, [], 0) == 0
 
 
-@pytest.mark.parametrize("count", [1, 1000])
-def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch, count):
-    path = tmp_path / "name"
-    path.write_bytes(b"before, and longer")
-    at_most(monkeypatch, count)
-    replace_file(path, b"after")
-    assert path.read_bytes() == b"after"
-    assert not temporary(path).exists()
+@pytest.mark.parametrize("link", [False, True])
+def test_a_name_that_is_taken_is_not_given_to_another_file(tmp_path, link):
+    path, target = tmp_path / "name", tmp_path / "target"
+    target.write_bytes(b"precious")
+    if link:
+        path.symlink_to(target)
+    else:
+        path.hardlink_to(target)
+    temporary(path).write_bytes(b"new")
+    with pytest.raises(FileExistsError, match="Another process has made this file"):
+        publish(temporary(path), path)
+    assert path.read_bytes() == target.read_bytes() == b"precious"
+    path.unlink()
+    publish(temporary(path), path)
+    assert path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("count", [5, 7, 1 << 20])

@@ -30,7 +30,7 @@ def test_jobs_that_are_killed_leave_their_newest_checkpoint(tmp_path, mpirun):
 @pytest.mark.any_mpi
 @pytest.mark.mpirun
 def test_a_checkpoint_that_is_lost_is_found(tmp_path, mpirun, monkeypatch):
-    kill = Kill(1, "itself", (0,), fatal=70)
+    kill = Kill(1, "itself", (0,), fatal=95)
     monkeypatch.setattr(Kill, "draw", lambda rng, most: kill)
     soak = kills.soak(mpirun, tmp_path / "run", runs=2, ranks=1, seed=2)
     next(soak)

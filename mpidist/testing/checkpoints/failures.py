@@ -168,7 +168,10 @@ class _Injector:
             done = perform()
             if call.name == "os.scandir":
                 done.close()
-        raise OSError(fault.error, os.strerror(fault.error), call.file)
+        names = (
+            () if isinstance(next(iter(args), None), int) else (call.file,)
+        )  # as the system does
+        raise OSError(fault.error, os.strerror(fault.error), *names)
 
 
 def attempt(scenario: Scenario, fault: Fault | None, directory: Path) -> Outcome:

@@ -51,7 +51,7 @@ _END = 30.0
 _LATEST = 0.6
 """Seconds after a job has begun until it is killed from outside, at most."""
 
-_CALLS = 60
+_CALLS = 80
 """Calls that touch a file until a rank kills itself, at most."""
 
 
