@@ -38,4 +38,4 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         raise BackendUnavailableError(
             f"{purpose} needs {module}, which cannot be imported here ({error}); "
             f"install it with: pip install 'mpidist[{extra}]'"
-        ) from error
+        ) from None

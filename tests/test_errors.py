@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import sys
+import traceback
+from collections.abc import Callable
+
 import pytest
 
 from mpidist import errors
+from mpidist._optional import require
+from mpidist.backends.mpi import load_mpi
+from mpidist.backends.nccl import calls
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
 
@@ -39,3 +46,25 @@ def test_code_that_knows_nothing_of_mpidist_can_catch_them(builtin: type[Excepti
 def test_transport_error_keeps_the_code() -> None:
     error = errors.TransportError("all_reduce: no", code=15)
     assert (str(error), error.code) == ("all_reduce: no", 15)
+
+
+@pytest.mark.parametrize(
+    ("module", "load", "cure"),
+    [
+        ("mpi4py", load_mpi, "pip install 'mpidist[mpich]'"),
+        ("torch", lambda: require("torch", extra="torch", purpose="x"), "'mpidist[torch]'"),
+        ("cupy.cuda.nccl", calls._binding, "NCCL needs CuPy"),
+    ],
+)
+def test_of_a_missing_library_only_the_cure_is_shown(
+    monkeypatch, module: str, load: Callable[[], object], cure: str
+) -> None:
+    """Not forty lines of where somebody has looked for it."""
+    calls._binding.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(errors.BackendUnavailableError) as caught:
+        load()
+    text = "".join(traceback.format_exception(caught.value))
+    assert "another exception" not in text
+    assert "direct cause" not in text
+    assert cure in text.splitlines()[-1]

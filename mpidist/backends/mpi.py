@@ -76,7 +76,9 @@ def load_mpi() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError, OSError) as error:
-        raise BackendUnavailableError(f"mpi: {error}; {_CURE}") from error
+        reason = ": ".join(str(error).splitlines())
+        # Not from it: forty lines of mpi4py's search say no more, and hide the cure.
+        raise BackendUnavailableError(f"mpi: {reason}; {_CURE}") from None
     return MPI
 
 

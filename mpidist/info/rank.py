@@ -163,7 +163,7 @@ def main(how: str, seconds: float) -> int:
                 if mpi.COMM_WORLD.size == 1:
                     fields["made"] = [str(path) for path in mapped_by("self", DIRECTORY)]
             except BackendUnavailableError as error:
-                fields = {"missing": str(error.__cause__)}
+                fields = {"missing": str(error.__context__)}  # what mpi4py said
         with answer:
             json.dump(fields, answer)
         faulthandler.cancel_dump_traceback_later()

@@ -83,7 +83,7 @@ def _binding() -> ModuleType:
     except ImportError as error:
         raise BackendUnavailableError(
             f"NCCL needs CuPy, which cannot be imported: {error}"
-        ) from error
+        ) from None
     if not binding.available:
         raise BackendUnavailableError(
             "CuPy finds no libnccl.so.2: pip install nvidia-nccl-cu12 (nvidia-nccl-cu13 for "
