@@ -23,13 +23,16 @@ from mpidist.info.facts import Failure, JobFacts
 from mpidist.info.leftovers import mapped_by
 from mpidist.info.rank import ALONE, WITH_MPI
 
-__all__ = ["Answer", "ask"]
+__all__ = ["REPORTED", "Answer", "ask"]
 
 _WITHOUT_MPI = 20.0
 """Seconds for what needs no MPI; mostly reading Python's modules from a slow disk."""
 
 _GRACE = 2.0
 """Seconds until a killed process is gone; one that waits for a dead disk never is."""
+
+REPORTED = _WITHOUT_MPI + 2 * _GRACE
+"""Seconds after which the first rank has reported that MPI does not start."""
 
 _LINES = 8
 """Lines of a library's output that are kept."""

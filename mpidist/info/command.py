@@ -9,15 +9,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import platform
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from mpidist import env
+from mpidist.backends.shared_memory import DIRECTORY
 from mpidist.bench.options import positive
-from mpidist.info.ask import Answer, ask
+from mpidist.info.ask import REPORTED, Answer, ask
 from mpidist.info.checks import find_problems
+from mpidist.info.cleaning import clean, describe
 from mpidist.info.facts import FORMAT, JobFacts
 from mpidist.info.problems import Problem
 from mpidist.info.text import tell
@@ -27,7 +32,13 @@ __all__ = ["as_fields", "configure", "run"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("--json", action="store_true", help="print everything, as JSON")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--json", action="store_true", help="print everything, as JSON")
+    action.add_argument(
+        "--clean",
+        action="store_true",
+        help="report nothing: remove what your jobs that are over have left in /dev/shm",
+    )
     parser.add_argument(
         "--timeout",
         type=positive(float),
@@ -53,6 +64,8 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
         Exit code: 0; 1 if something is wrong with which no job can run.
     """
     del words
+    if options.clean:
+        return _clean()
     answer = ask(options.timeout)
     if answer.job is None or not _is_first(answer.job):
         return _say_failure(answer)
@@ -77,6 +90,15 @@ def as_fields(job: JobFacts, problems: Sequence[Problem], *, date: str) -> dict[
     }
 
 
+def _clean() -> int:
+    """Remove what dead jobs have left on this node; of several ranks there, each removes some."""
+    place = f"{DIRECTORY} of {platform.node()}"
+    files = clean(DIRECTORY)
+    if env.launcher_rank() == 0 or any(not file.kept for file in files):
+        sys.stdout.write(f"{describe(files, place)}\n")
+    return int(any(file.kept.startswith(("cannot", "nobody")) for file in files))
+
+
 def _is_first(job: JobFacts) -> bool:
     """Whether this process reports: of ranks that do not see each other, the launcher's first."""
     return len(job.ranks) > 1 or env.launcher_rank() == 0
@@ -84,8 +106,19 @@ def _is_first(job: JobFacts) -> bool:
 
 def _say_failure(answer: Answer) -> int:
     """Tell in one line what kept this rank from answering; the first rank reports the rest."""
-    rank = env.launcher_rank()
-    if answer.failure is not None:
-        text = f"[rank {rank}] mpidist info: MPI does not start here: {answer.failure.reason}\n"
-        sys.stderr.write(text)
-    return int(answer.failure is not None and rank == 0)
+    rank, failure = env.launcher_rank(), answer.failure
+    if failure is None:
+        return 0
+    text = f"[rank {rank}] mpidist info: MPI does not start here: {failure.reason}\n"
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    if rank == 0:
+        return 1
+    if failure.kind == "missing":
+        return 0  # MPI has not begun to start, so no launcher minds
+    # A launcher kills the other ranks when one that has begun to start MPI ends: not before the
+    # first one has reported, which then ends this one in the same way.
+    launcher, deadline = os.getppid(), time.monotonic() + REPORTED
+    while os.getppid() == launcher and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpidist.info.facts import JobFacts, Leftover, NodeFacts
+from mpidist.info.facts import JobFacts, NodeFacts
 from mpidist.info.problems import Problem, warning
 from mpidist.info.words import count, rank_names, tell_bytes
 
@@ -29,9 +29,6 @@ _OLD = 60.0
 
 _CLOCKS = 1.0
 """Seconds by which the clocks of nodes may differ."""
-
-_NAMED = 6
-"""Files that are named; the JSON has all."""
 
 
 def shared_memory(job: JobFacts) -> Sequence[Problem]:
@@ -179,15 +176,6 @@ def leftovers(job: JobFacts) -> Sequence[Problem]:
             f"{tell_bytes(sum(file.nbytes for file in files))}, in use by no process that can be "
             "seen from here: left by jobs that are over"
         )
-        problems.append(warning("leftovers", what, _remove(node.shared.path, files)))
+        cure = "python -m mpidist info --clean on that node removes those of the user who runs it"
+        problems.append(warning("leftovers", what, cure))
     return problems
-
-
-def _remove(directory: str, files: Sequence[Leftover]) -> str:
-    """Return a command; in one word, that it can be copied from lines that were wrapped."""
-    names = [file.name for file in files[:_NAMED]]
-    command = f"rm {directory}/{names[0]}"
-    if len(names) > 1:
-        command = f"rm {directory}/{{{','.join(names)}}}"
-    more = len(files) - len(names)
-    return f"{command}; --json names the other {more}" if more else command
