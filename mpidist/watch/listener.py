@@ -80,8 +80,12 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening."""
-        with contextlib.suppress(AttributeError, OSError):  # it may not have come to listen
-            self._socket.close()
+        listening = getattr(self, "_socket", None)  # it may not have come to that
+        if listening is not None:
+            try:  # noqa: SIM105  # no name of this module: it may have been emptied
+                listening.close()
+            except OSError:
+                pass
 
     __del__ = close
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -65,8 +66,14 @@ class Process:
             return "?"
         return text.rpartition(")")[2].split()[0]  # the name, in parentheses, may hold anything
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         """Let go of the process."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        # No other name of this module: an interpreter that ends has emptied it when the last ones
+        # go. Whoever has closed all descriptors has closed this one, too.
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None:
             self._descriptor = None
+            try:  # noqa: SIM105
+                close(descriptor)
+            except OSError:
+                pass

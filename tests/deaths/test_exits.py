@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests._ranks.launcher import default_dispositions
 from tests.deaths.job import Ended, Job
 
 pytestmark = pytest.mark.mpirun
@@ -54,7 +55,8 @@ class Run:
         """Return how the job ended, and how many seconds after the event."""
         # As most users have it: reports go to the current directory, and only where one is due.
         environment = {"MPIDIST_DUMP": "", **variables}
-        job = Job(self.mpirun, SIZE, HEAD + body, self.directory, environment)
+        with default_dispositions():
+            job = Job(self.mpirun, SIZE, HEAD + body, self.directory, environment)
         self.jobs.append(job)
         found = job.until(r"ready (\d+) (\d+)", SIZE)
         began = time.monotonic()

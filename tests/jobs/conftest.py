@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests._ranks.launcher import MARK, clean_environment, end_job
+from tests._ranks.launcher import MARK, clean_environment, default_dispositions, end_job
 from tests.jobs.running import ROOT, SCRIPT, Run, Start
 
 
@@ -22,7 +22,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start_job(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        with (tmp_path / "output").open("w") as output:
+        with (tmp_path / "output").open("w") as output, default_dispositions():
             process = subprocess.Popen(
                 [*launcher, sys.executable, str(SCRIPT), *arguments],
                 cwd=tmp_path,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mpidist.watch import processes
 from mpidist.watch.processes import Process, Status
 
 
@@ -61,3 +62,15 @@ def test_its_descriptor_is_given_back() -> None:
     del process
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_nothing_is_said_when_it_goes_late(monkeypatch) -> None:
+    """When the interpreter ends its modules are empty, and somebody may have closed everything."""
+    process, other = Process(os.getpid()), Process(os.getpid())
+    assert other._descriptor is not None
+    os.close(other._descriptor)
+    other.__del__()
+    monkeypatch.setattr(processes, "os", None)
+    process.__del__()
+    assert process._descriptor is None
+    Process.__new__(Process).__del__()
