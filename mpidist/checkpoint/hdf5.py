@@ -8,6 +8,7 @@ files while it moves them. A file that all ranks write together (`shared_file`) 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from mpidist._types import Array, DType
 from mpidist.arrays import BFLOAT16
 from mpidist.boxes import Box
 from mpidist.checkpoint.files import open_regular
-from mpidist.checkpoint.manifest import ALIGNMENT, FORMAT, VERSION, Manifest, StoredBox
+from mpidist.checkpoint.manifest import ALIGNMENT, FORMAT, VERSION, Manifest, StoredBox, encode
 
 __all__ = [
     "MOST_IN_VIEW",
@@ -266,10 +267,25 @@ def create_view(path: Path, manifest: Manifest) -> None:
         h5py.File(path, "x", locking=_LOCKING, libver=("v110", "v110")) as file,
     ):
         shows = f"{len(shown)} of {len(names)}"
-        _describe(file, {"format": f"view of {FORMAT}", "id": manifest.id, "arrays": shows})
+        _describe(file, {"format": f"view of {FORMAT}", "arrays": shows, **_attributes(manifest)})
         view = _View(file, manifest)
         for name in shown:
             view.show(name)
+
+
+def _attributes(manifest: Manifest) -> dict[str, str | int]:
+    """Return what a view says of its checkpoint.
+
+    Texts may have more than the 64 KiB that HDF5 once had room for: files of 1.10 keep large
+    attributes elsewhere.
+    """
+    return {
+        "id": manifest.id,
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "metadata": json.dumps(encode(manifest.metadata), allow_nan=False),
+        "values": json.dumps(encode(dict(manifest.values)), allow_nan=False),
+    }
 
 
 class _View:
