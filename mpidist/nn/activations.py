@@ -8,7 +8,7 @@ from typing import Any
 from mpidist._types import Array
 from mpidist.arrays import array_namespace
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module
+from mpidist.nn.module import Context, Module, check_gradient
 
 __all__ = ["GELU", "ReLU"]
 
@@ -26,6 +26,7 @@ class ReLU(Module):
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Pass `dy` where the input was positive."""
+        check_gradient(self, dy, ctx.saved.shape)
         return dy * ctx.saved, None
 
     def backward_weight(self, wctx: Any) -> None:
@@ -62,6 +63,7 @@ class GELU(Module):
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Multiply `dy` by the derivative at the input."""
         x, tanh = ctx.saved
+        check_gradient(self, dy, x.shape)
         xp = array_namespace(x)
         # y' = (1 + tanh + x * (1 - tanh**2) * s) / 2, s the derivative of tanh's argument. In
         # place, since fresh memory for every intermediate would cost ten times the arithmetic.

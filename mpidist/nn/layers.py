@@ -13,7 +13,7 @@ from mpidist.nn._init import Rng, fan_in_uniform, normal, parameter_dtype
 from mpidist.nn._sums import column_sums
 from mpidist.nn.kernels import rows_at, sum_rows_at
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module, count_uses
+from mpidist.nn.module import Context, Module, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
 
 __all__ = ["Embedding", "Flatten", "Linear", "PositionEmbedding"]
@@ -77,6 +77,7 @@ class Linear(Module):
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Map `dy` (..., d_out) to dx (..., d_in)."""
         x = ctx.saved
+        check_gradient(self, dy, (*x.shape[:-1], self.weight.shape[0]))
         dx = array_namespace(dy).matmul(dy.reshape(-1, self.weight.shape[0]), self.weight.data)
         return dx.reshape(x.shape), (x, dy)
 

@@ -27,16 +27,16 @@ import functools
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from mpidist._types import Array
 from mpidist.arrays import beside, to_device, to_host
 from mpidist.nn.members import members, nameless
 from mpidist.nn.mode import Mode
 from mpidist.nn.parameter import Parameter
-from mpidist.nn.tree import render_tree
+from mpidist.nn.tree import SUBSTITUTES, render_tree
 
-__all__ = ["Context", "Module", "after_backward", "children_of", "count_uses"]
+__all__ = ["Context", "Module", "after_backward", "check_gradient", "children_of", "count_uses"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +66,15 @@ def count_uses(*parts: Parameter | Context | None) -> dict[Parameter, int]:
         elif part is not None:
             total[part] = total.get(part, 0) + 1
     return total
+
+
+def check_gradient(layer: Module, dy: Array, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the gradient by a layer's output has the shape of the output."""
+    if dy.shape != shape:
+        raise ValueError(
+            f"{type(layer).__name__}.backward: expected dy of the output's shape, {shape}, got "
+            f"{dy.shape}"
+        )
 
 
 @contextmanager
@@ -141,6 +150,17 @@ class Module(metaclass=_LabellingMeta):
             "training=True, seed=seed, step=step)) and model.backward(ctx, dy) to train, and y, _ "
             "= model.forward(x, EVAL) to use it"
         )
+
+    if not TYPE_CHECKING:  # which would take every name for an attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Say what a method of other packages is here."""
+            hint = f"; here it is {SUBSTITUTES[name]}" if name in SUBSTITUTES else ""
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute '{name}'{hint}",
+                name=name,
+                obj=self,
+            )
 
     def __repr__(self) -> str:
         """Return the tree of modules, with shapes and numbers of elements."""

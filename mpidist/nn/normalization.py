@@ -18,7 +18,7 @@ from mpidist.nn._init import parameter_dtype
 from mpidist.nn._sums import column_sums
 from mpidist.nn._windows import channels_first, channels_last
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module, count_uses
+from mpidist.nn.module import Context, Module, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
 
 __all__ = ["BatchNorm2d", "LayerNorm"]
@@ -178,6 +178,7 @@ class LayerNorm(Module):
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Map `dy` (..., dim) to the same shape."""
         x_hat, inv_std = ctx.saved
+        check_gradient(self, dy, x_hat.shape)
         dtype = np.result_type(dy.dtype, self.weight.dtype)
         dx = array_namespace(dy).multiply(dy, self.weight.data, dtype=_wide(dtype))
         along = (dx * x_hat).mean(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""A module as text: the tree of its modules, with the shapes and counts of what they hold."""
+"""What a module says of itself: its tree, with shapes and counts, and what it has no name for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,21 @@ from mpidist.nn.parameter import Parameter
 if TYPE_CHECKING:
     from mpidist.nn.module import Module
 
-__all__ = ["render_tree"]
+__all__ = ["SUBSTITUTES", "render_tree"]
+
+SUBSTITUTES = {
+    "apply": "a loop over named_modules()",
+    "buffers": "named_buffers()",
+    "children": "named_children()",
+    "cpu": 'to("cpu")',
+    "cuda": 'to("gpu")',
+    "eval": "forward(x, EVAL): each call is told its mode",
+    "modules": "named_modules()",
+    "register_buffer": "an attribute whose name stands in the class attribute buffer_names",
+    "register_parameter": "an attribute that is a Parameter",
+    "train": "forward(x, Mode(training=True, ...)): each call is told its mode",
+}
+"""Methods of a module of PyTorch, and what does the same."""
 
 
 def render_tree(module: Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,8 +42,8 @@ class Optimizer:
     TypeError
         If `params` is something else.
     ValueError
-        If there is no parameter, a name or a parameter comes twice, or `rule` is an `AdamRule` and
-        a parameter is float16 or bfloat16.
+        If there is no parameter, a name or a parameter comes twice, `lr` is negative or not
+        finite, or `rule` is an `AdamRule` and a parameter is float16 or bfloat16.
 
     Notes
     -----
@@ -67,7 +68,7 @@ class Optimizer:
         if isinstance(rule, AdamRule):
             _refuse_halves(type(self).__name__, self._params)
         self._rule = rule
-        self._lr = lr
+        self._lr = lr if callable(lr) else _checked_rate(type(self).__name__, lr)
         self._steps = 0
         self._updates = dict.fromkeys(self._params, 0)
         self._state: dict[str, dict[str, Array]] = {
@@ -124,7 +125,7 @@ class Optimizer:
                 )
 
     def _update(self) -> None:
-        lr = self.lr
+        lr = _checked_rate(f"{type(self).__name__}.step {self._steps}", self.lr)
         on_device: dict[str, int] = {}
         for name, p in self._params.items():
             if p.grad is None:
@@ -340,6 +341,16 @@ def _by_name(params: Parameters, optimizer: str) -> dict[str, Parameter]:
     if not named:
         raise ValueError("Optimizer: got no parameter; an iterator can be used only once")
     return named
+
+
+def _checked_rate(caller: str, lr: Any) -> float:
+    try:
+        right = 0 <= lr < math.inf
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(f"{caller}: expected a learning rate from 0 on, got {lr!r}")
+    return float(lr)
 
 
 def _refuse_halves(optimizer: str, params: Mapping[str, Parameter]) -> None:

@@ -73,6 +73,8 @@ class DDP(Closing):
 
     Raises
     ------
+    TypeError
+        If `module` is no Module.
     CollectiveMismatchError
         On every rank, naming a rank and a parameter or buffer, if names, shapes, dtypes or
         arguments differ between ranks. Nothing has been changed then.
@@ -107,6 +109,8 @@ class DDP(Closing):
         compression: Compression | Hook | None = None,
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
     ) -> None:
+        if not isinstance(module, Module):
+            raise TypeError(f"DDP: expected DDP(model, group), got a {type(module).__name__} first")
         named = dict(module.named_parameters())
         buffers = dict(module.named_buffers())
         arrays = {name: parameter.data for name, parameter in named.items()}

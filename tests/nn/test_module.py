@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from mpidist.nn import (
+    GELU,
     BatchNorm2d,
     Context,
     Conv2d,
     Dropout,
     Embedding,
     Flatten,
+    LayerNorm,
     Linear,
     Mode,
     Module,
@@ -264,6 +266,28 @@ def test_a_module_shows_its_tree():
 def test_calling_a_module_says_what_to_write():
     with pytest.raises(TypeError, match=r"y, ctx = model\.forward\(x, Mode\(.* EVAL\) to use it"):
         Flatten()(np.ones((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("eval", "; here it is forward(x, EVAL): "), ("train", "Mode("), ("foo", "")]
+)
+def test_methods_of_other_packages_are_translated(name: str, hint: str):
+    with pytest.raises(AttributeError) as raised:
+        getattr(linear(), name)
+    told = f"'Linear' object has no attribute '{name}'"
+    assert str(raised.value).startswith(told)
+    assert hint in str(raised.value)
+    assert raised.value.name == name
+    assert hint or str(raised.value) == told
+    assert not hasattr(copy.deepcopy(linear()), name)
+
+
+@pytest.mark.parametrize("layer", [linear(), ReLU(), GELU(), LayerNorm(2)])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2), (2,), (6,)])
+def test_a_gradient_of_another_shape_is_refused(layer: Module, shape: tuple[int, ...]):
+    _, ctx = layer.forward(np.ones((3, 2), np.float32), TRAIN)
+    with pytest.raises(ValueError, match=r"backward: expected dy of the output's shape, \(3, 2\)"):
+        layer.backward(ctx, np.ones(shape, np.float32))
 
 
 def test_a_tied_parameter_is_listed_once_and_counted_per_use():

@@ -282,6 +282,17 @@ def test_a_model_that_has_grown_is_refused_at_the_first_step() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf"), "0.1", None])
+def test_a_learning_rate_that_is_none_is_refused(rate: Any) -> None:
+    with pytest.raises(ValueError, match="SGD: expected a learning rate from 0 on, got"):
+        SGD(model(), lr=rate)
+    optimizer = SGD(model(), lr=lambda step: 0.1 if step == 0 else rate)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"SGD\.step 1: expected a learning rate from 0 on, got"):
+        optimizer.step()
+    assert optimizer.step_count == 1
+
+
 def test_an_iterator_that_was_used_up_clips_nothing_silently() -> None:
     parameters = model().parameters()
     assert clip_grad_norm(parameters, 1.0) == 0.0

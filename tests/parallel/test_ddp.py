@@ -308,5 +308,7 @@ def test_an_optimizer_takes_it_and_it_shows_its_model():
             assert shown[1:] == repr(model).splitlines()
             with pytest.raises(TypeError, match=r"y, ctx = model\.forward\(x, Mode"):
                 ddp(np.ones((1, 2)))
+        with pytest.raises(TypeError, match=r"expected DDP\(model, group\), got a ProcessGroup"):
+            DDP(group, model)
 
     run_ranks(2, body)
