@@ -34,7 +34,8 @@ from mpidist.errors import (
 )
 from mpidist.group import ProcessGroup
 from mpidist.log import ranges, shows
-from mpidist.operations import broken_groups, companions
+from mpidist.operations import Operations, broken_groups, companions
+from mpidist.pending import GroupWork
 from mpidist.watch import Watch
 from mpidist.watch.failures import Ending
 from mpidist.watch.helper import helper
@@ -239,11 +240,22 @@ class _Hooks:
             except (OSError, DistributedError) as error:
                 self._say(f"could not write the trace of {trace.parts}: {error}")
 
-    def _progress(self) -> None:
-        """Drive the operations that were begun here and never waited for."""
-        for group in tuple(self._groups):
+    def _progress(self) -> bool:
+        """Drive the operations that were begun here and never waited for, on all groups.
+
+        Returns
+        -------
+        bool
+            Whether any of them has finished.
+        """
+        held = MpiBackend.held()
+        before = len(held)
+        groups: set[Operations] = set(self._groups)
+        groups.update(work._group for work in tuple(held) if isinstance(work, GroupWork))
+        for group in groups:
             with contextlib.suppress(Exception):
                 group.progress()
+        return len(held) < before
 
     def _check_deadlines(self) -> None:
         """End the job if a call of the library outlasts its deadline; called by the helper thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["Companion", "Operations", "abandon_groups", "broken_groups", "companions"]
 
 T = TypeVar("T")
+
+_MANY = 32
+"""Operations on host arrays that may be outstanding before a call polls them.
+
+A poll costs about a tenth of a small operation: programs that wait for theirs should not pay it.
+"""
 
 _BROKEN: list[Operations] = []
 # The buffers of a broken group may still be written by the transport. They live here, with their
@@ -122,7 +129,10 @@ class Operations(Closing):
         self._watch = watch
         self._journal = Journal(backend.recorder, name, identity)
         self._identity = identity
-        self._outstanding: list[GroupWork[Any]] = []
+        # In the order in which `_release` polls them.
+        self._outstanding: OrderedDict[GroupWork[Any], None] = OrderedDict()
+        self._limit = _MANY
+        self._unseen: GroupWork[Any] | None = None
         self._messages = 0
         self._collectives = [0]
         backend.follow(identity, self._collectives)
@@ -232,7 +242,7 @@ class Operations(Closing):
         """Start a collective and return at once."""
         if self._backend.device is not None and plan.on_device:
             begun, waiter = self._begin_on_device(plan, Kind.IMMEDIATE)
-            self._release()
+            self._release(2)
             return DeviceGroupWork(waiter, begun, plan.finish)
         verb = f"i{plan.verb}"
         number = self._count(verb)
@@ -249,6 +259,8 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
+        if len(self._outstanding) >= self._limit:
+            self._release_many()
         return GroupWork(waiter, inner, plan.finish)
 
     def _begin_on_device(self, plan: Plan[Any], kind: Kind) -> tuple[DeviceWork, GroupWaiter]:
@@ -293,14 +305,38 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
-        self._release()
+        self._release(2)
         return DeviceGroupWork(waiter, inner, finish)
 
-    def _release(self) -> None:
-        """Let go of the oldest operations if they are over: nobody may ever wait for them."""
-        # Two for each that begins: so they do not pile up, and a call costs no more than that.
-        for work in self._outstanding[:2]:
-            work._complete()
+    def _release(self, most: int) -> None:
+        """Release finished operations, which hold their arrays: nobody may ever wait for them.
+
+        Polls them in turn, also those behind one that lasts, until `most` in a row are not over.
+        """
+        outstanding, unfinished = self._outstanding, 0
+        while unfinished < min(most, len(outstanding)):
+            work = next(iter(outstanding))
+            if work._complete():
+                unfinished = 0
+            else:
+                outstanding.move_to_end(work)
+                unfinished += 1
+
+    def _release_many(self) -> None:
+        """Do so when many are outstanding, and again when half as many more have begun.
+
+        That makes two polls of an unfinished one for each that begins, and none in a program that
+        waits for its operations.
+        """
+        self._backend.progress()
+        self._release(_MANY)
+        self._limit = max(_MANY, len(self._outstanding) + _MANY // 2)
+
+    def _drive(self) -> None:
+        """Make progress while this rank waits; local, never blocks."""
+        self._backend.progress()
+        if self._outstanding:
+            self._release(1)
 
     def start_steps(
         self,
@@ -330,6 +366,8 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
+        if len(self._outstanding) >= self._limit:
+            self._release_many()
         return GroupWork(waiter, inner, finish)
 
     def next_payload(self) -> int:
@@ -435,7 +473,8 @@ class Operations(Closing):
         Raises
         ------
         DistributedError
-            If an operation that nobody waited for failed; the group is closed all the same.
+            If an operation that nobody waited for failed, now or before; the group is closed all
+            the same.
 
         Notes
         -----
@@ -444,19 +483,7 @@ class Operations(Closing):
         """
         if self._reason is not None:
             return
-        failed: Exception | None = None
-        while self._companions:
-            _, companion = self._companions.popitem()
-            _COMPANIONS.remove((self, companion))
-            try:
-                companion.close()
-            except Exception as error:  # noqa: BLE001  # raised below, when all are over
-                failed = failed or error
-        while self._outstanding and self._reason is None:
-            try:
-                self._outstanding[0].synchronize()
-            except Exception as error:  # noqa: BLE001  # raised below, when all are over
-                failed = failed or error
+        failed = self._finish()
         if self._backend.device is not None and self._reason is None:
             try:
                 with self._performing("close", among=[self.rank]) as waiter:
@@ -472,6 +499,25 @@ class Operations(Closing):
             self._backend.close()
         if failed is not None:
             raise failed
+
+    def _finish(self) -> BaseException | None:
+        """Finish what is under way, and return the first error that nobody has seen."""
+        failed: BaseException | None = None
+        while self._companions:
+            _, companion = self._companions.popitem()
+            _COMPANIONS.remove((self, companion))
+            try:
+                companion.close()
+            except Exception as error:  # noqa: BLE001  # raised by `close`, when all are over
+                failed = failed or error
+        while self._outstanding and self._reason is None:
+            try:
+                next(iter(self._outstanding)).synchronize()
+            except Exception as error:  # noqa: BLE001  # as above
+                failed = failed or error
+        if self._unseen is not None:
+            failed, self._unseen = failed or self._unseen._error, None
+        return failed
 
     def _check_usable(self, operation: str) -> None:
         if self._reason is not None:

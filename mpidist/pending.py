@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from mpidist.arrays import is_device
 from mpidist.backends.device import DeviceWork
@@ -216,7 +216,7 @@ class GroupWaiter(Waiter):
             wait_until(
                 ready,
                 timeout=self.timeout,
-                progress=group._backend.progress,
+                progress=group._drive,
                 patrol=self._patrol,
             )
         except WaitTimeout:
@@ -353,7 +353,7 @@ class GroupWork(Work[T]):
         self._over = False
         self._error: BaseException | None = None
         self._result: list[T] = []
-        self._group._outstanding.append(self)
+        self._group._outstanding[self] = None
         self._group._backend.engine.held.add(self)
 
     def _complete(self) -> bool:
@@ -396,13 +396,23 @@ class GroupWork(Work[T]):
         """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
         self._over, self._error = True, error
         group = self._group
-        group._outstanding.remove(self)
+        del group._outstanding[self]
         group._journal.end(self._waiter.record, failed=error is not None)
         if broken and error is not None:
             group._break(error)
             return
-        group._backend.engine.held.discard(self)
+        if error is not None and group._unseen is None:
+            group._unseen = self  # for `close`, should nobody wait for it
+        engine = group._backend.engine
+        engine.held.discard(self)
+        engine.running.pop(self._inner, None)  # else it stays there until somebody waits
         del self._inner
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        """Raise the error with which it ended: `close` need not."""
+        if self._group._unseen is self:
+            self._group._unseen = None
+        raise error
 
     def missing(self) -> Sequence[int]:
         """Return the ranks for which it waits, where they are known; else none."""
@@ -416,7 +426,7 @@ class GroupWork(Work[T]):
         if not self._complete():
             return False
         if self._error is not None:
-            raise self._error
+            self._raise(self._error)
         return True
 
     def wait(self, timeout: float | None = None) -> T:
@@ -425,7 +435,7 @@ class GroupWork(Work[T]):
             self._group._check_usable(self._waiter.operation)
             self._wait(timeout)
         if self._error is not None:
-            raise self._error
+            self._raise(self._error)
         return self._result[0]
 
     def _wait(self, timeout: float | None) -> None:
@@ -463,7 +473,7 @@ class DeviceGroupWork(GroupWork[T]):
             except Exception as error:  # noqa: BLE001  # kept, and raised below
                 self._fail(error)
         if self._error is not None:
-            raise self._error
+            self._raise(self._error)
         if not self._result:
             super()._arrived()
         return self._result[0]
@@ -478,6 +488,6 @@ class DeviceGroupWork(GroupWork[T]):
         if not self._over:
             self._wait(timeout)
             if self._error is not None:
-                raise self._error
+                self._raise(self._error)
         self._waiter.wait_for(arrived)
         return result

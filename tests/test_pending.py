@@ -105,6 +105,93 @@ def test_a_result_that_was_waited_for_goes_without_the_garbage_collector(world):
         gc.enable()
 
 
+def drop_sums(group, number):
+    """Start sums that nobody waits for, with barriers, and return references to their results."""
+    refs = []
+    for begun in range(1, number + 1):
+        out = np.empty(1000)
+        refs.append(weakref.ref(out))
+        mpidist.iall_reduce(np.ones(1000), group, out=out)
+        if begun % 20 == 0:
+            mpidist.barrier(group)
+    return refs
+
+
+def alive(refs):
+    return sum(ref() is not None for ref in refs)
+
+
+def dropped_sums_are_released(group):
+    last = [mpidist.irecv(group, src=1 - group.rank) for _ in range(40)]
+    refs = drop_sums(group, 400)
+    assert alive(refs) < 100, "held behind receives that last"
+    assert len(group._outstanding) < 140
+    for _ in last:
+        mpidist.isend(np.ones(3), group, dst=1 - group.rank)
+    for work in last:
+        work.wait()
+
+
+def test_finished_operations_that_nobody_waits_for_are_released():
+    run_ranks(2, dropped_sums_are_released)
+
+
+@pytest.mark.ranks(2)
+def test_finished_operations_that_nobody_waits_for_are_released_over_mpi(world):
+    dropped_sums_are_released(world.duplicate("dropped"))
+
+
+@pytest.mark.ranks(2)
+def test_a_wait_releases_operations_that_nobody_waits_for(world):
+    group = world.duplicate("few")
+    refs = drop_sums(group, 10)
+    mpidist.barrier(group)
+    if group.rank == 1:
+        time.sleep(0.2)
+        mpidist.send(np.ones(3), group, dst=0)
+    else:
+        mpidist.recv(group, src=1)
+        assert alive(refs) == 0
+
+
+def test_close_raises_the_error_of_an_operation_that_progress_has_finished():
+    def body(group):
+        copy = group.duplicate("copy")
+        if group.rank == 1:
+            for _ in range(2):
+                mpidist.send(np.zeros(10), copy, dst=0)
+            copy.close()
+            return
+        waited = mpidist.irecv(copy, src=1, out=np.empty(5))
+        with pytest.raises(mpidist.SizeMismatchError):
+            waited.wait()
+        mpidist.irecv(copy, src=1, out=np.empty(5))
+        deadline = time.monotonic() + 10
+        while copy._outstanding and time.monotonic() < deadline:
+            copy.progress()
+        with pytest.raises(mpidist.SizeMismatchError):
+            copy.close()
+        copy.close()
+
+    run_ranks(2, body)
+
+
+def test_close_is_silent_about_an_error_that_was_raised_before():
+    def body(group):
+        copy = group.duplicate("copy")
+        if group.rank == 1:
+            mpidist.send(np.zeros(10), copy, dst=0)
+        else:
+            work = mpidist.irecv(copy, src=1, out=np.empty(5))
+            while copy._outstanding:
+                copy.progress()
+            with pytest.raises(mpidist.SizeMismatchError):
+                work.wait()
+        copy.close()
+
+    run_ranks(2, body)
+
+
 @pytest.mark.ranks(3)
 def test_the_missing_rank_is_named(world):
     group = world.duplicate("late")

@@ -289,7 +289,7 @@ class Backend(ABC):
     def start(self, steps: Steps) -> Work[None]:
         """Start an operation of several phases; `progress` drives it from now on."""
         work = StepsWork(steps)
-        self.engine.running.append(work)
+        self.engine.running[work] = None
         return work
 
     def join(self, parent: Backend) -> None:

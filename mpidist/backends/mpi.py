@@ -234,6 +234,11 @@ class MpiBackend(Backend):
         with _ALIVE_LOCK:
             return list(cls._alive)
 
+    @staticmethod
+    def held() -> set[object]:
+        """Return the operations that are outstanding on all groups of this process."""
+        return _ENGINE.held
+
     # -- the transport -------------------------------------------------------------------------
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
@@ -372,7 +377,7 @@ class MpiBackend(Backend):
             return self._start_by_messages(verb, args, waiter)
         # `progress` drives it: later operations of this group wait for it.
         comparison = self._sequencer.compare(waiter, Route.LIBRARY, begun=True)
-        self.engine.running.append(comparison)
+        self.engine.running[comparison] = None
         with _translated(self._mpi, verb):
             request = getattr(self._comm, nonblocking)(*call.args)
         work = _Requests(self._mpi, [request], keep=call)

@@ -183,15 +183,15 @@ class Engine:
 
     Attributes
     ----------
-    running : list of Work
-        What is driven.
+    running : dict of Work to None
+        What is driven, in the order in which it began.
     held : set
         Everything whose arrays the transport may still read or write, so that neither a dropped
         Work nor a dropped group gives their memory away; after a failure, until the process ends.
     """
 
     def __init__(self) -> None:
-        self.running: list[Work[None]] = []
+        self.running: dict[Work[Any], None] = {}
         self.held: set[object] = set()
         self._driving = threading.Lock()
 
@@ -202,12 +202,12 @@ class Engine:
         try:
             for work in tuple(self.running):
                 if _finished(work):
-                    self.running.remove(work)
+                    self.running.pop(work, None)  # unless its group has done so meanwhile
         finally:
             self._driving.release()
 
 
-def _finished(work: Work[None]) -> bool:
+def _finished(work: Work[Any]) -> bool:
     # An operation that failed keeps its error for whoever waits for it.
     try:
         return work.done()

@@ -237,6 +237,7 @@ if world.rank == 0:
 
 
 def test_arrays_of_dropped_work_on_a_dropped_group_are_held(run: Run) -> None:
+    """And however many are outstanding at the end of the program, the job ends soon and well."""
     body = """
 import gc, weakref
 
@@ -255,6 +256,11 @@ assert all(array() is not None for array in arrays)
 junk = [np.zeros(1 << 20) for _ in range(3)]
 mpidist.barrier(world)
 assert all((other == 0).all() for other in junk)
+
+group = world.duplicate("many")
+for _ in range(4000):
+    mpidist.iall_reduce(np.ones(10), group)
+del group
 """
     assert_ends_well(run(body))
 
