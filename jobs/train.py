@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
 
 def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -> int:
     """Train on these ranks. Return the exit code."""
-    from mpidist import SUM
+    from mpidist import SUM, CheckpointIncompatibleError
     from mpidist.parallel import DDP
     from mpidist.train import Checkpoints, Run, make_sampler
 
@@ -141,6 +141,10 @@ def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -
     except OSError as error:  # on all ranks
         if world.rank == 0:
             say(f"train.py: error: cannot write {error.filename}: {error.strerror}", sys.stderr)
+        return REFUSED
+    except CheckpointIncompatibleError as error:  # on all ranks
+        if world.rank == 0:
+            say(f"train.py: error: --resume takes the options of the run: {error}", sys.stderr)
         return REFUSED
     if world.rank == 0:
         do_without(options)

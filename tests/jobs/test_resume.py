@@ -200,8 +200,10 @@ def test_what_cannot_be_loaded_is_said_and_begins_nothing(
     launcher = (*mpirun, "-n", "2")
     assert run(*OPTIONS[2:], "--steps", "3", "--out", "x").returncode == 0
     ended = run(*OPTIONS, "--seed", "1", "--out", "x", launcher=launcher)
-    assert ended.returncode not in (0, STOPPED)
-    assert "seed is 1 here and 0 in the state" in ended.stdout
+    assert ended.returncode == 2
+    assert ended.stdout.count("error: --resume takes the options of the run: ") == 1
+    assert ended.stdout.count("seed is 1 here and 0 in the state") == 1
+    assert "Traceback" not in ended.stdout
     (step,) = (tmp_path / "x/checkpoints").iterdir()
     file = step / "rank-00000.h5"
     file.write_bytes(file.read_bytes()[:10_000])
