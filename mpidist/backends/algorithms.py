@@ -19,6 +19,7 @@ import numpy as np
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays import HALVES, reduce_in_rank_order
+from mpidist.backends.kernels import quietly
 from mpidist.backends.work import Message, Steps, Work
 from mpidist.boxes import split_evenly
 
@@ -187,7 +188,7 @@ def tree_reduce(lane: Lane, x: Array, out: Array | None, op: ReduceOp, root: int
     if parent is not None:
         yield lane.exchange([(total, parent)])
     elif op is MEAN:
-        total /= lane.size
+        quietly(np.divide, total, lane.size, total)
 
 
 def recursive_doubling_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
@@ -228,7 +229,7 @@ def recursive_doubling_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp
         out[...] = combined
         distance *= 2
     if op is MEAN:
-        out /= lane.size
+        quietly(np.divide, out, lane.size, out)
     if paired:
         yield lane.exchange([(out, lane.rank + 1)])
 
@@ -257,7 +258,7 @@ def ring_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
         reduce_in_rank_order([mine, heard], plain, mine)
     complete = slices[after]
     if op is MEAN:
-        complete /= lane.size
+        quietly(np.divide, complete, lane.size, complete)
     yield from _pass_round(lane, slices, after)
 
 

@@ -22,6 +22,7 @@ from mpidist.backends.kernels import (
     combination,
     even_slices,
     in_blocks,
+    quietly,
     reduce_into,
     reduce_into_all,
 )
@@ -50,7 +51,7 @@ class Team:
     transport : Exchanger
         Carries messages between nodes.
     quiet : Context
-        Where numbers are combined.
+        Where blocking sums combine numbers; others may be driven by another thread meanwhile.
     """
 
     near: Neighbours
@@ -83,16 +84,16 @@ def all_reduce(team: Team, lane: int, place: Place, op: ReduceOp) -> Steps:
     are all-reduced, 2 (m - 1) / m / q of an array sent per worker for m nodes.
     """
     if team.alone:
-        team.quiet.run(*prepare_all_reduce(team, place, op))
+        quietly(*prepare_all_reduce(team, place, op))
         return
     across = team.across(lane)
     if across is None:
         return
     parts, wide = slice_of(team.near, place.arrays), _wide(place.dtype)
     total = parts[0] if wide == place.dtype else np.empty(parts[0].size, wide)
-    team.quiet.run(_sum_widely, parts, op, total)
+    quietly(_sum_widely, parts, op, total)
     yield from algorithms.all_reduce(across, total, total, undivided(op))
-    team.quiet.run(_settle, total, op, team.transport.size, parts)
+    quietly(_settle, total, op, team.transport.size, parts)
 
 
 def prepare_all_reduce(team: Team, place: Place, op: ReduceOp) -> tuple[Any, ...]:
@@ -169,13 +170,13 @@ def reduce_scatter(
     here = near.node_of(me)
     if team.alone:
         mine = [array[parts[me]] for array in arrays]
-        team.quiet.run(reduce_into, mine, combination(op, out.dtype), out)
+        quietly(reduce_into, mine, combination(op, out.dtype), out)
         return
     wide, everybody = _wide(out.dtype), Lane(team.transport, lane)
 
     def combined(rank: int) -> Array:
         total = np.empty(counts[rank], wide)
-        team.quiet.run(_sum_widely, [array[parts[rank]] for array in arrays], op, total)
+        quietly(_sum_widely, [array[parts[rank]] for array in arrays], op, total)
         return total
 
     sends = [
@@ -192,8 +193,8 @@ def reduce_scatter(
         [(heard[place], node[worker]) for place, node in enumerate(near.nodes) if place != here],
     )
     total = np.empty(counts[me], wide)
-    team.quiet.run(reduce_into, heard, combination(undivided(op), wide), total)
-    team.quiet.run(_settle, total, op, team.transport.size, [out])
+    quietly(reduce_into, heard, combination(undivided(op), wide), total)
+    quietly(_settle, total, op, team.transport.size, [out])
 
 
 def _share(node: tuple[int, ...], near: Neighbours) -> list[int]:

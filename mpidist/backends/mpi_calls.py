@@ -19,6 +19,7 @@ import numpy as np
 
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import HALVES, REDUCTIONS
+from mpidist.backends.kernels import quietly
 
 __all__ = ["LibraryCall", "LibraryCalls"]
 
@@ -135,7 +136,7 @@ class LibraryCalls:
             return None
 
         def divide() -> None:
-            np.divide(out, self._size, out=out)
+            quietly(np.divide, out, self._size, out)
 
         return divide
 

@@ -117,6 +117,7 @@ def _cast(x: Array, out: Array) -> None:
     if is_device(x):
         kernels.cast(x, out)
         return
-    # A gradient beyond the half's range becomes an infinity, for GradScaler to find.
-    with np.errstate(over="ignore", invalid="ignore"):
+    # A gradient beyond the half's range becomes an infinity, for GradScaler to find. An error on
+    # this rank would leave the others waiting.
+    with np.errstate(all="ignore"):
         np.copyto(out, x, casting="unsafe")

@@ -108,7 +108,7 @@ class GradScaler:
             return kernels.scaled(dy, self.factor)
         # The factor itself may be beyond the half's range where the product is not.
         wide = dy.astype(np.float32) if dy.dtype in HALVES else dy
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             scaled: Array = (wide * self.factor).astype(dy.dtype, copy=False)
         return scaled
 
@@ -192,7 +192,9 @@ class GradScaler:
 
 
 def _divide(grad: Array, factor: float) -> None:
-    if grad.dtype in HALVES:
-        grad[...] = grad.astype(np.float32) / np.float32(factor)
-    else:
-        grad /= factor
+    # Small gradients underflow, also of a rank whose error state raises, and of no other.
+    with np.errstate(all="ignore"):
+        if grad.dtype in HALVES:
+            grad[...] = grad.astype(np.float32) / np.float32(factor)
+        else:
+            grad /= factor

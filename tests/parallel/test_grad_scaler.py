@@ -126,3 +126,16 @@ def test_numbers_out_of_range_are_refused(options):
             GradScaler(group, **options)
 
     run_ranks(1, body)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_error_state_of_the_user_does_not_stop_a_rank(dtype):
+    def body(group):
+        scaler = GradScaler(group, initial=2.0**20)
+        p = Parameter(np.zeros(2, dtype))
+        p.add_grad(np.array([np.finfo(dtype).tiny, 1], dtype))
+        with np.errstate(all="raise"):
+            scaled = scaler.scale(np.array([np.finfo(dtype).max], dtype))
+            return float(scaled[0]), scaler.unscale([p])
+
+    assert run_ranks(2, body) == [(np.inf, True)] * 2

@@ -80,6 +80,7 @@ class BackendContract:
         partial(_collectives.every_reduction, VERBS["reduce_scatter"])
     )
     test_long_reductions = _test(_collectives.long_reductions)
+    test_error_state = _test(_collectives.error_state)
     test_shapes = _test(_collectives.shapes)
     test_layouts = _test(_collectives.layouts)
     test_out = _test(_collectives.landings)

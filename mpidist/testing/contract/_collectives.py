@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -78,6 +79,27 @@ def long_reductions(group: ProcessGroup, place: Place) -> None:
                     )
     for verb in REDUCTIONS:
         attempt(Trial(verb, rows=9001, tail=(), op=MEAN, root=group.size - 1), group, place)
+
+
+def error_state(group: ProcessGroup, place: Place) -> None:
+    """No rank raises alone for numbers that overflow, underflow or are none: whatever its state."""
+    if not place.on_host:
+        return
+    extremes = [3e38, -3e38, 1e-45, np.inf, np.nan, 6e4, 1e-7]
+    for dtype in (np.float32, np.float16):
+        with np.errstate(all="ignore"):
+            numbers = np.roll(np.array(extremes).astype(dtype), group.rank)
+        for rows in (1, 1500):
+            x = np.resize(numbers, (rows * group.size, 3))
+            with np.errstate(all="raise"):
+                for verb, op in product(REDUCTIONS, (SUM, MEAN, PROD, MAX)):
+                    verb.now(x, group, op=op)
+                    verb.later(x, group, op=op).wait()
+    registered = group.empty(300_000, np.float32)
+    registered[...] = np.float32(1e-45)
+    with np.errstate(all="raise"):
+        collectives.all_reduce(registered, group, op=MEAN, out=registered)
+        collectives.iall_reduce(registered, group, op=PROD, out=registered).wait()
 
 
 def shapes(group: ProcessGroup, place: Place) -> None:
