@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mpidist.nn import Parameter
     from mpidist.optim import Optimizer
     from mpidist.parallel import DDP, Compression, ShardedOptimizer
-    from mpidist.train import Checkpoints, MetricsFile, Plan, Run, StopSignal
+    from mpidist.train import Checkpoints, MetricsFile, Plan, Record, Run, StopSignal
 
 DIVERGED = 1
 """Exit code after a loss or gradient that is not finite."""
@@ -351,7 +351,7 @@ def train_and_record(
             for record in train(
                 run.model, optimizer, *data, plan, world, checkpoints=checkpoints, stop=stop
             ):
-                file.write(record.as_json())
+                write_record(file, record, stop)
                 bar.show(record)
     except (KeyboardInterrupt, FloatingPointError) as error:
         if first:
@@ -359,6 +359,20 @@ def train_and_record(
             why = f"interrupted {at}" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
             say(f"{why}; the records so far are in {options.out / METRICS}")
         raise
+
+
+def write_record(file: MetricsFile, record: Record, stop: StopSignal) -> None:
+    """Write a record; where the disk is full, let the ranks save the run and end it."""
+    try:
+        file.write(record.as_json())
+    except OSError as error:
+        if not stop.requested:
+            say(
+                f"train.py: error: cannot write {error.filename}: {error.strerror}; the run is "
+                "saved and stopped",
+                sys.stderr,
+            )
+        stop.request()
 
 
 def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:

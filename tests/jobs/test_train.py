@@ -166,6 +166,36 @@ def test_a_run_is_not_lost_with_its_terminal(start: Start, tmp_path: Path) -> No
     assert kept.exists()
 
 
+ON_A_DISK_THAT_BECOMES_FULL = """
+import errno, os, runpy, sys
+from pathlib import Path
+from mpidist.train import MetricsFile
+write, count = MetricsFile.write, 0
+def write_some(self, values):
+    global count
+    count += 1
+    if count > 3:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+    write(self, values)
+MetricsFile.write = write_some
+del sys.argv[:2]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_is_not_lost_when_its_records_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    ended = run(
+        *("--steps", "100", "--log-every", "5", "--no-progress", "--no-plot"),
+        launcher=(sys.executable, "-c", ON_A_DISK_THAT_BECOMES_FULL),
+    )
+    assert ended.returncode == 75, ended.stdout
+    told = "train.py: error: cannot write metrics.jsonl: No space left on device; the run is saved"
+    assert ended.stdout.count(told) == 1
+    assert "after step 11 of 100; --resume goes on" in ended.stdout
+    assert (tmp_path / "runs/digits/checkpoints/step-000011/manifest.json").exists()
+
+
 def check_diverged(ended: subprocess.CompletedProcess[str], file: Path) -> None:
     assert ended.returncode == 1, ended.stdout
     assert ended.stdout.count("error: the ") == 1
