@@ -6,6 +6,7 @@ would be a third of the time that importing this package takes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ __all__ = ["FoundCrossovers", "found_crossovers", "init"]
 
 _TIMEOUT = 1800.0
 _WARN_AFTER = 60.0
+
+_OPEN_FILES = 65536
+"""Files that a rank may have open, where its hard limit allows it; often it starts with 1,024."""
 
 
 def init(
@@ -71,7 +75,8 @@ def init(
     Collective over all ranks of the job; blocks. With several ranks it wraps `sys.excepthook` and
     `threading.excepthook`, so that an exception on one rank ends the whole job, and registers an
     exit handler, so that nobody waits for a rank that has left; not inside pytest and IPython.
-    May be called again. MPI is finalised when the interpreter exits.
+    May be called again. MPI is finalised when the interpreter exits. Over MPI it raises the soft
+    limit of open files to the hard one, at most to 65,536; processes started later inherit that.
     """
     configure(env.log_level(), warn=env.launcher_rank() == 0)
     evidence = env.launcher_evidence()
@@ -148,6 +153,17 @@ def _without_launcher() -> str:
     return "simulated"
 
 
+def _raise_open_files() -> None:
+    """Raise the soft limit of open files: an MPI library opens some for each rank and group."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # not here, as in some containers
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _init_mpi(
     evidence: env.Evidence | None, comm: Any, timeout: float, warn_after: float
 ) -> ProcessGroup:
@@ -157,6 +173,7 @@ def _init_mpi(
     from mpidist.backends.mpi import MpiBackend, library_name, load_mpi, world_ranks
     from mpidist.backends.versions import compare_versions
 
+    _raise_open_files()
     if evidence is not None:
         env.mark_rank()
     with hooks.loading(1 if evidence is None else evidence.size, timeout):

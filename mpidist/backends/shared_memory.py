@@ -14,9 +14,13 @@ without; without a limit, the kernel would kill a process instead.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import functools
 import mmap
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +95,8 @@ def _sized(descriptor: int, nbytes: int) -> int:
         os.ftruncate(descriptor, nbytes)
     except (OSError, OverflowError) as error:
         os.close(descriptor)
-        raise OSError(f"no file of {nbytes} bytes: {error}") from error
+        number = getattr(error, "errno", None) or errno.EFBIG
+        raise OSError(number, f"no file of {nbytes} bytes: {error}") from error
     return descriptor
 
 
@@ -118,7 +123,7 @@ def open_address(address: bytes) -> int:
     return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
 
-def map_part(descriptor: int, part: slice) -> mmap.mmap:
+def map_part(descriptor: int, part: slice) -> memoryview:
     """Map a whole file for reading and writing, shared with all who map it.
 
     Parameters
@@ -128,6 +133,12 @@ def map_part(descriptor: int, part: slice) -> mmap.mmap:
     part : slice
         The bytes of it that this process provides, really allocated, from the memory that is
         nearest to it.
+
+    Returns
+    -------
+    memoryview
+        The whole file, mapped until the last view of it is gone. No descriptor stays open for it:
+        the module `mmap` keeps a copy, and a program with a thousand arrays would have none left.
 
     Raises
     ------
@@ -140,4 +151,25 @@ def map_part(descriptor: int, part: slice) -> mmap.mmap:
     first use would kill the process.
     """
     os.posix_fallocate(descriptor, part.start, part.stop - part.start)
-    return mmap.mmap(descriptor, 0)
+    nbytes = os.fstat(descriptor).st_size
+    libc = _libc()
+    address = libc.mmap(
+        None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0
+    )
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    unmap = weakref.finalize(memory, libc.munmap, address, nbytes)
+    unmap.atexit = False  # exit handlers and other threads still use it
+    return memoryview(memory).cast("B")
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    size, number = ctypes.c_size_t, ctypes.c_int
+    libc.mmap.argtypes = [ctypes.c_void_p, size, number, number, number, ctypes.c_long]
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, size]
+    return libc

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mpidist
+from mpidist import launch
 from mpidist.backends import mpi_memory, shared_memory
 from mpidist.backends.shared_memory import NamedFile, SharedFile, map_part, open_address
 
@@ -42,7 +45,7 @@ def test_each_process_allocates_its_own_part_of_a_file(kind, directory):
     memory = map_part(file.descriptor, slice(PART, 2 * PART))
     assert len(memory) == 3 * PART
     assert os.fstat(file.descriptor).st_blocks * 512 == PART
-    memory.close()
+    memory.release()
     file.unlink()
     os.close(file.descriptor)
 
@@ -57,7 +60,7 @@ def test_an_address_leads_to_the_same_memory(kind, directory):
     ours[5] = 7
     assert theirs[5] == 7
     for memory in (ours, theirs):
-        memory.close()
+        memory.release()
     for opened in (descriptor, file.descriptor):
         os.close(opened)
 
@@ -137,3 +140,61 @@ def test_memory_refused_is_told_once(world, monkeypatch, caplog):
     told = [record for record in caplog.records if "no memory shared" in record.message]
     assert len(told) == (1 if world.rank == 0 else 0)
     group.close()
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.ranks(2)
+def test_registered_arrays_and_groups_keep_no_descriptor(world):
+    before = open_files()
+    arrays = [world.empty(COUNT // 64, np.float64) for _ in range(20)]
+    groups = [world.duplicate(f"copy {number}") for number in range(5)]
+    assert open_files() <= before
+    arrays[3][...] = 1
+    mpidist.all_reduce(arrays[3], groups[2], out=arrays[3])
+    assert (arrays[3] == 2).all()
+    for group in groups:
+        group.close()
+
+
+@pytest.mark.ranks(2)
+def test_the_limit_of_open_files_is_told(world, monkeypatch, caplog):
+    """On whichever rank it is met, and not a small /dev/shm."""
+    real = mpi_memory.open_address
+
+    def refuse(address):
+        if world.rank == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(address)
+
+    monkeypatch.setattr(mpi_memory, "open_address", refuse)
+    monkeypatch.setattr(mpi_memory, "_REASONS", set())
+    with caplog.at_level(logging.WARNING, "mpidist"):
+        assert world.shared(COUNT) is None
+    told = [record.getMessage() for record in caplog.records]
+    if world.rank == 0:
+        assert len(told) == 1
+        assert "Too many open files, on another rank" in told[0]
+        assert "ulimit -n" in told[0]
+        assert "shm-size" not in told[0]
+    else:
+        assert told == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ((1024, 4096), (4096, 4096)),
+        ((1024, resource.RLIM_INFINITY), (65536, resource.RLIM_INFINITY)),
+        ((100000, 200000), None),
+        ((4096, 4096), None),
+    ],
+)
+def test_init_raises_the_soft_limit_of_open_files(limits, wanted, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: set_to.append(new))
+    launch._raise_open_files()
+    assert set_to == ([] if wanted is None else [wanted])
