@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from math import isfinite
+from numbers import Real
 from operator import index
 from typing import Any
 
 import numpy as np
 
-__all__ = ["whole_number"]
+from mpidist.errors import UnsupportedOperationError
+
+__all__ = ["seconds", "whole_number"]
+
+
+def seconds(value: Any, what: str, *, least: float | None = None) -> float:
+    """Return a duration in seconds.
+
+    Parameters
+    ----------
+    value : float or datetime.timedelta
+        A number of seconds, positive and finite.
+    what : str
+        Whose, for the message.
+    least : float, optional
+        The smallest that is taken; any above 0 when omitted.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If it is anything else: no wait is without a deadline.
+    """
+    number = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(number, Real) and not isinstance(number, (bool, np.bool_)):
+        number = float(number)
+        if isfinite(number) and (number > 0 if least is None else number >= least):
+            return number
+    raise UnsupportedOperationError(
+        f"{what} must be a positive number of seconds, or a datetime.timedelta; got {value!r}"
+    )
 
 
 def whole_number(value: Any) -> int:

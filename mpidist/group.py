@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidist._arguments import whole_number
-from mpidist._types import Array
+from mpidist._types import Array, ReduceOp
 from mpidist.arrays import device_empty, is_host
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
@@ -35,7 +35,35 @@ if TYPE_CHECKING:
     from mpidist.backends.device import DeviceBackend
     from mpidist.watch import Watch
 
-__all__ = ["Layout", "ProcessGroup"]
+__all__ = ["Layout", "ProcessGroup", "check_group"]
+
+
+def check_group(group: object, operation: str) -> None:
+    """Raise unless something is a group, and say how to make one of what it is.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        Before anything has been sent.
+    """
+    if isinstance(group, ProcessGroup):
+        return
+    kind = f"{type(group).__module__}.{type(group).__qualname__}"
+    if group is None:
+        got = (
+            "None, which split and new_group return on ranks that are not members: call it on the "
+            "members only"
+        )
+    elif isinstance(group, ReduceOp) and "reduce" in operation:
+        got = f"{group}: give the operation by name, {operation}(x, group, op={group.name})"
+    elif kind.startswith("mpi4py."):
+        got = f"a communicator ({kind}): make a group of it once, mpidist.init(comm=...)"
+    else:
+        got = f"{kind}"
+    raise UnsupportedOperationError(
+        f"{operation}: the group must be a ProcessGroup, as mpidist.init() returns it, or split or "
+        f"new_group of one; got {got}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,18 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpidist import env
+from mpidist._arguments import seconds
 from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import BackendUnavailableError, LaunchError
 from mpidist.group import ProcessGroup
 from mpidist.log import configure
+from mpidist.operations import abandon_groups
 
 __all__ = ["FoundCrossovers", "found_crossovers", "init"]
 
@@ -49,10 +52,10 @@ def init(
         cannot be carried.
     comm : mpi4py.MPI.Intracomm, optional
         Its ranks are the group's; duplicated. ``MPI.COMM_WORLD`` when omitted.
-    timeout : float, optional
+    timeout : float or datetime.timedelta, optional
         Seconds after which a wait fails and the group is broken. The first is for all ranks to call
         `init`; the last, for all processes to end when all have come to their exits.
-    warn_after : float, optional
+    warn_after : float or datetime.timedelta, optional
         Seconds after which a wait logs a warning, and again at each doubling.
 
     Returns
@@ -79,6 +82,8 @@ def init(
     limit of open files to the hard one, at most to 65,536; processes started later inherit that.
     """
     configure(env.log_level(), warn=env.launcher_rank() == 0)
+    timeout = seconds(timeout, "init: timeout")
+    warn_after = seconds(warn_after, "init: warn_after")
     evidence = env.launcher_evidence()
     devices = None if backend is None else backend == "hybrid"
     if backend in (None, "hybrid"):
@@ -180,7 +185,8 @@ def _init_mpi(
         mpi = load_mpi()
     _refuse_strangers(evidence, mpi)
     forks.guard(mpi.COMM_WORLD.rank)
-    comm = mpi.COMM_WORLD if comm is None else comm
+    _end_groups_with(mpi)
+    comm = mpi.COMM_WORLD if comm is None else _checked(comm, mpi)
     with hooks.starting(mpi, comm, began, timeout) as installed:
         compare_versions(mpi, comm)
         departures = None if installed is None else installed.join(comm, timeout)
@@ -194,6 +200,29 @@ def _init_mpi(
     hooks.follow(world)
     _trace(directory, world)
     return world
+
+
+@cache
+def _end_groups_with(mpi: Any) -> None:
+    """Let every verb say so, where the program has called MPI.Finalize: the library would abort."""
+
+    def ended(*_: Any) -> None:
+        abandon_groups("mpi", "MPI has been finalised; call MPI.Finalize last, or leave it to exit")
+
+    # The library deletes what is attached here before anything else that it finalises.
+    mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=ended), ended)
+
+
+def _checked(comm: Any, mpi: Any) -> Any:
+    """Return a communicator of which a group can be made."""
+    if isinstance(comm, mpi.Intracomm) and comm != mpi.COMM_NULL:
+        return comm
+    null = isinstance(comm, mpi.Comm) and comm == mpi.COMM_NULL
+    got = "COMM_NULL: this rank is no member of it, and does not call init" if null else repr(comm)
+    raise LaunchError(
+        "init: comm must be a communicator of mpi4py, such as MPI.COMM_WORLD or what Split "
+        f"returns; got {got}"
+    )
 
 
 def _trace(directory: str | None, world: ProcessGroup) -> None:

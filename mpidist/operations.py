@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
@@ -141,6 +141,14 @@ class Operations(Closing):
         self._closed_with: list[Operations] = []
         self._companions: dict[str, Companion] = {}
         _GROUPS.add(self)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError(
+            f"{self} cannot be copied or pickled, nor can what holds it: it connects processes. "
+            "Pass it on as it is, or make another with duplicate(); of a DDP copy its module, "
+            "between two steps; of an optimizer its state_dict()"
+        )
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""

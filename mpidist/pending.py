@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
+from mpidist._arguments import seconds
 from mpidist.arrays import is_device
 from mpidist.backends.device import DeviceWork
 from mpidist.backends.journal import describe, describe_counts
@@ -431,12 +432,18 @@ class GroupWork(Work[T]):
 
     def wait(self, timeout: float | None = None) -> T:
         """Wait for the result; see `Work.wait`."""
+        if timeout is not None:
+            timeout = self._seconds(timeout)
         if not self._over:
             self._group._check_usable(self._waiter.operation)
             self._wait(timeout)
         if self._error is not None:
             self._raise(self._error)
         return self._result[0]
+
+    def _seconds(self, timeout: Any) -> float:
+        """Return the timeout of a wait as a number; what is over is asked with `done`."""
+        return seconds(timeout, f"{self._waiter.operation} on {self._group}: timeout", least=0.0)
 
     def _wait(self, timeout: float | None) -> None:
         waiter, journal = self._waiter, self._group._journal
@@ -466,6 +473,8 @@ class DeviceGroupWork(GroupWork[T]):
 
         Does not block; `timeout` is that of the group, which a watchdog keeps.
         """
+        if timeout is not None:
+            self._seconds(timeout)
         if not self._over:
             self._group._check_usable(self._waiter.operation)
             try:
@@ -486,7 +495,7 @@ class DeviceGroupWork(GroupWork[T]):
         # Behind the operation there may be copies that make the result the caller's.
         arrived = device.fence()
         if not self._over:
-            self._wait(timeout)
+            self._wait(None if timeout is None else self._seconds(timeout))
             if self._error is not None:
                 self._raise(self._error)
         self._waiter.wait_for(arrived)

@@ -163,6 +163,14 @@ def _translated(mpi: Any, operation: str) -> Iterator[None]:
 
 
 def _translate(mpi: Any, operation: str, error: Any) -> TransportError:
+    if error.Get_error_class() == mpi.ERR_IN_STATUS:
+        # A blocking call waits for messages of its own, and keeps their statuses to itself.
+        return TransportError(
+            f"{operation}: a message that is part of the call failed, and the MPI library does not "
+            "say why (MPI_ERR_IN_STATUS): most often the ranks passed different sizes or dtypes, "
+            "which MPIDIST_DEBUG=1 finds, or a rank has died",
+            code=error.Get_error_code(),
+        )
     return TransportError(
         f"{operation}: the MPI library reports: {error.Get_error_string()} "
         f"({mpi.Get_error_string(error.Get_error_class())})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from mpidist._types import Array
 from mpidist.backends.waiting import wait_until
@@ -29,6 +29,13 @@ class Work(ABC, Generic[T]):
     to the operation: neither read nor write them.
     """
 
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError(
+            "an operation under way cannot be copied or pickled: wait for it, and copy its result. "
+            "A model is copied between two steps, when its gradients have been waited for"
+        )
+
     @abstractmethod
     def done(self) -> bool:
         """Poll: make progress, and return whether the operation is complete.
@@ -45,7 +52,7 @@ class Work(ABC, Generic[T]):
 
         Parameters
         ----------
-        timeout : float, optional
+        timeout : float or datetime.timedelta, optional
             Seconds; the group's timeout when omitted.
 
         Returns

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mpidist._arguments import seconds
 from mpidist.checkpoint import hdf5
 from mpidist.checkpoint.commit import Save, Waitable, steps_of
 from mpidist.checkpoint.directory import Checkpoint
@@ -16,7 +17,7 @@ from mpidist.checkpoint.running import end_write
 from mpidist.checkpoint.staging import Staging
 from mpidist.checkpoint.worker import Worker
 from mpidist.errors import CheckpointAsyncError, CheckpointError
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.hooks import end_companions_at_exit
 
 __all__ = ["CheckpointFuture", "LastSave", "Saver", "saver_of"]
@@ -95,7 +96,7 @@ class CheckpointFuture:
             On this rank, if it is not over after `timeout`.
         """
         if timeout is not None:
-            self._give(timeout)
+            self._give(seconds(timeout, f"save of {self.directory}: timeout", least=0.0))
         self.end()
         self.told = True
         if self._error is not None:
@@ -110,13 +111,13 @@ class CheckpointFuture:
                 first._current.wait()
             first._advance()
 
-    def _give(self, seconds: float) -> None:
+    def _give(self, timeout: float) -> None:
         """Raise if it is not over in time; by asking, for a message given up breaks the group."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + timeout
         while not self.done():
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"save of {self.directory}: not over after {seconds:g} s. It goes on: wait "
+                    f"save of {self.directory}: not over after {timeout:g} s. It goes on: wait "
                     "again, or longer"
                 )
             time.sleep(_PAUSE)
@@ -212,4 +213,5 @@ class Saver:
 
 def saver_of(group: ProcessGroup) -> Saver:
     """Return the saves of a group; collective when first called."""
+    check_group(group, "checkpoint")
     return group.companion("checkpoint", lambda: Saver(group))

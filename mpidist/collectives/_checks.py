@@ -11,7 +11,7 @@ from mpidist._arguments import whole_number
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays import DTYPES, address_of, array_namespace, as_native, is_device, is_host
 from mpidist.errors import InvalidRankError, SizeMismatchError, UnsupportedOperationError
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 
 __all__ = [
     "Landing",
@@ -52,6 +52,8 @@ def check_array(x: Array, verb: str, group: ProcessGroup, *, name: str = "x") ->
     A numpy scalar is returned as a 0-d array, and an array of a subclass as a plain view of its
     memory: a matrix, for one, stays two-dimensional whatever is done to it.
     """
+    if type(group) is not ProcessGroup:
+        check_group(group, verb)
     # One look-up for nearly all arrays; the rest finds out what is wrong, or byte-swapped.
     if type(x) is np.ndarray and x.dtype in DTYPES:
         return x
@@ -85,6 +87,13 @@ def is_plain(x: Array) -> bool:
 
 def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> None:
     """Raise unless the transport that carries `x` reduces this dtype with `op`."""
+    if type(group) is not ProcessGroup:
+        check_group(group, verb)
+    if type(op) is not ReduceOp:
+        raise UnsupportedOperationError(
+            f"{verb} on {group}: op must be a ReduceOp, such as mpidist.SUM, mpidist.MEAN or "
+            f"mpidist.MAX; got {op!r}"
+        )
     transport = group.transport_of(x)
     reductions = transport.capabilities.reductions
     if (op, x.dtype) in reductions:
@@ -93,13 +102,15 @@ def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> N
     if (op, dtype) not in reductions:
         offered = [o.name for o in ReduceOp if (o, dtype) in reductions]
         raise UnsupportedOperationError(
-            f"{verb} on {group}: {getattr(op, 'name', op)} of {dtype} is not offered by the "
+            f"{verb} on {group}: {op.name} of {dtype} is not offered by the "
             f"{transport.name} backend; of this dtype it offers {', '.join(offered) or 'nothing'}"
         )
 
 
 def check_rank(rank: int, verb: str, group: ProcessGroup, *, name: str = "root") -> int:
     """Return `rank` as a plain number if it is one of the group's."""
+    if type(group) is not ProcessGroup:
+        check_group(group, verb)
     try:
         number = whole_number(rank)
     except TypeError:

@@ -88,7 +88,8 @@ def all_gather(
     -----
     Collective over `group`; blocks. A ring: p - 1 messages, the bytes of all parts but one.
     """
-    return group.run(plan_all_gather(x, group, out, counts))
+    plan = plan_all_gather(x, group, out, counts)
+    return group.run(plan)
 
 
 def iall_gather(
@@ -99,7 +100,8 @@ def iall_gather(
     counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start an `all_gather`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_all_gather(x, group, out, counts))
+    plan = plan_all_gather(x, group, out, counts)
+    return group.start(plan)
 
 
 def plan_gather(
@@ -160,7 +162,8 @@ def gather(
     -----
     Collective over `group`; blocks. 1 message of the bytes of `x` per rank; the root receives all.
     """
-    return group.run(plan_gather(x, group, root, out, counts))
+    plan = plan_gather(x, group, root, out, counts)
+    return group.run(plan)
 
 
 def igather(
@@ -172,4 +175,5 @@ def igather(
     counts: Sequence[int] | None = None,
 ) -> Work[Array | None]:
     """Start a `gather`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_gather(x, group, root, out, counts))
+    plan = plan_gather(x, group, root, out, counts)
+    return group.start(plan)

@@ -6,7 +6,7 @@ from mpidist._types import SUM, Array, ReduceOp
 from mpidist.arrays import is_device
 from mpidist.collectives._reductions import all_reduce, broadcast
 from mpidist.errors import UnsupportedOperationError
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 
 __all__ = ["gpu_all_reduce", "gpu_broadcast"]
 
@@ -94,6 +94,7 @@ def gpu_broadcast(
 
 
 def _check_on_device(verb: str, group: ProcessGroup, **arrays: Array | None) -> None:
+    check_group(group, verb)
     for name, array in arrays.items():
         if array is not None and not is_device(array):
             raise UnsupportedOperationError(

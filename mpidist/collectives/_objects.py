@@ -23,7 +23,7 @@ from mpidist.errors import (
     SizeMismatchError,
     UnsupportedOperationError,
 )
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 
 __all__ = [
     "all_gather_object",
@@ -209,6 +209,7 @@ def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
     -----
     Collective over `group`; blocks. An all_gather of the lengths and one of the bytes.
     """
+    check_group(group, "all_gather_object")
     packed = _pack([obj])
     counts = _lengths(packed, "all_gather_object", group)
     whole = all_gather(packed.pieces[0], group, counts=counts)

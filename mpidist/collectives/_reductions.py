@@ -18,7 +18,7 @@ from mpidist.collectives._checks import (
     separate,
 )
 from mpidist.collectives._rows import cut_rows, elements_in
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.pending import Plan
 
 __all__ = [
@@ -56,11 +56,13 @@ def barrier(group: ProcessGroup) -> None:
     -----
     Collective over `group`; blocks. ceil(log2 p) messages of 1 byte per rank.
     """
+    check_group(group, "barrier")
     group.run(Plan("barrier", (), nothing))
 
 
 def ibarrier(group: ProcessGroup) -> Work[None]:
     """Start a `barrier`; the Work is complete when all ranks have called it."""
+    check_group(group, "ibarrier")
     return group.start(Plan("barrier", (), nothing))
 
 
@@ -113,16 +115,22 @@ def all_reduce(
     2 (p - 1) / p of the bytes of `x` are sent per rank. float16 and bfloat16 are summed in float32
     and rounded once.
     """
-    if out is x and group.repeat_sum(x, op):
-        return x
-    return group.run(plan_all_reduce(x, group, op, out))
+    try:
+        if out is x and group.repeat_sum(x, op):
+            return x
+    except (AttributeError, TypeError):
+        check_reduction(check_array(x, "all_reduce", group), op, "all_reduce", group)
+        raise
+    plan = plan_all_reduce(x, group, op, out)
+    return group.run(plan)
 
 
 def iall_reduce(
     x: Array, group: ProcessGroup, *, op: ReduceOp = SUM, out: Array | None = None
 ) -> Work[Array]:
     """Start an `all_reduce`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_all_reduce(x, group, op, out))
+    plan = plan_all_reduce(x, group, op, out)
+    return group.start(plan)
 
 
 def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Plan[Array]:
@@ -169,14 +177,16 @@ def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None
     -----
     Collective over `group`; blocks. A binomial tree: at most ceil(log2 p) times `x` per rank.
     """
-    return group.run(plan_broadcast(x, group, root, out))
+    plan = plan_broadcast(x, group, root, out)
+    return group.run(plan)
 
 
 def ibroadcast(
     x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None
 ) -> Work[Array]:
     """Start a `broadcast`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_broadcast(x, group, root, out))
+    plan = plan_broadcast(x, group, root, out)
+    return group.start(plan)
 
 
 def plan_reduce(
@@ -230,7 +240,8 @@ def reduce(
     -----
     Collective over `group`; blocks. At most about the bytes of `x` sent per rank.
     """
-    return group.run(plan_reduce(x, group, root, op, out))
+    plan = plan_reduce(x, group, root, op, out)
+    return group.run(plan)
 
 
 def ireduce(
@@ -242,7 +253,8 @@ def ireduce(
     out: Array | None = None,
 ) -> Work[Array | None]:
     """Start a `reduce`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_reduce(x, group, root, op, out))
+    plan = plan_reduce(x, group, root, op, out)
+    return group.start(plan)
 
 
 def plan_reduce_scatter(
@@ -307,7 +319,8 @@ def reduce_scatter(
     -----
     Collective over `group`; blocks. p - 1 messages, (p - 1) / p of the bytes of `x`.
     """
-    return group.run(plan_reduce_scatter(x, group, op, out, counts))
+    plan = plan_reduce_scatter(x, group, op, out, counts)
+    return group.run(plan)
 
 
 def ireduce_scatter(
@@ -319,4 +332,5 @@ def ireduce_scatter(
     counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start a `reduce_scatter`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_reduce_scatter(x, group, op, out, counts))
+    plan = plan_reduce_scatter(x, group, op, out, counts)
+    return group.start(plan)

@@ -111,7 +111,8 @@ def scatter(
     -----
     Collective over `group`; blocks. The root sends p - 1 messages, the others none.
     """
-    return group.run(plan_scatter(x, group, root, out, counts))
+    plan = plan_scatter(x, group, root, out, counts)
+    return group.run(plan)
 
 
 def iscatter(
@@ -123,7 +124,8 @@ def iscatter(
     counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start a `scatter`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_scatter(x, group, root, out, counts))
+    plan = plan_scatter(x, group, root, out, counts)
+    return group.start(plan)
 
 
 def plan_all_to_all(
@@ -193,7 +195,8 @@ def all_to_all(
     -----
     Collective over `group`; blocks. p - 1 messages, the bytes of all blocks but one.
     """
-    return group.run(plan_all_to_all(x, group, out, counts, recv_counts))
+    plan = plan_all_to_all(x, group, out, counts, recv_counts)
+    return group.run(plan)
 
 
 def iall_to_all(
@@ -205,4 +208,5 @@ def iall_to_all(
     recv_counts: Sequence[int] | None = None,
 ) -> Work[Array]:
     """Start an `all_to_all`; `x` and `out` belong to it until the Work is complete."""
-    return group.start(plan_all_to_all(x, group, out, counts, recv_counts))
+    plan = plan_all_to_all(x, group, out, counts, recv_counts)
+    return group.start(plan)

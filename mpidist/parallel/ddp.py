@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.backends.work import Work
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, after_backward
 from mpidist.nn.parameter import Parameter
@@ -111,6 +111,7 @@ class DDP(Closing):
     ) -> None:
         if not isinstance(module, Module):
             raise TypeError(f"DDP: expected DDP(model, group), got a {type(module).__name__} first")
+        check_group(group, "DDP")
         named = dict(module.named_parameters())
         buffers = dict(module.named_buffers())
         arrays = {name: parameter.data for name, parameter in named.items()}

@@ -10,7 +10,7 @@ import numpy as np
 from mpidist._types import LAND, Array
 from mpidist.arrays import HALVES, is_device
 from mpidist.collectives import all_reduce
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.nn.parameters import Parameters
 from mpidist.parallel import kernels
 from mpidist.parallel.stretches import gradient_arrays
@@ -72,6 +72,7 @@ class GradScaler:
         backoff: float = 0.5,
         interval: int = 2000,
     ) -> None:
+        check_group(group, "GradScaler")
         in_range = _SMALLEST <= initial <= _LARGEST
         if not (in_range and 1 < growth < math.inf and 0 < backoff < 1 and interval >= 1):
             raise ValueError(

@@ -9,7 +9,7 @@ import numpy as np
 from mpidist._types import SUM, Array
 from mpidist.arrays import is_device
 from mpidist.collectives import all_gather_object, all_reduce
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 
 __all__ = ["Metrics"]
 
@@ -30,6 +30,7 @@ class Metrics:
     """
 
     def __init__(self, group: ProcessGroup) -> None:
+        check_group(group, "Metrics")
         self._group = group
         self._sums: dict[str, tuple[Any, float]] = {}
         self._names: tuple[str, ...] | None = None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+from mpidist._arguments import seconds
 from mpidist._closing import Closing
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays import REDUCTIONS, is_device
 from mpidist.errors import UnsupportedOperationError
 from mpidist.flat import FlatBuffer
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.parallel.bucket import BucketSizes
 from mpidist.parallel.compression import Compression, Hook
 from mpidist.parallel.layout import Layout
@@ -91,6 +92,7 @@ class GradientReducer(Closing):
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
         also_verify: Mapping[str, Array] | None = None,
     ) -> None:
+        check_group(group, type(self).__name__)
         description = (
             *(describe("parameter", name, array) for name, array in named_arrays.items()),
             *(describe("buffer", name, array) for name, array in (also_verify or {}).items()),
@@ -222,6 +224,8 @@ class GradientReducer(Closing):
         all-reduce of their own.
         """
         self.check_complete("GradientReducer.wait")
+        if timeout is not None:
+            timeout = seconds(timeout, "GradientReducer.wait: timeout", least=0.0)
         deadline = None if timeout is None else time.monotonic() + timeout
         for bucket in self._buckets:
             bucket.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
 from mpidist.optim import Optimizer
@@ -128,6 +128,7 @@ class ShardedOptimizer(Closing):
     ) -> None:
         self.module = model.module if isinstance(model, DDP) else model
         self._named = dict(self.module.named_parameters())
+        check_group(group, "ShardedOptimizer")
         check_model(model, group, op)
         self.group = by_node(group, f"{group.name}/shards")
         self._gradients = make_gradients(model, self.group, op or MEAN, sizes)

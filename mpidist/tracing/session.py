@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpidist.collectives import all_gather_object, barrier, broadcast_object
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.point_to_point import recv, send
 from mpidist.regions import listener
 from mpidist.tracing.chrome import write_trace
@@ -69,6 +69,7 @@ def trace(
     an earlier one of the same path, and what that one has left in this directory: jobs that run at
     the same time need paths of their own.
     """
+    check_group(group, "trace")
     session = Session.begin(Path(path), group, limit=limit)
     try:
         yield

@@ -16,7 +16,7 @@ from mpidist.checkpoint.state import flatten
 from mpidist.collectives import broadcast_object
 from mpidist.data import ShardedSampler
 from mpidist.errors import CheckpointError, DistributedError
-from mpidist.group import ProcessGroup
+from mpidist.group import ProcessGroup, check_group
 from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, ShardedOptimizer
 
@@ -113,6 +113,7 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike[str], group: ProcessGroup, *, keep: int = 3
     ) -> None:
+        check_group(group, "Checkpoints")
         if keep < 1:
             raise ValueError(f"Checkpoints: keep must be at least 1, got {keep}")
         self.directory = absolute(directory)
