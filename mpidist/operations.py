@@ -435,7 +435,8 @@ class Operations(Closing):
     def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:
         """Break the group on an error that may have left its ranks at different places."""
         self._journal.end(waiter.record, failed=True)
-        usable = False
+        # Of the latter all ranks know, and nothing has begun.
+        usable = isinstance(error, BackendUnavailableError)
         if isinstance(error, CollectiveMismatchError):
             self._name(error, waiter)
             usable = error.usable

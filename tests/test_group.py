@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import mpidist
+from mpidist import hooks
 from mpidist.pending import Plan
 from mpidist.testing import run_ranks
 
@@ -108,3 +111,66 @@ def test_a_second_wait_raises_the_first_error():
                     work.wait(timeout=0.2)
 
     run_ranks(2, body)
+
+
+@pytest.mark.ranks(2)
+def test_communicators_of_dropped_groups_are_released_when_none_is_left(world, monkeypatch):
+    from mpi4py import MPI
+
+    from mpidist.backends.mpi import MpiBackend
+
+    dropped, asked = world.duplicate("dropped"), world.duplicate("asked")
+    comm, kept = dropped._backend._comm, asked.mpi_comm
+    del dropped, asked
+    real = MpiBackend._child
+
+    def child(self, made):
+        if comm != MPI.COMM_NULL:
+            made.Free()
+            raise MPI.Exception(MPI.ERR_OTHER)
+        return real(self, made)
+
+    monkeypatch.setattr(MpiBackend, "_child", child)
+    world.duplicate("next").close()
+    assert comm == MPI.COMM_NULL
+    assert kept.allreduce(1) == 2  # whoever has asked for it has it
+    kept.Free()
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_group_that_one_rank_cannot_make_is_made_by_none(world, monkeypatch):
+    """And the group of which it was to be made is still there."""
+    from mpi4py import MPI
+
+    from mpidist.backends.mpi import MpiBackend
+
+    real, made = MpiBackend._child, []
+
+    def child(self, comm):
+        made.append(real(self, comm))
+        if world.rank == 0:
+            made.pop().close()
+            raise MPI.Exception(MPI.ERR_OTHER)
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MpiBackend, "_child", child)
+        with pytest.raises(mpidist.BackendUnavailableError, match=r"close those.*can still be"):
+            world.split(0)
+    assert all(each._comm == MPI.COMM_NULL for each in made)
+    assert mpidist.all_reduce(np.ones(1), world)[0] == world.size
+    world.split(0).close()
+
+
+def test_worlds_of_the_same_ranks_share_what_tells_of_departures():
+    comms = [SimpleNamespace(ranks=ranks, Dup=lambda ranks=ranks: comm(ranks)) for ranks in "aba"]
+
+    def comm(ranks):
+        return SimpleNamespace(ranks=ranks)
+
+    kinds = SimpleNamespace(Compare=lambda one, two: 1 if one.ranks == two.ranks else 3)
+    mpi = SimpleNamespace(IDENT=0, CONGRUENT=1, Comm=kinds)
+    installed = SimpleNamespace(_mpi=mpi, _worlds=[])
+    one, other, again = (hooks._Hooks.join(installed, each, 5 + n) for n, each in enumerate(comms))
+    assert one is again is not other
+    assert installed._worlds == [(one, 7), (other, 6)]

@@ -46,6 +46,8 @@ class Departures:
 
     Attributes
     ----------
+    comm : mpi4py.MPI.Intracomm
+        As given.
     begun : dict of int to list of int
         How many collectives this rank has begun, by the group's identity; each number stands in a
         list of its own, which the group counts up.
@@ -53,7 +55,7 @@ class Departures:
 
     def __init__(self, comm: Any) -> None:
         self.begun: dict[int, list[int]] = {}
-        self._comm = comm
+        self.comm = comm
         self._left: dict[int, Departure] = {}
         self._sent: list[Any] = []
         self._notice: tuple[Any, ...] = ()
@@ -63,7 +65,7 @@ class Departures:
         """Return the ranks of the communicator that have left; never blocks."""
         if self._reading.acquire(blocking=False):
             try:
-                while (message := self._comm.Improbe()) is not None:
+                while (message := self.comm.Improbe()) is not None:
                     self._read(message)
             finally:
                 self._reading.release()
@@ -75,7 +77,7 @@ class Departures:
         message.Recv(length)
         rank, words = length.tolist()
         notice = np.empty(words, np.int64)
-        self._comm.Recv(notice, source=rank)
+        self.comm.Recv(notice, source=rank)
         operations, *pairs = notice.tolist()
         self._left[rank] = Departure(operations, dict(zip(pairs[::2], pairs[1::2], strict=True)))
 
@@ -87,7 +89,7 @@ class Departures:
         operations : int
             How many operations it took part in.
         """
-        comm = self._comm
+        comm = self.comm
         pairs = [number for group, begun in self.begun.items() for number in (group, begun[0])]
         notice = np.array([operations, *pairs], np.int64)
         length = np.array([comm.rank, notice.size], np.int64)
@@ -112,7 +114,7 @@ class Departures:
             The ranks of the communicator that had not left by then.
         """
         deadline = time.monotonic() + timeout
-        others = set(range(self._comm.size)) - {self._comm.rank}
+        others = set(range(self.comm.size)) - {self.comm.rank}
         while not self._all_told(others) and time.monotonic() < deadline:
             if not progress():
                 time.sleep(_PAUSE)

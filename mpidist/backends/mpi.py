@@ -22,7 +22,7 @@ import numpy as np
 from mpidist import env
 from mpidist._types import Array
 from mpidist.arrays import as_bytes
-from mpidist.backends import algorithms
+from mpidist.backends import algorithms, communicators
 from mpidist.backends.base import Backend, Capabilities, Traffic
 from mpidist.backends.compared import BY_MESSAGES, refuse
 from mpidist.backends.comparison import SumComparison
@@ -233,6 +233,9 @@ class MpiBackend(Backend):
             if direct.team.alone:
                 self.sums = NodeSums(self._sequencer, direct.team, self.registered, self._parts)
         self.inside: tuple[Waiter, float] | None = None
+        comms = (comm,) if self._local is comm else (comm, self._local)
+        self._dropping = weakref.finalize(self, communicators.drop, *comms)
+        self._dropping.atexit = False
         with _ALIVE_LOCK:
             self._alive.add(self)
 
@@ -268,11 +271,36 @@ class MpiBackend(Backend):
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> MpiBackend | None:
         """Make one transport per color; collective over all ranks, blocks."""
         self._arrive(waiter)
+        color = self._mpi.UNDEFINED if color is None else color
+
+        def undo(made: MpiBackend | None) -> None:
+            if made is not None:
+                made.close()
+
         with self._within(waiter):
-            comm = self._comm.Split(self._mpi.UNDEFINED if color is None else color, key)
-            if comm == self._mpi.COMM_NULL:
-                return None
+            return communicators.make(
+                self._mpi,
+                lambda: self._child(self._comm.Split(color, key)),
+                agree=self._agree,
+                undo=undo,
+                operation=waiter.operation,
+            )
+
+    def _agree(self, mine: bool) -> bool:  # noqa: FBT001  # a value, not a switch
+        """Whether it is so on all ranks; collective."""
+        every = np.array(mine)
+        self._comm.Allreduce(self._mpi.IN_PLACE, every, self._mpi.LAND)
+        return bool(every)
+
+    def _child(self, comm: Any) -> MpiBackend | None:
+        """Return the transport of a new communicator, which is released if there can be none."""
+        if comm == self._mpi.COMM_NULL:
+            return None
+        try:
             return MpiBackend(comm, departures=self._departures, places=self._places)
+        except self._mpi.Exception:
+            comm.Free()
+            raise
 
     def create(self, ranks: Sequence[int], *, waiter: Waiter) -> MpiBackend:
         """Make the transport of these ranks; collective over them only, blocks."""
@@ -282,9 +310,19 @@ class MpiBackend(Backend):
         waiter.wait_for(self.start(algorithms.dissemination_barrier(meeting)).done)
         members = self._comm.Get_group().Incl(list(ranks))
         with self._within(waiter):
-            comm = self._comm.Create_group(members)
-            members.Free()
-            return MpiBackend(comm, departures=self._departures, places=self._places)
+            # The members agree on a communicator in the library: all get it, or none.
+            try:
+                made = communicators.make(
+                    self._mpi,
+                    lambda: self._child(self._comm.Create_group(members)),
+                    agree=bool,
+                    undo=lambda _: None,
+                    operation=waiter.operation,
+                )
+            finally:
+                members.Free()
+        assert made is not None, "this rank is a member"
+        return made
 
     def poll(self) -> None:
         """Let the library make progress on all communicators: any call into it does."""
@@ -294,6 +332,7 @@ class MpiBackend(Backend):
         """Free the communicator, and the memory by way of which arrays are summed."""
         with _ALIVE_LOCK:
             self._alive.discard(self)
+        self._dropping.detach()
         if self._local != self._comm:
             self._local.Free()
         self._comm.Free()
@@ -316,7 +355,8 @@ class MpiBackend(Backend):
         return max(map(len, self._near.nodes))
 
     def mpi_comm(self) -> Any:
-        """Return the communicator."""
+        """Return the communicator, which stays valid if only this group is dropped."""
+        self._dropping.detach()
         return self._comm
 
     def follow(self, group: int, begun: list[int]) -> None:
