@@ -303,7 +303,8 @@ class _Hooks:
             if waiter is not None:
                 with contextlib.suppress(Exception):  # whatever a report fails of, the job ends
                     waiter.report(words)
-            self._say_together(f"late{stack}", f"{words}; ending the job{stack}")
+            told = words if waiter is None else words.partition(". ")[0]  # the report has it all
+            self._say_together(f"late{stack}", f"{told}; ending the job{stack}")
             self._abort(1)
 
         self._ending = True
@@ -346,12 +347,12 @@ class _Hooks:
         ending, elsewhere = self._join(reason)
         if ending.ranks:
             known = f"ends for the same reason as rank {elsewhere}"
-            self._say(text if elsewhere is None else known, ending.ranks)
+            self._say(text if elsewhere is None else known, ending.ranks, who="each of ranks")
             self._spoken()
 
-    def _say(self, text: str, ranks: Sequence[int] = ()) -> None:
+    def _say(self, text: str, ranks: Sequence[int] = (), *, who: str = "ranks") -> None:
         """Write a line about this rank, or about several, of which it is one."""
-        who = f"ranks {ranges(ranks)}" if len(ranks) > 1 else "this rank"
+        who = f"{who} {ranges(ranks)}" if len(ranks) > 1 else "this rank"
         _write(f"{self._words} mpidist: {who} {text}")
 
 

