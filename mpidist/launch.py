@@ -188,9 +188,10 @@ def _init_mpi(
     _end_groups_with(mpi)
     comm = mpi.COMM_WORLD if comm is None else _checked(comm, mpi)
     with hooks.starting(mpi, comm, began, timeout) as installed:
-        compare_versions(mpi, comm)
+        own = comm.Dup()
+        compare_versions(own)
         departures = None if installed is None else installed.join(comm, timeout)
-        backend = MpiBackend(comm.Dup(), departures=departures, places=world_ranks(mpi, comm))
+        backend = MpiBackend(own, departures=departures, places=world_ranks(mpi, comm))
         several = backend.size > 1
         world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after, answers=several)
     directory = env.trace_directory()

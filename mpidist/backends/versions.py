@@ -19,13 +19,11 @@ _NBYTES = 64
 """Of the name, which never changes: any two versions have to understand each other here."""
 
 
-def compare_versions(mpi: Any, comm: Any) -> None:
+def compare_versions(comm: Any) -> None:
     """Raise on all ranks unless all have the same version and layout.
 
     Parameters
     ----------
-    mpi : module
-        ``mpi4py.MPI``.
     comm : mpi4py.MPI.Intracomm
         The ranks.
 
@@ -36,20 +34,17 @@ def compare_versions(mpi: Any, comm: Any) -> None:
 
     Notes
     -----
-    Collective over `comm`; blocks. One all-reduce of 128 bytes, if all have the same.
+    Collective over `comm`; blocks. One all-gather of 64 bytes.
     """
     name = f"{__version__}, layout {LAYOUT}".encode()[:_NBYTES].ljust(_NBYTES, b"\0")
-    mine = np.frombuffer(name, np.uint8)
-    # The largest byte at each place, and the smallest: the same where all are the same.
-    extremes = np.concatenate([mine, 255 - mine])
-    comm.Allreduce(mpi.IN_PLACE, extremes, mpi.MAX)
-    if (extremes[:_NBYTES] == 255 - extremes[_NBYTES:]).all():
-        return
     everyone = np.empty((comm.size, _NBYTES), np.uint8)
-    comm.Allgather(mine, everyone)
+    comm.Allgather(np.frombuffer(name, np.uint8), everyone)
+    names = [row.tobytes() for row in everyone]
+    if set(names) == {name}:
+        return
     raise LaunchError(
         "init: the ranks run different versions of mpidist, which do not understand each other: "
-        f"{_describe([row.tobytes() for row in everyone])}. Install the same one on all nodes, and "
+        f"{_describe(names)}. Install the same one on all nodes, and "
         "look at PATH and PYTHONPATH of the job"
     )
 

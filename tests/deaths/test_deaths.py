@@ -43,8 +43,11 @@ def test_death(matrix: Matrix, case: Case, size: int) -> None:
     check(matrix.outcome(case, size), case, size)
 
 
+# None of them needs the deadline, which is for init, too: over hosts that takes seconds.
 @pytest.mark.parametrize(
-    "case", [case for case in endings.CASES if case.name in ON_HOSTS], ids=lambda case: case.name
+    "case",
+    [replace(case, timeout=30.0) for case in endings.CASES if case.name in ON_HOSTS],
+    ids=lambda case: case.name,
 )
 def test_death_on_hosts(matrix_on_hosts: Matrix, case: Case) -> None:
     if case.name == "raise":
@@ -86,8 +89,8 @@ def assert_blamed(outcome: Outcome, case: Case, size: int, first: int) -> None:
 def assert_launcher_blames(outcome: Outcome, guilty: int, first: int) -> None:
     """Check that the process that the launcher names is one of those that `init` told.
 
-    Open MPI names the one that was killed. MPICH kills the others before it looks, and names any
-    of them.
+    Open MPI names the one that was killed, sometimes with 0 for its process. MPICH kills the others
+    before it looks, and names any of them.
     """
     head = "\n".join(line.text for line in outcome.ended.lines[:first])
     ranks = {
@@ -97,9 +100,13 @@ def assert_launcher_blames(outcome: Outcome, guilty: int, first: int) -> None:
     }
     found = re.search(r"(?:process rank (\d+) with )?PID (\d+)", head)
     assert found, f"no process is named:\n{outcome}"
-    assert found[2] in ranks, f"no line of init's says which rank is {found[2]}:\n{outcome}"
-    if found[1] is not None:
-        assert ranks[found[2]] == int(found[1]) == guilty, outcome
+    named, pid = found.groups()
+    known = (ranks.get(pid), None if named is None else int(named))
+    if pid != "0":
+        assert known[0] is not None, f"no line of init's says which rank is {pid}:\n{outcome}"
+    # Over hosts another rank may end first, when its connection to the one that was killed breaks.
+    if named is not None and first == FIRST:
+        assert set(known) - {None} == {guilty}, outcome
 
 
 def numbers(text: str) -> list[int]:
