@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from train_options import make_parser
 
+from mpidist._stdout import accept_any_text
 from mpidist.usage import write_once
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out = options.out or Path("runs", options.task)
     options.checkpoint_dir = options.checkpoint_dir or options.out / CHECKPOINTS
     limit_threads()
+    accept_any_text()
     try:
         return run(options)
     except KeyboardInterrupt:
@@ -133,8 +135,9 @@ def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -
         return answer
     try:
         check_output(options, plan, run, checkpoints, newest or 0, world)
-        if newest is not None and options.resume:
-            checkpoints.load(run)
+        if newest is not None and options.resume is not None:
+            if not go_on(options, run, checkpoints, world):
+                return REFUSED
         else:
             checkpoints.discard()  # a later --resume must not go on from an earlier run
         file = open_metrics(options, plan, optimizer.step_count, world)
@@ -175,7 +178,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 def refuse(options: argparse.Namespace, plan: Plan, newest: int, world: ProcessGroup) -> int | None:
     """Return the exit code where checkpoints are that this run cannot go on from, and say why."""
-    if not (options.resume or options.overwrite):
+    if options.resume is None and not options.overwrite:
         if world.rank == 0:
             say(
                 f"train.py: error: {options.checkpoint_dir} has checkpoints of a run up to step "
@@ -184,7 +187,8 @@ def refuse(options: argparse.Namespace, plan: Plan, newest: int, world: ProcessG
                 sys.stderr,
             )
         return REFUSED
-    if options.resume and newest > plan.steps:
+    newest = newest if options.resume in (None, "latest") else options.resume
+    if options.resume is not None and newest > plan.steps:
         if world.rank == 0:
             say(
                 f"nothing to do: the run in {options.checkpoint_dir} has {newest:,} steps, and "
@@ -192,6 +196,40 @@ def refuse(options: argparse.Namespace, plan: Plan, newest: int, world: ProcessG
             )
         return 0  # and not STOPPED, with which a batch script would start the job again
     return None
+
+
+def go_on(
+    options: argparse.Namespace, run: Run, checkpoints: Checkpoints, world: ProcessGroup
+) -> bool:
+    """Load the checkpoint to go on from; where that is damaged, say which are whole.
+
+    A job that Slurm has started again takes the newest whole one by itself, also if the first start
+    was told a step: it must not begin there again and again.
+    """
+    from mpidist.collectives import broadcast_object
+    from mpidist.errors import (
+        CheckpointCorruptError,
+        CheckpointMissingShardError,
+        CheckpointNotFoundError,
+    )
+
+    again = broadcast_object(os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0"), world)
+    try:
+        checkpoints.load(run, step="latest" if again else options.resume, fall_back=again)
+    except (
+        CheckpointCorruptError,
+        CheckpointMissingShardError,
+        CheckpointNotFoundError,
+    ) as error:  # on all ranks
+        steps = ", ".join(map(str, checkpoints.whole())) or "none"
+        if world.rank == 0:
+            say(
+                f"train.py: error: {type(error).__name__}: {error}. Whole, as far as the sizes of "
+                f"their files tell, are steps: {steps}; --resume STEP goes on from one of them",
+                sys.stderr,
+            )
+        return False
+    return True
 
 
 def check_output(
@@ -207,7 +245,7 @@ def check_output(
 
     needs = {}
     if world.rank == 0:
-        steps = plan.steps - newest * options.resume
+        steps = plan.steps - newest * (options.resume is not None)
         saves = math.ceil(steps / (options.checkpoint_every or plan.steps))
         needs[options.out] = OUTPUT_BYTES
         needs[options.checkpoint_dir] = checkpoints.space(run, saves=saves, anew=options.overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def _add_optimizer(p: argparse._ArgumentGroup) -> None:
 def _add_checkpoints(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--checkpoint-dir",
-        type=Path,
+        type=_directory,
         metavar="DIR",
         help="where checkpoints go; made if missing, all ranks must see it (default: "
         "OUT/checkpoints)",
@@ -114,9 +115,13 @@ def _add_checkpoints(p: argparse._ArgumentGroup) -> None:
     begin = p.add_mutually_exclusive_group()
     begin.add_argument(
         "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint, if there is one, on any number of ranks; the "
-        "options must be those of that run",
+        nargs="?",
+        const="latest",
+        type=_step,
+        metavar="STEP",
+        help="go on from the newest checkpoint, or that of STEP, if there is one, on any number of "
+        "ranks; the options must be those of that run. Later checkpoints than STEP get other "
+        "names. A job that Slurm has started again goes on from the newest one that is whole",
     )
     begin.add_argument(
         "--overwrite",
@@ -128,7 +133,7 @@ def _add_checkpoints(p: argparse._ArgumentGroup) -> None:
 def _add_output(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--out",
-        type=Path,
+        type=_directory,
         metavar="DIR",
         help="where metrics.jsonl and loss.png go; made if missing (default: runs/TASK)",
     )
@@ -148,6 +153,18 @@ def _seed(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
+
+
+def _step(text: str) -> int | str:
+    if text != "latest" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'latest'")
+    return text if text == "latest" else int(text)
+
+
+def _directory(text: str) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL; expected a directory")
+    return Path(text)
 
 
 def _positive(kind: type[int | float]) -> Callable[[str], float]:

@@ -13,8 +13,9 @@
 
 from __future__ import annotations
 
-from mpidist.checkpoint.directory import Checkpoint, latest, list, prune  # noqa: A004
+from mpidist.checkpoint.directory import Checkpoint, latest, list  # noqa: A004
 from mpidist.checkpoint.loading import load, load_full
+from mpidist.checkpoint.pruning import prune
 from mpidist.checkpoint.resharding import reshard
 from mpidist.checkpoint.saver import CheckpointFuture
 from mpidist.checkpoint.saving import save, save_async

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from mpidist.checkpoint.directory import STALE
 from mpidist.checkpoint.exporting import FORMATS
+from mpidist.checkpoint.pruning import STALE
 
 __all__ = [
     "add_diff",
@@ -91,7 +91,11 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     """Add what `prune` is told."""
     add_list(parser)
     parser.add_argument(
-        "--keep", type=_at_least(1), required=True, metavar="K", help="how many complete ones stay"
+        "--keep",
+        type=_at_least(1),
+        required=True,
+        metavar="K",
+        help="how many whole ones stay: those that were committed last",
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     parser.add_argument(
@@ -99,8 +103,8 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=STALE,
         metavar="SECONDS",
-        help="without a change, after which a partial one beyond the newest complete one is taken "
-        "for what a killed save has left (default: %(default)g)",
+        help="without a change, after which a partial one is taken for what a killed save has left "
+        "(default: %(default)g)",
     )
 
 

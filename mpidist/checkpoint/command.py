@@ -26,11 +26,12 @@ from mpidist.checkpoint.arguments import (
     add_verify,
 )
 from mpidist.checkpoint.differences import compare
-from mpidist.checkpoint.directory import Checkpoint, find, prunable, step_of
+from mpidist.checkpoint.directory import Checkpoint, find, step_of
 from mpidist.checkpoint.exporting import export_to, import_from
 from mpidist.checkpoint.manifest import JSON, encode
 from mpidist.checkpoint.paths import absolute
 from mpidist.checkpoint.progress import progress_bar
+from mpidist.checkpoint.pruning import prunable, prune, statuses
 from mpidist.checkpoint.resharding import reshard
 from mpidist.checkpoint.text import (
     fields_of,
@@ -172,14 +173,18 @@ def _reshard(options: argparse.Namespace) -> _Outcome:
 
 
 def _prune(options: argparse.Namespace) -> _Outcome:
-    kwargs = {"keep": options.keep, "stale": options.stale}
-    if options.dry_run:
-        removed = prunable(options.path, **kwargs)
-    else:
-        removed = directory.prune(options.path, **kwargs)
+    act = prunable if options.dry_run else prune
+    removed = act(options.path, keep=options.keep, stale=options.stale)
+    damaged = [s for s in statuses(options.path) if s.problem and s.directory not in removed]
     verb = "would remove" if options.dry_run else "removed"
-    fields = {"dry_run": options.dry_run, "removed": [str(each) for each in removed]}
-    return _Outcome(fields, [f"{verb} {each}" for each in removed] or ["nothing to remove"])
+    fields = {
+        "dry_run": options.dry_run,
+        "removed": [str(each) for each in removed],
+        "damaged": [str(state.directory) for state in damaged],
+    }
+    lines = [f"{verb} {each}" for each in removed] or ["nothing to remove"]
+    lines += [f"does not count: {state.problem}" for state in damaged]
+    return _Outcome(fields, lines)
 
 
 def _export(options: argparse.Namespace) -> _Outcome:

@@ -6,11 +6,11 @@ import builtins
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from operator import index
 from pathlib import Path
 
@@ -30,27 +30,22 @@ from mpidist.checkpoint.paths import absolute
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 __all__ = [
-    "STALE",
     "Checkpoint",
     "claimed",
     "clear",
     "find",
     "latest",
     "list",
+    "looking",
     "make_room",
     "partial",
-    "prunable",
-    "prune",
     "remove",
+    "set_aside",
     "step_directory",
     "step_of",
 ]
 
 _STEP = re.compile(r"step-(\d{6,})")
-
-STALE = 3600.0
-"""Seconds without a change after which a directory without a manifest, of a step beyond the newest
-complete one, is taken for what a killed job has left, and not for a save that is being written."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +183,7 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
     Local.
     """
     where = absolute(path)
-    with _looking(where):
+    with looking(where):
         return [Checkpoint(found) for found in _steps(where) if exists(found / MANIFEST)]
 
 
@@ -230,59 +225,10 @@ def find(path: str | os.PathLike[str], step: int | str) -> Checkpoint:
     )
 
 
-def prune(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -> builtins.list[Path]:
-    """Remove all checkpoints but the newest ones, and what killed saves have left.
-
-    Parameters
-    ----------
-    path : path
-        Where `save` puts them.
-    keep : int
-        How many complete ones stay, at least 1.
-    stale : float, optional
-        Seconds without a change after which a directory without a manifest counts as left by a
-        killed save, if its step is beyond the newest complete one: it may be a save under way.
-
-    Returns
-    -------
-    list of Path
-        What was removed.
-
-    Raises
-    ------
-    ValueError
-        If `keep` is less than 1.
-    CheckpointError
-        If something could not be removed.
-
-    Notes
-    -----
-    Local: to be called on one rank. The manifest goes first, so that whoever is killed here leaves
-    no checkpoint that looks complete.
-    """
-    directories = prunable(path, keep=keep, stale=stale)
-    for directory in directories:
-        remove(directory)
-    return directories
-
-
-def prunable(
-    path: str | os.PathLike[str], *, keep: int, stale: float = STALE
-) -> builtins.list[Path]:
-    """Return what `prune` would remove, by step."""
-    if keep < 1:
-        raise ValueError(f"prune: keep must be at least 1, got {keep}; at least one must stay")
-    complete = [found.directory for found in list(path)]
-    newest = step_of(complete[-1]) if complete else -1
-    with _looking(path):
-        left = [d for d in partial(path) if step_of(d) <= newest or _age(d) >= stale]
-    return sorted((*complete[:-keep], *left), key=step_of)
-
-
 def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
     """Return the directories of steps that are no checkpoints: left by a kill, or being written."""
     where = absolute(path)
-    with _looking(where):
+    with looking(where):
         return [found for found in _steps(where) if not exists(found / MANIFEST)]
 
 
@@ -430,6 +376,24 @@ def remove(directory: Path) -> None:
         raise CheckpointError(f"{directory} cannot be removed: {error}") from error
 
 
+def set_aside(directory: Path) -> Path:
+    """Give the directory of a step a name under which it is none, and return that.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be.
+    """
+    try:
+        names = (directory.with_name(f"{directory.name}.aside-{number}") for number in count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        directory.rename(aside)
+        sync_directory(directory.parent)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be set aside: {error}") from error
+    return aside
+
+
 def _steps(path: Path) -> builtins.list[Path]:
     """Return the directories of steps, complete or not, by step."""
     # Not `Path.is_dir`, which takes what it cannot see for something that is not there.
@@ -442,17 +406,9 @@ def _steps(path: Path) -> builtins.list[Path]:
 
 
 @contextmanager
-def _looking(path: str | os.PathLike[str]) -> Iterator[None]:
+def looking(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise CheckpointError, naming a path, for what the system raises in the block."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _age(directory: Path) -> float:
-    """Return the seconds since something in a directory changed."""
-    try:
-        times = [entry.stat().st_mtime for entry in (directory, *directory.iterdir())]
-    except FileNotFoundError:  # it is being written, or removed, right now
-        return 0.0
-    return time.time() - max(times)

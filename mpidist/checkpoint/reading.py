@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mpidist.errors import (
     CheckpointMissingShardError,
 )
 
-__all__ = ["Files", "check_file", "check_files"]
+__all__ = ["Files", "check_file", "check_files", "check_sizes"]
 
 _MOST_PARTS = 512
 """Places in memory that one call of the system fills; it takes 1,024."""
@@ -42,6 +43,26 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     """
     for file in manifest.files:
         check_file(directory / file.name, file, manifest.id)
+
+
+def check_sizes(directory: Path, sizes: Iterable[tuple[str, int]]) -> None:
+    """Raise unless files are there and have their sizes; opens none.
+
+    Raises
+    ------
+    CheckpointMissingShardError, CheckpointCorruptError
+        Naming the file.
+    OSError
+        If one cannot be looked at.
+    """
+    for name, size in sizes:
+        path = directory / name
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:
+            raise _missing(path, error) from error
+        if status.st_size != size or not stat.S_ISREG(status.st_mode):
+            raise _cut_off(path, size, status.st_size)
 
 
 def check_file(path: Path, file: StoredFile, identity: str) -> None:

@@ -46,7 +46,10 @@ def was_written_last(directory: Path) -> bool:
 
 
 def _is_among(directory: Path, others: Iterable[Path]) -> bool:
-    return any(other.name == directory.name and _is_same(directory, other) for other in others)
+    return any(
+        other.name == directory.name and _is_same(directory.parent, other.parent)
+        for other in others
+    )
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from mpidist import checkpoint
 from mpidist.checkpoint import CheckpointFuture, State
-from mpidist.checkpoint.directory import partial, remove
+from mpidist.checkpoint.directory import partial, remove, set_aside, step_of
 from mpidist.checkpoint.paths import absolute, check_same
+from mpidist.checkpoint.pruning import statuses
 from mpidist.checkpoint.state import flatten
 from mpidist.collectives import broadcast_object
 from mpidist.data import ShardedSampler
-from mpidist.errors import CheckpointError, DistributedError
+from mpidist.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMissingShardError,
+    DistributedError,
+)
 from mpidist.group import ProcessGroup, check_group
 from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, ShardedOptimizer
@@ -93,7 +100,8 @@ class Checkpoints:
     group : ProcessGroup
         The ranks of the run.
     keep : int, optional
-        How many complete checkpoints stay; older ones are removed when another one is complete.
+        How many whole checkpoints stay; older ones are removed when another one is complete. See
+        `mpidist.checkpoint.prune`.
 
     Attributes
     ----------
@@ -120,6 +128,7 @@ class Checkpoints:
         self._group = group
         self._keep = keep
         self._saving: CheckpointFuture | None = None
+        self._reported: set[Path] = set()
 
     def newest(self) -> int | None:
         """Return the step of the newest complete checkpoint that rank 0 sees, or None.
@@ -229,27 +238,108 @@ class Checkpoints:
         if self._group.rank == 0:
             try:
                 checkpoint.prune(self.directory, keep=self._keep)
+                self._report_damage()
             except CheckpointError as error:  # too many are kept, and none is lost
                 self._group.log.warning("%s", error)
 
-    def load(self, run: Run) -> None:
-        """Put a run where it was when its newest checkpoint was saved.
+    def _report_damage(self) -> None:
+        """Warn once of each step that is damaged, and so does not count for `keep`."""
+        for status in statuses(self.directory):
+            if status.problem is not None and status.directory not in self._reported:
+                self._reported.add(status.directory)
+                self._group.log.warning("not counted among those that stay: %s", status.problem)
+
+    def load(
+        self, run: Run, *, step: int | str = "latest", fall_back: bool = False
+    ) -> checkpoint.Checkpoint:
+        """Put a run where it was when its newest checkpoint was saved, or an earlier one.
+
+        Later steps than the loaded one are set aside: their directories get other names, such as
+        ``step-000100.aside-1``, so that the run can come to these steps again, and a job after this
+        one does not go on from them. One line in the log says so.
 
         Parameters
         ----------
         run : Run
             Made with the same arguments, on any number of ranks, and not yet trained.
+        step : int or "latest", optional
+            Which one; the newest complete one when omitted.
+        fall_back : bool, optional
+            Whether to take the newest one that is whole, where later ones are damaged.
+
+        Returns
+        -------
+        Checkpoint
+            What was loaded.
 
         Raises
         ------
-        CheckpointNotFoundError, CheckpointCorruptError, CheckpointIncompatibleError
-            On every rank; see `mpidist.checkpoint.load`.
+        CheckpointNotFoundError, CheckpointCorruptError, CheckpointMissingShardError
+            On every rank; see `mpidist.checkpoint.load`. With `fall_back` those of the newest one,
+            if none is whole. Nothing has been set aside.
+        CheckpointIncompatibleError
+            On every rank, if the run is another one. Nothing has been set aside.
 
         Notes
         -----
-        Collective over the group; blocks.
+        Collective over the group; blocks. Must be called with the same arguments on all ranks.
         """
-        checkpoint.load(self.directory, run.state(), self._group)
+        steps: list[int | str] = [step]
+        if fall_back and step == "latest":
+            steps += self._by_rank_0(
+                lambda: [found.step for found in reversed(checkpoint.list(self.directory))][1:]
+            )
+        damage: list[CheckpointError] = []
+        for candidate in steps:
+            try:
+                found = checkpoint.load(self.directory, run.state(), self._group, step=candidate)
+            except (CheckpointCorruptError, CheckpointMissingShardError) as error:
+                damage.append(error)
+            else:
+                self._by_rank_0(lambda: self._go_back(found, damage))  # noqa: B023  # called here
+                return found
+        raise damage[0]
+
+    def _go_back(self, found: checkpoint.Checkpoint, damage: Sequence[CheckpointError]) -> None:
+        """Set aside what is later than a step, on rank 0, and say so."""
+        later = [each for each in checkpoint.list(self.directory) if each.step > found.step]
+        if not later:
+            return
+        names = ", ".join(set_aside(each.directory).name for each in later)
+        why = f" because the newest one is damaged ({damage[0]})" if damage else ""
+        self._group.log.warning(
+            "GOING BACK to step %d of %s%s; later steps are set aside as %s: remove them when you "
+            "need them no more",
+            found.step,
+            self.directory,
+            why,
+            names,
+        )
+
+    def whole(self) -> list[int]:
+        """Return the steps of the checkpoints whose files are there and have their sizes.
+
+        Returns
+        -------
+        list of int
+            As rank 0 sees them, the one that was committed last at the end.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if rank 0 cannot look into the directory.
+
+        Notes
+        -----
+        Collective over the group; blocks. An all_gather of 16 bytes and a small broadcast.
+        """
+        return self._by_rank_0(
+            lambda: [
+                step_of(status.directory)
+                for status in statuses(self.directory)
+                if status.problem is None
+            ]
+        )
 
     def discard(self) -> None:
         """Remove all checkpoints: a run that begins anew must not be mixed with them.
@@ -263,6 +353,7 @@ class Checkpoints:
         -----
         Collective over the group; blocks. An all_gather of 16 bytes and a small broadcast.
         """
+        self.wait()
 
         def clear() -> None:
             complete = [found.directory for found in checkpoint.list(self.directory)]

@@ -140,7 +140,12 @@ def test_prune_removes_or_only_says_so(tmp_path: Path, run: Any) -> None:
     assert told == f"removed {tmp_path}/step-000001\nremoved {tmp_path}/step-000004\n"
     assert [found.step for found in checkpoint.list(tmp_path)] == [2, 3]
     told = json.loads(run("prune", tmp_path, "--keep", 2, "--json"))
-    assert told == {"dry_run": False, "removed": []}
+    assert told == {"dry_run": False, "removed": [], "damaged": []}
+    (tmp_path / "step-000003" / "rank-00000.h5").unlink()
+    told = run("prune", tmp_path, "--keep", 1)
+    assert told.startswith(f"nothing to remove\ndoes not count: {tmp_path}/step-000003/rank-0")
+    told = json.loads(run("prune", tmp_path, "--keep", 1, "--json"))
+    assert told["damaged"] == [f"{tmp_path}/step-000003"]
 
 
 def test_damage_is_one_line(tmp_path: Path, run: Any) -> None:

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mpidist import checkpoint
+from mpidist.checkpoint import directory, saving
 from mpidist.checkpoint.directory import find, partial, remove, step_directory, step_of
+from mpidist.checkpoint.pruning import prunable
+from mpidist.collectives import barrier
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from mpidist.testing import run_ranks
 
@@ -103,6 +109,111 @@ def test_prune_keeps_the_newest(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
+def cut_off(directory):
+    file = directory / "rank-00000.h5"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def edited(directory):
+    file = directory / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(b"world_size", b"world_sizf"))
+
+
+def without_a_file(directory):
+    (directory / "rank-00000.h5").unlink()
+
+
+def with_a_directory(directory):
+    without_a_file(directory)
+    (directory / "rank-00000.h5").mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut_off, edited, without_a_file, with_a_directory])
+def test_prune_does_not_count_what_is_damaged(tmp_path, damage):
+    saved(tmp_path, 1, 2, 3)
+    damage(step_directory(tmp_path, 3))
+    assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=1)] == [1]
+    assert checkpoint.load_full(tmp_path, step=2)["x"].tolist() == [2] * 4
+    assert prunable(tmp_path, keep=2) == []
+    saved(tmp_path, 4)
+    saved(tmp_path, 5)
+    assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=2)] == [2, 3]
+    assert steps(tmp_path) == [4, 5]
+
+
+def test_prune_goes_by_the_time_of_the_save(tmp_path):
+    """A run that has gone back to step 80, saves 84 and 88."""
+    saved(tmp_path, 80, 90, 100)
+    saved(tmp_path, 84, 88)
+    assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=3)] == [80, 90]
+    assert steps(tmp_path) == [84, 88, 100]
+    assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=2)] == [100]
+
+
+def test_prune_keeps_what_this_process_saved_last(tmp_path, monkeypatch):
+    """Also where the clocks of two hosts differ."""
+    saved(tmp_path, 90, 100)
+    with monkeypatch.context() as patch:
+        past = SimpleNamespace(now=lambda zone: datetime.now(zone) - timedelta(hours=2))
+        patch.setattr("mpidist.checkpoint.commit.datetime", past)
+        saved(tmp_path, 84)
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(tmp_path)
+    assert [step_of(gone) for gone in checkpoint.prune(link, keep=1)] == [90]
+    assert steps(tmp_path) == [84, 100]
+
+
+@pytest.mark.parametrize("asker", [0, 1])
+def test_prune_leaves_what_is_being_written(tmp_path, monkeypatch, asker):
+    opened = threading.Event()
+    write = saving.write_file
+
+    def waiting(*args):
+        assert opened.wait(20)
+        return write(*args)
+
+    def body(group):
+        checkpoint.save(tmp_path, {"x": np.zeros(3)}, group, step=100)
+        monkeypatch.setattr(saving, "write_file", waiting)
+        barrier(group)
+        future = checkpoint.save_async(tmp_path, {"x": np.ones(3)}, group, step=84)
+        try:
+            if group.rank == asker:
+                assert checkpoint.prune(tmp_path, keep=1, stale=-1.0) == []
+        finally:
+            barrier(group)
+            opened.set()
+        assert future.wait().step == 84
+        if group.rank == asker:
+            left_by_a_kill(tmp_path, 70)
+            gone = checkpoint.prune(tmp_path, keep=1, stale=-1.0)
+            assert [step_of(directory) for directory in gone] == [70, 100]
+
+    run_ranks(2, body)
+    assert steps(tmp_path) == [84]
+
+
+def test_prune_reads_a_manifest_once(tmp_path, monkeypatch):
+    saved(tmp_path, 1, 2, 3)
+    read = []
+    original = directory.manifest_of
+    monkeypatch.setattr(
+        directory, "manifest_of", lambda *args: read.append(args[0].name) or original(*args)
+    )
+    for _ in range(3):
+        checkpoint.prune(tmp_path, keep=2)
+    assert sorted(read) == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_prune_leaves_what_a_later_mpidist_has_written(tmp_path):
+    saved(tmp_path, 1)
+    path = step_directory(tmp_path, 1) / "manifest.json"
+    path.write_text(path.read_text().replace('"version":1', '"version":9'))
+    saved(tmp_path, 2, 3)
+    assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=1)] == [2]
+    assert steps(tmp_path) == [1, 3]
+
+
 @pytest.mark.parametrize("keep", [0, -1])
 def test_at_least_one_stays(tmp_path, keep):
     saved(tmp_path, 1)
@@ -113,15 +224,15 @@ def test_at_least_one_stays(tmp_path, keep):
 
 def test_prune_cleans_up_after_kills_but_not_after_the_living(tmp_path):
     saved(tmp_path, 5)
-    before = left_by_a_kill(tmp_path, 4)  # nobody saves a step before the newest any more
+    going_back = left_by_a_kill(tmp_path, 4)  # another job may have gone back to step 3
     old = left_by_a_kill(tmp_path, 6, age=7200)
     fresh = left_by_a_kill(tmp_path, 7)
     moving = left_by_a_kill(tmp_path, 8, age=7200)
     (moving / "rank-00000.h5.tmp").touch()
-    assert checkpoint.prune(tmp_path, keep=1) == [before, old]
+    assert checkpoint.prune(tmp_path, keep=1) == [old]
     assert fresh.exists()
     assert moving.exists()
-    assert checkpoint.prune(tmp_path, keep=1, stale=0.0) == [fresh, moving]
+    assert checkpoint.prune(tmp_path, keep=1, stale=0.0) == [going_back, fresh, moving]
     assert steps(tmp_path) == [5]
 
 
@@ -150,7 +261,7 @@ def test_prune_says_in_one_way_what_it_cannot_look_at(tmp_path, monkeypatch):
     def unseen(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mpidist.checkpoint.directory._age", unseen)
+    monkeypatch.setattr("mpidist.checkpoint.pruning._age", unseen)
     with pytest.raises(CheckpointError, match="cannot be read: PermissionError"):
         prune(tmp_path)
 
@@ -177,4 +288,4 @@ def test_what_is_removed_is_no_checkpoint_from_the_first_moment(tmp_path, monkey
         remove(tmp_path / "step-000001")
     assert steps(tmp_path) == [2]
     monkeypatch.undo()
-    assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=1)] == [1]
+    assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=1, stale=0.0)] == [1]

@@ -15,8 +15,9 @@ import pytest
 
 from mpidist import checkpoint, cli
 from mpidist.checkpoint import saving
-from mpidist.checkpoint.directory import find, partial, prunable
+from mpidist.checkpoint.directory import find, partial
 from mpidist.checkpoint.exporting import export_to, import_from
+from mpidist.checkpoint.pruning import prunable
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import (
     CheckpointError,

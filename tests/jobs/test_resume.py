@@ -198,19 +198,37 @@ def test_what_cannot_be_loaded_is_said_and_begins_nothing(
     run: Run, mpirun: list[str], tmp_path: Path
 ) -> None:
     launcher = (*mpirun, "-n", "2")
-    assert run(*OPTIONS[2:], "--steps", "3", "--out", "x").returncode == 0
+    begin = ("--steps", "3", "--out", "x", "--checkpoint-every", "2")
+    assert run(*OPTIONS[2:], *begin).returncode == 0
     ended = run(*OPTIONS, "--seed", "1", "--out", "x", launcher=launcher)
     assert ended.returncode == 2
     assert ended.stdout.count("error: --resume takes the options of the run: ") == 1
     assert ended.stdout.count("seed is 1 here and 0 in the state") == 1
     assert "Traceback" not in ended.stdout
-    (step,) = (tmp_path / "x/checkpoints").iterdir()
-    file = step / "rank-00000.h5"
+    top = tmp_path / "x/checkpoints"
+    file = top / "step-000003/rank-00000.h5"
     file.write_bytes(file.read_bytes()[:10_000])
     ended = run(*OPTIONS, "--out", "x", launcher=launcher)
-    assert ended.returncode not in (0, STOPPED)
-    assert "CheckpointCorruptError" in ended.stdout
+    assert ended.returncode == 2
+    assert ended.stdout.count("train.py: error: CheckpointCorruptError: ") == 1
+    assert "Traceback" not in ended.stdout
+    assert "steps: 2; --resume STEP goes on from one of them" in ended.stdout
     assert file.stat().st_size == 10_000
+    # Slurm starts the job again: it goes back by itself, whatever the first start was told.
+    again = ("--resume", "1", "--steps", "4", "--out", "x")
+    ended = run(*OPTIONS, *again, launcher=(*launcher, "env", "SLURM_RESTART_COUNT=1"))
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("GOING BACK to step 2 of") == 1
+    assert "going on after step 2," in ended.stdout
+    names = sorted(path.name for path in top.iterdir())
+    assert names == ["step-000002", "step-000003.aside-1", "step-000004"]
+    ended = run(*OPTIONS, *again)
+    assert ended.returncode == 2
+    assert "CheckpointNotFoundError: no complete checkpoint of step 1" in ended.stdout
+    ended = run(*OPTIONS, "--resume", "2", "--steps", "4", "--out", "x")
+    assert ended.returncode == 0, ended.stdout
+    assert "going on after step 2," in ended.stdout
+    assert (top / "step-000004.aside-1").exists()
 
 
 @pytest.mark.any_mpi

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidist import nn
+from mpidist import checkpoint, nn
 from mpidist._types import SUM, Array
 from mpidist.collectives import barrier
 from mpidist.data import ArrayDataset
@@ -19,6 +19,7 @@ from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointIncompatibleError,
+    CheckpointMissingShardError,
     CheckpointNotFoundError,
 )
 from mpidist.group import ProcessGroup
@@ -282,6 +283,106 @@ def test_bad_saves_raise_the_same_error_on_all_ranks(tmp_path: Path) -> None:
     for error in run_ranks(3, failing):
         assert type(error) is CheckpointCorruptError
         assert "rank-00000.h5 has " in str(error)
+
+
+def trained(
+    group: ProcessGroup, directory: Path, steps: int, going_on: dict[str, Any] | None = None
+) -> int:
+    """Train so many steps, from where a checkpoint is if that is said; return where it began."""
+    plan = Plan(steps=steps, batch_size=8, seed=3, checkpoint_every=2)
+    samples = data(33, seed=0)
+    with DDP(module(0), group, op=SUM) as model:
+        optimizer = AdamW(model.module.named_parameters())
+        kept = Checkpoints(directory, group)
+        run, begin = Run(model, optimizer, make_sampler(samples, plan, group)), 0
+        if going_on is not None:
+            begin = kept.load(run, **going_on).step
+            assert optimizer.step_count == begin
+        for _ in train(model, optimizer, samples, samples, plan, group, checkpoints=kept):
+            pass
+        assert kept.whole() == [found.step for found in checkpoint.list(directory)]
+        barrier(group)
+    return begin
+
+
+def test_going_back_sets_later_steps_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_ranks(2, lambda g: trained(g, tmp_path, 6))
+    assert run_ranks(2, lambda g: trained(g, tmp_path, 6, {"step": 2})) == [2, 2]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    aside = ["step-000004.aside-1", "step-000006.aside-1"]
+    assert names == ["step-000002", "step-000004", aside[0], "step-000006", aside[1]]
+    (told,) = [r.getMessage() for r in caplog.records if "GOING BACK" in r.getMessage()]
+    assert f"GOING BACK to step 2 of {tmp_path}; later steps are set aside as {aside[0]}," in told
+    assert run_ranks(2, lambda g: trained(g, tmp_path, 6, {"step": 4})) == [4, 4]
+    assert (tmp_path / "step-000006.aside-2").exists()
+
+
+@pytest.mark.parametrize("kind", ["cut off", "flipped", "manifest"])
+def test_the_newest_whole_one_is_found_if_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    run_ranks(2, lambda g: trained(g, tmp_path, 6))
+    newest = tmp_path / "step-000006"
+    file = newest / ("manifest.json" if kind == "manifest" else "rank-00001.h5")
+    content = bytearray(file.read_bytes())
+    if kind == "flipped":
+        place = checkpoint.latest(tmp_path)
+        assert place is not None
+        dataset = place.manifest.files[1].datasets["packed/float32"]
+        content[dataset.byte + 1] ^= 16
+    file.write_bytes(content if kind == "flipped" else content[:-1])
+
+    def refused(group: ProcessGroup) -> str:
+        with pytest.raises(CheckpointCorruptError) as caught:
+            trained(group, tmp_path, 6, {})
+        return str(caught.value)
+
+    assert len(set(run_ranks(2, refused))) == 1
+    assert newest.exists()
+    assert run_ranks(3, lambda g: trained(g, tmp_path, 6, {"fall_back": True})) == [4] * 3
+    (told,) = [r.getMessage() for r in caplog.records if "GOING BACK" in r.getMessage()]
+    assert "\n" not in told
+    assert f"GOING BACK to step 4 of {tmp_path} because the newest one is damaged (" in told
+    assert file.name in told
+    assert (tmp_path / "step-000006.aside-1" / file.name).exists()
+    assert checkpoint.verify(tmp_path, step=6) == []
+
+
+def test_damage_of_all_is_that_of_the_newest(tmp_path: Path) -> None:
+    run_ranks(2, lambda g: trained(g, tmp_path, 4))
+    for path in tmp_path.glob("step-*/rank-00000.h5"):
+        path.unlink()
+
+    def refused(group: ProcessGroup) -> None:
+        with pytest.raises(CheckpointMissingShardError, match="step-000004"):
+            trained(group, tmp_path, 6, {"fall_back": True})
+
+    run_ranks(2, refused)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_damage_that_does_not_count_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = Plan(steps=8, batch_size=8, checkpoint_every=1)
+
+    def body(group: ProcessGroup) -> None:
+        samples = data(33, seed=0)
+        with DDP(module(0), group, op=SUM) as model:
+            optimizer = AdamW(model.module.named_parameters())
+            kept = Checkpoints(tmp_path, group, keep=2)
+            for record in train(model, optimizer, samples, samples, plan, group, checkpoints=kept):
+                kept.wait()
+                if record.step == 3 and group.rank == 0:
+                    (tmp_path / "step-000002" / "rank-00000.h5").unlink()
+
+    run_ranks(2, body)
+    told = [r.getMessage() for r in caplog.records if "not counted" in r.getMessage()]
+    assert len(told) == 1
+    assert "step-000002" in told[0]
+    assert [found.step for found in checkpoint.list(tmp_path)] == [7, 8]
 
 
 @pytest.mark.parametrize(
