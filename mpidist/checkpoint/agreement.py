@@ -7,7 +7,6 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +133,7 @@ def agree(
     held, problem = _looked_at(state, metadata, saver, single_file=single_file)
     directory = Path(str(path))  # for messages, if it cannot be
     try:
-        directory = step_directory(path, index(step))
+        directory = step_directory(path, step)
     except DistributedError as error:
         problem = problem or type(error)(f"rank {group.rank}: {error}")
     except (TypeError, ValueError) as error:

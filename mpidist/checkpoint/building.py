@@ -50,7 +50,7 @@ def build(
     values : mapping of str to JSON value
         All else.
     step : int
-        At least 0.
+        From 0 to 2**63 - 1; ValueError otherwise.
     num_ranks : int, optional
         How many ranks, and so how many files.
     metadata, crossovers : JSON value, optional

@@ -1,7 +1,8 @@
 """Look at checkpoints, and change them, without any ranks.
 
 PATH is a directory of checkpoints, or the directory of one step in it. The exit code is 0 if all is
-well, 1 if something is wrong with a checkpoint, or two differ, and 2 if it cannot be done as asked.
+well, 1 if something is wrong with a checkpoint, two differ, or list finds no complete one, and 2 if
+it cannot be done as asked.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mpidist.checkpoint.arguments import (
 from mpidist.checkpoint.differences import compare
 from mpidist.checkpoint.directory import Checkpoint, find, step_of
 from mpidist.checkpoint.exporting import export_to, import_from
+from mpidist.checkpoint.limits import printable
 from mpidist.checkpoint.manifest import JSON, encode
 from mpidist.checkpoint.paths import absolute
 from mpidist.checkpoint.progress import progress_bar
@@ -103,7 +105,8 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
         if options.json:
             text = json.dumps(encode(outcome.fields), indent=1, allow_nan=False)
         else:
-            text = "\n".join(outcome.lines)
+            # Whatever wrote the files: nothing in them shall control the terminal.
+            text = "\n".join(map(printable, outcome.lines))
     except (CheckpointCorruptError, CheckpointMissingShardError) as error:
         return _refuse(options, error, 1)
     except (DistributedError, OSError, ValueError) as error:
@@ -113,7 +116,8 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
 
 
 def _refuse(options: argparse.Namespace, error: Exception, code: int) -> int:
-    write_once(f"checkpoint {options.action}: {error}\n")
+    text = "\n".join(map(printable, str(error).split("\n")))
+    write_once(f"checkpoint {options.action}: {text}\n")
     return code
 
 
@@ -124,7 +128,10 @@ def _list(options: argparse.Namespace) -> _Outcome:
     partial = directory.partial(path)
     steps = [*(found.directory for found in directory.list(path)), *partial]
     rows = [row_of(each, partial=each in partial) for each in sorted(steps, key=step_of)]
-    return _Outcome(rows, tell_directory(rows) if rows else [f"no checkpoints in {path}"])
+    lines = [*tell_directory(rows)] if rows else []
+    if all(row["state"] == "partial" for row in rows):
+        return _Outcome(rows, [*lines, f"there is no complete checkpoint in {path}"], 1)
+    return _Outcome(rows, lines)
 
 
 def _show(options: argparse.Namespace) -> _Outcome:

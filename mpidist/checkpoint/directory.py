@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from mpidist.checkpoint.files import (
     temporary,
     write_at,
 )
+from mpidist.checkpoint.limits import MOST_STEP, step_number
 from mpidist.checkpoint.manifest import JSON, MANIFEST, MOST_BYTES, Manifest, StoredArray
 from mpidist.checkpoint.paths import absolute
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
@@ -45,7 +45,7 @@ __all__ = [
     "step_of",
 ]
 
-_STEP = re.compile(r"step-(\d{6,})")
+_STEP = re.compile(r"step-(\d{6,19})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -145,18 +145,23 @@ def manifest_of(directory: Path, data: bytes) -> Manifest:
 
 
 def step_directory(path: str | os.PathLike[str], step: int) -> Path:
-    """Return where the checkpoint of a step is, or would be; ValueError if the step is negative."""
-    if step < 0:
-        raise ValueError(f"a step is at least 0, got {step}")
-    return absolute(path) / f"step-{step:06d}"
+    """Return where the checkpoint of a step is, or would be; ValueError as `step_number`."""
+    return absolute(path) / f"step-{step_number(step):06d}"
 
 
 def step_of(directory: Path) -> int:
     """Undo `step_directory`; ValueError for other names."""
-    match = _STEP.fullmatch(directory.name)
-    if match is None:
+    step = _step_in(directory.name)
+    if step is None:
         raise ValueError(f"{directory} is not the directory of a step, such as step-000100")
-    return int(match[1])
+    return step
+
+
+def _step_in(name: str) -> int | None:
+    """Return the step that a directory is named by, or None: each step has one name."""
+    match = _STEP.fullmatch(name)
+    step = MOST_STEP + 1 if match is None else int(match[1])
+    return step if step <= MOST_STEP and name == f"step-{step:06d}" else None
 
 
 def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A001
@@ -208,11 +213,9 @@ def find(path: str | os.PathLike[str], step: int | str) -> Checkpoint:
     """
     path = absolute(path)
     try:
-        step = step if step == "latest" else index(step)  # type: ignore[arg-type]  # raises
-    except TypeError:
-        raise CheckpointNotFoundError(
-            f"{path}: a step is a number, or 'latest'; got {step!r}"
-        ) from None
+        step = step if step == "latest" else step_number(step)
+    except ValueError as error:
+        raise CheckpointNotFoundError(f"{path}: {error}; or give 'latest'") from None
     there = list(path)
     found = there[-1:] if step == "latest" else [c for c in there if c.step == step]
     if found:
@@ -399,7 +402,7 @@ def _steps(path: Path) -> builtins.list[Path]:
     # Not `Path.is_dir`, which takes what it cannot see for something that is not there.
     try:
         with os.scandir(path) as entries:
-            names = [e.name for e in entries if _STEP.fullmatch(e.name) and e.is_dir()]
+            names = [e.name for e in entries if _step_in(e.name) is not None and e.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((path / name for name in names), key=step_of)

@@ -16,11 +16,18 @@ from mpidist.checkpoint.building import build
 from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.files import open_regular
 from mpidist.checkpoint.foreign import Foreign, new_file
+from mpidist.checkpoint.limits import step_number
 from mpidist.checkpoint.paths import absolute
 from mpidist.checkpoint.reading import check_files
 from mpidist.checkpoint.sources import Progress, unheard
 from mpidist.checkpoint.state import flatten
-from mpidist.errors import CheckpointError, DistributedError, UnsupportedOperationError
+from mpidist.errors import (
+    BackendUnavailableError,
+    CheckpointCorruptError,
+    CheckpointError,
+    DistributedError,
+    UnsupportedOperationError,
+)
 
 __all__ = ["FORMATS", "export_to", "import_from"]
 
@@ -103,8 +110,8 @@ def import_from(
 
     Raises
     ------
-    ValueError
-        If neither is a step given, nor does the file know one.
+    UnsupportedOperationError
+        If neither is a step given, nor does the file know one, or no checkpoint can have it.
     CheckpointError
         If the file cannot be read, or the checkpoint not be written, or there is one of this step.
     CheckpointCorruptError
@@ -124,9 +131,7 @@ def import_from(
         with suppress(FileNotFoundError):  # reported below, after a package that is missing
             os.close(open_regular(file))  # the packages would wait at a FIFO
         with opener(file) as foreign:
-            number = foreign.step if step is None else step
-            if number is None:
-                raise ValueError(f"{file} does not know of which step it is; say it with --step")
+            number = _step_of(foreign, step, file)
             blank = np.zeros((), np.uint8)
             names = {name: np.broadcast_to(blank, s.shape) for name, s in foreign.sources.items()}
             flatten({**names, **foreign.values})  # refuses names that cannot be
@@ -138,10 +143,31 @@ def import_from(
                 metadata=foreign.metadata,
                 progress=progress,
             )
-    except DistributedError:
-        raise
+    except DistributedError as error:
+        if str(file) in str(error) or isinstance(error, BackendUnavailableError):
+            raise
+        raise type(error)(f"{file}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a package raises that reads a damaged file
+        raise CheckpointCorruptError(
+            f"{file} is damaged: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _step_of(foreign: Foreign, step: int | None, file: Path) -> int:
+    """Return the step that is given, or that a file knows; raise UnsupportedOperationError."""
+    number = foreign.step if step is None else step
+    if number is None:
+        raise UnsupportedOperationError(
+            f"{file} does not know of which step it is; say it with --step"
+        )
+    try:
+        return step_number(number)
+    except ValueError as error:
+        raise UnsupportedOperationError(f"{file}: {error}; say it with --step") from None
 
 
 def _format_of(path: Path) -> Format:

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
+from operator import index
+
+import numpy as np
 
 __all__ = [
     "MOST_CHARACTERS",
@@ -21,6 +24,7 @@ __all__ = [
     "printable",
     "problem_with_name",
     "problem_with_shape",
+    "step_number",
 ]
 
 MOST_DIMENSIONS = 32
@@ -37,6 +41,18 @@ _MOST_BYTES = 2**63 - 1
 # Control characters, line and paragraph separators, those that turn the direction of text, and
 # halves of characters, which no encoding has.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def step_number(step: object) -> int:
+    """Return a step as a plain integer; ValueError if it is none, or no checkpoint can have it."""
+    try:
+        number = -1 if isinstance(step, (bool, np.bool_)) else index(step)  # type: ignore[arg-type]  # raises
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MOST_STEP:
+        told = repr(step) if len(repr(step)) <= 40 else f"{repr(step)[:40]}..."
+        raise ValueError(f"a step is a whole number from 0 to 2**63 - 1, got {told}")
+    return number
 
 
 def is_printable(text: str) -> bool:

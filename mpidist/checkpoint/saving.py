@@ -53,7 +53,7 @@ def save(
     group : ProcessGroup
         The ranks that save.
     step : int
-        At least 0.
+        From 0 to 2**63 - 1.
     metadata : JSON value, optional
         What else shall be known of it; rank 0's is kept.
     single_file : bool, optional

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpidist.arrays import DTYPES
 from mpidist.checkpoint import directory
 from mpidist.errors import (
     CheckpointCorruptError,
+    CheckpointNotFoundError,
     CollectiveMismatchError,
     UnsupportedOperationError,
 )
@@ -36,15 +38,25 @@ def test_a_rank_that_means_another_step_spoils_nothing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint.load_full(tmp_path)["x"], np.arange(4))
 
 
-def test_a_step_is_not_negative(tmp_path: Path) -> None:
-    """Nobody would find it."""
+def test_a_step_that_no_checkpoint_can_have_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    """Also where one rank alone is wrong: the others do not wait for it."""
+    expected = r"a step is a whole number from 0 to 2\*\*63 - 1, got "
+    steps: list[Any] = [-1, 2**63, 2**64, 1.5, "5", True, np.bool_(True), None]
 
-    def body(group: ProcessGroup) -> None:
-        with pytest.raises(ValueError, match="at least 0, got -1"):
-            checkpoint.save(tmp_path, {}, group, step=-1)
+    def body(group: ProcessGroup, step: Any) -> None:
+        words = expected + re.escape(repr(step))
+        with pytest.raises(UnsupportedOperationError, match=f"rank 1: {words}"):
+            checkpoint.save(tmp_path, {}, group, step=step if group.rank else 3)
+        with pytest.raises(ValueError, match=words):
+            checkpoint.save_async(tmp_path, {}, group, step=step)
+        with pytest.raises(CheckpointNotFoundError, match=words):
+            checkpoint.load(tmp_path, {}, group, step=step)
 
-    run_ranks(2, body)
+    run_ranks(2, lambda group: [body(group, step) for step in steps])
     assert list(tmp_path.iterdir()) == []
+    run_ranks(2, lambda group: checkpoint.save(tmp_path, {}, group, step=np.int64(2**63 - 1)))
+    assert [found.step for found in checkpoint.list(tmp_path)] == [2**63 - 1]
+    assert checkpoint.verify(tmp_path) == []
 
 
 def test_every_directory_that_a_save_makes_is_synced(

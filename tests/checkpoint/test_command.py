@@ -57,6 +57,36 @@ def test_there_is_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert all(name in shown for name in ACTIONS) if not words else "--json" in shown
 
 
+def test_list_fails_where_there_is_none(tmp_path: Path, run: Any) -> None:
+    assert run("list", tmp_path, code=1) == f"there is no complete checkpoint in {tmp_path}\n"
+    assert json.loads(run("list", tmp_path, "--json", code=1)) == []
+    (tmp_path / "step-000003").mkdir()
+    *table, last = run("list", tmp_path, code=1).splitlines()
+    assert table[-1].split() == ["3", "partial"]
+    assert last == f"there is no complete checkpoint in {tmp_path}"
+    assert f"there is no directory {tmp_path}/none" in run("list", tmp_path / "none", code=2)
+
+
+def test_nothing_in_a_checkpoint_controls_the_terminal(tmp_path: Path, run: Any) -> None:
+    clear = "\x1b[2J\x9b2J\u202e\r\n"
+    for directory, value in (("a", 1), ("b", 2)):
+        metadata, values = {f"key{clear}": clear * value}, {"v": {f"key{clear}": value}}
+        state: Any = {"w": np.arange(3.0), **values}
+        save(tmp_path / directory, state, metadata=metadata)
+    broken = (tmp_path / "b").rename(tmp_path / f"name{clear}")
+    told = [
+        run("show", broken),
+        run("diff", tmp_path / "a", broken, code=1),
+        run("list", broken),
+        run("list", tmp_path / f"none{clear}", code=2),
+    ]
+    (broken / "step-000005" / "manifest.json").write_bytes(b"{}")
+    told += [run("list", broken), run("show", broken, code=1), run("verify", broken, code=1)]
+    for text in told:
+        assert not set("\x1b\x9b\u202e\r") & set(text), text
+    assert "key\\x1b[2J\\x9b2J\\u202e\\r\\n" in told[1]
+
+
 def test_list_tells_what_is_complete_and_what_is_not(saved: Path, run: Any) -> None:
     rows = [line.split() for line in run("list", saved).splitlines()]
     assert rows[0] == ["step", "saved", "ranks", "arrays", "size", "state"]

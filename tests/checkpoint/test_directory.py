@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from datetime import datetime, timedelta
@@ -80,9 +81,11 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path):
     left_by_a_kill(tmp_path, 3)
     with pytest.raises(CheckpointNotFoundError, match=r"of step 3 in .*; complete are: 1, 2"):
         find(tmp_path, 3)
-    with pytest.raises(CheckpointNotFoundError, match="a number, or 'latest'; got 'newest'"):
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"a step is a whole number .* got 'newest'; or give 'latest'"
+    ):
         find(tmp_path, "newest")
-    with pytest.raises(CheckpointNotFoundError, match=r"a number, or 'latest'; got 2\.0"):
+    with pytest.raises(CheckpointNotFoundError, match=r"a step is a whole number .* got 2\.0"):
         find(tmp_path, 2.0)
     assert find(tmp_path, np.int64(2)).step == 2
 
@@ -289,3 +292,22 @@ def test_what_is_removed_is_no_checkpoint_from_the_first_moment(tmp_path, monkey
     assert steps(tmp_path) == [2]
     monkeypatch.undo()
     assert [step_of(gone) for gone in checkpoint.prune(tmp_path, keep=1, stale=0.0)] == [1]
+
+
+def test_each_step_has_one_name(tmp_path):
+    """Other directories are not of a step, and stay."""
+    run_ranks(1, lambda group: checkpoint.save(tmp_path, {}, group, step=1))
+    others = [
+        "step-0000001",
+        "step-00001",
+        "step-\u0660\u0660\u0660\u0660\u0660\u0661",
+        f"step-{2**63}",
+        "step-" + "9" * 200,
+    ]
+    for name in others:
+        shutil.copytree(tmp_path / "step-000001", tmp_path / name)
+    assert [found.directory.name for found in checkpoint.list(tmp_path)] == ["step-000001"]
+    assert checkpoint.prune(tmp_path, keep=1) == []
+    for name in others:
+        with pytest.raises(ValueError, match="is not the directory of a step"):
+            step_of(tmp_path / name)

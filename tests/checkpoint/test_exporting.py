@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from mpidist import checkpoint
+from mpidist.checkpoint import exporting
 from mpidist.checkpoint.exporting import FORMATS, export_to, import_from
 from mpidist.errors import (
     BackendUnavailableError,
@@ -188,9 +189,59 @@ def no_description(path: Path) -> None:
         archive.writestr("mpidist.json", '{"bfloat16": [], "values": 3}')
 
 
+def header(path: Path, text: str) -> None:
+    """Write an npz file whose array says this of itself."""
+    told = text.encode() + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(told).to_bytes(2, "little") + told)
+
+
+def many_dimensions(path: Path) -> None:
+    header(path, repr({"descr": "<f4", "fortran_order": False, "shape": (1,) * 70}))
+
+
+def large(path: Path) -> None:
+    header(path, repr({"descr": "<f4", "fortran_order": False, "shape": (2**63,)}))
+
+
+def negative(path: Path) -> None:
+    header(path, repr({"descr": "<f4", "fortran_order": False, "shape": (-4,)}))
+
+
+def cut_text(path: Path) -> None:
+    header(path, "{'descr': '<f4', 'shape': (")
+
+
+def deep_text(path: Path) -> None:
+    header(path, "(" * 5000)
+
+
+def colours(path: Path) -> None:
+    np.savez(path, **{"\x1b[31m": np.zeros(2)})
+
+
+def far_step(path: Path) -> None:
+    text = {"bfloat16": [], "values": {}, "metadata": None, "step": 2**64}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mpidist.json", json.dumps(text))
+
+
+def a_set_of_values(path: Path) -> None:
+    text = {"bfloat16": [], "values": {"a/../b": 1}, "metadata": None, "step": 1}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mpidist.json", json.dumps(text))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "told"),
     [
+        (many_dimensions, CheckpointCorruptError, "dimension"),
+        (large, CheckpointCorruptError, "damaged"),
+        (negative, CheckpointCorruptError, "damaged"),
+        (cut_text, CheckpointCorruptError, "damaged"),
+        (deep_text, CheckpointCorruptError, "damaged"),
+        (colours, UnsupportedOperationError, r"'\\x1b\[31m' cannot be a name"),
+        (a_set_of_values, UnsupportedOperationError, r"'a/\.\./b' cannot be a name"),
         (pickled, CheckpointIncompatibleError, "dtype object.* what is pickled is never read"),
         (records, CheckpointIncompatibleError, "'a' has dtype"),
         (no_array, CheckpointCorruptError, "'readme.txt' is no array"),
@@ -204,9 +255,36 @@ def test_what_cannot_be_imported_is_refused(
     tmp_path: Path, make: Any, error: type[Exception], told: str
 ) -> None:
     make(tmp_path / "a.npz")
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=told) as caught:
         import_from(tmp_path / "a.npz", tmp_path / "new", step=1)
+    assert str(tmp_path / "a.npz") in str(caught.value)
     assert not list((tmp_path / "new").glob("*"))
+
+
+def test_a_step_that_no_checkpoint_can_have_is_told_with_the_file(tmp_path: Path) -> None:
+    far_step(tmp_path / "a.npz")
+    with pytest.raises(UnsupportedOperationError, match=r"a\.npz: a step is .* say it with --step"):
+        import_from(tmp_path / "a.npz", tmp_path / "new")
+    assert import_from(tmp_path / "a.npz", tmp_path / "new", step=4).step == 4
+
+
+@pytest.mark.parametrize("step", [4, None])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_every_error_of_an_import_names_the_file(
+    tmp_path: Path, suffix: str, step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    array = {"../a": np.zeros(2)}
+    np.savez(path, **array) if suffix == ".npz" else safetensors.numpy.save_file(array, path)
+    with pytest.raises(UnsupportedOperationError, match=rf"{path}"):
+        import_from(path, tmp_path / "new", step=step)
+
+    def fail(*_: Any) -> None:
+        raise LookupError("nobody has thought of this")
+
+    monkeypatch.setattr(exporting, "flatten", fail)
+    with pytest.raises(ValueError, match=rf"{path}"):
+        import_from(path, tmp_path / "new", step=step)
 
 
 def test_what_is_no_file_of_safetensors_is_refused(tmp_path: Path) -> None:
