@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 from mpidist.testing.launcher import (
     MARK,
@@ -33,7 +34,10 @@ def default_dispositions() -> Iterator[None]:
     A shell lets what it runs in the background ignore SIGINT, and nohup SIGHUP. Processes inherit
     that, so that a test which sends one of them would wait in vain. For the main thread only.
     """
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    defaults: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     ignored = [number for number in defaults if signal.getsignal(number) is signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, defaults[number])
