@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 START = """
 from tests.nccl_stub import stand_in
 stand_in.install()
-from mpi4py import MPI  # not within the deadline of init: a busy machine starts ranks one by one
-import cupy, mpidist
+# Not within the deadline of init: a busy machine starts ranks one by one.
+from mpi4py import MPI
+import cupy, mpidist, mpidist.hooks
 world = mpidist.init(timeout=1.0)
 assert world.backend == "hybrid"
 x = cupy.ones(1000)

@@ -41,7 +41,9 @@ def it_happens():
 """
 
 EARLY = """\
-from mpi4py import MPI  # not within the deadline of init: a busy machine starts ranks one by one
+# Not within the deadline of init: a busy machine starts ranks one by one.
+from mpi4py import MPI
+import mpidist.hooks
 """
 
 START = """\

@@ -56,6 +56,7 @@ if rank == guilty:
         fault=BLOCKS,
         before="""
 from mpi4py import MPI
+import mpidist.hooks
 import atexit
 
 
