@@ -97,7 +97,7 @@ class StopSignal:
 
     A `SIGHUP` that is ignored when the context is entered stays ignored: ``nohup`` has started the
     process, so that it goes on when the terminal is closed. Ranks under `mpirun` get no SIGHUP from
-    their terminal: the launcher gets it, and ends them. Start that with ``nohup``.
+    their terminal: the launcher gets it, and ends them.
 
     Enter it before `mpidist.init`, so that a signal during the start is not lost. MPICH sets a
     handler of its own for SIGUSR1 in MPI_Init, which calls the one that it finds there. If that one

@@ -164,7 +164,7 @@ class Terminal(io.StringIO):
 
     def write(self, text: str) -> int:
         if self.gone:
-            raise OSError(errno.EIO, "Input/output error")
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # tqdm itself survives EIO only
         return super().write(text)
 
 
