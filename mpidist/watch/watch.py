@@ -42,8 +42,8 @@ _WRITING = 8.0
 _FRESH = 3.0
 """Seconds during which nobody repeats a report."""
 
-_FAR = 3.0
-"""Seconds that a rank leaves to one of another node which set out to write before it did."""
+_ASKING = 0.5
+"""Seconds between two questions to another node whether it has written its report."""
 
 _HEARD = 6.0
 """Seconds after which an answer of another node is not waited for."""
@@ -409,10 +409,11 @@ class Watch:
         if not self._claim():
             return
         states = self.all_states() if ask else self.states(ask=False)
-        far = [state for rank, state in states.items() if rank not in self._recordings]
-        # By rank: nodes cannot tell who was first, and two that waited for each other told nothing.
-        if any(state.rank < self.rank and 0 <= state.claimed < _WRITING for state in far):
-            time.sleep(_FAR)  # it is on another node: it cannot be seen when it is done
+        if self._is_told_elsewhere(states):
+            deadline = time.monotonic() + _WRITING
+            while self._is_told_elsewhere(states) and time.monotonic() < deadline:
+                time.sleep(_ASKING)
+                states = self.all_states()
             self._words[Head.REPORTED] = monotonic_ns()
             return
         why = causes(states, members, key, missing)
@@ -425,6 +426,15 @@ class Watch:
         level = logging.ERROR if dump else logging.WARNING
         rank_logger("world", self.rank, len(self._nodes)).log(level, "%s", text)
         self._words[Head.REPORTED] = monotonic_ns()
+
+    def _is_told_elsewhere(self, states: Mapping[int, RankState]) -> bool:
+        """Whether a rank of another node is writing the report.
+
+        The lowest rank writes it: nodes cannot tell who was first, and two that waited for each
+        other would tell nothing.
+        """
+        far = [state for rank, state in states.items() if rank not in self._recordings]
+        return any(state.rank < self.rank and 0 <= state.claimed < _WRITING for state in far)
 
     def reported_lately(self) -> bool:
         """Whether this rank has just told what all ranks are doing."""

@@ -56,6 +56,22 @@ def test_death_on_hosts(matrix_on_hosts: Matrix, case: Case) -> None:
     check(matrix_on_hosts.outcome(case, 4), case, 4, first=40)
 
 
+# The node of the stopped rank may be too late with its answer, and counts as silent then.
+STOPPED = replace(
+    next(case for case in endings.CASES if case.name == "stop"),
+    timeout=8.0,
+    within=25.0,
+    sees=("not complete after 8 s",),
+    blames="(?:Missing|Silent): rank <guilty>",
+)
+
+
+@pytest.mark.any_mpi
+@pytest.mark.parametrize("case", [STOPPED], ids=lambda case: case.name)
+def test_a_stopped_rank_of_another_host_is_reported(matrix_on_hosts: Matrix, case: Case) -> None:
+    check(matrix_on_hosts.outcome(case, 4), case, 4, first=40)
+
+
 def check(outcome: Outcome, case: Case, size: int, *, first: int = FIRST) -> None:
     """Check all that a case says of a job of so many ranks, whose first lines tell who it was."""
     ended = outcome.ended
