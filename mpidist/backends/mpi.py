@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -34,7 +34,7 @@ from mpidist.backends.mpi_memory import share, unlink_library_memory
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.node_sums import NodeSums
 from mpidist.backends.registered import Block, Place
-from mpidist.backends.sequencer import Sequencer
+from mpidist.backends.sequencer import Compared, Sequencer
 from mpidist.backends.signatures import (
     DIRECT_VERBS,
     Described,
@@ -43,7 +43,7 @@ from mpidist.backends.signatures import (
     whole_array,
 )
 from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Engine, Message, Steps, Waiter, Work
+from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then
 from mpidist.errors import BackendUnavailableError, TransportError
 from mpidist.recorder import Recorder
 
@@ -429,13 +429,13 @@ class MpiBackend(Backend):
         with _translated(self._mpi, verb):
             request = getattr(self._comm, nonblocking)(*call.args)
         work = _Requests(self._mpi, [request], keep=call)
-        return _Compared(comparison, work, call.after)
+        return Compared(comparison, work, call.after)
 
     def _start_by_messages(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[None]:
         """Start a collective that goes by messages when all ranks have come."""
         steps = self._by_messages(verb, args)
         comparison = self._sequencer.compare(waiter, Route.MESSAGES)
-        return self.start(_then(comparison, steps))
+        return self.start(then(comparison, steps))
 
     def _place_of(self, verb: str, args: tuple[Any, ...]) -> Place | None:
         """Return where the arrays of a call lie if it is performed there."""
@@ -555,53 +555,6 @@ class MpiBackend(Backend):
                 yield
         finally:
             self.inside = None
-
-
-class _Compared(Work[None]):
-    """A nonblocking call of the library, complete when all ranks have made the same, too.
-
-    Parameters
-    ----------
-    comparison : Work
-        Complete when all have.
-    work : Work
-        The library's request. Its errors count only after the comparison, which knows better.
-    after : callable or None
-        What remains to be done when both are complete.
-    """
-
-    def __init__(
-        self, comparison: Work[None], work: Work[Any], after: Callable[[], None] | None
-    ) -> None:
-        self._comparison: Work[None] | None = comparison
-        self._work = work
-        self._after = after
-
-    def done(self) -> bool:
-        """Poll both."""
-        if self._comparison is not None:
-            if not self._comparison.done():
-                return False
-            self._comparison = None
-        if not self._work.done():
-            return False
-        if self._after is not None:
-            after, self._after = self._after, None
-            after()
-        return True
-
-    def missing(self) -> Sequence[int]:
-        """Return the ranks that have not come."""
-        return () if self._comparison is None else self._comparison.missing()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait without driving anything else."""
-        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
-
-
-def _then(first: Work[None], second: Steps) -> Steps:
-    yield first
-    yield from second
 
 
 def _cut(memory: memoryview, stride: int) -> list[memoryview]:

@@ -85,6 +85,11 @@ class Meeting:
         """Whether all have come."""
         return len(self.values) == self.size
 
+    def missing(self, place: Place) -> list[int]:
+        """Return the ranks of a group that have not come."""
+        here = tuple(self.values)
+        return [rank for rank, member in enumerate(place.members) if member not in here]
+
 
 class Network:
     """What the ranks of a simulated job share.
@@ -206,6 +211,20 @@ class Network:
         `names` are the numbers by which the waiter knows the members.
         """
         rank = place.members[place.rank]
+        meeting = self.offer(key, place, value)
+
+        def missing() -> list[int]:
+            return [names[member] for member in meeting.missing(place)]
+
+        try:
+            waiter.wait_for(meeting.full, missing=missing)
+        finally:
+            self.leave(rank)
+        return meeting
+
+    def offer(self, key: Hashable, place: Place, value: Any) -> Meeting:
+        """Lay down a value under a key, and return at once; `leave` when all have been read."""
+        rank = place.members[place.rank]
         with self._lock:
             self._enter(rank)
             meeting = self._meetings.setdefault(key, Meeting(len(place.members)))
@@ -216,17 +235,12 @@ class Network:
                 meeting.number = next(self._numbers)
                 for member in place.members:
                     self._bells[member].ring()
-
-        def missing() -> list[int]:
-            here = tuple(meeting.values)
-            return [name for name, who in zip(names, place.members, strict=True) if who not in here]
-
-        try:
-            waiter.wait_for(meeting.full, missing=missing)
-        finally:
-            with self._lock:
-                self._busy[rank] -= 1
         return meeting
+
+    def leave(self, rank: int) -> None:
+        """Wait for a meeting no more."""
+        with self._lock:
+            self._busy[rank] -= 1
 
     # -- messages ------------------------------------------------------------------------------
 

@@ -8,15 +8,69 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
-from mpidist.backends.base import Backend, Capabilities
+from mpidist.backends import algorithms
+from mpidist.backends.base import Backend, Capabilities, Traffic
+from mpidist.backends.compared import refuse
 from mpidist.backends.faults import JobAborted
 from mpidist.backends.matching import Place
-from mpidist.backends.network import ExchangeWork, Network
-from mpidist.backends.work import Message, Waiter
+from mpidist.backends.meetings import DirectBoard, Record
+from mpidist.backends.neighbours import Neighbours
+from mpidist.backends.network import ExchangeWork, Meeting, Network
+from mpidist.backends.sequencer import Compared, Sequencer
+from mpidist.backends.signatures import Described, Route
+from mpidist.backends.work import Message, Steps, Waiter, Work
 from mpidist.recorder import Recorder
 
 __all__ = ["SimulatedBackend"]
+
+
+class MeetingComparison:
+    """Compares by what the ranks, threads of one process, lay down for each other.
+
+    Parameters
+    ----------
+    network : Network
+        Shared by all ranks.
+    place : Place
+        Group and rank.
+    """
+
+    def __init__(self, network: Network, place: Place) -> None:
+        self._network = network
+        self._place = place
+        self._meetings: dict[int, Meeting] = {}
+
+    def enter(self, number: int, record: Record) -> None:
+        """Make known that this rank has come to an operation with this record."""
+        key = (self._place.context, self._place.members, "call", number)
+        self._meetings[number] = self._network.offer(key, self._place, record)
+
+    def arrived(self, number: int) -> bool:
+        """Whether all ranks have come to it."""
+        return self._meetings[number].full()
+
+    def missing(self, number: int) -> list[int]:
+        """Return the ranks that have not come."""
+        return self._meetings[number].missing(self._place)
+
+    def equal(self, number: int, record: Record) -> bool:
+        """Whether all came with the same."""
+        records = self._meetings[number].values.values()
+        same = all(other.digest == record.digest for other in records)
+        balanced = sum(other.balance or 0 for other in records) % 2**64 == 0
+        if same and balanced:
+            self._close(number)
+        return same and balanced
+
+    def breaks(self, number: int) -> bool:
+        """Whether any rank has begun what cannot be taken back."""
+        return any(record.breaks for record in self._close(number).values.values())
+
+    def _close(self, number: int) -> Meeting:
+        self._network.leave(self._place.members[self._place.rank])
+        return self._meetings.pop(number)
 
 
 class SimulatedBackend(Backend):
@@ -35,6 +89,7 @@ class SimulatedBackend(Backend):
     """
 
     name = "simulated"
+    compares_calls = True
 
     def __init__(
         self,
@@ -51,11 +106,32 @@ class SimulatedBackend(Backend):
         self._network = network
         self._world_rank = self._place.members[rank]
         self._splits = 0
+        board = DirectBoard(bytearray(DirectBoard.nbytes(1)), 0, 1)
+        everybody = Neighbours.of((0,) * self.size, self.rank)
+        meetings = MeetingComparison(network, self._place) if self.size > 1 else None
+        self._sequencer = Sequencer(board, everybody, meetings, self._refuse)
         self._created: Counter[tuple[int, ...]] = Counter()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> ExchangeWork:
         """Start moving messages; see `Backend.exchange`."""
         return self._network.exchange(self._place, sends, receives)
+
+    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+        """Perform a collective to which all ranks have come with the same call."""
+        self._sequencer.arrive(waiter, Route.MESSAGES)
+        waiter.wait_for(self.transfer(verb, args, waiter).done)
+
+    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+        """Start a collective; complete when all ranks have come with the same call."""
+        begun = self.size > 1
+        comparison = self._sequencer.compare(waiter, Route.MESSAGES, begun=begun)
+        self.engine.running.append(comparison)
+        return Compared(comparison, self.transfer(verb, args, waiter))
+
+    def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
+        """Return the steps that raise on all ranks that they have called different things."""
+        lane = algorithms.Lane(self, self.lane(Traffic.SEQUENCED, number))
+        return refuse(lane, described, rank=self.rank, size=self.size, usable=usable)
 
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> SimulatedBackend | None:
         """Make one transport per color; collective over all ranks, blocks."""

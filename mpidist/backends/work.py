@@ -14,7 +14,7 @@ from mpidist.errors import CollectiveTimeoutError
 if TYPE_CHECKING:
     from mpidist.backends.signatures import Described
 
-__all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work"]
+__all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work", "then"]
 
 T = TypeVar("T")
 
@@ -106,6 +106,12 @@ class Message(NamedTuple):
 
 Steps: TypeAlias = Generator["Work[Any]", None, None]
 """An operation of several phases: it yields each piece of work that it has to wait for."""
+
+
+def then(first: Work[Any], second: Steps) -> Steps:
+    """Return the steps of an operation that goes on when a piece of work is complete."""
+    yield first
+    yield from second
 
 
 class StepsWork(Work[None]):
