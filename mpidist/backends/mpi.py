@@ -1,8 +1,8 @@
 """The MPI transport, on mpi4py's buffer calls. The only module that imports mpi4py.
 
 Blocking collectives are arrival, with the group's deadline, and then the library's blocking call.
-Immediate ones are the library's nonblocking calls. What the library does not do as promised goes
-by the algorithms (`mpidist.backends.mpi_calls` says what).
+Immediate ones, and what the library does not do as promised (`mpidist.backends.mpi_calls` says
+what), go by the algorithms, over the library's messages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mpidist.backends.mpi_memory import share, unlink_library_memory
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.node_sums import NodeSums
 from mpidist.backends.registered import Block, Place
-from mpidist.backends.sequencer import Compared, Sequencer
+from mpidist.backends.sequencer import Sequencer
 from mpidist.backends.signatures import (
     DIRECT_VERBS,
     Described,
@@ -402,37 +402,22 @@ class MpiBackend(Backend):
             waiter.wait_for(self.start(steps).done)
 
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
-        """Start a collective by shared memory, by messages, or by the library's nonblocking call.
-
-        Notes
-        -----
-        The first two begin when all ranks have come. The library's call begins at once, and its
-        result is handed out when all ranks have come with the same call; see [Note: comparison].
-        """
+        """Start a collective in shared memory or by messages, which begins when all have come."""
         place = self._place_of(verb, args)
         if place is not None and self._direct is not None:
             return self.start(self._direct.plan(verb, args, waiter, place))
-        if self._takes_registered(verb, args):
-            # The arrays of another rank may be registered: that is known when all have come.
-            return self._start_by_messages(verb, args, waiter)
         return self.transfer(verb, args, waiter)
 
     def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
-        """Start a collective by the library's nonblocking call if it has one, else by messages."""
-        call: LibraryCall | None = getattr(self._calls, verb)(*args)
-        nonblocking = None if call is None else call.nonblocking
-        if call is None or nonblocking is None:
-            return self._start_by_messages(verb, args, waiter)
-        # `progress` drives it: later operations of this group wait for it.
-        comparison = self._sequencer.compare(waiter, Route.LIBRARY, begun=True)
-        self.engine.running[comparison] = None
-        with _translated(self._mpi, verb):
-            request = getattr(self._comm, nonblocking)(*call.args)
-        work = _Requests(self._mpi, [request], keep=call)
-        return Compared(comparison, work, call.after)
+        """Start a collective by messages, which begins when all ranks have come with the same call.
 
-    def _start_by_messages(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[None]:
-        """Start a collective that goes by messages when all ranks have come."""
+        Notes
+        -----
+        Not by the library's nonblocking calls. Begun before the ranks have compared their calls,
+        calls that differ wrote past arrays or ended the process inside the library (seen with
+        MPICH 5.0 and Open MPI 5.0); begun after it, they would start at another moment on each
+        rank, and the library wants them in one order. See [Note: phases].
+        """
         steps = self._by_messages(verb, args)
         comparison = self._sequencer.compare(waiter, Route.MESSAGES)
         return self.start(then(comparison, steps))

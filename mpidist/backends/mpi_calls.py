@@ -52,7 +52,7 @@ class LibraryCall(NamedTuple):
     Attributes
     ----------
     name : str
-        Name of the blocking method of the communicator; the nonblocking one is the same with an I.
+        Name of the method of the communicator.
     args : tuple
         Its arguments.
     after : callable or None
@@ -62,15 +62,6 @@ class LibraryCall(NamedTuple):
     name: str
     args: tuple[Any, ...]
     after: Callable[[], None] | None = None
-
-    @property
-    def nonblocking(self) -> str | None:
-        """Name of the nonblocking method; None where mpi4py's is not safe.
-
-        The library may read the counts until the call is complete, and mpi4py (4.1.2) frees its
-        copy of them at once for these two, whose requests hold nothing.
-        """
-        return None if self.name in ("Allgatherv", "Reduce_scatter") else "I" + self.name.lower()
 
 
 def _op_name(op: ReduceOp, dtype: DType) -> str | None:

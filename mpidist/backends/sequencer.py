@@ -6,16 +6,17 @@ come to a number they compare their calls, and only then is a result handed out:
 complete on no rank before all have called it. Where all ranks of the group share memory they
 compare on a board there, else by an all-reduce of 32 bytes; see `mpidist.backends.comparison`.
 
-A blocking call is compared before its first byte moves, so that a difference leaves the group
-usable. An immediate call that the MPI library performs is under way by then: a difference breaks
-the group. It does so on all ranks, whatever the timing, since all see whether any has begun.
+A collective on host arrays over MPI begins when the calls have been compared, so that a difference
+leaves the group usable. What was begun before (an immediate call of simulated ranks, the
+collectives for the other dtypes of a list) makes a difference break the group. It does so on all
+ranks, whatever the timing, since all see whether any has begun.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from mpidist.backends.comparison import BoardComparison, Comparison
 from mpidist.backends.meetings import RING, DirectBoard, Meetings, Record, Until, phases
@@ -31,7 +32,7 @@ from mpidist.backends.signatures import (
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Steps, StepsWork, Waiter, Work
 
-__all__ = ["Arrival", "Compared", "Sequencer", "Waiters"]
+__all__ = ["Arrival", "Sequencer", "Waiters"]
 
 Waiters: TypeAlias = Callable[[], Waiter]
 """Makes the waiter of the operation that has begun: few have to wait for so long."""
@@ -304,48 +305,6 @@ class Arrival(Work[None]):
     def missing(self) -> Sequence[int]:
         """Return the ranks that have not come, as far as is known."""
         return () if self._over else self._sequencer.missing(self._number)
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait without driving anything else."""
-        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
-
-
-class Compared(Work[None]):
-    """An immediate call that is under way, complete when all ranks have made the same, too.
-
-    Parameters
-    ----------
-    comparison : Work
-        Complete when all have.
-    work : Work
-        What is under way. Its errors count only after the comparison, which knows better.
-    after : callable, optional
-        What remains to be done when both are complete.
-    """
-
-    def __init__(
-        self, comparison: Work[None], work: Work[Any], after: Callable[[], None] | None = None
-    ) -> None:
-        self._comparison: Work[None] | None = comparison
-        self._work = work
-        self._after = after
-
-    def done(self) -> bool:
-        """Poll both."""
-        if self._comparison is not None:
-            if not self._comparison.done():
-                return False
-            self._comparison = None
-        if not self._work.done():
-            return False
-        if self._after is not None:
-            after, self._after = self._after, None
-            after()
-        return True
-
-    def missing(self) -> Sequence[int]:
-        """Return the ranks that have not come."""
-        return () if self._comparison is None else self._comparison.missing()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait without driving anything else."""

@@ -18,8 +18,9 @@ from mpidist.backends.matching import Place
 from mpidist.backends.meetings import DirectBoard, Record
 from mpidist.backends.neighbours import Neighbours
 from mpidist.backends.network import ExchangeWork, Meeting, Network
-from mpidist.backends.sequencer import Compared, Sequencer
+from mpidist.backends.sequencer import Sequencer
 from mpidist.backends.signatures import Described, Route
+from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Message, Steps, Waiter, Work
 from mpidist.recorder import Recorder
 
@@ -71,6 +72,34 @@ class MeetingComparison:
     def _close(self, number: int) -> Meeting:
         self._network.leave(self._place.members[self._place.rank])
         return self._meetings.pop(number)
+
+
+class Compared(Work[None]):
+    """An immediate call that is under way, complete when all ranks have made the same, too.
+
+    Parameters
+    ----------
+    comparison : Work
+        Complete when all have.
+    work : Work
+        What is under way. Its errors count only after the comparison, which knows better.
+    """
+
+    def __init__(self, comparison: Work[None], work: Work[Any]) -> None:
+        self._comparison = comparison
+        self._work = work
+
+    def done(self) -> bool:
+        """Poll both."""
+        return self._comparison.done() and self._work.done()
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks that have not come."""
+        return self._comparison.missing()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait without driving anything else."""
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
 class SimulatedBackend(Backend):
@@ -125,7 +154,7 @@ class SimulatedBackend(Backend):
         """Start a collective; complete when all ranks have come with the same call."""
         begun = self.size > 1
         comparison = self._sequencer.compare(waiter, Route.MESSAGES, begun=begun)
-        self.engine.running.append(comparison)
+        self.engine.running[comparison] = None
         return Compared(comparison, self.transfer(verb, args, waiter))
 
     def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001

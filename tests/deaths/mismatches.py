@@ -53,7 +53,7 @@ def _over_nodes(case: Case) -> Case:
 
 
 def _immediate(case: Case, theirs: str, called: str, others: str) -> Case:
-    """Return the case with immediate calls, of which a part is under way when they are compared."""
+    """Return the case with immediate calls."""
     return replace(
         case,
         name=f"immediate-{case.name}",
