@@ -201,7 +201,8 @@ class GroupWaiter(Waiter):
             return Described(self._verb, site)
         immediate = "i" * (self._verb != plan.verb)
         what = describe(plan.verb, plan.args, plan.shape, plan.rows, plan.listed)
-        return Described(immediate + what, site, describe_counts(plan.verb, plan.args))
+        counts = describe_counts(plan.verb, plan.args)
+        return Described(immediate + what, site, counts, self.balance or 0)
 
     # -- waiting ---------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from mpidist.log import ranges
 
 __all__ = ["BY_MESSAGES", "compare", "difference", "refuse"]
 
-_LONGEST = 260, 150, 100
+_LONGEST = 240, 150, 100
 """Bytes of what a rank calls, where, and how it travels; the rest is cut off."""
 
 _ROOM = 512
@@ -75,7 +75,8 @@ def compare(lane: algorithms.Lane, described: Described, *, rank: int, size: int
     calls = np.zeros((size, _ROOM), np.uint8)
     yield from _exchange(lane, described, calls, rank)
     everybody = _read(calls)
-    if len({call.what for call in everybody}) > 1:
+    balanced = sum(call.balance for call in everybody) % 2**64 == 0
+    if len({call.what for call in everybody}) > 1 or not balanced:
         raise difference(everybody)
 
 
@@ -103,15 +104,18 @@ def refuse(
 
 def _exchange(lane: algorithms.Lane, described: Described, calls: Array, rank: int) -> Steps:
     """Let every rank write what it calls into its row, and give all rows to all ranks."""
-    parts = zip(described, _LONGEST, strict=True)
-    text = b"\n".join(part.encode(errors="replace")[:most] for part, most in parts)
+    *words, balance = described
+    parts = zip(words, _LONGEST, strict=True)
+    lines = [str(balance).encode(), *(part.encode(errors="replace")[:most] for part, most in parts)]
+    text = b"\n".join(lines)
     calls[rank, : len(text)] = np.frombuffer(text, np.uint8)
     yield from algorithms.ring_all_gather(lane, None, calls.reshape(-1), (_ROOM,) * len(calls))
 
 
 def _read(calls: Array) -> list[Described]:
     texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in calls]
-    return [Described(*[*text.split("\n"), "", ""][:3]) for text in texts]
+    rows = [[*text.split("\n"), "", ""] for text in texts]
+    return [Described(what, site, how, int(balance)) for balance, what, site, how, *_ in rows]
 
 
 def difference(calls: Sequence[Described], *, usable: bool = True) -> CollectiveMismatchError:

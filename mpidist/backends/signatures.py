@@ -64,11 +64,14 @@ class Described(NamedTuple):
         Where it was called.
     how : str
         How it travels; matters only between calls that are the same otherwise.
+    balance : int
+        As of the `Signature`; 0 where there is none.
     """
 
     what: str
     site: str
     how: str = ""
+    balance: int = 0
 
 
 class Signature(Protocol):

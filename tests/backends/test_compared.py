@@ -69,6 +69,19 @@ def test_a_difference_is_told_on_all_ranks_and_the_group_stays_usable(what: str)
         assert text.count(" on rank ") == 0
 
 
+def test_rows_that_a_rank_does_not_expect_are_told_before_they_are_sent() -> None:
+    def one(group: mpidist.ProcessGroup) -> str:
+        group._watch.debug = True
+        rows = 3 if group.rank == 1 else 2
+        with pytest.raises(CollectiveMismatchError) as caught:
+            mpidist.iall_to_all(np.ones(rows * group.size), group).wait()
+        assert caught.value.usable
+        return str(caught.value)
+
+    for text in run_ranks(3, one):
+        assert "rank 1: sends [3, 3, 3] elements, expects [3, 3, 3], at " in text
+
+
 def test_groups_and_memory_are_made_as_without() -> None:
     def one(group: mpidist.ProcessGroup) -> int:
         group._watch.debug = True
