@@ -12,7 +12,7 @@ may set the level itself, before `init`.
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 __all__ = ["configure", "logger", "ranges", "rank_logger", "shows"]
@@ -84,12 +84,20 @@ def rank_logger(group: str, rank: int, size: int) -> logging.LoggerAdapter[loggi
     return _RankAdapter(logger, {"group": group, "rank": rank, "size": size})
 
 
-def ranges(ranks: Sequence[int]) -> str:
-    """Return numbers of ranks as people write them, such as ``"0-2, 5"``."""
+def ranges(numbers: Iterable[int], *, ordered: bool = False) -> str:
+    """Return numbers as people write them, such as ``"0-2, 5"``.
+
+    Parameters
+    ----------
+    numbers : iterable of int
+        Of ranks, or processes.
+    ordered : bool, optional
+        Whether to keep their order instead of sorting them.
+    """
     runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
+    for number in numbers if ordered else sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            runs.append([rank])
+            runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

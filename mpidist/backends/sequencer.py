@@ -55,8 +55,8 @@ class Sequencer:
         Where the ranks of this node meet; of this rank alone where they share no memory.
     near : Neighbours
         Who they are.
-    comparison : Comparison
-        How the ranks of the group compare their calls.
+    comparison : Comparison or None
+        How the ranks of the group compare their calls; None if all of them are on the board.
     refuse : callable
         Makes the steps that raise the error of a difference.
 

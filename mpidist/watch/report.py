@@ -129,7 +129,10 @@ def cure(states: States, members: Sequence[int], key: Key | None, missing: Seque
         return _cure(rank, states.get(rank))
     if key is None:
         return ""
-    return "all have come, as far as is known; MPIDIST_DEBUG=1 compares every call before it begins"
+    return (
+        "all have come, as far as is known; MPIDIST_DEBUG=1 compares calls on device arrays, too, "
+        "before they begin"
+    )
 
 
 def _cure(rank: int, state: RankState | None) -> str:
@@ -361,17 +364,6 @@ def _ago(state: RankState, time: int) -> str:
     return f"{state.seconds(time):.1f} s"
 
 
-def _runs(numbers: Iterable[int]) -> str:
-    """Return numbers in the order given, those that follow each other as 0-2; see `ranges`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
 def processes(
     nodes: Sequence[int], hosts: Sequence[str], pids: Sequence[int], *, short: bool = True
 ) -> str:
@@ -387,8 +379,10 @@ def processes(
     ranks: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
         ranks.setdefault(node, []).append(rank)
-    where = [f"rank {_runs(some)} on {hosts[some[0]]}" for some in ranks.values()]
-    numbers = [f"pid {_runs(pids[rank] for rank in some)}" for some in ranks.values()]
+    where = [f"rank {ranges(some, ordered=True)} on {hosts[some[0]]}" for some in ranks.values()]
+    numbers = [
+        f"pid {ranges((pids[rank] for rank in some), ordered=True)}" for some in ranks.values()
+    ]
     text = ", ".join(f"{on} ({numbered})" for on, numbered in zip(where, numbers, strict=True))
     if not short or len(text) <= _LINE:
         return text

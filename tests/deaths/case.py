@@ -68,7 +68,6 @@ class Ending(Enum):
 
     BAD = "with an exit code that is not 0"
     GOOD = "with exit code 0: nothing is wrong"
-    UNSEEN = "with exit code 0: nobody can see that something is wrong"
     ANY = "as the MPI library has it"
 
 
