@@ -61,6 +61,8 @@ def make(
         for each in made:
             undo(each)
         gc.collect()  # dropped groups refer to themselves
+        # In an order that may differ between ranks: releasing is collective by the standard, which
+        # expects it to be local all the same (MPI 4.0, section 7.4.3), and both libraries do so.
         while _DROPPED:
             _DROPPED.popleft().Free()
     reason = "another rank could make none"

@@ -21,8 +21,7 @@ __all__ = ["Add", "BoardComparison", "Comparison", "SumComparison"]
 Add: TypeAlias = Callable[[Array], Work[Any]]
 """Starts adding up the uint64 words of all ranks, in place and modulo 2**64."""
 
-_MODULUS = 2**64
-_MASK = _MODULUS - 1
+_MASK = 2**64 - 1
 
 
 class Comparison(Protocol):
@@ -71,7 +70,8 @@ class SumComparison:
 
     Each rank gives two hashes of its record, whether a difference breaks the group, and its
     balance. If the ranks have the same record, the sums of the hashes are the size of the group
-    times this rank's own. That they are so otherwise has a chance of about 2**-128.
+    times this rank's own. If they have not, the sums tell so as surely as the digests of the calls
+    do, which are a CRC-32 of their words.
 
     Parameters
     ----------

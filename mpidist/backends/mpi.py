@@ -167,8 +167,8 @@ def _translate(mpi: Any, operation: str, error: Any) -> TransportError:
         # A blocking call waits for messages of its own, and keeps their statuses to itself.
         return TransportError(
             f"{operation}: a message that is part of the call failed, and the MPI library does not "
-            "say why (MPI_ERR_IN_STATUS): most often the ranks passed different sizes or dtypes, "
-            "which MPIDIST_DEBUG=1 finds, or a rank has died",
+            "say why (MPI_ERR_IN_STATUS): most often a rank has died, or calls of mpi4py on the "
+            "same communicator got in between",
             code=error.Get_error_code(),
         )
     return TransportError(
