@@ -314,6 +314,8 @@ class GroupWaiter(Waiter):
         return {rank: words for rank, words in gone.items() if needed is None or rank in needed}
 
     def _patrol(self, waited: float) -> None:
+        if self.hopeless:  # an operation that was driven meanwhile has broken the group
+            self.group._check_usable(self.operation)
         self._look_for_differences(waited)
         if waited >= self._next_warning:
             self._next_warning *= 2

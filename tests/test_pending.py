@@ -207,3 +207,36 @@ def test_the_missing_rank_is_named(world):
     shared = world.rank  # the group is broken for good, and at once
     with pytest.raises(mpidist.GroupBrokenError, match=f"rank {shared} of 3"):
         mpidist.barrier(group)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_immediate_calls_of_simulated_ranks_keep_nothing_when_they_are_over(size):
+    def body(group):
+        refs = []
+        for _ in range(5):
+            x = np.ones(3)
+            refs.append(weakref.ref(x))
+            mpidist.iall_reduce(x, group).wait()
+            mpidist.all_reduce_coalesced([x], group)
+        del x
+        gc.collect()
+        return [ref() is None for ref in refs], len(group._backend.engine.running)
+
+    assert run_ranks(size, body) == [([True] * 5, 0)] * size
+
+
+def test_a_wait_ends_with_the_reason_if_the_group_breaks_meanwhile():
+    """One rank waits for an immediate call that differs, the others in the next one."""
+
+    def body(group):
+        group.timeout = 20
+        x = np.ones(3 + (group.rank == 0))
+        work = mpidist.iall_reduce(x, group)
+        began = time.monotonic()
+        with pytest.raises((mpidist.CollectiveMismatchError, mpidist.GroupBrokenError)) as caught:
+            work.wait() if group.rank == 0 else mpidist.barrier(group)
+        assert time.monotonic() - began < 10
+        return str(caught.value)
+
+    for text in run_ranks(3, body):
+        assert "the ranks called different things" in text

@@ -289,7 +289,8 @@ class Backend(ABC):
     def start(self, steps: Steps) -> Work[None]:
         """Start an operation of several phases; `progress` drives it from now on."""
         work = StepsWork(steps)
-        self.engine.running[work] = None
+        if not work.over:
+            self.engine.running[work] = None
         return work
 
     def join(self, parent: Backend) -> None:

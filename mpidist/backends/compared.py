@@ -19,10 +19,10 @@ from mpidist.log import ranges
 
 __all__ = ["BY_MESSAGES", "compare", "difference", "refuse"]
 
-_LONGEST = 240, 150, 100
+_LONGEST = 240, 150, 200
 """Bytes of what a rank calls, where, and how it travels; the rest is cut off."""
 
-_ROOM = 512
+_ROOM = 640
 """Bytes for the words of each rank."""
 
 _NAMED = 8

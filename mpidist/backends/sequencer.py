@@ -169,7 +169,8 @@ class Sequencer:
         self, signature: Signature, route: Route, place: Place | None = None
     ) -> Meetings[int]:
         """Begin an operation, and return its number when it has its turn and all have come."""
-        number, record = self.begin(), record_of(signature, route, place)
+        record = record_of(signature, route, place)
+        number = self.begin()
         if not self.try_to_enter(number, record):
             yield Until(
                 lambda: self.try_to_enter(number, record),
@@ -304,6 +305,8 @@ class Arrival(Work[None]):
 
     def missing(self) -> Sequence[int]:
         """Return the ranks that have not come, as far as is known."""
+        if self._differing is not None:  # all have come; what they came with may be gone
+            return self._differing.missing()
         return () if self._over else self._sequencer.missing(self._number)
 
     def wait(self, timeout: float | None = None) -> None:

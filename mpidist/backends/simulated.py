@@ -91,7 +91,14 @@ class Compared(Work[None]):
 
     def done(self) -> bool:
         """Poll both."""
-        return self._comparison.done() and self._work.done()
+        alike = self._comparison.done()
+        try:
+            over = self._work.done()
+        except Exception:
+            if alike:
+                raise
+            return False
+        return alike and over
 
     def missing(self) -> Sequence[int]:
         """Return the ranks that have not come."""
@@ -154,8 +161,12 @@ class SimulatedBackend(Backend):
         """Start a collective; complete when all ranks have come with the same call."""
         begun = self.size > 1
         comparison = self._sequencer.compare(waiter, Route.MESSAGES, begun=begun)
-        self.engine.running[comparison] = None
-        return Compared(comparison, self.transfer(verb, args, waiter))
+        under_way = self.transfer(verb, args, waiter)
+        # `progress` drives both together, so that the end of one lets go of both.
+        self.engine.running.pop(under_way, None)
+        compared = Compared(comparison, under_way)
+        self.engine.running[compared] = None
+        return compared
 
     def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
         """Return the steps that raise on all ranks that they have called different things."""
@@ -164,6 +175,7 @@ class SimulatedBackend(Backend):
 
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> SimulatedBackend | None:
         """Make one transport per color; collective over all ranks, blocks."""
+        self._sequencer.arrive(waiter, Route.ARRIVAL)
         self._splits += 1
         meeting = self._network.meet(
             (self._place.context, "split", self._splits),

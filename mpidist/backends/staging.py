@@ -24,7 +24,11 @@ from mpidist.backends.device import DeviceBackend, DeviceWork
 from mpidist.backends.lift import Copy, Lift, Piece, Reached, pieces_of, pinned_like
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Message, Steps, Waiter, Work
-from mpidist.errors import BackendUnavailableError, UnsupportedOperationError
+from mpidist.errors import (
+    BackendUnavailableError,
+    CollectiveMismatchError,
+    UnsupportedOperationError,
+)
 
 __all__ = ["Staging"]
 
@@ -239,6 +243,29 @@ class Staging(DeviceBackend):
         return self._own, self._lift
 
 
+class _Over(Work[None]):
+    """Complete when an operation is over, also if the ranks had called different things in it.
+
+    Nothing has been changed then, and it is told to whoever waits for it.
+    """
+
+    def __init__(self, work: Work[None]) -> None:
+        self._work = work
+
+    def done(self) -> bool:
+        """Poll the operation."""
+        try:
+            return self._work.done()
+        except CollectiveMismatchError as error:
+            if error.usable:
+                return True
+            raise
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait without driving anything else."""
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+
+
 def _in_pieces(
     own: Backend,
     lift: Lift,
@@ -265,7 +292,7 @@ def _in_pieces(
     """
     before, over = events
     if behind is not None:
-        yield behind
+        yield _Over(behind)
     lift.stream.wait_event(before)
     fetching = lift.fetch(pieces[0].fetched)
     for index, piece in enumerate(pieces):

@@ -178,6 +178,11 @@ class StepsWork(Work[None]):
                 return
             self._advance()
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, or failed, as far as it has been driven."""
+        return self._current is None
+
     def missing(self) -> Sequence[int]:
         """Return the ranks for which the phase under way waits."""
         current = self._current

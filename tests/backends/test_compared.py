@@ -82,6 +82,17 @@ def test_rows_that_a_rank_does_not_expect_are_told_before_they_are_sent() -> Non
         assert "rank 1: sends [3, 3, 3] elements, expects [3, 3, 3], at " in text
 
 
+def test_a_group_that_one_rank_wants_to_make_is_told_apart_from_a_collective() -> None:
+    def one(group: mpidist.ProcessGroup) -> str:
+        group.timeout = 20
+        with pytest.raises(CollectiveMismatchError) as caught:
+            group.split(0) if group.rank == 1 else mpidist.gather(X, group)
+        return str(caught.value)
+
+    for text in run_ranks(3, one):
+        assert "rank 1 called split at " in text
+
+
 def test_groups_and_memory_are_made_as_without() -> None:
     def one(group: mpidist.ProcessGroup) -> int:
         group._watch.debug = True
