@@ -42,6 +42,10 @@ _MOST_BYTES = 2**63 - 1
 # halves of characters, which no encoding has.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# Of these, what may be printed: bytes of a file's name that are no text in this locale, as Python
+# has them, but for those that control a terminal of 8 bits.
+_UNPRINTABLE = re.compile(_CONTROL.pattern.replace("\ud800-\udfff", "\ud800-\udc9f\udd00-\udfff"))
+
 
 def step_number(step: object) -> int:
     """Return a step as a plain integer; ValueError if it is none, or no checkpoint can have it."""
@@ -61,8 +65,11 @@ def is_printable(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""Return a text with such characters written as Python writes them, as ``\x1b``."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    r"""Return a text with such characters written as Python writes them, as ``\x1b``.
+
+    The bytes of a file's name that are no text stay as they are, but for those that are controls.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 @lru_cache(maxsize=1 << 14)  # a program saves the same names again and again
