@@ -79,19 +79,25 @@ atexit.register(block)
     Case(
         name="finaliser",
         fault=BLOCKS,
-        body="""
+        before="""
+import atexit
+
+
 class Blocks:
-    def __del__(self, sleep=time.sleep, happens=it_happens):
+    def __del__(self):
         if rank == guilty:
-            happens()
-            sleep(1000)  # at: guilty
+            it_happens()
+            time.sleep(1000)  # at: guilty
 
 
-sys.last = Blocks()
-blocks = [Blocks()]
-blocks.append(blocks)
-del blocks
+def leave_garbage():  # after the exit handler of mpidist: the collector comes no sooner
+    blocks = [Blocks()]
+    blocks.append(blocks)
+
+
+atexit.register(leave_garbage)
 """,
+        body="",
         sees=(LEFT, "in __del__"),
         blames=LEFT,
         sites=("guilty",),
