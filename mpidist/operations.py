@@ -287,7 +287,7 @@ class Operations(Closing):
                 # Also the immediate form meets here: what the device has begun cannot be undone.
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)
             device.prepare(waiter)
-            return device.begin(plan.verb, plan.args, waiter), waiter
+            begun = device.begin(plan.verb, plan.args, waiter)
         except (BackendUnavailableError, LaunchError):
             # The ranks cannot be connected, all of them know, and nothing has begun.
             self._journal.end(record, failed=True)
@@ -295,6 +295,9 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
+        if not device.compares_calls:
+            waiter.plan = None  # whoever waits long for the device need not hold the arrays
+        return begun, waiter
 
     def start_messages(
         self, sends: Sequence[Message], receives: Sequence[Message], finish: Callable[[], T]

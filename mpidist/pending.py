@@ -399,6 +399,7 @@ class GroupWork(Work[T]):
     def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
         """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
         self._over, self._error = True, error
+        self._waiter.plan = None  # it has the caller's arrays
         group = self._group
         del group._outstanding[self]
         group._journal.end(self._waiter.record, failed=error is not None)

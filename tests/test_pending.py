@@ -225,6 +225,19 @@ def test_immediate_calls_of_simulated_ranks_keep_nothing_when_they_are_over(size
     assert run_ranks(size, body) == [([True] * 5, 0)] * size
 
 
+def test_a_work_that_is_over_does_not_keep_the_arrays_of_its_call():
+    def body(group):
+        x = np.ones(3)
+        ref = weakref.ref(x)
+        work = mpidist.iall_reduce(x, group)
+        work.wait()
+        del x
+        gc.collect()
+        return ref() is None
+
+    assert run_ranks(2, body) == [True, True]
+
+
 def test_a_wait_ends_with_the_reason_if_the_group_breaks_meanwhile():
     """One rank waits for an immediate call that differs, the others in the next one."""
 

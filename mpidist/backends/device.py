@@ -43,7 +43,11 @@ class DeviceBackend(ABC):
         Of the transport, for messages.
     capabilities : Capabilities
         What it can do.
+    compares_calls : bool
+        Whether it compares what the ranks call, later than `begin` returns.
     """
+
+    compares_calls = False
 
     name: str
     capabilities: Capabilities

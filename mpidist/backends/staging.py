@@ -105,6 +105,7 @@ class Staging(DeviceBackend):
     """
 
     name = "staging"
+    compares_calls = True
 
     def __init__(self, host: Backend, *, aware: bool = False) -> None:
         super().__init__()
