@@ -202,6 +202,8 @@ print("as expected")
 """
 
 
+@pytest.mark.mpirun
+@pytest.mark.usefixtures("mpirun")  # it needs an MPI library
 def test_what_is_mpi4py_s_own_and_an_mpi_that_is_finalised():
     told = subprocess.run(
         [sys.executable, "-c", MPI], capture_output=True, text=True, timeout=60, check=False

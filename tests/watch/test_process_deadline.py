@@ -64,7 +64,9 @@ last.start(20)
 assert os.waitpid(child, 0)[1] == 3 << 8
 """
     ended = run(body)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.returncode == 0
+    # Newer interpreters warn of the fork.
+    assert not any(name in ended.stderr for name in ("cancelled", "never", "last")), ended.stderr
 
 
 def test_a_timer_of_faulthandler_is_kept(run: Run) -> None:
