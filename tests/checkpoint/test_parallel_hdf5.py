@@ -117,6 +117,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(
         checkpoint.save(directory, state, world, step=2, single_file=True)
     assert [found.step for found in checkpoint.list(directory)] == [1]
     assert not (directory / "step-000002").exists()
+    barrier(world)  # rank 0 makes the directory anew
     checkpoint.save(directory, state, world, step=2, single_file=True)
     np.testing.assert_array_equal(checkpoint.load_full(directory)["x"], state["x"])
 
