@@ -213,17 +213,19 @@ class Operations(Closing):
         name = prepared.name or journal.name_sum(prepared, x, op)
         record = journal.begin(name, number, caller(2))
 
-        def waiter() -> GroupWaiter:
-            plan = Plan("all_reduce", (x, x, op), lambda: x, x.shape)
-            return self._waiter("all_reduce", record, name.call, plan)
-
         try:
-            prepared.run(x, x, waiter)
+            prepared.run(x, x, partial(self._sum_waiter, x, op, record))
         except BaseException as error:
             self._failed(error, self._waiter("all_reduce", record))
             raise
         journal.end(record)
         return True
+
+    def _sum_waiter(self, x: Array, op: ReduceOp, record: int) -> GroupWaiter:
+        """Return what waits for a sum in place that needed no plan."""
+        plan = Plan("all_reduce", (x, x, op), lambda: x, x.shape)
+        name = self._journal.name_collective(Kind.BLOCKING, plan.verb, plan.args, plan.shape)
+        return self._waiter(plan.verb, record, name.call, plan)
 
     def _repeat_on_device(self, device: DeviceBackend, x: Array, op: ReduceOp) -> bool:
         """Perform an all_reduce of a device array in place if it needs no plan."""

@@ -101,7 +101,10 @@ class Sequencer:
             return waiter
 
         self.settle(waiters)
-        number = self.enter(record_of(waiter, route), waiters)
+        record = record_of(waiter, route)
+        number = self.enter(record, waiters)
+        if self._on_board and record.balance is not None:
+            self._check(number, record, waiter)
         self.board.finish(number)
 
     def enter(self, record: Record, waiters: Waiters) -> int:
@@ -124,24 +127,34 @@ class Sequencer:
         CollectiveMismatchError
             If they came with different records.
         """
-        board, comparison = self.board, self._comparison
+        # As short as it can be: this is part of every small sum.
         self.begun = self._entered = number = self.begun + 1
-        if self._on_board:
-            if number > self._free + RING and not self._slot_free(number):
-                waiters().wait_for(
-                    lambda: self._slot_free(number),
-                    missing=lambda: self._ranks(board.unfinished(number - RING)),
-                )
-            if board.meet(number, record) and record.balance is None:
-                return number
-        else:
-            comparison.enter(number, record)
-        waiter = waiters()
+        if (
+            self._on_board
+            and (number <= self._free + RING or self._slot_free(number))
+            and self.board.meet(number, record)
+        ):
+            return number
+        self._enter(number, record, waiters())
+        return number
+
+    def _enter(self, number: int, record: Record, waiter: Waiter) -> None:
+        """Enter an operation, and wait until all ranks have come to it with the same."""
+        board, comparison = self.board, self._comparison
+        if self._on_board and not self._slot_free(number):
+            waiter.wait_for(
+                lambda: self._slot_free(number),
+                missing=lambda: self._ranks(board.unfinished(number - RING)),
+            )
+        comparison.enter(number, record)
         waiter.wait_for(lambda: comparison.arrived(number), missing=lambda: self.missing(number))
-        if not comparison.equal(number, record):
+        self._check(number, record, waiter)
+
+    def _check(self, number: int, record: Record, waiter: Waiter) -> None:
+        """Raise on all ranks if they came to an operation with different calls."""
+        if not self._comparison.equal(number, record):
             for until in self.differing(number, describe_with_route(waiter, record)):
                 waiter.wait_for(until.condition, missing=until.missing)
-        return number
 
     def reach(self, waiters: Waiters) -> None:
         """Meet again inside an operation."""
