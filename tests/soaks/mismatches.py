@@ -43,8 +43,8 @@ __all__ = ["BAD", "PLACES", "RANKS", "Found", "main", "repeat", "run", "table", 
 ROOT = Path(__file__).parents[2]
 RANKS = 4
 PLACES = ("node", "nodes", "hosts")
-BAD = ("silent", "wrong", "foreign", "unusable", "hung")
-VERDICTS = ("caught", "late", "died", *BAD, "right")
+BAD = ("died", "silent", "wrong", "foreign", "unusable", "hung")
+VERDICTS = ("caught", "late", *BAD, "right")
 _PATIENCE = 60.0  # seconds without a new case, until a job is given up
 
 
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             numbers = range(first, first + count)
             found += run(start, place, numbers, seed=options.seed, in_job=options.in_job)
         first += count
-    shown = (*BAD, "late", "died") if options.all else BAD
+    shown = (*BAD, "late") if options.all else BAD
     for each in found:
         if each.verdict in shown:
             print(repeat(each, options.seed))
