@@ -271,8 +271,7 @@ class Backend(ABC):
 
         Notes
         -----
-        By messages: one of the library's collectives would start when this rank notices that the
-        comparison is over, which may be in another order on another rank; see [Note: phases].
+        For debug mode: the words of all calls are exchanged. By messages, see [Note: phases].
         """
         return self.start(self._comparing(described, BY_MESSAGES[verb], args))
 

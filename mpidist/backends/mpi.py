@@ -423,20 +423,12 @@ class MpiBackend(Backend):
         return self.start(then(comparison, steps))
 
     def _place_of(self, verb: str, args: tuple[Any, ...]) -> Place | None:
-        """Return where the arrays of a call lie if it is performed there."""
-        if not self._takes_registered(verb, args):
+        """Return where the arrays of a call lie if it is performed in registered memory."""
+        if self._direct is None or verb not in DIRECT_VERBS:
+            return None
+        if whole_array(verb, args).nbytes < self.crossovers.registered:
             return None
         return registered_place(verb, args, self.registered)
-
-    def _takes_registered(self, verb: str, args: tuple[Any, ...]) -> bool:
-        """Whether a call is performed in registered memory if its arrays lie there.
-
-        It depends on what is the same on all ranks only, on verb and size: where the arrays of
-        another rank lie is not known yet.
-        """
-        if self._direct is None or verb not in DIRECT_VERBS:
-            return False
-        return whole_array(verb, args).nbytes >= self.crossovers.registered
 
     def _by_messages(self, verb: str, args: tuple[Any, ...]) -> Steps:
         """Return the steps by messages of the collective that begins next."""
@@ -487,9 +479,7 @@ class MpiBackend(Backend):
     def _share(self, nbytes: int) -> memoryview | None:
         """Map memory of so many bytes of each rank of this node, or None on all; collective."""
         memory = share(self._mpi, self._local, nbytes)
-        made = np.array(memory is not None)
-        self._comm.Allreduce(self._mpi.IN_PLACE, made, self._mpi.LAND)
-        return memory if made else None
+        return memory if self._agree(memory is not None) else None
 
     def _parts(self, nbytes: int, waiter: Waiter) -> list[memoryview] | None:
         """Return every rank's part of such memory, each beginning with a page."""
