@@ -65,7 +65,9 @@ def clean_environment() -> dict[str, str]:
         do not go into the current directory.
     """
     foreign = (*_LAUNCHER_PREFIXES, *_OUTER_PYTEST)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    # Another thread may change the environment meanwhile, as pytest does: no key is sure to stay.
+    taken = {name: os.environ.get(name) for name in list(os.environ)}
+    environment = {k: v for k, v in taken.items() if v is not None and not k.startswith(foreign)}
     environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     environment["MPIDIST_CROSSOVERS"] = "registered=32768"
     environment["MPIDIST_DUMP"] = tempfile.gettempdir()

@@ -32,7 +32,7 @@ def guard(mpirun: list[str], *words: str, **variables: str) -> subprocess.Comple
     )
 
 
-@pytest.mark.any_mpi  # Open MPI may be faster than the floor allows: see docs/performance.md
+@pytest.mark.any_mpi  # what is guarded is mpidist's; one library is enough
 def test_all_reduce_is_as_fast_as_it_must_be(mpirun: list[str]) -> None:
     answer = guard(mpirun)
     assert answer.returncode == 0, answer.stdout + answer.stderr

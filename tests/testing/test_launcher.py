@@ -1,0 +1,26 @@
+"""The environment that tests give to the jobs they start."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from mpidist.testing.launcher import clean_environment
+
+
+def test_environment_may_change_while_it_is_read() -> None:
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            os.environ["MPIDIST_TEST_PASSING"] = "1"
+            del os.environ["MPIDIST_TEST_PASSING"]
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(2000):
+            assert clean_environment()["OMP_NUM_THREADS"] == "1"
+    finally:
+        stop.set()
+        thread.join()
