@@ -23,8 +23,10 @@ extensions = [
     "numpydoc",
     "members",
     "names",
+    "notes",
     "readme",
 ]
+myst_enable_extensions = ["deflist"]  # a term, and below it a colon with what is said of it
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
 nitpicky = True

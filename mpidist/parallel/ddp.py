@@ -85,10 +85,10 @@ class DDP(Closing):
     parameter and buffer.
 
     A parameter that no rank used keeps ``grad is None``, and the optimizer skips it; one that some
-    ranks used is averaged, the others counting as zeros. Buffers: see [Note: buffers] in
-    `mpidist.parallel.buffers`. The first backward outside `no_sync` shows the order in which the
-    buckets are laid out from then on, once for all: see [Note: order of arrival] in
-    `mpidist.parallel.order`.
+    ranks used is averaged, the others counting as zeros. Buffers, such as running statistics, are
+    rank 0's on every rank after each step; see [Note: buffers] in `mpidist.parallel.buffers`. The
+    first backward outside `no_sync` shows the order in which the buckets are laid out from then on,
+    once for all; see [Note: order of arrival] in `mpidist.parallel.order`.
 
     Of a model on a device (`Module.to`), the buckets lie there and travel over NCCL, beside the
     stream on which backward runs. `backward` then returns when the reduction has been put

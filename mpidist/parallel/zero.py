@@ -105,7 +105,7 @@ class ShardedOptimizer(Closing):
     Collective over `group`; blocks. So are `step` and `ModelState.load_state_dict`; `backward` is,
     and does not block.
 
-    `Parameter.data` becomes read-only: see [Note: parameters once per node] in
+    `Parameter.data` becomes read-only; see [Note: parameters once per node] in
     `mpidist.parallel.stores`. To load values into the model, use `model_state`.
 
     Per step and rank, of P bytes of parameters on N ranks: a reduce-scatter of P (with a DDP, its
