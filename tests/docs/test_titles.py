@@ -35,5 +35,6 @@ def test_every_page_is_in_a_table_of_contents() -> None:
 
 
 def test_titles_differ() -> None:
-    titles = [page.read_text(encoding="utf-8").splitlines()[0] for page in PAGES]
+    named = [page for page in PAGES if page != DOCS / "index.rst"]  # the package, as one module is
+    titles = [page.read_text(encoding="utf-8").splitlines()[0] for page in named]
     assert len(set(titles)) == len(titles)
