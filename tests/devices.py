@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpidist.backends.availability import why_no_gpu, why_no_nccl
-from mpidist.testing.contract import DevicePlace
-from tests.nccl_stub.fixtures import in_place
-from tests.nccl_stub.place import StandInPlace
+# The rest is imported where a test uses devices: most runs of a few tests do not.
+if TYPE_CHECKING:
+    from mpidist.testing.contract import DevicePlace
 
 __all__ = ["place", "shared_device", "xp", "xp_with_nccl"]
 
@@ -33,9 +32,13 @@ def xp_with_nccl(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 
 def _cupy(*, on_gpu: bool, nccl: bool) -> Iterator[ModuleType]:
     if not on_gpu:
+        from tests.nccl_stub.fixtures import in_place
+
         with in_place(nccl=nccl):
             yield importlib.import_module("cupy")
         return
+    from mpidist.backends.availability import why_no_gpu, why_no_nccl
+
     if reason := why_no_nccl() if nccl else why_no_gpu():
         pytest.skip(_no_gpu(reason))
     yield importlib.import_module("cupy")
@@ -45,25 +48,37 @@ def _no_gpu(reason: str) -> str:
     return f"no GPU to test on: {reason.partition(':')[0]}"  # its cure is for users
 
 
-_REASON = why_no_gpu()
-"""Asked for before anything stands in for CuPy."""
-
-
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what uses CuPy's binding of NCCL: ``-m cupy`` is what needs the wheel."""
     if {"nccl_extension", "stand_in", "xp_with_nccl"} & set(getattr(item, "fixturenames", ())):
         item.add_marker("cupy")
 
 
+_REASON = pytest.StashKey[str | None]()
+"""Why there is no GPU; asked for before anything stands in for CuPy."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Look for a GPU, if a test that was selected needs one."""
+    if any(item.get_closest_marker("gpu") is not None for item in session.items):
+        from mpidist.backends.availability import why_no_gpu
+
+        session.config.stash[_REASON] = why_no_gpu()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs GPUs, before any rank is started for it."""
-    if _REASON is not None and item.get_closest_marker("gpu") is not None:
-        raise pytest.skip.Exception(_no_gpu(_REASON), _use_item_location=True)
+    reason = item.config.stash.get(_REASON, None)
+    if reason is not None and item.get_closest_marker("gpu") is not None:
+        raise pytest.skip.Exception(_no_gpu(reason), _use_item_location=True)
 
 
 @pytest.fixture
 def place(xp_with_nccl: ModuleType, request: pytest.FixtureRequest) -> DevicePlace:
     """The place of device arrays, over NCCL or its stub."""
+    from mpidist.testing.contract import DevicePlace
+    from tests.nccl_stub.place import StandInPlace
+
     on_gpu = request.node.get_closest_marker("gpu") is not None
     return DevicePlace(xp_with_nccl) if on_gpu else StandInPlace(xp_with_nccl)
 

@@ -13,15 +13,15 @@ import pytest
 from _pytest._code.code import ReprFileLocation, TerminalRepr
 
 from tests._ranks.direct import DirectPlugin, Ranks, deadline_of, ranks_of
-from tests._ranks.hosts import HostPool, HostsUnavailableError
-from tests._ranks.job import Job, Launch
-from tests._ranks.launcher import MARK, find_mpirun, vendor_arguments
 from tests._ranks.records import Outcome, Result
 
+# `hosts`, `job` and `launcher` are imported where a job starts: a run of one unit test starts none.
 if TYPE_CHECKING:
     from _pytest._io import TerminalWriter
 
     from mpidist.group import ProcessGroup
+    from tests._ranks.hosts import HostPool
+    from tests._ranks.job import Job, Launch
 
 NO_MPIRUN = "no mpirun: pip install 'mpidist[mpich]', or load the cluster's MPI"
 
@@ -58,7 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", "timeout(seconds): the deadline of a test on ranks")
     if not _on_ranks(config):
         config.pluginmanager.register(OuterPlugin(config), "ranks-outer")
-    elif MARK not in os.environ:
+        return
+    from tests._ranks.launcher import MARK
+
+    if MARK not in os.environ:
         config.pluginmanager.register(DirectPlugin(), "ranks-direct")
 
 
@@ -69,7 +72,11 @@ def _on_ranks(config: pytest.Config) -> bool:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, or fail, tests that start mpirun themselves where there is none."""
-    if item.get_closest_marker("mpirun") is not None and find_mpirun() is None:
+    if item.get_closest_marker("mpirun") is None:
+        return
+    from tests._ranks.launcher import find_mpirun
+
+    if find_mpirun() is None:
         if mpirun_is_required():
             pytest.fail(NO_MPIRUN, pytrace=False)
         raise pytest.skip.Exception(NO_MPIRUN, _use_item_location=True)
@@ -119,6 +126,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def mpirun() -> list[str]:
     """The start of an mpirun command line, for a test marked ``mpirun``."""
+    from tests._ranks.launcher import find_mpirun, vendor_arguments
+
     found = find_mpirun()
     assert found is not None, "mark the test: @pytest.mark.mpirun"
     return [str(found), *vendor_arguments(found)]
@@ -127,6 +136,8 @@ def mpirun() -> list[str]:
 @pytest.fixture(scope="session")
 def hosts_mpirun(request: pytest.FixtureRequest) -> Callable[[int, int], list[str]]:
     """The start of an mpirun command line for so many hosts, and ranks on each: (2, 2)."""
+    from tests._ranks.hosts import HostsUnavailableError
+
     runner = request.config.pluginmanager.get_plugin("ranks-outer")
     assert isinstance(runner, OuterPlugin), "mark the test: @pytest.mark.mpirun"
 
@@ -233,11 +244,20 @@ class OuterPlugin:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self.hosts = HostPool()
+        self._hosts: HostPool | None = None
         self._plan: dict[tuple[Path, Ranks], dict[str, float]] = {}
         self._results: dict[str, Result] = {}
         self._job: Job | None = None
         self._launch: Launch | None = None
+
+    @property
+    def hosts(self) -> HostPool:
+        """The pretended hosts of this run."""
+        if self._hosts is None:
+            from tests._ranks.hosts import HostPool
+
+            self._hosts = HostPool()
+        return self._hosts
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -269,16 +289,19 @@ class OuterPlugin:
             self._job.close()
         if self._launch is not None:
             shutil.rmtree(self._launch.directory, ignore_errors=True)
-        self.hosts.close()
+        if self._hosts is not None:
+            self._hosts.close()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say if the network between hosts was not what the tests asked for."""
-        if self.hosts.without_rate:
-            terminalreporter.write_line(f"hosts without a limited rate: {self.hosts.without_rate}")
+        if self._hosts is not None and self._hosts.without_rate:
+            terminalreporter.write_line(f"hosts without a limited rate: {self._hosts.without_rate}")
 
     def result(self, item: RanksItem) -> Result:
         """Return the item's result, starting and watching jobs until there is one."""
         if self._launch is None:
+            from tests._ranks.launcher import find_mpirun
+
             mpirun = find_mpirun()
             if mpirun is None:
                 return _without_mpirun()
@@ -293,6 +316,9 @@ class OuterPlugin:
         return self._results[item.nodeid]
 
     def _advance(self, launch: Launch, item: RanksItem) -> None:
+        from tests._ranks.hosts import HostsUnavailableError
+        from tests._ranks.job import Job
+
         if self._job is None or self._job.ended:
             group = self._plan[item.path, item.ranks]
             left = {test: t for test, t in group.items() if test not in self._results}
@@ -310,6 +336,9 @@ class OuterPlugin:
                 self._results.setdefault(test, why)
 
     def _make_launch(self, mpirun: Path) -> Launch:
+        from tests._ranks.job import Launch
+        from tests._ranks.launcher import vendor_arguments
+
         config = self._config
         arguments = ["--with-mpi", "--rootdir", str(config.rootpath), "--capture=tee-sys"]
         if config.inipath is not None:

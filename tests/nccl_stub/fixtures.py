@@ -11,8 +11,6 @@ from types import ModuleType
 
 import pytest
 
-from tests.nccl_stub import stand_in as package
-
 __all__ = ["in_place", "needs_cupy", "stand_in", "stand_in_without_nccl"]
 
 REQUIRED = os.environ.get("MPIDIST_TEST_REQUIRE_NCCL_STUB") == "1"  # set by .ci/run
@@ -28,6 +26,8 @@ needs_cupy = pytest.mark.skipif(
 @contextmanager
 def in_place(*, nccl: bool) -> Iterator[ModuleType]:
     """Install the package `tests.nccl_stub.stand_in` with 4 devices, or skip the test."""
+    from tests.nccl_stub import stand_in as package
+
     try:
         package.install(nccl=nccl)
     except package.NoStubError as error:
