@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -13,4 +14,14 @@ if sys.dont_write_bytecode:
     sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache))
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-pytest_plugins = ["tests._ranks.plugin", "tests.nccl_stub.fixtures", "tests.devices"]
+pytest_plugins = [
+    "tests._ranks.plugin",
+    "tests.nccl_stub.fixtures",
+    "tests.devices",
+    "tests.tiers",
+]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector away from what lives as long as the run: tests call it often."""
+    gc.freeze()

@@ -39,7 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks and, in the outer run, whatever starts jobs."""
     config.addinivalue_line(
-        "markers", "ranks(*counts): run the test on that many real ranks, one item per count"
+        "markers",
+        "ranks(*counts, full=()): run the test on that many real ranks, one item per count; "
+        "on the counts of `full` with --full only",
     )
     config.addinivalue_line(
         "markers", "hosts(*counts, ranks=2): run it on that many pretended hosts, of 2 ranks each"
@@ -94,9 +96,11 @@ def hosts_are_required() -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one item per rank count, and per number of hosts."""
-    asked: dict[str, Ranks] = {}
+    asked: dict[str, Any] = {}
     if mark := metafunc.definition.get_closest_marker("ranks"):
         asked |= {f"{n}ranks": Ranks(n) for n in _counts(metafunc, mark)}
+        for n in mark.kwargs.get("full", ()):
+            asked[f"{n}ranks"] = pytest.param(Ranks(n), marks=pytest.mark.full)
     if mark := metafunc.definition.get_closest_marker("hosts"):
         on_each = mark.kwargs.get("ranks", 2)
         asked |= {f"{n}hosts": Ranks(n * on_each, hosts=n) for n in _counts(metafunc, mark)}
@@ -346,6 +350,7 @@ class OuterPlugin:
         arguments += [f"--import-mode={config.getoption('importmode')}"]
         arguments += [f"--tb={config.getoption('tbstyle')}", "-q", "--no-header", "--no-summary"]
         arguments += ["-p", "no:cacheprovider", "-o", "addopts="]
+        arguments += ["--full"] if config.getoption("full", default=False) else []
         directory = Path(tempfile.mkdtemp(prefix="mpidist-tests-"))
         here = [str(mpirun), *vendor_arguments(mpirun)]
 

@@ -107,11 +107,15 @@ def check_marks(x: Array, marks: Array) -> None:
 @pytest.mark.ranks(2)
 @pytest.mark.timeout(120)
 class TestBeyondTwoGibibytes:
+    """The collectives in a full run: each moves some 10 GiB through memory."""
+
+    @pytest.mark.full
     def test_broadcast(self, roomy: ProcessGroup) -> None:
         x = marked(roomy.rank)
         broadcast(x, roomy, root=1, out=x)
         check_marks(x, marks_of(1))
 
+    @pytest.mark.full
     def test_all_reduce(self, roomy: ProcessGroup) -> None:
         x = marked(roomy.rank)
         all_reduce(x, roomy, op=BOR, out=x)
@@ -122,6 +126,7 @@ class TestBeyondTwoGibibytes:
         got = sendrecv(marked(roomy.rank), roomy, dst=other, src=other)
         check_marks(got, marks_of(other))
 
+    @pytest.mark.full
     def test_all_gather(self, roomy: ProcessGroup) -> None:
         x = np.full(BEYOND // 2 + 1, roomy.rank + 1, np.uint8)
         got = all_gather(x, roomy)

@@ -1,4 +1,4 @@
-"""The contract of transports, on threads: few and many ranks in every mode."""
+"""The contract of transports, on threads, in every mode; one and many ranks in a full run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ import pytest
 from mpidist.testing import BackendContract, Mode, run_ranks
 from mpidist.testing.contract import Run
 
+FEW = {(1, Mode.EAGER), *((size, mode) for size in (2, 3, 4) for mode in Mode)}
+"""Alone, modes of messages do not differ."""
 
-@pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.value)
-@pytest.mark.parametrize(
-    "size", [1, 3, *(pytest.param(size, marks=pytest.mark.one_python) for size in (2, 5, 8))]
-)
+JOBS = [
+    pytest.param(
+        size,
+        mode,
+        marks=[] if (size, mode) in FEW else pytest.mark.full,
+        id=f"{size}-{mode.value}",
+    )
+    for size in (1, 2, 3, 4, 5, 8)
+    for mode in Mode
+]
+
+
+@pytest.mark.parametrize(("size", "mode"), JOBS)
 class TestSimulated(BackendContract):
     @pytest.fixture
     def run(self, size: int, mode: Mode) -> Run:

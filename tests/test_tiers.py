@@ -1,0 +1,55 @@
+"""What a plain run leaves out, and what is said of deadlines on a busy machine."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+SAMPLE = """
+import pytest
+
+@pytest.mark.full
+def test_long():
+    pass
+
+@pytest.mark.parametrize("size", [2, pytest.param(8, marks=pytest.mark.full)])
+def test_sizes(size):
+    pass
+
+def test_fixture(full):
+    print("full is", full)
+"""
+
+LATE = """
+def test_late():
+    raise TimeoutError("the answer did not arrive")
+
+def test_wrong():
+    assert 1 == 2
+"""
+
+
+def run(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
+    pytester.makepyfile(source)
+    return pytester.runpytest_inprocess("-p", "tests.tiers", "-s", *arguments)
+
+
+def test_a_plain_run_leaves_out_what_is_marked(pytester: pytest.Pytester) -> None:
+    result = run(pytester, SAMPLE)
+    result.assert_outcomes(passed=2, deselected=2)
+    result.stdout.fnmatch_lines(["*full is False*"])
+
+
+def test_a_full_run_leaves_out_nothing(pytester: pytest.Pytester) -> None:
+    result = run(pytester, SAMPLE, "--full")
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["*full is True*"])
+
+
+def test_a_failed_deadline_says_how_busy_the_machine_is(pytester: pytest.Pytester) -> None:
+    result = run(pytester, LATE)
+    result.assert_outcomes(failed=2)
+    told = [line for line in result.outlines if "a busy machine may be why" in line]
+    assert len(told) == 1, result.outlines
+    assert "load average" in told[0]
