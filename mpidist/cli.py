@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from mpidist import __version__
+from mpidist import __version__, example
 from mpidist._stdout import accept_any_text
 from mpidist.bench import command as bench
 from mpidist.bench import plan
@@ -35,6 +35,7 @@ class Command(Protocol):
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "bench": (bench, "measure this machine, beside the MPI library and other peers"),
     "checkpoint": (checkpoint, "look at checkpoints, verify, compare, reshard, export them"),
+    "example": (example, "list, show or copy the examples: `example 00` shows the first one"),
     "info": (info, "say what is here, and what is wrong with it, each with its cure"),
     "plan": (plan, "predict all_reduce and training steps on other numbers of ranks and nodes"),
     "trace": (trace, "say what a trace shows: communication, overlap, the slowest rank per step"),

@@ -226,3 +226,28 @@ def test_a_refusal_is_told_once(mpirun: list[str]) -> None:
     answer = run(*mpirun, "-n", "2", sys.executable, "-m", "mpidist", "bench", "import")
     assert answer.returncode != 0
     assert answer.stderr.count("bench import: expected one rank") == 1
+
+
+def test_examples_are_listed_shown_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = (ROOT / "mpidist" / "examples" / "00_first.py").read_text(encoding="utf-8")
+    assert cli.main(["example"]) == 0
+    assert "00_first.py  " in capsys.readouterr().out
+    assert cli.main(["example", "00"]) == 0
+    assert capsys.readouterr().out == first
+    assert cli.main(["example", "--copy", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "00_first.py").read_text(encoding="utf-8") == first
+    assert len(list((tmp_path / "new").iterdir())) == len(capsys.readouterr().out.splitlines())
+
+
+def test_examples_overwrite_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "00_first.py").write_text("mine")
+    assert cli.main(["example", "00", "--copy", str(tmp_path)]) == 2
+    assert (tmp_path / "00_first.py").read_text() == "mine"
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_an_unknown_example_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["example", "99"]) == 2
+    assert "'99' is none of 00_first.py, " in capsys.readouterr().err

@@ -24,7 +24,7 @@ from mpidist.errors import BackendUnavailableError, CheckpointError, CollectiveM
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
 from tests.checkpoint.cases import check_files, held_by, load_case, some_case
-from tests.docs.pages import DOCS
+from tests.docs.pages import EXAMPLES_DIRECTORY
 
 REQUIRED = os.environ.get("MPIDIST_TEST_REQUIRE_PARALLEL_HDF5") == "1"  # set by .ci/run
 
@@ -86,7 +86,7 @@ def test_it_holds_whole_arrays(world: ProcessGroup, directory: Path) -> None:
         np.testing.assert_array_equal(file["model/b"], np.float32([1, 2]))
         assert file["rate"][()] == 0.5
         assert file["model/w"].id.get_offset() % (1 << 20) == 0
-    reader = runpy.run_path(str(DOCS / "examples" / "read_checkpoint.py"))
+    reader = runpy.run_path(str(EXAMPLES_DIRECTORY / "read_checkpoint.py"))
     _, arrays = reader["read_checkpoint"](directory / "step-000007")
     np.testing.assert_array_equal(arrays["model/w"], whole)
     np.testing.assert_array_equal(arrays["rate"], 0.5)

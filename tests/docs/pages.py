@@ -9,7 +9,8 @@ from textwrap import dedent
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-EXAMPLES = sorted((DOCS / "examples").glob("[0-9]*.py"))
+EXAMPLES_DIRECTORY = ROOT / "mpidist" / "examples"
+EXAMPLES = sorted(EXAMPLES_DIRECTORY.glob("[0-9]*.py"))
 
 _BLOCK = re.compile(
     r"^\.\. code-block:: python\n(?P<options>(?:   :.*\n)*)\n(?P<code>(?:(?:   .*)?\n)+)",

@@ -20,9 +20,9 @@ from mpidist import ShardedArray, checkpoint
 from mpidist.boxes import Box, split_evenly
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
-from tests.docs.pages import DOCS
+from tests.docs.pages import DOCS, EXAMPLES_DIRECTORY
 
-FILE = DOCS / "examples" / "read_checkpoint.py"
+FILE = EXAMPLES_DIRECTORY / "read_checkpoint.py"
 READER: dict[str, Any] = runpy.run_path(str(FILE))
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ import pytest
 
 from mpidist.testing import run_ranks
 from tests._ranks.launcher import MARK, clean_environment, end_job
-from tests.docs.pages import DOCS, EXAMPLES, ROOT
+from tests.docs.pages import DOCS, EXAMPLES, EXAMPLES_DIRECTORY, ROOT
 
 PYTEST = ["-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider", "--rootdir"]
 
@@ -68,7 +68,7 @@ def test_an_example_runs_on_four_ranks(example: Path, tmp_path: Path, mpirun: li
 
 
 def test_the_resumed_example_has_the_bits_of_one_run(tmp_path: Path) -> None:
-    main = runpy.run_path(str(DOCS / "examples" / "03_resume.py"))["main"]
+    main = runpy.run_path(str(EXAMPLES_DIRECTORY / "03_resume.py"))["main"]
     whole = run_ranks(3, main, tmp_path / "whole", 100)
     run_ranks(3, main, tmp_path / "halves", 50)
     halves = run_ranks(3, main, tmp_path / "halves", 50)
@@ -86,13 +86,13 @@ def test_the_resumed_example_has_the_bits_of_one_run(tmp_path: Path) -> None:
 )
 def test_tests_without_mpi_pass(arguments: list[str], tmp_path: Path) -> None:
     name, *others = arguments
-    run([sys.executable, *PYTEST, tmp_path, DOCS / "examples" / name, *others], tmp_path)
+    run([sys.executable, *PYTEST, tmp_path, EXAMPLES_DIRECTORY / name, *others], tmp_path)
 
 
 @pytest.mark.any_mpi
 @pytest.mark.mpirun
 def test_tests_on_ranks_pass(tmp_path: Path, mpirun: list[str]) -> None:
-    test = DOCS / "examples" / "test_on_mpi.py"
+    test = EXAMPLES_DIRECTORY / "test_on_mpi.py"
     arguments = [*PYTEST, tmp_path, "--with-mpi", test]
     output = run([*mpirun, "-n", 3, sys.executable, *arguments], tmp_path)
     assert output.count("1 passed") == 3

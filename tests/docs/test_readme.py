@@ -11,7 +11,7 @@ import mpidist
 import mpidist.nn
 import mpidist.parallel
 import mpidist.testing
-from tests.docs.pages import DOCS, README, ROOT, readme_part
+from tests.docs.pages import EXAMPLES, README, ROOT, readme_part
 
 NOT_BUILT = {
     "TCP backend": ["mpidist.backends.tcp"],
@@ -35,7 +35,7 @@ def rows() -> dict[str, tuple[str, str]]:
 
 
 def test_the_example_is_the_file() -> None:
-    assert readme_part("example") == (DOCS / "examples" / "00_first.py").read_text()
+    assert readme_part("example") == (EXAMPLES[0]).read_text()
 
 
 def test_each_command_is_one_line() -> None:

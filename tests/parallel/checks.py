@@ -177,7 +177,7 @@ def check_difference(group_size, run, name):
     assert text in messages[0]
 
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "mpidist" / "examples"
 
 
 def example(name):

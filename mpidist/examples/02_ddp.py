@@ -1,6 +1,6 @@
 """Train a model on all ranks as if on one: a group, a model, one wrapper, four verbs.
 
-    mpirun -n 4 python docs/examples/02_ddp.py
+    mpirun -n 4 python 02_ddp.py
 
 The network learns which of two interleaved spirals a point lies on.
 """

@@ -1,4 +1,4 @@
-"""Train, be interrupted, go on: mpirun -n 4 python docs/examples/03_resume.py
+"""Train, be interrupted, go on: mpirun -n 4 python 03_resume.py
 
 Each run makes 100 steps more than the last one kept, on any number of ranks.
 """

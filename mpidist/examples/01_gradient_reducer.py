@@ -1,6 +1,6 @@
 """Gradients of your own, averaged over all ranks while the next one is being computed.
 
-    mpirun -n 4 python docs/examples/01_gradient_reducer.py
+    mpirun -n 4 python 01_gradient_reducer.py
 
 A network of two layers in plain numpy learns to multiply two numbers.
 """
