@@ -65,7 +65,7 @@ def test_no_line_is_long_or_ends_in_blanks() -> None:
 
 def test_everything_is_told() -> None:
     text = told(a_job(2))
-    assert text.startswith("mpidist 0.1.0, 2 ranks on 1 node, today\n")
+    assert text.startswith("mpidist 0.2.0, 2 ranks on 1 node, today\n")
     assert line(text, "library") == "MPICH 4.3.0, MPI 4.1, MPI_THREAD_MULTIPLE"
     assert line(text, "file") == "/opt/mpich/lib/libmpi.so.12"
     assert line(text, "mpi4py") == "4.1.0, ABI mpich"
@@ -78,7 +78,7 @@ def test_everything_is_told() -> None:
     assert line(text, "GPUs") == "none"
     assert line(text, "BLAS") == "OpenBLAS 0.3, 1 thread per rank"
     assert line(text, "HDF5") == "1.14.6, serial, which is all it needs"
-    assert line(text, "packages") == "mpidist 0.1.0, mpi4py 4.1.0, numpy 2.0.0"
+    assert line(text, "packages") == "mpidist 0.2.0, mpi4py 4.1.0, numpy 2.0.0"
     assert "Settings\n  OMP_NUM_THREADS=1\n" in text
     assert text.endswith("Wrong\n  nothing was found\n")
 
