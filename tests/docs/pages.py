@@ -13,15 +13,18 @@ EXAMPLES_DIRECTORY = ROOT / "mpidist" / "examples"
 EXAMPLES = sorted(EXAMPLES_DIRECTORY.glob("[0-9]*.py"))
 
 _BLOCK = re.compile(
-    r"^\.\. code-block:: python\n(?P<options>(?:   :.*\n)*)\n(?P<code>(?:(?:   .*)?\n)+)",
+    r"^(?P<indent> *)\.\. code-block:: python\n(?P<options>(?:(?P=indent)   :.*\n)*)\n"
+    r"(?P<code>(?:(?:(?P=indent)   .*)?\n)+)",
     re.MULTILINE,
 )
+_NOT_RUN = re.compile(r":class: (fails|elsewhere)")
+"""Code that raises, and code of other packages, which the tests may lack."""
 
 
 def code_of(page: Path) -> str:
-    """Return all Python of a page as one program; blocks of the class `fails` are left out."""
+    """Return the Python of a page as one program, without the blocks that are not to be run."""
     text = page.read_text(encoding="utf-8")
-    blocks = [b for b in _BLOCK.finditer(text) if ":class: fails" not in b["options"]]
+    blocks = [b for b in _BLOCK.finditer(text) if not _NOT_RUN.search(b["options"])]
     return "\n".join(dedent(block["code"]) for block in blocks)
 
 
