@@ -32,9 +32,10 @@ if TYPE_CHECKING:
         SUM,
         ReduceOp,
     )
+    from mpidist.arrays.boxes import Box
+    from mpidist.arrays.shards import ShardedArray
     from mpidist.backends.availability import is_mpi_available, is_nccl_available
     from mpidist.backends.work import ANY_SOURCE, Work
-    from mpidist.boxes import Box
     from mpidist.collectives import (
         all_gather,
         all_gather_coalesced,
@@ -92,7 +93,8 @@ if TYPE_CHECKING:
         UnsupportedOperationError,
     )
     from mpidist.group import ProcessGroup
-    from mpidist.launch import init
+    from mpidist.job.launch import init
+    from mpidist.observe.regions import region
     from mpidist.point_to_point import (
         Receive,
         ReceiveWork,
@@ -106,8 +108,6 @@ if TYPE_CHECKING:
         send_object,
         sendrecv,
     )
-    from mpidist.regions import region
-    from mpidist.shards import ShardedArray
     from mpidist.tracing import trace
 
 __all__ = [
@@ -201,15 +201,15 @@ __all__ = [
 _PARTS = (
     "errors",
     "_types",
-    "boxes",
-    "shards",
+    "arrays.boxes",
+    "arrays.shards",
     "backends.availability",
     "backends.work",
     "group",
-    "launch",
+    "job.launch",
     "collectives",
     "point_to_point",
-    "regions",
+    "observe.regions",
     "tracing",
 )
 """The modules that offer these names, each after those on which it stands."""

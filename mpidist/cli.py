@@ -11,7 +11,7 @@ from mpidist import __version__, example
 from mpidist._stdout import accept_any_text
 from mpidist.bench import command as bench
 from mpidist.bench import plan
-from mpidist.checkpoint import command as checkpoint
+from mpidist.checkpoint.tools import command as checkpoint
 from mpidist.info import command as info
 from mpidist.tracing import command as trace
 from mpidist.usage import RankArgumentParser

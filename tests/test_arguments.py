@@ -166,7 +166,7 @@ import sys
 import mpidist
 import numpy as np
 from mpi4py import MPI
-from mpidist.backends.mpi import _translate
+from mpidist.backends.mpi.backend import _translate
 
 for bad, word in ((MPI.COMM_NULL, "COMM_NULL"), (5, "got 5")):
     try:

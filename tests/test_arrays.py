@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpidist._types import LAND, MAX, MEAN, MIN, PROD, SUM, DType, ReduceOp
-from mpidist.arrays import (
+from mpidist.arrays.namespaces import (
     BFLOAT16,
     DTYPES,
     HALVES,

@@ -6,7 +6,14 @@ import time
 import numpy as np
 import pytest
 
-from mpidist.boxes import Box, BoxIndex, boxes_of_at_most, boxes_of_range, overlapping, split_evenly
+from mpidist.arrays.boxes import (
+    Box,
+    BoxIndex,
+    boxes_of_at_most,
+    boxes_of_range,
+    overlapping,
+    split_evenly,
+)
 from mpidist.errors import SizeMismatchError
 
 SHAPE = (4, 5)

@@ -8,8 +8,8 @@ import pytest
 
 from mpidist import errors
 from mpidist._optional import require
-from mpidist.backends.mpi import load_mpi
-from mpidist.backends.nccl import calls
+from mpidist.backends.device.nccl import calls
+from mpidist.backends.mpi.backend import load_mpi
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.errors import SizeMismatchError
-from mpidist.flat import FlatBuffer
 
 SHAPES = {"w": (2, 3), "scalar": (), "none": (0, 4), "b": (5,)}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist import hooks
-from mpidist.pending import Plan
+from mpidist.group.pending import Plan
+from mpidist.job import hooks
 from mpidist.testing import run_ranks
 
 
@@ -117,7 +117,7 @@ def test_a_second_wait_raises_the_first_error():
 def test_communicators_of_dropped_groups_are_released_when_none_is_left(world, monkeypatch):
     from mpi4py import MPI
 
-    from mpidist.backends.mpi import MpiBackend
+    from mpidist.backends.mpi.backend import MpiBackend
 
     dropped, asked = world.duplicate("dropped"), world.duplicate("asked")
     comm, kept = dropped._backend._comm, asked.mpi_comm
@@ -142,7 +142,7 @@ def test_a_group_that_one_rank_cannot_make_is_made_by_none(world, monkeypatch):
     """And the group of which it was to be made is still there."""
     from mpi4py import MPI
 
-    from mpidist.backends.mpi import MpiBackend
+    from mpidist.backends.mpi.backend import MpiBackend
 
     real, made = MpiBackend._child, []
 

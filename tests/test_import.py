@@ -21,9 +21,9 @@ import mpidist
 PACKAGE = Path(mpidist.__file__).parent
 
 DOORS = {
-    "mpi4py": {"backends/mpi.py"},
-    "cupy": {"arrays.py", "backends/nccl/calls.py"},
-    "h5py": {"checkpoint/hdf5.py"},
+    "mpi4py": {"backends/mpi/backend.py"},
+    "cupy": {"arrays/namespaces.py", "backends/device/nccl/calls.py"},
+    "h5py": {"checkpoint/format/hdf5.py"},
     "torch": {"backends/gloo.py", "adapters/torch.py", "bench/peers.py"},
 }
 

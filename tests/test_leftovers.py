@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from mpidist.backends import shared_memory
+from mpidist.backends.node import shared_memory
 from tests._ranks.launcher import MARK, clean_environment, end_job, marked_processes
 
 pytestmark = [pytest.mark.mpirun, pytest.mark.timeout(100)]
@@ -41,7 +41,7 @@ from pathlib import Path
 import numpy as np
 
 import mpidist
-from mpidist.backends import mpi_memory
+from mpidist.backends.mpi import memory as mpi_memory
 
 seed, seconds, directory, kind = sys.argv[1:]
 

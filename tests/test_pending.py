@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("short_grace")
 
 @pytest.fixture
 def short_grace(monkeypatch):
-    monkeypatch.setattr("mpidist.pending.GRACE", 0.3)
+    monkeypatch.setattr("mpidist.group.pending.GRACE", 0.3)
 
 
 def dies(rank):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mpidist import regions
-from mpidist.regions import listener, region
+from mpidist.observe import regions
+from mpidist.observe.regions import listener, region
 
 
 class Noted:

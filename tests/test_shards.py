@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.errors import SizeMismatchError
 
 SHAPES = [(), (6,), (3, 4), (2, 3, 2), (0, 3)]

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays import HALVES, reduce_in_rank_order
-from mpidist.backends.kernels import quietly
+from mpidist.arrays.boxes import split_evenly
+from mpidist.arrays.namespaces import HALVES, reduce_in_rank_order
+from mpidist.backends.combine import quietly
 from mpidist.backends.work import Message, Steps, Work
-from mpidist.boxes import split_evenly
 
 __all__ = [
     "Lane",

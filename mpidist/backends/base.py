@@ -14,19 +14,19 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.arrays import REDUCTIONS
+from mpidist.arrays.namespaces import REDUCTIONS
 from mpidist.backends import algorithms
-from mpidist.backends.compared import BY_MESSAGES, compare
 from mpidist.backends.crossovers import Crossovers, choose
-from mpidist.backends.registered import Registry
+from mpidist.backends.node.compared import BY_MESSAGES, compare
+from mpidist.backends.node.registered import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
-from mpidist.recorder import Recorder
+from mpidist.observe.recorder import Recorder
 
 if TYPE_CHECKING:
-    from mpidist.backends.device import DeviceBackend
-    from mpidist.backends.node_sums import NodeSums
-    from mpidist.backends.signatures import Described
+    from mpidist.backends.device.base import DeviceBackend
+    from mpidist.backends.node.signatures import Described
+    from mpidist.backends.node.sums import NodeSums
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
 
@@ -91,7 +91,7 @@ class Backend(ABC):
     """Whether calls on host arrays are compared before a result is handed out."""
 
     device: DeviceBackend | None = None
-    """What carries device arrays between the same ranks; see `mpidist.backends.hybrid`."""
+    """What carries device arrays between the same ranks; see `mpidist.backends.device.hybrid`."""
 
     no_device: str = "it was started for host arrays only; init() looks for GPUs"
     """Why nothing does, where nothing does; the same on all ranks."""

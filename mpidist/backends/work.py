@@ -12,7 +12,7 @@ from mpidist.backends.waiting import wait_until
 from mpidist.errors import CollectiveTimeoutError
 
 if TYPE_CHECKING:
-    from mpidist.backends.signatures import Described
+    from mpidist.backends.node.signatures import Described
 
 __all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work", "then"]
 
@@ -243,7 +243,7 @@ class Waiter(ABC):
     timeout : float
         Seconds.
     digest, breaks : int, bool
-        Of the call; see `mpidist.backends.signatures.Signature`, which a waiter is.
+        Of the call; see `mpidist.backends.node.signatures.Signature`, which a waiter is.
     """
 
     __slots__ = ()

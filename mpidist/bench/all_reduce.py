@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.backends.registered import Block
+from mpidist.arrays.boxes import split_evenly
+from mpidist.backends.node.registered import Block
 from mpidist.bench.machine import Machine
 from mpidist.bench.options import add_effort, require_ranks
 from mpidist.bench.peers import Gloo, find_library, open_gloo
@@ -24,7 +25,6 @@ from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Com
 from mpidist.bench.sizes import sweep
 from mpidist.bench.sweeps import rows_over
 from mpidist.bench.times import Series
-from mpidist.boxes import split_evenly
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mpidist._types import MAX, SUM, Array
-from mpidist.arrays import as_bytes
+from mpidist.arrays.namespaces import as_bytes
 from mpidist.bench.disk import Counter, drop_cache, peak_over, read_plain, write_plain
 from mpidist.bench.layouts import DIM0, REPLICATED, Model, memory_of
 from mpidist.bench.machine import Machine

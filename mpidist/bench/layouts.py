@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.boxes import Box, split_evenly
-from mpidist.shards import ShardedArray
+from mpidist.arrays.boxes import Box, split_evenly
+from mpidist.arrays.shards import ShardedArray
 
 __all__ = ["DIM0", "DIM1", "FLAT", "LAYOUTS", "REPLICATED", "Model", "memory_of"]
 

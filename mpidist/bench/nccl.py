@@ -16,7 +16,7 @@ from functools import partial
 from itertools import product
 from math import ceil
 
-from mpidist.backends.nccl import NcclBackend
+from mpidist.backends.device.nccl import NcclBackend
 from mpidist.bench.ddp import Shape
 from mpidist.bench.machine import Machine
 from mpidist.bench.nccl_device import cache_bytes, describe_device, enqueued, in_a_row

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpidist.arrays import device_module
-from mpidist.backends.nccl import calls
+from mpidist.arrays.namespaces import device_module
+from mpidist.backends.device.nccl import calls
 from mpidist.bench.times import Series
 
 __all__ = ["DeviceClock", "cache_bytes", "describe_device", "enqueued", "in_a_row"]

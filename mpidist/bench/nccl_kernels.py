@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import device_module
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import device_module
 from mpidist.bench.nccl_device import DeviceClock, in_a_row
 from mpidist.bench.report import Row
 from mpidist.bench.times import Effort, Series, measure
-from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
 from mpidist.optim.kernels import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule

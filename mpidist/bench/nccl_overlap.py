@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from mpidist._types import MEAN, Array
-from mpidist.arrays import to_device, to_host
+from mpidist.arrays.namespaces import to_device, to_host
 from mpidist.bench.ddp import Shape, make_model, step
 from mpidist.bench.nccl_device import DeviceClock
 from mpidist.bench.report import Row

@@ -12,9 +12,9 @@ import numpy as np
 
 from mpidist import env
 from mpidist._types import SUM, Array
-from mpidist.arrays import address_of, device_empty, device_module, to_host
-from mpidist.backends.hybrid import carry_devices
-from mpidist.backends.nccl import NcclBackend, calls
+from mpidist.arrays.namespaces import address_of, device_empty, device_module, to_host
+from mpidist.backends.device.hybrid import carry_devices
+from mpidist.backends.device.nccl import NcclBackend, calls
 from mpidist.bench.nccl_device import DeviceClock
 from mpidist.bench.times import Series
 from mpidist.collectives import (
@@ -27,7 +27,7 @@ from mpidist.collectives import (
     reduce_scatter,
 )
 from mpidist.group import ProcessGroup
-from mpidist.launch import init
+from mpidist.job.launch import init
 from mpidist.point_to_point import sendrecv
 
 __all__ = [

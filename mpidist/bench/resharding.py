@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import SUM, Array
-from mpidist.backends.network import Network
-from mpidist.backends.simulated import SimulatedBackend
+from mpidist.backends.simulated.backend import SimulatedBackend
+from mpidist.backends.simulated.network import Network
 from mpidist.bench.disk import Counter
 from mpidist.bench.layouts import DIM0, DIM1, FLAT, LAYOUTS, REPLICATED, Model, memory_of
 from mpidist.bench.report import Target

@@ -27,7 +27,7 @@ from mpidist.bench.report import Comparison, Measure, Report, Row
 from mpidist.bench.times import Times
 from mpidist.collectives import all_reduce, barrier, broadcast_object
 from mpidist.group import ProcessGroup
-from mpidist.regions import STEP, region
+from mpidist.observe.regions import STEP, region
 from mpidist.tracing import trace
 
 __all__ = ["configure", "run"]

@@ -14,13 +14,13 @@
 from __future__ import annotations
 
 from mpidist.checkpoint.directory import Checkpoint, latest, list  # noqa: A004
-from mpidist.checkpoint.loading import load, load_full
-from mpidist.checkpoint.pruning import prune
-from mpidist.checkpoint.resharding import reshard
-from mpidist.checkpoint.saver import CheckpointFuture
-from mpidist.checkpoint.saving import save, save_async
+from mpidist.checkpoint.loading.load import load, load_full
+from mpidist.checkpoint.saving.save import save, save_async
+from mpidist.checkpoint.saving.saver import CheckpointFuture
 from mpidist.checkpoint.state import State, Stateful
-from mpidist.checkpoint.verifying import verify
+from mpidist.checkpoint.tools.pruning import prune
+from mpidist.checkpoint.tools.resharding import reshard
+from mpidist.checkpoint.tools.verifying import verify
 
 __all__ = [
     "Checkpoint",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mpidist._new_file import create
-from mpidist.checkpoint.files import (
+from mpidist.checkpoint.format.files import (
     exists,
     naming,
     read_regular,
@@ -24,8 +24,8 @@ from mpidist.checkpoint.files import (
     temporary,
     write_at,
 )
-from mpidist.checkpoint.limits import MOST_STEP, step_number
-from mpidist.checkpoint.manifest import JSON, MANIFEST, MOST_BYTES, Manifest, StoredArray
+from mpidist.checkpoint.format.limits import MOST_STEP, step_number
+from mpidist.checkpoint.format.manifest import JSON, MANIFEST, MOST_BYTES, Manifest, StoredArray
 from mpidist.checkpoint.paths import absolute
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.arrays import DTYPES, is_array
-from mpidist.checkpoint.limits import nested, problem_with_name, problem_with_shape
-from mpidist.checkpoint.manifest import FLOAT_KEY, JSON
+from mpidist.arrays.namespaces import DTYPES, is_array
+from mpidist.arrays.shards import ShardedArray
+from mpidist.checkpoint.format.limits import nested, problem_with_name, problem_with_shape
+from mpidist.checkpoint.format.manifest import FLOAT_KEY, JSON
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
-from mpidist.shards import ShardedArray
 
 __all__ = ["FlatState", "State", "Stateful", "as_json", "check_nesting", "flatten", "restore"]
 

@@ -9,9 +9,16 @@ import numpy as np
 
 from mpidist._arguments import whole_number
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.arrays import DTYPES, address_of, array_namespace, as_native, is_device, is_host
+from mpidist.arrays.namespaces import (
+    DTYPES,
+    address_of,
+    array_namespace,
+    as_native,
+    is_device,
+    is_host,
+)
 from mpidist.errors import InvalidRankError, SizeMismatchError, UnsupportedOperationError
-from mpidist.group import ProcessGroup, check_group
+from mpidist.group.group import ProcessGroup, check_group
 
 __all__ = [
     "Landing",

@@ -15,16 +15,16 @@ from zlib import crc32
 import numpy as np
 
 from mpidist._types import SUM, Array, DType, ReduceOp
-from mpidist.arrays import array_namespace, is_device, is_host
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import array_namespace, is_device, is_host
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import check_array, check_out, native_dtype, nothing
 from mpidist.collectives._gathers import plan_all_gather
 from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, plan_reduce_scatter
 from mpidist.collectives._rows import cut_rows, rows_of
 from mpidist.errors import SizeMismatchError
-from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
-from mpidist.pending import Plan, together
+from mpidist.group.pending import Plan, together
 
 __all__ = [
     "all_gather_coalesced",

@@ -16,7 +16,7 @@ from mpidist.collectives._checks import (
 )
 from mpidist.collectives._rows import contributed_rows, elements_in, rows_of
 from mpidist.group import ProcessGroup
-from mpidist.pending import Plan
+from mpidist.group.pending import Plan
 
 __all__ = [
     "all_gather",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mpidist._types import SUM, Array, ReduceOp
-from mpidist.arrays import is_device
+from mpidist.arrays.namespaces import is_device
 from mpidist.collectives._reductions import all_reduce, broadcast
 from mpidist.errors import UnsupportedOperationError
-from mpidist.group import ProcessGroup, check_group
+from mpidist.group.group import ProcessGroup, check_group
 
 __all__ = ["gpu_all_reduce", "gpu_broadcast"]
 

@@ -23,7 +23,7 @@ from mpidist.errors import (
     SizeMismatchError,
     UnsupportedOperationError,
 )
-from mpidist.group import ProcessGroup, check_group
+from mpidist.group.group import ProcessGroup, check_group
 
 __all__ = [
     "all_gather_object",

@@ -18,8 +18,8 @@ from mpidist.collectives._checks import (
     separate,
 )
 from mpidist.collectives._rows import cut_rows, elements_in
-from mpidist.group import ProcessGroup, check_group
-from mpidist.pending import Plan
+from mpidist.group.group import ProcessGroup, check_group
+from mpidist.group.pending import Plan
 
 __all__ = [
     "all_reduce",

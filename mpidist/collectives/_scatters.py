@@ -17,7 +17,7 @@ from mpidist.collectives._checks import (
 from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
-from mpidist.pending import Plan
+from mpidist.group.pending import Plan
 
 __all__ = ["all_to_all", "iall_to_all", "iscatter", "plan_all_to_all", "plan_scatter", "scatter"]
 

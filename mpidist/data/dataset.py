@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
-from mpidist.regions import region
+from mpidist.observe.regions import region
 
 __all__ = ["ArrayDataset", "split_off"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._arguments import whole_number
-from mpidist.boxes import split_evenly
+from mpidist.arrays.boxes import split_evenly
 
 __all__ = ["Batch", "ShardedSampler"]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mpidist.backends.shared_memory import DIRECTORY
+from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.info.facts import Failure, JobFacts
 from mpidist.info.leftovers import mapped_by
 from mpidist.info.rank import ALONE, WITH_MPI

@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mpidist import env
-from mpidist.backends.shared_memory import DIRECTORY
+from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.bench.options import positive
 from mpidist.info.ask import REPORTED, Answer, ask
 from mpidist.info.checks import find_problems

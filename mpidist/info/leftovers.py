@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mpidist.backends.shared_memory import PREFIX
+from mpidist.backends.node.shared_memory import PREFIX
 from mpidist.info.facts import Leftover
 
 __all__ = ["find_leftovers", "maker_of", "mapped_by"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpidist.backends.cuda_aware import ask_mpi
+from mpidist.backends.device.cuda_aware import ask_mpi
 from mpidist.backends.loaded import loaded_libraries, mpi_library
-from mpidist.backends.mpi import library_name
+from mpidist.backends.mpi.backend import library_name
 from mpidist.info.facts import Library
 
 __all__ = ["describe_library"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpidist.backends.crossover_file import processor
-from mpidist.backends.meetings import supported
-from mpidist.backends.shared_memory import DIRECTORY
+from mpidist.backends.node.meetings import supported
+from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.info import nvml
 from mpidist.info.facts import NodeFacts, SharedMemory
 from mpidist.info.leftovers import find_leftovers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace, is_host
+from mpidist.arrays.namespaces import array_namespace, is_host
 
 __all__ = ["column_sums"]
 

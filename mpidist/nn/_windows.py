@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays.namespaces import array_namespace
 
 __all__ = ["Extent", "Window", "channels_first", "channels_last"]
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, check_gradient
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn._init import Rng
 from mpidist.nn.layers import Linear
 from mpidist.nn.mode import Mode

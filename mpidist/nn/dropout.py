@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
-from mpidist.arrays import is_device
+from mpidist.arrays.namespaces import is_device
 from mpidist.nn.kernels import philox_at_least
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module

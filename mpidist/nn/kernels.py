@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays.namespaces import array_namespace
 
 __all__ = ["philox_at_least", "rows_at", "sum_rows_at"]
 

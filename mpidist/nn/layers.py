@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace, is_device
+from mpidist.arrays.namespaces import array_namespace, is_device
 from mpidist.nn._init import Rng, fan_in_uniform, normal, parameter_dtype
 from mpidist.nn._sums import column_sums
 from mpidist.nn.kernels import rows_at, sum_rows_at

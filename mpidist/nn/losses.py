@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.arrays import array_namespace, is_device
+from mpidist.arrays.namespaces import array_namespace, is_device
 
 __all__ = ["cross_entropy", "mse_loss"]
 

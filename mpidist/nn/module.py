@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from mpidist._types import Array
-from mpidist.arrays import beside, to_device, to_host
+from mpidist.arrays.namespaces import beside, to_device, to_host
 from mpidist.nn.members import members, nameless
 from mpidist.nn.mode import Mode
 from mpidist.nn.parameter import Parameter

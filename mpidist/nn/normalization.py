@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array, DType
-from mpidist.arrays import array_namespace
+from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn._init import parameter_dtype
 from mpidist.nn._sums import column_sums
 from mpidist.nn._windows import channels_first, channels_last

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
-from mpidist.flat import FlatBuffer
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import array_namespace
 
 __all__ = ["Parameter"]
 

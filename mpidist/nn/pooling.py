@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn._windows import Extent, Window, channels_first, channels_last
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module

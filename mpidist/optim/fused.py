@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
-from mpidist.flat import FlatBuffer
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn.parameter import Parameter
 from mpidist.optim.kernels import apply_rule
 from mpidist.optim.rules import UpdateRule
@@ -29,9 +29,9 @@ class FusedUpdates:
 
     [Note: mirrored buckets] One kernel can update many parameters if values, gradients and state
     lie in the same order. The gradients' order is the buckets', which is found in the first
-    backward (`mpidist.parallel.order`). So at the first step that meets a bucket, values and state
-    move into flat arrays that are laid out as it is: `Parameter.data` and the state's arrays are
-    other arrays from then on. A gradient that lies in no bucket has a kernel of its own.
+    backward (`mpidist.parallel.data.order`). So at the first step that meets a bucket, values and
+    state move into flat arrays that are laid out as it is: `Parameter.data` and the state's arrays
+    are other arrays from then on. A gradient that lies in no bucket has a kernel of its own.
 
     Parameters
     ----------

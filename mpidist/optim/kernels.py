@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.arrays import HALVES, array_namespace
+from mpidist.arrays.namespaces import HALVES, array_namespace
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 
 __all__ = ["apply_rule"]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import HALVES, array_namespace, beside, is_device
+from mpidist.arrays.namespaces import HALVES, array_namespace, beside, is_device
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.parameters import HasParameters, Parameters, named_list
+from mpidist.observe.regions import region
 from mpidist.optim.fused import FusedUpdates
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.optim.schedule import Schedule
-from mpidist.regions import region
 
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer", "check_same_state"]
 

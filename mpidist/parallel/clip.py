@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import HALVES
+from mpidist.arrays.namespaces import HALVES
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameters import Parameters

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from mpidist._types import LAND, Array
-from mpidist.arrays import HALVES, is_device
+from mpidist.arrays.namespaces import HALVES, is_device
 from mpidist.collectives import all_reduce
-from mpidist.group import ProcessGroup, check_group
+from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.parameters import Parameters
 from mpidist.parallel import kernels
 from mpidist.parallel.stretches import gradient_arrays

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import HALVES, array_namespace
+from mpidist.arrays.namespaces import HALVES, array_namespace
 
 __all__ = ["all_finite_divided", "cast", "scale", "scaled", "sum_of_squares"]
 

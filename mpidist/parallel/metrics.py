@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import SUM, Array
-from mpidist.arrays import is_device
+from mpidist.arrays.namespaces import is_device
 from mpidist.collectives import all_gather_object, all_reduce
-from mpidist.group import ProcessGroup, check_group
+from mpidist.group.group import ProcessGroup, check_group
 
 __all__ = ["Metrics"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpidist._types import Array
-from mpidist.arrays import is_device
-from mpidist.flat import FlatBuffer
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import is_device
 from mpidist.nn.parameters import Parameters, named_list
 
 __all__ = ["gradient_arrays"]

@@ -1,9 +1,10 @@
 """Messages between two ranks, each verb blocking and immediate.
 
 Every message begins with an envelope that says shape and dtype, and whether it is an object
-(`mpidist.envelope`), so that a receiver may be of unknown shape, and one that expects something
-else gets an error instead of wrong numbers. A short array travels inside its envelope, as one
-message; a longer one follows its envelope in a lane of its own, numbered by its sender.
+(`mpidist.point_to_point.envelope`), so that a receiver may be of unknown shape, and one that
+expects something else gets an error instead of wrong numbers. A short array travels inside its
+envelope, as one message; a longer one follows its envelope in a lane of its own, numbered by its
+sender.
 
 Messages of device arrays have no envelopes: both sides pass a device array of the same size, and
 messages between two ranks match in the order in which they are sent. The sends and receives of one
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace, is_device
+from mpidist.arrays.namespaces import array_namespace, is_device
 from mpidist.backends.work import ANY_SOURCE, Work
 from mpidist.collectives._objects import pickled, unpickled
 from mpidist.group import ProcessGroup

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mpidist._types import Array
-from mpidist.arrays import is_device
+from mpidist.arrays.namespaces import is_device
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point._messages import (

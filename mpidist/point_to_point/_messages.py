@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from mpidist._arguments import whole_number
 from mpidist._types import Array
-from mpidist.arrays import as_native, is_device
-from mpidist.backends.messages import Receipt, receive_steps, send_steps
+from mpidist.arrays.namespaces import as_native, is_device
 from mpidist.backends.work import ANY_SOURCE, Message, Work
 from mpidist.collectives._checks import (
     check_array,
@@ -20,7 +19,8 @@ from mpidist.collectives._checks import (
 )
 from mpidist.errors import SelfSendError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
-from mpidist.pending import Peers
+from mpidist.group.pending import Peers
+from mpidist.point_to_point.messages import Receipt, receive_steps, send_steps
 
 __all__ = [
     "Receive",

@@ -6,7 +6,7 @@ Simulated ranks (`run_ranks`) with injected faults, and the cases that every tra
 
 from __future__ import annotations
 
-from mpidist.backends.faults import Death, Drop, Faults, Mode
+from mpidist.backends.simulated.faults import Death, Drop, Faults, Mode
 from mpidist.testing.contract import BackendContract, DeviceContract, DevicePlace
 from mpidist.testing.gradcheck import check_gradients, check_halves
 from mpidist.testing.ranks import run_ranks

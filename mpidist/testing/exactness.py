@@ -23,7 +23,7 @@ import numpy as np
 
 import mpidist
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM, Array, DType, ReduceOp
-from mpidist.arrays import HALVES
+from mpidist.arrays.namespaces import HALVES
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.usage import RankArgumentParser

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from mpidist.backends.faults import Faults, JobAborted, Mode, RankDied
-from mpidist.backends.network import Network
-from mpidist.backends.simulated import SimulatedBackend
+from mpidist.backends.simulated.backend import SimulatedBackend
+from mpidist.backends.simulated.faults import Faults, JobAborted, Mode, RankDied
+from mpidist.backends.simulated.network import Network
 from mpidist.errors import CollectiveTimeoutError, GroupBrokenError, PeerLostError
 from mpidist.group import ProcessGroup
 

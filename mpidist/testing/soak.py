@@ -19,7 +19,7 @@ import numpy as np
 
 import mpidist
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.arrays import BFLOAT16, HALVES, ufunc_of
+from mpidist.arrays.namespaces import BFLOAT16, HALVES, ufunc_of
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.usage import RankArgumentParser

@@ -7,9 +7,9 @@ import os
 from datetime import datetime, timezone
 from pathlib import Path
 
-from mpidist import hooks
 from mpidist.collectives import broadcast_object
 from mpidist.group import ProcessGroup
+from mpidist.job import hooks
 from mpidist.tracing.session import Session
 
 __all__ = ["begin_job_trace"]

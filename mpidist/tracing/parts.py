@@ -19,9 +19,9 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from mpidist._new_file import create
 
 if TYPE_CHECKING:
-    from mpidist.recorder import Recorder
-    from mpidist.recorder.recorder import Over, Sink
-    from mpidist.regions import Marks
+    from mpidist.observe.recorder import Recorder
+    from mpidist.observe.recorder.recorder import Over, Sink
+    from mpidist.observe.regions import Marks
 
 
 __all__ = ["Events", "Part", "PartFile", "Row", "part_path"]
@@ -32,7 +32,7 @@ _SECONDS = 1.0
 """What a killed rank loses at most; also how long events stay in memory."""
 
 _KINDS = ("blocking", "immediate", "message", "wait")
-"""By the number of `mpidist.recorder.Kind`."""
+"""By the number of `mpidist.observe.recorder.Kind`."""
 
 REGION = "region"
 

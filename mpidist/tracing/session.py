@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from mpidist.collectives import all_gather_object, barrier, broadcast_object
-from mpidist.group import ProcessGroup, check_group
+from mpidist.group.group import ProcessGroup, check_group
+from mpidist.observe.regions import listener
 from mpidist.point_to_point import recv, send
-from mpidist.regions import listener
 from mpidist.tracing.chrome import write_trace
 from mpidist.tracing.clock import Reading, clock_name, compare_clocks
 from mpidist.tracing.parts import Events, Part, PartFile, part_path

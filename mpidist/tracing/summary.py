@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mpidist.regions import STEP
+from mpidist.observe.regions import STEP
 from mpidist.tracing.chrome import COMPUTE, MAIN, MERGED
 
 __all__ = ["CallTime", "Lateness", "RankTime", "StepTime", "Summary", "load", "summarise"]

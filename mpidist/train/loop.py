@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import SUM, Array
-from mpidist.arrays import beside, is_device
+from mpidist.arrays.namespaces import beside, is_device
 from mpidist.data import ArrayDataset, Batch, ShardedSampler
 from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
+from mpidist.observe.regions import STEP, region
 from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, Metrics, ShardedOptimizer, clip_grad_norm
-from mpidist.regions import STEP, region
 from mpidist.train.records import Record
 from mpidist.train.saving import Checkpoints, Run
 from mpidist.train.stopping import StopSignal

@@ -13,8 +13,8 @@ from mpidist import checkpoint
 from mpidist.checkpoint import CheckpointFuture, State
 from mpidist.checkpoint.directory import partial, remove, set_aside, step_of
 from mpidist.checkpoint.paths import absolute, check_same
-from mpidist.checkpoint.pruning import statuses
 from mpidist.checkpoint.state import flatten
+from mpidist.checkpoint.tools.pruning import statuses
 from mpidist.collectives import broadcast_object
 from mpidist.data import ShardedSampler
 from mpidist.errors import (
@@ -23,7 +23,7 @@ from mpidist.errors import (
     CheckpointMissingShardError,
     DistributedError,
 )
-from mpidist.group import ProcessGroup, check_group
+from mpidist.group.group import ProcessGroup, check_group
 from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, ShardedOptimizer
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mpidist._new_file import create_unique
-from mpidist.checkpoint.text import tell_size
+from mpidist.checkpoint.tools.text import tell_size
 from mpidist.collectives import broadcast_object
 from mpidist.group import ProcessGroup
 

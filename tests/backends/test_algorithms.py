@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpidist._types import MAX, MEAN, SUM, Array, ReduceOp
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.backends import algorithms
 from mpidist.backends.algorithms import Lane
 from mpidist.backends.base import Backend

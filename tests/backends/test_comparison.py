@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.backends.comparison import SumComparison
-from mpidist.backends.meetings import Record, supported
-from mpidist.backends.signatures import balance_of
+from mpidist.backends.node.comparison import SumComparison
+from mpidist.backends.node.meetings import Record, supported
+from mpidist.backends.node.signatures import balance_of
 from mpidist.backends.work import Work
 from mpidist.errors import CollectiveMismatchError
 

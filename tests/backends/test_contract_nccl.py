@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import mpidist
-from mpidist.backends.nccl import NcclBackend
+from mpidist.backends.device.nccl import NcclBackend
 from mpidist.group import ProcessGroup
 from mpidist.testing import BackendContract, run_ranks
 from mpidist.testing.contract import DeviceContract, DevicePlace, Run

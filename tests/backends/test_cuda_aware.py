@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mpidist.backends import cuda_aware
+from mpidist.backends.device import cuda_aware
 from mpidist.errors import BackendUnavailableError
 
 

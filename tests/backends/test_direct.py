@@ -11,10 +11,10 @@ import pytest
 
 import mpidist
 from mpidist._types import ReduceOp
-from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
+from mpidist.arrays.namespaces import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.crossovers import NEVER, Crossovers
-from mpidist.backends.meetings import DirectBoard, Until, supported
-from mpidist.backends.signatures import DIRECT_VERBS
+from mpidist.backends.node.meetings import DirectBoard, Until, supported
+from mpidist.backends.node.signatures import DIRECT_VERBS
 from mpidist.backends.waiting import WaitTimeout
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, SizeMismatchError
 
@@ -365,7 +365,7 @@ def test_without_shared_memory_arrays_are_ordinary(world, monkeypatch):
         raise OSError("no space left, says the test")
 
     group = world.duplicate("poor")
-    monkeypatch.setattr("mpidist.backends.shared_memory.os.ftruncate", refuse)
+    monkeypatch.setattr("mpidist.backends.node.shared_memory.os.ftruncate", refuse)
     x = group.empty(LEAST, np.float64)
     x[...] = 1
     assert not group._backend.registered._blocks
@@ -381,7 +381,7 @@ def test_memory_refused_to_one_rank_is_ordinary_on_all_and_leaves_nothing(
         raise OSError("no space left for this part, says the test")
 
     group = world.duplicate("poor")
-    monkeypatch.setattr("mpidist.backends.shared_memory.DIRECTORY", tmp_path)
+    monkeypatch.setattr("mpidist.backends.node.shared_memory.DIRECTORY", tmp_path)
     for poor in range(world.size):
         with monkeypatch.context() as patch:
             if world.rank == poor:

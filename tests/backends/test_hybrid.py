@@ -14,14 +14,14 @@ import pytest
 
 from mpidist import all_reduce, init, sendrecv
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM
-from mpidist.arrays import BFLOAT16
-from mpidist.backends import hybrid
-from mpidist.backends.hybrid import carry_devices, use_device, why_not
-from mpidist.backends.nccl import NcclBackend, NcclUniqueId
-from mpidist.backends.nccl.dtypes import REDUCTIONS, from_keys, needs_keys, to_keys
-from mpidist.backends.nccl.identity import check_devices
-from mpidist.backends.network import Network
-from mpidist.backends.simulated import SimulatedBackend
+from mpidist.arrays.namespaces import BFLOAT16
+from mpidist.backends.device import hybrid
+from mpidist.backends.device.hybrid import carry_devices, use_device, why_not
+from mpidist.backends.device.nccl import NcclBackend, NcclUniqueId
+from mpidist.backends.device.nccl.dtypes import REDUCTIONS, from_keys, needs_keys, to_keys
+from mpidist.backends.device.nccl.identity import check_devices
+from mpidist.backends.simulated.backend import SimulatedBackend
+from mpidist.backends.simulated.network import Network
 from mpidist.errors import (
     BackendUnavailableError,
     LaunchError,
@@ -29,7 +29,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.launch import _first_reason
+from mpidist.job.launch import _first_reason
 from mpidist.testing import run_ranks
 from tests.nccl_stub.fixtures import stand_in_without_nccl
 
@@ -172,8 +172,8 @@ def test_cupy_is_imported_only_for_those_who_ask(monkeypatch: pytest.MonkeyPatch
         raise ImportError("no import was asked for")
 
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    monkeypatch.setattr("mpidist.backends.hybrid.why_no_gpu", lambda: None)
-    monkeypatch.setattr("mpidist.backends.hybrid.device_module", refuse)
+    monkeypatch.setattr("mpidist.backends.device.hybrid.why_no_gpu", lambda: None)
+    monkeypatch.setattr("mpidist.backends.device.hybrid.device_module", refuse)
     assert why_not(asked=False) is None
     assert "no import was asked for" in str(why_not(asked=True))
 

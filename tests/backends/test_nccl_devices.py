@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpidist.backends.nccl import NcclCommunicator
+from mpidist.backends.device.nccl import NcclCommunicator
 from mpidist.collectives import all_reduce, iall_reduce
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup

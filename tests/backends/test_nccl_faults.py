@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidist.backends.nccl import NcclCommunicator
+from mpidist.backends.device.nccl import NcclCommunicator
 from mpidist.collectives import all_reduce, barrier, broadcast, iall_reduce
 from mpidist.errors import (
     CollectiveTimeoutError,
@@ -108,7 +108,7 @@ def test_a_communicator_that_cannot_even_be_aborted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As releases of NCCL do that wait for all ranks of the node to abort."""
-    monkeypatch.setattr("mpidist.backends.nccl.link._GOODBYE", 0.2)
+    monkeypatch.setattr("mpidist.backends.device.nccl.link._GOODBYE", 0.2)
     monkeypatch.setattr(NcclCommunicator, "abort", lambda _: time.sleep(2 * SECONDS))
     order_faults(f"fail:{group.rank}:1")
     error = fails(lambda: all_reduce(cupy.ones(4), group), TransportError)
@@ -294,7 +294,8 @@ def test_two_ranks_on_one_device(
 ) -> None:
     cupy.cuda.Device(world.rank % 2).use()
     crowd = world.duplicate("crowd")
-    monkeypatch.setattr("mpidist.backends.nccl.backend.NcclCommunicator", None)  # is not called
+    # It is not called.
+    monkeypatch.setattr("mpidist.backends.device.nccl.backend.NcclCommunicator", None)
     error = fails(lambda: all_reduce(cupy.ones(4), crowd), LaunchError)
     for words in ("ranks 0 and 2", "0000:01:00.0", "NCCL_MULTI_RANK_GPU_ENABLE=1"):
         assert words in str(error)

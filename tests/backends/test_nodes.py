@@ -7,9 +7,9 @@ import pytest
 
 import mpidist
 from mpidist._types import ReduceOp
-from mpidist.arrays import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
-from mpidist.backends.meetings import supported
-from mpidist.backends.neighbours import Neighbours
+from mpidist.arrays.namespaces import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
+from mpidist.backends.node.meetings import supported
+from mpidist.backends.node.topology import Neighbours
 from mpidist.errors import CollectiveMismatchError
 
 PAIRS = sorted(REDUCTIONS, key=lambda pair: (pair[0].name, pair[1].name))

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist import launch
-from mpidist.backends import mpi_memory, shared_memory
-from mpidist.backends.shared_memory import NamedFile, SharedFile, map_part, open_address
+from mpidist.backends.mpi import memory as mpi_memory
+from mpidist.backends.node import shared_memory
+from mpidist.backends.node.shared_memory import NamedFile, SharedFile, map_part, open_address
+from mpidist.job import launch
 
 COUNT = 1 << 19
 

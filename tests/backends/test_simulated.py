@@ -12,9 +12,9 @@ import pytest
 
 from mpidist import collectives, point_to_point
 from mpidist._types import Array
-from mpidist.backends.faults import JobAborted
-from mpidist.backends.network import Network
-from mpidist.backends.simulated import SimulatedBackend
+from mpidist.backends.simulated.backend import SimulatedBackend
+from mpidist.backends.simulated.faults import JobAborted
+from mpidist.backends.simulated.network import Network
 from mpidist.backends.work import ANY_SOURCE, Message, Work
 from mpidist.errors import (
     BackendUnavailableError,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.backends import cuda_aware, lift
-from mpidist.backends.simulated import SimulatedBackend
-from mpidist.backends.staging import Staging
+from mpidist.backends.device import cuda_aware, lift
+from mpidist.backends.device.staging import Staging
+from mpidist.backends.simulated.backend import SimulatedBackend
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
 from mpidist.testing.contract import DeviceContract, Run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import mpidist
-from mpidist.backends import versions
 from mpidist.group import ProcessGroup
+from mpidist.job import versions
 
 
 @pytest.mark.ranks(2, 3)

@@ -17,10 +17,10 @@ import numpy as np
 
 from mpidist import Box, ShardedArray, checkpoint
 from mpidist._types import Array, DType
-from mpidist.arrays import BFLOAT16, DTYPES
-from mpidist.backends.simulated import SimulatedBackend
+from mpidist.arrays.boxes import boxes_of_range
+from mpidist.arrays.namespaces import BFLOAT16, DTYPES
+from mpidist.backends.simulated.backend import SimulatedBackend
 from mpidist.backends.work import Waiter
-from mpidist.boxes import boxes_of_range
 from mpidist.group import ProcessGroup
 
 KINDS = sorted(DTYPES, key=str)
@@ -231,13 +231,13 @@ def small_sizes(tile: int, run: int, own: int) -> Iterator[None]:
     """
     unit = 4 * max(tile, 16)
     patches = {
-        "tiles": {"_TILE": tile, "_RUN": run},
-        "manifest": {"ALIGNMENT": own},
-        "hdf5": {"ALIGNMENT": own},
-        "plan": {"ALIGNMENT": own},
-        "writing": {"ALIGNMENT": own, "_BLOCK": 4 * own},
-        "units": {"UNIT": unit},
-        "sharing": {"UNIT": unit, "SLOT": 2 * unit},
+        "format.tiles": {"_TILE": tile, "_RUN": run},
+        "format.manifest": {"ALIGNMENT": own},
+        "format.hdf5": {"ALIGNMENT": own},
+        "saving.plan": {"ALIGNMENT": own},
+        "saving.writing": {"ALIGNMENT": own, "_BLOCK": 4 * own},
+        "loading.units": {"UNIT": unit},
+        "loading.sharing": {"UNIT": unit, "SLOT": 2 * unit},
     }
     with ExitStack() as stack:
         for module, values in patches.items():

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from mpidist import ShardedArray, checkpoint
-from mpidist.boxes import Box, split_evenly
+from mpidist.arrays.boxes import Box, split_evenly
 from mpidist.checkpoint import Checkpoint
 from mpidist.testing import run_ranks
 

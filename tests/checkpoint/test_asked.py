@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.arrays import DTYPES
+from mpidist.arrays.namespaces import DTYPES
 from mpidist.checkpoint import directory
 from mpidist.errors import (
     CheckpointCorruptError,

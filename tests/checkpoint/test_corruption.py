@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint import reading
 from mpidist.checkpoint.directory import step_directory
-from mpidist.checkpoint.manifest import MANIFEST
+from mpidist.checkpoint.format.manifest import MANIFEST
+from mpidist.checkpoint.loading import reading
 from mpidist.errors import CheckpointCorruptError
 from mpidist.testing import run_ranks
 from mpidist.testing.checkpoints import corruption

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mpidist import Box
-from mpidist.checkpoint import cover
-from mpidist.checkpoint.cover import check_cover
+from mpidist.checkpoint.format import cover
+from mpidist.checkpoint.format.cover import check_cover
 from mpidist.errors import SizeMismatchError
 
 

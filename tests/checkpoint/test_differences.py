@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpidist.checkpoint.differences import Difference, compare
-from mpidist.checkpoint.sources import Reader
+from mpidist.checkpoint.tools.differences import Difference, compare
+from mpidist.checkpoint.tools.sources import Reader
 from mpidist.errors import CheckpointCorruptError, CheckpointMissingShardError
 from tests.checkpoint.made import METADATA, VALUES, arrays, save
 

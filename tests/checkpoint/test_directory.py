@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint import directory, saving
+from mpidist.checkpoint import directory
 from mpidist.checkpoint.directory import find, partial, remove, step_directory, step_of
-from mpidist.checkpoint.pruning import prunable
+from mpidist.checkpoint.saving import save as saving
+from mpidist.checkpoint.tools.pruning import prunable
 from mpidist.collectives import barrier
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from mpidist.testing import run_ranks
@@ -158,7 +159,7 @@ def test_prune_keeps_what_this_process_saved_last(tmp_path, monkeypatch):
     saved(tmp_path, 90, 100)
     with monkeypatch.context() as patch:
         past = SimpleNamespace(now=lambda zone: datetime.now(zone) - timedelta(hours=2))
-        patch.setattr("mpidist.checkpoint.commit.datetime", past)
+        patch.setattr("mpidist.checkpoint.saving.commit.datetime", past)
         saved(tmp_path, 84)
     link = tmp_path.parent / f"{tmp_path.name}-link"
     link.symlink_to(tmp_path)
@@ -264,7 +265,7 @@ def test_prune_says_in_one_way_what_it_cannot_look_at(tmp_path, monkeypatch):
     def unseen(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mpidist.checkpoint.pruning._age", unseen)
+    monkeypatch.setattr("mpidist.checkpoint.tools.pruning._age", unseen)
     with pytest.raises(CheckpointError, match="cannot be read: PermissionError"):
         prune(tmp_path)
 

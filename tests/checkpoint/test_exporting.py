@@ -16,8 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from mpidist import checkpoint
-from mpidist.checkpoint import exporting
-from mpidist.checkpoint.exporting import FORMATS, export_to, import_from
+from mpidist.checkpoint.tools import exporting
+from mpidist.checkpoint.tools.exporting import FORMATS, export_to, import_from
 from mpidist.errors import (
     BackendUnavailableError,
     CheckpointCorruptError,

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint import commit, saving
+from mpidist.checkpoint.saving import commit
+from mpidist.checkpoint.saving import save as saving
 from mpidist.errors import CheckpointError
 from mpidist.testing import run_ranks
 from mpidist.testing.checkpoints import failures

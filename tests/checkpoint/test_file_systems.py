@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint, cli
-from mpidist.checkpoint import files, hdf5
-from mpidist.checkpoint.exporting import export_to
+from mpidist.checkpoint.format import files, hdf5
+from mpidist.checkpoint.tools.exporting import export_to
 from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks

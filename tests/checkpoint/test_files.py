@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint.files import publish, read_at, temporary, write_at
+from mpidist.checkpoint.format.files import publish, read_at, temporary, write_at
 from mpidist.testing import run_ranks
 from tests.checkpoint.cases import small_sizes
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint.manifest import decode
+from mpidist.checkpoint.format.manifest import decode
 from mpidist.testing import run_ranks
 
 

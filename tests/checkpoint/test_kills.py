@@ -7,7 +7,7 @@ import random
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint.manifest import MANIFEST
+from mpidist.checkpoint.format.manifest import MANIFEST
 from mpidist.testing.checkpoints import kills, loop
 from mpidist.testing.checkpoints.kills import Kill
 

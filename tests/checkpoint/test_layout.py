@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.boxes import Box
-from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.manifest import ID_DATASET
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.shards import ShardedArray
+from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.manifest import ID_DATASET
 from mpidist.errors import CheckpointError
-from mpidist.shards import ShardedArray
 from mpidist.testing import run_ranks
 
 LARGE = np.arange(3 * 700 * 400, dtype=np.float32).reshape(2100, 400)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.boxes import split_evenly
-from mpidist.checkpoint import loading, sharing, units
-from mpidist.checkpoint.manifest import ALIGNMENT
-from mpidist.checkpoint.reading import Files
-from mpidist.checkpoint.units import Wanted, units_of
+from mpidist.arrays.boxes import split_evenly
+from mpidist.checkpoint.format.manifest import ALIGNMENT
+from mpidist.checkpoint.loading import load as loading
+from mpidist.checkpoint.loading import sharing, units
+from mpidist.checkpoint.loading.reading import Files
+from mpidist.checkpoint.loading.units import Wanted, units_of
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,

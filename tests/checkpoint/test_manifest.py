@@ -12,9 +12,9 @@ import pytest
 import xxhash
 
 from mpidist import Box
-from mpidist.arrays import BFLOAT16
-from mpidist.checkpoint import manifest as stored_manifest
-from mpidist.checkpoint.manifest import (
+from mpidist.arrays.namespaces import BFLOAT16
+from mpidist.checkpoint.format import manifest as stored_manifest
+from mpidist.checkpoint.format.manifest import (
     Manifest,
     StoredArray,
     StoredBox,

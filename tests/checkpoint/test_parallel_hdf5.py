@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.checkpoint import hdf5, single_file
+from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.saving import single_file
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError, CheckpointError, CollectiveMismatchError
 from mpidist.group import ProcessGroup

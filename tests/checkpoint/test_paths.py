@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint, cli
-from mpidist.checkpoint import saving
 from mpidist.checkpoint.directory import find, partial
-from mpidist.checkpoint.exporting import export_to, import_from
-from mpidist.checkpoint.pruning import prunable
+from mpidist.checkpoint.saving import save as saving
+from mpidist.checkpoint.tools.exporting import export_to, import_from
+from mpidist.checkpoint.tools.pruning import prunable
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import (
     CheckpointError,
@@ -65,7 +65,7 @@ def test_a_save_stays_where_it_began(
     first, second = two
     monkeypatch.chdir(first)
     if fails:
-        monkeypatch.setattr("mpidist.checkpoint.commit.commit", _no_space)
+        monkeypatch.setattr("mpidist.checkpoint.saving.commit.commit", _no_space)
 
     def body(group: ProcessGroup) -> None:
         future = checkpoint.save_async("run", {"x": np.zeros(3)}, group, step=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray
-from mpidist.checkpoint.plan import Declaration, Kind, make_plan, part_of
+from mpidist.checkpoint.saving.plan import Declaration, Kind, make_plan, part_of
 from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 from tests.checkpoint.cases import WHOLE, boxes_of, small_sizes, some_sharding
 

@@ -16,7 +16,7 @@ import pytest
 
 from mpidist import checkpoint
 from mpidist.checkpoint import Checkpoint
-from mpidist.checkpoint.manifest import StoredBox
+from mpidist.checkpoint.format.manifest import StoredBox
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -103,7 +103,7 @@ def test_memory_does_not_grow_with_the_arrays(tmp_path: Path) -> None:
 
 
 def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpidist.checkpoint.reading._MOST_OPEN", 2)
+    monkeypatch.setattr("mpidist.checkpoint.loading.reading._MOST_OPEN", 2)
     state = {"array": np.arange(4000.0).reshape(40, 100)}
     save(tmp_path / "a", state, ranks=6, sharded=("array",))
     opened = Path("/proc/self/fd")
@@ -169,7 +169,7 @@ def test_wrong_arguments_are_refused(source: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from mpidist import checkpoint
-from mpidist.checkpoint import building
+from mpidist.checkpoint.tools import building
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 building.commit = kill
 checkpoint.reshard(sys.argv[1], sys.argv[2], 2)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.checkpoint import agreement
-from mpidist.checkpoint.saver import saver_of
-from mpidist.checkpoint.writing import write_file
+from mpidist.checkpoint.saving import agreement
+from mpidist.checkpoint.saving.saver import saver_of
+from mpidist.checkpoint.saving.writing import write_file
 from mpidist.errors import (
     CheckpointError,
     CollectiveMismatchError,
@@ -115,7 +115,7 @@ def test_a_rank_that_does_not_see_the_directory_is_told_so(tmp_path, monkeypatch
             checkpoint.save(tmp_path, GOOD, group, step=1)
         return str(told.value)
 
-    monkeypatch.setattr("mpidist.checkpoint.saving.write_file", elsewhere)
+    monkeypatch.setattr("mpidist.checkpoint.saving.save.write_file", elsewhere)
     assert len(set(run_ranks(2, body))) == 1
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.boxes import Box
-from mpidist.checkpoint.plan import Part
-from mpidist.checkpoint.staging import Staging
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.shards import ShardedArray
+from mpidist.checkpoint.saving.plan import Part
+from mpidist.checkpoint.saving.staging import Staging
 from mpidist.group import ProcessGroup
-from mpidist.shards import ShardedArray
 from mpidist.testing import run_ranks
 
 

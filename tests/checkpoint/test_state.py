@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.arrays import DTYPES
+from mpidist.arrays.namespaces import DTYPES
 from mpidist.checkpoint.state import flatten, restore
 from mpidist.errors import (
     CheckpointError,

@@ -8,8 +8,8 @@ import pytest
 import xxhash
 
 from mpidist import Box
-from mpidist.arrays import BFLOAT16
-from mpidist.checkpoint.tiles import DIGEST_BYTES, Tiling, digests_of
+from mpidist.arrays.namespaces import BFLOAT16
+from mpidist.checkpoint.format.tiles import DIGEST_BYTES, Tiling, digests_of
 from tests.checkpoint.cases import random_array, small_sizes
 
 RUN = 1 << 12

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from mpidist import Box
-from mpidist.arrays import BFLOAT16, DTYPES
-from mpidist.checkpoint import hdf5
-from mpidist.checkpoint.manifest import ALIGNMENT
-from mpidist.checkpoint.tiles import digests_of
-from mpidist.checkpoint.writing import Piece, write_file
+from mpidist.arrays.namespaces import BFLOAT16, DTYPES
+from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.manifest import ALIGNMENT
+from mpidist.checkpoint.format.tiles import digests_of
+from mpidist.checkpoint.saving.writing import Piece, write_file
 from tests.checkpoint.cases import bits, random_array, small_sizes
 
 HERE = {"id": "an id", "step": 3, "rank": 0, "world_size": 1}

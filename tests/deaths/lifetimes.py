@@ -56,7 +56,7 @@ if rank == guilty:
         fault=BLOCKS,
         before="""
 from mpi4py import MPI
-import mpidist.hooks
+import mpidist.job.hooks
 import atexit
 
 
@@ -129,7 +129,7 @@ work_for_ever()
 import multiprocessing
 import subprocess
 
-from mpidist import hooks
+from mpidist.job import hooks
 from mpidist.train import StopSignal
 
 

@@ -289,7 +289,7 @@ else:
 
 def test_a_hook_that_was_there_before_is_called(run: Run) -> None:
     body = """
-from mpidist import hooks
+from mpidist.job import hooks
 
 hooks._installed._next_hook = lambda kind, error, trace: os.write(2, b"the old hook was here\\n")
 if world.rank == 1:

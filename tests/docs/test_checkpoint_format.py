@@ -17,7 +17,7 @@ import pytest
 import xxhash
 
 from mpidist import ShardedArray, checkpoint
-from mpidist.boxes import Box, split_evenly
+from mpidist.arrays.boxes import Box, split_evenly
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
 from tests.docs.pages import DOCS, EXAMPLES_DIRECTORY

@@ -17,10 +17,10 @@ strip = runpy.run_path(str(DOCS / "_ext" / "notes.py"))["strip"]
         ("[Note: phases] MPI makes no\nprogress.", "MPI makes no\nprogress."),
         ("It is sent, see [Note: phases]. Then", "It is sent. Then"),
         (
-            "It is read-only; see [Note: one copy] in\n`mpidist.parallel.stores`.",
+            "It is read-only; see [Note: one copy] in\n`mpidist.parallel.sharded.stores`.",
             "It is read-only.",
         ),
-        ("Dies.\n\nSee [Note: commit] in `mpidist.checkpoint.commit`.", "Dies."),
+        ("Dies.\n\nSee [Note: commit] in `mpidist.checkpoint.saving.commit`.", "Dies."),
         ("Starts buckets ([Note: order of\nbuckets]), in order.", "Starts buckets, in order."),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mpidist.backends.shared_memory import DIRECTORY
+from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.info.ask import Answer, ask
 
 pytestmark = pytest.mark.timeout(100)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import mpidist
-from mpidist.arrays import DTYPES, HALVES
+from mpidist.arrays.namespaces import DTYPES, HALVES
 from mpidist.nn.kernels import philox_at_least, rows_at, sum_rows_at
 from mpidist.optim.kernels import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule

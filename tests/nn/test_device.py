@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpidist import nn
-from mpidist.arrays import is_device, to_device, to_host
+from mpidist.arrays.namespaces import is_device, to_device, to_host
 from mpidist.nn import Mode, Module
 
 TRAINING = Mode(training=True, seed=3, step=5, sample_offset=11)

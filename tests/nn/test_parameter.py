@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidist.flat import FlatBuffer
+from mpidist.arrays.flat import FlatBuffer
 from mpidist.nn import Parameter
 
 

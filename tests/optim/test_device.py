@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import mpidist.optim.fused
-from mpidist.arrays import is_device, to_host
-from mpidist.flat import FlatBuffer
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import is_device, to_host
 from mpidist.nn import Parameter
 from mpidist.optim import SGD, Adam, AdamW, Optimizer
 from mpidist.optim.kernels import apply_rule
@@ -52,7 +52,7 @@ def add_gradients(params: Mapping[str, Parameter], step: int, *, without: str = 
         p.zero_grad()
         grad = rng.normal(size=p.shape).astype(p.dtype)
         if name != without:
-            p.add_grad(mpidist.arrays.beside(p.data, grad))
+            p.add_grad(mpidist.arrays.namespaces.beside(p.data, grad))
 
 
 def check_same(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpidist._types import Array
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.nn import Linear, ReLU, Sequential
 from mpidist.nn.parameter import Parameter
 from mpidist.optim import SGD, Adam, AdamRule, AdamW, Optimizer, WarmupCosine

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import SUM, Array
+from mpidist.arrays.shards import ShardedArray
 from mpidist.group import ProcessGroup
 from mpidist.nn import Linear, Mode, Module, Parameter, Sequential, cross_entropy
 from mpidist.nn.module import Context
 from mpidist.optim import SGD, Adam, AdamW
 from mpidist.parallel import DDP, ShardedOptimizer
-from mpidist.shards import ShardedArray
 from tests.parallel.training import OPTIMIZERS, SMALL, Case, batches, digest
 
 FACTORIES: dict[str, Callable[..., Any]] = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mpidist._types import SUM
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.parallel import BUCKET_BYTES, FIRST_BUCKET_BYTES, BucketSizes
-from mpidist.parallel.bucket import Bucket, assign_buckets
+from mpidist.parallel.data.bucket import Bucket, assign_buckets
 from mpidist.testing import run_ranks
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.nn import Parameter
 from mpidist.parallel import clip_grad_norm
 from mpidist.testing import run_ranks

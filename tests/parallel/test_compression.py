@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN, SUM
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.backends.work import Work
 from mpidist.collectives import iall_reduce
 from mpidist.nn import Linear
-from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer, compression
+from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer
+from mpidist.parallel.data import compression
 from mpidist.testing import run_ranks
 from tests.parallel.checks import TRAINING
 

@@ -11,7 +11,8 @@ from mpidist._types import MEAN, SUM
 from mpidist.collectives import iall_reduce
 from mpidist.nn import BatchNorm2d, Linear, Module, ReLU, Sequential
 from mpidist.optim import SGD
-from mpidist.parallel import DDP, BucketSizes, compression
+from mpidist.parallel import DDP, BucketSizes
+from mpidist.parallel.data import compression
 from mpidist.testing import Faults, run_ranks
 from tests.parallel.checks import TINY, TRAINING, Scale, check_running, train_norm
 from tests.parallel.training import Routed, digest

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.arrays import is_device, to_host
+from mpidist.arrays.namespaces import is_device, to_host
 from mpidist.collectives import all_gather_object
 from mpidist.errors import CollectiveMismatchError, UnsupportedOperationError
 from mpidist.group import ProcessGroup

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.arrays import BFLOAT16, is_device, to_host
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import BFLOAT16, is_device, to_host
 from mpidist.errors import UnsupportedOperationError
-from mpidist.flat import FlatBuffer
 from mpidist.group import ProcessGroup
 from mpidist.nn import Parameter
 from mpidist.parallel import GradientReducer, GradScaler, Metrics, clip_grad_norm, kernels

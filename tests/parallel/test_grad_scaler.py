@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.nn import Parameter
 from mpidist.parallel import GradScaler
 from mpidist.testing import run_ranks

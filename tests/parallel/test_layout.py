@@ -13,7 +13,8 @@ from mpidist.collectives import barrier, iall_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn import Linear, Module, Sequential
 from mpidist.nn.module import Context, count_uses
-from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer, compression
+from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer
+from mpidist.parallel.data import compression
 from mpidist.testing import run_ranks
 from tests.parallel.checks import SHAPES, TINY, TRAINING, Scale, gradient, likes, total
 from tests.parallel.training import Routed

@@ -13,11 +13,11 @@ from mpidist.parallel import (
     DDP,
     MemoryLedger,
     MemoryUse,
-    memory,
     memory_ledger,
     memory_use,
     proportional_set_size,
 )
+from mpidist.parallel.sharded import memory
 from mpidist.testing import run_ranks
 
 MEBI = 1 << 20

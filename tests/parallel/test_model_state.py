@@ -9,12 +9,12 @@ import pytest
 
 from mpidist import checkpoint
 from mpidist._types import SUM
-from mpidist.boxes import Box
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.shards import ShardedArray
 from mpidist.errors import CheckpointIncompatibleError
 from mpidist.nn import Mode
 from mpidist.optim import Adam
 from mpidist.parallel import DDP, BucketSizes, ShardedOptimizer
-from mpidist.shards import ShardedArray
 from mpidist.testing import run_ranks
 from tests.parallel.sharded import (
     RULES,

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from mpidist.parallel import DDP, compression
+from mpidist.parallel import DDP
+from mpidist.parallel.data import compression
 from mpidist.testing import run_ranks
 from tests.parallel.checks import TINY, TRAINING
 from tests.parallel.sharded import kept

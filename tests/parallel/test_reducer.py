@@ -8,7 +8,8 @@ import pytest
 from mpidist._types import MAX, MEAN, SUM
 from mpidist.collectives import all_reduce, iall_reduce
 from mpidist.errors import CollectiveTimeoutError, UnsupportedOperationError
-from mpidist.parallel import BucketSizes, Compression, GradientReducer, compression
+from mpidist.parallel import BucketSizes, Compression, GradientReducer
+from mpidist.parallel.data import compression
 from mpidist.testing import Faults, Mode, run_ranks
 from tests.parallel.checks import SHAPES, TINY, check_reduction, likes
 

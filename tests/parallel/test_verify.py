@@ -8,7 +8,8 @@ import pytest
 from mpidist._types import MAX, MEAN, SUM
 from mpidist.errors import CollectiveMismatchError
 from mpidist.nn import BatchNorm2d, Linear, Sequential
-from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer, verify
+from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer
+from mpidist.parallel.data import verify
 from mpidist.testing import run_ranks
 from tests.parallel.checks import DIFFERENCES, check_difference
 

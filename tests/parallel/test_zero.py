@@ -18,8 +18,8 @@ from mpidist.parallel import (
     ShardedOptimizer,
     clip_grad_norm,
     full_state_dict,
-    shard_gradients,
 )
+from mpidist.parallel.sharded import shard_gradients
 from mpidist.testing import Death, Faults, run_ranks
 from tests.parallel.checks import TINY
 from tests.parallel.sharded import (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mpidist._types import SUM
-from mpidist.backends import mpi
+from mpidist.backends.mpi import backend as mpi
 from mpidist.optim import SGD, AdamW
 from mpidist.parallel import (
     DDP,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mpidist._types import SUM
-from mpidist.boxes import Box
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.shards import ShardedArray
 from mpidist.nn import BatchNorm2d, Linear, Sequential
 from mpidist.parallel import ShardedOptimizer, full_state_dict
-from mpidist.shards import ShardedArray
 from mpidist.testing import run_ranks
 from tests.parallel.sharded import (
     RULES,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays import beside, to_host
+from mpidist.arrays.namespaces import beside, to_host
 from mpidist.group import ProcessGroup
 from mpidist.nn import (
     GELU,

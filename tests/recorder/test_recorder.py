@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.backends.journal import Journal, describe
-from mpidist.recorder import Head, Kind, Recorder
-from mpidist.recorder.layout import RING, TEXTS_NBYTES
-from mpidist.recorder.recording import Recording
+from mpidist.group.journal import Journal, describe
+from mpidist.observe.recorder import Head, Kind, Recorder
+from mpidist.observe.recorder.layout import RING, TEXTS_NBYTES
+from mpidist.observe.recorder.recording import Recording
 from mpidist.testing import run_ranks
 
 

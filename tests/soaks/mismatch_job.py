@@ -14,7 +14,7 @@ import numpy as np
 
 import mpidist
 from mpidist._types import Array
-from mpidist.arrays import ufunc_of
+from mpidist.arrays.namespaces import ufunc_of
 from mpidist.errors import CollectiveTimeoutError, DistributedError, PeerLostError
 from mpidist.group import ProcessGroup
 from tests.soaks.mismatch_cases import BLOCK, Call, Case, array_of, draw, plain_call

@@ -75,7 +75,7 @@ class Walk:
             yield f"{'  ' * step.depth}{step.file}: {step.function}{repeated}"
 
 
-EXCHANGES = ("backends/", "collectives/", "group", "operations", "pending", "point_to_point/")
+EXCHANGES = ("backends/", "collectives/", "group/", "point_to_point/")
 """Files whose functions exchange something with the other ranks."""
 
 

@@ -12,18 +12,18 @@ import pytest
 import mpidist
 from mpidist import collectives
 from mpidist._types import MIN, Array, ReduceOp
-from mpidist.arrays import HALVES
+from mpidist.arrays.namespaces import HALVES
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend
-from mpidist.backends.nccl.link import Link
-from mpidist.backends.nccl.streams import Side
-from mpidist.backends.nccl.work import NcclWork
-from mpidist.backends.staging import Staging
+from mpidist.backends.device.nccl.link import Link
+from mpidist.backends.device.nccl.streams import Side
+from mpidist.backends.device.nccl.work import NcclWork
+from mpidist.backends.device.staging import Staging
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Work
 from mpidist.errors import TransportError
 from mpidist.group import ProcessGroup
-from mpidist.pending import DeviceGroupWork
+from mpidist.group.pending import DeviceGroupWork
 from mpidist.testing import BackendContract, run_ranks
 from mpidist.testing.contract import DeviceContract
 from tests.nccl_stub.place import StandInPlace

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mpidist.recorder import Kind, Recorder
+from mpidist.observe.recorder import Kind, Recorder
 from mpidist.tracing import parts
 from mpidist.tracing.parts import Events, Part, PartFile, Row, part_path
 

@@ -13,9 +13,9 @@ import pytest
 import mpidist
 from mpidist import nn
 from mpidist.group import ProcessGroup
+from mpidist.observe.regions import listener
 from mpidist.optim import SGD
 from mpidist.parallel import DDP
-from mpidist.regions import listener
 from mpidist.testing import run_ranks
 from mpidist.tracing import session
 from mpidist.tracing.parts import Part

@@ -254,7 +254,7 @@ def test_a_failure_beside_the_training_raises_at_the_same_place_on_all_ranks(
                 kept.save(run)
             kept.wait()  # it has been told
 
-    monkeypatch.setattr("mpidist.checkpoint.saving.write_file", full)
+    monkeypatch.setattr("mpidist.checkpoint.saving.save.write_file", full)
     run_ranks(2, asking, timeout=10.0)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from mpidist.recorder import Head, Recorder
-from mpidist.recorder.recording import Recording
-from mpidist.watch import failures as module
-from mpidist.watch.failures import Ending, Failures
+from mpidist.observe.recorder import Head, Recorder
+from mpidist.observe.recorder.recording import Recording
+from mpidist.observe.watch import failures as module
+from mpidist.observe.watch.failures import Ending, Failures
 
 
 class Node:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpidist.watch import listener as module
-from mpidist.watch.listener import Listener, ask, ask_all
+from mpidist.observe.watch import listener as module
+from mpidist.observe.watch.listener import Listener, ask, ask_all
 
 SECRET = bytes(range(32))
 ANSWER = b"what they are doing" * 100_000

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mpidist.watch import processes
-from mpidist.watch.processes import Process, Status
+from mpidist.observe.watch import processes
+from mpidist.observe.watch.processes import Process, Status
 
 
 @pytest.fixture

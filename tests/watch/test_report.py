@@ -9,11 +9,11 @@ from zlib import crc32
 
 import pytest
 
-from mpidist.recorder import Kind
-from mpidist.recorder.recording import Record, Site
-from mpidist.watch import report
-from mpidist.watch.processes import Status
-from mpidist.watch.report import (
+from mpidist.observe.recorder import Kind
+from mpidist.observe.recorder.recording import Record, Site
+from mpidist.observe.watch import report
+from mpidist.observe.watch.processes import Status
+from mpidist.observe.watch.report import (
     accuse,
     callers,
     causes,
@@ -23,7 +23,7 @@ from mpidist.watch.report import (
     suspects,
     tell,
 )
-from mpidist.watch.states import RankState, Stack, Wait
+from mpidist.observe.watch.states import RankState, Stack, Wait
 
 SECOND = 10**9
 NOW = 1000 * SECOND

@@ -7,8 +7,8 @@ import pytest
 
 import mpidist
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError
+from mpidist.observe.watch.tracebacks import callers_of, lines_of, reason_of, summary_of
 from mpidist.testing import run_ranks
-from mpidist.watch.tracebacks import callers_of, lines_of, reason_of, summary_of
 
 
 def mistake(group: mpidist.ProcessGroup) -> BaseException:

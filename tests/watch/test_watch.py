@@ -17,11 +17,11 @@ import pytest
 
 import mpidist
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerLostError
-from mpidist.recorder import Head, Kind
+from mpidist.observe.recorder import Head, Kind
+from mpidist.observe.watch.dump import write_dump
+from mpidist.observe.watch.processes import Process, Status
+from mpidist.observe.watch.states import own_stacks
 from mpidist.testing import run_ranks
-from mpidist.watch.dump import write_dump
-from mpidist.watch.processes import Process, Status
-from mpidist.watch.states import own_stacks
 
 LATE = 1  # the rank that keeps the others waiting
 

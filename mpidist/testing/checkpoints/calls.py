@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 from weakref import WeakKeyDictionary
 
-from mpidist.checkpoint import hdf5
+from mpidist.checkpoint.format import hdf5
 
 __all__ = ["Call", "Hook", "Perform", "intercepted"]
 
@@ -63,7 +63,7 @@ def intercepted(directory: Path, hook: Hook) -> Iterator[None]:
     -----
     Every built-in function of `os` is watched, whoever calls it, by path or by descriptor, so that
     a call that is new in the package is among them. What HDF5 does in C is not: there
-    the functions of `mpidist.checkpoint.hdf5` stand for its calls.
+    the functions of `mpidist.checkpoint.format.hdf5` stand for its calls.
     """
     directory = directory.absolute()
     parents: WeakKeyDictionary[threading.Thread, threading.Thread] = WeakKeyDictionary()

@@ -27,7 +27,7 @@ from typing import Any
 
 from mpidist import checkpoint
 from mpidist.checkpoint.directory import step_directory
-from mpidist.checkpoint.manifest import MANIFEST
+from mpidist.checkpoint.format.manifest import MANIFEST
 from mpidist.errors import CheckpointError, CheckpointNotFoundError
 from mpidist.group import ProcessGroup
 from mpidist.testing.checkpoints.damage import DAMAGES, Damage, Place, Touched

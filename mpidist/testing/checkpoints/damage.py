@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import xxhash
 
-from mpidist.checkpoint.manifest import MANIFEST, VERSION
+from mpidist.checkpoint.format.manifest import MANIFEST, VERSION
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,

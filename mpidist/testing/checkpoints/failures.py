@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from mpidist import checkpoint
+from mpidist.arrays.shards import ShardedArray
 from mpidist.checkpoint.directory import step_directory
 from mpidist.collectives import barrier
 from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
-from mpidist.shards import ShardedArray
 from mpidist.testing.checkpoints.calls import Call, Perform, intercepted
 from mpidist.testing.checkpoints.states import Contents, Cut
 from mpidist.testing.ranks import run_ranks

@@ -19,8 +19,8 @@ import numpy as np
 
 import mpidist
 from mpidist import checkpoint
+from mpidist.arrays.shards import ShardedArray
 from mpidist.group import ProcessGroup
-from mpidist.shards import ShardedArray
 from mpidist.testing.checkpoints.calls import Call, Perform, intercepted
 from mpidist.testing.checkpoints.states import Contents, Cut
 from mpidist.usage import RankArgumentParser

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.boxes import Box, boxes_of_range
-from mpidist.shards import ShardedArray
+from mpidist.arrays.boxes import Box, boxes_of_range
+from mpidist.arrays.shards import ShardedArray
 
 __all__ = ["KINDS", "Contents", "Cut", "differences"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpidist import collectives
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM, Array, DType, ReduceOp
-from mpidist.arrays import BFLOAT16, HALVES
+from mpidist.arrays.namespaces import BFLOAT16, HALVES
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract._landings import fortran, fresh, given, in_place

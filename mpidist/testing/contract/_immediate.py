@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpidist import collectives, point_to_point
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import Receive, Send

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays import array_namespace
+from mpidist.arrays.namespaces import array_namespace
 from mpidist.testing.contract._values import byte_swapped
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpidist import collectives
 from mpidist._types import MAX, SUM, Array, ReduceOp
-from mpidist.arrays import BFLOAT16
+from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.errors import (
     CollectiveMismatchError,
     SizeMismatchError,

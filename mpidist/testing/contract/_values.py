@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from mpidist._types import LAND, LOR, LXOR, MEAN, PROD, SUM, Array, DType, ReduceOp
-from mpidist.arrays import HALVES, is_host
+from mpidist.arrays.namespaces import HALVES, is_host
 from mpidist.collectives import all_gather
 from mpidist.group import ProcessGroup
 

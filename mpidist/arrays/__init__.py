@@ -1,0 +1,1 @@
+"""Arrays: their namespaces and dtypes, boxes, flat storage of many, and shards of one."""

@@ -1,0 +1,150 @@
+"""An array that is split over the ranks: its global shape, and what this rank holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpidist._types import Array, DType
+from mpidist.arrays.boxes import Box, boxes_of_range, overlapping
+from mpidist.errors import SizeMismatchError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["ShardedArray"]
+
+
+class ShardedArray:
+    """One rank's part of an array that is split over the ranks.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the whole array.
+    dtype : dtype
+        Of the whole, and of every piece.
+    pieces : mapping of Box to Array
+        What this rank holds: for each box of the whole, an array of the box's sizes, on the host or
+        on a device. Empty ones are left out; a rank may hold nothing at all.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the whole array.
+    dtype : dtype
+        Element type.
+    pieces : dict of Box to Array
+        As given, not copied: who writes into a piece writes into the array that was given.
+
+    Raises
+    ------
+    SizeMismatchError
+        If a box does not lie inside the shape, or overlaps another; if a piece does not have the
+        box's sizes, or has another dtype.
+
+    Notes
+    -----
+    Local. It knows nothing of other ranks: those may hold the rest, the same once more, or all hold
+    nothing of some part.
+
+    Examples
+    --------
+    Rank 1 of two holds the right half of each row:
+
+    >>> right = np.zeros((4, 3))
+    >>> x = ShardedArray((4, 6), np.float64, {Box((0, 3), (4, 3)): right})
+
+    A slice of the flattened array, as a `ShardedOptimizer` holds them:
+
+    >>> flat = np.arange(2.0, 9.0)
+    >>> list(ShardedArray.of_range((3, 4), 2, flat).pieces.values())
+    [array([[2., 3.]]), array([[4., 5., 6., 7.]]), array([[8.]])]
+    """
+
+    __slots__ = ("dtype", "pieces", "shape")
+
+    shape: tuple[int, ...]
+    dtype: DType
+    pieces: dict[Box, Array]
+
+    def __init__(
+        self, shape: Sequence[int], dtype: npt.DTypeLike, pieces: Mapping[Box, Array]
+    ) -> None:
+        self.shape = tuple(map(index, shape))  # plain integers, which can be written as JSON
+        self.dtype = np.dtype(dtype)
+        for box, piece in pieces.items():
+            self._check(box, piece)
+        self.pieces = {_plain(box): piece for box, piece in pieces.items() if not box.empty}
+        pair = overlapping(self.pieces)
+        if pair is not None:
+            raise SizeMismatchError(
+                f"ShardedArray: {pair[0]} and {pair[1]} overlap; a rank holds each element once"
+            )
+
+    @classmethod
+    def of_range(cls, shape: Sequence[int], start: int, piece: Array) -> ShardedArray:
+        """Return the part of an array that is a range of its flattened elements.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Shape of the whole array.
+        start : int
+            Which element, in C order, `piece` begins with.
+        piece : Array, shape (length,)
+            The elements; there may be none.
+
+        Returns
+        -------
+        ShardedArray
+            At most ``2 * ndim - 1`` pieces: reshaped views of `piece`.
+
+        Raises
+        ------
+        SizeMismatchError
+            If `piece` has not one dimension, or the array has no such range.
+
+        Notes
+        -----
+        Local; copies nothing.
+        """
+        if len(piece.shape) != 1:
+            raise SizeMismatchError(
+                f"ShardedArray.of_range: expected a piece of one dimension, got shape {piece.shape}"
+            )
+        pieces = {}
+        taken = 0
+        for box in boxes_of_range(shape, start, start + len(piece)):
+            pieces[box] = piece[taken : taken + box.count].reshape(box.sizes)
+            taken += box.count
+        return cls(shape, piece.dtype, pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's pieces."""
+        return sum(box.count for box in self.pieces) * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"ShardedArray(shape={self.shape}, dtype={self.dtype}, pieces={list(self.pieces)})"
+
+    def _check(self, box: Box, piece: Array) -> None:
+        """Raise SizeMismatchError unless a piece can be there."""
+        if len(box.sizes) != len(self.shape) or any(
+            stop > length for stop, length in zip(box.stops, self.shape, strict=True)
+        ):
+            raise SizeMismatchError(
+                f"ShardedArray: {box} does not lie inside the shape {self.shape}"
+            )
+        if piece.shape != box.sizes or piece.dtype != self.dtype:
+            raise SizeMismatchError(
+                f"ShardedArray: expected shape {box.sizes} and dtype {self.dtype} for the piece at "
+                f"{box.offsets}, got {piece.shape} and {piece.dtype}"
+            )
+
+
+def _plain(box: Box) -> Box:
+    return Box(tuple(map(index, box.offsets)), tuple(map(index, box.sizes)))

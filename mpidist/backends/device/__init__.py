@@ -1,0 +1,1 @@
+"""Transports of device arrays: NCCL, and staging through host memory."""

@@ -1,0 +1,102 @@
+"""Whether the MPI library takes device arrays, and whether it gets them.
+
+A library that is not CUDA-aware reads a device's address as one of the host: at best the program is
+killed. So it gets device arrays only if the user asks for it, by ``MPIDIST_CUDA_AWARE_MPI=1``, and
+it says itself that it can; and only where NCCL does not carry them, since the two on one GPU may
+wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from mpidist import env
+from mpidist.backends.base import Backend
+from mpidist.backends.device.staging import Staging
+from mpidist.backends.loaded import loaded_libraries, mpi_library
+from mpidist.errors import BackendUnavailableError
+
+__all__ = ["ask_mpi", "is_wanted", "stage"]
+
+
+def ask_mpi(mpi: Any, path: str) -> tuple[bool | None, str]:
+    """Ask the MPI library whether it is CUDA-aware, without giving it memory of a GPU.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``, initialised.
+    path : str
+        The library's file; empty if it is not known.
+
+    Returns
+    -------
+    (bool or None, str)
+        What it says, None if it says nothing; and how it says so.
+
+    Notes
+    -----
+    ``MPIX_Query_cuda_support`` is an extension that MPICH and Open MPI share. mpi4py opens the
+    library for itself only, so that it is opened once more by its path. The kinds of memory are
+    MPI 4.1's way. A library may say yes and still fail, as for want of a driver.
+    """
+    kinds = mpi.COMM_WORLD.Get_info().get("mpi_memory_alloc_kinds")
+    try:
+        query = ctypes.CDLL(path).MPIX_Query_cuda_support if path else None
+    except (OSError, AttributeError):
+        query = None
+    if query is not None:
+        answer = bool(query())
+        words = f"; memory kinds {kinds}" if kinds else ""
+        return answer, f"MPIX_Query_cuda_support{words}"
+    if kinds:
+        return "cuda" in kinds.replace(":", ",").split(","), f"memory kinds {kinds}"
+    return None, ""
+
+
+def is_wanted(mpi: Any) -> bool:
+    """Whether MPI gets device arrays: it was asked for, and it can take them.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``, initialised.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If ``MPIDIST_CUDA_AWARE_MPI=1`` asks for it, and the library does not say that it can.
+    """
+    if not env.cuda_aware_mpi():
+        return False
+    aware, evidence = ask_mpi(mpi, mpi_library(loaded_libraries()))
+    if aware:
+        return True
+    said = f"it says no ({evidence})" if aware is False else "it does not say that it is"
+    raise BackendUnavailableError(
+        "MPIDIST_CUDA_AWARE_MPI=1 asks for device arrays over MPI, and this MPI library is not "
+        f"CUDA-aware: {said}. Take one that was built with CUDA, and switch it on (Cray MPICH: "
+        "MPICH_GPU_SUPPORT_ENABLED=1; Open MPI of conda-forge: OMPI_MCA_opal_cuda_support=true); "
+        "or unset the variable: NCCL carries device arrays without it"
+    )
+
+
+def stage(host: Backend) -> Staging:
+    """Make what carries device arrays without NCCL, with the library's help if it is wanted.
+
+    Parameters
+    ----------
+    host : Backend
+        The transport of host arrays between the same ranks.
+
+    Raises
+    ------
+    BackendUnavailableError
+        As `is_wanted` says.
+    """
+    if host.name != "mpi":
+        return Staging(host)
+    from mpidist.backends.mpi.backend import load_mpi
+
+    return Staging(host, aware=is_wanted(load_mpi()))

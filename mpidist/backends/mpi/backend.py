@@ -1,0 +1,574 @@
+"""The MPI transport, on mpi4py's buffer calls. The only module that imports mpi4py.
+
+Blocking collectives are arrival, with the group's deadline, and then the library's blocking call.
+Immediate ones, and what the library does not do as promised (`mpidist.backends.mpi.calls` says
+what), go by the algorithms, over the library's messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+
+from mpidist import env
+from mpidist._types import Array
+from mpidist.arrays.namespaces import as_bytes
+from mpidist.backends import algorithms
+from mpidist.backends.base import Backend, Capabilities, Traffic
+from mpidist.backends.mpi import communicators
+from mpidist.backends.mpi.calls import LibraryCall, LibraryCalls
+from mpidist.backends.mpi.departures import Departures
+from mpidist.backends.mpi.memory import share, unlink_library_memory
+from mpidist.backends.node.compared import BY_MESSAGES, refuse
+from mpidist.backends.node.comparison import SumComparison
+from mpidist.backends.node.direct import Direct
+from mpidist.backends.node.meetings import DirectBoard, supported
+from mpidist.backends.node.registered import Block, Place
+from mpidist.backends.node.sequencer import Sequencer
+from mpidist.backends.node.signatures import (
+    DIRECT_VERBS,
+    Described,
+    Route,
+    registered_place,
+    whole_array,
+)
+from mpidist.backends.node.sums import NodeSums
+from mpidist.backends.node.topology import Neighbours
+from mpidist.backends.waiting import wait_until
+from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then
+from mpidist.errors import BackendUnavailableError, TransportError
+from mpidist.observe.recorder import Recorder
+
+__all__ = ["MpiBackend", "abort_job", "load_mpi", "world_ranks"]
+
+_CHUNK = 2**30
+"""Bytes of the longest single message; longer ones travel in several."""
+
+_CURE = (
+    "install an MPI library and mpi4py (pip install 'mpidist[mpich]'), or use the site's MPI: load "
+    "its module, so that libmpi.so can be found, or set MPI4PY_LIBMPI to its path"
+)
+
+
+def library_name(mpi: Any) -> str:
+    """Return name and version of the MPI library, the first words of what it says of itself."""
+    text: str = mpi.Get_library_version()
+    name = text.splitlines()[0].partition(",")[0]
+    return " ".join(name.replace("Version:", " ").replace("\0", "").split())
+
+
+def load_mpi() -> Any:
+    """Import and return ``mpi4py.MPI``, which initialises MPI.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If mpi4py or an MPI library is missing.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = ": ".join(str(error).splitlines())
+        # Not from it: forty lines of mpi4py's search say no more, and hide the cure.
+        raise BackendUnavailableError(f"mpi: {reason}; {_CURE}") from None
+    return MPI
+
+
+def abort_job(mpi: Any, code: int) -> NoReturn:
+    """End the whole job now, with this exit code, and leave nothing in ``/dev/shm``.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    code : int
+        The exit code.
+    """
+    try:
+        unlink_library_memory()
+        mpi.COMM_WORLD.Abort(code)
+    finally:
+        # Some libraries only ask the launcher to end the job, and return.
+        os._exit(code)
+
+
+class _Requests(Work[tuple[int, ...]]):
+    """Requests of the library, complete when all are.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    requests : list of mpi4py.MPI.Request
+        Those of the receives first.
+    keep : object
+        What the library reads and writes. mpi4py's requests hold the arrays of some calls only:
+        not those of Ireduce, Iallreduce, Ireduce_scatter and Iallgatherv (4.1.2), whose memory
+        would be given away while the library still uses it.
+    receives : int, optional
+        Number of receives, whose sources are the result.
+    """
+
+    def __init__(self, mpi: Any, requests: list[Any], *, keep: Any, receives: int = 0) -> None:
+        self._mpi = mpi
+        self._requests = requests
+        self._keep = keep
+        self._receives = receives
+        self._statuses = [mpi.Status() for _ in requests] if len(requests) > 1 or receives else None
+        self._sources: tuple[int, ...] | None = None
+
+    def done(self) -> bool:
+        if self._sources is not None:
+            return True
+        try:
+            if self._statuses is None:
+                over = self._requests[0].Test() if self._requests else True
+            else:
+                over = self._mpi.Request.Testall(self._requests, self._statuses)
+        except self._mpi.Exception as error:
+            raise _translate(self._mpi, "under way", self._cause(error)) from error
+        if over:
+            statuses = (self._statuses or [])[: self._receives]
+            self._sources = tuple(status.source for status in statuses)
+            self._keep = None
+        return bool(over)
+
+    def _cause(self, error: Any) -> Any:
+        """Return the error of the request that failed; Testall's says only that one did."""
+        codes = [status.error for status in self._statuses or []]
+        causes = [self._mpi.Exception(code) for code in codes if code != self._mpi.SUCCESS]
+        several = error.Get_error_class() == self._mpi.ERR_IN_STATUS
+        return causes[0] if several and causes else error
+
+    def wait(self, timeout: float | None = None) -> tuple[int, ...]:
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+        return self._sources or ()
+
+
+@contextlib.contextmanager
+def _translated(mpi: Any, operation: str) -> Iterator[None]:
+    """Turn the library's exceptions into the package's."""
+    try:
+        yield
+    except mpi.Exception as error:
+        raise _translate(mpi, operation, error) from error
+
+
+def _translate(mpi: Any, operation: str, error: Any) -> TransportError:
+    if error.Get_error_class() == mpi.ERR_IN_STATUS:
+        # A blocking call waits for messages of its own, and keeps their statuses to itself.
+        return TransportError(
+            f"{operation}: a message that is part of the call failed, and the MPI library does not "
+            "say why (MPI_ERR_IN_STATUS): most often a rank has died, or calls of mpi4py on the "
+            "same communicator got in between",
+            code=error.Get_error_code(),
+        )
+    return TransportError(
+        f"{operation}: the MPI library reports: {error.Get_error_string()} "
+        f"({mpi.Get_error_string(error.Get_error_class())})",
+        code=error.Get_error_code(),
+    )
+
+
+_ENGINE = Engine()
+"""What this process has under way: MPI is one for all its groups, and so is progress."""
+
+_ALIVE_LOCK = threading.Lock()
+
+
+class MpiBackend(Backend):
+    """The ranks of an MPI communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Used by this object alone, which frees it; collective over it.
+    departures : Departures, optional
+        Where ranks announce that they leave.
+    places : sequence of int, optional
+        The rank in MPI's world of each rank of the departures' communicator.
+
+    Attributes
+    ----------
+    inside : (Waiter, float) or None
+        The library's blocking call under way, and when it began by `time.monotonic`; a watchdog
+        reads it.
+    """
+
+    name = "mpi"
+    compares_calls = True
+    _alive: ClassVar[weakref.WeakSet[MpiBackend]] = weakref.WeakSet()
+
+    def __init__(
+        self, comm: Any, *, departures: Departures | None = None, places: Sequence[int] = ()
+    ) -> None:
+        self._mpi = mpi = load_mpi()
+        # The first share of the tags is left to users of the communicator.
+        span = (mpi.COMM_WORLD.Get_attr(mpi.TAG_UB) + 1) // (len(Traffic) + 1)
+        super().__init__(comm.rank, comm.size, Capabilities(max_tag=span - 1))
+        self.engine = _ENGINE
+        self._comm = comm
+        self._departures = departures
+        self._places = places
+        self._calls = LibraryCalls(mpi, comm.rank, comm.size)
+        self._world_ranks = world_ranks(mpi, comm)
+        nodes = _nodes(mpi, comm)
+        self._node = nodes[self.rank]
+        self._near = Neighbours.of(nodes, self.rank)
+        # The ranks of this node: who shares memory.
+        self._local = comm if len(set(nodes)) == 1 else comm.Split(self._node, self.rank)
+        self._sequencer, shared = self._make_sequencer()
+        self._direct: Direct | None = None
+        if shared:
+            lane_of = partial(self.lane, Traffic.SEQUENCED)
+            self._direct = direct = Direct(self._sequencer, self, lane_of)
+            if direct.team.alone:
+                self.sums = NodeSums(self._sequencer, direct.team, self.registered, self._parts)
+        self.inside: tuple[Waiter, float] | None = None
+        comms = (comm,) if self._local is comm else (comm, self._local)
+        self._dropping = weakref.finalize(self, communicators.drop, *comms)
+        self._dropping.atexit = False
+        with _ALIVE_LOCK:
+            self._alive.add(self)
+
+    @classmethod
+    def alive(cls) -> list[MpiBackend]:
+        """Return the open transports of this process, for the watchdog."""
+        with _ALIVE_LOCK:
+            return list(cls._alive)
+
+    @staticmethod
+    def held() -> set[object]:
+        """Return the operations that are outstanding on all groups of this process."""
+        return _ENGINE.held
+
+    # -- the transport -------------------------------------------------------------------------
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
+        """Start sending and receiving; long messages travel in several."""
+        comm = self._comm
+        with _translated(self._mpi, "exchange"):
+            # The first request of each receive tells its source, so that these come first.
+            started = [
+                [comm.Irecv(chunk, _peer(self._mpi, m.peer), m.lane) for chunk in _chunks(m.array)]
+                for m in receives
+            ]
+            requests = [chunks[0] for chunks in started]
+            requests += [request for chunks in started for request in chunks[1:]]
+            requests += [
+                comm.Isend(chunk, m.peer, m.lane) for m in sends for chunk in _chunks(m.array)
+            ]
+        return _Requests(self._mpi, requests, keep=(sends, receives), receives=len(receives))
+
+    def split(self, color: int | None, key: int, *, waiter: Waiter) -> MpiBackend | None:
+        """Make one transport per color; collective over all ranks, blocks."""
+        self._arrive(waiter)
+        color = self._mpi.UNDEFINED if color is None else color
+
+        def undo(made: MpiBackend | None) -> None:
+            if made is not None:
+                made.close()
+
+        with self._within(waiter):
+            return communicators.make(
+                self._mpi,
+                lambda: self._child(self._comm.Split(color, key)),
+                agree=self._agree,
+                undo=undo,
+                operation=waiter.operation,
+            )
+
+    def _agree(self, mine: bool) -> bool:  # noqa: FBT001  # a value, not a switch
+        """Whether it is so on all ranks; collective."""
+        every = np.array(mine)
+        self._comm.Allreduce(self._mpi.IN_PLACE, every, self._mpi.LAND)
+        return bool(every)
+
+    def _child(self, comm: Any) -> MpiBackend | None:
+        """Return the transport of a new communicator, which is released if there can be none."""
+        if comm == self._mpi.COMM_NULL:
+            return None
+        try:
+            return MpiBackend(comm, departures=self._departures, places=self._places)
+        except self._mpi.Exception:
+            comm.Free()
+            raise
+
+    def create(self, ranks: Sequence[int], *, waiter: Waiter) -> MpiBackend:
+        """Make the transport of these ranks; collective over them only, blocks."""
+        # The library's call would wait for ever for a member that does not come. So the members
+        # meet with the deadline first; the lane is the same for all who mean the same group.
+        meeting = algorithms.Lane(self, self.lane(Traffic.CREATE, hash(tuple(ranks))), ranks)
+        waiter.wait_for(self.start(algorithms.dissemination_barrier(meeting)).done)
+        members = self._comm.Get_group().Incl(list(ranks))
+        with self._within(waiter):
+            # The members agree on a communicator in the library: all get it, or none.
+            try:
+                made = communicators.make(
+                    self._mpi,
+                    lambda: self._child(self._comm.Create_group(members)),
+                    agree=bool,
+                    undo=lambda _: None,
+                    operation=waiter.operation,
+                )
+            finally:
+                members.Free()
+        assert made is not None, "this rank is a member"
+        return made
+
+    def poll(self) -> None:
+        """Let the library make progress on all communicators: any call into it does."""
+        self._comm.Iprobe()
+
+    def close(self) -> None:
+        """Free the communicator, and the memory by way of which arrays are summed."""
+        with _ALIVE_LOCK:
+            self._alive.discard(self)
+        self._dropping.detach()
+        if self._local != self._comm:
+            self._local.Free()
+        self._comm.Free()
+        # Its memory, megabytes of it, would wait for the garbage collector: it refers to this.
+        self._direct = self.sums = None
+
+    def abort(self, code: int) -> None:
+        """End the whole job now."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        abort_job(self._mpi, code)
+
+    def node(self) -> int:
+        """Return the world rank of the first rank that shares this one's memory."""
+        return self._node
+
+    @property
+    def local_size(self) -> int:
+        """The largest number of ranks on any node."""
+        return max(map(len, self._near.nodes))
+
+    def mpi_comm(self) -> Any:
+        """Return the communicator, which stays valid if only this group is dropped."""
+        self._dropping.detach()
+        return self._comm
+
+    def follow(self, group: int, begun: list[int]) -> None:
+        """Tell at this rank's end how many collectives of a group it has begun."""
+        if self._departures is not None and group:
+            self._departures.begun[group] = begun
+
+    def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
+        """Return the ranks that have left, but for those that had begun the collective."""
+        if self._departures is None:
+            return {}
+        lost = {}
+        for place, notice in self._departures.left().items():
+            if collective is not None and notice.begun.get(collective[0], 0) >= collective[1]:
+                continue
+            world = self._places[place]
+            if world in self._world_ranks:
+                words = f"left after operation {notice.operations}"
+                lost[self._world_ranks.index(world)] = words
+        return lost
+
+    # -- collectives ---------------------------------------------------------------------------
+
+    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+        """Perform a collective: by shared memory, or by the library's blocking call."""
+        if verb == "all_reduce" and self.sums is not None:
+            x, out, op = args
+            summed = self.sums.prepare(x, out, op, waiter)
+            if summed is not None:
+                summed.run(x, out, lambda: waiter)
+                return
+        place = self._place_of(verb, args)
+        if place is not None and self._direct is not None:
+            for meeting in self._direct.plan(verb, args, waiter, place):
+                waiter.wait_for(meeting.condition, missing=meeting.missing)
+            return
+        call: LibraryCall | None = getattr(self._calls, verb)(*args)
+        steps = self._by_messages(verb, args) if call is None else None
+        self._arrive(waiter, Route.LIBRARY if steps is None else Route.MESSAGES)
+        if call is not None:
+            self._call(call, waiter)
+        elif steps is not None:
+            waiter.wait_for(self.start(steps).done)
+
+    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+        """Start a collective in shared memory or by messages, which begins when all have come."""
+        place = self._place_of(verb, args)
+        if place is not None and self._direct is not None:
+            return self.start(self._direct.plan(verb, args, waiter, place))
+        return self.transfer(verb, args, waiter)
+
+    def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+        """Start a collective by messages, which begins when all ranks have come with the same call.
+
+        Notes
+        -----
+        Not by the library's nonblocking calls. Begun before the ranks have compared their calls,
+        calls that differ wrote past arrays or ended the process inside the library (seen with
+        MPICH 5.0 and Open MPI 5.0); begun after it, they would start at another moment on each
+        rank, and the library wants them in one order. See [Note: phases].
+        """
+        steps = self._by_messages(verb, args)
+        comparison = self._sequencer.compare(waiter, Route.MESSAGES)
+        return self.start(then(comparison, steps))
+
+    def _place_of(self, verb: str, args: tuple[Any, ...]) -> Place | None:
+        """Return where the arrays of a call lie if it is performed in registered memory."""
+        if self._direct is None or verb not in DIRECT_VERBS:
+            return None
+        if whole_array(verb, args).nbytes < self.crossovers.registered:
+            return None
+        return registered_place(verb, args, self.registered)
+
+    def _by_messages(self, verb: str, args: tuple[Any, ...]) -> Steps:
+        """Return the steps by messages of the collective that begins next."""
+        return BY_MESSAGES[verb](self._lane_of(self._sequencer.begun + 1), *args)
+
+    def _lane_of(self, number: int) -> algorithms.Lane:
+        """Return the lane of the operation with a number: in step also after a difference."""
+        return algorithms.Lane(self, self.lane(Traffic.SEQUENCED, number))
+
+    def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
+        """Return the steps that raise on all ranks that they have called different things."""
+        lane = self._lane_of(number)
+        return refuse(lane, described, rank=self.rank, size=self.size, usable=usable)
+
+    def _call(self, call: LibraryCall, waiter: Waiter) -> None:
+        """Make a blocking call of the library, to which all have come."""
+        # As `_within`, without the microseconds that two context managers cost.
+        self.inside = (waiter, time.monotonic())
+        try:
+            getattr(self._comm, call.name)(*call.args)
+        except self._mpi.Exception as error:
+            raise _translate(self._mpi, waiter.operation, error) from error
+        finally:
+            self.inside = None
+        if call.after is not None:
+            call.after()
+
+    def _make_sequencer(self) -> tuple[Sequencer, bool]:
+        """Return what keeps the calls in order, and whether nodes share memory; collective."""
+        near, memory = self._near, None
+        if supported() and self.local_size > 1:
+            memory = self._share(DirectBoard.nbytes(1))
+        if memory is None:
+            alone = Neighbours((self.rank,), 0, 1, ((self.rank,),))
+            board = DirectBoard(bytearray(DirectBoard.nbytes(1)), 0, 1)
+            summed = SumComparison(self._add, self.size) if self.size > 1 else None
+            return Sequencer(board, alone, summed, self._refuse), False
+        board = DirectBoard(memory, near.rank, len(near.local))
+        summed = SumComparison(self._add, self.size) if len(near.nodes) > 1 else None
+        return Sequencer(board, near, summed, self._refuse), True
+
+    def _add(self, words: Array) -> Work[Any]:
+        """Start adding up words of all ranks in place."""
+        with _translated(self._mpi, "arrival"):
+            request = self._comm.Iallreduce(self._mpi.IN_PLACE, words, self._mpi.SUM)
+        return _Requests(self._mpi, [request], keep=words)
+
+    def _share(self, nbytes: int) -> memoryview | None:
+        """Map memory of so many bytes of each rank of this node, or None on all; collective."""
+        memory = share(self._mpi, self._local, nbytes)
+        return memory if self._agree(memory is not None) else None
+
+    def _parts(self, nbytes: int, waiter: Waiter) -> list[memoryview] | None:
+        """Return every rank's part of such memory, each beginning with a page."""
+        stride = Block.stride(nbytes)
+        with self._within(waiter):
+            memory = self._share(stride)
+        if memory is None:
+            return None
+        return _cut(memory, stride)
+
+    def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
+        """Make memory that the ranks of a node share; collective, blocks."""
+        if self._direct is None:
+            return None
+        self._arrive(waiter)
+        parts = self._parts(nbytes, waiter)
+        return None if parts is None else self.registered.add(parts, self._near.rank, nbytes)
+
+    def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
+        """Make one piece of memory for all ranks, where they share memory; collective, blocks."""
+        if self.size == 1 or self._local != self._comm:
+            return None
+        self._arrive(waiter)
+        with self._within(waiter):
+            memory = share(self._mpi, self._comm, Block.stride(-(-nbytes // self.size)))
+        return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
+
+    def record(self) -> Mapping[int, memoryview]:
+        """Begin to record where the other ranks of the node can read it; collective, blocks."""
+        near, nbytes = self._near, Recorder.nbytes()
+        memory = None if len(near.local) == 1 else share(self._mpi, self._local, nbytes)
+        if memory is None:
+            return super().record()
+        parts = _cut(memory, nbytes)
+        self.recorder = Recorder(parts[near.rank])
+        return dict(zip(near.local, parts, strict=True))
+
+    def _arrive(self, waiter: Waiter, route: Route = Route.LIBRARY) -> None:
+        """Wait, with the deadline, until all ranks have come to this operation, and compare it."""
+        self._sequencer.arrive(waiter, route)
+
+    @contextlib.contextmanager
+    def _within(self, waiter: Waiter) -> Iterator[None]:
+        """Mark that a blocking call of the library is under way, and translate its errors."""
+        self.inside = (waiter, time.monotonic())
+        try:
+            with _translated(self._mpi, waiter.operation):
+                yield
+        finally:
+            self.inside = None
+
+
+def _cut(memory: memoryview, stride: int) -> list[memoryview]:
+    """Return every rank's part of shared memory."""
+    return [memory[start : start + stride] for start in range(0, len(memory), stride)]
+
+
+def _peer(mpi: Any, peer: int) -> int:
+    return int(mpi.ANY_SOURCE) if peer < 0 else peer
+
+
+def _chunks(x: Array) -> list[Array]:
+    """Cut an array into messages that every library can count."""
+    data = as_bytes(x)
+    if data.size <= _CHUNK:
+        return [data]
+    return [data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK)]
+
+
+def world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
+    """Return the rank in MPI's world of each rank."""
+    here, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
+    ranks = tuple(mpi.Group.Translate_ranks(here, None, world))
+    here.Free()
+    world.Free()
+    return ranks
+
+
+def _nodes(mpi: Any, comm: Any) -> list[int]:
+    """Return for each rank the world rank of the first that shares its memory; collective."""
+    shared = comm.Split_type(mpi.COMM_TYPE_SHARED, key=comm.rank)
+    first = np.array(mpi.COMM_WORLD.rank)
+    shared.Bcast(first, root=0)
+    local = shared.rank
+    shared.Free()
+    pretended = env.ranks_per_node()
+    if pretended is not None:
+        first += local // pretended * pretended
+    nodes = np.empty(comm.size, first.dtype)
+    comm.Allgather(first, nodes)
+    return [int(node) for node in nodes]

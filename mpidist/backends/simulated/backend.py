@@ -1,0 +1,239 @@
+"""N ranks as N threads of one process.
+
+Bytes are always copied, so nothing works here that would not work between processes.
+`mpidist.testing.run_ranks` starts the threads, over a network that can be slow, lossy and deadly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from mpidist.backends import algorithms
+from mpidist.backends.base import Backend, Capabilities, Traffic
+from mpidist.backends.node.compared import refuse
+from mpidist.backends.node.meetings import DirectBoard, Record
+from mpidist.backends.node.sequencer import Sequencer
+from mpidist.backends.node.signatures import Described, Route
+from mpidist.backends.node.topology import Neighbours
+from mpidist.backends.simulated.faults import JobAborted
+from mpidist.backends.simulated.matching import Place
+from mpidist.backends.simulated.network import ExchangeWork, Meeting, Network
+from mpidist.backends.waiting import wait_until
+from mpidist.backends.work import Message, Steps, Waiter, Work
+from mpidist.observe.recorder import Recorder
+
+__all__ = ["SimulatedBackend"]
+
+
+class MeetingComparison:
+    """Compares by what the ranks, threads of one process, lay down for each other.
+
+    Parameters
+    ----------
+    network : Network
+        Shared by all ranks.
+    place : Place
+        Group and rank.
+    """
+
+    def __init__(self, network: Network, place: Place) -> None:
+        self._network = network
+        self._place = place
+        self._meetings: dict[int, Meeting] = {}
+
+    def enter(self, number: int, record: Record) -> None:
+        """Make known that this rank has come to an operation with this record."""
+        key = (self._place.context, self._place.members, "call", number)
+        self._meetings[number] = self._network.offer(key, self._place, record)
+
+    def arrived(self, number: int) -> bool:
+        """Whether all ranks have come to it."""
+        return self._meetings[number].full()
+
+    def missing(self, number: int) -> list[int]:
+        """Return the ranks that have not come."""
+        return self._meetings[number].missing(self._place)
+
+    def equal(self, number: int, record: Record) -> bool:
+        """Whether all came with the same."""
+        records = self._meetings[number].values.values()
+        same = all(other.digest == record.digest for other in records)
+        balanced = sum(other.balance or 0 for other in records) % 2**64 == 0
+        if same and balanced:
+            self._close(number)
+        return same and balanced
+
+    def breaks(self, number: int) -> bool:
+        """Whether any rank has begun what cannot be taken back."""
+        return any(record.breaks for record in self._close(number).values.values())
+
+    def _close(self, number: int) -> Meeting:
+        self._network.leave(self._place.members[self._place.rank])
+        return self._meetings.pop(number)
+
+
+class Compared(Work[None]):
+    """An immediate call that is under way, complete when all ranks have made the same, too.
+
+    Parameters
+    ----------
+    comparison : Work
+        Complete when all have.
+    work : Work
+        What is under way. Its errors count only after the comparison, which knows better.
+    """
+
+    def __init__(self, comparison: Work[None], work: Work[Any]) -> None:
+        self._comparison = comparison
+        self._work = work
+
+    def done(self) -> bool:
+        """Poll both."""
+        alike = self._comparison.done()
+        try:
+            over = self._work.done()
+        except Exception:
+            if alike:
+                raise
+            return False
+        return alike and over
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks that have not come."""
+        return self._comparison.missing()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait without driving anything else."""
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+
+
+class SimulatedBackend(Backend):
+    """One rank of a simulated job.
+
+    Parameters
+    ----------
+    network : Network
+        Shared by all ranks.
+    rank : int
+        This rank.
+    context : hashable, optional
+        Keeps the messages of different groups apart.
+    members : sequence of int, optional
+        The ranks of the world in this group; all when omitted.
+    """
+
+    name = "simulated"
+    compares_calls = True
+
+    def __init__(
+        self,
+        network: Network,
+        rank: int,
+        *,
+        context: Hashable = (),
+        members: Sequence[int] | None = None,
+    ) -> None:
+        self._place = Place(
+            context, rank, tuple(range(network.size) if members is None else members)
+        )
+        super().__init__(rank, len(self._place.members), Capabilities())
+        self._network = network
+        self._world_rank = self._place.members[rank]
+        self._splits = 0
+        board = DirectBoard(bytearray(DirectBoard.nbytes(1)), 0, 1)
+        everybody = Neighbours.of((0,) * self.size, self.rank)
+        meetings = MeetingComparison(network, self._place) if self.size > 1 else None
+        self._sequencer = Sequencer(board, everybody, meetings, self._refuse)
+        self._created: Counter[tuple[int, ...]] = Counter()
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> ExchangeWork:
+        """Start moving messages; see `Backend.exchange`."""
+        return self._network.exchange(self._place, sends, receives)
+
+    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+        """Perform a collective to which all ranks have come with the same call."""
+        self._sequencer.arrive(waiter, Route.MESSAGES)
+        waiter.wait_for(self.transfer(verb, args, waiter).done)
+
+    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+        """Start a collective; complete when all ranks have come with the same call."""
+        begun = self.size > 1
+        comparison = self._sequencer.compare(waiter, Route.MESSAGES, begun=begun)
+        under_way = self.transfer(verb, args, waiter)
+        # `progress` drives both together, so that the end of one lets go of both.
+        self.engine.running.pop(under_way, None)
+        compared = Compared(comparison, under_way)
+        self.engine.running[compared] = None
+        return compared
+
+    def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
+        """Return the steps that raise on all ranks that they have called different things."""
+        lane = algorithms.Lane(self, self.lane(Traffic.SEQUENCED, number))
+        return refuse(lane, described, rank=self.rank, size=self.size, usable=usable)
+
+    def split(self, color: int | None, key: int, *, waiter: Waiter) -> SimulatedBackend | None:
+        """Make one transport per color; collective over all ranks, blocks."""
+        self._sequencer.arrive(waiter, Route.ARRIVAL)
+        self._splits += 1
+        meeting = self._network.meet(
+            (self._place.context, "split", self._splits),
+            self._place,
+            (color, key, self.rank),
+            names=range(self.size),
+            waiter=waiter,
+        )
+        if color is None:
+            return None
+        same = sorted((key, rank) for other, key, rank in meeting.values.values() if other == color)
+        return self._child([rank for _, rank in same], (meeting.number, color))
+
+    def create(self, ranks: Sequence[int], *, waiter: Waiter) -> SimulatedBackend:
+        """Make the transport of these ranks; collective over them only, blocks."""
+        # The same ranks may make several groups; their calls match in order.
+        key = tuple(ranks)
+        self._created[key] += 1
+        members = tuple(self._place.members[rank] for rank in ranks)
+        meeting = self._network.meet(
+            (self._place.context, key, self._created[key]),
+            Place((), key.index(self.rank), members),
+            None,
+            names=ranks,
+            waiter=waiter,
+        )
+        return self._child(ranks, meeting.number)
+
+    def _child(self, ranks: Sequence[int], context: Hashable) -> SimulatedBackend:
+        members = [self._place.members[rank] for rank in ranks]
+        rank = members.index(self._world_rank)
+        return SimulatedBackend(self._network, rank, context=context, members=members)
+
+    def node(self) -> int:
+        """Return the number of the pretended node."""
+        return self._world_rank // self._network.ranks_per_node
+
+    def record(self) -> Mapping[int, memoryview]:
+        """Begin to record where the other threads of the node can read it."""
+        records = self._network.records
+        self.recorder = Recorder(records[self.rank])
+        first = self.rank // self._network.ranks_per_node * self._network.ranks_per_node
+        near = range(first, min(first + self._network.ranks_per_node, self.size))
+        return {rank: records[rank] for rank in near}
+
+    def poll(self) -> None:
+        """Take this rank's turns; a short wait where nothing has happened."""
+        self._network.poll(self._world_rank)
+
+    def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
+        """Return the members whose death was announced."""
+        lost = dict(self._network.lost)
+        return {rank: lost[who] for rank, who in enumerate(self._place.members) if who in lost}
+
+    def close(self) -> None:
+        """Do nothing: a simulated group holds no resources."""
+
+    def abort(self, code: int) -> None:
+        """End the whole job: every rank raises `JobAborted`, this one now."""
+        self._network.abort(code)
+        raise JobAborted(code)

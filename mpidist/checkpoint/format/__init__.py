@@ -1,0 +1,1 @@
+"""The files of a checkpoint: the manifest, and one HDF5 file per rank."""

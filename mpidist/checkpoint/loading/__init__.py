@@ -1,0 +1,1 @@
+"""Loading a checkpoint: which parts to read, and which rank reads them."""

@@ -1,0 +1,1 @@
+"""Saving a checkpoint: plan, write, commit."""

@@ -1,0 +1,313 @@
+"""The end of a save: all ranks learn whether all have written, and rank 0 writes the manifest.
+
+[Note: commit] A checkpoint exists if its manifest does. Every rank writes its file under a
+temporary name, syncs it, renames it and syncs the directory, and then tells rank 0 what lies where.
+Only when rank 0 has heard that from all does it write the manifest, in the same way, and tell all.
+So there is no instant at which a manifest names something that is not on disk, and a rank that
+fails, or dies, leaves a directory without a manifest, which is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.checkpoint.directory import claimed, clear
+from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.files import naming, publish, sync_directory, temporary, write_at
+from mpidist.checkpoint.format.layout import Outline, lay_out
+from mpidist.checkpoint.format.manifest import (
+    JSON,
+    MANIFEST,
+    MOST_BYTES,
+    Manifest,
+    StoredArray,
+    StoredBox,
+    StoredDataset,
+    StoredFile,
+    dtype_of,
+)
+from mpidist.checkpoint.saving.plan import Kind, Plan
+from mpidist.checkpoint.saving.worker import done_here
+from mpidist.checkpoint.saving.writing import Written, shard_name
+from mpidist.errors import CheckpointError
+from mpidist.group import ProcessGroup
+from mpidist.point_to_point import irecv, isend
+
+__all__ = ["VIEW", "Save", "assemble", "commit", "foresee", "report_of", "steps_of"]
+
+VIEW = "view.h5"
+
+_RESULT, _VERDICT = 1, 2
+"""Tags of the messages to and from rank 0."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """What a save is, and how far it has come on this rank.
+
+    Attributes
+    ----------
+    directory : Path
+        Of the step.
+    lead : (Manifest, Plan) or None
+        On rank 0, all of the manifest but files and arrays, and who writes what.
+    written : Future of Written
+        This rank's file.
+    viewed : bool
+        Whether rank 0 makes the view with its file.
+    """
+
+    directory: Path
+    lead: tuple[Manifest, Plan] | None
+    written: Future[Written]
+    viewed: bool = False
+
+
+class Waitable(Protocol):
+    """What may take its time."""
+
+    def done(self) -> bool:
+        """Return whether it is over; may drive it."""
+        ...
+
+    def wait(self) -> object:
+        """Return when it is over."""
+
+
+class _InThread:
+    """What another thread is doing."""
+
+    def __init__(self, future: Future[Any], what: str, timeout: float) -> None:
+        self._future = future
+        self._what = what
+        self._timeout = timeout
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> None:
+        wait([self._future], self._timeout)
+        if not self._future.done():
+            raise CheckpointError(
+                f"{self._what} has not ended within {self._timeout:g} s; the disk is slow or "
+                "hangs. A longer timeout of the group gives it more time"
+            )
+
+
+def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
+    """Take a save from the writing of this rank's file to its commit.
+
+    Parameters
+    ----------
+    save : Save
+        What is being written.
+    group : ProcessGroup
+        The checkpoints' own.
+
+    Yields
+    ------
+    Waitable
+        What has to be over before the next step.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, with the same words, if a rank could not write.
+
+    Notes
+    -----
+    Nothing here depends on when the ranks ask: rank 0 gets one message from each rank and sends one
+    to each, on tags of their own.
+    """
+    yield _InThread(save.written, f"writing {save.directory}", group.timeout)
+    mine = _told(save.written, group.rank)
+    if group.rank:
+        sent = isend(_packed(mine), group, dst=0, tag=_RESULT)
+        answer = irecv(group, src=0, tag=_VERDICT)
+        yield sent
+        yield answer
+        problem = _unpacked(answer.wait())
+    else:
+        receives = [irecv(group, src=rank, tag=_RESULT) for rank in range(1, group.size)]
+        yield from receives
+        results = [mine, *(_unpacked(receive.wait()) for receive in receives)]
+        problem = _first_problem(results)
+        if problem is None:
+            problem = _failure(done_here(_conclude, save, results), 0)
+        if problem is not None:
+            assert save.lead is not None, "rank 0 planned it"
+            problem = f"{problem}. {clear(save.directory, save.lead[0].id)}"
+        verdict = _packed(problem)
+        yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
+    if problem is not None:
+        raise CheckpointError(
+            f"save of {save.directory} on group {group.name!r}: {problem}, and earlier ones are as "
+            "they were"
+        )
+
+
+def _conclude(save: Save, results: Sequence[JSON]) -> None:
+    """Do on rank 0 what is left, all files being on disk."""
+    assert save.lead is not None, "rank 0 planned it"
+    header, plan = save.lead
+    manifest = assemble(header, plan.kinds, results)
+    if not save.viewed:
+        hdf5.create_view(save.directory / VIEW, manifest)
+    commit(save.directory, manifest)
+
+
+def commit(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest: from then on the checkpoint exists.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the step; all other files are on disk.
+    manifest : Manifest
+        All of it.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; there is none then, unless the disk does not even take it back.
+    CheckpointError
+        If it is larger than what is read, or the directory belongs to another save by now.
+    """
+    sync_directory(directory.parent)
+    path = directory / MANIFEST
+    part = temporary(path)
+    data = np.frombuffer(manifest.to_bytes(), np.uint8)
+    if data.nbytes > MOST_BYTES:
+        raise CheckpointError(
+            f"the manifest would have {data.nbytes} bytes, and at most {MOST_BYTES} are read; save "
+            "fewer or larger pieces"
+        )
+    with naming(part, data.nbytes), claimed(directory, manifest.id) as descriptor:
+        os.ftruncate(descriptor, 0)
+        write_at(descriptor, data, 0)
+        os.fsync(descriptor)
+    try:
+        publish(part, path)
+    except FileExistsError:  # another save's, which is complete
+        raise
+    except OSError:
+        with suppress(OSError):  # the first one says more
+            path.replace(part)
+        raise
+
+
+def _told(written: Future[Written], rank: int) -> JSON:
+    """Return what a rank tells rank 0 of its file."""
+    problem = _failure(written, rank)
+    if problem is not None:
+        return {"problem": problem}
+    return report_of(written.result())
+
+
+def report_of(written: Written) -> JSON:
+    """Return what `assemble` has to know of a file."""
+    boxes = [(name, box.as_json()) for name, box in written.boxes]
+    if written.file is None:
+        return {"boxes": boxes}
+    datasets = {name: (d.byte, d.shape) for name, d in written.file.datasets.items()}
+    return {"file": (written.file.name, written.file.size, datasets), "boxes": boxes}
+
+
+def _failure(future: Future[Any], rank: int) -> str | None:
+    error = future.exception()
+    if error is None:
+        return None
+    unseen = isinstance(error, FileNotFoundError)  # rank 0 has made the directory
+    cure = "; all ranks must see the directory that rank 0 has made" if unseen else ""
+    return f"rank {rank} failed: {type(error).__name__}: {error}{cure}"
+
+
+def _first_problem(results: Sequence[JSON]) -> str | None:
+    return next((result["problem"] for result in results if "problem" in result), None)
+
+
+def foresee(header: Manifest, plan: Plan) -> Manifest:
+    """Return what `assemble` is going to, but for what only who writes a file can know.
+
+    Parameters
+    ----------
+    header : Manifest
+        All of it but files and arrays.
+    plan : Plan
+        Who writes what.
+
+    Returns
+    -------
+    Manifest
+        With all that a view needs; without bytes, sizes and digests.
+    """
+    files = []
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in plan.kinds}
+    dtypes = {name: dtype_of(kind.dtype) for name, kind in plan.kinds.items()}
+    for rank, assignment in enumerate(plan.assignments):
+        outlines = (Outline(part.name, part.box, dtypes[part.name]) for part in assignment)
+        ordered, datasets, places = lay_out(outlines)
+        shapes = {name: StoredDataset(0, shape) for name, (shape, _) in datasets.items()}
+        files.append(StoredFile(shard_name(rank), 0, shapes))
+        for part, (dataset, first) in zip(ordered, places, strict=True):
+            boxes[part.name].append(StoredBox(part.box, rank, dataset, first, b""))
+    return replace(header, files=tuple(files), arrays=_arrays(plan.kinds, boxes))
+
+
+def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON]) -> Manifest:
+    """Put a manifest together.
+
+    Parameters
+    ----------
+    header : Manifest
+        All of it but files and arrays.
+    kinds : mapping of str to Kind
+        What the arrays are.
+    results : sequence of JSON value
+        What `report_of` says of each file, by rank.
+
+    Returns
+    -------
+    Manifest
+        Complete.
+    """
+    files: list[StoredFile] = []
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in kinds}
+    for result in results:
+        if "file" in result:
+            name, size, datasets = result["file"]
+            places = {key: StoredDataset(byte, tuple(shp)) for key, (byte, shp) in datasets.items()}
+            files.append(StoredFile(name, size, places))
+        for array, entry in result["boxes"]:
+            boxes[array].append(StoredBox.from_json(entry | {"file": len(files) - 1}))
+    arrays = _arrays(kinds, boxes)
+    created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return replace(header, created=created, files=tuple(files), arrays=arrays)
+
+
+def _arrays(
+    kinds: Mapping[str, Kind], boxes: Mapping[str, Sequence[StoredBox]]
+) -> dict[str, StoredArray]:
+    return {
+        name: StoredArray(dtype_of(kind.dtype), kind.shape, tuple(boxes[name]))
+        for name, kind in kinds.items()
+    }
+
+
+def _packed(value: JSON) -> Array:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _unpacked(data: Array) -> JSON:
+    return json.loads(data.tobytes())

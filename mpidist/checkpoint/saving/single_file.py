@@ -1,0 +1,169 @@
+"""One file for all ranks, written together through HDF5's driver for MPI.
+
+[Note: writing together] HDF5 can also make a file, and write into it, with all ranks at once. But
+what fails on one rank then (HDF5 1.10.8 on MPICH 4.0.2, a full disk) is an error there and nowhere
+else, and the others wait for that rank for ever. So rank 0 makes the file, with all datasets in
+their places, and all ranks open it; then each writes its parts by itself, and they close it. Little
+is lost: parts that do not interleave, as parts of rows, an MPI library writes by themselves anyway.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays.boxes import Box, boxes_of_at_most
+from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.files import naming, publish, temporary
+from mpidist.checkpoint.format.manifest import (
+    ID_DATASET,
+    StoredBox,
+    StoredDataset,
+    StoredFile,
+    dtype_of,
+)
+from mpidist.checkpoint.saving.plan import Kind
+from mpidist.checkpoint.saving.worker import done_here
+from mpidist.checkpoint.saving.writing import Piece, Written
+from mpidist.collectives import barrier, broadcast_object
+from mpidist.errors import BackendUnavailableError
+from mpidist.group import ProcessGroup
+
+__all__ = ["SINGLE_FILE", "check_single_file", "write_together"]
+
+SINGLE_FILE = "arrays.h5"
+
+_BLOCK = 1 << 23
+"""Most bytes that a rank gives to one write; they are copied if they do not lie side by side."""
+
+
+def check_single_file(group: ProcessGroup) -> None:
+    """Raise BackendUnavailableError unless the ranks of a group can write one file."""
+    _ = group.mpi_comm  # raises
+    if not hdf5.has_mpi():
+        found = " and ".join(f"{name} {version}" for name, version in hdf5.versions().items())
+        raise BackendUnavailableError(
+            f"single_file=True: this h5py was built without MPI ({found}); build one with the MPI "
+            "library of the job (CC=mpicc HDF5_MPI=ON pip install --no-binary=h5py h5py), or save "
+            "one file per rank"
+        )
+
+
+def write_together(
+    path: Path,
+    taken: Future[list[Piece]],
+    kinds: Mapping[str, Kind],
+    attributes: Mapping[str, str | int],
+    group: ProcessGroup,
+) -> Written:
+    """Write one file with the pieces of all ranks.
+
+    Parameters
+    ----------
+    path : Path
+        Its directory must exist.
+    taken : Future of list of Piece
+        What this rank writes, or why it cannot; over.
+    kinds : mapping of str to Kind
+        All arrays, the same on all ranks, in the same order.
+    attributes : mapping of str to (str or int)
+        Of the file; the same on all ranks.
+    group : ProcessGroup
+        The ranks.
+
+    Returns
+    -------
+    Written
+        When the file is closed on all ranks and synced on this one; on rank 0, which tells of the
+        file itself, when it also has its name.
+
+    Raises
+    ------
+    OSError
+        On a rank that could not write; the others return.
+    Exception
+        What `taken` holds.
+
+    Notes
+    -----
+    Collective over `group`. Memory: one block of 8 MiB, and what the MPI library takes. See
+    [Note: writing together].
+    """
+    part = temporary(path)
+    made = done_here(_make, part, kinds, attributes) if group.rank == 0 else None
+    if broadcast_object(made is not None and made.exception() is not None, group):
+        if made is not None:
+            made.result()  # raises
+        return Written(None, [])
+    filled = done_here(_fill, part, taken, attributes, group)
+    barrier(group)  # from here on nobody needs the temporary name
+    filled.result()
+    boxes = [
+        (piece.name, _stored(piece, kinds[piece.name].shape))
+        for piece in taken.result()
+        if not piece.box.empty
+    ]
+    if made is None:
+        return Written(None, boxes)
+    size = part.stat().st_size
+    publish(part, path)
+    return Written(StoredFile(path.name, size, made.result()), boxes)
+
+
+def _make(
+    path: Path, kinds: Mapping[str, Kind], attributes: Mapping[str, str | int]
+) -> dict[str, StoredDataset]:
+    """Make the file, and return its datasets, but for empty ones, in which no box lies."""
+    datasets = [(name, kind.shape, dtype_of(kind.dtype)) for name, kind in kinds.items()]
+    identity = _identity(attributes)
+    datasets.append((ID_DATASET, identity.shape, identity.dtype))
+    begins = hdf5.create_file(path, datasets, attributes)
+    return {
+        name: StoredDataset(begins[name], shape) for name, shape, _ in datasets if 0 not in shape
+    }
+
+
+def _identity(attributes: Mapping[str, str | int]) -> Array:
+    return np.frombuffer(str(attributes["id"]).encode(), np.uint8)
+
+
+def _fill(
+    path: Path,
+    taken: Future[list[Piece]],
+    attributes: Mapping[str, str | int],
+    group: ProcessGroup,
+) -> None:
+    """Write, close and sync the file."""
+    with hdf5.shared_file(path, group.mpi_comm) as file:
+        if group.rank == 0:
+            identity = _identity(attributes)
+            file.write(ID_DATASET, Box.whole(identity.shape), identity)
+        for piece in taken.result():
+            if piece.box.empty:
+                continue
+            for box in boxes_of_at_most(piece.box, _BLOCK // piece.dtype.itemsize):
+                file.write(piece.name, box, _elements(piece, box))
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _elements(piece: Piece, box: Box) -> Array:
+    """Return the elements of a part of a piece, as they are stored."""
+    index: Any = (*box.relative_to(piece.box).slices, ...)  # a view, also of a 0-d array
+    return np.ascontiguousarray(piece.data[index], piece.dtype.newbyteorder("<"))
+
+
+def _stored(piece: Piece, shape: Sequence[int]) -> StoredBox:
+    """Return what the manifest says of a piece: a region of the array's dataset."""
+    first = int(np.ravel_multi_index(piece.box.offsets, tuple(shape)))
+    return StoredBox(piece.box, 0, piece.name, first, piece.digests())

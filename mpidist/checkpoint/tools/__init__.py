@@ -1,0 +1,1 @@
+"""Tools that work on checkpoints without ranks: verify, prune, reshard, export."""

@@ -1,0 +1,278 @@
+"""Look at checkpoints, and change them, without any ranks.
+
+PATH is a directory of checkpoints, or the directory of one step in it. The exit code is 0 if all is
+well, 1 if something is wrong with a checkpoint, two differ, or list finds no complete one, and 2 if
+it cannot be done as asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from mpidist.checkpoint import directory
+from mpidist.checkpoint.directory import Checkpoint, find, step_of
+from mpidist.checkpoint.format.limits import printable
+from mpidist.checkpoint.format.manifest import JSON, encode
+from mpidist.checkpoint.paths import absolute
+from mpidist.checkpoint.tools.arguments import (
+    add_diff,
+    add_export,
+    add_import,
+    add_list,
+    add_prune,
+    add_reshard,
+    add_show,
+    add_verify,
+)
+from mpidist.checkpoint.tools.differences import compare
+from mpidist.checkpoint.tools.exporting import export_to, import_from
+from mpidist.checkpoint.tools.progress import progress_bar
+from mpidist.checkpoint.tools.pruning import prunable, prune, statuses
+from mpidist.checkpoint.tools.resharding import reshard
+from mpidist.checkpoint.tools.text import (
+    fields_of,
+    row_of,
+    tell_arrays,
+    tell_boxes,
+    tell_differences,
+    tell_directory,
+    tell_one,
+    tell_ranks,
+    tell_size,
+)
+from mpidist.checkpoint.tools.verifying import verify
+from mpidist.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMissingShardError,
+    DistributedError,
+)
+from mpidist.usage import write_once
+
+__all__ = ["configure", "run"]
+
+
+class _Outcome(NamedTuple):
+    """What an action has found: as JSON, as lines of text, and its exit code."""
+
+    fields: JSON
+    lines: Iterable[str]
+    code: int = 0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add what can be done with checkpoints."""
+    parser.description = __doc__
+    choices = parser.add_subparsers(title="what to do", dest="action", required=True)
+    for name, (_, text, arguments, long) in _ACTIONS.items():
+        own = choices.add_parser(name, help=text, description=text)
+        arguments(own)
+        own.add_argument("--json", action="store_true", help="print everything, as JSON")
+        if long:
+            own.add_argument(
+                "--no-progress",
+                dest="progress",
+                action="store_false",
+                help="no bar, which is shown on a terminal only",
+            )
+
+
+def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+    """Do it.
+
+    Parameters
+    ----------
+    options : Namespace
+        What the parser of `configure` made.
+    words : sequence of str
+        The command line, of which nothing is told.
+
+    Returns
+    -------
+    int
+        Exit code: 0; 1 if something is wrong with a checkpoint, or two differ; 2 if it cannot be
+        done as asked.
+    """
+    del words
+    try:
+        outcome = _ACTIONS[options.action].act(options)
+        if options.json:
+            text = json.dumps(encode(outcome.fields), indent=1, allow_nan=False)
+        else:
+            # Whatever wrote the files: nothing in them shall control the terminal.
+            text = "\n".join(map(printable, outcome.lines))
+    except (CheckpointCorruptError, CheckpointMissingShardError) as error:
+        return _refuse(options, error, 1)
+    except (DistributedError, OSError, ValueError) as error:
+        return _refuse(options, error, 2)
+    sys.stdout.write(f"{text}\n")
+    return outcome.code
+
+
+def _refuse(options: argparse.Namespace, error: Exception, code: int) -> int:
+    text = "\n".join(map(printable, str(error).split("\n")))
+    write_once(f"checkpoint {options.action}: {text}\n")
+    return code
+
+
+def _list(options: argparse.Namespace) -> _Outcome:
+    path = absolute(options.path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory {path}")
+    partial = directory.partial(path)
+    steps = [*(found.directory for found in directory.list(path)), *partial]
+    rows = [row_of(each, partial=each in partial) for each in sorted(steps, key=step_of)]
+    lines = [*tell_directory(rows)] if rows else []
+    if all(row["state"] == "partial" for row in rows):
+        return _Outcome(rows, [*lines, f"there is no complete checkpoint in {path}"], 1)
+    return _Outcome(rows, lines)
+
+
+def _show(options: argparse.Namespace) -> _Outcome:
+    found = _found(options.path, options.step)
+    lines = [*tell_one(found), *(["", *tell_boxes(found)] if options.boxes else ())]
+    return _Outcome(fields_of(found), lines)
+
+
+def _verify(options: argparse.Namespace) -> _Outcome:
+    found = _found(options.path, options.step)
+    with progress_bar(_size(found), "verify", show=options.progress) as progress:
+        errors = verify(found.directory.parent, step=found.step, progress=progress)
+    fields = {
+        "directory": str(found.directory),
+        "whole": not errors,
+        "errors": [{"kind": type(error).__name__, "message": str(error)} for error in errors],
+    }
+    if errors:
+        return _Outcome(fields, [str(error) for error in errors], 1)
+    return _Outcome(fields, [f"{found.directory} is whole: {tell_arrays(found)}"])
+
+
+def _diff(options: argparse.Namespace) -> _Outcome:
+    first, second = (_found(path, options.step) for path in (options.first, options.second))
+    with progress_bar(_size(first), "diff", show=options.progress) as progress:
+        differences = compare(first, second, progress=progress)
+    fields = {
+        "first": str(first.directory),
+        "second": str(second.directory),
+        "differences": [asdict(difference) for difference in differences],
+    }
+    return _Outcome(fields, tell_differences(first, second, differences), int(bool(differences)))
+
+
+def _reshard(options: argparse.Namespace) -> _Outcome:
+    found = _found(options.path, options.step)
+    with progress_bar(_size(found), "reshard", show=options.progress) as progress:
+        new = reshard(
+            found.directory.parent,
+            options.destination,
+            options.ranks,
+            step=found.step,
+            progress=progress,
+        )
+    return _made(new)
+
+
+def _prune(options: argparse.Namespace) -> _Outcome:
+    act = prunable if options.dry_run else prune
+    removed = act(options.path, keep=options.keep, stale=options.stale)
+    damaged = [s for s in statuses(options.path) if s.problem and s.directory not in removed]
+    verb = "would remove" if options.dry_run else "removed"
+    fields = {
+        "dry_run": options.dry_run,
+        "removed": [str(each) for each in removed],
+        "damaged": [str(state.directory) for state in damaged],
+    }
+    lines = [f"{verb} {each}" for each in removed] or ["nothing to remove"]
+    lines += [f"does not count: {state.problem}" for state in damaged]
+    return _Outcome(fields, lines)
+
+
+def _export(options: argparse.Namespace) -> _Outcome:
+    found = _found(options.path, options.step)
+    with progress_bar(_size(found), "export", show=options.progress) as progress:
+        export_to(options.file, found, progress=progress)
+    nbytes = options.file.stat().st_size
+    fields = {"file": str(options.file), "step": found.step, "bytes": nbytes}
+    return _Outcome(fields, [f"{options.file}: step {found.step}, {tell_size(nbytes)}"])
+
+
+def _import(options: argparse.Namespace) -> _Outcome:
+    with progress_bar(None, "import", show=options.progress) as progress:
+        new = import_from(options.file, options.path, step=options.step, progress=progress)
+    return _made(new)
+
+
+def _made(new: Checkpoint) -> _Outcome:
+    fields = {
+        "directory": str(new.directory),
+        "step": new.step,
+        "ranks": new.world_size,
+        "bytes": new.nbytes,
+    }
+    return _Outcome(fields, [f"{new.directory}: {tell_ranks(new)}, {tell_arrays(new)}"])
+
+
+def _found(path: Path, step: int | str | None) -> Checkpoint:
+    """Return the checkpoint of a path, which may be that of the directory of its step."""
+    where = path if path.name not in ("", "..") else path.resolve()
+    try:
+        own = step_of(where)
+    except ValueError:
+        return find(path, "latest" if step is None else step)
+    if step not in (None, own):
+        raise ValueError(f"{path} is the directory of one step; leave out --step {step}")
+    return find(where.parent, own)
+
+
+def _size(found: Checkpoint) -> int | None:
+    """Return how many bytes its arrays have, if it says so."""
+    try:
+        return found.nbytes
+    except CheckpointError:
+        return None
+
+
+class _Action(NamedTuple):
+    """Something to do: the function, its help, its arguments, and whether it may take long."""
+
+    act: Callable[[argparse.Namespace], _Outcome]
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    long: bool
+
+
+_ACTIONS: Mapping[str, _Action] = {
+    "list": _Action(
+        _list, "say which checkpoints are there, complete or in part", add_list, long=False
+    ),
+    "show": _Action(
+        _show, "say what is in one: arrays, values, metadata, versions", add_show, long=False
+    ),
+    "verify": _Action(
+        _verify, "read all of one, and say all that is wrong with it", add_verify, long=True
+    ),
+    "diff": _Action(_diff, "say in what two of them differ", add_diff, long=True),
+    "reshard": _Action(
+        _reshard,
+        "write one anew, split over another number of ranks",
+        add_reshard,
+        long=True,
+    ),
+    "prune": _Action(
+        _prune,
+        "remove all but the newest ones, and what killed saves have left",
+        add_prune,
+        long=False,
+    ),
+    "export": _Action(_export, "write one as a file of safetensors or npz", add_export, long=True),
+    "import": _Action(
+        _import, "make a file of safetensors or npz a checkpoint", add_import, long=True
+    ),
+}

@@ -1,0 +1,162 @@
+"""`prune`: removes old checkpoints and what killed saves have left, never the last good one."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from mpidist.checkpoint.directory import Checkpoint, looking, partial, remove, step_of
+from mpidist.checkpoint.directory import list as complete_in
+from mpidist.checkpoint.format.manifest import MANIFEST, Manifest
+from mpidist.checkpoint.loading.reading import check_sizes
+from mpidist.checkpoint.paths import absolute
+from mpidist.checkpoint.saving.running import is_being_written, was_written_last
+from mpidist.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointIncompatibleError,
+    CheckpointMissingShardError,
+    CheckpointNotFoundError,
+)
+
+__all__ = ["STALE", "StepStatus", "prunable", "prune", "statuses"]
+
+STALE = 3600.0
+"""Seconds without a change after which a directory without a manifest is taken for what a killed
+job has left, and not for a save that is being written."""
+
+
+class StepStatus(NamedTuple):
+    """What a step that has a manifest looks like.
+
+    Attributes
+    ----------
+    directory : Path
+        Of the step.
+    committed : float
+        When its manifest was written, in seconds since 1970: as the manifest says, or, where that
+        is damaged, as the file system does.
+    problem : CheckpointError or None
+        What is wrong, as far as manifest and sizes of files tell; None if it is whole.
+    """
+
+    directory: Path
+    committed: float
+    problem: CheckpointError | None
+
+
+def prune(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -> list[Path]:
+    """Remove all checkpoints but the newest whole ones, and what killed saves have left.
+
+    Parameters
+    ----------
+    path : path
+        Where `save` puts them.
+    keep : int
+        How many whole ones stay, at least 1: those that were committed last, whatever their steps.
+        One whose files are not all there, or do not have their sizes, does not count; it is
+        removed when `keep` whole ones are newer.
+    stale : float, optional
+        Seconds without a change after which a directory without a manifest counts as left by a
+        killed save: it may be a save under way.
+
+    Returns
+    -------
+    list of Path
+        What was removed, by step. Never what this process is saving, nor what it has saved last.
+
+    Raises
+    ------
+    ValueError
+        If `keep` is less than 1.
+    CheckpointError
+        If something could not be looked at, or not be removed.
+
+    Notes
+    -----
+    Local: to be called on one rank. Reads the manifests, each once in a process, and asks for the
+    sizes of all files. The manifest goes first, so that whoever is killed here leaves no checkpoint
+    that looks complete.
+    """
+    directories = prunable(path, keep=keep, stale=stale)
+    for directory in directories:
+        remove(directory)
+    return directories
+
+
+def prunable(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -> list[Path]:
+    """Return what `prune` would remove, by step."""
+    if keep < 1:
+        raise ValueError(f"prune: keep must be at least 1, got {keep}; at least one must stay")
+    where = absolute(path)
+    there = statuses(where)
+    whole = [state for state in there if state.problem is None]
+    old = there[: there.index(whole[-keep])] if len(whole) >= keep else []
+    removable = [
+        state.directory
+        for state in old
+        if not isinstance(state.problem, CheckpointIncompatibleError)  # a later mpidist's
+        and not was_written_last(state.directory)
+    ]
+    with looking(where):
+        removable += [directory for directory in partial(where) if _age(directory) >= stale]
+    return sorted((d for d in removable if not is_being_written(d)), key=step_of)
+
+
+def statuses(path: str | os.PathLike[str]) -> list[StepStatus]:
+    """Return what the steps of a directory that have a manifest look like, the newest last.
+
+    Raises
+    ------
+    CheckpointError
+        If something cannot be looked at.
+    """
+    where = absolute(path)
+    with looking(where):
+        found = [state for each in complete_in(where) if (state := _status(each)) is not None]
+    return sorted(found, key=lambda state: (state.committed, step_of(state.directory)))
+
+
+def _status(found: Checkpoint) -> StepStatus | None:
+    """Return what a step looks like; None if it has gone meanwhile."""
+    try:
+        status = (found.directory / MANIFEST).stat()
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        try:
+            committed, sizes = _summary(found.directory, stamp)
+            check_sizes(found.directory, sizes)
+        except _DAMAGE as error:
+            return StepStatus(found.directory, status.st_mtime, error)
+    except (FileNotFoundError, CheckpointNotFoundError):
+        return None
+    return StepStatus(found.directory, committed, None)
+
+
+_DAMAGE = (CheckpointCorruptError, CheckpointIncompatibleError, CheckpointMissingShardError)
+
+
+@lru_cache(maxsize=64)
+def _summary(directory: Path, stamp: object) -> tuple[float, tuple[tuple[str, int], ...]]:
+    """Return when a manifest was written, and the files that it names with their sizes."""
+    del stamp  # a manifest of another one is another manifest
+    manifest: Manifest = Checkpoint(directory).manifest
+    try:
+        committed = datetime.fromisoformat(manifest.created).timestamp()
+    except ValueError as error:
+        raise CheckpointCorruptError(
+            f"{directory / MANIFEST} says that it was written at {manifest.created!r}"
+        ) from error
+    return committed, tuple((file.name, file.size) for file in manifest.files)
+
+
+def _age(directory: Path) -> float:
+    """Return the seconds since something in a directory changed."""
+    try:
+        times = [entry.stat().st_mtime for entry in (directory, *directory.iterdir())]
+    except FileNotFoundError:  # it is being written, or removed, right now
+        return 0.0
+    return time.time() - max(times)

@@ -1,0 +1,196 @@
+"""What the command line says of checkpoints."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mpidist._columns import columns
+from mpidist.checkpoint.directory import Checkpoint, step_of
+from mpidist.checkpoint.format.manifest import JSON
+from mpidist.checkpoint.tools.differences import Difference
+from mpidist.errors import CheckpointError
+
+__all__ = [
+    "fields_of",
+    "row_of",
+    "tell_arrays",
+    "tell_boxes",
+    "tell_differences",
+    "tell_directory",
+    "tell_one",
+    "tell_ranks",
+    "tell_size",
+]
+
+
+def row_of(directory: Path, *, partial: bool) -> dict[str, JSON]:
+    """Return what `list` says of the directory of a step."""
+    row: dict[str, JSON] = {"step": step_of(directory), "directory": str(directory)}
+    if partial:
+        return row | {"state": "partial"}
+    try:
+        found = Checkpoint(directory)
+        return row | {
+            "state": "complete",
+            "created": found.created,
+            "ranks": found.world_size,
+            "arrays": len(found.arrays),
+            "values": len(found.values),
+            "bytes": found.nbytes,
+        }
+    except CheckpointError as error:
+        return row | {"state": "damaged", "problem": str(error)}
+
+
+def tell_directory(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
+    """Yield a table of the steps of a directory."""
+    yield from columns(
+        ("step", "saved", "ranks", "arrays", "size", "state"),
+        [
+            (
+                str(row["step"]),
+                _date(row["created"]) if "created" in row else "",
+                str(row.get("ranks", "")),
+                str(row.get("arrays", "")),
+                tell_size(row["bytes"]) if "bytes" in row else "",
+                row["state"],
+            )
+            for row in rows
+        ],
+        left=1,
+    )
+    yield from (f"step {row['step']}: {row['problem']}" for row in rows if "problem" in row)
+
+
+def fields_of(found: Checkpoint) -> dict[str, JSON]:
+    """Return what `show` says of a checkpoint."""
+    return {
+        "directory": str(found.directory),
+        "step": found.manifest.step,
+        "created": found.created,
+        "id": found.manifest.id,
+        "ranks": found.world_size,
+        "bytes": found.nbytes,
+        "versions": dict(found.versions),
+        "metadata": found.metadata,
+        "values": dict(found.values),
+        "files": {file.name: file.size for file in found.manifest.files},
+        "arrays": {
+            name: {
+                "dtype": str(array.dtype),
+                "shape": array.shape,
+                "boxes": [
+                    {
+                        "offsets": stored.box.offsets,
+                        "sizes": stored.box.sizes,
+                        "file": found.manifest.files[stored.file].name,
+                        "dataset": stored.dataset,
+                    }
+                    for stored in array.boxes
+                ],
+            }
+            for name, array in found.arrays.items()
+        },
+    }
+
+
+def tell_one(found: Checkpoint) -> Iterator[str]:
+    """Yield all that is known of a checkpoint, but for the elements of its arrays."""
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    files = found.manifest.files
+    yield f"{found.directory}: step {found.manifest.step}, saved {_date(found.created)}"
+    yield f"  by {tell_ranks(found)}, in {_count(len(files), 'file')}"
+    yield f"  with {versions}"
+    yield f"  metadata {json.dumps(found.metadata)}"
+    if found.values:
+        yield ""
+        yield _count(len(found.values), "value")
+        for name, value in sorted(found.values.items()):
+            yield f"  {name} = {_short(json.dumps(value))}"
+    yield ""
+    yield tell_arrays(found)
+    if found.arrays:
+        yield from columns(
+            ("size", "boxes", "array", "dtype", "shape"),
+            [
+                (
+                    tell_size(array.nbytes),
+                    str(len(array.boxes)),
+                    name,
+                    str(array.dtype),
+                    str(builtins.list(array.shape)),
+                )
+                for name, array in sorted(found.arrays.items())
+            ],
+            left=3,
+        )
+
+
+def tell_boxes(found: Checkpoint) -> Iterator[str]:
+    """Yield a table of where each part of each array lies."""
+    rows = [
+        (
+            name,
+            "["
+            + ", ".join(f"{o}:{s}" for o, s in zip(b.box.offsets, b.box.stops, strict=True))
+            + "]",
+            found.manifest.files[b.file].name,
+            b.dataset,
+            str(b.first),
+        )
+        for name, array in sorted(found.arrays.items())
+        for b in array.boxes
+    ]
+    yield from columns(("array", "box", "file", "dataset", "from element"), rows, left=5)
+
+
+def tell_differences(
+    first: Checkpoint, second: Checkpoint, found: Sequence[Difference]
+) -> Iterator[str]:
+    """Yield what two checkpoints do not have in common."""
+    yield f"first   {first.directory}"
+    yield f"second  {second.directory}"
+    yield ""
+    if found:
+        rows = [(each.kind, each.name, each.words) for each in found]
+        yield from columns(("what", "name", "difference"), rows, left=3)
+    else:
+        yield f"the same: {tell_arrays(first)}"
+
+
+def tell_arrays(found: Checkpoint) -> str:
+    """Return how many arrays a checkpoint has, and their size."""
+    return f"{_count(len(found.arrays), 'array')}, {tell_size(found.nbytes)}"
+
+
+def tell_ranks(found: Checkpoint) -> str:
+    """Return how many ranks saved a checkpoint."""
+    return _count(found.world_size, "rank")
+
+
+def tell_size(nbytes: int) -> str:
+    """Return a number of bytes as people write it."""
+    size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{nbytes} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _date(created: str) -> str:
+    """Return a date of a manifest without its fractions."""
+    return f"{created[:19].replace('T', ' ')} UTC"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
+
+
+_LONG = 90

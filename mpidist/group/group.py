@@ -1,0 +1,553 @@
+"""Who we are: the ranks of a group, the groups made of them, and the memory that they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpidist._arguments import whole_number
+from mpidist._types import Array, ReduceOp
+from mpidist.arrays.namespaces import device_empty, is_host
+from mpidist.backends.base import Backend, Capabilities
+from mpidist.backends.crossovers import Crossovers
+from mpidist.errors import (
+    BackendUnavailableError,
+    CollectiveMismatchError,
+    InvalidRankError,
+    SizeMismatchError,
+    UnsupportedOperationError,
+)
+from mpidist.group.operations import Operations
+from mpidist.group.pending import Plan
+
+if TYPE_CHECKING:
+    import logging
+
+    import numpy.typing as npt
+
+    from mpidist.backends.device.base import DeviceBackend
+    from mpidist.observe.watch import Watch
+
+__all__ = ["Layout", "ProcessGroup", "check_group"]
+
+
+def check_group(group: object, operation: str) -> None:
+    """Raise unless something is a group, and say how to make one of what it is.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        Before anything has been sent.
+    """
+    if isinstance(group, ProcessGroup):
+        return
+    kind = f"{type(group).__module__}.{type(group).__qualname__}"
+    if group is None:
+        got = (
+            "None, which split and new_group return on ranks that are not members: call it on the "
+            "members only"
+        )
+    elif isinstance(group, ReduceOp) and "reduce" in operation:
+        got = f"{group}: give the operation by name, {operation}(x, group, op={group.name})"
+    elif kind.startswith("mpi4py."):
+        got = f"a communicator ({kind}): make a group of it once, mpidist.init(comm=...)"
+    else:
+        got = f"{kind}"
+    raise UnsupportedOperationError(
+        f"{operation}: the group must be a ProcessGroup, as mpidist.init() returns it, or split or "
+        f"new_group of one; got {got}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which node each rank of the world is on.
+
+    Attributes
+    ----------
+    nodes : tuple of int
+        Node of each rank of the world, counted from 0 in the order of their first ranks.
+    """
+
+    nodes: tuple[int, ...]
+
+    def of(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Return the node of each of these ranks, counted anew from 0."""
+        order: dict[int, int] = {}
+        return tuple(order.setdefault(self.nodes[rank], len(order)) for rank in ranks)
+
+
+class ProcessGroup(Operations):
+    """A group of ranks that call the same collectives.
+
+    Made by `mpidist.init`, `split`, `new_group` and `duplicate`; closed by `close`, or at the end
+    of a ``with`` block. A group is used by one thread at a time.
+
+    Attributes
+    ----------
+    rank, size : int
+        This process's rank in the group, and the number of ranks.
+    ranks : tuple of int
+        The rank in the world of each member.
+    name : str
+        For messages.
+    local_rank, local_size : int
+        Rank among, and number of, the members on this node.
+    node_rank, num_nodes : int
+        This node among, and number of, the nodes of the members.
+    timeout : float
+        Seconds after which a wait fails and the group is broken.
+    warn_after : float
+        Seconds after which a wait logs a warning, and again at each doubling.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        name: str,
+        ranks: Sequence[int],
+        layout: Layout,
+        timeout: float,
+        warn_after: float,
+        watch: Watch,
+        identity: int = 0,
+    ) -> None:
+        super().__init__(
+            backend,
+            watch,
+            ranks,
+            name=name,
+            timeout=timeout,
+            warn_after=warn_after,
+            identity=identity,
+        )
+        self._layout = layout
+        self._related: dict[str, ProcessGroup | None] = {}
+        nodes = layout.of(self.ranks)
+        self.node_rank = nodes[self.rank]
+        self.num_nodes = max(nodes) + 1
+        self.local_rank = nodes[: self.rank].count(self.node_rank)
+        self.local_size = nodes.count(self.node_rank)
+        self._nodes = nodes
+
+    @classmethod
+    def over(
+        cls,
+        backend: Backend,
+        *,
+        name: str = "world",
+        timeout: float,
+        warn_after: float,
+        answers: bool = False,
+    ) -> ProcessGroup:
+        """Make the group of all ranks of a transport; collective over them.
+
+        Parameters
+        ----------
+        backend : Backend
+            The transport; the group closes it.
+        name : str, optional
+            For messages.
+        timeout, warn_after : float
+            Seconds; see the attributes.
+        answers : bool, optional
+            Whether a thread of this process answers ranks that want to know what it is doing.
+
+        Returns
+        -------
+        ProcessGroup
+            Its ranks are the ranks of the world.
+        """
+        ranks = range(backend.size)
+        lone = Layout((0,) * backend.size)
+        from mpidist.observe.watch import Watch
+
+        records = backend.record()
+        watch = Watch(backend.rank, backend.recorder, records)
+        options: dict[str, Any] = {"timeout": timeout, "warn_after": warn_after, "watch": watch}
+        group = cls(backend, name=name, ranks=ranks, layout=lone, **options)
+        numbers, identity = group._introduce(backend.node())
+        layout = Layout(tuple(numbers))
+        nodes = layout.of(ranks)
+        if answers:
+            from mpidist.observe.watch.helper import helper
+
+            helper().serve(watch, nodes)
+        watch.meet(nodes, group._cards(watch.card()))
+        return cls(backend, name=name, ranks=ranks, layout=layout, identity=identity, **options)
+
+    # -- facts ---------------------------------------------------------------------------------
+
+    @cached_property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """Logger whose messages carry group and rank."""
+        # Here, since few programs log: it is a part of the import that can be saved.
+        from mpidist.log import rank_logger
+
+        return rank_logger(self.name, self.rank, self.size)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this group's transport can do with host arrays."""
+        return self._backend.capabilities
+
+    @property
+    def device_capabilities(self) -> Capabilities | None:
+        """What it can do with device arrays; None where it carries none."""
+        return None if self._backend.device is None else self._backend.device.capabilities
+
+    @property
+    def backend(self) -> str:
+        """Name of the transport; ``"hybrid"`` where it carries device arrays, too."""
+        return self._backend.name if self._backend.device is None else "hybrid"
+
+    def transport_of(self, x: Array) -> Backend | DeviceBackend:
+        """Return what carries an array that has been checked."""
+        device = self._backend.device
+        return self._backend if device is None or is_host(x) else device
+
+    def check_device(self, x: Array, verb: str, name: str = "x") -> None:
+        """Raise unless this group carries this device array."""
+        device = self._backend.device
+        if device is None:
+            raise UnsupportedOperationError(
+                f"{verb} on {self}: {name} is a device array, and this group carries none: "
+                f"{self._backend.no_device}. Copy it to the host (cupy.asnumpy) first, or "
+                "set MPIDIST_ENABLE_GPU_FALLBACK=1 on all ranks before init, which does so for you"
+            )
+        device.check_place(x, f"{verb} on {self}: {name}")
+
+    def keep(self, x: Array) -> None:
+        """Hold a device array until what is on the current stream by now is done with it."""
+        if self._backend.device is not None:
+            self._backend.device.keep(x)
+
+    @property
+    def crossovers(self) -> Crossovers:
+        """From which sizes on this group takes which path; may be set, to the same on all ranks."""
+        return self._backend.crossovers
+
+    @crossovers.setter
+    def crossovers(self, sizes: Crossovers) -> None:
+        self._backend.take({1: sizes})
+
+    @property
+    def mpi_comm(self) -> Any:
+        """The mpi4py communicator of exactly these ranks, for calls that mpidist lacks.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If the group does not stand on MPI.
+        """
+        return self._backend.mpi_comm()
+
+    def rank_of(self, world_rank: int) -> int | None:
+        """Return the rank in this group of a rank of the world, or None for a non-member.
+
+        The other way round is ``group.ranks[rank]``. `InvalidRankError` if it is no integer.
+        """
+        try:
+            number = whole_number(world_rank)
+        except TypeError as error:
+            raise InvalidRankError(f"rank_of on {self}: {error}") from None
+        return self.ranks.index(number) if number in self.ranks else None
+
+    # -- making groups -------------------------------------------------------------------------
+
+    def split(
+        self, color: int | None, key: int = 0, *, name: str | None = None
+    ) -> ProcessGroup | None:
+        """Cut the group into one group per color.
+
+        Parameters
+        ----------
+        color : int or None
+            Ranks with the same color meet in one group; None takes part in none.
+        key : int, optional
+            Order in the new group; ties keep the order of this one.
+        name : str, optional
+            For messages.
+
+        Returns
+        -------
+        ProcessGroup or None
+            This rank's new group; None if its color was.
+
+        Notes
+        -----
+        Collective over the group; blocks.
+        """
+        self._check_color(color, key)
+        with self._performing("split") as waiter:
+            backend = self._backend.split(color, key, waiter=waiter)
+            if self._backend.device is not None:
+                device = self._backend.device.split(color, key, backend, waiter)
+                if backend is not None:
+                    backend.device = device
+        return None if backend is None else self._child(backend, name or f"{self.name}/{color}")
+
+    def new_group(self, ranks: Sequence[int], *, name: str | None = None) -> ProcessGroup | None:
+        """Make the group of some ranks.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            Ranks of this group in the order of the new one.
+        name : str, optional
+            For messages.
+
+        Returns
+        -------
+        ProcessGroup or None
+            The new group; None at once on a rank that is not a member.
+
+        Raises
+        ------
+        InvalidRankError
+            If a rank lies outside the group, is named twice or is no integer, or there is none. A
+            boolean mask is no list of ranks.
+
+        Notes
+        -----
+        Collective over `ranks` only, which block until all of them have come.
+        """
+        ranks = self._check_members(ranks)
+        if self.rank not in ranks:
+            return None
+        with self._performing(f"new_group({list(ranks)})", among=ranks) as waiter:
+            backend = self._backend.create(ranks, waiter=waiter)
+            if self._backend.device is not None:
+                backend.device = self._backend.device.create(backend)
+        label = name or f"{self.name}[{','.join(map(str, ranks))}]"
+        return self._child(backend, label)
+
+    def duplicate(self, name: str) -> ProcessGroup:
+        """Make another group of the same ranks, whose operations never meet this one's.
+
+        Collective over the group; blocks. A subsystem that communicates by itself uses one.
+        """
+        duplicate = self.split(0, self.rank, name=name)
+        assert duplicate is not None, "every rank gave color 0"
+        return duplicate
+
+    def node_group(self) -> ProcessGroup:
+        """Return the group of the members on this node; collective when first called."""
+        group = self._relative("node", self.node_rank)
+        assert group is not None, "every rank is on some node"
+        return group
+
+    def cross_group(self) -> ProcessGroup | None:
+        """Return the group of the members with this local rank, one per node.
+
+        Where nodes have different numbers of members, the first q of each node take part, q being
+        the smallest of these numbers; on the others it is None. Collective when first called.
+        """
+        smallest = min(self._nodes.count(node) for node in range(self.num_nodes))
+        return self._relative("cross", self.local_rank if self.local_rank < smallest else None)
+
+    def _relative(self, kind: str, color: int | None) -> ProcessGroup | None:
+        if kind not in self._related:
+            group = self.split(color, self.rank, name=f"{self.name}/{kind}")
+            self._related[kind] = group
+            self._closed_with += [] if group is None else [group]
+        return self._related[kind]
+
+    def _child(self, backend: Backend, name: str) -> ProcessGroup:
+        options: dict[str, Any] = {
+            "name": name,
+            "timeout": self.timeout,
+            "warn_after": self.warn_after,
+            "watch": self._watch,
+        }
+        backend.join(self._backend)
+        lone = Layout((0,) * backend.size)
+        group = ProcessGroup(backend, ranks=range(backend.size), layout=lone, **options)
+        ranks, identity = group._introduce(self.ranks[self.rank])
+        return ProcessGroup(backend, ranks=ranks, layout=self._layout, identity=identity, **options)
+
+    def _introduce(self, number: int) -> tuple[list[int], int]:
+        """Return a number of each rank, and an identity on which all agree."""
+        numbers = np.empty((self.size, 2), np.int64)
+        mine = np.array([number, int.from_bytes(os.urandom(7), "little")], np.int64)
+        counts = (mine.size,) * self.size
+        self.run(Plan("all_gather", (mine, numbers.reshape(-1), counts), lambda: None))
+        return numbers[:, 0].tolist(), int(numbers[0, 1])
+
+    def _cards(self, mine: bytes) -> list[bytes]:
+        """Return a few bytes of each rank, of the same length on all."""
+        cards = np.empty((self.size, len(mine)), np.uint8)
+        args = (np.frombuffer(mine, np.uint8), cards.reshape(-1), (len(mine),) * self.size)
+        self.run(Plan("all_gather", args, lambda: None))
+        return [card.tobytes() for card in cards]
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def empty(
+        self,
+        shape: int | Sequence[int],
+        dtype: npt.DTypeLike = np.float32,
+        *,
+        device: str | None = None,
+    ) -> Array:
+        """Make an array in memory on which the transport works directly.
+
+        On the host that is memory which the ranks of a node share, so that it need not be sent.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+            The same on all ranks.
+        dtype : dtype, optional
+            The same on all ranks.
+        device : {"cpu", "gpu"}, optional
+            Where it lies: on the host, which it does when omitted, or on the current device.
+
+        Returns
+        -------
+        Array
+            Not initialised. `all_reduce` in place, `broadcast` in place, `reduce_scatter` from it
+            and `all_gather` into it work on the memory of all ranks directly; everything else
+            treats it as any other array. It, and views of it, stay valid after `close`.
+
+        Raises
+        ------
+        CollectiveMismatchError
+            If the ranks ask for different numbers of bytes; on all of them, and nothing is made.
+        SizeMismatchError
+            If a length is negative.
+        BackendUnavailableError
+            If it is to lie on a GPU, and there is none.
+
+        Notes
+        -----
+        Collective over the group; blocks. Being registered is part of a collective call, as the
+        dtype is: all ranks pass the same place of the same array, or none does. Where there is no
+        shared memory (one rank per node, or none left) it is an ordinary array on all ranks. On the
+        device it is an ordinary array, too, and making it is local.
+        """
+        if device == "gpu":
+            from mpidist.backends.availability import why_no_gpu
+
+            reason = why_no_gpu()
+            if reason is not None:
+                raise BackendUnavailableError(f"empty on {self}: {reason}")
+            return device_empty(shape, dtype)
+        if device not in (None, "cpu"):
+            raise UnsupportedOperationError(
+                f"empty on {self}: device must be 'cpu' or 'gpu', got {device!r}"
+            )
+        memory = self._memory("empty", shape, dtype, self._backend.allocate)
+        if memory is None:
+            return np.empty(shape, dtype)
+        return memory.view(dtype).reshape(shape)
+
+    def shared(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array | None:
+        """Make one array that all ranks of the group see, where they share memory.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+            The same on all ranks.
+        dtype : dtype, optional
+            The same on all ranks.
+
+        Returns
+        -------
+        Array or None
+            Not initialised, and the same memory on every rank: what one writes, all read. None on
+            all ranks where there is no such memory. It stays valid after `close`.
+
+        Raises
+        ------
+        CollectiveMismatchError
+            If the ranks ask for different numbers of bytes; on all of them, and nothing is made.
+        SizeMismatchError
+            If a length is negative.
+
+        Notes
+        -----
+        Collective over the group; blocks. Usually asked of a `node_group`: over several nodes it is
+        None. A rank may read what another has written when both have passed a `barrier` since, and
+        write over what another has read likewise. Each rank provides an equal share of the pages.
+        Collectives take it as any other array, and no two ranks may receive in one place of it.
+        """
+        memory = self._memory("shared", shape, dtype, self._backend.share)
+        if memory is not None:
+            return memory.view(dtype).reshape(shape)
+        fresh = np.empty(shape, dtype)
+        return fresh if self.size == 1 or not fresh.nbytes else None
+
+    def _memory(
+        self,
+        operation: str,
+        shape: int | Sequence[int],
+        dtype: npt.DTypeLike,
+        make: Callable[..., Array | None],
+    ) -> Array | None:
+        """Make bytes for an array of this shape; None for no bytes, or where there are none."""
+        dtype = np.dtype(dtype)
+        shape = tuple(map(index, np.atleast_1d(np.asarray(shape, object))))
+        if any(length < 0 for length in shape):
+            raise SizeMismatchError(f"{operation} on {self}: no array has the shape {shape}")
+        nbytes = prod(shape) * dtype.itemsize
+        with self._performing(f"{operation} {dtype}{list(shape)}") as waiter:
+            # A block has parts of one size: with another stride, ranks would overlap.
+            mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
+            self._backend.run("all_gather", (mine, sizes, (1,) * self.size), waiter=waiter)
+            if (sizes != mine).any():
+                raise CollectiveMismatchError(
+                    "the ranks ask for arrays of different sizes, and nothing has been made; all "
+                    f"must give the same shape and dtype, here {shape} and {dtype}. Bytes by rank: "
+                    f"{sizes.tolist()}"
+                )
+            return make(nbytes, waiter=waiter) if nbytes else None
+
+    def _check_members(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Return different ranks of this group as plain numbers."""
+        try:
+            numbers = tuple(map(whole_number, ranks))
+        except TypeError:
+            numbers = ()
+        valid = all(0 <= rank < self.size for rank in numbers)
+        if not valid or len(set(numbers)) != len(numbers) or not numbers:
+            raise InvalidRankError(
+                f"new_group on {self}: ranks must be different ranks from 0 to {self.size - 1}, at "
+                f"least one; got {ranks}. The ranks of a mask are numpy.flatnonzero(mask)"
+            )
+        return numbers
+
+    def _check_color(self, color: int | None, key: int) -> None:
+        """Raise unless every MPI library takes these for a split."""
+        try:
+            valid = (color is None or 0 <= index(color) < 2**31) and abs(index(key)) < 2**31
+        except TypeError:
+            valid = False
+        if not valid:
+            raise UnsupportedOperationError(
+                f"split on {self}: color must be None or an integer from 0 to 2**31 - 1 and key an "
+                f"integer below 2**31; got color {color!r}, key {key!r}"
+            )
+
+    def print(self, *values: object, sep: str = " ") -> None:
+        """Print one line that says which rank speaks.
+
+        Parameters
+        ----------
+        *values : object
+            As for the built-in.
+        sep : str, optional
+            Between the values.
+        """
+        # One write per line: the lines of several ranks may mix, but not their characters.
+        text = sep.join(map(str, values))
+        line = f"[{self.name} {self.rank}/{self.size}] {text}\n"
+        print(line, end="", flush=True)  # noqa: T201  # this is what it is for

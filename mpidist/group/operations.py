@@ -1,0 +1,548 @@
+"""What the ranks of a group do together: operations are recorded, end, or break the group."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
+
+from mpidist._closing import Closing
+from mpidist._types import Array, ReduceOp
+from mpidist.arrays.namespaces import is_device
+from mpidist.backends.base import Backend
+from mpidist.backends.device.base import DeviceBackend, DeviceWork
+from mpidist.backends.work import Message, Steps
+from mpidist.errors import (
+    BackendUnavailableError,
+    CollectiveMismatchError,
+    GroupBrokenError,
+    LaunchError,
+    UnsupportedOperationError,
+)
+from mpidist.group.journal import Journal
+from mpidist.group.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers, Plan
+from mpidist.observe.recorder import Kind, caller
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from mpidist.observe.watch import Watch
+
+__all__ = ["Companion", "Operations", "abandon_groups", "broken_groups", "companions"]
+
+T = TypeVar("T")
+
+_MANY = 32
+"""Operations on host arrays that may be outstanding before a call polls them.
+
+A poll costs about a tenth of a small operation: programs that wait for theirs should not pay it.
+"""
+
+_BROKEN: list[Operations] = []
+# The buffers of a broken group may still be written by the transport. They live here, with their
+# group, until the process ends, and the exit handler sees that the job has to be aborted.
+
+
+_GROUPS: weakref.WeakSet[Operations] = weakref.WeakSet()
+
+
+def abandon_groups(transport: str, reason: str) -> None:
+    """Let no group of a transport be used any more, in a process that is no rank of it.
+
+    Parameters
+    ----------
+    transport : str
+        The name of its backend.
+    reason : str
+        Why, for the error that every verb raises from now on.
+    """
+    for group in tuple(_GROUPS):
+        if group._backend.name == transport and group._reason is None:
+            group._reason = reason
+
+
+def broken_groups() -> Sequence[Operations]:
+    """Return the groups that an error has broken in this process."""
+    return tuple(_BROKEN)
+
+
+class Companion(Protocol):
+    """What a subsystem keeps with a group, and has under way on it."""
+
+    def progress(self) -> None:
+        """Drive what is under way; must not block."""
+
+    def close(self) -> None:
+        """Wait for what is under way, and release what is held."""
+
+
+C = TypeVar("C", bound=Companion)
+
+_COMPANIONS: list[tuple[Operations, Companion]] = []
+
+
+def companions() -> Sequence[tuple[Operations, Companion]]:
+    """Return what must come to an end before this process does, and the groups it is kept with."""
+    return tuple(_COMPANIONS)
+
+
+class Operations(Closing):
+    """The operations of one group; the groups themselves are `ProcessGroup`.
+
+    Parameters
+    ----------
+    backend : Backend
+        The transport; closed with the group.
+    watch : Watch
+        Sees what the ranks of the world are doing.
+    ranks : sequence of int
+        The rank in the world of each member.
+    name : str
+        For messages.
+    timeout, warn_after : float
+        Seconds after which a wait fails, and after which it is reported.
+    identity : int
+        The same on all ranks, and on no other group.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        watch: Watch,
+        ranks: Sequence[int],
+        *,
+        name: str,
+        timeout: float,
+        warn_after: float,
+        identity: int,
+    ) -> None:
+        self.rank = backend.rank
+        self.size = backend.size
+        self.ranks = tuple(ranks)
+        self.name = name
+        self.timeout = timeout
+        self.warn_after = warn_after
+        self._backend = backend
+        self._watch = watch
+        self._journal = Journal(backend.recorder, name, identity)
+        self._identity = identity
+        # In the order in which `_release` polls them.
+        self._outstanding: OrderedDict[GroupWork[Any], None] = OrderedDict()
+        self._limit = _MANY
+        self._unseen: GroupWork[Any] | None = None
+        self._messages = 0
+        self._collectives = [0]
+        backend.follow(identity, self._collectives)
+        self._payloads = 0
+        self._reason: str | None = None
+        self._closed_with: list[Operations] = []
+        self._companions: dict[str, Companion] = {}
+        _GROUPS.add(self)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError(
+            f"{self} cannot be copied or pickled, nor can what holds it: it connects processes. "
+            "Pass it on as it is, or make another with duplicate(); of a DDP copy its module, "
+            "between two steps; of an optimizer its state_dict()"
+        )
+
+    def __repr__(self) -> str:
+        """Return name, rank and size, as messages show them."""
+        return f"group {self.name!r}, rank {self.rank} of {self.size}"
+
+    @property
+    def operations(self) -> int:
+        """How many operations this rank has begun on the group."""
+        return self._collectives[0] + self._messages
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def run(self, plan: Plan[T]) -> T:
+        """Perform a collective and return its result."""
+        if self._backend.device is not None and plan.on_device:
+            inner, waiter = self._begin_on_device(plan, Kind.BLOCKING)
+            inner.when_over(partial(self._journal.end, waiter.record))
+            try:
+                inner.order()
+            except BaseException as error:
+                self._failed(error, waiter)
+                raise
+            return plan.finish()
+        number = self._count(plan.verb)
+        journal = self._journal
+        name = journal.name_collective(
+            Kind.BLOCKING, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
+        )
+        record = journal.begin(name, number, caller(2))
+        waiter = self._waiter(plan.verb, record, name.call, plan)
+        try:
+            if self._watch.debug:
+                waiter.wait_for(self._backend.compare(waiter.describe()).done)
+            self._backend.run(plan.verb, plan.args, waiter=waiter)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        journal.end(record)
+        return plan.finish()
+
+    def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
+        """Perform an all_reduce in place if one like it has been prepared; else do nothing.
+
+        Returns
+        -------
+        bool
+            Whether it was done. A plan, its checks and a waiter cost more than a small sum.
+        """
+        sums = self._backend.sums
+        # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
+        if self._reason is not None or self._watch.debug:
+            return False
+        if self._backend.device is not None and is_device(x):
+            return self._repeat_on_device(self._backend.device, x, op)
+        if sums is None:
+            return False
+        prepared = sums.find(x, op)
+        if prepared is None:
+            return False
+        self._collectives[0] = number = self._collectives[0] + 1
+        journal = self._journal
+        name = prepared.name or journal.name_sum(prepared, x, op)
+        record = journal.begin(name, number, caller(2))
+
+        try:
+            prepared.run(x, x, partial(self._sum_waiter, x, op, record))
+        except BaseException as error:
+            self._failed(error, self._waiter("all_reduce", record))
+            raise
+        journal.end(record)
+        return True
+
+    def _sum_waiter(self, x: Array, op: ReduceOp, record: int) -> GroupWaiter:
+        """Return what waits for a sum in place that needed no plan."""
+        plan = Plan("all_reduce", (x, x, op), lambda: x, x.shape)
+        name = self._journal.name_collective(Kind.BLOCKING, plan.verb, plan.args, plan.shape)
+        return self._waiter(plan.verb, record, name.call, plan)
+
+    def _repeat_on_device(self, device: DeviceBackend, x: Array, op: ReduceOp) -> bool:
+        """Perform an all_reduce of a device array in place if it needs no plan."""
+        name = self._journal.name_device_sum(x, op)
+        number, record = self._collectives[0] + 1, 0
+
+        def waiter() -> GroupWaiter:
+            return self._waiter("all_reduce", record, number=number)
+
+        try:
+            work = device.repeat_sum(x, op, waiter)
+        except BaseException as error:
+            self._failed(error, waiter())
+            raise
+        if work is None:
+            return False
+        self._collectives[0] = number
+        record = self._journal.begin(name, number, caller(3))
+        work.when_over(partial(self._journal.end, record))
+        work.order()
+        return True
+
+    def start(self, plan: Plan[T]) -> GroupWork[T]:
+        """Start a collective and return at once."""
+        if self._backend.device is not None and plan.on_device:
+            begun, waiter = self._begin_on_device(plan, Kind.IMMEDIATE)
+            self._release(2)
+            return DeviceGroupWork(waiter, begun, plan.finish)
+        verb = f"i{plan.verb}"
+        number = self._count(verb)
+        name = self._journal.name_collective(
+            Kind.IMMEDIATE, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
+        )
+        record = self._journal.begin(name, number, caller(2))
+        waiter = self._waiter(verb, record, name.call, plan)
+        try:
+            if self._watch.debug:
+                inner = self._backend.begin_compared(plan.verb, plan.args, waiter.describe())
+            else:
+                inner = self._backend.begin(plan.verb, plan.args, waiter)
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        if len(self._outstanding) >= self._limit:
+            self._release_many()
+        return GroupWork(waiter, inner, plan.finish)
+
+    def _begin_on_device(self, plan: Plan[Any], kind: Kind) -> tuple[DeviceWork, GroupWaiter]:
+        """Put a collective on device arrays behind the current stream, and return at once."""
+        device = self._backend.device
+        assert device is not None, "asked before"
+        verb = plan.verb if kind is Kind.BLOCKING else f"i{plan.verb}"
+        number = self._count(verb)
+        name = self._journal.name_collective(
+            kind, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
+        )
+        record = self._journal.begin(name, number, caller(3))
+        waiter = self._waiter(verb, record, name.call, plan)
+        try:
+            if self._watch.debug:
+                # Also the immediate form meets here: what the device has begun cannot be undone.
+                waiter.wait_for(self._backend.compare(waiter.describe()).done)
+            device.prepare(waiter)
+            begun = device.begin(plan.verb, plan.args, waiter)
+        except (BackendUnavailableError, LaunchError):
+            # The ranks cannot be connected, all of them know, and nothing has begun.
+            self._journal.end(record, failed=True)
+            raise
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        if not device.compares_calls:
+            waiter.plan = None  # whoever waits long for the device need not hold the arrays
+        return begun, waiter
+
+    def start_messages(
+        self, sends: Sequence[Message], receives: Sequence[Message], finish: Callable[[], T]
+    ) -> DeviceGroupWork[T]:
+        """Put messages of device arrays behind the current stream, and return at once."""
+        device = self._backend.device
+        assert device is not None, "the arrays were checked"
+        peers = Peers(frozenset(message.peer for message in (*sends, *receives)))
+        waiter = self._message_waiter("exchange", "on the device", peers, caller(3))
+        try:
+            inner = device.exchange(sends, receives, waiter)
+        except UnsupportedOperationError:
+            # The ranks are not connected, on none of them, and nothing has begun.
+            self._journal.end(waiter.record, failed=True)
+            raise
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        self._release(2)
+        return DeviceGroupWork(waiter, inner, finish)
+
+    def _release(self, most: int) -> None:
+        """Release finished operations, which hold their arrays: nobody may ever wait for them.
+
+        Polls them in turn, also those behind one that lasts, until `most` in a row are not over.
+        """
+        outstanding, unfinished = self._outstanding, 0
+        while unfinished < min(most, len(outstanding)):
+            work = next(iter(outstanding))
+            if work._complete():
+                unfinished = 0
+            else:
+                outstanding.move_to_end(work)
+                unfinished += 1
+
+    def _release_many(self) -> None:
+        """Do so when many are outstanding, and again when half as many more have begun.
+
+        That makes two polls of an unfinished one for each that begins, and none in a program that
+        waits for its operations.
+        """
+        self._backend.progress()
+        self._release(_MANY)
+        self._limit = max(_MANY, len(self._outstanding) + _MANY // 2)
+
+    def _drive(self) -> None:
+        """Make progress while this rank waits; local, never blocks."""
+        self._backend.progress()
+        if self._outstanding:
+            self._release(1)
+
+    def start_steps(
+        self,
+        verb: str,
+        steps: Callable[[Backend], Steps],
+        finish: Callable[[], T],
+        *,
+        peers: Peers,
+        words: str = "",
+    ) -> GroupWork[T]:
+        """Start an operation of several phases among some ranks and return at once.
+
+        Parameters
+        ----------
+        verb : str
+            For messages.
+        steps, finish : callable
+            Return the operation's steps, and its result when they are over.
+        peers : Peers
+            The ranks that it depends on.
+        words : str, optional
+            What else there is to say of it.
+        """
+        waiter = self._message_waiter(verb, words, peers, caller(2))
+        try:
+            inner = self._backend.start(steps(self._backend))
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        if len(self._outstanding) >= self._limit:
+            self._release_many()
+        return GroupWork(waiter, inner, finish)
+
+    def next_payload(self) -> int:
+        """Return the number of the next lane for a message that follows its envelope."""
+        self._payloads += 1
+        return self._payloads
+
+    def _count(self, verb: str) -> int:
+        """Return the number of the collective that begins; the same on all ranks."""
+        if self._reason is not None:
+            self._check_usable(verb)
+        self._collectives[0] = number = self._collectives[0] + 1
+        return number
+
+    def _waiter(
+        self,
+        verb: str,
+        record: int,
+        digest: int = 0,
+        plan: Plan[Any] | None = None,
+        *,
+        number: int | None = None,
+    ) -> GroupWaiter:
+        """Return what waits for a collective, the one that was begun last when it has no number."""
+        collective = (self._identity, self._collectives[0] if number is None else number)
+        return GroupWaiter(self, verb, record, collective=collective, digest=digest, plan=plan)
+
+    def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
+        """Count an operation among some ranks, record it, and return what waits for it."""
+        self._check_usable(verb)
+        self._messages += 1
+        name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
+        record = self._journal.begin(name, self._messages, frame)
+        return GroupWaiter(self, verb, record, number=self._messages, peers=peers)
+
+    @contextmanager
+    def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
+        """Count and record what blocks and is no plan; yield what waits for it."""
+        frame = caller(3)
+        if among is None:
+            number = self._count(what)
+            # The rest of what it is differs legitimately, or is compared by itself.
+            name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
+            record = self._journal.begin(name, number, frame)
+            waiter = self._waiter(what, record, name.call)
+        else:
+            waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
+        try:
+            if self._watch.debug and among is None:
+                waiter.wait_for(self._backend.compare(waiter.describe()).done)
+            yield waiter
+        except BaseException as error:
+            self._failed(error, waiter)
+            raise
+        self._journal.end(waiter.record)
+
+    def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:
+        """Break the group on an error that may have left its ranks at different places."""
+        self._journal.end(waiter.record, failed=True)
+        # Of the latter all ranks know, and nothing has begun.
+        usable = isinstance(error, BackendUnavailableError)
+        if isinstance(error, CollectiveMismatchError):
+            self._name(error, waiter)
+            usable = error.usable
+        if not usable:
+            # Also an interrupt: the other ranks have gone on to the next operation.
+            self._break(error)
+
+    def _name(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
+        """Add operation and group to an error of the transport."""
+        if self._reason is None:
+            error.args = (f"{waiter.operation} on {self}: {error}",)
+
+    def companion(self, name: str, make: Callable[[], C]) -> C:
+        """Return what a subsystem keeps with this group, made when it is asked for first.
+
+        It is driven by `progress`, and closed before the group; collective if making it is.
+        """
+        if name not in self._companions:
+            self._companions[name] = made = make()
+            _COMPANIONS.append((self, made))
+        return cast("C", self._companions[name])
+
+    def progress(self) -> None:
+        """Drive what is under way as far as it can go now; local, never blocks.
+
+        MPI makes no progress by itself: a loop that computes for long while operations are
+        outstanding calls this now and then.
+        """
+        self._check_usable("progress")
+        self._backend.progress()
+        if self._backend.device is not None:
+            self._backend.device.idle()
+        for work in tuple(self._outstanding):
+            work._complete()
+        for companion in tuple(self._companions.values()):
+            companion.progress()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Finish what is under way within the deadline and release the group.
+
+        Raises
+        ------
+        DistributedError
+            If an operation that nobody waited for failed, now or before; the group is closed all
+            the same.
+
+        Notes
+        -----
+        Local, but waits for the group's outstanding operations and saves, if it has any. Closing
+        twice is allowed; a broken group is not waited for.
+        """
+        if self._reason is not None:
+            return
+        failed = self._finish()
+        if self._backend.device is not None and self._reason is None:
+            try:
+                with self._performing("close", among=[self.rank]) as waiter:
+                    waiter.wait_for(self._backend.device.idle)
+            except Exception as error:  # noqa: BLE001  # as above
+                failed = failed or error
+        for group in self._closed_with:
+            group.close()
+        if self._reason is None:
+            self._reason = "it was closed"
+            if self._backend.device is not None:
+                self._backend.device.close()
+            self._backend.close()
+        if failed is not None:
+            raise failed
+
+    def _finish(self) -> BaseException | None:
+        """Finish what is under way, and return the first error that nobody has seen."""
+        failed: BaseException | None = None
+        while self._companions:
+            _, companion = self._companions.popitem()
+            _COMPANIONS.remove((self, companion))
+            try:
+                companion.close()
+            except Exception as error:  # noqa: BLE001  # raised by `close`, when all are over
+                failed = failed or error
+        while self._outstanding and self._reason is None:
+            try:
+                next(iter(self._outstanding)).synchronize()
+            except Exception as error:  # noqa: BLE001  # as above
+                failed = failed or error
+        if self._unseen is not None:
+            failed, self._unseen = failed or self._unseen._error, None
+        return failed
+
+    def _check_usable(self, operation: str) -> None:
+        if self._reason is not None:
+            raise GroupBrokenError(
+                f"{operation} on {self}: the group cannot be used any more: {self._reason}"
+            )
+
+    def _break(self, error: BaseException) -> None:
+        """Make the group unusable: `error` has left its ranks at different places."""
+        if self._reason is None:
+            self._reason = str(error) or type(error).__name__
+            _BROKEN.append(self)
+            if self._backend.device is not None:
+                self._backend.device.abandon(error)

@@ -1,0 +1,506 @@
+"""What a group has under way: plans of collectives, waits with a deadline, and their Work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+
+from mpidist._arguments import seconds
+from mpidist.arrays.namespaces import is_device
+from mpidist.backends.device.base import DeviceWork
+from mpidist.backends.node.signatures import Described, balance_of
+from mpidist.backends.waiting import WaitTimeout, wait_until
+from mpidist.backends.work import Waiter, Work
+from mpidist.errors import (
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    DistributedError,
+    PeerLostError,
+    SizeMismatchError,
+    TransportError,
+)
+from mpidist.group.journal import describe, describe_counts
+from mpidist.observe.recorder import caller
+
+if TYPE_CHECKING:
+    from mpidist.group.operations import Operations
+
+__all__ = [
+    "EVERYBODY",
+    "DeviceGroupWork",
+    "GroupWaiter",
+    "GroupWork",
+    "Peers",
+    "Plan",
+    "together",
+]
+
+T = TypeVar("T")
+
+_LONGEST_PAUSE = 10.0
+"""Seconds between two looks at what the others have called."""
+
+GRACE = 3.0
+"""Seconds that a wait for a rank goes on after it has left: its last messages may be on the way."""
+
+
+@dataclass(slots=True)  # not frozen: that doubles the cost of making one
+class Plan(Generic[T]):
+    """One collective, checked and ready to go.
+
+    Attributes
+    ----------
+    verb : str
+        Name of the transport's method.
+    args : tuple
+        Its arguments: flat arrays, counts, op, root.
+    finish : callable
+        Called once when the operation is complete; returns the verb's result.
+    shape : tuple of int, optional
+        Of the caller's array, which is the same on all ranks; where `rows` are given, of one row.
+    rows : tuple of int, optional
+        Rows of each rank's part. Empty for all_to_all, whose rows differ by rank.
+    listed : str, optional
+        All arrays of the list of which this packs those of one dtype.
+    breaks : bool, optional
+        Whether it is one of several that were called together, so that a difference breaks the
+        group: the others are under way.
+    """
+
+    verb: str
+    args: tuple[Any, ...]
+    finish: Callable[[], T]
+    shape: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    listed: str = ""
+    breaks: bool = False
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its arrays lie on a device."""
+        return self.verb == "together" or any(map(is_device, self.args))
+
+
+def together(plans: Sequence[Plan[Any]], listed: str) -> Plan[list[Any]]:
+    """Make one plan of several on device arrays, which are performed as one operation."""
+    calls = tuple((plan.verb, plan.args) for plan in plans)
+    return Plan("together", calls, lambda: [plan.finish() for plan in plans], listed=listed)
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The ranks that an operation depends on.
+
+    Attributes
+    ----------
+    ranks : frozenset of int or None
+        In the group; None are all.
+    spare : int
+        How many of them may be lost before it cannot be completed.
+    """
+
+    ranks: frozenset[int] | None = None
+    spare: int = 0
+
+
+EVERYBODY = Peers()
+
+
+class GroupWaiter(Waiter):
+    """Waits for one operation with its group's deadline, warnings and losses.
+
+    Parameters
+    ----------
+    group : Operations
+        Whose operation it is.
+    verb : str
+        For messages.
+    record : int
+        The operation's, in the recorder.
+    number : int, optional
+        Of the operation; that of the collective when omitted.
+    collective : (int, int), optional
+        The group's identity and the number of the operation among its collectives.
+    peers : Peers, optional
+        The ranks it depends on; all when omitted.
+    digest : int, optional
+        Of what has to be the same on all ranks.
+    plan : Plan, optional
+        What is performed, if it is a plan.
+    """
+
+    # One is made for every blocking call, most of which never have to wait for long.
+    __slots__ = (
+        "_lost_since",
+        "_missing",
+        "_next_look",
+        "_next_warning",
+        "_number",
+        "_verb",
+        "breaks",
+        "collective",
+        "digest",
+        "group",
+        "peers",
+        "plan",
+        "record",
+        "timeout",
+    )
+
+    def __init__(
+        self,
+        group: Operations,
+        verb: str,
+        record: int,
+        *,
+        number: int = 0,
+        collective: tuple[int, int] | None = None,
+        peers: Peers = EVERYBODY,
+        digest: int = 0,
+        plan: Plan[Any] | None = None,
+    ) -> None:
+        self.group = group
+        self.digest = digest
+        self.plan = plan
+        self.breaks = plan is not None and plan.breaks
+        self.record = record
+        self.collective = collective
+        self.peers = peers
+        self.timeout = group.timeout
+        self._missing: Callable[[], Sequence[int]] | None = None
+        self._verb = verb
+        self._number = number
+
+    @property
+    def operation(self) -> str:
+        """What is being waited for, for messages."""
+        number = self._number if self.collective is None else self.collective[1]
+        return f"{self._verb} #{number}"
+
+    # -- the signature of a collective -----------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of the caller's array, where the call has one."""
+        return None if self.plan is None else self.plan.shape
+
+    @property
+    def balance(self) -> int | None:
+        """What has to add up to 0 over all ranks, where something has to."""
+        plan = self.plan
+        if plan is None or plan.verb != "all_to_all":
+            return None
+        _, _, sends, receives = plan.args
+        return balance_of(self.group.rank, tuple(sends), tuple(receives))
+
+    def describe(self) -> Described:
+        """Return the call in words."""
+        site, plan = self.group._watch.here(self.record), self.plan
+        if plan is None:
+            return Described(self._verb, site)
+        immediate = "i" * (self._verb != plan.verb)
+        what = describe(plan.verb, plan.args, plan.shape, plan.rows, plan.listed)
+        counts = describe_counts(plan.verb, plan.args)
+        return Described(immediate + what, site, counts, self.balance or 0)
+
+    # -- waiting ---------------------------------------------------------------------------------
+
+    def wait_for(
+        self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None
+    ) -> None:
+        """Wait as `Waiter` says; a missed deadline and a lost rank break the group."""
+        group = self.group
+        self._missing = missing
+        self._next_warning, self._next_look = group.warn_after, 0.0
+        self._lost_since: float | None = None
+        try:
+            wait_until(
+                ready,
+                timeout=self.timeout,
+                progress=group._drive,
+                patrol=self._patrol,
+            )
+        except WaitTimeout:
+            raise self.expire() from None
+        except (TransportError, PeerLostError) as error:
+            group._break(error)
+            raise
+        finally:
+            # It may hold the operation, which holds this: its arrays would wait for the collector.
+            self._missing = None
+
+    def expire(self) -> CollectiveTimeoutError:
+        """Break the group and report, as `Waiter` says."""
+        error = CollectiveTimeoutError(
+            f"{self.told}: not complete after {self.timeout:g} s{self._who()}. The group is "
+            "broken: let this error end the job, and look at what the missing ranks were "
+            "doing; init(timeout=...) sets the deadline"
+        )
+        self.group._break(error)
+        self.report(f"not complete after {self.timeout:g} s", error=error)
+        return error
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the group is broken."""
+        return self.group._reason is not None
+
+    @property
+    def _key(self) -> tuple[int, int] | None:
+        """The collective as the recorders know it; all groups that are being made have number 0."""
+        return self.collective if self.collective and self.collective[0] else None
+
+    @property
+    def told(self) -> str:
+        """The operation, its group and where it was called."""
+        return f"{self.operation} on {self.group}, called at {self.group._watch.here(self.record)}"
+
+    def _who(self) -> str:
+        """Return words for the ranks that have not come, and for where they are instead."""
+        words = self.group._watch.accuse(self.group.ranks, self._key, self._absent())
+        return f". {words}" if words else ""
+
+    def _absent(self) -> list[int]:
+        """Return the ranks of the world that are known not to have come."""
+        members = self.group.ranks
+        missing = self._missing() if self._missing is not None else ()
+        if not missing and self.collective is None:
+            missing = sorted(self.peers.ranks or ())
+        return [members[rank] for rank in missing]
+
+    def report(self, why: str, *, dump: bool = True, error: DistributedError | None = None) -> None:
+        """Tell what all ranks are doing, if no other rank is telling it, because of an error."""
+        if error is not None:
+            here = self.group._watch.here(self.record)
+            group = f"group {self.group.name!r}"
+            error._reported = f"{self.operation} on {group}, called at {here}: {why}"
+        self.group._watch.report(
+            f"{self.told}: {why}",
+            members=self.group.ranks,
+            key=self._key,
+            missing=self._absent(),
+            dump=dump,
+        )
+
+    def _look_for_differences(self, waited: float) -> None:
+        """Raise if all have come with different calls, of which some meet nowhere."""
+        if self._key is None or waited < self._next_look:
+            return
+        self._next_look = min(2 * waited, waited + _LONGEST_PAUSE)
+        group = self.group
+        told = group._watch.differences(
+            group.ranks, self._key, compared=group._backend.compares_calls
+        )
+        if told:
+            error = CollectiveMismatchError(
+                f"{self.told}: the ranks called different things: {told}. The group is broken: "
+                "let this error end the job; all ranks must make the same calls in the same order"
+            )
+            error.usable = False
+            self.group._break(error)
+            self.report("will never be complete", error=error)
+            raise error
+
+    def _lost(self) -> dict[int, str]:
+        """Return the ranks on which this depends that are gone, and how they went."""
+        group, needed = self.group, self.peers.ranks
+        killed = set(group._watch.killed())
+        gone = {
+            rank: "was killed: its process has ended without a word"
+            for rank, world in enumerate(group.ranks)
+            if world in killed
+        } | dict(group._backend.lost(self.collective))
+        return {rank: words for rank, words in gone.items() if needed is None or rank in needed}
+
+    def _patrol(self, waited: float) -> None:
+        if self.hopeless:  # an operation that was driven meanwhile has broken the group
+            self.group._check_usable(self.operation)
+        self._look_for_differences(waited)
+        if waited >= self._next_warning:
+            self._next_warning *= 2
+            why = f"has waited for {waited:.0f} s, the deadline is at {self.timeout:g} s"
+            self.report(why, dump=False)
+        lost = self._lost()
+        if len(lost) <= self.peers.spare:
+            return
+        if self._lost_since is None:
+            self._lost_since = waited
+        if waited - self._lost_since >= GRACE:
+            told = "; ".join(f"rank {rank} {words}" for rank, words in sorted(lost.items()))
+            error = PeerLostError(
+                f"{self.told}: {told}. The group is broken: let this error end the job; every "
+                "rank must call the same collectives"
+            )
+            self.report(told, error=error)
+            raise error
+
+
+class GroupWork(Work[T]):
+    """An operation under way on a group; see `Work`.
+
+    Parameters
+    ----------
+    waiter : GroupWaiter
+        What waits for it; its group holds it until it is complete, also if nobody else does.
+    inner : Work
+        The transport's part.
+    finish : callable
+        Called once on completion; returns the result.
+    """
+
+    def __init__(self, waiter: GroupWaiter, inner: Work[Any], finish: Callable[[], T]) -> None:
+        self._waiter = waiter
+        self._group = waiter.group
+        self._inner = inner
+        self._finish = finish
+        self._over = False
+        self._error: BaseException | None = None
+        self._result: list[T] = []
+        self._group._outstanding[self] = None
+        self._group._backend.engine.held.add(self)
+
+    def _complete(self) -> bool:
+        """Poll the transport's part, and finish when it is over."""
+        if self._over:
+            return True
+        try:
+            if not self._inner.done():
+                return False
+            self._arrived()
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._end()
+        return True
+
+    def _fail(self, error: BaseException) -> None:
+        """Be over with an error of the transport's part, in the words of the group."""
+        if isinstance(error, CollectiveMismatchError):
+            self._group._name(error, self._waiter)
+            self._end(error, broken=not error.usable)
+        elif isinstance(error, SizeMismatchError):
+            self._end(error)
+        elif isinstance(error, TransportError) and str(self._group) not in str(error):
+            words = f"{self._waiter.operation} on {self._group}: {error}"
+            told = TransportError(words, error.code)
+            told.__cause__ = error
+            self._end(told, broken=True)
+        else:
+            self._end(error, broken=True)
+
+    def _arrived(self) -> None:
+        """Take the result, once: the transport's part is over."""
+        self._result.append(self._finish())
+        del self._finish
+
+    def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
+        """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
+        self._over, self._error = True, error
+        self._waiter.plan = None  # it has the caller's arrays
+        group = self._group
+        del group._outstanding[self]
+        group._journal.end(self._waiter.record, failed=error is not None)
+        if broken and error is not None:
+            group._break(error)
+            return
+        if error is not None and group._unseen is None:
+            group._unseen = self  # for `close`, should nobody wait for it
+        engine = group._backend.engine
+        engine.held.discard(self)
+        engine.running.pop(self._inner, None)  # else it stays there until somebody waits
+        del self._inner
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        """Raise the error with which it ended: `close` need not."""
+        if self._group._unseen is self:
+            self._group._unseen = None
+        raise error
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks for which it waits, where they are known; else none."""
+        return () if self._over else self._inner.missing()
+
+    def done(self) -> bool:
+        """Make progress on the whole group, and return whether this operation is complete."""
+        if not self._over:
+            self._group._check_usable(self._waiter.operation)
+            self._group._backend.progress()
+        if not self._complete():
+            return False
+        if self._error is not None:
+            self._raise(self._error)
+        return True
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Wait for the result; see `Work.wait`."""
+        if timeout is not None:
+            timeout = self._seconds(timeout)
+        if not self._over:
+            self._group._check_usable(self._waiter.operation)
+            self._wait(timeout)
+        if self._error is not None:
+            self._raise(self._error)
+        return self._result[0]
+
+    def _seconds(self, timeout: Any) -> float:
+        """Return the timeout of a wait as a number; what is over is asked with `done`."""
+        return seconds(timeout, f"{self._waiter.operation} on {self._group}: timeout", least=0.0)
+
+    def _wait(self, timeout: float | None) -> None:
+        waiter, journal = self._waiter, self._group._journal
+        waiter.timeout = self._group.timeout if timeout is None else timeout
+        journal.wait(waiter.record, caller(2))
+        try:
+            waiter.wait_for(self._complete, missing=self.missing)
+        except (CollectiveTimeoutError, CollectiveMismatchError, PeerLostError) as error:
+            self._end(error, broken=True)
+        finally:
+            journal.waited()
+
+
+class DeviceGroupWork(GroupWork[T]):
+    """An operation under way on device arrays; see `Work`.
+
+    `wait` orders the current stream behind it, and the host goes on; `synchronize` waits.
+    """
+
+    _inner: DeviceWork
+
+    def _arrived(self) -> None:
+        """Leave the result to `wait`: it is finished on the stream that is current then."""
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Order the current stream behind the operation, and return the result.
+
+        Does not block; `timeout` is that of the group, which a watchdog keeps.
+        """
+        if timeout is not None:
+            self._seconds(timeout)
+        if not self._over:
+            self._group._check_usable(self._waiter.operation)
+            try:
+                self._inner.order()
+            except Exception as error:  # noqa: BLE001  # kept, and raised below
+                self._fail(error)
+        if self._error is not None:
+            self._raise(self._error)
+        if not self._result:
+            super()._arrived()
+        return self._result[0]
+
+    def synchronize(self, timeout: float | None = None) -> T:
+        """Block the host until the result is there, and return it."""
+        result = self.wait(timeout)
+        device = self._group._backend.device
+        assert device is not None, "it carried this operation"
+        # Behind the operation there may be copies that make the result the caller's.
+        arrived = device.fence()
+        if not self._over:
+            self._wait(None if timeout is None else self._seconds(timeout))
+            if self._error is not None:
+                self._raise(self._error)
+        self._waiter.wait_for(arrived)
+        return result

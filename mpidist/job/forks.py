@@ -1,0 +1,123 @@
+"""What a child that was forked from a rank gives up: it is no rank.
+
+`fork` copies everything that a rank has set up in its process. The child may compute, and may use
+groups of its own (``mpidist.init("simulated")``). It must not use the rank's connections, answer
+for it, hear its signals, or finalise MPI. The handlers of signals are given up where they are
+installed: `mpidist.observe.watch.helper` and `mpidist.train.StopSignal`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+from typing import Any
+
+from mpidist.backends.mpi.backend import MpiBackend
+from mpidist.group.operations import abandon_groups
+
+__all__ = ["guard"]
+
+_PR_SET_PDEATHSIG = 1
+
+_guarded = False
+
+
+def guard(rank: int) -> None:
+    """See to it that children which this rank forks from now on are no ranks.
+
+    Parameters
+    ----------
+    rank : int
+        This rank of the world, for messages.
+    """
+    global _guarded  # noqa: PLW0603  # such functions cannot be taken back
+    if _guarded:
+        return
+    _guarded = True
+    fork = _Fork(rank)
+    os.register_at_fork(before=fork.before, after_in_child=fork.in_child)
+
+
+class _Fork:
+    """What is done around a fork.
+
+    Parameters
+    ----------
+    rank : int
+        This rank of the world.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._parent = os.getpid()
+        self._by_main_thread = False
+        self._is_child = False
+        self._code = 0
+
+    def before(self) -> None:
+        self._by_main_thread = threading.current_thread() is threading.main_thread()
+
+    def in_child(self) -> None:
+        if self._is_child:  # a child of a child, which has all this already
+            return
+        self._is_child = True
+        abandon_groups(
+            MpiBackend.name,
+            f"this process was forked from rank {self._rank} (process {self._parent}), and is no "
+            "rank. Let the rank communicate, and pass it the results by a pipe or a queue",
+        )
+        util = sys.modules.get("multiprocessing.util")
+        if util is not None and self._by_main_thread:
+            util.register_after_fork(self, _Fork.end_with_rank)
+        self._end_without_mpi()
+
+    def end_with_rank(self) -> None:
+        """Let a daemonic worker end with its rank, however that ends; called by multiprocessing.
+
+        It holds the rank's output, and mpirun waits until that is closed. Python ends such workers
+        at the rank's exit only, not if it is killed. The kernel sends the signal when the thread
+        that has forked ends, so that this is done for the main thread's children only.
+        """
+        from multiprocessing import current_process
+
+        if not current_process().daemon:
+            return
+        import ctypes
+
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != self._parent:  # it ended before
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _end_without_mpi(self) -> None:
+        """End the child before MPI's own exit handler, which would end the whole job.
+
+        Registered last, and so called first: none of the rank's exit handlers is run, as after
+        `os._exit`. The exit code is not known there, so that it is noted where it comes from.
+        """
+        atexit.register(self._end)
+        exit_before, hook_before = sys.exit, sys.excepthook
+
+        def noting_exit(status: Any = None, /) -> None:
+            self._code = 0 if status is None else status if isinstance(status, int) else 1
+            exit_before(status)
+
+        def noting_hook(
+            kind: type[BaseException], error: BaseException, trace: TracebackType | None
+        ) -> None:
+            self._code = 1
+            hook_before(kind, error, trace)
+
+        sys.exit = noting_exit  # type: ignore[assignment]  # it does not return, either
+        sys.excepthook = noting_hook
+
+    def _end(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(self._code & 0xFF)

@@ -1,0 +1,351 @@
+"""How a job starts: find out who launched this process, and make the group of all ranks.
+
+A transport is imported when it is used: the others, and what they need of the standard library,
+would be a third of the time that importing this package takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpidist import env
+from mpidist._arguments import seconds
+from mpidist.backends.crossovers import Crossovers
+from mpidist.errors import BackendUnavailableError, LaunchError
+from mpidist.group import ProcessGroup
+from mpidist.group.operations import abandon_groups
+from mpidist.log import configure
+
+__all__ = ["FoundCrossovers", "found_crossovers", "init"]
+
+_TIMEOUT = 1800.0
+_WARN_AFTER = 60.0
+
+_OPEN_FILES = 65536
+"""Files that a rank may have open, where its hard limit allows it; often it starts with 1,024."""
+
+
+def init(
+    backend: str | None = None,
+    *,
+    comm: Any = None,
+    timeout: float = _TIMEOUT,
+    warn_after: float = _WARN_AFTER,
+) -> ProcessGroup:
+    """Join the job, and return the group of all its ranks.
+
+    Parameters
+    ----------
+    backend : {"hybrid", "mpi", "simulated"}, optional
+        The transport of host arrays: ``"mpi"``, or ``"simulated"`` for one rank in this process.
+        When omitted: MPI, if a launcher started this process as a rank or `comm` is given; else one
+        rank, and MPI is not started. In that case device arrays are carried, too, by NCCL, where
+        every rank has it and a GPU; if CuPy has been imported, `local_rank` chooses the GPU, unless
+        the program has done so. ``"hybrid"`` imports CuPy, and is an error where device arrays
+        cannot be carried.
+    comm : mpi4py.MPI.Intracomm, optional
+        Its ranks are the group's; duplicated. ``MPI.COMM_WORLD`` when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds after which a wait fails and the group is broken. The first is for all ranks to call
+        `init`; the last, for all processes to end when all have come to their exits.
+    warn_after : float or datetime.timedelta, optional
+        Seconds after which a wait logs a warning, and again at each doubling.
+
+    Returns
+    -------
+    ProcessGroup
+        The world; other groups are made of it.
+
+    Raises
+    ------
+    LaunchError
+        If a launcher promised several ranks and MPI sees one: the job would run as that many
+        strangers, each believing that it is alone. If a rank has started or forked this process,
+        which is no rank. If the ranks run different versions of mpidist.
+    BackendUnavailableError
+        If the transport's library is missing; of ``"hybrid"`` also if a rank has no GPU or no NCCL,
+        unless ``MPIDIST_ENABLE_GPU_FALLBACK=1`` lets device arrays go by way of the host.
+
+    Notes
+    -----
+    Collective over all ranks of the job; blocks. With several ranks it wraps `sys.excepthook` and
+    `threading.excepthook`, so that an exception on one rank ends the whole job, and registers an
+    exit handler, so that nobody waits for a rank that has left; not inside pytest and IPython.
+    May be called again. MPI is finalised when the interpreter exits. Over MPI it raises the soft
+    limit of open files to the hard one, at most to 65,536; processes started later inherit that.
+    """
+    configure(env.log_level(), warn=env.launcher_rank() == 0)
+    timeout = seconds(timeout, "init: timeout")
+    warn_after = seconds(warn_after, "init: warn_after")
+    evidence = env.launcher_evidence()
+    devices = None if backend is None else backend == "hybrid"
+    if backend in (None, "hybrid"):
+        backend = "mpi" if evidence is not None or comm is not None else _without_launcher()
+    if backend == "mpi":
+        world = _init_mpi(evidence, comm, timeout, warn_after)
+    elif backend == "simulated":
+        from mpidist.backends.simulated.backend import SimulatedBackend
+        from mpidist.backends.simulated.network import Network
+
+        lone = SimulatedBackend(Network(1), 0)
+        world = ProcessGroup.over(lone, timeout=timeout, warn_after=warn_after)
+        _trace(env.trace_directory(), world)
+    else:
+        raise BackendUnavailableError(
+            f"init: there is no backend {backend!r}; expected 'hybrid', 'mpi' or 'simulated' (one "
+            "rank in this process)"
+        )
+    if devices is not False:
+        _add_devices(world, required=devices is True)
+    return world
+
+
+def _add_devices(world: ProcessGroup, *, required: bool) -> None:
+    """Let a world carry device arrays if all its ranks can; collective."""
+    from mpidist.backends.device.hybrid import carry_devices, use_device, why_not
+
+    asked = required or env.gpu_fallback()
+    reason, fallback = _first_reason(world, why_not(asked=asked))
+    if reason is not None and required and not fallback:
+        raise BackendUnavailableError(f"init('hybrid'): {reason}")
+    carry_devices(world._backend, reason, fallback=fallback)
+    if world._backend.device is not None:
+        use_device(world.local_rank)
+
+
+def _first_reason(world: ProcessGroup, reason: str | None) -> tuple[str | None, bool]:
+    """Return why the first rank that cannot carry device arrays cannot; collective.
+
+    Returns
+    -------
+    (str or None, bool)
+        The reason; and whether they may be staged, which all ranks have to allow.
+    """
+    from mpidist._types import MIN
+    from mpidist.backends.device.hybrid import may_stage
+    from mpidist.collectives import all_reduce, broadcast_object
+
+    allowed = may_stage()
+    if world.size == 1:
+        return reason, allowed
+    mine = [world.size if reason is None else world.rank, allowed, not allowed]
+    first, by_all, by_none = all_reduce(np.array(mine), world, op=MIN).tolist()
+    if first == world.size:
+        return None, False
+    told = f"on rank {first}, {reason}"
+    if not by_all and not by_none:
+        told += "; and MPIDIST_ENABLE_GPU_FALLBACK=1 is set, with a GPU, on some ranks only"
+    said: str = broadcast_object(told, world, root=first)
+    return said, bool(by_all)
+
+
+def _without_launcher() -> str:
+    """Return the backend of a process that no MPI launcher started."""
+    processes = env.store_evidence()
+    if processes is not None and processes.several:
+        raise LaunchError(
+            f"init: RANK and WORLD_SIZE promise {processes.size} processes without MPI, which "
+            "needs the TCP backend; it is not built yet. Start the job with mpirun or srun, or "
+            "unset RANK and WORLD_SIZE to run as one rank"
+        )
+    return "simulated"
+
+
+def _raise_open_files() -> None:
+    """Raise the soft limit of open files: an MPI library opens some for each rank and group."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # not here, as in some containers
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _init_mpi(
+    evidence: env.Evidence | None, comm: Any, timeout: float, warn_after: float
+) -> ProcessGroup:
+    began = time.monotonic()
+    _refuse_inherited_rank()
+    from mpidist.backends.mpi.backend import MpiBackend, library_name, load_mpi, world_ranks
+    from mpidist.job import forks, hooks
+    from mpidist.job.versions import compare_versions
+
+    _raise_open_files()
+    if evidence is not None:
+        env.mark_rank()
+    with hooks.loading(1 if evidence is None else evidence.size, timeout):
+        mpi = load_mpi()
+    _refuse_strangers(evidence, mpi)
+    forks.guard(mpi.COMM_WORLD.rank)
+    _end_groups_with(mpi)
+    comm = mpi.COMM_WORLD if comm is None else _checked(comm, mpi)
+    with hooks.starting(mpi, comm, began, timeout) as installed:
+        own = comm.Dup()
+        compare_versions(own)
+        departures = None if installed is None else installed.join(comm, timeout)
+        backend = MpiBackend(own, departures=departures, places=world_ranks(mpi, comm))
+        several = backend.size > 1
+        world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after, answers=several)
+    directory = env.trace_directory()
+    if several:
+        table, directory = _agreed(world, library_name(mpi))
+        world._backend.take(table)
+    hooks.follow(world)
+    _trace(directory, world)
+    return world
+
+
+@cache
+def _end_groups_with(mpi: Any) -> None:
+    """Let every verb say so, where the program has called MPI.Finalize: the library would abort."""
+
+    def ended(*_: Any) -> None:
+        abandon_groups("mpi", "MPI has been finalised; call MPI.Finalize last, or leave it to exit")
+
+    # The library deletes what is attached here before anything else that it finalises.
+    mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=ended), ended)
+
+
+def _checked(comm: Any, mpi: Any) -> Any:
+    """Return a communicator of which a group can be made."""
+    if isinstance(comm, mpi.Intracomm) and comm != mpi.COMM_NULL:
+        return comm
+    null = isinstance(comm, mpi.Comm) and comm == mpi.COMM_NULL
+    got = "COMM_NULL: this rank is no member of it, and does not call init" if null else repr(comm)
+    raise LaunchError(
+        "init: comm must be a communicator of mpi4py, such as MPI.COMM_WORLD or what Split "
+        f"returns; got {got}"
+    )
+
+
+def _trace(directory: str | None, world: ProcessGroup) -> None:
+    """Begin the trace of the job, if one is wanted; collective."""
+    if directory is None:
+        return
+    from mpidist.tracing.job import begin_job_trace
+
+    try:
+        begin_job_trace(directory, world)
+    except OSError as error:
+        raise LaunchError(f"init: there can be no MPIDIST_TRACE={directory}: {error}") from error
+
+
+def _agreed(world: ProcessGroup, library: str) -> tuple[Mapping[int, Crossovers], str | None]:
+    """Return the crossovers and the directory for traces that rank 0 finds; collective."""
+    from mpidist.collectives import broadcast_object
+
+    table: Mapping[int, Crossovers] = {}
+    problem = None
+    if world.rank == 0:
+        try:
+            found = found_crossovers(library)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        else:
+            table = found.table
+            if found.problem:
+                world.log.warning("init: %s. The default crossovers are used", found.problem)
+    told = (table, problem, env.trace_directory())
+    table, problem, directory = broadcast_object(told, world, root=0)
+    if problem is not None:
+        raise LaunchError(
+            f"init: MPIDIST_CROSSOVERS of rank 0 cannot be used: {problem}; correct it, or unset it"
+        )
+    return table, directory
+
+
+class FoundCrossovers(NamedTuple):
+    """The sizes at which paths change, and where they come from.
+
+    Attributes
+    ----------
+    table : mapping of int to Crossovers
+        By the number of ranks on a node; empty where nothing was found.
+    source : str
+        ``MPIDIST_CROSSOVERS`` or the path of a file; empty where nothing was found.
+    problem : str
+        Why the user's file is left out; empty if it is not.
+    """
+
+    table: Mapping[int, Crossovers]
+    source: str
+    problem: str = ""
+
+
+def found_crossovers(library: str) -> FoundCrossovers:
+    """Find the sizes at which paths change, in the environment or in the user's file.
+
+    Parameters
+    ----------
+    library : str
+        Name and version of the MPI library.
+
+    Returns
+    -------
+    FoundCrossovers
+        The user's file is a cache: if it cannot be used, it is left out.
+
+    Raises
+    ------
+    ValueError
+        If what ``MPIDIST_CROSSOVERS`` gives cannot be used.
+    OSError
+        If the file that it names cannot be read.
+    """
+    from pathlib import Path
+
+    from mpidist.backends.crossover_file import machine_name, read, user_file
+    from mpidist.backends.crossovers import parse
+
+    given = env.crossovers()
+    if given is not None and "=" in given:
+        return FoundCrossovers({1: parse(given)}, "MPIDIST_CROSSOVERS")
+    machine = machine_name(library)
+    if given is not None:
+        if not Path(given).is_file():
+            raise ValueError(f"MPIDIST_CROSSOVERS names the file {given}, and there is none")
+        table = read(Path(given), machine)
+        return FoundCrossovers(table, given if table else "")
+    path = user_file()
+    try:
+        table = read(path, machine)
+    except (ValueError, OSError) as error:
+        return FoundCrossovers({}, "", str(error))
+    return FoundCrossovers(table, str(path) if table else "")
+
+
+def _refuse_inherited_rank() -> None:
+    """Raise in a process that a rank has started or forked: it would speak in the rank's name."""
+    rank = env.inherited_rank()
+    if rank is None:
+        return
+    raise LaunchError(
+        f"init: this process ({os.getpid()}) has inherited the launcher's variables of a rank "
+        f"(process {rank}, which has called init), but it is no rank: one rank started or forked "
+        "it. MPI cannot start here. To work alone, call mpidist.init('simulated'), or start it "
+        "without the launcher's variables (PMI*, PMIX*, OMPI*, PRTE*, SLURM*); to work with "
+        "several ranks, start it by mpirun or srun of its own, from the job script; or let the "
+        "ranks themselves do what it is to do"
+    )
+
+
+def _refuse_strangers(evidence: env.Evidence | None, mpi: Any) -> None:
+    """Raise if this process is one of several ranks that do not see each other."""
+    if evidence is None or not evidence.several or mpi.COMM_WORLD.size > 1:
+        return
+    vendor = mpi.Get_library_version().split(",")[0].split("\n")[0]
+    raise LaunchError(
+        f"init: {evidence.launcher} started {evidence.size} processes ({evidence.variable}="
+        f"{evidence.size}), but the MPI library here ({vendor}) sees only one. Launcher and "
+        "library must come from the same MPI: use the mpirun that lies beside this Python, or "
+        "the site's module with mpi4py on its libmpi (MPI4PY_LIBMPI); under Slurm, srun --mpi=pmix "
+        "for Open MPI and srun --mpi=pmi2 for MPICH"
+    )

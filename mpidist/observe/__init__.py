@@ -1,0 +1,1 @@
+"""Observe a job: the flight recorder, the watch over waits with its reports, and named regions."""

@@ -1,0 +1,304 @@
+"""What a rank writes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterable
+from time import monotonic_ns
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from zlib import crc32
+
+from mpidist.observe.recorder.layout import (
+    BEGAN,
+    DETAILS_NBYTES,
+    ENDED,
+    GROUP,
+    GROUPS_NBYTES,
+    NBYTES,
+    NUMBER,
+    ON_DEVICE,
+    RECORD,
+    RING,
+    SEQUENCE,
+    SITE,
+    STACKS,
+    TEXT_BITS,
+    TEXTS,
+    TEXTS_NBYTES,
+    WHAT,
+    Head,
+    Kind,
+    place,
+)
+
+if TYPE_CHECKING:
+    from mpidist.observe.recorder.recording import Event
+
+__all__ = ["Name", "Over", "Recorder", "Sink", "caller", "is_inside"]
+
+Over: TypeAlias = tuple[Kind, int, int, int, int, int, int]
+"""An operation that is over, or a wait: kind, what, group, number, site, began, ended."""
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep  # noqa: PTH100, PTH120
+_OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "testing"))
+"""Parts of this package that use it as anybody does."""
+
+_DETAILS = re.compile(r"(\[|\(| in parts of | of a list of ).*")
+"""Of what differs without end."""
+
+_REMEMBERED = 4096
+"""Functions whose places are remembered."""
+
+
+class Name(NamedTuple):
+    """How operations of one name are recorded, in numbers.
+
+    Attributes
+    ----------
+    what : int
+        Where the texts stand that say what it is, and how it is called.
+    group : int
+        Identity of the group.
+    call : int
+        A checksum of what has to be the same on all ranks, and `ON_DEVICE`. Calls are compared by
+        it, never by the texts: on one rank there may be room for them where there is none on
+        another.
+    """
+
+    what: int
+    group: int
+    call: int
+
+
+class Sink(Protocol):
+    """Whoever wants to know of every operation; a list will do."""
+
+    def append(self, over: Over, /) -> None:
+        """Take an operation that is over, or a wait."""
+
+
+class Recorder:
+    """What one rank writes.
+
+    Parameters
+    ----------
+    memory : memoryview, optional
+        `nbytes()` bytes, zero at first, that others may read. Memory of its own when omitted.
+
+    Attributes
+    ----------
+    sink : Sink or None
+        While there is one, every operation that is over, and every wait for one, is appended, in
+        numbers; `events` turns them into words.
+    words : memoryview
+        The head; see `Head`.
+    """
+
+    def __init__(self, memory: memoryview | None = None) -> None:
+        if memory is None:
+            memory = memoryview(bytearray(NBYTES))
+        self._memory = memory
+        self.words = memory.cast("q")
+        self.sink: Sink | None = None
+        self._next = itertools.count(1).__next__
+        self._sites: dict[tuple[int, int], int] = {}
+        self._inside: dict[int, tuple[bool, CodeType]] = {}
+        self._offsets: dict[str, int] = {}
+        self._writing = threading.Lock()
+        self._places = [place(slot) for slot in range(RING)]
+        # A text begins behind the first byte: none begins at 0, which stands for no text.
+        self.words[Head.TEXTS] = 1
+        self.words[Head.PID] = os.getpid()
+        self.words[Head.PID_NAMESPACE] = _pid_namespace()
+
+    @staticmethod
+    def nbytes() -> int:
+        """Return the memory that one rank's part takes."""
+        return NBYTES
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def name(
+        self,
+        what: str,
+        group: tuple[int, int],
+        kind: Kind,
+        alike: str | None = None,
+        *,
+        on_device: bool = False,
+    ) -> Name:
+        """Return how operations of this name are recorded.
+
+        Parameters
+        ----------
+        what : str
+            Verb, op, dtype and shape. Where there is no room for it, the text ends at the shape.
+        group : (int, int)
+            From `name_group`.
+        kind : Kind
+            How it is called.
+        alike : str, optional
+            What of it has to be the same on all ranks; all when omitted.
+        on_device : bool, optional
+            Whether its arrays lie on a device.
+        """
+        text, identity = group
+        found = self._text(what, DETAILS_NBYTES) or self._text(_DETAILS.sub("...", what))
+        packed = found | text << TEXT_BITS | kind << 2 * TEXT_BITS
+        call = crc32((what if alike is None else alike).encode())
+        return Name(packed, identity, call | ON_DEVICE * on_device)
+
+    def name_group(self, name: str, identity: int) -> tuple[int, int]:
+        """Return what `name` wants to know of a group."""
+        return self._text(name, GROUPS_NBYTES), identity
+
+    def begin(self, name: Name, number: int, frame: FrameType) -> int:
+        """Record that an operation begins.
+
+        Parameters
+        ----------
+        name : Name
+            From `name`.
+        number : int
+            Of the operation; for a collective the same on all ranks of its group.
+        frame : FrameType
+            Of the caller, or of a function of this package that it has called.
+
+        Returns
+        -------
+        int
+            The record's sequence number.
+        """
+        sequence = self._next()
+        site = self._sites.get((id(frame.f_code), frame.f_lasti)) or self._find_site(frame)
+        at, memory = self._places[sequence % RING], self._memory
+        what, group, call = name  # a star in the call takes 0.1 us
+        RECORD.pack_into(memory, at, what, group, call, number, site, monotonic_ns(), 0, sequence)
+        return sequence
+
+    def end(self, sequence: int, *, failed: bool = False) -> None:
+        """Record that an operation is over; a time below 0 stands for one that failed."""
+        words = self.words
+        at = self._places[sequence % RING] >> 3
+        if words[at + SEQUENCE] == sequence:
+            words[at + ENDED] = -monotonic_ns() if failed else monotonic_ns()
+            if self.sink is not None:
+                self._tell(at, Kind(words[at + WHAT] >> 2 * TEXT_BITS), words[at + BEGAN])
+
+    def wait(self, sequence: int, frame: FrameType) -> None:
+        """Record that this rank waits for an immediate operation."""
+        words = self.words
+        words[Head.WAITS_SITE] = self._find_site(frame)
+        words[Head.WAITS_SINCE] = monotonic_ns()
+        words[Head.WAITS_FOR] = sequence
+
+    def waited(self) -> None:
+        """Record that it does so no more."""
+        words = self.words
+        sequence, words[Head.WAITS_FOR] = words[Head.WAITS_FOR], 0
+        if self.sink is not None and sequence:
+            at = self._places[sequence % RING] >> 3
+            if words[at + SEQUENCE] == sequence:
+                self._tell(at, Kind.WAIT, words[Head.WAITS_SINCE])
+
+    def _tell(self, at: int, kind: Kind, began: int) -> None:
+        if self.sink is not None:
+            words = self.words
+            what, group = words[at + WHAT], words[at + GROUP]
+            number, site = words[at + NUMBER], words[at + SITE]
+            self.sink.append((kind, what, group, number, site, began, monotonic_ns()))
+
+    def events(self, sink: Iterable[Over]) -> list[Event]:
+        """Return in words what a sink has collected."""
+        from mpidist.observe.recorder.recording import Event, decode
+
+        found = []
+        for kind, what, group, number, site, began, ended in sink:
+            record = decode(self._memory, (what, group, 0, number, site, began, ended, 0))
+            found.append(Event(kind, record, began, ended))
+        return found
+
+    # -- texts ---------------------------------------------------------------------------------
+
+    def _text(self, text: str, room: int = TEXTS_NBYTES) -> int:
+        """Return where a text stands; 0 when it would end beyond the room for such texts."""
+        found = self._offsets.get(text)
+        if found is not None:
+            return found
+        data = text.encode(errors="replace")
+        with self._writing:  # threads may use groups of their own at once
+            start = self.words[Head.TEXTS]
+            if start + 2 + len(data) > room:
+                return 0
+            at = TEXTS + start
+            self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
+            self.words[Head.TEXTS] = start + 2 + len(data)
+            self._offsets[text] = start
+            return start
+
+    def _find_site(self, frame: FrameType) -> int:
+        """Return the place outside this package from which a frame was called."""
+        user = frame
+        while self._is_inside(user.f_code) and user.f_back is not None:
+            if user.f_back.f_code.co_filename == "<frozen runpy>":
+                break  # the package's own programs
+            user = user.f_back
+        key = (id(user.f_code), user.f_lasti)
+        site = self._sites.get(key)
+        if site is None:
+            code = user.f_code
+            site = (
+                self._text(f"{code.co_filename}\n{code.co_name}")
+                | (user.f_lineno or 0) << TEXT_BITS
+            )
+            self._sites[key] = site
+        return site
+
+    def _is_inside(self, code: CodeType) -> bool:
+        # By identity: hashing a code object takes longer than all the rest. Holding it keeps the
+        # identity from being given to another.
+        found = self._inside.get(id(code))
+        if found is None:
+            if len(self._inside) >= _REMEMBERED:
+                self._inside.clear()
+                self._sites.clear()
+            found = self._inside[id(code)] = (is_inside(code.co_filename), code)
+        return found[0]
+
+    # -- the helper thread ---------------------------------------------------------------------
+
+    def write_stacks(self, text: str) -> None:
+        """Say where this process's threads are; what is too long is cut."""
+        data = text.encode(errors="replace")[: NBYTES - STACKS]
+        self._memory[STACKS : STACKS + len(data)] = data
+        self.words[Head.STACKS] = len(data)
+        self.words[Head.ANSWERED] = monotonic_ns()
+
+
+def caller(depth: int) -> FrameType:
+    """Return the frame so many calls above that of the function which asks.
+
+    That function's own where there is none: an exit handler, for one, is called by no Python.
+    """
+    try:
+        return sys._getframe(depth + 1)
+    except ValueError:
+        return sys._getframe(1)
+
+
+def is_inside(file: str) -> bool:
+    """Whether a file is one of this package's own, rather than one that calls it."""
+    return file.startswith(_PACKAGE) and not file.startswith(_OUTSIDE)
+
+
+def _pid_namespace() -> int:
+    """Return a number that is the same for processes that see each other under the same numbers."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  # pathlib is a part of the import
+    except OSError:
+        return 0

@@ -1,0 +1,189 @@
+"""What others read of a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mpidist.observe.recorder.layout import (
+    GROUP,
+    NUMBER,
+    RECORD,
+    RING,
+    SEQUENCE,
+    SITE,
+    STACKS,
+    TEXT_BITS,
+    TEXT_MASK,
+    TEXTS,
+    Head,
+    Kind,
+    place,
+)
+
+__all__ = ["Event", "Record", "Recording", "Site", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in a program.
+
+    Attributes
+    ----------
+    file : str
+        Path; nothing where it is not known.
+    line : int
+        Number of the line.
+    function : str
+        Name of the function.
+    """
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        """Return file and line, as editors take them."""
+        return f"{self.file}:{self.line}" if self.file else "?"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One operation of a rank.
+
+    Attributes
+    ----------
+    sequence : int
+        Number of the record among those of this rank.
+    kind : Kind
+        How it was called.
+    what, group : str
+        Verb, op, dtype and shape; name of the group.
+    identity, number : int
+        Of the group, and of the operation: the same on all ranks of a collective.
+    site : Site
+        The caller.
+    began : int
+        Nanoseconds of `time.monotonic_ns`, on this node.
+    ended : int
+        The same; 0 while it is under way, below 0 if it failed.
+    call : int
+        Checksum of what has to be the same on all ranks.
+    """
+
+    sequence: int
+    kind: Kind
+    what: str
+    group: str
+    identity: int
+    number: int
+    site: Site
+    began: int
+    ended: int
+    call: int
+
+    def is_of(self, key: tuple[int, int]) -> bool:
+        """Whether this is of a collective: of its group's identity and number on all ranks."""
+        return self.kind is not Kind.MESSAGE and (self.identity, self.number) == key
+
+    def __str__(self) -> str:
+        """Return the operation as messages name it."""
+        return f"{self.what} #{self.number}"
+
+
+class Event(NamedTuple):
+    """An operation, or the wait for one, that is over; see `Recorder.sink`.
+
+    Attributes
+    ----------
+    kind : Kind
+        What it is.
+    record : Record
+        The operation; without its sequence number.
+    began, ended : int
+        Nanoseconds of `time.monotonic_ns`: of the operation, or of the wait.
+    """
+
+    kind: Kind
+    record: Record
+    began: int
+    ended: int
+
+
+class Recording:
+    """What others read of one rank.
+
+    Parameters
+    ----------
+    memory : memoryview
+        The rank's part.
+    """
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+        self.words = memory.cast("q")
+
+    def records(self) -> list[Record]:
+        """Return what is kept, the oldest first."""
+        memory, found = self._memory, []
+        for slot in range(RING):
+            fields = RECORD.unpack_from(memory, place(slot))
+            # See [Note: reading while another writes].
+            if fields[SEQUENCE] and fields == RECORD.unpack_from(memory, place(slot)):
+                found.append(decode(memory, fields))
+        return sorted(found, key=lambda record: record.sequence)
+
+    def find(self, key: tuple[int, int]) -> Record | None:
+        """Return the newest record of a collective, if it is still there."""
+        memory, found = self._memory, None
+        for slot in range(RING):
+            fields = RECORD.unpack_from(memory, place(slot))
+            if (fields[GROUP], fields[NUMBER]) == key and fields[SEQUENCE]:
+                record = decode(memory, fields)
+                if record.is_of(key) and (found is None or record.sequence > found.sequence):
+                    found = record
+        return found
+
+    def site_of(self, sequence: int) -> Site:
+        """Return from where an operation was called; unknown if its record is gone."""
+        fields = RECORD.unpack_from(self._memory, place(sequence))
+        return _site(self._memory, fields[SITE] if fields[SEQUENCE] == sequence else 0)
+
+    def waits_site(self) -> Site:
+        """Return from where this rank last called `Work.wait`."""
+        return _site(self._memory, self.words[Head.WAITS_SITE])
+
+    def stacks(self) -> str:
+        """Return where the threads were when that was last written."""
+        length = self.words[Head.STACKS]
+        return bytes(self._memory[STACKS : STACKS + length]).decode(errors="replace")
+
+
+def decode(memory: memoryview, fields: tuple[int, ...]) -> Record:
+    """Return in words what the numbers of a record say."""
+    what, identity, call, number, site, began, ended, sequence = fields
+    return Record(
+        sequence=sequence,
+        kind=Kind(what >> 2 * TEXT_BITS),
+        what=_read_text(memory, what & TEXT_MASK) or "?",
+        group=_read_text(memory, what >> TEXT_BITS & TEXT_MASK) or "?",
+        identity=identity,
+        number=number,
+        site=_site(memory, site),
+        began=began,
+        ended=ended,
+        call=call,
+    )
+
+
+def _site(memory: memoryview, word: int) -> Site:
+    file, _, function = _read_text(memory, word & TEXT_MASK).partition("\n")
+    return Site(file, word >> TEXT_BITS, function)
+
+
+def _read_text(memory: memoryview, start: int) -> str:
+    if not start:
+        return ""
+    at = TEXTS + start
+    length = int.from_bytes(memory[at : at + 2], "little")
+    return bytes(memory[at + 2 : at + 2 + length]).decode(errors="replace")

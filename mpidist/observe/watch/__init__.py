@@ -1,0 +1,7 @@
+"""Watching: what every rank is doing, told when one waits for too long."""
+
+from __future__ import annotations
+
+from mpidist.observe.watch.watch import Watch
+
+__all__ = ["Watch"]

@@ -1,0 +1,391 @@
+"""Reports in words: who is missing, and what every rank was doing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from mpidist.log import ranges
+from mpidist.observe.recorder import is_inside
+from mpidist.observe.recorder.recording import Record, Site
+from mpidist.observe.watch.processes import Status
+from mpidist.observe.watch.states import RankState, Stack
+
+__all__ = [
+    "accuse",
+    "callers",
+    "causes",
+    "cure",
+    "place",
+    "processes",
+    "ranges",
+    "suspects",
+    "tell",
+]
+
+_NAMED = 4
+"""Ranks whose doings are told one by one in a sentence."""
+
+_ROWS = 8
+"""Ranks of which each has a line; of more, those that do the same share one."""
+
+_LINES = 12
+"""Lines of the table, which must leave room on the screen for what stands around it."""
+
+_FRAMES = 6
+
+_THREADS = 3
+"""Threads of a rank of which it is told where they are."""
+
+_LINE = 400
+"""Characters of the line that says where the ranks of a job are."""
+
+_LIBRARY = os.__file__.removesuffix("os.py")
+
+Key = tuple[int, int]
+States = Mapping[int, RankState]
+
+
+def place(site: Site) -> str:
+    """Return a place as short as it can be found by: file and line, and the function's name."""
+    if not site.file:
+        return "?"
+    try:
+        here = os.getcwd() + os.sep  # noqa: PTH109  # a text is wanted
+    except OSError:  # it has been removed
+        here = ""
+    file = site.file.removeprefix(here)
+    inside = f" in {site.function}" if site.function not in ("", "<module>") else ""
+    return f"{file}:{site.line}{inside}"
+
+
+def accuse(states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]) -> str:
+    """Return `causes` as one text, for an error."""
+    return ". ".join(causes(states, members, key, missing))
+
+
+def causes(
+    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+) -> list[str]:
+    """Return a sentence for each thing that keeps an operation from being complete.
+
+    Parameters
+    ----------
+    states : mapping of int to RankState
+        What is known, by rank of the world.
+    members : sequence of int
+        The ranks of the group, in the world.
+    key : (int, int), optional
+        Of the collective.
+    missing : sequence of int
+        Ranks of the world that are known not to have come.
+    """
+    absent = _absent(states, members, key, missing)
+    sentences = []
+    different = _first_difference(states, members, key)
+    if different is not None:
+        where = "" if different == key else f" in #{different[1]}"
+        told = callers(states, members, different)
+        sentences.append(f"The ranks called different things{where}: {told}")
+    if absent:
+        named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
+        if len(absent) > _NAMED:
+            named.append(f"and {len(absent) - _NAMED} more: {ranges(absent[_NAMED:])}")
+        sentences.append(f"Missing: {'; '.join(named)}")
+    for status in (Status.DEAD, Status.STOPPED):
+        ranks = [rank for rank in _gone(states, members, absent) if states[rank].status is status]
+        if ranks:
+            sentences.append(f"{status.value.capitalize()}: rank {ranges(ranks)}")
+    return sentences + _silences(states, [*members, *absent])
+
+
+def _silences(states: States, ranks: Iterable[int]) -> list[str]:
+    """Return a sentence for ranks that cannot say where they are, and one for such nodes."""
+    silent = [rank for rank in sorted({*ranks} & {*states}) if states[rank].status is Status.SILENT]
+    held = [rank for rank in silent if states[rank].records]
+    unheard = [rank for rank in silent if not states[rank].records]
+    sentences = []
+    if held:
+        last = states[held[0]].current
+        where = f", after {place(last.site)}" if last is not None and len(held) == 1 else ""
+        sentences.append(
+            f"Silent: rank {ranges(held)}: no thread of it runs: foreign code holds Python's lock "
+            f"(the GIL){where}"
+        )
+    if unheard:
+        hosts = sorted({states[rank].process.partition(":")[0] for rank in unheard})
+        named = ", ".join(hosts[:_NAMED]) + ", ..." * (len(hosts) > _NAMED)
+        sentences.append(f"Silent: rank {ranges(unheard)}: nothing is heard from {named}")
+    return sentences
+
+
+def cure(states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]) -> str:
+    """Return what to do about the first thing that `causes` names; nothing where it names none."""
+    if _first_difference(states, members, key) is not None:
+        return "let all ranks make the same calls in the same order"
+    absent = _absent(states, members, key, missing)
+    silent = [rank for rank in members if rank in states and states[rank].status is Status.SILENT]
+    for rank in [*absent, *_gone(states, members, absent), *silent][:1]:
+        return _cure(rank, states.get(rank))
+    if key is None:
+        return ""
+    return (
+        "all have come, as far as is known; MPIDIST_DEBUG=1 compares calls on device arrays, too, "
+        "before they begin"
+    )
+
+
+def _cure(rank: int, state: RankState | None) -> str:
+    """Return what to do about a rank that others wait for."""
+    status = Status.UNKNOWN if state is None else state.status
+    pid = "PID" if state is None else state.process.rpartition(":")[2]
+    if status is Status.DEAD:
+        return f"look in rank {rank}'s output, the launcher's, and dmesg, for who ended it, and why"
+    if status is Status.STOPPED:
+        return f"let it go on (kill -CONT {pid}), and find out who has stopped it"
+    if status is Status.SILENT:
+        return f"see where it is from outside: py-spy dump --native --pid {pid}, or gdb -p {pid}"
+    if status is Status.LEAVING:
+        return f"let rank {rank} make as many calls as the others, or raise an exception"
+    return (
+        f"let rank {rank} make this call, too; if it is only slow, give it longer: "
+        "init(timeout=...)"
+    )
+
+
+def suspects(
+    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+) -> list[int]:
+    """Return the ranks that keep an operation from being complete; see `accuse`."""
+    absent = _absent(states, members, key, missing)
+    different = _first_difference(states, members, key)
+    calls = _calls(_came(states, members, different))
+    odd = [rank for ranks in list(calls.values())[:-1] for rank in ranks]
+    return sorted({*absent, *_gone(states, members, absent), *odd})
+
+
+def _gone(states: States, members: Sequence[int], absent: Sequence[int]) -> list[int]:
+    """Return the ranks that cannot go on, of those that are not missing anyway."""
+    here = [rank for rank in members if rank in states and rank not in absent]
+    return [rank for rank in here if states[rank].status in (Status.DEAD, Status.STOPPED)]
+
+
+def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, Record]:
+    """Return the record of a collective of each rank that has come to it."""
+    if key is None:
+        return {}
+    known = {rank: states[rank].came_to(key) for rank in members if rank in states}
+    return {rank: record for rank, record in known.items() if record is not None}
+
+
+def _absent(
+    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+) -> list[int]:
+    """Return the ranks that have not come, as far as is known."""
+    came: set[int] = set()
+    known: set[int] = set()
+    if key is not None:
+        seen = [rank for rank in members if rank in states]
+        known = {rank for rank in seen if states[rank].records}
+        came = {rank for rank in seen if states[rank].came_to(key) or states[rank].has_passed(key)}
+    return sorted({*missing, *known} - came)
+
+
+def _first_difference(states: States, members: Sequence[int], key: Key | None) -> Key | None:
+    """Return the first collective, up to this one, in which ranks are recorded to differ.
+
+    A rank may have passed it, and wait for the others somewhere else.
+    """
+    if key is None:
+        return None
+    found: dict[int, list[Record]] = {}
+    for rank in members:
+        for record in states[rank].records if rank in states else ():
+            if record.number <= key[1] and record.is_of((key[0], record.number)):
+                found.setdefault(record.number, []).append(record)
+    # Where it is over on all ranks it was found, and keeps nobody waiting.
+    different = [
+        number
+        for number, records in found.items()
+        if len({r.call for r in records}) > 1 and any(not r.ended for r in records)
+    ]
+    return (key[0], min(different)) if different else None
+
+
+def _calls(came: Mapping[int, Record]) -> dict[int, list[int]]:
+    """Return who called the same, the fewest first: they are the likeliest to be wrong."""
+    calls: dict[int, list[int]] = {}
+    for rank, record in came.items():
+        calls.setdefault(record.call, []).append(rank)
+    return dict(sorted(calls.items(), key=lambda call: len(call[1])))
+
+
+def callers(states: States, members: Sequence[int], key: Key) -> str:
+    """Return who called what where, as far as is known; the rarest calls first."""
+    calls: dict[tuple[int, str], list[int]] = {}
+    for rank, record in _came(states, members, key).items():
+        words = f"{record.what} at {place(record.site)}"
+        calls.setdefault((record.call, words), []).append(rank)
+    ordered = sorted(calls.items(), key=lambda call: len(call[1]))
+    told = [f"rank {ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
+    return "; ".join([*told, "..."] if len(ordered) > _NAMED else told)
+
+
+def _absence(rank: int, state: RankState | None) -> str:
+    if state is None:
+        return f"rank {rank} (on another node)"
+    status = "" if state.status is Status.ALIVE else f", {state.status}"
+    now = _now_at(state)
+    head = f"rank {rank} ({state.process}{status}), " + (f"now at {now}, " if now else "")
+    record = state.current
+    if record is None:
+        return f"{head}which has called nothing"
+    group, called = f"of group {record.group!r}", f"called at {place(record.site)}"
+    if state.wait is not None and state.wait.sequence == record.sequence:
+        return f"{head}waiting at {place(state.wait.site)} for {record} {group}, {called}"
+    if not record.ended:
+        return f"{head}for {_ago(state, record.began)} in {record} {group}, {called}"
+    word = "failed" if record.ended < 0 else "done"
+    return f"{head}{word} {_ago(state, record.ended)} ago with {record} {group}, {called}"
+
+
+def tell(
+    title: str,
+    states: Iterable[RankState],
+    first: Collection[int],
+    *,
+    causes: Sequence[str] = (),
+    cure: str = "",
+) -> str:
+    """Return a report: the causes, what does not end, the cure, a table, and where some ranks are.
+
+    Parameters
+    ----------
+    title : str
+        What does not end, or why there is a report.
+    states : iterable of RankState
+        The ranks to be told of.
+    first : collection of int
+        Those that come first, with their stacks.
+    causes : sequence of str, optional
+        Sentences, of which each has a line.
+    cure : str, optional
+        What to do.
+    """
+    ordered = sorted(states, key=lambda state: (state.rank not in first, state.rank))
+    rows = [_row(state) for state in ordered]
+    if len(rows) > _ROWS:
+        rows = _joined(rows, first)
+    lines = "\n  ".join([*causes, title, *([f"Cure: {cure}"] if cure else [])]).splitlines()
+    header = ("rank", "node", "process", "state", "last operation", "called at", "when", "now at")
+    lines += _columns([header, *rows[:_LINES]]) if rows else []
+    if len(rows) > _LINES:
+        lines.append(f"  and {len(rows) - _LINES} lines more")
+    for state in [state for state in ordered if state.rank in first][:_NAMED]:
+        stacks = [stack for stack in state.stacks if _outside(stack)]
+        for stack in stacks[:_THREADS]:
+            called = " < ".join(map(place, _outside(stack)[:_FRAMES]))
+            lines.append(f"  rank {state.rank}, {stack.thread}: {called}")
+        if len(stacks) > _THREADS:
+            lines.append(f"  rank {state.rank} has {len(stacks) - _THREADS} threads more")
+    return "\n".join(lines)
+
+
+def _row(state: RankState) -> tuple[str, ...]:
+    record, now = state.current, _now_at(state)
+    head = (str(state.rank), str(state.node), state.process, str(state.status))
+    if record is None:
+        return (*head, "none", "", "", now)
+    name = f"{record} of {record.group}"
+    return (*head, name, place(record.site), _when(state, record), now)
+
+
+def _when(state: RankState, record: Record) -> str:
+    if state.wait is not None and state.wait.sequence == record.sequence:
+        return f"waits {state.wait.seconds:.1f} s"
+    if not record.ended:
+        return f"for {_ago(state, record.began)}"
+    word = "failed" if record.ended < 0 else "done"
+    return f"{word} {_ago(state, record.ended)} ago"
+
+
+def _now_at(state: RankState) -> str:
+    """Return the innermost place outside this package at which the main thread is."""
+    for stack in state.stacks:
+        if stack.thread == "MainThread":
+            frames = _outside(stack)
+            return place(frames[0]) if frames else ""
+    return ""
+
+
+def _outside(stack: Stack) -> list[Site]:
+    """Return the frames outside this package, and outside what it calls of Python's library."""
+    found: list[Site] = []
+    library: list[Site] = []  # whoever calls these comes later
+    for site in stack.frames:
+        if is_inside(site.file):
+            library.clear()
+        elif site.file.startswith(_LIBRARY) and "-packages" not in site.file:
+            library.append(site)
+        else:
+            found += [*library, site]
+            library.clear()
+    return found + library
+
+
+def _joined(rows: Sequence[tuple[str, ...]], first: Collection[int]) -> list[tuple[str, ...]]:
+    """Let ranks that do the same share a line: those at the top before the rest, the fewest first.
+
+    The process is that of the lowest rank.
+    """
+    alike: dict[tuple[object, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        top = int(row[0]) in first
+        alike.setdefault((not top, row[3], row[4], row[5], row[7]), []).append(row)
+    ordered = sorted(alike.items(), key=lambda item: (item[0][0], len(item[1])))
+    return [
+        (
+            ranges([int(row[0]) for row in same]),
+            ranges(sorted({int(row[1]) for row in same})),
+            same[0][2] + ", ..." * (len(same) > 1),
+            *same[0][3:],
+        )
+        for _, same in ordered
+    ]
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = [at for at in range(len(widths)) if any(row[at] for row in rows[1:])]
+    return ["  " + "  ".join(row[at].ljust(widths[at]) for at in shown).rstrip() for row in rows]
+
+
+def _ago(state: RankState, time: int) -> str:
+    return f"{state.seconds(time):.1f} s"
+
+
+def processes(
+    nodes: Sequence[int], hosts: Sequence[str], pids: Sequence[int], *, short: bool = True
+) -> str:
+    """Return which ranks are on which host, and the numbers of their processes.
+
+    Parameters
+    ----------
+    nodes, hosts, pids : sequence
+        Of each rank.
+    short : bool, optional
+        Whether process numbers, and then hosts, are left out where there are too many for a line.
+    """
+    ranks: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    where = [f"rank {ranges(some, ordered=True)} on {hosts[some[0]]}" for some in ranks.values()]
+    numbers = [
+        f"pid {ranges((pids[rank] for rank in some), ordered=True)}" for some in ranks.values()
+    ]
+    text = ", ".join(f"{on} ({numbered})" for on, numbered in zip(where, numbers, strict=True))
+    if not short or len(text) <= _LINE:
+        return text
+    if len(", ".join(where)) > _LINE:
+        where = [f"{len(nodes)} ranks on {len(where)} nodes", *where[:_NAMED], "...", where[-1]]
+    return f"{', '.join(where)} (MPIDIST_LOG=debug names all processes)"

@@ -1,0 +1,224 @@
+"""What is known of one rank, as a value that can be sent and written."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import traceback
+from dataclasses import asdict, dataclass
+from itertools import islice
+from time import monotonic_ns
+from typing import Any
+
+from mpidist.observe.recorder import Head, Kind
+from mpidist.observe.recorder.recording import Record, Recording, Site
+from mpidist.observe.watch.processes import Status
+
+__all__ = ["RankState", "Stack", "Wait", "own_stacks"]
+
+_FRAMES = 40, 20, 10, 5
+"""Frames of each thread that are kept: as many as there is room for."""
+
+_OURS = "mpidist-"
+"""How the names of this package's own threads begin."""
+
+_ROOM = 8000
+"""Characters for the stacks of one rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Where one thread is.
+
+    Attributes
+    ----------
+    thread : str
+        Its name.
+    frames : tuple of Site
+        The innermost first.
+    """
+
+    thread: str
+    frames: tuple[Site, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A rank that waits for an immediate operation.
+
+    Attributes
+    ----------
+    sequence : int
+        The operation's among the records of the rank.
+    site : Site
+        Where `Work.wait` was called.
+    seconds : float
+        For how long.
+    """
+
+    sequence: int
+    site: Site
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """What is known of one rank.
+
+    Attributes
+    ----------
+    rank, node : int
+        In the world.
+    process : str
+        Host and process number.
+    status : Status
+        Whether it is alive.
+    records : tuple of Record
+        Its last operations, the oldest first.
+    now : int
+        `time.monotonic_ns` on its node, when they were read.
+    wait : Wait or None
+        Whether it waits for an immediate operation.
+    stacks : tuple of Stack
+        Where its threads are; none where it was not asked or did not answer.
+    claimed : float
+        Seconds since it set out to write a report; below 0 if it is not writing one.
+    failed : int
+        Checksum of the reason for which it ends; 0 if it does not. See
+        `mpidist.observe.watch.failures`.
+    """
+
+    rank: int
+    node: int
+    process: str
+    status: Status = Status.UNKNOWN
+    records: tuple[Record, ...] = ()
+    now: int = 0
+    wait: Wait | None = None
+    stacks: tuple[Stack, ...] = ()
+    claimed: float = -1.0
+    failed: int = 0
+
+    @property
+    def current(self) -> Record | None:
+        """The operation at which the rank is, or its last one."""
+        if self.wait is not None:
+            for record in self.records:
+                if record.sequence == self.wait.sequence:
+                    return record
+        under_way = [r for r in self.records if not r.ended and r.kind is Kind.BLOCKING]
+        records = under_way or self.records
+        return records[-1] if records else None
+
+    def came_to(self, key: tuple[int, int]) -> Record | None:
+        """Return this rank's record of a collective, if it has come to it."""
+        for record in reversed(self.records):
+            if record.is_of(key):
+                return record
+        return None
+
+    def has_passed(self, key: tuple[int, int]) -> bool:
+        """Whether it has come to a later collective of the group: then to this one, too."""
+        group, number = key
+        return any(r.number > number and r.is_of((group, r.number)) for r in self.records)
+
+    def seconds(self, time: int) -> float:
+        """Return how long ago a time of its node's clock was when it was read."""
+        return (self.now - abs(time)) / 1e9
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it in the types of JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> RankState:
+        """Return what `as_json` gave."""
+        records = [
+            Record(**{**r, "kind": Kind(r["kind"]), "site": Site(**r["site"])})
+            for r in fields["records"]
+        ]
+        wait = fields["wait"]
+        return cls(
+            **{
+                **fields,
+                "status": Status(fields["status"]),
+                "records": tuple(records),
+                "wait": wait and Wait(**{**wait, "site": Site(**wait["site"])}),
+                "stacks": _stacks_from_json(fields["stacks"]),
+            }
+        )
+
+    @classmethod
+    def read(
+        cls,
+        recording: Recording,
+        *,
+        rank: int,
+        node: int,
+        process: str,
+        status: Status,
+        stacks: str,
+    ) -> RankState:
+        """Read a rank of this node; `stacks` is what it wrote of its threads."""
+        words, now = recording.words, monotonic_ns()
+        sequence = words[Head.WAITS_FOR]
+        wait = None
+        if sequence:
+            since = (now - words[Head.WAITS_SINCE]) / 1e9
+            wait = Wait(sequence, recording.waits_site(), since)
+        claimed = words[Head.CLAIMED] if words[Head.CLAIMED] > words[Head.REPORTED] else 0
+        if status is Status.ALIVE and words[Head.LEAVING]:
+            status = Status.LEAVING
+        return cls(
+            rank=rank,
+            node=node,
+            process=process,
+            status=status,
+            records=tuple(recording.records()),
+            now=now,
+            wait=wait,
+            stacks=_read_stacks(stacks),
+            claimed=(now - claimed) / 1e9 if claimed else -1.0,
+            failed=words[Head.FAILED],
+        )
+
+
+def _read_stacks(text: str) -> tuple[Stack, ...]:
+    """Return what `own_stacks` wrote."""
+    try:
+        return _stacks_from_json(json.loads(text))
+    except ValueError:  # nothing yet, or half of it
+        return ()
+
+
+def own_stacks() -> str:
+    """Return where the threads of this process are, as text for `_read_stacks`.
+
+    The main thread first; of many threads, those for which there is room.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
+    found: list[dict[str, Any]] = []
+    for most in _FRAMES:
+        found = []
+        for ident, frame in frames:
+            if names.get(ident, "").startswith(_OURS):
+                continue
+            sites = tuple(
+                Site(at.f_code.co_filename, line, at.f_code.co_name)
+                for at, line in islice(traceback.walk_stack(frame), most)
+            )
+            found.append(asdict(Stack(names.get(ident, str(ident)), sites)))
+        if len(json.dumps(found)) <= _ROOM:
+            break
+    while found and len(json.dumps(found)) > _ROOM:
+        del found[-max(len(found) // 8, 1) :]
+    return json.dumps(found)
+
+
+def _stacks_from_json(stacks: list[dict[str, Any]]) -> tuple[Stack, ...]:
+    return tuple(
+        Stack(stack["thread"], tuple(Site(**site) for site in stack["frames"])) for stack in stacks
+    )

@@ -1,0 +1,496 @@
+"""What is known of the ranks of a job, and who tells it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from queue import Empty, SimpleQueue
+from time import monotonic_ns
+from typing import TYPE_CHECKING, TypeAlias
+
+from mpidist import env
+from mpidist.log import rank_logger
+from mpidist.observe.recorder import Head, Recorder
+from mpidist.observe.recorder.layout import ON_DEVICE
+from mpidist.observe.recorder.recording import Recording
+from mpidist.observe.watch.dump import write_dump
+from mpidist.observe.watch.failures import Failures, digest_of
+from mpidist.observe.watch.processes import Process, Status
+from mpidist.observe.watch.report import (
+    accuse,
+    callers,
+    causes,
+    cure,
+    place,
+    processes,
+    suspects,
+    tell,
+)
+from mpidist.observe.watch.states import RankState, own_stacks
+
+if TYPE_CHECKING:
+    from mpidist.observe.watch.listener import Listener
+
+__all__ = ["Watch"]
+
+Answers: TypeAlias = "tuple[SimpleQueue[bytes | None] | None, int]"
+
+_CARD = 512
+"""Bytes with which each rank introduces itself."""
+
+_ANSWER = 1.5
+"""Seconds that a process of this node has to say where its threads are."""
+
+_WRITING = 8.0
+"""Seconds that a rank which has set out to write a report has for it."""
+
+_FRESH = 3.0
+"""Seconds during which nobody repeats a report."""
+
+_ASKING = 0.5
+"""Seconds between two questions to another node whether it has written its report."""
+
+_HEARD = 6.0
+"""Seconds after which an answer of another node is not waited for."""
+
+_BEAT = 2.0
+"""Seconds after which the helper thread of a rank has been kept from running: it runs five times a
+second, unless foreign code holds the interpreter's lock."""
+
+_ELSEWHERE = 1.0
+"""Seconds that other nodes have to say whether they fail for the same reason."""
+
+_POLL = 0.02
+
+
+class Watch:
+    """Sees what the ranks of a job are doing.
+
+    The memory of the ranks of this node is read as it is, also after their death. Their processes,
+    and other nodes, are asked.
+
+    Parameters
+    ----------
+    rank : int
+        This rank, in the world.
+    recorder : Recorder
+        Its own.
+    records : mapping of int to memoryview
+        Of the ranks that can be read here.
+
+    Attributes
+    ----------
+    debug : bool
+        Whether all collectives are compared before they begin.
+    failures : Failures
+        Why ranks of this node end.
+    """
+
+    def __init__(self, rank: int, recorder: Recorder, records: Mapping[int, memoryview]) -> None:
+        self.rank = rank
+        self._recorder = recorder
+        self.debug = False
+        self.listener: Listener | None = None
+        self._recordings = {other: Recording(memory) for other, memory in records.items()}
+        self._words = recorder.words
+        self._reporting = threading.Lock()
+        self._secret = b""
+        self._nodes: Sequence[int] = [0] * (rank + 1)
+        self._hosts = ["?"] * (rank + 1)
+        self._pids = [os.getpid()] * (rank + 1)
+        self._processes: dict[int, Process] = {}
+        self._doors: list[tuple[str, int]] = []
+        self.failures = Failures(rank, self._recordings, self._can_speak)
+
+    # -- how the ranks get to know each other --------------------------------------------------
+
+    def listen(self, nodes: Sequence[int]) -> None:
+        """Promise that `answer` is called from now on, several times a second.
+
+        Parameters
+        ----------
+        nodes : sequence of int
+            The node of each rank. Where there are several, the first rank of each listens for the
+            others.
+        """
+        self._words[Head.LISTENING] = 1
+        if max(nodes) and nodes.index(nodes[self.rank]) == self.rank:
+            from mpidist.observe.watch.listener import Listener
+
+            self.listener = Listener(self._answer)
+
+    def card(self) -> bytes:
+        """Return how this rank introduces itself to the others."""
+        words = {
+            "host": os.uname().nodename[:200],
+            "pid": os.getpid(),
+            "address": "" if self.listener is None else self.listener.address,
+            "port": 0 if self.listener is None else self.listener.port,
+            "secret": os.urandom(32).hex(),
+            "debug": env.debug(),
+        }
+        return json.dumps(words).encode().ljust(_CARD)
+
+    def meet(self, nodes: Sequence[int], cards: Sequence[bytes]) -> None:
+        """Take the others' introductions; rank 0's settings count for all.
+
+        The cards travel from rank to rank of one job, so that its secret is known to nobody else.
+        """
+        read = [json.loads(card) for card in cards]
+        self._nodes = nodes
+        self._hosts = [card["host"] for card in read]
+        self._pids = [card["pid"] for card in read]
+        self._doors = [(card["address"], card["port"]) for card in read if card["port"]]
+        self._secret = bytes.fromhex(read[0]["secret"])
+        self.debug = read[0]["debug"]
+        if self.listener is not None:
+            self.listener.open(self._secret)
+        for rank, recording in self._recordings.items():
+            same = recording.words[Head.PID_NAMESPACE] == self._words[Head.PID_NAMESPACE]
+            if rank != self.rank and same and self._pids[rank] != os.getpid():
+                self._processes[rank] = Process(self._pids[rank])
+
+    def who(self) -> list[str]:
+        """Return host and process number of every rank."""
+        return [f"{host}:{pid}" for host, pid in zip(self._hosts, self._pids, strict=True)]
+
+    def processes(self, *, all_of_them: bool = False) -> str:
+        """Return which ranks are on which host, and their process numbers, in some 400 characters.
+
+        Parameters
+        ----------
+        all_of_them : bool, optional
+            Whether to name all, however long the line gets.
+        """
+        return processes(self._nodes, self._hosts, self._pids, short=not all_of_them)
+
+    # -- what they are doing -------------------------------------------------------------------
+
+    def here(self, sequence: int) -> str:
+        """Return where this rank called an operation."""
+        return place(self._recordings[self.rank].site_of(sequence))
+
+    def states(self, *, ask: bool = True) -> dict[int, RankState]:
+        """Return what is known of the ranks of this node.
+
+        Parameters
+        ----------
+        ask : bool, optional
+            Whether to ask their processes where the threads are, which may take 1.5 s.
+        """
+        stacks = self._ask() if ask else {}
+        found = {}
+        for rank in self._recordings:
+            status = self._status(rank)
+            asked = ask and rank not in stacks and self._listens(rank)
+            if status is Status.ALIVE and (asked or self._is_held(rank)):
+                status = Status.SILENT
+            found[rank] = self._read(rank, status, stacks.get(rank, ""))
+        return found
+
+    def all_states(self) -> dict[int, RankState]:
+        """Return what is known of all ranks, other nodes asked as well, which may take 6 s."""
+        deadline = time.monotonic() + _HEARD
+        answers = self._ask_others()
+        found = self.states()
+        found |= self._heard(answers, deadline)
+        return found | self._unknown(found)
+
+    def _ask_others(self) -> Answers:
+        """Ask the other nodes, and return at once how many there are, and their answers."""
+        here = self._nodes[self.rank]
+        far = [door for node, door in enumerate(self._doors) if node != here]
+        if not far:
+            return None, 0
+        from mpidist.observe.watch.listener import ask_all
+
+        return ask_all(far, self._secret), len(far)
+
+    @staticmethod
+    def _heard(asked: Answers, deadline: float) -> dict[int, RankState]:
+        """Return what other nodes have answered by then."""
+        answers, count = asked
+        found: dict[int, RankState] = {}
+        for _ in range(count):
+            assert answers is not None, "there are other nodes"
+            try:
+                answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
+            except Empty:
+                break
+            if answer is not None:
+                told = [RankState.from_json(fields) for fields in json.loads(answer)]
+                found |= {state.rank: state for state in told}
+        return found
+
+    def _unknown(self, found: Collection[int]) -> dict[int, RankState]:
+        """Return what is known of the ranks of which nothing has been heard."""
+        status = Status.SILENT if self._doors else Status.UNKNOWN
+        return {
+            rank: RankState(rank, node, who, status)
+            for rank, (node, who) in enumerate(zip(self._nodes, self.who(), strict=True))
+            if rank not in found
+        }
+
+    def _answer(self) -> bytes:
+        """Return the states of this node's ranks, for another node."""
+        return json.dumps([state.as_json() for state in self.states().values()]).encode()
+
+    def _read(self, rank: int, status: Status, stacks: str) -> RankState:
+        return RankState.read(
+            self._recordings[rank],
+            rank=rank,
+            node=self._nodes[rank],
+            process=f"{self._hosts[rank]}:{self._pids[rank]}",
+            status=status,
+            stacks=stacks,
+        )
+
+    def _status(self, rank: int) -> Status:
+        process = self._processes.get(rank)
+        if process is not None:
+            return process.status()
+        return Status.ALIVE if self._pids[rank] == os.getpid() else Status.UNKNOWN
+
+    def _is_held(self, rank: int) -> bool:
+        """Whether the helper thread of a rank of this node does not come to run."""
+        last = self._recordings[rank].words[Head.BEAT]
+        return rank != self.rank and 0 < last < monotonic_ns() - _BEAT * 1e9
+
+    def _can_speak(self, rank: int) -> bool:
+        """Whether a rank of this node may still fail, or say that it has."""
+        words = self._recordings[rank].words
+        gone = self._status(rank) in (Status.DEAD, Status.STOPPED)
+        return not gone and bool(words[Head.FAILED] or not words[Head.LEAVING])
+
+    def fails_elsewhere(self, reason: str) -> int | None:
+        """Return the first rank before this one, on another node, that ends for this reason.
+
+        Takes up to 1 s where there are other nodes.
+        """
+        deadline = time.monotonic() + _ELSEWHERE
+        found = self._heard(self._ask_others(), deadline)
+        digest = digest_of(reason)
+        same = [rank for rank, state in found.items() if state.failed == digest]
+        return min((rank for rank in same if rank < self.rank), default=None)
+
+    def killed(self) -> list[int]:
+        """Return the ranks of this node whose processes have ended before they came to their exit.
+
+        A launcher that ends the job with its first dead rank leaves nobody to ask this.
+        """
+        return [
+            rank
+            for rank, process in self._processes.items()
+            if not self._recordings[rank].words[Head.LEAVING] and process.ended()
+        ]
+
+    def _listens(self, rank: int) -> bool:
+        return bool(self._recordings[rank].words[Head.LISTENING])
+
+    def _ask(self) -> dict[int, str]:
+        """Ask all that listen where their threads are."""
+        asked, stacks = monotonic_ns(), {self.rank: own_stacks()}
+        waiting = [rank for rank in self._recordings if rank != self.rank and self._listens(rank)]
+        for rank in waiting:
+            self._recordings[rank].words[Head.ASKED] = asked
+        deadline = time.monotonic() + _ANSWER
+        while waiting and time.monotonic() < deadline:
+            for rank in tuple(waiting):
+                recording = self._recordings[rank]
+                if recording.words[Head.ANSWERED] >= asked:
+                    stacks[rank] = recording.stacks()
+                    waiting.remove(rank)
+                elif self._status(rank) in (Status.DEAD, Status.STOPPED):
+                    waiting.remove(rank)
+            if waiting:
+                time.sleep(_POLL)
+        return stacks
+
+    # -- reports -------------------------------------------------------------------------------
+
+    def accuse(
+        self, members: Sequence[int], key: tuple[int, int] | None, missing: Sequence[int]
+    ) -> str:
+        """Return words for who keeps an operation from ending, as far as is known on this node.
+
+        Parameters
+        ----------
+        members : sequence of int
+            The ranks of the group, in the world.
+        key : (int, int), optional
+            The group's identity and the number of the collective.
+        missing : sequence of int
+            Ranks of the world that are known not to have come.
+        """
+        return accuse(self.states(ask=False), members, key, missing)
+
+    def callers(self, members: Sequence[int], key: tuple[int, int]) -> str:
+        """Return who called what where, as far as is known on this node; see `accuse`."""
+        return callers(self.states(ask=False), members, key)
+
+    def differences(self, members: Sequence[int], key: tuple[int, int], *, compared: bool) -> str:
+        """Return who called what where if all have come to a collective with different calls.
+
+        Nothing if they have called the same, or as long as it is not known of all of them.
+
+        Parameters
+        ----------
+        members, key
+            As `accuse`.
+        compared : bool
+            Whether the transport compares the calls on host arrays. It knows better then: only
+            calls of which some are on host arrays and some on device arrays never meet there.
+        """
+        if any(rank not in self._recordings for rank in members):
+            return ""
+        found = {self._recordings[rank].find(key) for rank in members}
+        calls = {None if record is None else record.call for record in found}
+        if None in calls or len(calls) == 1:
+            return ""
+        if compared and not any(call is not None and call & ON_DEVICE for call in calls):
+            return ""
+        return self.callers(members, key)
+
+    def report(
+        self,
+        title: str,
+        *,
+        members: Sequence[int] | None = None,
+        key: tuple[int, int] | None = None,
+        missing: Sequence[int] = (),
+        first: Sequence[int] = (),
+        ask: bool = True,
+        dump: bool = False,
+        table: bool = True,
+    ) -> None:
+        """Log what all ranks are doing, if no other rank has just done so or is about to.
+
+        Parameters
+        ----------
+        title : str
+            What does not end, or why there is a report.
+        members : sequence of int, optional
+            The ranks of the group, in the world; all when omitted.
+        key : (int, int), optional
+            Of the collective that does not end.
+        missing : sequence of int, optional
+            Ranks of the world that are known not to have come.
+        first : sequence of int, optional
+            Other ranks of the world that stand at the top.
+        ask : bool, optional
+            Whether to ask other processes and nodes.
+        dump : bool, optional
+            Whether to write it as JSON, too; see `mpidist.env.dump_directory`. It is logged as an
+            error then, else as a warning.
+        table : bool, optional
+            Whether to log what each rank is doing; all of it is written as JSON in any case.
+
+        Notes
+        -----
+        Returns when the rank that writes the report has written it, at the latest after 8 s:
+        whoever ends the job afterwards must not take it from the screen.
+        """
+        members = range(len(self._nodes)) if members is None else members
+        # One thread of this process at a time: ranks see from each other which one reports.
+        held = self._reporting.acquire(timeout=_WRITING)
+        try:
+            self._report(title, members, key, missing, first, ask=ask, dump=dump, table=table)
+        finally:
+            if held:
+                self._reporting.release()
+
+    def _report(
+        self,
+        title: str,
+        members: Sequence[int],
+        key: tuple[int, int] | None,
+        missing: Sequence[int],
+        first: Sequence[int],
+        *,
+        ask: bool,
+        dump: bool,
+        table: bool,
+    ) -> None:
+        if not self._claim():
+            return
+        states = self.all_states() if ask else self.states(ask=False)
+        if self._is_told_elsewhere(states):
+            deadline = time.monotonic() + _WRITING
+            while self._is_told_elsewhere(states) and time.monotonic() < deadline:
+                time.sleep(_ASKING)
+                states = self.all_states()
+            self._words[Head.REPORTED] = monotonic_ns()
+            return
+        why = causes(states, members, key, missing)
+        top = {*first, *suspects(states, members, key, missing)}
+        what_to_do = cure(states, members, key, missing)
+        shown = states.values() if table else ()
+        text = tell(title, shown, top, causes=why, cure=what_to_do)
+        if dump and self._words[Head.LISTENING]:
+            text += f"\n  {write_dump(title, states)}"
+        level = logging.ERROR if dump else logging.WARNING
+        rank_logger("world", self.rank, len(self._nodes)).log(level, "%s", text)
+        self._words[Head.REPORTED] = monotonic_ns()
+
+    def _is_told_elsewhere(self, states: Mapping[int, RankState]) -> bool:
+        """Whether a rank of another node is writing the report.
+
+        The lowest rank writes it: nodes cannot tell who was first, and two that waited for each
+        other would tell nothing.
+        """
+        far = [state for rank, state in states.items() if rank not in self._recordings]
+        return any(state.rank < self.rank and 0 <= state.claimed < _WRITING for state in far)
+
+    def reported_lately(self) -> bool:
+        """Whether this rank has just told what all ranks are doing."""
+        return 0 < monotonic_ns() - self._words[Head.REPORTED] < _FRESH * 1e9
+
+    def _claim(self) -> bool:
+        """Set out to write a report; False if another rank of this node does, when it is done."""
+        self._words[Head.CLAIMED] = claimed = monotonic_ns()
+        deadline = time.monotonic() + _WRITING
+        while time.monotonic() < deadline:
+            faster = [rank for rank in self._recordings if self._is_faster(rank, claimed)]
+            if not faster:
+                return True
+            self._words[Head.CLAIMED] = 0
+            if any(self._is_done(rank) for rank in faster):
+                return False
+            time.sleep(_POLL)
+        self._words[Head.CLAIMED] = claimed  # whoever was faster has not come to an end
+        return True
+
+    def _is_faster(self, rank: int, claimed: int) -> bool:
+        """Whether a rank set out before, not long ago, and lives."""
+        words = self._recordings[rank].words
+        theirs, done = words[Head.CLAIMED], self._is_done(rank)
+        if rank == self.rank or not theirs or (theirs, rank) > (claimed, self.rank):
+            return False
+        last = words[Head.REPORTED] if done else theirs
+        fresh = claimed - last < (_FRESH if done else _WRITING) * 1e9
+        return fresh and (done or self._status(rank) in (Status.ALIVE, Status.LEAVING))
+
+    def _is_done(self, rank: int) -> bool:
+        words = self._recordings[rank].words
+        return bool(words[Head.REPORTED] >= words[Head.CLAIMED] > 0)
+
+    # -- the helper thread ---------------------------------------------------------------------
+
+    def answer(self) -> None:
+        """Show that this thread runs, and write where all are, if somebody has asked."""
+        words = self._words
+        words[Head.BEAT] = monotonic_ns()
+        if words[Head.ASKED] > words[Head.ANSWERED]:
+            self._recorder.write_stacks(own_stacks())
+
+    def leave(self) -> None:
+        """Say that this rank has come to its exit."""
+        self._words[Head.LEAVING] = monotonic_ns()
+
+    def report_signal(self) -> None:
+        """Report because the user has asked for it, by a signal."""
+        self.report("SIGUSR2: what all ranks are doing", dump=True)

@@ -1,0 +1,123 @@
+"""How a bucket travels: as it is, in a half type, or through a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from mpidist._types import Array, DType, ReduceOp
+from mpidist.arrays.namespaces import BFLOAT16, array_namespace, is_device
+from mpidist.backends.work import Work
+from mpidist.collectives import iall_reduce
+from mpidist.group import ProcessGroup
+from mpidist.parallel import kernels
+
+__all__ = ["Compression", "Hook", "exchange_for", "plain"]
+
+Hook: TypeAlias = Callable[[Array, ProcessGroup, ReduceOp], "Work[Any]"]
+"""A function ``hook(bucket, group, op)`` that starts the reduction of a flat array in place.
+
+It is called once per bucket and step, with the same buckets in the same order on all ranks, and
+returns at once. When its `Work` has been waited for, `bucket` must hold the reduction over `group`
+by `op` (MEAN or SUM), or what stands for it, with the same bits on all ranks. `plain` is the
+simplest one. What a hook keeps between steps it keeps per bucket; buckets have different lengths
+or at least different addresses, and stay where they are: `DDP` keeps its first layout beside a
+hook.
+"""
+
+
+class Compression(Enum):
+    """Dtype in which gradients travel.
+
+    Notes
+    -----
+    Gradients of a wider float type are rounded once before they are sent and, since halves are
+    summed in float32, once more when they are received. Others travel as they are. Half the bytes
+    of float32. `FP16` has 11 bits of precision and overflows above 65504 (use a `GradScaler`,
+    which sees the infinities); `BF16` has 8 bits and the range of float32.
+    """
+
+    FP16 = "float16"
+    BF16 = "bfloat16"
+
+    def wire_dtype(self, dtype: DType) -> DType:
+        """Return the dtype in which gradients of `dtype` travel."""
+        half = BFLOAT16 if self is Compression.BF16 else np.dtype(np.float16)
+        return half if dtype.kind == "f" and dtype.itemsize > half.itemsize else dtype
+
+
+def plain(bucket: Array, group: ProcessGroup, op: ReduceOp) -> Work[Any]:
+    """Start the all-reduce of a bucket as it is.
+
+    Parameters
+    ----------
+    bucket : Array, shape (n,), float or complex
+        Reduced in place.
+    group : ProcessGroup
+        The ranks taking part.
+    op : ReduceOp
+        `MEAN` or `SUM`.
+
+    Returns
+    -------
+    Work
+        The all-reduce under way.
+
+    Notes
+    -----
+    Collective over `group`; does not block.
+    """
+    return iall_reduce(bucket, group, op=op, out=bucket)
+
+
+def exchange_for(compression: Compression | Hook | None, bucket: Array) -> Hook:
+    """Return the function that reduces `bucket`, with what it needs already allocated."""
+    if compression is None:
+        return plain
+    if not isinstance(compression, Compression):
+        return compression
+    dtype = compression.wire_dtype(bucket.dtype)
+    return plain if dtype == bucket.dtype else _HalfExchange(bucket, dtype)
+
+
+class _HalfExchange:
+    """Reduces a bucket by way of a narrower copy, which it keeps."""
+
+    def __init__(self, bucket: Array, dtype: DType) -> None:
+        self._wire: Array = array_namespace(bucket).empty(bucket.shape, dtype)
+
+    def __call__(self, bucket: Array, group: ProcessGroup, op: ReduceOp) -> Work[Any]:
+        wire = self._wire
+        _cast(bucket, wire)
+        return _HalfWork(iall_reduce(wire, group, op=op, out=wire), wire, bucket)
+
+
+class _HalfWork(Work[None]):
+    """Widens the result back into the bucket when it has come."""
+
+    def __init__(self, work: Work[Any], wire: Array, bucket: Array) -> None:
+        self._work = work
+        self._wire = wire
+        self._bucket: Array | None = bucket
+
+    def done(self) -> bool:
+        return self._work.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._work.wait(timeout)
+        if self._bucket is not None:
+            _cast(self._wire, self._bucket)
+            self._bucket = None  # a second wait must not overwrite what the caller made of it
+
+
+def _cast(x: Array, out: Array) -> None:
+    if is_device(x):
+        kernels.cast(x, out)
+        return
+    # A gradient beyond the half's range becomes an infinity, for GradScaler to find. An error on
+    # this rank would leave the others waiting.
+    with np.errstate(all="ignore"):
+        np.copyto(out, x, casting="unsafe")

@@ -1,7 +1,0 @@
-"""Watching: what every rank is doing, told when one waits for too long."""
-
-from __future__ import annotations
-
-from mpidist.watch.watch import Watch
-
-__all__ = ["Watch"]
