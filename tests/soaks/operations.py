@@ -1,6 +1,6 @@
 """Random operations on a real job until the time is over, each compared with plain numpy.
 
-    mpirun -n 4 python -m mpidist.testing.soak --seconds 600
+    mpirun -n 4 python -m tests.soaks.operations --seconds 600
 
 Every rank draws the same operations from one seed, so that any of them can be repeated: a failure
 names seed and round. Blocking, immediate, in place, uneven, on the world and on sub-groups, with
@@ -268,7 +268,7 @@ def soak(group: ProcessGroup, *, seed: int, seconds: float, rounds: int | None =
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = RankArgumentParser(prog="python -m mpidist.testing.soak", description=__doc__)
+    parser = RankArgumentParser(prog="python -m tests.soaks.operations", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the operations (default: 0)")
     options = parser.parse_args(arguments)

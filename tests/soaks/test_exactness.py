@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mpidist._types import MAX, SUM
-from mpidist.testing import exactness, run_ranks
-from mpidist.testing.exactness import Case, by_numpy, compare_with_numpy, contribution
+from mpidist.testing import run_ranks
+from tests.soaks import exactness
+from tests.soaks.exactness import Case, by_numpy, compare_with_numpy, contribution
 
 
 @pytest.mark.ranks(2, 3, 4)

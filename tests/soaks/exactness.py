@@ -1,6 +1,6 @@
 """Random all_reduces on a real job, each compared with numpy, with the other ranks, and a rerun.
 
-    mpirun -n 4 python -m mpidist.testing.exactness --count 1000
+    mpirun -n 4 python -m tests.soaks.exactness --count 1000
 
 Every rank makes the arrays of all ranks from one seed and combines them with numpy in the order of
 the ranks. Integers, minima and maxima, and on one node half types and sums of registered memory,
@@ -289,7 +289,7 @@ def _judge(
         raise AssertionError(f"{where}: got {got.dtype} {got.shape}")
     equal = got.tobytes() == expected.tobytes()
     if not equal and case.op in (MIN, MAX):  # there are several NaN and two zeros
-        equal = bool(((got == expected) | ((got != got) & (expected != expected))).all())  # noqa: PLR0124
+        equal = bool(((got == expected) | ((got != got) & (expected != expected))).all())
     if case.is_exact(group):
         if not equal:
             raise AssertionError(f"{where}: expected {expected!r}\ngot {got!r}")
@@ -322,7 +322,7 @@ def _compare_ranks(digests: list[int], seed: int, group: ProcessGroup) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = RankArgumentParser(prog="python -m mpidist.testing.exactness", description=__doc__)
+    parser = RankArgumentParser(prog="python -m tests.soaks.exactness", description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="how many (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes and values (default: 0)")
     options = parser.parse_args(arguments)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mpidist.testing import Faults, Mode, run_ranks
-from mpidist.testing import soak as soak_module
-from mpidist.testing.soak import soak
+from tests.soaks import operations
+from tests.soaks.operations import soak
 
 
 @pytest.mark.ranks(2, 3, 4)
@@ -28,9 +28,9 @@ def test_random_operations_over_a_slow_network():
 
 def test_a_wrong_result_is_found(monkeypatch):
     def wrong(draw, group):
-        work, expected = soak_module._all_reduce(draw, group)
+        work, expected = operations._all_reduce(draw, group)
         return work, None if expected is None else np.where(expected == expected, 99, expected)
 
-    monkeypatch.setattr(soak_module, "_VERBS", {"all_reduce": wrong})
+    monkeypatch.setattr(operations, "_VERBS", {"all_reduce": wrong})
     with pytest.raises(AssertionError, match="seed 1, round 1"):
         run_ranks(1, lambda group: soak(group, seed=1, seconds=30, rounds=50))
