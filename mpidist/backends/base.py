@@ -17,8 +17,8 @@ from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays.namespaces import REDUCTIONS
 from mpidist.backends import algorithms
 from mpidist.backends.crossovers import Crossovers, choose
-from mpidist.backends.node.compared import BY_MESSAGES, compare
-from mpidist.backends.node.registered import Registry
+from mpidist.backends.node.comparison import BY_MESSAGES, compare
+from mpidist.backends.node.registered_memory import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
 from mpidist.observe.recorder import Recorder
@@ -263,7 +263,7 @@ class Backend(ABC):
         waiter.wait_for(self.begin(verb, args, waiter).done)
 
     def compare(self, described: Described) -> Work[None]:
-        """Find out whether all ranks are about to call the same; see `compared.compare`."""
+        """Find out whether all ranks are about to call the same; see `comparison.compare`."""
         return self.start(self._comparing(described))
 
     def begin_compared(self, verb: str, args: tuple[Any, ...], described: Described) -> Work[None]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.boxes import split_evenly
-from mpidist.backends.node.registered import Block
+from mpidist.backends.node.registered_memory import Block
 from mpidist.bench.machine import Machine
 from mpidist.bench.options import add_effort, require_ranks
 from mpidist.bench.peers import Gloo, find_library, open_gloo

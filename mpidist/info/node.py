@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpidist.backends.crossover_file import processor
-from mpidist.backends.node.meetings import supported
+from mpidist.backends.node.counters import supported
 from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.info import nvml
 from mpidist.info.facts import NodeFacts, SharedMemory

@@ -9,8 +9,8 @@ import pytest
 
 import mpidist
 from mpidist.backends.node.comparison import SumComparison
-from mpidist.backends.node.meetings import Record, supported
-from mpidist.backends.node.signatures import balance_of
+from mpidist.backends.node.counters import supported
+from mpidist.backends.node.signatures import Record, balance_of
 from mpidist.backends.work import Work
 from mpidist.errors import CollectiveMismatchError
 

@@ -13,7 +13,8 @@ import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays.namespaces import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.crossovers import NEVER, Crossovers
-from mpidist.backends.node.meetings import DirectBoard, Until, supported
+from mpidist.backends.node.counters import DirectBoard, supported
+from mpidist.backends.node.sequencer import Until
 from mpidist.backends.node.signatures import DIRECT_VERBS
 from mpidist.backends.waiting import WaitTimeout
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, SizeMismatchError

@@ -28,11 +28,10 @@ from mpidist.backends.mpi import communicators
 from mpidist.backends.mpi.calls import LibraryCall, LibraryCalls
 from mpidist.backends.mpi.departures import Departures
 from mpidist.backends.mpi.memory import share, unlink_library_memory
-from mpidist.backends.node.compared import BY_MESSAGES, refuse
-from mpidist.backends.node.comparison import SumComparison
-from mpidist.backends.node.direct import Direct
-from mpidist.backends.node.meetings import DirectBoard, supported
-from mpidist.backends.node.registered import Block, Place
+from mpidist.backends.node.comparison import BY_MESSAGES, SumComparison, refuse
+from mpidist.backends.node.counters import DirectBoard, supported
+from mpidist.backends.node.direct_path import Direct
+from mpidist.backends.node.registered_memory import Block, Place
 from mpidist.backends.node.sequencer import Sequencer
 from mpidist.backends.node.signatures import (
     DIRECT_VERBS,

@@ -15,14 +15,15 @@ ranks, whatever the timing, since all see whether any has begun.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeAlias, TypeVar
 
 from mpidist.backends.node.comparison import BoardComparison, Comparison
-from mpidist.backends.node.meetings import RING, DirectBoard, Meetings, Record, Until, phases
-from mpidist.backends.node.registered import Place
+from mpidist.backends.node.counters import RING, DirectBoard
+from mpidist.backends.node.registered_memory import Place
 from mpidist.backends.node.signatures import (
     Described,
+    Record,
     Route,
     Signature,
     describe_with_route,
@@ -32,7 +33,9 @@ from mpidist.backends.node.topology import Neighbours
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Steps, StepsWork, Waiter, Work
 
-__all__ = ["Arrival", "Sequencer", "Waiters"]
+__all__ = ["Arrival", "Meetings", "Sequencer", "Until", "Waiters", "phases"]
+
+T = TypeVar("T")
 
 Waiters: TypeAlias = Callable[[], Waiter]
 """Makes the waiter of the operation that has begun: few have to wait for so long."""
@@ -325,3 +328,41 @@ class Arrival(Work[None]):
     def wait(self, timeout: float | None = None) -> None:
         """Wait without driving anything else."""
         wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+
+
+class Until(Work[None]):
+    """Complete when a condition holds.
+
+    Parameters
+    ----------
+    condition : callable
+        Polled.
+    missing : callable
+        Returns the ranks that keep it from holding.
+    """
+
+    def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
+        self.condition = condition
+        self._missing = missing
+
+    def done(self) -> bool:
+        """Return whether the condition holds."""
+        return self.condition()
+
+    def missing(self) -> list[int]:
+        """Return the ranks that keep it from holding."""
+        return self._missing()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until it holds, without driving anything else."""
+        wait_until(self.condition, timeout=float("inf") if timeout is None else timeout)
+
+
+Meetings: TypeAlias = Generator[Until, None, T]
+"""Steps of an operation on the direct path: it yields each meeting that it has to wait for."""
+
+
+def phases(steps: Steps) -> Meetings[None]:
+    """Wait for each phase of an operation as for a meeting."""
+    for phase in steps:
+        yield Until(phase.done, list)

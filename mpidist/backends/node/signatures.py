@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.backends.node.meetings import Record
-from mpidist.backends.node.registered import Place, Registry
+from mpidist.backends.node.registered_memory import Place, Registry
 
 __all__ = [
     "DIRECT_VERBS",
     "Described",
+    "Record",
     "Route",
     "Signature",
     "balance_of",
@@ -48,6 +48,9 @@ _ROUTES = {
     Route.ARRIVAL: "with the arrival, as a small array",
     Route.SCRATCH: "by way of scratch in shared memory",
 }
+
+_BREAKS = 4
+"""Word of a record that says whether a difference breaks the group."""
 
 _KEPT = 1024
 """Records that are kept to be used again."""
@@ -101,6 +104,37 @@ class Signature(Protocol):
 
     def describe(self) -> Described:
         """Return the call in words."""
+
+
+class Record(NamedTuple):
+    """What a rank comes with, in a form that is quick to compare.
+
+    Attributes
+    ----------
+    words : Array, shape (7,), uint64
+        Five numbers that have to be the same on all ranks, the balance, and the digest.
+    digest : int
+        A hash of the five.
+    balance : int or None
+        What has to add up to 0 over all ranks, where something has to.
+    """
+
+    words: Array
+    digest: int
+    balance: int | None
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], balance: int | None = None) -> Record:
+        """Make the record of five numbers."""
+        # Python salts the hashes of texts, not those of whole numbers: all ranks get the same.
+        digest = hash(tuple(map(int, numbers))) & (2**64 - 1)
+        words = np.array([*numbers, balance or 0, digest], np.uint64)
+        return cls(words, digest, balance)
+
+    @property
+    def breaks(self) -> bool:
+        """Whether a difference breaks the group; see `Signature`."""
+        return bool(self.words[_BREAKS])
 
 
 def record_of(

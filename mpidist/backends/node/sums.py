@@ -15,9 +15,9 @@ import numpy as np
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.backends.combine import combination, combining, even_slices
 from mpidist.backends.crossovers import Crossovers
-from mpidist.backends.node.in_place import Team, prepare_all_reduce
-from mpidist.backends.node.meetings import ROOM
-from mpidist.backends.node.registered import Place, Registry
+from mpidist.backends.node.counters import ROOM
+from mpidist.backends.node.direct_path import Team, prepare_all_reduce
+from mpidist.backends.node.registered_memory import Place, Registry
 from mpidist.backends.node.sequencer import Sequencer, Waiters
 from mpidist.backends.node.signatures import Route, Signature, record_of
 from mpidist.backends.work import Waiter
@@ -111,8 +111,8 @@ class SmallSum:
 class PlaceSum:
     """Arrays in registered memory, where they lie.
 
-    Two meetings; see `in_place.all_reduce`. The place keeps this, so this does not keep the place:
-    the memory is to go with its last array, and not wait for the garbage collector.
+    Two meetings; see `direct_path.all_reduce`. The place keeps this, so this does not keep the
+    place: the memory is to go with its last array, and not wait for the garbage collector.
     """
 
     name: Name | None = None

@@ -12,10 +12,10 @@ from typing import Any
 
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend, Capabilities, Traffic
-from mpidist.backends.node.compared import refuse
-from mpidist.backends.node.meetings import DirectBoard, Record
+from mpidist.backends.node.comparison import refuse
+from mpidist.backends.node.counters import DirectBoard
 from mpidist.backends.node.sequencer import Sequencer
-from mpidist.backends.node.signatures import Described, Route
+from mpidist.backends.node.signatures import Described, Record, Route
 from mpidist.backends.node.topology import Neighbours
 from mpidist.backends.simulated.faults import JobAborted
 from mpidist.backends.simulated.matching import Place

@@ -1,4 +1,8 @@
-"""What the ranks do between two meetings: collectives on arrays that all of a node can reach.
+"""The direct path: collectives on arrays in memory that all ranks of a node share.
+
+Arrays that lie there are worked on where they lie: nothing is packed, sent or received inside the
+node. Each rank reads and writes the others' arrays between two meetings: at the first all have come
+with their contribution, at the second all are done.
 
 On one node nothing is sent. On several, each of the node's workers (see `Neighbours`) deals with a
 slice of the array: it reads it from, and writes it to, the arrays of its node, and between the two
@@ -7,7 +11,7 @@ goes by messages among the workers in its place on the other nodes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +26,19 @@ from mpidist.backends.combine import (
     combination,
     even_slices,
     in_blocks,
+    quiet,
     quietly,
     reduce_into,
     reduce_into_all,
 )
-from mpidist.backends.node.registered import Place
+from mpidist.backends.node.registered_memory import Place
+from mpidist.backends.node.sequencer import Meetings, Sequencer, phases
+from mpidist.backends.node.signatures import Route, Signature
 from mpidist.backends.node.topology import Neighbours
 from mpidist.backends.work import Steps
 
 __all__ = [
+    "Direct",
     "Team",
     "all_gather",
     "all_reduce",
@@ -226,3 +234,49 @@ def _settle(total: Array, op: ReduceOp, size: int, parts: list[Array]) -> None:
     for part in parts:
         if part is not total:
             np.copyto(part, total, casting="unsafe")
+
+
+class Direct:
+    """The collectives of one group by way of the memory that the ranks of each node share.
+
+    Parameters
+    ----------
+    sequencer : Sequencer
+        The order of its operations.
+    transport : Exchanger
+        Carries messages to other nodes.
+    lane_of : callable
+        Returns the lane of the operation with a number.
+    """
+
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        transport: algorithms.Exchanger,
+        lane_of: Callable[[int], int],
+    ) -> None:
+        self.sequencer = sequencer
+        self.team = Team(sequencer.near, transport, quiet())
+        self._lane_of = lane_of
+
+    def plan(
+        self, verb: str, args: tuple[Any, ...], signature: Signature, place: Place
+    ) -> Meetings[None]:
+        """Return the steps of a collective on registered memory: meet, work, meet."""
+        # The number of the operation that begins next; the same on all ranks.
+        lane, team, arrays = self._lane_of(self.sequencer.begun + 1), self.team, place.arrays
+        if verb == "all_reduce":
+            work = all_reduce(team, lane, place, args[2])
+        elif verb == "reduce_scatter":
+            work = reduce_scatter(team, lane, arrays, *args[1:])
+        elif verb == "all_gather":
+            work = all_gather(team, lane, arrays, args[2])
+        else:
+            work = broadcast(team, lane, arrays, args[1])
+        return self._operate(signature, place, work)
+
+    def _operate(self, signature: Signature, place: Place, work: Steps) -> Meetings[None]:
+        sequencer = self.sequencer
+        number = yield from sequencer.entering(signature, Route.REGISTERED, place)
+        yield from phases(work)
+        yield from sequencer.parting(number)

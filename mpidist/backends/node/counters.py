@@ -1,6 +1,6 @@
-"""Where the ranks of a node meet: counters in shared memory, and what each rank came with.
+"""Arrival counters of the ranks of a node, in shared memory, and what each rank has called.
 
-[Note: memory order] A meeting is a counter per rank, written by its owner and read by the others.
+[Note: memory order] Each rank has counters that it alone writes, and all others read.
 On x86-64 stores become visible in the order in which they were made and loads are not reordered
 with loads (Intel SDM, volume 3, section 9.2.2), so that whoever sees the counter sees what was
 written before it; only non-temporal stores, which a large memcpy may use, need a fence, and taking
@@ -11,29 +11,14 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Generator, Sequence
 from os import sched_yield
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any
 
 import numpy as np
 
-from mpidist._types import Array
-from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Steps, Work
+from mpidist.backends.node.signatures import Record
 
-__all__ = [
-    "RING",
-    "ROOM",
-    "DirectBoard",
-    "Meetings",
-    "Record",
-    "Until",
-    "fence",
-    "phases",
-    "supported",
-]
-
-T = TypeVar("T")
+__all__ = ["RING", "ROOM", "DirectBoard", "fence", "supported"]
 
 RING = 64
 """Operations that may be under way at once; a further one is delayed."""
@@ -41,7 +26,7 @@ RING = 64
 ROOM = 16 << 10
 """Bytes of the largest array for which there is room beside the counters, twice."""
 
-_BREAKS, _BALANCE, _DIGEST, _NUMBER = 4, 5, 6, 7
+_BREAKS, _BALANCE, _NUMBER = 4, 5, 7
 """Words of a slot: of the record, and the number of its operation behind it."""
 
 _FENCE = threading.Lock()
@@ -49,37 +34,6 @@ _FENCE = threading.Lock()
 _SPINS, _POLLS = 20, 80
 """How often a counter is looked at before the core is yielded in between, and before a wait does
 something else, too."""
-
-
-class Record(NamedTuple):
-    """What a rank comes with, in a form that is quick to compare.
-
-    Attributes
-    ----------
-    words : Array, shape (7,), uint64
-        Five numbers that have to be the same on all ranks, the balance, and the digest.
-    digest : int
-        A hash of the five.
-    balance : int or None
-        What has to add up to 0 over all ranks, where something has to.
-    """
-
-    words: Array
-    digest: int
-    balance: int | None
-
-    @classmethod
-    def of(cls, numbers: Sequence[int], balance: int | None = None) -> Record:
-        """Make the record of five numbers."""
-        # Python salts the hashes of texts, not those of whole numbers: all ranks get the same.
-        digest = hash(tuple(map(int, numbers))) & (2**64 - 1)
-        words = np.array([*numbers, balance or 0, digest], np.uint64)
-        return cls(words, digest, balance)
-
-    @property
-    def breaks(self) -> bool:
-        """Whether a difference breaks the group; see `Signature`."""
-        return bool(self.words[_BREAKS])
 
 
 def supported() -> bool:
@@ -272,41 +226,3 @@ def fence() -> None:
     """Make what this rank has written visible before what it writes from now on."""
     with _FENCE:
         pass
-
-
-class Until(Work[None]):
-    """Complete when a condition holds.
-
-    Parameters
-    ----------
-    condition : callable
-        Polled.
-    missing : callable
-        Returns the ranks that keep it from holding.
-    """
-
-    def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
-        self.condition = condition
-        self._missing = missing
-
-    def done(self) -> bool:
-        """Return whether the condition holds."""
-        return self.condition()
-
-    def missing(self) -> list[int]:
-        """Return the ranks that keep it from holding."""
-        return self._missing()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait until it holds, without driving anything else."""
-        wait_until(self.condition, timeout=float("inf") if timeout is None else timeout)
-
-
-Meetings: TypeAlias = Generator[Until, None, T]
-"""Steps of an operation on the direct path: it yields each meeting that it has to wait for."""
-
-
-def phases(steps: Steps) -> Meetings[None]:
-    """Wait for each phase of an operation as for a meeting."""
-    for phase in steps:
-        yield Until(phase.done, list)
