@@ -1,8 +1,8 @@
 """Run tests on real ranks from a plain `pytest`.
 
 A test marked ``@pytest.mark.ranks(2, 3, 4)`` becomes one item per rank count. The outer pytest
-starts one ``mpirun -n N python -m pytest --with-mpi`` per test module and rank count, reads what
-every rank reports, and shows each test as an item of its own. ``@pytest.mark.hosts(2, 4)`` does the
+starts one ``mpirun -n N python -m pytest --with-mpi`` per rank count, reads what every rank
+reports, and shows each test as an item of its own. ``@pytest.mark.hosts(2, 4)`` does the
 same on pretended hosts, with two ranks on each.
 
 launcher

@@ -36,11 +36,11 @@ class Launch:
     directory: Path
     grace: float  # seconds that ranks have to end a test which has failed on another rank
 
-    def command(self, module: Path, ranks: Ranks) -> list[str]:
-        """Return the command line that runs `module` on ranks."""
+    def command(self, modules: Sequence[Path], ranks: Ranks) -> list[str]:
+        """Return the command line that runs `modules` on ranks."""
         plugins = ["-p", "tests._ranks.child", "-p", "tests._ranks.plugin"]
         start = [*self.mpirun(ranks), "-n", str(ranks.count), sys.executable]
-        return [*start, "-m", "pytest", *plugins, *self.pytest_arguments, str(module)]
+        return [*start, "-m", "pytest", *plugins, *self.pytest_arguments, *map(str, modules)]
 
 
 @dataclass
@@ -70,14 +70,14 @@ def _without_machinery(stacks: str) -> str:
 
 
 class Job:
-    """A running mpirun for some tests of one module.
+    """A running mpirun for some tests.
 
     Parameters
     ----------
     launch : Launch
         The command line's fixed parts.
-    module : Path
-        The test module.
+    modules : sequence of Path
+        The test modules.
     ranks : Ranks
         How many, and on which hosts.
     deadlines : mapping of str to float
@@ -85,7 +85,12 @@ class Job:
     """
 
     def __init__(
-        self, launch: Launch, module: Path, *, ranks: Ranks, deadlines: Mapping[str, float]
+        self,
+        launch: Launch,
+        modules: Sequence[Path],
+        *,
+        ranks: Ranks,
+        deadlines: Mapping[str, float],
     ) -> None:
         self._size = size = ranks.count
         self._grace = launch.grace
@@ -106,7 +111,7 @@ class Job:
         self._since = time.monotonic()
         with (self._directory / "mpirun.out").open("wb") as output:
             self._process = subprocess.Popen(
-                launch.command(module, ranks),
+                launch.command(modules, ranks),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

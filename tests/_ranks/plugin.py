@@ -249,7 +249,8 @@ class OuterPlugin:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._hosts: HostPool | None = None
-        self._plan: dict[tuple[Path, Ranks], dict[str, float]] = {}
+        self._plan: dict[Ranks, dict[str, float]] = {}
+        self._modules: dict[Ranks, list[Path]] = {}
         self._results: dict[str, Result] = {}
         self._job: Job | None = None
         self._launch: Launch | None = None
@@ -265,17 +266,19 @@ class OuterPlugin:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Swap the items, and bring those of one module and its ranks together."""
+        """Swap the items, and bring those of the same ranks together, at the end."""
         items[:] = [_swapped(item) for item in items]
         first_of = {item.path: index for index, item in reversed(list(enumerate(items)))}
-        items.sort(key=lambda item: (first_of[item.path], getattr(item, "ranks", Ranks(0))))
+        items.sort(key=lambda item: (getattr(item, "ranks", Ranks(0)), first_of[item.path]))
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Note which tests were selected: no others are run on the ranks."""
         for item in session.items:
             if isinstance(item, RanksItem):
-                group = self._plan.setdefault((item.path, item.ranks), {})
-                group[item.nodeid] = item.deadline
+                self._plan.setdefault(item.ranks, {})[item.nodeid] = item.deadline
+                modules = self._modules.setdefault(item.ranks, [])
+                if item.path not in modules:
+                    modules.append(item.path)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -324,19 +327,20 @@ class OuterPlugin:
         from tests._ranks.job import Job
 
         if self._job is None or self._job.ended:
-            group = self._plan[item.path, item.ranks]
-            left = {test: t for test, t in group.items() if test not in self._results}
+            plan = self._plan[item.ranks]
+            left = {test: t for test, t in plan.items() if test not in self._results}
             try:
-                self._job = Job(launch, item.path, ranks=item.ranks, deadlines=left)
+                modules = self._modules[item.ranks]
+                self._job = Job(launch, modules, ranks=item.ranks, deadlines=left)
             except HostsUnavailableError as error:
                 self._results.update(dict.fromkeys(left, _without_hosts(str(error))))
                 return
         new = self._job.watch()
         self._results.update(new)
         if self._job.ended and not self._job.began:
-            # Starting it again for every test of the module would fail as often, and slowly.
+            # Starting it again for every test would fail as often, and slowly.
             (why,) = new.values()
-            for test in self._plan[item.path, item.ranks]:
+            for test in self._plan[item.ranks]:
                 self._results.setdefault(test, why)
 
     def _make_launch(self, mpirun: Path) -> Launch:

@@ -134,6 +134,7 @@ def test_memory_refused_is_told_once(world, monkeypatch, caplog):
         raise OSError(f"no space left for {world.ranks}, says the test")
 
     group = world.duplicate("poor")
+    monkeypatch.setattr(mpi_memory, "_REASONS", set())
     monkeypatch.setattr("os.posix_fallocate", refuse)
     with caplog.at_level(logging.WARNING, "mpidist"):
         for _ in range(3):
