@@ -93,7 +93,7 @@ class Case:
     blames : str or None
         One that a line of the first 20 must hold with 4 ranks; None where nobody can be named.
     sites : tuple of str
-        Names of lines of the program that the output must tell with 2 ranks.
+        Names of lines of the program that the output must tell, on one host.
     launcher : bool
         Whether the launcher alone tells of it, by a process number.
     dumps : bool

@@ -5,7 +5,8 @@ that they took are told at the end of
 
     python -m pytest tests/deaths/test_deaths.py -v
 
-and ``-o "deaths_sizes=2 3 4"`` tries all cases with these numbers of ranks.
+With ``--full`` each case is tried with all its numbers of ranks, and ``-o "deaths_sizes=2 3 4"``
+tries all cases with these.
 """
 
 from __future__ import annotations
@@ -25,18 +26,27 @@ pytestmark = pytest.mark.mpirun
 
 CASES = (*endings.CASES, *lifetimes.CASES, *mismatches.CASES)
 FIRST = 20  # lines
-ON_HOSTS = ("raise", "exit-0", "kill")
+FIRST_CASES = ("raise", "exit-0", "kill")
+"""What happens most: tried on more ranks, and on hosts, in every run."""
 WHO = r"rank ([\d, -]+) on [^ ,:]+ \(pid ([\d, -]+)\)"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Try each case with its numbers of ranks, or with those that the command line names."""
+    """Try each case on few ranks, with ``--full`` on more, or as the command line says."""
     if "size" not in metafunc.fixturenames:
         return
     asked = [int(size) for size in metafunc.config.getini("deaths_sizes").split()]
-    jobs = [(case, size) for case in CASES for size in asked or case.sizes]
-    names = [f"{case.name}-{size}-ranks" for case, size in jobs]
-    metafunc.parametrize(("case", "size"), jobs, ids=names)
+    jobs = [
+        pytest.param(
+            case,
+            size,
+            marks=[] if asked or size == 2 or case.name in FIRST_CASES else pytest.mark.full,
+            id=f"{case.name}-{size}-ranks",
+        )
+        for case in CASES
+        for size in asked or case.sizes
+    ]
+    metafunc.parametrize(("case", "size"), jobs)
 
 
 def test_death(matrix: Matrix, case: Case, size: int) -> None:
@@ -46,7 +56,7 @@ def test_death(matrix: Matrix, case: Case, size: int) -> None:
 # None of them needs the deadline, which is for init, too: over hosts that takes seconds.
 @pytest.mark.parametrize(
     "case",
-    [replace(case, timeout=30.0) for case in endings.CASES if case.name in ON_HOSTS],
+    [replace(case, timeout=30.0) for case in endings.CASES if case.name in FIRST_CASES],
     ids=lambda case: case.name,
 )
 def test_death_on_hosts(matrix_on_hosts: Matrix, case: Case) -> None:
@@ -82,9 +92,8 @@ def check(outcome: Outcome, case: Case, size: int, *, first: int = FIRST) -> Non
         assert (ended.code == 0) == (case.ending is Ending.GOOD), outcome
     for words in case.sees:
         assert re.search(case.pattern(words, size), ended.text), f"{words}\n{outcome}"
-    if size == 4:
-        assert_blamed(outcome, case, size, first)
-    if size == 2:
+    assert_blamed(outcome, case, size, first)
+    if first == FIRST:
         for name in case.sites:
             assert re.search(case.place(name), ended.text), f"{name}: {case.place(name)}\n{outcome}"
     if case.dumps:
