@@ -31,9 +31,8 @@ def covered(box: Box) -> np.ndarray:
     return inside
 
 
-@pytest.mark.parametrize("a", BOXES)
-def test_intersection_is_what_both_cover(a: Box) -> None:
-    for b in BOXES:
+def test_intersection_is_what_both_cover() -> None:
+    for a, b in itertools.product(BOXES, BOXES):
         common = covered(a) & covered(b)
         both = a.intersect(b)
         assert both == b.intersect(a)
@@ -43,12 +42,12 @@ def test_intersection_is_what_both_cover(a: Box) -> None:
             np.testing.assert_array_equal(covered(both), common)
 
 
-@pytest.mark.parametrize("box", BOXES)
-def test_facts_of_a_box(box: Box) -> None:
-    assert box.count == covered(box).sum() == np.empty(SHAPE)[box.slices].size
-    assert box.empty == (box.count == 0)
-    assert box.stops == tuple(s.stop for s in box.slices)
-    assert box.intersect(Box.whole(SHAPE)) == (None if box.empty else box)
+def test_facts_of_a_box() -> None:
+    for box in BOXES:
+        assert box.count == covered(box).sum() == np.empty(SHAPE)[box.slices].size
+        assert box.empty == (box.count == 0)
+        assert box.stops == tuple(s.stop for s in box.slices)
+        assert box.intersect(Box.whole(SHAPE)) == (None if box.empty else box)
 
 
 def test_box_of_a_number() -> None:
@@ -136,13 +135,13 @@ def test_a_part_along_a_dimension_is_counted_inside_the_box() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 100])
-@pytest.mark.parametrize("box", [*BOXES, Box((), ())])
-def test_small_boxes_in_their_order_are_the_elements_of_the_box(box: Box, count: int) -> None:
-    whole = np.arange(20).reshape(SHAPE) if box.sizes else np.array(7)
-    parts = list(boxes_of_at_most(box, count))
-    assert all(part.count <= count for part in parts)
-    elements = np.concatenate([whole[part.slices].ravel() for part in parts])
-    np.testing.assert_array_equal(elements, whole[box.slices].ravel())
+def test_small_boxes_in_their_order_are_the_elements_of_the_box(count: int) -> None:
+    for box in (*BOXES, Box((), ())):
+        whole = np.arange(20).reshape(SHAPE) if box.sizes else np.array(7)
+        parts = list(boxes_of_at_most(box, count))
+        assert all(part.count <= count for part in parts)
+        elements = np.concatenate([whole[part.slices].ravel() for part in parts])
+        np.testing.assert_array_equal(elements, whole[box.slices].ravel())
 
 
 @pytest.mark.parametrize("number", [2, 3, 200])  # few are compared without numpy

@@ -21,7 +21,7 @@ def run(world: ProcessGroup) -> Run:
     return lambda case: case(world)
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(2, 3, full=(4,))
 class TestMpi(BackendContract):
     """All cases, on one host."""
 

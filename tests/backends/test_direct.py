@@ -51,7 +51,7 @@ def lies_shared(x, world):
 
 @pytest.mark.any_mpi
 @direct_only
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(3, full=(2, 4))
 def test_every_reduction_equals_numpy_bit_for_bit(world):
     for op, dtype in PAIRS:
         count = LEAST // dtype.itemsize + 1 + PAIRS.index((op, dtype))
@@ -66,7 +66,7 @@ def test_every_reduction_equals_numpy_bit_for_bit(world):
 
 @pytest.mark.any_mpi
 @direct_only
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(3, full=(2, 4))
 def test_sums_are_made_in_rank_order(world):
     for dtype in (np.float32, np.float64, np.float16, BFLOAT16, np.complex64):
         count = 300_001

@@ -34,8 +34,9 @@ def sources(directory) -> Path:
 
 
 @pytest.mark.one_python
-def test_what_is_spoilt_is_detected_or_harmless(directory):
-    found = list(corruption.soak(directory, cases=120, seed=1, verify_every=40))
+def test_what_is_spoilt_is_detected_or_harmless(directory, full):
+    cases = 400 if full else 40
+    found = list(corruption.soak(directory, cases=cases, seed=1, verify_every=20))
     assert [f"{case}: {verdict.wrong}" for case, verdict in found if verdict.wrong] == []
     results = {(verdict.full, verdict.ranks) for _, verdict in found}
     assert {("detected", "detected"), ("harmless", "harmless")} <= results

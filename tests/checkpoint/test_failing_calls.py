@@ -32,7 +32,11 @@ MANIFEST = "step-000002/manifest.json"
 
 
 @pytest.mark.one_python
-@pytest.mark.parametrize("scenario", [Scenario(2, False, True), Scenario(2, True, False)], ids=str)
+@pytest.mark.parametrize(
+    "scenario",
+    [Scenario(2, False, True), pytest.param(Scenario(2, True, False), marks=pytest.mark.full)],
+    ids=str,
+)
 def test_every_call_fails_once(scenario):
     found = list(failures.soak(scenario, thorough=False))
     assert [f"{fault}: {verdict}" for fault, verdict in found if verdict.startswith("WRONG")] == []

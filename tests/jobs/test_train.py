@@ -251,7 +251,7 @@ def test_four_ranks_reach_the_promised_accuracy(
 
 @pytest.mark.any_mpi
 @pytest.mark.mpirun
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_curve_is_the_same_on_any_number_of_ranks(
     run: Run, mpirun: list[str], tmp_path: Path, size: int
 ) -> None:

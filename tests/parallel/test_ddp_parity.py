@@ -25,7 +25,9 @@ optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 @case_names
 @optimizers
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [2, 3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 4))]
+)
 def test_ddp_equals_one_process_on_the_joined_batch(size, case, optimizer):
     expected = train_alone(CASES[case], optimizer)
     ranks = run_ranks(size, train_rank, CASES[case], optimizer)

@@ -24,7 +24,7 @@ from tests.parallel.training import CASES, OPTIMIZERS, assert_close, train_alone
 on_ranks = pytest.mark.ranks(2, 3, 4)
 
 
-@on_ranks
+@pytest.mark.ranks(3, full=(2, 4))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_ddp_equals_one_process_on_the_joined_batch(world, case, optimizer):

@@ -45,9 +45,9 @@ from tests.parallel.training import CASES, assert_close, train_alone
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", FACTORIES)
 @pytest.mark.parametrize("case", CASES)
-def test_training_equals_one_process_on_the_joined_batch(case, optimizer, way):
+def test_training_equals_one_process_on_the_joined_batch(case, optimizer, way, full):
     expected = train_alone(CASES[case], optimizer)
-    for size, per_node in [(1, None), (3, None), (4, 2), (4, 3)]:
+    for size, per_node in [(3, None), (4, 2), *([(1, None), (4, 3)] if full else [])]:
         args = (train_sharded, CASES[case], optimizer, way)
         for state in run_ranks(size, *args, ranks_per_node=per_node):
             assert_close(state, expected)

@@ -42,7 +42,7 @@ on_ranks = pytest.mark.ranks(2, 3, 4)
 ROOT = Path(__file__).parents[2]
 
 
-@on_ranks
+@pytest.mark.ranks(3, full=(2, 4))
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", FACTORIES)
 @pytest.mark.parametrize("case", CASES)

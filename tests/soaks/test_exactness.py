@@ -11,7 +11,7 @@ from tests.soaks import exactness
 from tests.soaks.exactness import Case, by_numpy, compare_with_numpy, contribution
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(3, full=(2, 4))
 def test_all_reduces_equal_numpy(world):
     found = compare_with_numpy(world, count=100, seed=world.size)
     assert found.exact + found.rounded == 100

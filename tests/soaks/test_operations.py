@@ -10,9 +10,9 @@ from tests.soaks import operations
 from tests.soaks.operations import soak
 
 
-@pytest.mark.ranks(2, 3, 4)
-def test_random_operations_on_real_ranks(world):
-    assert soak(world, seed=world.size, seconds=4) > 0
+@pytest.mark.ranks(3, full=(2, 4))
+def test_random_operations_on_real_ranks(world, full):
+    assert soak(world, seed=world.size, seconds=30 if full else 2) > 0
 
 
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.value)
