@@ -243,7 +243,7 @@ class Waiter(ABC):
     timeout : float
         Seconds.
     digest, breaks : int, bool
-        Of the call; see `mpidist.backends.node.signatures.Signature`, which a waiter is.
+        Of the call; see `mpidist.backends.node.signatures.ComparedCall`, which a waiter is.
     """
 
     __slots__ = ()

@@ -10,7 +10,7 @@ import pytest
 import mpidist
 from mpidist.backends.node.comparison import SumComparison
 from mpidist.backends.node.counters import supported
-from mpidist.backends.node.signatures import Record, balance_of
+from mpidist.backends.node.signatures import CallSignature, balance_of
 from mpidist.backends.work import Work
 from mpidist.errors import CollectiveMismatchError
 
@@ -216,21 +216,21 @@ class Done(Work[None]):
 def test_a_sum_of_hashes_tells_whether_all_records_are_the_same(odd: int | None) -> None:
     given: list[np.ndarray] = []
     ranks = [SumComparison(lambda words: given.append(words) or Done(), 4) for _ in range(4)]
-    records = [Record.of((77 + (rank == odd), 1, 0, 0, rank == odd)) for rank in range(4)]
-    for comparison, record in zip(ranks, records, strict=True):
-        comparison.enter(5, record)
+    signatures = [CallSignature.of((77 + (rank == odd), 1, 0, 0, rank == odd)) for rank in range(4)]
+    for comparison, signature in zip(ranks, signatures, strict=True):
+        comparison.arrive(5, signature)
     total = np.sum(given, axis=0, dtype=np.uint64)
     for words in given:
         words[...] = total
-    for comparison, record in zip(ranks, records, strict=True):
-        assert comparison.equal(5, record) == (odd is None)
+    for comparison, signature in zip(ranks, signatures, strict=True):
+        assert comparison.equal(5, signature) == (odd is None)
         if odd is not None:
             assert comparison.breaks(5)
 
 
 @pytest.mark.skipif(not supported(), reason="elsewhere calls are compared by sums")
 def test_a_record_keeps_its_numbers_and_its_balance_apart() -> None:
-    plain, balanced = Record.of((1, 2, 3, 4, 0)), Record.of((1, 2, 3, 4, 0), 99)
+    plain, balanced = CallSignature.of((1, 2, 3, 4, 0)), CallSignature.of((1, 2, 3, 4, 0), 99)
     assert plain.digest == balanced.digest
     assert (plain.balance, balanced.balance) == (None, 99)
-    assert Record.of((1, 2, 3, 5, 0)).digest != plain.digest
+    assert CallSignature.of((1, 2, 3, 5, 0)).digest != plain.digest

@@ -13,8 +13,8 @@ import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays.namespaces import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.crossovers import NEVER, Crossovers
-from mpidist.backends.node.counters import DirectBoard, supported
-from mpidist.backends.node.sequencer import Until
+from mpidist.backends.node.counters import ArrivalCounters, supported
+from mpidist.backends.node.sequencer import Condition
 from mpidist.backends.node.signatures import DIRECT_VERBS
 from mpidist.backends.waiting import WaitTimeout
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, SizeMismatchError
@@ -46,7 +46,7 @@ def in_rank_order(parts, op):
 
 
 def lies_shared(x, world):
-    return world._backend.registered.place(x.reshape(-1)) is not None
+    return world._backend.registered.find(x.reshape(-1)) is not None
 
 
 @pytest.mark.any_mpi
@@ -397,10 +397,10 @@ def test_memory_refused_to_one_rank_is_ordinary_on_all_and_leaves_nothing(
 
 def test_a_meeting_is_waited_for():
     polled = iter([False, False, True])
-    Until(lambda: next(polled), list).wait()
+    Condition(lambda: next(polled), list).wait()
     assert next(polled, None) is None
     with pytest.raises(WaitTimeout):
-        Until(lambda: False, list).wait(timeout=0.01)
+        Condition(lambda: False, list).wait(timeout=0.01)
 
 
 def test_the_next_operation_does_not_begin_before_the_board_says_that_one_is_done():
@@ -409,13 +409,13 @@ def test_the_next_operation_does_not_begin_before_the_board_says_that_one_is_don
     class Words:
         def __setitem__(self, place, number):
             # Another thread may begin, and end, the next operation from here on.
-            seen.append((number, board.finished))
+            seen.append((number, counters.finished))
 
-    board = DirectBoard(bytearray(DirectBoard.nbytes(2)), 0, 2)
-    board._words = Words()
-    board.finish(1)
+    counters = ArrivalCounters(bytearray(ArrivalCounters.nbytes(2)), 0, 2)
+    counters._words = Words()
+    counters.finish(1)
     assert seen == [(1, 0)]
-    assert board.finished == 1
+    assert counters.finished == 1
 
 
 @direct_only

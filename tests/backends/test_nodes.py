@@ -9,7 +9,7 @@ import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays.namespaces import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.node.counters import supported
-from mpidist.backends.node.topology import Neighbours
+from mpidist.backends.node.topology import NodeTopology
 from mpidist.errors import CollectiveMismatchError
 
 PAIRS = sorted(REDUCTIONS, key=lambda pair: (pair[0].name, pair[1].name))
@@ -30,7 +30,7 @@ def group(world, monkeypatch, request):
 
 def registered(group, x):
     buffer = group.empty(x.shape, x.dtype)
-    assert group._backend.registered.place(buffer.reshape(-1)) is not None
+    assert group._backend.registered.find(buffer.reshape(-1)) is not None
     buffer[...] = x
     return buffer
 
@@ -154,9 +154,9 @@ def test_a_mismatch_on_one_rank_of_one_node_raises_on_all(group):
 
 
 def test_who_is_whose_neighbour():
-    near = Neighbours.of([7, 3, 7, 7, 3], 3)
-    assert near.nodes == ((0, 2, 3), (1, 4))
-    assert (near.local, near.rank, near.workers) == ((0, 2, 3), 2, 2)
-    assert near.cross == ()
-    assert Neighbours.of([7, 3, 7, 7, 3], 4).cross == (2, 4)
-    assert [near.node_of(rank) for rank in range(5)] == [0, 1, 0, 0, 1]
+    topology = NodeTopology.of([7, 3, 7, 7, 3], 3)
+    assert topology.nodes == ((0, 2, 3), (1, 4))
+    assert (topology.local, topology.rank, topology.workers) == ((0, 2, 3), 2, 2)
+    assert topology.cross_node_peers == ()
+    assert NodeTopology.of([7, 3, 7, 7, 3], 4).cross_node_peers == (2, 4)
+    assert [topology.node_of(rank) for rank in range(5)] == [0, 1, 0, 0, 1]

@@ -29,19 +29,19 @@ from mpidist.backends.mpi.calls import LibraryCall, LibraryCalls
 from mpidist.backends.mpi.departures import Departures
 from mpidist.backends.mpi.memory import share, unlink_library_memory
 from mpidist.backends.node.comparison import BY_MESSAGES, SumComparison, refuse
-from mpidist.backends.node.counters import DirectBoard, supported
-from mpidist.backends.node.direct_path import Direct
-from mpidist.backends.node.registered_memory import Block, Place
+from mpidist.backends.node.counters import ArrivalCounters, supported
+from mpidist.backends.node.direct_path import DirectPath
+from mpidist.backends.node.registered_memory import Block, RegisteredArray
 from mpidist.backends.node.sequencer import Sequencer
 from mpidist.backends.node.signatures import (
     DIRECT_VERBS,
     Described,
     Route,
-    registered_place,
+    find_registered,
     whole_array,
 )
 from mpidist.backends.node.sums import NodeSums
-from mpidist.backends.node.topology import Neighbours
+from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then
 from mpidist.errors import BackendUnavailableError, TransportError
@@ -222,16 +222,16 @@ class MpiBackend(Backend):
         self._world_ranks = world_ranks(mpi, comm)
         nodes = _nodes(mpi, comm)
         self._node = nodes[self.rank]
-        self._near = Neighbours.of(nodes, self.rank)
+        self._topology = NodeTopology.of(nodes, self.rank)
         # The ranks of this node: who shares memory.
         self._local = comm if len(set(nodes)) == 1 else comm.Split(self._node, self.rank)
         self._sequencer, shared = self._make_sequencer()
-        self._direct: Direct | None = None
+        self._direct: DirectPath | None = None
         if shared:
             lane_of = partial(self.lane, Traffic.SEQUENCED)
-            self._direct = direct = Direct(self._sequencer, self, lane_of)
-            if direct.team.alone:
-                self.sums = NodeSums(self._sequencer, direct.team, self.registered, self._parts)
+            self._direct = direct = DirectPath(self._sequencer, self, lane_of)
+            if direct.context.single_node:
+                self.sums = NodeSums(self._sequencer, direct.context, self.registered, self._parts)
         self.inside: tuple[Waiter, float] | None = None
         comms = (comm,) if self._local is comm else (comm, self._local)
         self._dropping = weakref.finalize(self, communicators.drop, *comms)
@@ -352,7 +352,7 @@ class MpiBackend(Backend):
     @property
     def local_size(self) -> int:
         """The largest number of ranks on any node."""
-        return max(map(len, self._near.nodes))
+        return max(map(len, self._topology.nodes))
 
     def mpi_comm(self) -> Any:
         """Return the communicator, which stays valid if only this group is dropped."""
@@ -369,10 +369,10 @@ class MpiBackend(Backend):
         if self._departures is None:
             return {}
         lost = {}
-        for place, notice in self._departures.left().items():
+        for index, notice in self._departures.left().items():
             if collective is not None and notice.begun.get(collective[0], 0) >= collective[1]:
                 continue
-            world = self._places[place]
+            world = self._places[index]
             if world in self._world_ranks:
                 words = f"left after operation {notice.operations}"
                 lost[self._world_ranks.index(world)] = words
@@ -388,10 +388,10 @@ class MpiBackend(Backend):
             if summed is not None:
                 summed.run(x, out, lambda: waiter)
                 return
-        place = self._place_of(verb, args)
-        if place is not None and self._direct is not None:
-            for meeting in self._direct.plan(verb, args, waiter, place):
-                waiter.wait_for(meeting.condition, missing=meeting.missing)
+        array = self._registered_array(verb, args)
+        if array is not None and self._direct is not None:
+            for step in self._direct.plan(verb, args, waiter, array):
+                waiter.wait_for(step.condition, missing=step.missing)
             return
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         steps = self._by_messages(verb, args) if call is None else None
@@ -403,9 +403,9 @@ class MpiBackend(Backend):
 
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
         """Start a collective in shared memory or by messages, which begins when all have come."""
-        place = self._place_of(verb, args)
-        if place is not None and self._direct is not None:
-            return self.start(self._direct.plan(verb, args, waiter, place))
+        array = self._registered_array(verb, args)
+        if array is not None and self._direct is not None:
+            return self.start(self._direct.plan(verb, args, waiter, array))
         return self.transfer(verb, args, waiter)
 
     def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
@@ -422,13 +422,13 @@ class MpiBackend(Backend):
         comparison = self._sequencer.compare(waiter, Route.MESSAGES)
         return self.start(then(comparison, steps))
 
-    def _place_of(self, verb: str, args: tuple[Any, ...]) -> Place | None:
+    def _registered_array(self, verb: str, args: tuple[Any, ...]) -> RegisteredArray | None:
         """Return where the arrays of a call lie if it is performed in registered memory."""
         if self._direct is None or verb not in DIRECT_VERBS:
             return None
         if whole_array(verb, args).nbytes < self.crossovers.registered:
             return None
-        return registered_place(verb, args, self.registered)
+        return find_registered(verb, args, self.registered)
 
     def _by_messages(self, verb: str, args: tuple[Any, ...]) -> Steps:
         """Return the steps by messages of the collective that begins next."""
@@ -458,17 +458,17 @@ class MpiBackend(Backend):
 
     def _make_sequencer(self) -> tuple[Sequencer, bool]:
         """Return what keeps the calls in order, and whether nodes share memory; collective."""
-        near, memory = self._near, None
+        topology, memory = self._topology, None
         if supported() and self.local_size > 1:
-            memory = self._share(DirectBoard.nbytes(1))
+            memory = self._share(ArrivalCounters.nbytes(1))
         if memory is None:
-            alone = Neighbours((self.rank,), 0, 1, ((self.rank,),))
-            board = DirectBoard(bytearray(DirectBoard.nbytes(1)), 0, 1)
+            alone = NodeTopology((self.rank,), 0, 1, ((self.rank,),))
+            counters = ArrivalCounters(bytearray(ArrivalCounters.nbytes(1)), 0, 1)
             summed = SumComparison(self._add, self.size) if self.size > 1 else None
-            return Sequencer(board, alone, summed, self._refuse), False
-        board = DirectBoard(memory, near.rank, len(near.local))
-        summed = SumComparison(self._add, self.size) if len(near.nodes) > 1 else None
-        return Sequencer(board, near, summed, self._refuse), True
+            return Sequencer(counters, alone, summed, self._refuse), False
+        counters = ArrivalCounters(memory, topology.rank, len(topology.local))
+        summed = SumComparison(self._add, self.size) if len(topology.nodes) > 1 else None
+        return Sequencer(counters, topology, summed, self._refuse), True
 
     def _add(self, words: Array) -> Work[Any]:
         """Start adding up words of all ranks in place."""
@@ -496,7 +496,7 @@ class MpiBackend(Backend):
             return None
         self._arrive(waiter)
         parts = self._parts(nbytes, waiter)
-        return None if parts is None else self.registered.add(parts, self._near.rank, nbytes)
+        return None if parts is None else self.registered.add(parts, self._topology.rank, nbytes)
 
     def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
         """Make one piece of memory for all ranks, where they share memory; collective, blocks."""
@@ -509,13 +509,13 @@ class MpiBackend(Backend):
 
     def record(self) -> Mapping[int, memoryview]:
         """Begin to record where the other ranks of the node can read it; collective, blocks."""
-        near, nbytes = self._near, Recorder.nbytes()
-        memory = None if len(near.local) == 1 else share(self._mpi, self._local, nbytes)
+        topology, nbytes = self._topology, Recorder.nbytes()
+        memory = None if len(topology.local) == 1 else share(self._mpi, self._local, nbytes)
         if memory is None:
             return super().record()
         parts = _cut(memory, nbytes)
-        self.recorder = Recorder(parts[near.rank])
-        return dict(zip(near.local, parts, strict=True))
+        self.recorder = Recorder(parts[topology.rank])
+        return dict(zip(topology.local, parts, strict=True))
 
     def _arrive(self, waiter: Waiter, route: Route = Route.LIBRARY) -> None:
         """Wait, with the deadline, until all ranks have come to this operation, and compare it."""

@@ -1,7 +1,7 @@
-"""How the ranks of a group compare their calls: on a board in shared memory, or by a small sum.
+"""How the ranks of a group compare their calls: in shared memory, or by a small sum.
 
-Both are the arrival of a collective at the same time: a rank knows that the calls are the same when
-it knows that all ranks have come.
+Either way the comparison is the arrival of a collective at the same time: a rank learns that the
+calls are the same when it learns that all ranks have called.
 
 Where calls differ, and in debug mode, the ranks exchange a description of each call, in lanes of
 their own, so that this works for ranks that call different verbs, and for ranks of which one blocks
@@ -18,8 +18,8 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.backends import algorithms
-from mpidist.backends.node.counters import DirectBoard, fence
-from mpidist.backends.node.signatures import Described, Record
+from mpidist.backends.node.counters import ArrivalCounters, fence
+from mpidist.backends.node.signatures import CallSignature, Described
 from mpidist.backends.work import Steps, Work
 from mpidist.errors import CollectiveMismatchError
 from mpidist.log import ranges
@@ -27,8 +27,8 @@ from mpidist.log import ranges
 __all__ = [
     "BY_MESSAGES",
     "Add",
-    "BoardComparison",
     "Comparison",
+    "CounterComparison",
     "SumComparison",
     "compare",
     "difference",
@@ -42,53 +42,53 @@ _MASK = 2**64 - 1
 
 
 class Comparison(Protocol):
-    """The arrivals of one group, by number of the operation."""
+    """The arrivals of one group, by the number of the operation."""
 
-    def enter(self, number: int, record: Record) -> None:
-        """Make known that this rank has come to an operation with this record."""
+    def arrive(self, number: int, signature: CallSignature) -> None:
+        """Publish that this rank has called an operation with this signature."""
 
-    def arrived(self, number: int) -> bool:
-        """Whether all ranks have come to it; polled."""
+    def all_arrived(self, number: int) -> bool:
+        """Whether all ranks have called it; polled."""
 
     def missing(self, number: int) -> list[int]:
-        """Return the places on the node of the ranks that have not come, as far as is known."""
+        """Return the local ranks that have not called it, as far as is known."""
 
-    def equal(self, number: int, record: Record) -> bool:
-        """Whether all came with the same; asked once, when all have arrived."""
+    def equal(self, number: int, signature: CallSignature) -> bool:
+        """Whether the signatures are equal; called once, when all have arrived."""
 
     def breaks(self, number: int) -> bool:
-        """Whether any rank has begun what cannot be taken back; asked where they are not equal."""
+        """Whether a part of the call is under way on any rank; called where they are not equal."""
 
 
-class BoardComparison:
-    """Compares on a board that all ranks of the group share.
+class CounterComparison:
+    """Compares by arrival counters that all ranks of the group share.
 
     Parameters
     ----------
-    board : DirectBoard
-        Theirs.
+    counters : ArrivalCounters
+        The counters of the group.
     """
 
-    def __init__(self, board: DirectBoard) -> None:
-        self.enter = board.enter
-        self.arrived = board.all_entered
-        self.missing = board.absent
-        self.breaks = board.breaks
-        self._board = board
+    def __init__(self, counters: ArrivalCounters) -> None:
+        self.arrive = counters.arrive
+        self.all_arrived = counters.all_arrived
+        self.missing = counters.missing
+        self.breaks = counters.breaks
+        self._counters = counters
 
-    def equal(self, number: int, record: Record) -> bool:
-        """Whether all came with the same."""
-        same = self._board.same(number, record)
-        return same and (record.balance is None or self._board.balanced(number))
+    def equal(self, number: int, signature: CallSignature) -> bool:
+        """Whether the signatures are equal."""
+        same = self._counters.same(number, signature)
+        return same and (signature.balance is None or self._counters.balanced(number))
 
 
 class SumComparison:
     """Compares by one all-reduce of 32 bytes.
 
-    Each rank gives two hashes of its record, whether a difference breaks the group, and its
-    balance. If the ranks have the same record, the sums of the hashes are the size of the group
-    times this rank's own. If they have not, the sums tell so as surely as the digests of the calls
-    do, which are a CRC-32 of their words.
+    Each rank adds two hashes of its signature, whether a difference breaks the group, and its
+    balance. If all signatures are equal, the sums of the hashes are the size of the group times
+    this rank's own. If they are not, the sums show it as reliably as the digests of the calls,
+    which are a CRC-32.
 
     Parameters
     ----------
@@ -103,32 +103,32 @@ class SumComparison:
         self._size = size
         self._sums: dict[int, tuple[Array, Work[Any]]] = {}
 
-    def enter(self, number: int, record: Record) -> None:
+    def arrive(self, number: int, signature: CallSignature) -> None:
         """Start the all-reduce; at the call, so that its order is the same on all ranks."""
-        words = (*_hashes(record.digest), int(record.breaks), record.balance or 0)
+        words = (*_hashes(signature.digest), int(signature.breaks), signature.balance or 0)
         sums = np.array(words, np.uint64)
-        fence()  # what lies in memory that the node shares counts as given from now on
+        fence()  # other ranks may read what this one has written to shared memory from now on
         self._sums[number] = sums, self._add(sums)
 
-    def arrived(self, number: int) -> bool:
+    def all_arrived(self, number: int) -> bool:
         """Whether the sum is complete."""
         return self._sums[number][1].done()
 
     def missing(self, number: int) -> list[int]:
-        """Return none: a sum does not tell who is missing."""
+        """Return none: a sum does not show which ranks are missing."""
         return []
 
-    def equal(self, number: int, record: Record) -> bool:
-        """Whether all came with the same."""
+    def equal(self, number: int, signature: CallSignature) -> bool:
+        """Whether the signatures are equal."""
         first, second, _, balance = self._sums[number][0].tolist()
-        mine = tuple(each * self._size & _MASK for each in _hashes(record.digest))
-        same = (first, second) == mine and balance == 0
+        own = tuple(value * self._size & _MASK for value in _hashes(signature.digest))
+        same = (first, second) == own and balance == 0
         if same:
             del self._sums[number]
         return same
 
     def breaks(self, number: int) -> bool:
-        """Whether any rank has begun what cannot be taken back."""
+        """Whether a part of the call is under way on any rank."""
         sums, _ = self._sums.pop(number)
         return bool(sums[2])
 
@@ -147,13 +147,13 @@ def _mixed(x: int) -> int:
 
 
 _LONGEST = 240, 150, 200
-"""Bytes of what a rank calls, where, and how it travels; the rest is cut off."""
+"""Most bytes of the call, of its site and of its route in a description."""
 
-_ROOM = 640
-"""Bytes for the words of each rank."""
+_DESCRIPTION_NBYTES = 640
+"""Bytes of the description of each rank."""
 
 _NAMED = 8
-"""Different calls that an error tells one by one."""
+"""Most different calls that an error lists."""
 
 _ALIKE = "the ranks made the same call, {}, with arrays that do not fit together"
 
@@ -179,7 +179,7 @@ BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
     "reduce_scatter": algorithms.pairwise_reduce_scatter,
     "scatter": algorithms.linear_scatter,
 }
-"""How each collective goes by messages."""
+"""The algorithm by which each collective is performed with messages."""
 
 
 def compare(lane: algorithms.Lane, described: Described, *, rank: int, size: int) -> Steps:
@@ -188,9 +188,9 @@ def compare(lane: algorithms.Lane, described: Described, *, rank: int, size: int
     Parameters
     ----------
     lane : Lane
-        For the messages.
+        The lane of the descriptions.
     described : Described
-        What this rank calls.
+        The call of this rank.
     rank, size : int
         This rank, and the number of ranks.
 
@@ -199,7 +199,7 @@ def compare(lane: algorithms.Lane, described: Described, *, rank: int, size: int
     CollectiveMismatchError
         With what every rank calls, and where.
     """
-    calls = np.zeros((size, _ROOM), np.uint8)
+    calls = np.zeros((size, _DESCRIPTION_NBYTES), np.uint8)
     yield from _exchange(lane, described, calls, rank)
     everybody = _read(calls)
     balanced = sum(call.balance for call in everybody) % 2**64 == 0
@@ -210,7 +210,7 @@ def compare(lane: algorithms.Lane, described: Described, *, rank: int, size: int
 def refuse(
     lane: algorithms.Lane, described: Described, *, rank: int, size: int, usable: bool
 ) -> Steps:
-    """Raise on all ranks, which know already that their calls differ, what they have called.
+    """Raise the error of calls that differ on all ranks, which know already that they do.
 
     Parameters
     ----------
@@ -224,19 +224,21 @@ def refuse(
     CollectiveMismatchError
         Always.
     """
-    calls = np.zeros((size, _ROOM), np.uint8)
+    calls = np.zeros((size, _DESCRIPTION_NBYTES), np.uint8)
     yield from _exchange(lane, described, calls, rank)
     raise difference(_read(calls), usable=usable)
 
 
 def _exchange(lane: algorithms.Lane, described: Described, calls: Array, rank: int) -> Steps:
-    """Let every rank write what it calls into its row, and give all rows to all ranks."""
+    """Write this rank's description into its row, and all-gather the rows."""
     *words, balance = described
     parts = zip(words, _LONGEST, strict=True)
     lines = [str(balance).encode(), *(part.encode(errors="replace")[:most] for part, most in parts)]
     text = b"\n".join(lines)
     calls[rank, : len(text)] = np.frombuffer(text, np.uint8)
-    yield from algorithms.ring_all_gather(lane, None, calls.reshape(-1), (_ROOM,) * len(calls))
+    yield from algorithms.ring_all_gather(
+        lane, None, calls.reshape(-1), (_DESCRIPTION_NBYTES,) * len(calls)
+    )
 
 
 def _read(calls: Array) -> list[Described]:
@@ -251,7 +253,7 @@ def difference(calls: Sequence[Described], *, usable: bool = True) -> Collective
     Parameters
     ----------
     calls : sequence of Described
-        By rank. How they travel is told only if they are the same otherwise.
+        The call of each rank. Their routes are named only if they are the same otherwise.
     usable : bool, optional
         Whether nothing has been changed, so that the group can still be used.
     """
@@ -263,11 +265,11 @@ def difference(calls: Sequence[Described], *, usable: bool = True) -> Collective
         ranks.setdefault(words, []).append(rank)
     # The fewest first: they are the likeliest to be wrong.
     ordered = sorted(ranks.items(), key=lambda item: len(item[1]))
-    told = [f"rank {ranges(who)}{words}" for words, who in ordered[:_NAMED]]
+    lines = [f"rank {ranges(who)}{words}" for words, who in ordered[:_NAMED]]
     if len(ordered) > _NAMED:
-        told.append(f"and {len(ordered) - _NAMED} other calls")
+        lines.append(f"and {len(ordered) - _NAMED} other calls")
     head = "the ranks called different things" if differ else _ALIKE.format(calls[0].what)
     rule = _SAME_CALLS if differ else _SAME_ARRAYS
-    error = CollectiveMismatchError(f"{head}: {'; '.join(told)}. {_STATES[usable]}. {rule}")
+    error = CollectiveMismatchError(f"{head}: {'; '.join(lines)}. {_STATES[usable]}. {rule}")
     error.usable = usable
     return error

@@ -1,8 +1,8 @@
-"""Arrival counters of the ranks of a node, in shared memory, and what each rank has called.
+"""Arrival counters of the ranks of a node, in shared memory, and the call signature of each.
 
-[Note: memory order] Each rank has counters that it alone writes, and all others read.
-On x86-64 stores become visible in the order in which they were made and loads are not reordered
-with loads (Intel SDM, volume 3, section 9.2.2), so that whoever sees the counter sees what was
+[Note: memory order] Each rank has counters that it alone writes and that all others read. On x86-64
+stores become visible in the order in which they were made and loads are not reordered with loads
+(Intel SDM, volume 3, section 9.2.2), so that a rank that sees a counter sees everything that was
 written before it; only non-temporal stores, which a large memcpy may use, need a fence, and taking
 a lock is one (any locked instruction is). Other processors promise less, and have no direct path.
 """
@@ -16,24 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from mpidist.backends.node.signatures import Record
+from mpidist.backends.node.signatures import CallSignature
 
-__all__ = ["RING", "ROOM", "DirectBoard", "fence", "supported"]
+__all__ = ["RING", "SMALL_NBYTES", "ArrivalCounters", "fence", "supported"]
 
 RING = 64
 """Operations that may be under way at once; a further one is delayed."""
 
-ROOM = 16 << 10
-"""Bytes of the largest array for which there is room beside the counters, twice."""
+SMALL_NBYTES = 16 << 10
+"""Bytes of the largest array that has a buffer beside the counters; each rank has two of them."""
 
-_BREAKS, _BALANCE, _NUMBER = 4, 5, 7
-"""Words of a slot: of the record, and the number of its operation behind it."""
+_BREAKS, _BALANCE, _DIGEST, _NUMBER = 4, 5, 6, 7
+"""Words of a slot: three of the call signature, and behind it the number of its operation."""
 
 _FENCE = threading.Lock()
 
 _SPINS, _POLLS = 20, 80
-"""How often a counter is looked at before the core is yielded in between, and before a wait does
-something else, too."""
+"""How often a counter is read before the core is yielded in between, and before the wait gives up
+spinning and drives other operations, too."""
 
 
 def supported() -> bool:
@@ -43,181 +43,184 @@ def supported() -> bool:
     return platform.machine() in ("x86_64", "AMD64")
 
 
-class DirectBoard:
-    """Where the ranks of a node meet: counters, what each came with, and room for small arrays.
+class ArrivalCounters:
+    """What each rank of a node has begun and finished, and buffers for small arrays.
 
     Parameters
     ----------
     memory : buffer
         `nbytes(size)` bytes, zero at first, shared by all ranks.
     rank, size : int
-        This rank, and the number of ranks.
+        This rank among those of the node, and their number.
 
     Attributes
     ----------
     finished : int
-        Number of the last operation with which this rank is done.
+        Number of the last operation that this rank has finished.
     """
 
-    # In words of 8 bytes. A slot holds a record and the number of its operation; a rank's part
-    # begins with a slot of its counters: finished, reached.
+    # In words of 8 bytes. A slot holds a call signature and the number of its operation; the part
+    # of a rank begins with a slot of its counters: last operation finished, last phase reached.
     _SLOT = 8
-    _ROOM = _SLOT * (RING + 1) * 8
-    _PART = -(-(_ROOM + 2 * ROOM) // mmap.PAGESIZE) * mmap.PAGESIZE
+    _BUFFERS = _SLOT * (RING + 1) * 8
+    _PART = -(-(_BUFFERS + 2 * SMALL_NBYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def __init__(self, memory: Any, rank: int, size: int) -> None:
         self._bytes = memoryview(memory).cast("B")
         self._words = self._bytes.cast("Q")
         self._starts = tuple(other * self._PART // 8 for other in range(size))
         self._others = tuple(s for other, s in enumerate(self._starts) if other != rank)
-        self._mine = self._starts[rank]
-        self._numbers = [self._mine + self._SLOT * (2 + place) - 1 for place in range(RING)]
-        slots = np.frombuffer(self._bytes, np.uint64, self._SLOT * (RING + 1), 8 * self._mine)
+        self._own = self._starts[rank]
+        self._numbers = [self._own + self._SLOT * (2 + slot) - 1 for slot in range(RING)]
+        slots = np.frombuffer(self._bytes, np.uint64, self._SLOT * (RING + 1), 8 * self._own)
         self._slots = [slot[:_NUMBER] for slot in slots.reshape(-1, self._SLOT)[1:]]
         self.finished = 0
-        self._standing: list[Record | None] = [None] * RING
+        # What stands in each slot: a program repeats its calls, and need not write them again.
+        self._written: list[CallSignature | None] = [None] * RING
 
     @classmethod
     def nbytes(cls, size: int) -> int:
-        """Return the memory that so many ranks need."""
+        """Return the bytes of memory that `size` ranks need."""
         return size * cls._PART
 
     # -- operations, by their number -------------------------------------------------------------
 
-    def enter(self, number: int, record: Record) -> None:
-        """Come to operation `number` with these arguments; what was written before is visible."""
-        place = number % RING
-        if self._standing[place] is not record:
-            self._slots[place][...] = record.words
-            self._standing[place] = record
+    def arrive(self, number: int, signature: CallSignature) -> None:
+        """Publish this rank's arrival at operation `number`, after all earlier writes (release)."""
+        slot = number % RING
+        if self._written[slot] is not signature:
+            self._slots[slot][...] = signature.words
+            self._written[slot] = signature
         with _FENCE:
             pass
-        self._words[self._numbers[place]] = number
+        self._words[self._numbers[slot]] = number
 
-    def all_entered(self, number: int) -> bool:
-        """Whether the others have come to it."""
+    def all_arrived(self, number: int) -> bool:
+        """Whether the other ranks have arrived at operation `number`."""
         return self._all_at(self._SLOT * (1 + number % RING) + _NUMBER, number)
 
-    def meet(self, number: int, record: Record) -> bool:
-        """Come to an operation, and say whether all have soon come to it with the same."""
+    def arrive_and_compare(self, number: int, signature: CallSignature) -> bool:
+        """Arrive, spin for a few microseconds, and return whether all have with the same call."""
         # One body, not three methods: this is part of every blocking sum.
-        place = number % RING
-        if self._standing[place] is not record:
-            self._slots[place][...] = record.words
-            self._standing[place] = record
-        words, digest = self._words, record.digest
+        slot = number % RING
+        if self._written[slot] is not signature:
+            self._slots[slot][...] = signature.words
+            self._written[slot] = signature
+        words, digest = self._words, signature.digest
         with _FENCE:
             pass
-        words[self._numbers[place]] = number
-        place = 8 * place + 15  # where its number stands; looking names up takes longer
+        words[self._numbers[slot]] = number
+        offset = 8 * slot + 15  # of the slot's number; constants of the class take longer to find
         for start in self._others:
-            at = start + place
-            if words[at] < number and not _comes(words, at, number):
+            index = start + offset
+            if words[index] < number and not _soon_reaches(words, index, number):
                 return False
-            if words[at - 1] != digest:
+            if words[index - 1] != digest:
                 return False
         return True
 
-    def absent(self, number: int) -> list[int]:
-        """Return the places of the ranks that have not come to operation `number`."""
-        place = self._SLOT * (1 + number % RING) + _NUMBER
-        return [at for at, start in enumerate(self._starts) if self._words[start + place] != number]
+    def missing(self, number: int) -> list[int]:
+        """Return the ranks of the node that have not arrived at operation `number`."""
+        offset = self._SLOT * (1 + number % RING) + _NUMBER
+        return [
+            rank for rank, start in enumerate(self._starts) if self._words[start + offset] != number
+        ]
 
-    def same(self, number: int, record: Record) -> bool:
-        """Whether all came to it with this record."""
-        words, place = self._words, self._SLOT * (1 + number % RING) + 6
-        digest = record.digest
+    def same(self, number: int, signature: CallSignature) -> bool:
+        """Whether all arrived with this signature."""
+        words, offset = self._words, self._SLOT * (1 + number % RING) + _DIGEST
+        digest = signature.digest
         for start in self._others:  # noqa: SIM110  # part of every operation
-            if words[start + place] != digest:
+            if words[start + offset] != digest:
                 return False
         return True
 
     def balanced(self, number: int) -> bool:
         """Whether the balances of all ranks add up to 0."""
-        place = self._SLOT * (1 + number % RING) + _BALANCE
-        return sum(self._words[start + place] for start in self._starts) % 2**64 == 0
+        offset = self._SLOT * (1 + number % RING) + _BALANCE
+        return sum(self._words[start + offset] for start in self._starts) % 2**64 == 0
 
     def breaks(self, number: int) -> bool:
-        """Whether any rank came with a call of which a part is under way."""
-        place = self._SLOT * (1 + number % RING) + _BREAKS
-        return any(self._words[start + place] for start in self._starts)
+        """Whether any rank made a call of which a part is under way."""
+        offset = self._SLOT * (1 + number % RING) + _BREAKS
+        return any(self._words[start + offset] for start in self._starts)
 
     def finish(self, number: int) -> None:
-        """Be done with operation `number` and all before it."""
+        """Publish that this rank has finished operation `number` and all before it (release)."""
         with _FENCE:
             pass
-        self._words[self._mine] = number
-        # Last: where another thread drives this one, the next may be over as soon as this is
-        # finished here, and the number on the board must not go back.
+        self._words[self._own] = number
+        # Last: where another thread drives this operation, the next one may be over as soon as this
+        # is finished here, and the number in shared memory must not go back.
         self.finished = number
 
     def all_finished(self, number: int) -> bool:
-        """Whether the others are, too."""
+        """Whether the other ranks have finished operation `number`."""
         return self._all_at(0, number)
 
     def soon_finished(self, number: int) -> bool:
-        """Whether they are, or will be within a few microseconds."""
+        """Spin for a few microseconds, and return whether the other ranks have finished it."""
         return self._soon_at(0, number)
 
     def least_finished(self) -> int:
-        """Return the last operation with which all are done."""
+        """Return the number of the last operation that all ranks have finished."""
         return min(self._words[start] for start in self._starts)
 
     def unfinished(self, number: int) -> list[int]:
-        """Return the places of the ranks that are not done with operation `number`."""
-        return [at for at, start in enumerate(self._starts) if self._words[start] < number]
+        """Return the ranks of the node that have not finished operation `number`."""
+        return [rank for rank, start in enumerate(self._starts) if self._words[start] < number]
 
-    # -- stages inside an operation, counted over all of them ------------------------------------
+    # -- phases inside an operation, counted over all operations ---------------------------------
 
-    def reach(self, stage: int) -> None:
-        """Come to a stage; what was written before is visible."""
+    def reach(self, phase: int) -> None:
+        """Publish that this rank has reached a phase, after all earlier writes (release)."""
         with _FENCE:
             pass
-        self._words[self._mine + 1] = stage
+        self._words[self._own + 1] = phase
 
-    def all_reached(self, stage: int) -> bool:
-        """Whether the others have, too."""
-        return self._all_at(1, stage)
+    def all_reached(self, phase: int) -> bool:
+        """Whether the other ranks have reached a phase."""
+        return self._all_at(1, phase)
 
-    def soon_reached(self, stage: int) -> bool:
-        """Whether they have, or do so within a few microseconds."""
-        return self._soon_at(1, stage)
+    def soon_reached(self, phase: int) -> bool:
+        """Spin for a few microseconds, and return whether the other ranks have reached it."""
+        return self._soon_at(1, phase)
 
-    def behind(self, stage: int) -> list[int]:
-        """Return the places of the ranks that have not come to a stage."""
-        return [at for at, start in enumerate(self._starts) if self._words[start + 1] < stage]
+    def not_reached(self, phase: int) -> list[int]:
+        """Return the ranks of the node that have not reached a phase."""
+        return [rank for rank, start in enumerate(self._starts) if self._words[start + 1] < phase]
 
-    # -- counters --------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------
 
-    def _all_at(self, place: int, number: int) -> bool:
-        """Whether this word of all others has come to a number."""
+    def _all_at(self, offset: int, number: int) -> bool:
+        """Whether this word of all others is at least `number`."""
         words = self._words
         for start in self._others:  # noqa: SIM110  # this is polled
-            if words[start + place] < number:
+            if words[start + offset] < number:
                 return False
         return True
 
-    def _soon_at(self, place: int, number: int) -> bool:
-        """Whether it has, or comes to it soon."""
+    def _soon_at(self, offset: int, number: int) -> bool:
+        """Whether it is, or becomes so soon."""
         words = self._words
         for start in self._others:
-            at = start + place
-            if words[at] < number and not _comes(words, at, number):
+            index = start + offset
+            if words[index] < number and not _soon_reaches(words, index, number):
                 return False
         return True
 
-    def rooms(self) -> list[memoryview]:
-        """Return `2 * ROOM` bytes of each rank, for small arrays."""
-        starts = [8 * start + self._ROOM for start in self._starts]
-        return [self._bytes[start : start + 2 * ROOM] for start in starts]
+    def small_buffers(self) -> list[memoryview]:
+        """Return `2 * SMALL_NBYTES` bytes of each rank, for small arrays."""
+        starts = [8 * start + self._BUFFERS for start in self._starts]
+        return [self._bytes[start : start + 2 * SMALL_NBYTES] for start in starts]
 
 
-def _comes(words: memoryview, at: int, number: int) -> bool:
-    """Whether a word comes to a number within a few microseconds."""
+def _soon_reaches(words: memoryview, index: int, number: int) -> bool:
+    """Whether a word reaches a number within a few microseconds."""
     for polls in range(_POLLS):
         if polls >= _SPINS:
             sched_yield()
-        if words[at] >= number:
+        if words[index] >= number:
             return True
     return False
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpidist._types import Array, DType
 
-__all__ = ["Block", "Place", "Registry"]
+__all__ = ["Block", "RegisteredArray", "Registry"]
 
 _PAGE = 4096
 
@@ -23,11 +23,11 @@ class Block:
     Attributes
     ----------
     number : int
-        The same on all ranks: how many blocks their group had made.
+        The same on all ranks: how many blocks their group has made, this one included.
     parts : tuple of Array, uint8
         One per rank, of the same size.
     address : int
-        Of this rank's part.
+        Address of this rank's part in this process.
     """
 
     number: int
@@ -40,8 +40,8 @@ class Block:
         return max(-(-nbytes // _PAGE), 1) * _PAGE
 
 
-class Place:
-    """Where an array lies in a block: the same place in every rank's part.
+class RegisteredArray:
+    """An array in a block: at the same offset in every rank's part.
 
     Parameters
     ----------
@@ -50,16 +50,16 @@ class Place:
     offset : int
         Bytes from the beginning of a part.
     dtype : dtype
-        Of the elements.
+        Of its elements.
     count : int
-        Number of elements.
+        Their number.
 
     Attributes
     ----------
     arrays : list of Array
         The array of every rank.
     prepared : dict
-        What those who work on these arrays want to keep for the next time.
+        What a sum or a collective has prepared for these arrays, kept for the next call.
     """
 
     __slots__ = ("arrays", "block", "count", "dtype", "offset", "prepared")
@@ -82,7 +82,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._blocks: dict[int, Block] = {}
-        self._places: dict[int, tuple[weakref.ref[Array], Place]] = {}
+        self._known: dict[int, tuple[weakref.ref[Array], RegisteredArray]] = {}
         self._made = 0
 
     def add(self, parts: Sequence[Any], rank: int, nbytes: int) -> Array:
@@ -93,14 +93,14 @@ class Registry:
         parts : sequence of buffer
             Writable memory of each rank, of the same size.
         rank : int
-            This rank.
+            This rank among those of the node.
         nbytes : int
             Size of the array to return.
 
         Returns
         -------
         Array, shape (nbytes,), uint8
-            Every view of it is found by `place`.
+            Every view of it is found by `find`.
         """
         self._made += 1
         # numpy gives all views of an array made from a buffer that array as their base.
@@ -110,19 +110,19 @@ class Registry:
         weakref.finalize(root, self._blocks.pop, id(root), None)
         return root[:]
 
-    def place(self, x: Array) -> Place | None:
-        """Return where a flat array lies, if it is registered."""
-        known = self._places.get(id(x))
+    def find(self, x: Array) -> RegisteredArray | None:
+        """Return the registered array at which a flat array lies, or None."""
+        known = self._known.get(id(x))
         if known is not None:
-            array, place = known
+            reference, array = known
             # Another array may have got the address of one that is gone, and an array's dtype
             # can be changed in place.
-            if array() is x and place.count == x.size and place.dtype == x.dtype:
-                return place
+            if reference() is x and array.count == x.size and array.dtype == x.dtype:
+                return array
         block = self._blocks.get(id(x.base))
         if block is None:
             return None
-        place = Place(block, x.ctypes.data - block.address, x.dtype, x.size)
-        key, places = id(x), self._places
-        places[key] = (weakref.ref(x, lambda _: places.pop(key, None)), place)
-        return place
+        array = RegisteredArray(block, x.ctypes.data - block.address, x.dtype, x.size)
+        key, arrays = id(x), self._known
+        arrays[key] = (weakref.ref(x, lambda _: arrays.pop(key, None)), array)
+        return array

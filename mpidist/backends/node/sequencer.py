@@ -1,15 +1,15 @@
 """The collectives of one group in the order of the calls, compared before any hands out a result.
 
-[Note: comparison] Every collective on host arrays, blocking or immediate, comes here once, in the
-order of the calls, and gets the next number. The ranks make known what they call. When all have
-come to a number they compare their calls, and only then is a result handed out: a collective is
-complete on no rank before all have called it. Where all ranks of the group share memory they
-compare on a board there, else by an all-reduce of 32 bytes; see `mpidist.backends.node.comparison`.
+[Note: comparison] Every collective on host arrays, blocking or immediate, gets the next number here
+in the order of the calls. Each rank publishes the signature of its call. When all ranks have
+arrived at a number they compare the signatures, and only then is a result handed out: a collective
+is complete on no rank before all have called it. Where all ranks of the group share memory they
+compare signatures there, else by an all-reduce of 32 bytes; see `mpidist.backends.node.comparison`.
 
 A collective on host arrays over MPI begins when the calls have been compared, so that a difference
-leaves the group usable. What was begun before (an immediate call of simulated ranks, the
-collectives for the other dtypes of a list) makes a difference break the group. It does so on all
-ranks, whatever the timing, since all see whether any has begun.
+leaves the group usable. If a part of the call was begun earlier (an immediate call of simulated
+ranks, the collectives for the other dtypes of a list), a difference breaks the group. It does so on
+all ranks, whatever the timing, since the signature says whether a part has begun.
 """
 
 from __future__ import annotations
@@ -18,50 +18,52 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeAlias, TypeVar
 
-from mpidist.backends.node.comparison import BoardComparison, Comparison
-from mpidist.backends.node.counters import RING, DirectBoard
-from mpidist.backends.node.registered_memory import Place
+from mpidist.backends.node.comparison import Comparison, CounterComparison
+from mpidist.backends.node.counters import RING, ArrivalCounters
+from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.signatures import (
+    CallSignature,
+    ComparedCall,
     Described,
-    Record,
     Route,
-    Signature,
     describe_with_route,
-    record_of,
+    signature_of,
 )
-from mpidist.backends.node.topology import Neighbours
+from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Steps, StepsWork, Waiter, Work
 
-__all__ = ["Arrival", "Meetings", "Sequencer", "Until", "Waiters", "phases"]
+__all__ = ["Arrival", "Condition", "ConditionSteps", "Sequencer", "Waiters", "conditions"]
 
 T = TypeVar("T")
 
 Waiters: TypeAlias = Callable[[], Waiter]
-"""Makes the waiter of the operation that has begun: few have to wait for so long."""
+"""Makes the waiter of the operation that has begun: few operations wait long enough to need one."""
 
 Refuse: TypeAlias = Callable[[int, Described, bool], Steps]
-"""Steps that raise on all ranks what they have called; see `MpiBackend._refuse`."""
+"""Returns the steps that raise `CollectiveMismatchError` on all ranks."""
 
 
 class Sequencer:
     """The collectives of a group: first in, first out.
 
-    None does its work before those begun earlier are done here, so that the ranks need not agree on
-    anything but the order of their calls. A blocking call has its turn by `settle` and `enter`, and
-    ends by `part`, or by the board's `finish`; an immediate one by the same steps as a generator,
-    which waits for nothing itself.
+    No operation does its work before the earlier ones are finished on this rank, so that the ranks
+    need not agree on anything but the order of their calls. A blocking call begins by
+    `wait_for_earlier` and `begin_blocking`, and ends by `finish_together` or by `counters.finish`;
+    an immediate call takes the same steps as a generator, which itself waits for nothing.
 
     Parameters
     ----------
-    board : DirectBoard
-        Where the ranks of this node meet; of this rank alone where they share no memory.
-    near : Neighbours
-        Who they are.
+    counters : ArrivalCounters
+        Of the ranks of this node; of this rank alone where the ranks share no memory.
+    topology : NodeTopology
+        The ranks that share the counters.
     comparison : Comparison or None
-        How the ranks of the group compare their calls; None if all of them are on the board.
+        How the ranks of the group compare their calls; None if all of them share the
+        counters.
     refuse : callable
-        Makes the steps that raise the error of a difference.
+        Called with the number of an operation, the description of this rank's call, and whether
+        the group stays usable; returns the steps that raise the error on all ranks.
 
     Attributes
     ----------
@@ -71,228 +73,231 @@ class Sequencer:
 
     def __init__(
         self,
-        board: DirectBoard,
-        near: Neighbours,
+        counters: ArrivalCounters,
+        topology: NodeTopology,
         comparison: Comparison | None,
         refuse: Refuse,
     ) -> None:
-        self.board = board
-        self.near = near
+        self.counters = counters
+        self.topology = topology
         self.begun = 0
-        # On a board that all share, most blocking calls meet within a few microseconds.
-        self._on_board = comparison is None
-        self._comparison = BoardComparison(board) if comparison is None else comparison
+        # With counters that all share, most blocking calls are over within a few microseconds.
+        self._by_counters = comparison is None
+        self._comparison = CounterComparison(counters) if comparison is None else comparison
         self._refuse = refuse
-        self._entered = 0
+        self._arrived = 0
         self._free = 0
-        self._stage = 0
+        self._phase = 0
 
     # -- a blocking call -------------------------------------------------------------------------
 
-    def settle(self, waiters: Waiters) -> None:
-        """Wait until all operations that were begun before are done here."""
-        if self.board.finished != self.begun:
+    def wait_for_earlier(self, waiters: Waiters) -> None:
+        """Wait until all operations that were begun earlier are finished on this rank."""
+        if self.counters.finished != self.begun:
             waiters().wait_for(
-                lambda: self.board.finished == self.begun,
-                missing=lambda: self.missing(self.board.finished + 1),
+                lambda: self.counters.finished == self.begun,
+                missing=lambda: self.missing(self.counters.finished + 1),
             )
 
     def arrive(self, waiter: Waiter, route: Route) -> None:
-        """Wait until all ranks have come to a call, and compare it; it needs no shared memory."""
+        """Wait until all ranks have made the call, compare it, and finish: a barrier."""
 
         def waiters() -> Waiter:
             return waiter
 
-        self.settle(waiters)
-        record = record_of(waiter, route)
-        number = self.enter(record, waiters)
-        if self._on_board and record.balance is not None:
-            self._check(number, record, waiter)
-        self.board.finish(number)
+        self.wait_for_earlier(waiters)
+        signature = signature_of(waiter, route)
+        number = self.begin_blocking(signature, waiters)
+        if self._by_counters and signature.balance is not None:
+            self._check(number, signature, waiter)
+        self.counters.finish(number)
 
-    def enter(self, record: Record, waiters: Waiters) -> int:
-        """Begin an operation when all before are done here, and wait until all have come to it.
+    def begin_blocking(self, signature: CallSignature, waiters: Waiters) -> int:
+        """Begin an operation, the earlier ones being finished, and wait until all ranks have.
 
         Parameters
         ----------
-        record : Record
-            What the ranks compare.
+        signature : CallSignature
+            The signature of this rank's call.
         waiters : callable
-            Makes what waits, and has the signature of the call.
+            Makes the waiter of the call, where it has to wait longer.
 
         Returns
         -------
         int
-            Its number.
+            The number of the operation.
 
         Raises
         ------
         CollectiveMismatchError
-            If they came with different records.
+            On all ranks, if their signatures differ.
         """
         # As short as it can be: this is part of every small sum.
-        self.begun = self._entered = number = self.begun + 1
+        self.begun = self._arrived = number = self.begun + 1
         if (
-            self._on_board
+            self._by_counters
             and (number <= self._free + RING or self._slot_free(number))
-            and self.board.meet(number, record)
+            and self.counters.arrive_and_compare(number, signature)
         ):
             return number
-        self._enter(number, record, waiters())
+        self._begin_slowly(number, signature, waiters())
         return number
 
-    def _enter(self, number: int, record: Record, waiter: Waiter) -> None:
-        """Enter an operation, and wait until all ranks have come to it with the same."""
-        board, comparison = self.board, self._comparison
-        if self._on_board and not self._slot_free(number):
+    def _begin_slowly(self, number: int, signature: CallSignature, waiter: Waiter) -> None:
+        """Arrive at an operation, and wait until all ranks have with the same signature."""
+        counters, comparison = self.counters, self._comparison
+        if self._by_counters and not self._slot_free(number):
             waiter.wait_for(
                 lambda: self._slot_free(number),
-                missing=lambda: self._ranks(board.unfinished(number - RING)),
+                missing=lambda: self._ranks(counters.unfinished(number - RING)),
             )
-        comparison.enter(number, record)
-        waiter.wait_for(lambda: comparison.arrived(number), missing=lambda: self.missing(number))
-        self._check(number, record, waiter)
+        comparison.arrive(number, signature)
+        waiter.wait_for(
+            lambda: comparison.all_arrived(number), missing=lambda: self.missing(number)
+        )
+        self._check(number, signature, waiter)
 
-    def _check(self, number: int, record: Record, waiter: Waiter) -> None:
-        """Raise on all ranks if they came to an operation with different calls."""
-        if not self._comparison.equal(number, record):
-            for until in self.differing(number, describe_with_route(waiter, record)):
-                waiter.wait_for(until.condition, missing=until.missing)
+    def _check(self, number: int, signature: CallSignature, waiter: Waiter) -> None:
+        """Raise on all ranks if their calls of an operation differ."""
+        if not self._comparison.equal(number, signature):
+            for step in self.mismatch_steps(number, describe_with_route(waiter, signature)):
+                waiter.wait_for(step.condition, missing=step.missing)
 
-    def reach(self, waiters: Waiters) -> None:
-        """Meet again inside an operation."""
-        self._stage = stage = self._stage + 1
-        board = self.board
-        board.reach(stage)
-        if not board.soon_reached(stage):
+    def phase_barrier(self, waiters: Waiters) -> None:
+        """Wait until the ranks of the node have reached the next phase of an operation."""
+        self._phase = phase = self._phase + 1
+        counters = self.counters
+        counters.reach(phase)
+        if not counters.soon_reached(phase):
             waiters().wait_for(
-                lambda: board.all_reached(stage), missing=lambda: self._ranks(board.behind(stage))
+                lambda: counters.all_reached(phase),
+                missing=lambda: self._ranks(counters.not_reached(phase)),
             )
 
-    def part(self, number: int, waiters: Waiters) -> None:
-        """Be done with an operation, and wait until all of the node are."""
-        board = self.board
-        board.finish(number)
-        if not board.soon_finished(number):
+    def finish_together(self, number: int, waiters: Waiters) -> None:
+        """Finish an operation, and wait for the other ranks of the node."""
+        counters = self.counters
+        counters.finish(number)
+        if not counters.soon_finished(number):
             waiters().wait_for(
-                lambda: board.all_finished(number),
-                missing=lambda: self._ranks(board.unfinished(number)),
+                lambda: counters.all_finished(number),
+                missing=lambda: self._ranks(counters.unfinished(number)),
             )
 
-    # -- the same for whoever drives the operation -----------------------------------------------
+    # -- an immediate call, as steps -------------------------------------------------------------
 
-    def entering(
-        self, signature: Signature, route: Route, place: Place | None = None
-    ) -> Meetings[int]:
-        """Begin an operation, and return its number when it has its turn and all have come."""
-        record = record_of(signature, route, place)
-        number = self.begin()
-        if not self.try_to_enter(number, record):
-            yield Until(
-                lambda: self.try_to_enter(number, record),
-                lambda: self._ranks(self.board.unfinished(number - RING)),
+    def arrival_steps(
+        self, call: ComparedCall, route: Route, array: RegisteredArray | None = None
+    ) -> ConditionSteps[int]:
+        """Begin an operation, and return its number when all ranks have arrived at it."""
+        signature = signature_of(call, route, array)
+        number = self.next_number()
+        if not self.try_to_arrive(number, signature):
+            yield Condition(
+                lambda: self.try_to_arrive(number, signature),
+                lambda: self._ranks(self.counters.unfinished(number - RING)),
             )
-        yield Until(lambda: self.has_met(number), lambda: self.missing(number))
-        if not self._comparison.equal(number, record):
-            yield from self.differing(number, describe_with_route(signature, record))
+        yield Condition(lambda: self.all_arrived(number), lambda: self.missing(number))
+        if not self._comparison.equal(number, signature):
+            yield from self.mismatch_steps(number, describe_with_route(call, signature))
         return number
 
-    def compare(self, signature: Signature, route: Route, *, begun: bool = False) -> Arrival:
+    def compare(self, call: ComparedCall, route: Route, *, begun: bool = False) -> Arrival:
         """Arrive with an immediate call that needs no shared memory, and compare it.
 
         Parameters
         ----------
-        signature, route, begun
-            Of the call; see `record_of`.
+        call, route, begun
+            See `signature_of`.
 
         Returns
         -------
         Arrival
-            Complete when all ranks have come with the same call. Whoever gets it has to poll it:
-            later operations wait for it.
+            Complete when all ranks have made the same call. The caller has to poll it: later
+            operations wait for it.
         """
-        return Arrival(self, signature, record_of(signature, route, begun=begun))
+        return Arrival(self, call, signature_of(call, route, begun=begun))
 
-    def parting(self, number: int) -> Meetings[None]:
-        """Be done with an operation, and wait until all of the node are."""
-        board = self.board
-        board.finish(number)
-        yield Until(
-            lambda: board.all_finished(number), lambda: self._ranks(board.unfinished(number))
+    def finish_steps(self, number: int) -> ConditionSteps[None]:
+        """Finish an operation, and wait for the other ranks of the node."""
+        counters = self.counters
+        counters.finish(number)
+        yield Condition(
+            lambda: counters.all_finished(number), lambda: self._ranks(counters.unfinished(number))
         )
 
-    def equal(self, number: int, record: Record) -> bool:
-        """Whether all ranks came to an operation with the same; asked once, when they have met."""
-        return self._comparison.equal(number, record)
+    def equal(self, number: int, signature: CallSignature) -> bool:
+        """Whether the signatures of all ranks are equal; called once, when all have arrived."""
+        return self._comparison.equal(number, signature)
 
-    def differing(self, number: int, described: Described) -> Meetings[None]:
-        """Raise on all ranks what they have called."""
+    def mismatch_steps(self, number: int, described: Described) -> ConditionSteps[None]:
+        """Raise `CollectiveMismatchError`, with what each rank has called, on all ranks."""
         usable = not self._comparison.breaks(number)
-        # All have to have read what the others came with before anybody writes over it.
-        yield from self.parting(number)
-        yield from phases(self._refuse(number, described, usable))
+        # All ranks must have read the signatures before a later operation overwrites a slot.
+        yield from self.finish_steps(number)
+        yield from conditions(self._refuse(number, described, usable))
 
-    # -- the same, one step at a time ------------------------------------------------------------
+    # -- an immediate call, step by step ---------------------------------------------------------
 
-    def begin(self) -> int:
+    def next_number(self) -> int:
         """Return the number of the operation that begins now."""
         self.begun += 1
         return self.begun
 
-    def try_to_enter(self, number: int, record: Record) -> bool:
-        """Make known that this rank has come to an operation, if its turn to do so has come."""
-        if self._on_board and (self._entered < number - 1 or not self._slot_free(number)):
+    def try_to_arrive(self, number: int, signature: CallSignature) -> bool:
+        """Arrive at an operation unless an earlier one has still to arrive, or the ring is full."""
+        if self._by_counters and (self._arrived < number - 1 or not self._slot_free(number)):
             return False
-        self._comparison.enter(number, record)
-        self._entered = number
+        self._comparison.arrive(number, signature)
+        self._arrived = number
         return True
 
-    def has_met(self, number: int) -> bool:
-        """Whether all ranks have come to an operation, and those before it are done here."""
-        return self.board.finished == number - 1 and self._comparison.arrived(number)
+    def all_arrived(self, number: int) -> bool:
+        """Whether all ranks have arrived, and the earlier operations are finished here."""
+        return self.counters.finished == number - 1 and self._comparison.all_arrived(number)
 
-    # -- who and whether -------------------------------------------------------------------------
+    # -- the state of the ring----------------------------------------------------------------------
 
     def _slot_free(self, number: int) -> bool:
-        """Whether nobody needs any more what stands where this operation's record will."""
+        """Whether all ranks have finished the operation that used the slot of this one before."""
         last = number - RING
         if last > self._free:
-            self._free = self.board.least_finished()
+            self._free = self.counters.least_finished()
         return last <= self._free
 
     def missing(self, number: int) -> list[int]:
-        """Return the ranks that have not come to an operation, as far as is known."""
+        """Return the ranks that have not arrived at an operation, as far as is known."""
         return self._ranks(self._comparison.missing(number))
 
-    def _ranks(self, places: list[int]) -> list[int]:
-        return [self.near.local[place] for place in places]
+    def _ranks(self, local_ranks: list[int]) -> list[int]:
+        return [self.topology.local[local_rank] for local_rank in local_ranks]
 
 
 class Arrival(Work[None]):
-    """An immediate call that is compared, and needs no shared memory besides.
+    """The arrival of an immediate call that uses no shared memory otherwise.
 
-    A class of its own, not steps: most immediate calls are compared so.
+    A class of its own and not steps, for speed: most immediate calls arrive by it.
 
     Parameters
     ----------
     sequencer : Sequencer
-        Of the group.
-    signature, record : Signature, Record
-        Of the call.
+        The operations of the group.
+    call, signature : ComparedCall, CallSignature
+        The call of this rank and its signature.
     """
 
-    def __init__(self, sequencer: Sequencer, signature: Signature, record: Record) -> None:
+    def __init__(self, sequencer: Sequencer, call: ComparedCall, signature: CallSignature) -> None:
         self._sequencer = sequencer
+        self._call = call
         self._signature = signature
-        self._record = record
-        self._number = number = sequencer.begin()
-        self._entered = sequencer.try_to_enter(number, record)
+        self._number = number = sequencer.next_number()
+        self._arrived = sequencer.try_to_arrive(number, signature)
         self._over = False
-        self._differing: StepsWork | None = None
+        self._mismatch: StepsWork | None = None
         self._driven = threading.Lock()
 
     def done(self) -> bool:
-        """Poll; raises `CollectiveMismatchError` if the ranks came with different calls."""
+        """Poll; raises `CollectiveMismatchError` if the calls of the ranks differ."""
         if self._over:
             return True
         # Another thread, waiting on another group, may be driving this one just now.
@@ -304,25 +309,25 @@ class Arrival(Work[None]):
             self._driven.release()
 
     def _advance(self) -> bool:
-        if self._differing is not None:
-            return self._differing.done()
-        sequencer, number, record = self._sequencer, self._number, self._record
-        if not self._entered:
-            self._entered = sequencer.try_to_enter(number, record)
-        if not self._entered or not sequencer.has_met(number):
+        if self._mismatch is not None:
+            return self._mismatch.done()
+        sequencer, number, signature = self._sequencer, self._number, self._signature
+        if not self._arrived:
+            self._arrived = sequencer.try_to_arrive(number, signature)
+        if not self._arrived or not sequencer.all_arrived(number):
             return False
-        if sequencer.equal(number, record):
-            sequencer.board.finish(number)
+        if sequencer.equal(number, signature):
+            sequencer.counters.finish(number)
             self._over = True
             return True
-        described = describe_with_route(self._signature, record)
-        self._differing = StepsWork(sequencer.differing(number, described))
+        described = describe_with_route(self._call, signature)
+        self._mismatch = StepsWork(sequencer.mismatch_steps(number, described))
         return False
 
     def missing(self) -> Sequence[int]:
-        """Return the ranks that have not come, as far as is known."""
-        if self._differing is not None:  # all have come; what they came with may be gone
-            return self._differing.missing()
+        """Return the ranks that have not arrived, as far as is known."""
+        if self._mismatch is not None:  # all have arrived; their slots may be reused
+            return self._mismatch.missing()
         return () if self._over else self._sequencer.missing(self._number)
 
     def wait(self, timeout: float | None = None) -> None:
@@ -330,15 +335,15 @@ class Arrival(Work[None]):
         wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
-class Until(Work[None]):
+class Condition(Work[None]):
     """Complete when a condition holds.
 
     Parameters
     ----------
     condition : callable
-        Polled.
+        Polled; the work is complete when it returns True.
     missing : callable
-        Returns the ranks that keep it from holding.
+        Returns the ranks that it waits for.
     """
 
     def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
@@ -350,7 +355,7 @@ class Until(Work[None]):
         return self.condition()
 
     def missing(self) -> list[int]:
-        """Return the ranks that keep it from holding."""
+        """Return the ranks that it waits for."""
         return self._missing()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -358,11 +363,11 @@ class Until(Work[None]):
         wait_until(self.condition, timeout=float("inf") if timeout is None else timeout)
 
 
-Meetings: TypeAlias = Generator[Until, None, T]
-"""Steps of an operation on the direct path: it yields each meeting that it has to wait for."""
+ConditionSteps: TypeAlias = Generator[Condition, None, T]
+"""An operation on the direct path, as a generator of the conditions that it waits for."""
 
 
-def phases(steps: Steps) -> Meetings[None]:
-    """Wait for each phase of an operation as for a meeting."""
-    for phase in steps:
-        yield Until(phase.done, list)
+def conditions(steps: Steps) -> ConditionSteps[None]:
+    """Return other steps as conditions."""
+    for work in steps:
+        yield Condition(work.done, list)

@@ -10,29 +10,29 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.backends.node.registered_memory import Place, Registry
+from mpidist.backends.node.registered_memory import RegisteredArray, Registry
 
 __all__ = [
     "DIRECT_VERBS",
+    "CallSignature",
+    "ComparedCall",
     "Described",
-    "Record",
     "Route",
-    "Signature",
     "balance_of",
     "describe_with_route",
-    "record_of",
-    "registered_place",
+    "find_registered",
+    "signature_of",
     "whole_array",
 ]
 
 DIRECT_VERBS = ("all_reduce", "all_gather", "broadcast", "reduce_scatter")
-"""The collectives that can be performed where the arrays lie."""
+"""The collectives that can work on registered arrays in place."""
 
 
 class Route(IntEnum):
-    """How a call travels. It has to be the same on all ranks.
+    """How the data of a call travels; compared, since it has to be the same on all ranks.
 
-    Ranks that go different ways would take what lies in shared memory for something else.
+    Ranks on different routes would misread what lies in shared memory.
     """
 
     MESSAGES = 1
@@ -50,14 +50,14 @@ _ROUTES = {
 }
 
 _BREAKS = 4
-"""Word of a record that says whether a difference breaks the group."""
+"""Index of the word that says whether a difference breaks the group."""
 
 _KEPT = 1024
-"""Records that are kept to be used again."""
+"""Signatures that are kept to be used again."""
 
 
 class Described(NamedTuple):
-    """A call in words, for an error.
+    """The description of a call, for an error message.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class Described(NamedTuple):
     how : str
         How it travels; matters only between calls that are the same otherwise.
     balance : int
-        As of the `Signature`; 0 where there is none.
+        See `ComparedCall.balance`; 0 where there is none.
     """
 
     what: str
@@ -77,7 +77,7 @@ class Described(NamedTuple):
     balance: int = 0
 
 
-class Signature(Protocol):
+class ComparedCall(Protocol):
     """What one rank calls, to be compared with what the others call.
 
     The waiter of a collective is one: an object of its own would cost more than the comparison.
@@ -103,11 +103,11 @@ class Signature(Protocol):
         """For all_to_all, `balance_of` what this rank sends and expects; else None."""
 
     def describe(self) -> Described:
-        """Return the call in words."""
+        """Return the description of the call."""
 
 
-class Record(NamedTuple):
-    """What a rank comes with, in a form that is quick to compare.
+class CallSignature(NamedTuple):
+    """A call signature with a precomputed digest, quick to compare.
 
     Attributes
     ----------
@@ -124,8 +124,8 @@ class Record(NamedTuple):
     balance: int | None
 
     @classmethod
-    def of(cls, numbers: Sequence[int], balance: int | None = None) -> Record:
-        """Make the record of five numbers."""
+    def of(cls, numbers: Sequence[int], balance: int | None = None) -> CallSignature:
+        """Make the signature of five numbers."""
         # Python salts the hashes of texts, not those of whole numbers: all ranks get the same.
         digest = hash(tuple(map(int, numbers))) & (2**64 - 1)
         words = np.array([*numbers, balance or 0, digest], np.uint64)
@@ -133,43 +133,43 @@ class Record(NamedTuple):
 
     @property
     def breaks(self) -> bool:
-        """Whether a difference breaks the group; see `Signature`."""
+        """Whether a difference breaks the group; see `ComparedCall`."""
         return bool(self.words[_BREAKS])
 
 
-def record_of(
-    signature: Signature, route: Route, place: Place | None = None, *, begun: bool = False
-) -> Record:
-    """Return the numbers that the ranks compare.
+def signature_of(
+    call: ComparedCall, route: Route, array: RegisteredArray | None = None, *, begun: bool = False
+) -> CallSignature:
+    """Return the signature of a call, as the ranks compare it.
 
     Parameters
     ----------
-    signature : Signature
-        Of the call.
+    call : ComparedCall
+        The call of this rank.
     route : Route
         How it travels.
-    place : Place, optional
-        Where its arrays lie, if they are registered.
+    array : RegisteredArray, optional
+        The registered array that it works on, if any.
     begun : bool, optional
-        Whether the call is under way when it is compared.
+        Whether the call is already under way when it is compared.
     """
-    if place is None:
-        breaks = begun or signature.breaks
-        return _record(signature.digest, route, breaks, signature.balance)
-    block, offset = place.block.number, place.offset
-    return Record.of((signature.digest, route, block, offset, signature.breaks))
+    if array is None:
+        breaks = begun or call.breaks
+        return _signature(call.digest, route, breaks, call.balance)
+    block, offset = array.block.number, array.offset
+    return CallSignature.of((call.digest, route, block, offset, call.breaks))
 
 
 @lru_cache(_KEPT)
-def _record(digest: int, route: Route, breaks: bool, balance: int | None) -> Record:  # noqa: FBT001
-    """Return the record of a call that has no place; the same object for the same call."""
-    return Record.of((digest, route, 0, 0, breaks), balance)
+def _signature(digest: int, route: Route, breaks: bool, balance: int | None) -> CallSignature:  # noqa: FBT001
+    """Return the signature of a call on ordinary arrays; the same object for the same call."""
+    return CallSignature.of((digest, route, 0, 0, breaks), balance)
 
 
-def describe_with_route(signature: Signature, record: Record) -> Described:
-    """Return a call in words, with how it travels according to its record."""
-    described = signature.describe()
-    _, route, block, offset = record.words[:4].tolist()
+def describe_with_route(call: ComparedCall, signature: CallSignature) -> Described:
+    """Return the description of a call, with its route as its signature says."""
+    described = call.describe()
+    _, route, block, offset = signature.words[:4].tolist()
     if block:
         how = f"at byte {offset} of registered block {block}"
     else:
@@ -177,21 +177,23 @@ def describe_with_route(signature: Signature, record: Record) -> Described:
     return described._replace(how=described.how or how)
 
 
-def registered_place(verb: str, args: tuple[Any, ...], registered: Registry) -> Place | None:
-    """Return where the arrays of a call lie if they can be worked on there.
+def find_registered(
+    verb: str, args: tuple[Any, ...], registered: Registry
+) -> RegisteredArray | None:
+    """Return the registered array that a call can work on in place, or None.
 
     Parameters
     ----------
     verb, args : str, tuple
         One of `DIRECT_VERBS`, and its arguments as a transport gets them.
     registered : Registry
-        Knows the arrays that lie in shared memory.
+        The registered memory of the group.
     """
     if verb == "all_reduce" and args[0] is not args[1]:
         return None
     if verb == "all_gather" and args[0] is not None:
         return None
-    return registered.place(whole_array(verb, args))
+    return registered.find(whole_array(verb, args))
 
 
 def whole_array(verb: str, args: tuple[Any, ...]) -> Array:

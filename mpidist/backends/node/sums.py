@@ -1,7 +1,7 @@
 """Blocking sums over the ranks of one node by way of the memory that they share.
 
-There are three kinds, by where the arrays lie and how long they are. All combine in rank order. A
-program makes the same few calls again and again, and the shortest take microseconds: what can be
+There are three kinds, by whether the array is registered and by its size. All combine in rank
+order. A program repeats the same few calls, and the shortest take microseconds: what can be
 prepared is kept.
 """
 
@@ -15,11 +15,11 @@ import numpy as np
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.backends.combine import combination, combining, even_slices
 from mpidist.backends.crossovers import Crossovers
-from mpidist.backends.node.counters import ROOM
-from mpidist.backends.node.direct_path import Team, prepare_all_reduce
-from mpidist.backends.node.registered_memory import Place, Registry
+from mpidist.backends.node.counters import SMALL_NBYTES
+from mpidist.backends.node.direct_path import NodeContext, prepare_all_reduce
+from mpidist.backends.node.registered_memory import RegisteredArray, Registry
 from mpidist.backends.node.sequencer import Sequencer, Waiters
-from mpidist.backends.node.signatures import Route, Signature, record_of
+from mpidist.backends.node.signatures import ComparedCall, Route, signature_of
 from mpidist.backends.work import Waiter
 from mpidist.observe.recorder import Name
 
@@ -36,7 +36,7 @@ more ranks, the less memory for each.
 """
 
 _SKEW = 2048
-"""Bytes between the beginning of a page and that of the room for ordinary arrays in it.
+"""Bytes between the beginning of a page and that of the scratch buffer in it.
 
 Arrays begin at the beginning of a page, or a few bytes behind it, and copying from one to another
 that is a little ahead of it modulo 4096 is several times slower: processors compare these 12 bits
@@ -48,7 +48,7 @@ _PAGE = 4096
 """The second of two halves must begin as far behind a page as the first, and as well aligned."""
 
 _REMEMBERED = 256
-"""Calls whose preparations are kept, of each kind."""
+"""Calls of each kind whose preparations are kept."""
 
 
 class Sum(Protocol):
@@ -57,7 +57,7 @@ class Sum(Protocol):
     Attributes
     ----------
     name : Name or None
-        How it is recorded; None as long as nobody has asked.
+        Its name in the recorder; None until it has been recorded once.
     """
 
     name: Name | None
@@ -67,13 +67,13 @@ class Sum(Protocol):
 
 
 class SmallSum:
-    """Each rank gives its array to all together with its arrival, and combines all for itself.
+    """Each rank publishes its array together with its arrival, and combines all arrays itself.
 
-    One meeting; p arrays read per rank.
+    One barrier; p arrays read per rank.
 
-    [Note: two halves] A rank may write its next array while others still read this one, so there is
-    room for two. There is no need for more: nobody gets beyond the meeting of the next one before
-    all have come to it, and whoever has is done with this one.
+    [Note: two halves] A rank may write its next array while others still read this one, so there
+    are two buffers. No more are needed: no rank passes the arrival at the next sum before all ranks
+    have arrived there, and a rank that has arrived there no longer reads this one.
     """
 
     name: Name | None = None
@@ -81,65 +81,38 @@ class SmallSum:
     def __init__(
         self,
         sequencer: Sequencer,
-        team: Team,
-        rooms: _Rooms,
+        context: NodeContext,
+        buffers: _Buffers,
         x: Array,
         op: ReduceOp,
-        signature: Signature,
+        call: ComparedCall,
     ) -> None:
         self._sequencer = sequencer
-        self._rooms = rooms
-        self._run: Callable[..., None] = team.quiet.run
-        self._record = record_of(signature, Route.ARRIVAL)
-        halves = [rooms.arrays(half, x.dtype, x.size) for half in (0, 1)]
-        self._mine = [parts[team.near.rank] for parts in halves]
+        self._buffers = buffers
+        self._run: Callable[..., None] = context.quiet.run
+        self._signature = signature_of(call, Route.ARRIVAL)
+        halves = [buffers.arrays(half, x.dtype, x.size) for half in (0, 1)]
+        self._own = [parts[context.topology.rank] for parts in halves]
         self._work = [combining(parts, op) for parts in halves]
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
-        sequencer, rooms = self._sequencer, self._rooms
-        half = rooms.half
-        if sequencer.begun != sequencer.board.finished:
-            sequencer.settle(waiters)
-        self._mine[half][...] = x
-        number = sequencer.enter(self._record, waiters)
-        rooms.half = 1 - half
+        sequencer, buffers = self._sequencer, self._buffers
+        half = buffers.half
+        if sequencer.begun != sequencer.counters.finished:
+            sequencer.wait_for_earlier(waiters)
+        self._own[half][...] = x
+        number = sequencer.begin_blocking(self._signature, waiters)
+        buffers.half = 1 - half
         self._run(*self._work[half], out)
-        sequencer.board.finish(number)
+        sequencer.counters.finish(number)
 
 
-class PlaceSum:
-    """Arrays in registered memory, where they lie.
+class RegisteredSum:
+    """Sums arrays in registered memory in place.
 
-    Two meetings; see `direct_path.all_reduce`. The place keeps this, so this does not keep the
-    place: the memory is to go with its last array, and not wait for the garbage collector.
-    """
-
-    name: Name | None = None
-
-    def __init__(
-        self, sequencer: Sequencer, team: Team, place: Place, op: ReduceOp, signature: Signature
-    ) -> None:
-        self._sequencer = sequencer
-        self._run = team.quiet.run
-        self._work = prepare_all_reduce(team, place, op)
-        self._record = record_of(signature, Route.REGISTERED, place)
-
-    def run(self, x: Array, out: Array, waiters: Waiters) -> None:
-        """Combine; see `Sum`."""
-        sequencer = self._sequencer
-        sequencer.settle(waiters)
-        number = sequencer.enter(self._record, waiters)
-        self._run(*self._work)
-        sequencer.part(number, waiters)
-
-
-class ScratchSum:
-    """Other arrays, by way of room in shared memory.
-
-    For each chunk a rank lays down the slices that the others combine, combines its own, and takes
-    the others' results: 2 meetings, and 2 (p - 1) / p of the array copied in and out. Two halves of
-    the room serve in turn, see [Note: two halves].
+    Two barriers; see `direct_path.all_reduce`. The registered array refers to this object, so this
+    object does not refer to it: a cycle would keep the memory until the garbage collector runs.
     """
 
     name: Name | None = None
@@ -147,111 +120,141 @@ class ScratchSum:
     def __init__(
         self,
         sequencer: Sequencer,
-        team: Team,
-        rooms: _Rooms,
-        x: Array,
+        context: NodeContext,
+        array: RegisteredArray,
         op: ReduceOp,
-        signature: Signature,
+        call: ComparedCall,
     ) -> None:
         self._sequencer = sequencer
-        self._run = team.quiet.run
-        self._rooms = rooms
-        self._combine = combination(op, x.dtype)
-        self._record = record_of(signature, Route.SCRATCH)
-        self._step = rooms.nbytes // x.itemsize
-        self._chunks: dict[tuple[int, int], _Chunk] = {}
-        self._me = team.near.rank
+        self._run = context.quiet.run
+        self._work = prepare_all_reduce(context, array, op)
+        self._signature = signature_of(call, Route.REGISTERED, array)
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
-        sequencer, rooms, step = self._sequencer, self._rooms, self._step
-        sequencer.settle(waiters)
+        sequencer = self._sequencer
+        sequencer.wait_for_earlier(waiters)
+        number = sequencer.begin_blocking(self._signature, waiters)
+        self._run(*self._work)
+        sequencer.finish_together(number, waiters)
+
+
+class ScratchSum:
+    """Sums ordinary arrays by way of scratch buffers in shared memory.
+
+    For each chunk a rank copies the slices that the others combine into its buffer, combines its
+    own slice, and copies the others' results: 2 barriers, and 2 (p - 1) / p of the array copied in
+    and out. Two halves of the buffer are used in turn, see [Note: two halves].
+    """
+
+    name: Name | None = None
+
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        context: NodeContext,
+        buffers: _Buffers,
+        x: Array,
+        op: ReduceOp,
+        call: ComparedCall,
+    ) -> None:
+        self._sequencer = sequencer
+        self._run = context.quiet.run
+        self._buffers = buffers
+        self._combine = combination(op, x.dtype)
+        self._signature = signature_of(call, Route.SCRATCH)
+        self._step = buffers.nbytes // x.itemsize
+        self._chunks: dict[tuple[int, int], _Chunk] = {}
+        self._me = context.topology.rank
+
+    def run(self, x: Array, out: Array, waiters: Waiters) -> None:
+        """Combine; see `Sum`."""
+        sequencer, buffers, step = self._sequencer, self._buffers, self._step
+        sequencer.wait_for_earlier(waiters)
         number = 0
         for start in range(0, x.size, step):
-            given, result = x[start : start + step], out[start : start + step]
-            chunk = self._chunk(given)
-            for part, room in chunk.given:
-                room[...] = given[part]
+            inputs, result = x[start : start + step], out[start : start + step]
+            chunk = self._chunk(inputs)
+            for part, buffer in chunk.inputs:
+                buffer[...] = inputs[part]
             if start:
-                sequencer.reach(waiters)
+                sequencer.phase_barrier(waiters)
             else:
-                number = sequencer.enter(self._record, waiters)
-            rooms.half ^= 1
-            mine, total = given[chunk.mine], result[chunk.mine]
+                number = sequencer.begin_blocking(self._signature, waiters)
+            buffers.half ^= 1
+            own, total = inputs[chunk.own], result[chunk.own]
             if x is out and self._me > 1:
-                # It is added third or later, when the sum of the first two lies in its place.
-                mine = mine.copy()
-            # Straight into the result: it is in the cache, the room for it perhaps in another's.
-            self._run(self._combine, [*chunk.before, mine, *chunk.after], total)
+                # It is added third or later, when the sum of the first two has overwritten it.
+                own = own.copy()
+            # Straight into the result, which is in this core's cache; the buffer may not be.
+            self._run(self._combine, [*chunk.before, own, *chunk.after], total)
             chunk.result[...] = total
-            sequencer.reach(waiters)
-            for part, room in chunk.results:
-                result[part] = room
-        sequencer.board.finish(number)
+            sequencer.phase_barrier(waiters)
+            for part, buffer in chunk.results:
+                result[part] = buffer
+        sequencer.counters.finish(number)
 
-    def _chunk(self, given: Array) -> _Chunk:
-        """Return every rank's room for a chunk, in the half whose turn it is."""
-        key = (self._rooms.half, given.size)
-        return self._chunks.get(key) or _remember(self._chunks, key, self._cut(given))
+    def _chunk(self, inputs: Array) -> _Chunk:
+        """Return the slices of every rank's buffer for a chunk, in the current half."""
+        key = (self._buffers.half, inputs.size)
+        return self._chunks.get(key) or _remember(self._chunks, key, self._cut(inputs))
 
-    def _cut(self, given: Array) -> _Chunk:
-        me, rooms = self._me, self._rooms.arrays(self._rooms.half, given.dtype, given.size)
-        slices = even_slices(given.size, given.itemsize, len(rooms))
-        others = [place for place in range(len(rooms)) if place != me]
-        mine = slices[me]
+    def _cut(self, inputs: Array) -> _Chunk:
+        me, buffers = self._me, self._buffers.arrays(self._buffers.half, inputs.dtype, inputs.size)
+        slices = even_slices(inputs.size, inputs.itemsize, len(buffers))
+        others = [rank for rank in range(len(buffers)) if rank != me]
+        own = slices[me]
         return _Chunk(
-            mine,
-            [(slices[place], rooms[me][slices[place]]) for place in others],
-            [room[mine] for room in rooms[:me]],
-            [room[mine] for room in rooms[me + 1 :]],
-            rooms[me][mine],
-            [(slices[place], rooms[place][slices[place]]) for place in others],
+            own,
+            [(slices[rank], buffers[me][slices[rank]]) for rank in others],
+            [buffer[own] for buffer in buffers[:me]],
+            [buffer[own] for buffer in buffers[me + 1 :]],
+            buffers[me][own],
+            [(slices[rank], buffers[rank][slices[rank]]) for rank in others],
         )
 
 
 class _Chunk(NamedTuple):
-    """Room for a chunk of ordinary arrays, cut into one slice per rank.
+    """Buffers for a chunk of an ordinary array, cut into one slice per rank.
 
     Attributes
     ----------
-    mine : slice
-        What this rank combines.
-    given : list of (slice, Array)
-        What the others combine, and where they find this rank's.
+    own : slice
+        The elements that this rank combines.
+    inputs : list of (slice, Array)
+        The elements that each other rank combines, and this rank's buffer for them.
     before, after : list of Array
-        Where the ranks before and after this one lay what it combines.
+        The buffers of lower and of higher ranks with the elements that this rank combines.
     result : Array
-        Where they find what it has combined; they leave their own there.
+        This rank's buffer for what it has combined, read by the others.
     results : list of (slice, Array)
-        What the others combine, and where this rank finds it.
+        The elements that each other rank combines, and its buffer with the result.
     """
 
-    mine: slice
-    given: list[tuple[slice, Array]]
+    own: slice
+    inputs: list[tuple[slice, Array]]
     before: list[Array]
     after: list[Array]
     result: Array
     results: list[tuple[slice, Array]]
 
 
-class _Rooms:
-    """Room of every rank for an array, twice.
+class _Buffers:
+    """A buffer of every rank, in two halves that are used in turn.
 
     Parameters
     ----------
     parts : sequence of buffer
-        Of each rank.
+        Shared memory of each rank, at least `skew + 2 * nbytes` bytes.
     nbytes : int
-        Of the largest array.
+        Bytes of one half: the largest array.
     skew : int, optional
         Bytes that are left out at the beginning.
 
     Attributes
     ----------
-    nbytes : int
-        As given.
     half : int
-        Whose turn it is, the same on all ranks: 0 or 1.
+        The half to be used next, the same on all ranks: 0 or 1.
     """
 
     def __init__(self, parts: Sequence[memoryview], nbytes: int, skew: int = 0) -> None:
@@ -261,7 +264,7 @@ class _Rooms:
         self.half = 0
 
     def arrays(self, half: int, dtype: DType, count: int) -> list[Array]:
-        """Return the room of every rank for an array."""
+        """Return the array at the beginning of a half of every rank's buffer."""
         start = self._skew + half * self.nbytes
         stop = start + count * dtype.itemsize
         return [part[start:stop].view(dtype) for part in self._parts]
@@ -273,8 +276,8 @@ class NodeSums:
     Parameters
     ----------
     sequencer : Sequencer
-        Their order among the group's operations.
-    team : Team
+        The order of the group's operations.
+    context : NodeContext
         The ranks.
     registered : Registry
         Knows the arrays that lie in shared memory.
@@ -285,23 +288,23 @@ class NodeSums:
     def __init__(
         self,
         sequencer: Sequencer,
-        team: Team,
+        context: NodeContext,
         registered: Registry,
         share: Callable[[int, Waiter], list[memoryview] | None],
     ) -> None:
         self._sequencer = sequencer
-        self._team = team
+        self._context = context
         self._registered = registered
         self._share = share
         self._sizes = Crossovers()
         self._small: dict[Any, Sum] = {}
         self._long: dict[Any, Sum] = {}
-        self._beside = _Rooms(sequencer.board.rooms(), ROOM)
-        self._scratch: _Rooms | None = None
+        self._small_buffers = _Buffers(sequencer.counters.small_buffers(), SMALL_NBYTES)
+        self._scratch: _Buffers | None = None
         self._scratch_refused = False
 
     def take(self, sizes: Crossovers) -> None:
-        """Change the way at these sizes from now on; the same on all ranks."""
+        """Choose the kind of sum by these sizes from now on; the same on all ranks."""
         self._sizes = sizes
         self._small.clear()
         self._long.clear()
@@ -333,62 +336,64 @@ class NodeSums:
 
         Notes
         -----
-        Collective; it makes room in shared memory for the first array that needs it.
+        Collective; it makes scratch buffers in shared memory for the first array that needs them.
         """
         kept = self._choose(x, out, op)
         if kept is None:
             return None
-        sums, key, place = kept
+        sums, key, array = kept
         shape = waiter.shape
         if shape != x.shape:
             # Arrays of another shape, though as long, are another call; `find` never asks for them.
             key = (key, shape)
         found = sums.get(key)
         if found is None:
-            found = self._make(x, op, place, waiter)
+            found = self._make(x, op, array, waiter)
             if found is not None:
                 _remember(sums, key, found)
         return found
 
     def _choose(
         self, x: Array, out: Array, op: ReduceOp
-    ) -> tuple[dict[Any, Sum], object, Place | None] | None:
-        """Choose the way by size and place: where its sums are kept, this one's key, the place."""
+    ) -> tuple[dict[Any, Sum], object, RegisteredArray | None] | None:
+        """Choose the kind of sum: the cache of such sums, the key in it, the registered array."""
         nbytes, sizes = x.nbytes, self._sizes
         if nbytes <= sizes.small:
             return self._small, (op, x.dtype, x.size), None
         if x is out and nbytes >= sizes.registered:
-            place = self._registered.place(x)
-            if place is not None:
-                return place.prepared, ("sum", op), place
+            array = self._registered.find(x)
+            if array is not None:
+                return array.prepared, ("sum", op), array
         if nbytes >= sizes.scratch:
             return self._long, (op, x.dtype, x.size), None
         return None
 
-    def _make(self, x: Array, op: ReduceOp, place: Place | None, waiter: Waiter) -> Sum | None:
-        sequencer, team = self._sequencer, self._team
-        if place is not None:
-            return PlaceSum(sequencer, team, place, op, waiter)
+    def _make(
+        self, x: Array, op: ReduceOp, array: RegisteredArray | None, waiter: Waiter
+    ) -> Sum | None:
+        sequencer, context = self._sequencer, self._context
+        if array is not None:
+            return RegisteredSum(sequencer, context, array, op, waiter)
         small = x.nbytes <= self._sizes.small
-        beside = small and x.nbytes <= ROOM
-        rooms = self._beside if beside else self._make_scratch(waiter)
-        if rooms is None:
+        beside_counters = small and x.nbytes <= SMALL_NBYTES
+        buffers = self._small_buffers if beside_counters else self._make_scratch(waiter)
+        if buffers is None:
             return None
         if small:
-            return SmallSum(sequencer, team, rooms, x, op, waiter)
-        return ScratchSum(sequencer, team, rooms, x, op, waiter)
+            return SmallSum(sequencer, context, buffers, x, op, waiter)
+        return ScratchSum(sequencer, context, buffers, x, op, waiter)
 
-    def _make_scratch(self, waiter: Waiter) -> _Rooms | None:
-        """Make room for long arrays when all have come for it; it is asked for once."""
+    def _make_scratch(self, waiter: Waiter) -> _Buffers | None:
+        """Make the scratch buffers when all ranks have arrived; asked for once, also if refused."""
         if self._scratch is not None or self._scratch_refused:
             return self._scratch
         self._sequencer.arrive(waiter, Route.SCRATCH)
-        chunk = _chunk_bytes(self._team.transport.size)
+        chunk = _chunk_bytes(self._context.transport.size)
         parts = self._share(_SKEW + 2 * chunk, waiter)
         if parts is None:
             self._scratch_refused = True
             return None
-        self._scratch = _Rooms(parts, chunk, _SKEW)
+        self._scratch = _Buffers(parts, chunk, _SKEW)
         return self._scratch
 
 

@@ -1,26 +1,26 @@
-"""Which ranks of a group share memory, and who speaks for a node to the others."""
+"""Which ranks of a group share memory, and which of them send messages to other nodes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Neighbours"]
+__all__ = ["NodeTopology"]
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbours:
-    """Where one rank stands among the ranks of its node, and its node among the others.
+class NodeTopology:
+    """The nodes of a group, as seen by one of its ranks.
 
     Attributes
     ----------
     local : tuple of int
         The ranks of this node, in order.
     rank : int
-        This rank's place among them.
+        Index of this rank among them.
     workers : int
-        The smallest number of ranks on any node: so many of each node take part in what is done
-        between nodes.
+        The smallest number of ranks on any node. So many ranks of each node, its workers, exchange
+        messages with other nodes.
     nodes : tuple of tuple of int
         The ranks of every node, in the order of their first ranks.
     """
@@ -31,8 +31,8 @@ class Neighbours:
     nodes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, nodes: Sequence[int], rank: int) -> Neighbours:
-        """Return the neighbours of a rank, given a number of each rank's node."""
+    def of(cls, nodes: Sequence[int], rank: int) -> NodeTopology:
+        """Return the topology for a rank, given a number of each rank's node."""
         members: dict[int, list[int]] = {}
         for other, node in enumerate(nodes):
             members.setdefault(node, []).append(other)
@@ -45,12 +45,12 @@ class Neighbours:
         )
 
     @property
-    def cross(self) -> tuple[int, ...]:
-        """The ranks in this one's place on every node; none where it is not one of the workers."""
+    def cross_node_peers(self) -> tuple[int, ...]:
+        """The ranks with this local rank on every node; none if this rank is no worker."""
         if self.rank >= self.workers:
             return ()
         return tuple(node[self.rank] for node in self.nodes)
 
     def node_of(self, rank: int) -> int:
-        """Return which node a rank is on."""
-        return next(place for place, node in enumerate(self.nodes) if rank in node)
+        """Return the index of a rank's node."""
+        return next(index for index, node in enumerate(self.nodes) if rank in node)

@@ -13,10 +13,10 @@ from typing import Any
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend, Capabilities, Traffic
 from mpidist.backends.node.comparison import refuse
-from mpidist.backends.node.counters import DirectBoard
+from mpidist.backends.node.counters import ArrivalCounters
 from mpidist.backends.node.sequencer import Sequencer
-from mpidist.backends.node.signatures import Described, Record, Route
-from mpidist.backends.node.topology import Neighbours
+from mpidist.backends.node.signatures import CallSignature, Described, Route
+from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.simulated.faults import JobAborted
 from mpidist.backends.simulated.matching import Place
 from mpidist.backends.simulated.network import ExchangeWork, Meeting, Network
@@ -27,7 +27,7 @@ from mpidist.observe.recorder import Recorder
 __all__ = ["SimulatedBackend"]
 
 
-class MeetingComparison:
+class ThreadComparison:
     """Compares by what the ranks, threads of one process, lay down for each other.
 
     Parameters
@@ -43,12 +43,12 @@ class MeetingComparison:
         self._place = place
         self._meetings: dict[int, Meeting] = {}
 
-    def enter(self, number: int, record: Record) -> None:
+    def arrive(self, number: int, signature: CallSignature) -> None:
         """Make known that this rank has come to an operation with this record."""
         key = (self._place.context, self._place.members, "call", number)
-        self._meetings[number] = self._network.offer(key, self._place, record)
+        self._meetings[number] = self._network.offer(key, self._place, signature)
 
-    def arrived(self, number: int) -> bool:
+    def all_arrived(self, number: int) -> bool:
         """Whether all ranks have come to it."""
         return self._meetings[number].full()
 
@@ -56,18 +56,18 @@ class MeetingComparison:
         """Return the ranks that have not come."""
         return self._meetings[number].missing(self._place)
 
-    def equal(self, number: int, record: Record) -> bool:
+    def equal(self, number: int, signature: CallSignature) -> bool:
         """Whether all came with the same."""
-        records = self._meetings[number].values.values()
-        same = all(other.digest == record.digest for other in records)
-        balanced = sum(other.balance or 0 for other in records) % 2**64 == 0
+        signatures = self._meetings[number].values.values()
+        same = all(other.digest == signature.digest for other in signatures)
+        balanced = sum(other.balance or 0 for other in signatures) % 2**64 == 0
         if same and balanced:
             self._close(number)
         return same and balanced
 
     def breaks(self, number: int) -> bool:
         """Whether any rank has begun what cannot be taken back."""
-        return any(record.breaks for record in self._close(number).values.values())
+        return any(signature.breaks for signature in self._close(number).values.values())
 
     def _close(self, number: int) -> Meeting:
         self._network.leave(self._place.members[self._place.rank])
@@ -142,10 +142,10 @@ class SimulatedBackend(Backend):
         self._network = network
         self._world_rank = self._place.members[rank]
         self._splits = 0
-        board = DirectBoard(bytearray(DirectBoard.nbytes(1)), 0, 1)
-        everybody = Neighbours.of((0,) * self.size, self.rank)
-        meetings = MeetingComparison(network, self._place) if self.size > 1 else None
-        self._sequencer = Sequencer(board, everybody, meetings, self._refuse)
+        counters = ArrivalCounters(bytearray(ArrivalCounters.nbytes(1)), 0, 1)
+        everybody = NodeTopology.of((0,) * self.size, self.rank)
+        meetings = ThreadComparison(network, self._place) if self.size > 1 else None
+        self._sequencer = Sequencer(counters, everybody, meetings, self._refuse)
         self._created: Counter[tuple[int, ...]] = Counter()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> ExchangeWork:
@@ -218,8 +218,8 @@ class SimulatedBackend(Backend):
         records = self._network.records
         self.recorder = Recorder(records[self.rank])
         first = self.rank // self._network.ranks_per_node * self._network.ranks_per_node
-        near = range(first, min(first + self._network.ranks_per_node, self.size))
-        return {rank: records[rank] for rank in near}
+        local = range(first, min(first + self._network.ranks_per_node, self.size))
+        return {rank: records[rank] for rank in local}
 
     def poll(self) -> None:
         """Take this rank's turns; a short wait where nothing has happened."""
