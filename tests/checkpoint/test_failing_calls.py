@@ -235,8 +235,9 @@ def test_a_full_disk(tmp_path):
 def test_a_directory_without_permission(tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(parent.stat().st_mode | 0o011)
+    for parent in (tmp_path, *tmp_path.parents):
+        if (mode := parent.stat().st_mode) & 0o011 != 0o011:
+            parent.chmod(mode | 0o011)
     words = real("no permission", directory)
     directory.chmod(0o755)
     assert "rank 0 cannot make it: PermissionError" in words

@@ -119,7 +119,7 @@ class Queue:
     def _ordered_before(self) -> list[Queue]:
         """Return the queues that the null stream's implicit ordering puts before a new step."""
         if self.is_null:
-            return [q for q in _queues.values() if q.blocking and self._is_behind(q)]
+            return [q for q in list(_queues.values()) if q.blocking and self._is_behind(q)]
         other = null(self.device)
         return [other] if self.blocking and self._is_behind(other) else []
 
