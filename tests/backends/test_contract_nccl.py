@@ -18,7 +18,7 @@ from mpidist.testing.contract import DeviceContract, DevicePlace, Run
 from tests.nccl_stub.fixtures import needs_cupy
 
 
-@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.ranks(3, full=(2, 4))
 @needs_cupy
 class TestNccl(DeviceContract):
     """Processes, each with a device."""
@@ -33,6 +33,7 @@ class TestNccl(DeviceContract):
         return lambda case: case(world)
 
 
+@pytest.mark.full
 @pytest.mark.ranks(2)
 @needs_cupy
 class TestHostArrays(BackendContract):
