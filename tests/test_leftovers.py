@@ -41,11 +41,11 @@ from pathlib import Path
 import numpy as np
 
 import mpidist
-from mpidist.backends.mpi import memory as mpi_memory
+from mpidist.backends.node import shared_memory
 
 seed, seconds, directory, kind = sys.argv[1:]
 
-class Lingering(mpi_memory.NamedFile):
+class Lingering(shared_memory.NamedFile):
     __slots__ = ()
 
     def unlink(self):
@@ -54,10 +54,10 @@ class Lingering(mpi_memory.NamedFile):
         super().unlink()
 
 if kind == "lingering":
-    mpi_memory.SharedFile = Lingering
+    shared_memory.SharedFile = Lingering
 
 world = mpidist.init(timeout=20)
-Path(directory, f"rank-{world.rank}").write_text(str(mpi_memory.os.getpid()))
+Path(directory, f"rank-{world.rank}").write_text(str(shared_memory.os.getpid()))
 draw = random.Random(int(seed))  # the same on all ranks
 end = time.monotonic() + float(seconds)
 while mpidist.broadcast(np.array(time.monotonic() < end), world):

@@ -18,13 +18,13 @@ from mpidist.arrays.namespaces import REDUCTIONS
 from mpidist.backends import algorithms
 from mpidist.backends.crossovers import Crossovers, choose
 from mpidist.backends.node.comparison import BY_MESSAGES, compare
-from mpidist.backends.node.registered_memory import Registry
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
 from mpidist.observe.recorder import Recorder
 
 if TYPE_CHECKING:
     from mpidist.backends.device.base import DeviceBackend
+    from mpidist.backends.node.memory import NodeMemory
     from mpidist.backends.node.signatures import Described
     from mpidist.backends.node.sums import NodeSums
 
@@ -90,6 +90,9 @@ class Backend(ABC):
     compares_calls = False
     """Whether calls on host arrays are compared before a result is handed out."""
 
+    node_memory: NodeMemory | None = None
+    """What this rank shares with the others of its node, where the transport has such a layer."""
+
     device: DeviceBackend | None = None
     """What carries device arrays between the same ranks; see `mpidist.backends.device.hybrid`."""
 
@@ -100,7 +103,6 @@ class Backend(ABC):
         self.rank = rank
         self.size = size
         self.capabilities = capabilities
-        self.registered = Registry()
         self.crossovers = Crossovers()
         self._table: Mapping[int, Crossovers] = {}
         self.sums: NodeSums | None = None
@@ -181,9 +183,11 @@ class Backend(ABC):
         mapping of int to memoryview
             The records of the ranks that can be read here, at least of this one.
         """
-        memory = memoryview(bytearray(Recorder.nbytes()))
-        self.recorder = Recorder(memory)
-        return {self.rank: memory}
+        nbytes = Recorder.nbytes()
+        records = {} if self.node_memory is None else self.node_memory.records(nbytes)
+        records = records or {self.rank: memoryview(bytearray(nbytes))}
+        self.recorder = Recorder(records[self.rank])
+        return records
 
     def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
         """Return the ranks of this group that are known to be gone, and what they said.
@@ -211,7 +215,39 @@ class Backend(ABC):
         Array, shape (nbytes,), uint8, or None
             This rank's part; None on all ranks where there is no such memory.
         """
-        return None
+        memory = self.node_memory
+        return None if memory is None else memory.allocate(nbytes, waiter)
+
+    def register(self, descriptor: int, nbytes: int, *, waiter: Waiter) -> Array:
+        """Register memory that somebody else made; collective, blocks.
+
+        Parameters
+        ----------
+        descriptor : int
+            An open file of shared memory, each rank its own.
+        nbytes : int
+            Bytes at its beginning, the same on all ranks, more than 0.
+        waiter : Waiter
+            How to wait.
+
+        Returns
+        -------
+        Array, shape (nbytes,), uint8
+            This rank's memory. It is ordinary memory where ranks share none.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If the memory of any rank cannot be shared; on all ranks.
+        """
+        if self.node_memory is None:
+            raise BackendUnavailableError(f"register: the {self.name} backend shares no memory")
+        return self.node_memory.register(descriptor, nbytes, waiter)
+
+    def unregister(self, x: Array, *, waiter: Waiter) -> None:
+        """Forget the registered memory in which an array lies; collective, blocks."""
+        if self.node_memory is not None:
+            self.node_memory.unregister(x, waiter)
 
     def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
         """Make one piece of memory that all ranks see; collective, blocks.
@@ -228,7 +264,8 @@ class Backend(ABC):
         Array, shape (nbytes,), uint8, or None
             The same memory on every rank; None on all where there is none.
         """
-        return None
+        memory = self.node_memory
+        return None if memory is None else memory.share(nbytes, waiter)
 
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
         """Start a collective, and return at once.
@@ -313,8 +350,8 @@ class Backend(ABC):
         """
         self._table = table
         self.crossovers = choose(table, self.local_size)
-        if self.sums is not None:
-            self.sums.take(self.crossovers)
+        if self.node_memory is not None:
+            self.node_memory.use(self.crossovers)
 
     def progress(self) -> None:
         """Drive every operation that has been started, and the transport itself."""

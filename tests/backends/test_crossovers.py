@@ -237,13 +237,13 @@ def test_making_room_for_sums_has_a_deadline(world, monkeypatch):
     group = world.duplicate("room")
     group.crossovers = Crossovers(small=0, registered=NEVER, scratch=0)
     backend, watched = group._backend, []
-    share = backend._share
+    share = backend.node_memory._share
 
     def spy(nbytes):
         watched.append(backend.inside)  # what the watchdog sees
         return share(nbytes)
 
-    monkeypatch.setattr(backend, "_share", spy)
+    monkeypatch.setattr(backend.node_memory, "_share", spy)
     assert (mpidist.all_reduce(np.full(1000, 1.0), group) == 2).all()
     [(waiter, _)] = watched
     assert waiter.operation.startswith("all_reduce #")

@@ -46,7 +46,7 @@ def in_rank_order(parts, op):
 
 
 def lies_shared(x, world):
-    return world._backend.registered.find(x.reshape(-1)) is not None
+    return world._backend.node_memory.registered.find(x.reshape(-1)) is not None
 
 
 @pytest.mark.any_mpi
@@ -235,13 +235,13 @@ def test_other_memory_goes_by_messages_also_between_operations_on_registered(wor
 
 @pytest.mark.ranks(2, 3)
 def test_sizes_that_differ_are_a_mismatch_and_nothing_is_made(world):
-    made = len(world._backend.registered._blocks)
+    made = len(world._backend.node_memory.registered._blocks)
     for shape in (40960 if world.rank else 10240, (0, 5) if world.rank else (1, 5)):
         with pytest.raises(
             CollectiveMismatchError, match=r"empty float64\[[\d, ]+\] #\d+ on group .*by rank: \["
         ):
             world.empty(shape, np.float64)
-    assert len(world._backend.registered._blocks) == made
+    assert len(world._backend.node_memory.registered._blocks) == made
     with pytest.raises(SizeMismatchError, match="-3"):
         world.empty((2, -3))
     with pytest.raises(TypeError):
@@ -262,7 +262,7 @@ def test_arrays_outlive_their_group_and_blocks_their_arrays(world):
     x = group.empty((100, 100))
     x[...] = 7
     view = x[50:].T
-    registry = group._backend.registered
+    registry = group._backend.node_memory.registered
     del x
     group.close()
     assert (view == 7).all()
@@ -308,7 +308,7 @@ def test_memory_goes_with_its_last_array_without_the_garbage_collector(world):
         for verb in DIRECT_VERBS:
             use(verb)
             assert mapped() == before, verb
-            assert not group._backend.registered._blocks, verb
+            assert not group._backend.node_memory.registered._blocks, verb
     finally:
         gc.enable()
     group.close()
@@ -369,7 +369,7 @@ def test_without_shared_memory_arrays_are_ordinary(world, monkeypatch):
     monkeypatch.setattr("mpidist.backends.node.shared_memory.os.ftruncate", refuse)
     x = group.empty(LEAST, np.float64)
     x[...] = 1
-    assert not group._backend.registered._blocks
+    assert not group._backend.node_memory.registered._blocks
     np.testing.assert_array_equal(mpidist.all_reduce(x, group, out=x), np.full(LEAST, 2.0))
     group.close()
 
@@ -388,7 +388,7 @@ def test_memory_refused_to_one_rank_is_ordinary_on_all_and_leaves_nothing(
             if world.rank == poor:
                 patch.setattr("os.posix_fallocate", refuse)
             x = group.empty(LEAST, np.float64)
-        assert not group._backend.registered._blocks
+        assert not group._backend.node_memory.registered._blocks
         assert not list(tmp_path.iterdir())
         x[...] = 1
         assert (mpidist.all_reduce(x, group, out=x) == world.size).all()

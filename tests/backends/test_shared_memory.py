@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.backends.mpi import memory as mpi_memory
 from mpidist.backends.node import shared_memory
 from mpidist.backends.node.shared_memory import NamedFile, SharedFile, map_part, open_address
 from mpidist.job import launch
@@ -117,10 +116,10 @@ def test_where_descriptors_of_others_cannot_be_opened_a_name_serves(world, monke
         return real(address)
 
     group = world.duplicate("contained")
-    monkeypatch.setattr(mpi_memory, "open_address", refuse)
+    monkeypatch.setattr(shared_memory, "open_address", refuse)
     x = group.empty(COUNT, np.float64)
     x[...] = group.rank
-    assert len(group._backend.registered._blocks) == 1
+    assert len(group._backend.node_memory.registered._blocks) == 1
     mpidist.all_reduce(x, group, out=x)
     np.testing.assert_array_equal(x, np.full(COUNT, sum(range(world.size))))
     assert set(kinds) == (set() if world.rank == 0 else {True, False})
@@ -134,7 +133,7 @@ def test_memory_refused_is_told_once(world, monkeypatch, caplog):
         raise OSError(f"no space left for {world.ranks}, says the test")
 
     group = world.duplicate("poor")
-    monkeypatch.setattr(mpi_memory, "_REASONS", set())
+    monkeypatch.setattr(shared_memory, "_REASONS", set())
     monkeypatch.setattr("os.posix_fallocate", refuse)
     with caplog.at_level(logging.WARNING, "mpidist"):
         for _ in range(3):
@@ -164,15 +163,15 @@ def test_registered_arrays_and_groups_keep_no_descriptor(world):
 @pytest.mark.ranks(2)
 def test_the_limit_of_open_files_is_told(world, monkeypatch, caplog):
     """On whichever rank it is met, and not a small /dev/shm."""
-    real = mpi_memory.open_address
+    real = shared_memory.open_address
 
     def refuse(address):
         if world.rank == 1:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return real(address)
 
-    monkeypatch.setattr(mpi_memory, "open_address", refuse)
-    monkeypatch.setattr(mpi_memory, "_REASONS", set())
+    monkeypatch.setattr(shared_memory, "open_address", refuse)
+    monkeypatch.setattr(shared_memory, "_REASONS", set())
     with caplog.at_level(logging.WARNING, "mpidist"):
         assert world.shared(COUNT) is None
     told = [record.getMessage() for record in caplog.records]

@@ -27,25 +27,15 @@ from mpidist.backends.base import Backend, Capabilities, Traffic
 from mpidist.backends.mpi import communicators
 from mpidist.backends.mpi.calls import LibraryCall, LibraryCalls
 from mpidist.backends.mpi.departures import Departures
-from mpidist.backends.mpi.memory import share, unlink_library_memory
-from mpidist.backends.node.comparison import BY_MESSAGES, SumComparison, refuse
-from mpidist.backends.node.counters import ArrivalCounters, supported
-from mpidist.backends.node.direct_path import DirectPath
-from mpidist.backends.node.registered_memory import Block, RegisteredArray
-from mpidist.backends.node.sequencer import Sequencer
-from mpidist.backends.node.signatures import (
-    DIRECT_VERBS,
-    Described,
-    Route,
-    find_registered,
-    whole_array,
-)
-from mpidist.backends.node.sums import NodeSums
+from mpidist.backends.mpi.memory import unlink_library_memory
+from mpidist.backends.node.comparison import BY_MESSAGES, SumComparison
+from mpidist.backends.node.memory import NodeMemory
+from mpidist.backends.node.shared_memory import share
+from mpidist.backends.node.signatures import Route
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then
 from mpidist.errors import BackendUnavailableError, TransportError
-from mpidist.observe.recorder import Recorder
 
 __all__ = ["MpiBackend", "abort_job", "load_mpi", "world_ranks"]
 
@@ -223,16 +213,18 @@ class MpiBackend(Backend):
         nodes = _nodes(mpi, comm)
         self._node = nodes[self.rank]
         self._topology = NodeTopology.of(nodes, self.rank)
-        # The ranks of this node: who shares memory.
+        # The ranks of this node, which share memory.
         self._local = comm if len(set(nodes)) == 1 else comm.Split(self._node, self.rank)
-        self._sequencer, shared = self._make_sequencer()
-        self._direct: DirectPath | None = None
-        if shared:
-            lane_of = partial(self.lane, Traffic.SEQUENCED)
-            self._direct = direct = DirectPath(self._sequencer, self, lane_of)
-            if direct.context.single_node:
-                self.sums = NodeSums(self._sequencer, direct.context, self.registered, self._parts)
         self.inside: tuple[Waiter, float] | None = None
+        self.node_memory: NodeMemory = NodeMemory(
+            self,
+            self._topology,
+            _NodeExchange(self, self._local),
+            lane_of=partial(self.lane, Traffic.SEQUENCED),
+            compare=lambda: SumComparison(self._add, self.size),
+        )
+        self.sums = self.node_memory.sums
+        self._sequencer = self.node_memory.sequencer
         comms = (comm,) if self._local is comm else (comm, self._local)
         self._dropping = weakref.finalize(self, communicators.drop, *comms)
         self._dropping.atexit = False
@@ -336,8 +328,8 @@ class MpiBackend(Backend):
         if self._local != self._comm:
             self._local.Free()
         self._comm.Free()
-        # Its memory, megabytes of it, would wait for the garbage collector: it refers to this.
-        self._direct = self.sums = None
+        self.sums = None
+        self.node_memory.close()
 
     def abort(self, code: int) -> None:
         """End the whole job now."""
@@ -382,16 +374,7 @@ class MpiBackend(Backend):
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
         """Perform a collective: by shared memory, or by the library's blocking call."""
-        if verb == "all_reduce" and self.sums is not None:
-            x, out, op = args
-            summed = self.sums.prepare(x, out, op, waiter)
-            if summed is not None:
-                summed.run(x, out, lambda: waiter)
-                return
-        array = self._registered_array(verb, args)
-        if array is not None and self._direct is not None:
-            for step in self._direct.plan(verb, args, waiter, array):
-                waiter.wait_for(step.condition, missing=step.missing)
+        if self.node_memory.run(verb, args, waiter):
             return
         call: LibraryCall | None = getattr(self._calls, verb)(*args)
         steps = self._by_messages(verb, args) if call is None else None
@@ -403,9 +386,9 @@ class MpiBackend(Backend):
 
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
         """Start a collective in shared memory or by messages, which begins when all have come."""
-        array = self._registered_array(verb, args)
-        if array is not None and self._direct is not None:
-            return self.start(self._direct.plan(verb, args, waiter, array))
+        steps = self.node_memory.steps(verb, args, waiter)
+        if steps is not None:
+            return self.start(steps)
         return self.transfer(verb, args, waiter)
 
     def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
@@ -422,14 +405,6 @@ class MpiBackend(Backend):
         comparison = self._sequencer.compare(waiter, Route.MESSAGES)
         return self.start(then(comparison, steps))
 
-    def _registered_array(self, verb: str, args: tuple[Any, ...]) -> RegisteredArray | None:
-        """Return where the arrays of a call lie if it is performed in registered memory."""
-        if self._direct is None or verb not in DIRECT_VERBS:
-            return None
-        if whole_array(verb, args).nbytes < self.crossovers.registered:
-            return None
-        return find_registered(verb, args, self.registered)
-
     def _by_messages(self, verb: str, args: tuple[Any, ...]) -> Steps:
         """Return the steps by messages of the collective that begins next."""
         return BY_MESSAGES[verb](self._lane_of(self._sequencer.begun + 1), *args)
@@ -437,11 +412,6 @@ class MpiBackend(Backend):
     def _lane_of(self, number: int) -> algorithms.Lane:
         """Return the lane of the operation with a number: in step also after a difference."""
         return algorithms.Lane(self, self.lane(Traffic.SEQUENCED, number))
-
-    def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
-        """Return the steps that raise on all ranks that they have called different things."""
-        lane = self._lane_of(number)
-        return refuse(lane, described, rank=self.rank, size=self.size, usable=usable)
 
     def _call(self, call: LibraryCall, waiter: Waiter) -> None:
         """Make a blocking call of the library, to which all have come."""
@@ -456,66 +426,11 @@ class MpiBackend(Backend):
         if call.after is not None:
             call.after()
 
-    def _make_sequencer(self) -> tuple[Sequencer, bool]:
-        """Return what keeps the calls in order, and whether nodes share memory; collective."""
-        topology, memory = self._topology, None
-        if supported() and self.local_size > 1:
-            memory = self._share(ArrivalCounters.nbytes(1))
-        if memory is None:
-            alone = NodeTopology((self.rank,), 0, 1, ((self.rank,),))
-            counters = ArrivalCounters(bytearray(ArrivalCounters.nbytes(1)), 0, 1)
-            summed = SumComparison(self._add, self.size) if self.size > 1 else None
-            return Sequencer(counters, alone, summed, self._refuse), False
-        counters = ArrivalCounters(memory, topology.rank, len(topology.local))
-        summed = SumComparison(self._add, self.size) if len(topology.nodes) > 1 else None
-        return Sequencer(counters, topology, summed, self._refuse), True
-
     def _add(self, words: Array) -> Work[Any]:
         """Start adding up words of all ranks in place."""
         with _translated(self._mpi, "arrival"):
             request = self._comm.Iallreduce(self._mpi.IN_PLACE, words, self._mpi.SUM)
         return _Requests(self._mpi, [request], keep=words)
-
-    def _share(self, nbytes: int) -> memoryview | None:
-        """Map memory of so many bytes of each rank of this node, or None on all; collective."""
-        memory = share(self._mpi, self._local, nbytes)
-        return memory if self._agree(memory is not None) else None
-
-    def _parts(self, nbytes: int, waiter: Waiter) -> list[memoryview] | None:
-        """Return every rank's part of such memory, each beginning with a page."""
-        stride = Block.stride(nbytes)
-        with self._within(waiter):
-            memory = self._share(stride)
-        if memory is None:
-            return None
-        return _cut(memory, stride)
-
-    def allocate(self, nbytes: int, *, waiter: Waiter) -> Array | None:
-        """Make memory that the ranks of a node share; collective, blocks."""
-        if self._direct is None:
-            return None
-        self._arrive(waiter)
-        parts = self._parts(nbytes, waiter)
-        return None if parts is None else self.registered.add(parts, self._topology.rank, nbytes)
-
-    def share(self, nbytes: int, *, waiter: Waiter) -> Array | None:
-        """Make one piece of memory for all ranks, where they share memory; collective, blocks."""
-        if self.size == 1 or self._local != self._comm:
-            return None
-        self._arrive(waiter)
-        with self._within(waiter):
-            memory = share(self._mpi, self._comm, Block.stride(-(-nbytes // self.size)))
-        return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
-
-    def record(self) -> Mapping[int, memoryview]:
-        """Begin to record where the other ranks of the node can read it; collective, blocks."""
-        topology, nbytes = self._topology, Recorder.nbytes()
-        memory = None if len(topology.local) == 1 else share(self._mpi, self._local, nbytes)
-        if memory is None:
-            return super().record()
-        parts = _cut(memory, nbytes)
-        self.recorder = Recorder(parts[topology.rank])
-        return dict(zip(topology.local, parts, strict=True))
 
     def _arrive(self, waiter: Waiter, route: Route = Route.LIBRARY) -> None:
         """Wait, with the deadline, until all ranks have come to this operation, and compare it."""
@@ -532,9 +447,38 @@ class MpiBackend(Backend):
             self.inside = None
 
 
-def _cut(memory: memoryview, stride: int) -> list[memoryview]:
-    """Return every rank's part of shared memory."""
-    return [memory[start : start + stride] for start in range(0, len(memory), stride)]
+class _NodeExchange:
+    """How the ranks of a node exchange a few bytes; see `NodeExchange`.
+
+    Only buffer calls: the first pickled collective of a communicator duplicates it with Python's
+    lock held, and can deadlock a program of several threads.
+
+    Parameters
+    ----------
+    backend : MpiBackend
+        The group.
+    comm : mpi4py.MPI.Intracomm
+        The ranks of this node.
+    """
+
+    def __init__(self, backend: MpiBackend, comm: Any) -> None:
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+        self.blocking = backend._within
+        self.agree = backend._agree
+        self._mpi = backend._mpi
+        self._comm = comm
+
+    def share(self, nbytes: int) -> memoryview | None:
+        return share(self, nbytes)
+
+    def broadcast(self, message: Array, root: int) -> None:
+        self._comm.Bcast(message, root=root)
+
+    def highest(self, value: int) -> int:
+        largest = np.array(value)
+        self._comm.Allreduce(self._mpi.IN_PLACE, largest, self._mpi.MAX)
+        return int(largest)
 
 
 def _peer(mpi: Any, peer: int) -> int:

@@ -156,7 +156,7 @@ def signature_of(
     if array is None:
         breaks = begun or call.breaks
         return _signature(call.digest, route, breaks, call.balance)
-    block, offset = array.block.number, array.offset
+    block, offset = array.block_number, array.offset
     return CallSignature.of((call.digest, route, block, offset, call.breaks))
 
 
