@@ -37,6 +37,7 @@ def run_ranks(
     faults: Faults | None = None,
     seed: int = 0,
     ranks_per_node: int | None = None,
+    node_memory: bool = False,
     timeout: float = 30.0,
 ) -> list[T]:
     """Call ``fn(group, *args)`` on `size` ranks, each of them a thread of this process.
@@ -58,6 +59,9 @@ def run_ranks(
         Of the delays in `faults`.
     ranks_per_node : int, optional
         Pretend that so many consecutive ranks share a node; all when omitted.
+    node_memory : bool, optional
+        Whether ranks of a node compare their calls and sum in shared memory, as the processes of a
+        node do, and have registered memory. When omitted all goes by messages.
     timeout : float, optional
         Seconds; of the groups, and, with a second added, of the whole run.
 
@@ -84,7 +88,9 @@ def run_ranks(
     >>> run_ranks(3, lambda group: group.rank * 10)
     [0, 10, 20]
     """
-    network = Network(size, mode=mode, seed=seed, ranks_per_node=ranks_per_node)
+    network = Network(
+        size, mode=mode, seed=seed, ranks_per_node=ranks_per_node, node_memory=node_memory
+    )
     begin = threading.Barrier(size, action=lambda: network.inject(faults or Faults()))
 
     def body(rank: int) -> T:

@@ -27,3 +27,12 @@ class TestSimulated(BackendContract):
     @pytest.fixture
     def run(self, size: int, mode: Mode) -> Run:
         return lambda case: run_ranks(size, case, mode=mode)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+class TestNodeMemory(BackendContract):
+    """The node layer over the simulated transport: counters, sums and arrays in shared memory."""
+
+    @pytest.fixture
+    def run(self, size: int) -> Run:
+        return lambda case: run_ranks(size, case, node_memory=True)

@@ -19,8 +19,6 @@ from mpidist import Box, ShardedArray, checkpoint
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import boxes_of_range
 from mpidist.arrays.namespaces import BFLOAT16, DTYPES
-from mpidist.backends.simulated.backend import SimulatedBackend
-from mpidist.backends.work import Waiter
 from mpidist.group import ProcessGroup
 
 KINDS = sorted(DTYPES, key=str)
@@ -243,22 +241,3 @@ def small_sizes(tile: int, run: int, own: int) -> Iterator[None]:
         for module, values in patches.items():
             stack.enter_context(mock.patch.multiple(f"mpidist.checkpoint.{module}", **values))
         yield
-
-
-def _share(self: SimulatedBackend, nbytes: int, *, waiter: Waiter) -> Array | None:
-    """Give the ranks of a node one memory: they are threads."""
-    self._splits += 1
-    meeting = self._network.meet(
-        (self._place.context, "share", self._splits),
-        self._place,
-        np.empty(nbytes, np.uint8),
-        names=range(self.size),
-        waiter=waiter,
-    )
-    nodes = {rank // self._network.ranks_per_node for rank in self._place.members}
-    return meeting.values[self._place.members[0]] if len(nodes) == 1 else None
-
-
-def shared_memory() -> Any:
-    """Let simulated ranks of a node share memory, as real ones do."""
-    return mock.patch.object(SimulatedBackend, "share", _share)

@@ -22,7 +22,6 @@ from tests.checkpoint.cases import (
     check_files,
     load_case,
     save_case,
-    shared_memory,
     small_sizes,
     some_case,
 )
@@ -62,7 +61,7 @@ def test_what_is_loaded_is_what_was_saved(savers, loaders):
         case = some_case(random, savers, loaders)
         nodes = [random.choice([None, 1, 2, 3]) for _ in range(2)]
         sizes = some_sizes(random)
-        with tempfile.TemporaryDirectory() as name, shared_memory(), sizes:
+        with tempfile.TemporaryDirectory() as name, sizes:
             path = Path(name)
             run_ranks(savers, partial(save_case, case=case, path=path), ranks_per_node=nodes[0])
             run_ranks(loaders, partial(load_case, case=case, path=path), ranks_per_node=nodes[1])

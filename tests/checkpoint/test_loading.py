@@ -27,7 +27,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.testing import run_ranks
-from tests.checkpoint.cases import bits, random_array, shared_memory
+from tests.checkpoint.cases import bits, random_array
 
 BIG = random_array(np.dtype(np.float32), (2048, 2048), 5)
 
@@ -100,8 +100,7 @@ def load_columns(group, path):
 
 
 def test_a_node_reads_each_byte_once(in_rows, reads):
-    with shared_memory():
-        run_ranks(4, load_columns, in_rows)
+    run_ranks(4, load_columns, in_rows)
     assert reads.nbytes == BIG.nbytes
     places = sorted((name, offset, length) for _, name, offset, length in reads.places)
     for (name, offset, length), (other, later, _) in itertools.pairwise(places):
@@ -112,8 +111,7 @@ def test_a_node_reads_each_byte_once(in_rows, reads):
 
 @pytest.mark.parametrize(("ranks", "per_node"), [(2, 1), (4, 2), (8, 4)])
 def test_nodes_read_what_they_need(in_rows, reads, ranks, per_node):
-    with shared_memory():
-        run_ranks(ranks, load_columns, in_rows, ranks_per_node=per_node)
+    run_ranks(ranks, load_columns, in_rows, ranks_per_node=per_node)
     for node in range(2):
         read = sum(reads.of(rank) for rank in range(node * per_node, (node + 1) * per_node))
         assert read == BIG.nbytes // 2
@@ -131,8 +129,7 @@ def test_what_all_want_is_read_once_per_node(in_rows, reads):
         checkpoint.load(in_rows, {"big": here}, group)
         assert bits(here) == bits(BIG)
 
-    with shared_memory():
-        run_ranks(3, body)
+    run_ranks(3, body)
     assert reads.nbytes == BIG.nbytes
 
 
@@ -338,8 +335,7 @@ def test_damage_is_the_same_error_on_all_ranks(tmp_path, how, error, per_node):
             checkpoint.load(tmp_path, {"x": mine}, group)
         return str(caught.value)
 
-    with shared_memory():
-        assert len(set(run_ranks(4, body, ranks_per_node=per_node))) == 1
+    assert len(set(run_ranks(4, body, ranks_per_node=per_node))) == 1
     with pytest.raises(error, match=r"rank-00002\.h5"):
         checkpoint.load_full(tmp_path)
 
@@ -374,8 +370,7 @@ def test_a_rank_that_cannot_copy_tells_the_others(in_rows, monkeypatch):
             checkpoint.load(in_rows, {"big": np.zeros_like(BIG)}, group)
         return str(caught.value)
 
-    with shared_memory():
-        assert len(set(run_ranks(3, body, timeout=10.0))) == 1
+    assert len(set(run_ranks(3, body, timeout=10.0))) == 1
 
 
 def test_files_are_closed(in_rows):
@@ -431,8 +426,7 @@ def test_many_small_arrays(tmp_path):
         np.testing.assert_array_equal(np.stack(list(state.values())), data)
 
     run_ranks(2, save, timeout=300.0)
-    with shared_memory():
-        run_ranks(2, load, timeout=300.0)
+    run_ranks(2, load, timeout=300.0)
     found = checkpoint.latest(tmp_path)
     assert all(
         set(file.datasets) == {"packed/float32", "mpidist id"} for file in found.manifest.files

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN, SUM
+from mpidist.backends.node.memory import NodeMemory
 from mpidist.collectives import ireduce_scatter
 from mpidist.errors import PeerLostError
 from mpidist.optim import SGD, AdamW, WarmupCosine
@@ -64,8 +65,11 @@ def test_after_a_ddp_it_is_the_unsharded_optimizer_bit_by_bit(case, optimizer):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_scattered_it_is_the_unsharded_optimizer_bit_by_bit(rule, size):
+@pytest.mark.parametrize(("size", "memory"), [(1, True), (2, True), (3, False), (4, True)])
+def test_scattered_it_is_the_unsharded_optimizer_bit_by_bit(rule, size, memory, monkeypatch):
+    if not memory:
+        monkeypatch.setattr(NodeMemory, "share", lambda *_: None)
+
     expected, unsharded = alone(RULES[rule], size, 4)
 
     def body(group):

@@ -6,6 +6,7 @@ import pytest
 from mpidist._types import SUM
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.shards import ShardedArray
+from mpidist.backends.node.memory import NodeMemory
 from mpidist.nn import BatchNorm2d, Linear, Sequential
 from mpidist.parallel import ShardedOptimizer, full_state_dict
 from mpidist.testing import run_ranks
@@ -149,24 +150,30 @@ def two_layers(seed):
     )
 
 
-@pytest.mark.parametrize("per_node", [None, 1])
-def test_parameters_can_be_read_only(per_node):
+@pytest.mark.parametrize("memory", ["shared", "refused"])
+def test_parameters_can_be_read_only(memory, monkeypatch):
+    if memory == "refused":
+        monkeypatch.setattr(NodeMemory, "share", lambda *_: None)
+
     def body(group):
         model = two_layers(group.rank)
         with ShardedOptimizer(model, group, optimizer=RULES["sgd"]) as optimizer:
-            assert optimizer.shared == (per_node == 1)
+            assert optimizer.shared == (memory == "shared")
             weight = model.layers[0].weight
             np.testing.assert_array_equal(weight.data, two_layers(0).layers[0].weight.data)
             with pytest.raises(ValueError, match="read-only"):
                 weight.data[0, 0] = 1
         return weight.data
 
-    for data in run_ranks(2, body, ranks_per_node=per_node):
+    for data in run_ranks(2, body):
         np.testing.assert_array_equal(data, two_layers(0).layers[0].weight.data)
 
 
-@pytest.mark.parametrize("per_node", [None, 1, 2])
-def test_a_model_is_loaded_through_the_optimizer(per_node):
+@pytest.mark.parametrize("per_node", [None, 1, 2, "refused"])
+def test_a_model_is_loaded_through_the_optimizer(per_node, monkeypatch):
+    if per_node == "refused":
+        monkeypatch.setattr(NodeMemory, "share", lambda *_: None)
+        per_node = None
     state = two_layers(9).state_dict()
     state["1.running_mean"] = np.array([5.0, 6.0])
 

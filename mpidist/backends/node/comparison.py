@@ -51,7 +51,7 @@ class Comparison(Protocol):
         """Whether all ranks have called it; polled."""
 
     def missing(self, number: int) -> list[int]:
-        """Return the local ranks that have not called it, as far as is known."""
+        """Return the ranks that have not called it, as far as is known."""
 
     def equal(self, number: int, signature: CallSignature) -> bool:
         """Whether the signatures are equal; called once, when all have arrived."""
@@ -67,14 +67,20 @@ class CounterComparison:
     ----------
     counters : ArrivalCounters
         The counters of the group.
+    ranks : sequence of int
+        The ranks that have them, in order.
     """
 
-    def __init__(self, counters: ArrivalCounters) -> None:
+    def __init__(self, counters: ArrivalCounters, ranks: Sequence[int]) -> None:
         self.arrive = counters.arrive
         self.all_arrived = counters.all_arrived
-        self.missing = counters.missing
         self.breaks = counters.breaks
         self._counters = counters
+        self._ranks = ranks
+
+    def missing(self, number: int) -> list[int]:
+        """Return the ranks that have not called it."""
+        return [self._ranks[index] for index in self._counters.missing(number)]
 
     def equal(self, number: int, signature: CallSignature) -> bool:
         """Whether the signatures are equal."""

@@ -83,7 +83,7 @@ class Sequencer:
         self.begun = 0
         # With counters that all share, most blocking calls are over within a few microseconds.
         self._by_counters = comparison is None
-        self._comparison = CounterComparison(counters) if comparison is None else comparison
+        self._comparison = comparison or CounterComparison(counters, topology.local)
         self._refuse = refuse
         self._arrived = 0
         self._free = 0
@@ -267,7 +267,7 @@ class Sequencer:
 
     def missing(self, number: int) -> list[int]:
         """Return the ranks that have not arrived at an operation, as far as is known."""
-        return self._ranks(self._comparison.missing(number))
+        return self._comparison.missing(number)
 
     def _ranks(self, local_ranks: list[int]) -> list[int]:
         return [self.topology.local[local_rank] for local_rank in local_ranks]

@@ -7,22 +7,21 @@ Bytes are always copied, so nothing works here that would not work between proce
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from mpidist.backends import algorithms
+from mpidist._types import Array
 from mpidist.backends.base import Backend, Capabilities, Traffic
-from mpidist.backends.node.comparison import refuse
-from mpidist.backends.node.counters import ArrivalCounters
-from mpidist.backends.node.sequencer import Sequencer
-from mpidist.backends.node.signatures import CallSignature, Described, Route
+from mpidist.backends.node.memory import NodeMemory
+from mpidist.backends.node.signatures import CallSignature, Route
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.simulated.faults import JobAborted
 from mpidist.backends.simulated.matching import Place
 from mpidist.backends.simulated.network import ExchangeWork, Meeting, Network
 from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Message, Steps, Waiter, Work
-from mpidist.observe.recorder import Recorder
+from mpidist.backends.work import Message, Waiter, Work
 
 __all__ = ["SimulatedBackend"]
 
@@ -72,6 +71,63 @@ class ThreadComparison:
     def _close(self, number: int) -> Meeting:
         self._network.leave(self._place.members[self._place.rank])
         return self._meetings.pop(number)
+
+
+class _NodeExchange:
+    """How the ranks of a simulated node exchange a few bytes; see `NodeExchange`.
+
+    Parameters
+    ----------
+    network : Network
+        Shared by all ranks.
+    place : Place
+        The group, and this rank in it.
+    topology : NodeTopology
+        The nodes of the group.
+    """
+
+    def __init__(self, network: Network, place: Place, topology: NodeTopology) -> None:
+        self.rank = topology.rank
+        self.size = len(topology.local)
+        members = tuple(place.members[rank] for rank in topology.local)
+        self._network = network
+        self._group = place
+        self._node = Place(place.context, topology.rank, members)
+        self._exchanges: Counter[Place] = Counter()
+        self._waiter: Waiter | None = None
+
+    @contextmanager
+    def blocking(self, waiter: Waiter) -> Iterator[None]:
+        self._waiter = waiter
+        try:
+            yield
+        finally:
+            self._waiter = None
+
+    def _gather(self, place: Place, value: Any) -> list[Any]:
+        """Return the values of all members of a place, in order."""
+        self._exchanges[place] += 1
+        assert self._waiter is not None, "only in `blocking`"
+        names = range(len(place.members))
+        key = (place.context, place.members, "exchange", self._exchanges[place])
+        meeting = self._network.meet(key, place, value, names=names, waiter=self._waiter)
+        return [meeting.values[member] for member in place.members]
+
+    def share(self, nbytes: int) -> memoryview:
+        self._exchanges[self._node] += 1
+        key = (self._node.context, self._node.members, "memory", self._exchanges[self._node])
+        return self._network.memory(key, self.size * nbytes, readers=self.size)
+
+    def broadcast(self, message: Array, root: int) -> None:
+        message[...] = self._gather(self._node, message.copy())[root]
+
+    def highest(self, value: int) -> int:
+        values: list[int] = self._gather(self._node, value)
+        return max(values)
+
+    def agree(self, yes: bool) -> bool:  # noqa: FBT001  # a value, not a switch
+        # As a group is made nothing waits, and threads always have memory in common.
+        return yes if self._waiter is None else all(self._gather(self._group, yes))
 
 
 class Compared(Work[None]):
@@ -142,10 +198,19 @@ class SimulatedBackend(Backend):
         self._network = network
         self._world_rank = self._place.members[rank]
         self._splits = 0
-        counters = ArrivalCounters(bytearray(ArrivalCounters.nbytes(1)), 0, 1)
-        everybody = NodeTopology.of((0,) * self.size, self.rank)
-        meetings = ThreadComparison(network, self._place) if self.size > 1 else None
-        self._sequencer = Sequencer(counters, everybody, meetings, self._refuse)
+        nodes = [member // network.ranks_per_node for member in self._place.members]
+        topology = NodeTopology.of(nodes, rank)
+        self._local_size = max(map(len, topology.nodes))
+        self.node_memory: NodeMemory = NodeMemory(
+            self,
+            topology,
+            _NodeExchange(network, self._place, topology),
+            lane_of=partial(self.lane, Traffic.SEQUENCED),
+            compare=lambda: ThreadComparison(network, self._place),
+            direct=network.node_memory,
+        )
+        self.sums = self.node_memory.sums
+        self._sequencer = self.node_memory.sequencer
         self._created: Counter[tuple[int, ...]] = Counter()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> ExchangeWork:
@@ -153,12 +218,17 @@ class SimulatedBackend(Backend):
         return self._network.exchange(self._place, sends, receives)
 
     def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
-        """Perform a collective to which all ranks have come with the same call."""
+        """Perform a collective when all ranks have made the same call."""
+        if self.node_memory.run(verb, args, waiter):
+            return
         self._sequencer.arrive(waiter, Route.MESSAGES)
         waiter.wait_for(self.transfer(verb, args, waiter).done)
 
     def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
-        """Start a collective; complete when all ranks have come with the same call."""
+        """Start a collective; complete when all ranks have made the same call."""
+        steps = self.node_memory.steps(verb, args, waiter)
+        if steps is not None:
+            return self.start(steps)
         begun = self.size > 1
         comparison = self._sequencer.compare(waiter, Route.MESSAGES, begun=begun)
         under_way = self.transfer(verb, args, waiter)
@@ -167,11 +237,6 @@ class SimulatedBackend(Backend):
         compared = Compared(comparison, under_way)
         self.engine.running[compared] = None
         return compared
-
-    def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
-        """Return the steps that raise on all ranks that they have called different things."""
-        lane = algorithms.Lane(self, self.lane(Traffic.SEQUENCED, number))
-        return refuse(lane, described, rank=self.rank, size=self.size, usable=usable)
 
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> SimulatedBackend | None:
         """Make one transport per color; collective over all ranks, blocks."""
@@ -213,13 +278,10 @@ class SimulatedBackend(Backend):
         """Return the number of the pretended node."""
         return self._world_rank // self._network.ranks_per_node
 
-    def record(self) -> Mapping[int, memoryview]:
-        """Begin to record where the other threads of the node can read it."""
-        records = self._network.records
-        self.recorder = Recorder(records[self.rank])
-        first = self.rank // self._network.ranks_per_node * self._network.ranks_per_node
-        local = range(first, min(first + self._network.ranks_per_node, self.size))
-        return {rank: records[rank] for rank in local}
+    @property
+    def local_size(self) -> int:
+        """The largest number of ranks on any node."""
+        return self._local_size
 
     def poll(self) -> None:
         """Take this rank's turns; a short wait where nothing has happened."""
@@ -231,7 +293,9 @@ class SimulatedBackend(Backend):
         return {rank: lost[who] for rank, who in enumerate(self._place.members) if who in lost}
 
     def close(self) -> None:
-        """Do nothing: a simulated group holds no resources."""
+        """Release the memory that the ranks share."""
+        self.sums = None
+        self.node_memory.close()
 
     def abort(self, code: int) -> None:
         """End the whole job: every rank raises `JobAborted`, this one now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import mmap
 import random
 import threading
 from collections import Counter, deque
@@ -16,7 +17,6 @@ from mpidist.backends.simulated.matching import Matcher, Parcel, Place, Slot
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work
 from mpidist.errors import TransportError
-from mpidist.observe.recorder import Recorder
 
 __all__ = ["ExchangeWork", "Meeting", "Network"]
 
@@ -106,6 +106,8 @@ class Network:
         Of the delays.
     ranks_per_node : int, optional
         Pretend that so many consecutive ranks share a node; all when omitted.
+    node_memory : bool, optional
+        Whether collectives go by the memory of a node where they can, as between processes.
     """
 
     def __init__(
@@ -116,13 +118,14 @@ class Network:
         faults: Faults | None = None,
         seed: int = 0,
         ranks_per_node: int | None = None,
+        node_memory: bool = False,
     ) -> None:
         self.size = size
         self._mode = mode
         self._faults = faults or Faults()
         self.ranks_per_node = ranks_per_node or size
+        self.node_memory = node_memory
         self.lost: dict[int, str] = {}
-        self.records = [memoryview(bytearray(Recorder.nbytes())) for _ in range(size)]
         """Ranks of the world whose end was announced, and how they ended."""
         self._seed = seed
         self._lock = threading.RLock()
@@ -136,6 +139,7 @@ class Network:
         self._calls = [0] * size
         self._died: set[int] = set()
         self._meetings: dict[Hashable, Meeting] = {}
+        self._memories: dict[Hashable, tuple[memoryview, list[int]]] = {}
         self._numbers = count(1)
         self._aborted: JobAborted | None = None
 
@@ -199,7 +203,9 @@ class Network:
     def poll(self, rank: int) -> None:
         """Take turns, and let other threads run where nothing is left to do but wait."""
         self.take_turns(rank)
-        if self._busy[rank]:
+        # Whoever waits for a counter in node memory is not busy with messages, but must let go of
+        # the interpreter's lock as well.
+        if self._busy[rank] or self.node_memory:
             self._bells[rank].nap()
             self.take_turns(rank)
 
@@ -241,6 +247,16 @@ class Network:
         """Wait for a meeting no more."""
         with self._lock:
             self._busy[rank] -= 1
+
+    def memory(self, key: Hashable, nbytes: int, *, readers: int) -> memoryview:
+        """Return the same memory, zero at first, for each of so many calls with one key."""
+        with self._lock:
+            memory, left = self._memories.get(key) or (memoryview(mmap.mmap(-1, nbytes)), [readers])
+            left[0] -= 1
+            self._memories[key] = memory, left
+            if not left[0]:
+                del self._memories[key]
+            return memory
 
     # -- messages ------------------------------------------------------------------------------
 
