@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -485,6 +485,62 @@ class ProcessGroup(Operations):
             return memory.view(dtype).reshape(shape)
         fresh = np.empty(shape, dtype)
         return fresh if self.size == 1 or not fresh.nbytes else None
+
+    def register(self, descriptor: int, nbytes: int) -> Array:
+        """Register memory that another library has made, so that collectives work on it directly.
+
+        Parameters
+        ----------
+        descriptor : int
+            An open file of shared memory, such as one of ``memfd_create``, for reading and
+            writing; each rank gives its own. It may be closed afterwards.
+        nbytes : int
+            Bytes at the beginning of the file, the same on all ranks.
+
+        Returns
+        -------
+        Array, shape (nbytes,), uint8
+            This rank's memory. Any array in it counts as registered, also one that reaches it by
+            a mapping of another library that exists at the time of the call.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If the file of any rank is too short or cannot be opened by the other ranks of its
+            node, or memory for it is missing. On all ranks, and nothing is registered.
+        CollectiveMismatchError
+            If the ranks give different numbers of bytes; on all of them, and nothing is registered.
+
+        Notes
+        -----
+        Collective over the group; blocks. What `empty` says of its memory holds for this, too; on
+        one rank per node it is ordinary memory. Call `unregister` before the memory is released:
+        what lies at its addresses later would be taken for it.
+        """
+        make = partial(self._backend.register, descriptor)
+        memory = self._memory("register", nbytes, np.uint8, make)
+        return np.empty(0, np.uint8) if memory is None else memory
+
+    def unregister(self, x: Array) -> None:
+        """Forget memory that `register` has registered.
+
+        Parameters
+        ----------
+        x : Array
+            Any contiguous array in it, such as the one that `register` returned.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If the array of any rank is not in registered memory; on all ranks, and nothing changes.
+
+        Notes
+        -----
+        Collective over the group; blocks. It waits for what is under way on the group. The arrays
+        stay valid, as ordinary ones.
+        """
+        with self._performing("unregister") as waiter:
+            self._backend.unregister(x, waiter=waiter)
 
     def _memory(
         self,
