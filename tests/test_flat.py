@@ -71,16 +71,16 @@ def test_storage_that_does_not_fit(storage: np.ndarray) -> None:
         FlatBuffer({"x": (4,)}, np.float64, storage=storage)
 
 
-def test_stretches_are_neighbours_with_one_label():
+def test_segments_are_neighbours_with_one_label():
     flat = FlatBuffer({"a": (3,), "b": (2, 2), "c": (), "d": (5,)}, np.float32, alignment=4)
-    assert flat.stretches(dict.fromkeys("abcd", 1)) == [(1, slice(0, 17))]
-    assert flat.stretches({"a": 1, "b": 2, "c": 2, "d": 1}) == [
+    assert flat.segments(dict.fromkeys("abcd", 1)) == [(1, slice(0, 17))]
+    assert flat.segments({"a": 1, "b": 2, "c": 2, "d": 1}) == [
         (1, slice(0, 3)),
         (2, slice(4, 9)),
         (1, slice(12, 17)),
     ]
-    assert flat.stretches({"d": 1, "a": 1}) == [(1, slice(0, 3)), (1, slice(12, 17))]
-    assert flat.stretches({}) == []
+    assert flat.segments({"d": 1, "a": 1}) == [(1, slice(0, 3)), (1, slice(12, 17))]
+    assert flat.segments({}) == []
 
 
 def test_one_like_another_is_laid_out_as_it_is():

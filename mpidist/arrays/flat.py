@@ -15,7 +15,7 @@ from mpidist.errors import SizeMismatchError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["FlatBuffer"]
+__all__ = ["FlatBuffer", "round_up"]
 
 Label = TypeVar("Label")
 
@@ -83,13 +83,13 @@ class FlatBuffer:
             self.views[name] = storage[offset : offset + count].reshape(tuple(shape))
             end = offset + count
             self._slices[name] = slice(offset, end)
-            offset = _round_up(end, alignment)
+            offset = round_up(end, alignment)
             storage[end:offset] = 0
 
     @staticmethod
     def length_of(shapes: Mapping[str, Sequence[int]], *, alignment: int = 1) -> int:
         """Return the number of elements that these parts need, padding included."""
-        return sum(_round_up(prod(shape), alignment) for shape in shapes.values())
+        return sum(round_up(prod(shape), alignment) for shape in shapes.values())
 
     def pack(self, arrays: Mapping[str, Array]) -> None:
         """Copy arrays of the same names and shapes into their places, casting to the dtype."""
@@ -107,8 +107,8 @@ class FlatBuffer:
         storage = array_namespace(self.data).zeros(length, self.data.dtype)
         return FlatBuffer(self._shapes, self.data.dtype, alignment=self._alignment, storage=storage)
 
-    def stretches(self, labels: Mapping[str, Label]) -> list[tuple[Label, slice]]:
-        """Find the longest pieces of `data` whose parts all have the same label.
+    def segments(self, labels: Mapping[str, Label]) -> list[tuple[Label, slice]]:
+        """Find the longest segments of `data` whose parts all have the same label.
 
         Parameters
         ----------
@@ -121,20 +121,21 @@ class FlatBuffer:
             A label, and where in `data` the piece lies: from the first element of its first part to
             the last one of its last part, with the gaps between them.
         """
-        found: list[tuple[Label, slice]] = []
-        goes_on = False
+        segments_: list[tuple[Label, slice]] = []
+        contiguous = False
         for name, part in self._slices.items():
             if name not in labels:
-                goes_on = False
+                contiguous = False
                 continue
             label = labels[name]
-            if goes_on and found[-1][0] == label:
-                found[-1] = (label, slice(found[-1][1].start, part.stop))
+            if contiguous and segments_[-1][0] == label:
+                segments_[-1] = (label, slice(segments_[-1][1].start, part.stop))
             else:
-                found.append((label, part))
-            goes_on = True
-        return found
+                segments_.append((label, part))
+            contiguous = True
+        return segments_
 
 
-def _round_up(count: int, alignment: int) -> int:
+def round_up(count: int, alignment: int) -> int:
+    """Return the smallest multiple of `alignment` that is not below `count`."""
     return -(-count // alignment) * alignment

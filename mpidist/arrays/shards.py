@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from mpidist.errors import SizeMismatchError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["ShardedArray"]
+__all__ = ["ShardedArray", "check_held", "copy_in"]
 
 
 class ShardedArray:
@@ -144,6 +144,59 @@ class ShardedArray:
                 f"ShardedArray: expected shape {box.sizes} and dtype {self.dtype} for the piece at "
                 f"{box.offsets}, got {piece.shape} and {piece.dtype}"
             )
+
+
+def check_held(what: str, held: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise unless a state of the same shapes has all that this rank holds.
+
+    Parameters
+    ----------
+    what : str
+        Who asks; named in the error.
+    held : mapping
+        What this rank holds; only its ShardedArrays are looked at.
+    state : mapping
+        Whole arrays, or ShardedArrays of any pieces, under the same names.
+
+    Raises
+    ------
+    ValueError
+        Listing what is not there.
+    """
+    lacking = [
+        f"{key}: {box}"
+        for key, target in held.items()
+        if isinstance(target, ShardedArray)
+        for box in target.pieces
+        if sum(common.count for common, _ in _overlap(box, state[key])) < box.count
+    ]
+    if lacking:
+        raise ValueError(
+            f"{what}: the state does not hold all that this rank does; give whole arrays, or "
+            "ShardedArrays with at least these parts; nothing was changed:\n  "
+            + "\n  ".join(lacking[:5])
+        )
+
+
+def copy_in(held: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Copy what the ShardedArrays of `held` hold out of a state that `check_held` accepted."""
+    for key, target in held.items():
+        if isinstance(target, ShardedArray):
+            for box, piece in target.pieces.items():
+                for common, values in _overlap(box, state[key]):
+                    piece[common.relative_to(box).slices] = values
+
+
+def _overlap(box: Box, source: ShardedArray | Array) -> list[tuple[Box, Array]]:
+    """Return the boxes in which a source overlaps with a box, and its values there."""
+    if not isinstance(source, ShardedArray):
+        return [(box, source[box.slices])]
+    parts = []
+    for other, piece in source.pieces.items():
+        common = box.intersect(other)
+        if common is not None:
+            parts.append((common, piece[common.relative_to(other).slices]))
+    return parts
 
 
 def _plain(box: Box) -> Box:

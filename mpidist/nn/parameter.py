@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,16 @@ class Parameter:
         The values. Held, not copied; optimizers write into it in place.
     name : str, optional
         Qualified name, used in errors. Modules set it when they are built.
+    trainable : bool, optional
+        Whether it has a gradient. One that is frozen takes no contribution and has no optimizer
+        state, and `DDP` reduces nothing for it. Set it before a `DDP` or an optimizer is made.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name.
+    trainable : bool
+        Whether it has a gradient.
 
     Notes
     -----
@@ -31,8 +42,8 @@ class Parameter:
         p.attach(view)              # optional, once: the gradient lives in this array
         p.zero_grad()               # resets a flag; touches no memory
         p.expect(2, on_ready)       # optional: two contributions will come
-        buffer = p.first_grad()     # no contribution yet: the memory to write into ...
-        p.add_grad(buffer)          # ... and this then copies nothing
+        memory = p.first_grad()     # no contribution yet: the memory to write into ...
+        p.add_grad(memory)          # ... and this then copies nothing
         p.add_grad(g)               # added in place; the second of two, so on_ready(p) fires
         p.release()                 # the gradient may be added to again
 
@@ -41,13 +52,26 @@ class Parameter:
     and hash by identity.
     """
 
-    __slots__ = ("_buffer", "_has_grad", "_on_ready", "_place", "_remaining", "data", "name")
+    __slots__ = (
+        "_data",
+        "_dtype",
+        "_empty",
+        "_grad",
+        "_has_grad",
+        "_location",
+        "_on_ready",
+        "_remaining",
+        "_shape",
+        "name",
+        "trainable",
+    )
 
-    def __init__(self, data: Array, *, name: str = "") -> None:
+    def __init__(self, data: Array, *, name: str = "", trainable: bool = True) -> None:
         self.data = data
         self.name = name
-        self._buffer: Array | None = None
-        self._place: tuple[FlatBuffer, str] | None = None
+        self.trainable = trainable
+        self._grad: Array | None = None
+        self._location: tuple[FlatBuffer, str] | None = None
         self._has_grad = False
         self._remaining: int | None = None  # None: not armed, any number may come
         self._on_ready: Callable[[Parameter], None] | None = None
@@ -56,33 +80,71 @@ class Parameter:
         return f"Parameter({self.name or 'unnamed'!s}, shape={self.shape}, dtype={self.dtype})"
 
     @property
+    def data(self) -> Array:
+        """The values.
+
+        Raises
+        ------
+        RuntimeError
+            If the parameter is sealed.
+        """
+        if self._data is None:
+            raise RuntimeError(
+                f"parameter '{self.name}' is sealed: its values are not here just now; what has "
+                "sealed it gives them back for the passes that need them"
+            )
+        return self._data
+
+    @data.setter
+    def data(self, data: Array) -> None:
+        self._data: Array | None = data
+        self._shape = tuple(data.shape)
+        self._dtype: np.dtype[Any] = data.dtype
+        # Tells the kind of memory while there are no values.
+        self._empty: Array = array_namespace(data).empty(0, data.dtype)
+
+    def seal(self) -> None:
+        """Let go of the values; shape, dtype and gradient stay. Setting `data` ends it."""
+        self._data = None
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the values are not here, so that `data` raises."""
+        return self._data is None
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of `data`."""
-        return tuple(self.data.shape)
+        """Shape of the values."""
+        return self._shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Dtype of `data`."""
-        return self.data.dtype
+        """Dtype of the values."""
+        return self._dtype
 
     @property
     def size(self) -> int:
-        """Number of elements of `data`."""
-        return int(self.data.size)
+        """Number of elements."""
+        return prod(self._shape)
 
     @property
-    def buffer(self) -> Array | None:
+    def nbytes(self) -> int:
+        """Bytes of the values that are here; 0 while sealed."""
+        return 0 if self._data is None else int(self._data.nbytes)
+
+    @property
+    def grad_memory(self) -> Array | None:
         """The memory of the gradient, whether there is one or not; None until it is needed.
 
         `attach` sets it. Read and write it by way of `grad`, `first_grad` and `add_grad`, which
         know whether it may be touched just now.
         """
-        return self._buffer
+        return self._grad
 
     @property
-    def place(self) -> tuple[FlatBuffer, str] | None:
+    def location(self) -> tuple[FlatBuffer, str] | None:
         """The flat array that the gradient is a part of, and the part's name; None: of none."""
-        return self._place
+        return self._location
 
     @property
     def grad(self) -> Array | None:
@@ -99,7 +161,7 @@ class Parameter:
     @property
     def grad_nbytes(self) -> int:
         """Bytes of the gradient's memory; 0 before any has been made or attached."""
-        return 0 if self._buffer is None else int(self._buffer.nbytes)
+        return 0 if self._grad is None else int(self._grad.nbytes)
 
     def unreduced_grad(self) -> Array | None:
         """Return what `grad` does, also while all contributions are in: for who communicates it.
@@ -110,7 +172,7 @@ class Parameter:
             This rank's gradient until its communication begins, and anything from then on until
             that has been waited for.
         """
-        return self._buffer if self._has_grad else None
+        return self._grad if self._has_grad else None
 
     def first_grad(self) -> Array | None:
         """Return the memory to write a first contribution into, or None if one has come.
@@ -127,11 +189,22 @@ class Parameter:
             If all expected contributions have come and `release` has not been called.
         """
         self._check_open()
-        if self._has_grad:
+        if self._has_grad or not self.trainable:
             return None
-        if self._buffer is None:
-            self._buffer = array_namespace(self.data).empty_like(self.data)
-        return self._buffer
+        if self._grad is None:
+            self._grad = self._new_array()
+        return self._grad
+
+    def empty_grad(self) -> Array:
+        """Return memory for one contribution: `first_grad`, or a new array if it must be added.
+
+        Returns
+        -------
+        Array, shape and dtype of the parameter
+            Uninitialised.
+        """
+        first = self.first_grad()
+        return self._new_array() if first is None else first
 
     def add_grad(self, g: Array) -> None:
         """Add one contribution to the gradient.
@@ -140,7 +213,7 @@ class Parameter:
         ----------
         g : Array, shape of the parameter
             The contribution. The array returned by `first_grad` is taken as it stands; any
-            other array is copied or added, and stays the caller's.
+            other array is copied or added, and stays the caller's. Dropped if not `trainable`.
 
         Raises
         ------
@@ -151,11 +224,13 @@ class Parameter:
             If `g` has another shape.
         """
         self._check_open()
-        if tuple(g.shape) != self.shape:
+        if tuple(g.shape) != self._shape:
             raise ValueError(
                 f"add_grad: parameter '{self.name}' expects a gradient of shape {self.shape}, "
                 f"got {tuple(g.shape)}; sum broadcast axes before adding"
             )
+        if not self.trainable:
+            return
         self._accumulate(g)
         if self._remaining is not None:
             self._remaining -= 1
@@ -174,34 +249,34 @@ class Parameter:
         self._check_open()
         self._has_grad = False
 
-    def attach(self, buffer: Array, *, place: tuple[FlatBuffer, str] | None = None) -> None:
-        """Let the gradient live in `buffer` from now on.
+    def attach(self, memory: Array, *, location: tuple[FlatBuffer, str] | None = None) -> None:
+        """Let the gradient live in `memory` from now on.
 
         Parameters
         ----------
-        buffer : Array, shape of the parameter
+        memory : Array, shape of the parameter
             Usually a view of a flat array. A gradient present is copied into it.
-        place : (FlatBuffer, str), optional
-            The flat array and the name under which `buffer` is one of its views. On a device an
+        location : (FlatBuffer, str), optional
+            The flat array and the name under which `memory` is one of its views. On a device an
             optimizer then updates all parameters whose gradients lie there at once.
 
         Raises
         ------
         ValueError
-            If `buffer` has another shape.
+            If `memory` has another shape.
         RuntimeError
             If contributions are being counted (between `expect` and `release`).
         """
-        if tuple(buffer.shape) != self.shape:
+        if tuple(memory.shape) != self.shape:
             raise ValueError(
                 f"attach: parameter '{self.name}' expects a buffer of shape {self.shape}, "
-                f"got {tuple(buffer.shape)}"
+                f"got {tuple(memory.shape)}"
             )
         self._check_not_armed("attach")
-        if self._has_grad and buffer is not self._buffer:
-            buffer[...] = self._buffer
-        self._buffer = buffer
-        self._place = place
+        if self._has_grad and memory is not self._grad:
+            memory[...] = self._grad
+        self._grad = memory
+        self._location = location
 
     def move(self, to: Callable[[Array], Array]) -> None:
         """Replace the values by what a function makes of them, and forget the gradient's memory.
@@ -221,7 +296,7 @@ class Parameter:
         moved = to(self.data)
         if moved is not self.data:
             self.data = moved
-            self._buffer = self._place = None
+            self._grad = self._location = None
             self._has_grad = False
 
     def expect(self, uses: int, on_ready: Callable[[Parameter], None] | None = None) -> None:
@@ -253,19 +328,24 @@ class Parameter:
         self._on_ready = None
 
     def _accumulate(self, g: Array) -> None:
-        if self._has_grad:
-            buffer = self._buffer
-            if g is buffer:
+        grad = self._grad
+        if self._has_grad and grad is not None:
+            if g is grad:
                 raise RuntimeError(
                     f"add_grad: the gradient of parameter '{self.name}' was handed in twice; "
                     "write into first_grad() only when it returns an array"
                 )
-            array_namespace(self.data).add(buffer, g, out=buffer, casting="same_kind")
+            array_namespace(grad).add(grad, g, out=grad, casting="same_kind")
             return
-        buffer = self.first_grad()
-        if buffer is not None and g is not buffer:
-            buffer[...] = g
+        if grad is None:
+            grad = self._grad = self._new_array()
+        if g is not grad:
+            grad[...] = g
         self._has_grad = True
+
+    def _new_array(self) -> Array:
+        array: Array = array_namespace(self._empty).empty(self._shape, self._dtype)
+        return array
 
     def _check_open(self) -> None:
         if self._remaining == 0:

@@ -29,7 +29,7 @@ class FusedUpdates:
 
     [Note: mirrored buckets] One kernel can update many parameters if values, gradients and state
     lie in the same order. The gradients' order is the buckets', which is found in the first
-    backward (`mpidist.parallel.data.order`). So at the first step that meets a bucket, values and
+    backward (`mpidist.parallel.data.ddp`). So at the first step that meets a bucket, values and
     state move into flat arrays that are laid out as it is: `Parameter.data` and the state's arrays
     are other arrays from then on. A gradient that lies in no bucket has a kernel of its own.
 
@@ -72,18 +72,18 @@ class FusedUpdates:
         buckets: dict[FlatBuffer, dict[str, int]] = {}
         for name, t in updates.items():
             parameter = self._params[name]
-            if parameter.place is None or parameter.place[0].data.dtype != parameter.dtype:
+            if parameter.location is None or parameter.location[0].data.dtype != parameter.dtype:
                 grad = parameter.grad
                 assert grad is not None, "it has a gradient"
                 apply_rule(self._rule, parameter.data, grad, self._state[name], lr=lr, t=t)
                 continue
-            flat, part = parameter.place
+            flat, part = parameter.location
             self._move(name, part, self._mirror(flat))
             buckets.setdefault(flat, {})[part] = t
         for flat, counts in buckets.items():
             mirror = self._mirrors[flat]
             # Those that have had equally many updates: all, unless some went without a gradient.
-            for t, where in flat.stretches(counts):
+            for t, where in flat.segments(counts):
                 state = {slot: like.data[where] for slot, like in mirror.slots.items()}
                 apply_rule(
                     self._rule, mirror.values.data[where], flat.data[where], state, lr=lr, t=t

@@ -1,7 +1,7 @@
 """Strategies: who computes what, and what is exchanged when."""
 
 from mpidist.parallel.clip import clip_grad_norm
-from mpidist.parallel.data.bucket import BUCKET_BYTES, FIRST_BUCKET_BYTES, BucketSizes
+from mpidist.parallel.data.buckets import BUCKET_BYTES, FIRST_BUCKET_BYTES, BucketSizes
 from mpidist.parallel.data.compression import Compression, Hook, plain
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.data.naive import NaiveDataParallel
@@ -15,9 +15,8 @@ from mpidist.parallel.sharded.memory import (
     memory_use,
     proportional_set_size,
 )
-from mpidist.parallel.sharded.model_state import ModelState
-from mpidist.parallel.sharded.shard_state import full_state_dict
-from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer
+from mpidist.parallel.sharded.state import ModelState
+from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer, full_state_dict
 
 __all__ = [
     "BUCKET_BYTES",

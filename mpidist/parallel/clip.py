@@ -11,8 +11,8 @@ from mpidist.arrays.namespaces import HALVES
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameters import Parameters
-from mpidist.parallel import kernels
-from mpidist.parallel.stretches import gradient_arrays
+from mpidist.parallel import gradient_kernels
+from mpidist.parallel.gradient_kernels import gradient_arrays
 
 __all__ = ["clip_grad_norm"]
 
@@ -73,7 +73,7 @@ def clip_grad_norm(
     host, device = gradient_arrays(parameters, "clip_grad_norm", may_be_empty=group is not None)
     # A rank that raised here would leave the others waiting.
     with np.errstate(all="ignore"):
-        squares = _add([*map(_sum_of_squares, host), kernels.sum_of_squares(device)])
+        squares = _add([*map(_sum_of_squares, host), gradient_kernels.sum_of_squares(device)])
         if group is not None:
             squares = float(all_reduce(np.array(squares), group))
         norm = math.sqrt(squares)
@@ -81,7 +81,7 @@ def clip_grad_norm(
             for grad in host:
                 _scale(grad, max_norm / norm)
             for grad in device:
-                kernels.scale(grad, max_norm / norm)
+                gradient_kernels.scale(grad, max_norm / norm)
     return norm
 
 

@@ -12,8 +12,8 @@ from mpidist.arrays.namespaces import HALVES, is_device
 from mpidist.collectives import all_reduce
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.parameters import Parameters
-from mpidist.parallel import kernels
-from mpidist.parallel.stretches import gradient_arrays
+from mpidist.parallel import gradient_kernels
+from mpidist.parallel.gradient_kernels import gradient_arrays
 
 __all__ = ["GradScaler"]
 
@@ -106,7 +106,7 @@ class GradScaler:
         """
         self._unscaled = False
         if is_device(dy):
-            return kernels.scaled(dy, self.factor)
+            return gradient_kernels.scaled(dy, self.factor)
         # The factor itself may be beyond the half's range where the product is not.
         wide = dy.astype(np.float32) if dy.dtype in HALVES else dy
         with np.errstate(all="ignore"):
@@ -149,7 +149,7 @@ class GradScaler:
             )
         host, device = gradient_arrays(parameters, "GradScaler.unscale")
         self._unscaled = True
-        here = kernels.all_finite_divided(device, self.factor)
+        here = gradient_kernels.all_finite_divided(device, self.factor)
         here = here and all(bool(np.isfinite(grad).all()) for grad in host)
         finite = bool(all_reduce(np.array(here), self._group, op=LAND))
         if finite:

@@ -23,7 +23,13 @@ from mpidist.arrays.namespaces import DTYPES, HALVES
 from mpidist.nn.kernels import philox_at_least, rows_at, sum_rows_at
 from mpidist.optim.kernels import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule
-from mpidist.parallel.kernels import all_finite_divided, cast, scale, scaled, sum_of_squares
+from mpidist.parallel.gradient_kernels import (
+    all_finite_divided,
+    cast,
+    scale,
+    scaled,
+    sum_of_squares,
+)
 from mpidist.testing.contract import DevicePlace
 from tests.nccl_stub import stand_in
 

@@ -175,13 +175,13 @@ def test_parameters_are_told_apart_by_identity_and_print_their_name():
 def test_new_values_forget_the_gradient_and_its_memory():
     p = Parameter(np.ones(3))
     flat = FlatBuffer({"p": (3,)}, np.float64)
-    p.attach(flat.views["p"], place=(flat, "p"))
+    p.attach(flat.views["p"], location=(flat, "p"))
     p.add_grad(np.ones(3))
     p.move(lambda values: values)
     assert p.grad is flat.views["p"]
-    assert p.place == (flat, "p")
+    assert p.location == (flat, "p")
     p.move(np.copy)
-    assert (p.grad, p.buffer, p.place) == (None, None, None)
+    assert (p.grad, p.grad_memory, p.location) == (None, None, None)
     p.expect(1)
     with pytest.raises(RuntimeError, match="move: parameter"):
         p.move(np.copy)

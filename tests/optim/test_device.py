@@ -42,7 +42,7 @@ def bucket(xp: ModuleType, params: Mapping[str, Parameter], dtype: Any) -> FlatB
     length = FlatBuffer.length_of(shapes, alignment=16)
     flat = FlatBuffer(shapes, dtype, alignment=16, storage=xp.empty(length, dtype))
     for name, p in params.items():
-        p.attach(flat.views[f"g {name}"], place=(flat, f"g {name}"))
+        p.attach(flat.views[f"g {name}"], location=(flat, f"g {name}"))
     return flat
 
 

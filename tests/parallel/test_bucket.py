@@ -3,12 +3,12 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import pytest
 
 from mpidist._types import SUM
 from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.parallel import BUCKET_BYTES, FIRST_BUCKET_BYTES, BucketSizes
-from mpidist.parallel.data.bucket import Bucket, assign_buckets
+from mpidist.parallel.data.buckets import Bucket, assign_buckets
+from mpidist.parallel.data.compression import exchange_for
 from mpidist.testing import run_ranks
 
 
@@ -58,7 +58,7 @@ def test_no_arrays_make_no_buckets():
 
 def test_gradients_are_views_that_begin_on_cache_lines():
     like = [("w", np.empty((3, 5))), ("scalar", np.empty(())), ("none", np.empty((0, 4)))]
-    bucket = Bucket(like, compression=None, num_flags=3)
+    bucket = Bucket(like, num_flags=3)
     assert {name: g.shape for name, g in bucket.grads.items()} == {
         "w": (3, 5),
         "scalar": (),
@@ -73,20 +73,17 @@ def test_gradients_are_views_that_begin_on_cache_lines():
 
 def test_the_life_of_a_bucket():
     def body(group):
-        bucket = Bucket([("a", np.empty(2)), ("b", np.empty(1))], compression=None)
+        bucket = Bucket([("a", np.empty(2)), ("b", np.empty(1))])
+        bucket.exchange = exchange_for(None, bucket, group, SUM)
         assert bucket.missing == {"a", "b"}
-        bucket.arrive("b")
-        with pytest.raises(RuntimeError, match="'b' is complete already"):
-            bucket.arrive("b")
-        bucket.arrive("a")
-        assert not bucket.missing
-        assert not bucket.done()
+        bucket.missing.clear()
         bucket.grads["a"][...] = [group.rank, 1]
         bucket.grads["b"][...] = 2
-        bucket.launch(group, SUM)
-        bucket.wait()
-        assert bucket.done()
+        bucket.work = bucket.exchange()
+        bucket.work.wait()
+        assert bucket.work.done()
         bucket.reset()
+        assert bucket.work is None
         assert bucket.missing == {"a", "b"}
         return bucket.grads["a"].tolist() + bucket.grads["b"].tolist()
 

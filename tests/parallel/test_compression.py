@@ -10,6 +10,7 @@ from mpidist.collectives import iall_reduce
 from mpidist.nn import Linear
 from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer
 from mpidist.parallel.data import compression
+from mpidist.parallel.data.buckets import Bucket
 from mpidist.testing import run_ranks
 from tests.parallel.checks import TRAINING
 
@@ -116,13 +117,14 @@ def test_a_hook_is_called_per_bucket_and_its_result_is_taken():
 
 def test_a_second_wait_does_not_bring_the_old_values_back():
     def body(group):
-        bucket = np.ones(3, np.float32)
-        work = compression.exchange_for(Compression.BF16, bucket)(bucket, group, SUM)
+        bucket = Bucket([("a", np.ones(3, np.float32))])
+        bucket.data[...] = 1
+        work = compression.exchange_for(Compression.BF16, bucket, group, SUM)()
         while not work.done():
             pass
         work.wait()
-        bucket[...] = 7
+        bucket.grads["a"][...] = 7
         work.wait()
-        return bucket.tolist()
+        return bucket.grads["a"].tolist()
 
     assert run_ranks(2, body) == [[7.0] * 3] * 2

@@ -15,8 +15,8 @@ from mpidist.arrays.namespaces import BFLOAT16, is_device, to_host
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.nn import Parameter
-from mpidist.parallel import GradientReducer, GradScaler, Metrics, clip_grad_norm, kernels
-from mpidist.parallel.stretches import gradient_arrays
+from mpidist.parallel import GradientReducer, GradScaler, Metrics, clip_grad_norm, gradient_kernels
+from mpidist.parallel.gradient_kernels import gradient_arrays
 
 HALVES = (np.float16, BFLOAT16)
 FLOATS = (*HALVES, np.float32, np.float64)
@@ -40,7 +40,7 @@ def parameters(xp: ModuleType, grads: dict[str, Any]) -> list[Parameter]:
     flat = FlatBuffer(shapes, dtype, alignment=8, storage=xp.empty(length, dtype))
     for name, p in params.items():
         if name in inside:
-            p.attach(flat.views[name], place=(flat, name))
+            p.attach(flat.views[name], location=(flat, name))
         if name != "none":
             p.add_grad(xp.asarray(grads[name]))
     return list(params.values())
@@ -101,7 +101,7 @@ def test_a_norm_that_is_not_finite_scales_nothing(xp: ModuleType) -> None:
 
 def test_a_large_bucket_is_summed_by_many_threads(xp: ModuleType) -> None:
     x = np.random.default_rng(0).normal(size=2**17 + 12345).astype(np.float32)
-    assert kernels.sum_of_squares([xp.asarray(x)]) == pytest.approx(
+    assert gradient_kernels.sum_of_squares([xp.asarray(x)]) == pytest.approx(
         (x.astype(np.float64) ** 2).sum(), rel=1e-12
     )
 
@@ -141,8 +141,8 @@ def test_a_bucket_is_cast_as_the_host_casts_it(xp: ModuleType, half: Any, wide: 
     with np.errstate(over="ignore"):
         expected = x.astype(half)
     there, back = xp.empty(x.shape, half), xp.empty(x.shape, wide)
-    kernels.cast(xp.asarray(x), there)
-    kernels.cast(there, back)
+    gradient_kernels.cast(xp.asarray(x), there)
+    gradient_kernels.cast(there, back)
     assert to_host(there).tobytes() == expected.tobytes()
     assert to_host(back).tobytes() == expected.astype(wide).tobytes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from mpidist.collectives import barrier, iall_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn import Linear, Module, Sequential
 from mpidist.nn.module import Context, count_uses
-from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer
+from mpidist.optim import SGD
+from mpidist.parallel import DDP, BucketSizes, Compression, GradientReducer, ShardedOptimizer
 from mpidist.parallel.data import compression
 from mpidist.testing import run_ranks
 from tests.parallel.checks import SHAPES, TINY, TRAINING, Scale, gradient, likes, total
@@ -143,7 +145,7 @@ def test_the_same_memory_holds_every_layout(monkeypatch):
 
     def body(group):
         with DDP(Chain("abc", "cba"), group, sizes=TINY) as ddp:
-            memory = ddp._reducer._layout._memory[np]
+            memory = ddp._reducer._memory._memory[np]
             for _ in range(3):
                 step(ddp)
                 arrays = [p.grad for p in ddp.module.parameters()]
@@ -189,6 +191,24 @@ def test_beside_a_hook_the_first_layout_stays():
             return layout(ddp)
 
     assert run_ranks(2, body) == [["c", "b", "a", ""]] * 2  # and the flags
+
+
+def test_scattered_buckets_start_in_the_order_of_arrival_and_keep_their_gradients():
+    def body(group):
+        model = Chain("abc", "cba")
+        sizes = BucketSizes(first=8, rest=16)
+        with ShardedOptimizer(model, group, optimizer=factory, sizes=sizes) as optimizer:
+            for _ in range(2):
+                _, ctx = model.forward(np.ones(()), TRAINING)
+                optimizer.backward(ctx, np.ones(()))
+                optimizer.step()
+            ddp = optimizer.model_state._ddp
+            return layout(ddp), ddp.order, optimizer.model_state.state_dict()["buckets/order"]
+
+    factory = partial(SGD, lr=1.0)
+    names = ("a.w", "b.w", "c.w")
+    # b and a share a bucket, which is complete before c's.
+    assert run_ranks(2, body) == [(["ba", "c", ""], names, list(names))] * 2
 
 
 def test_each_dtype_keeps_its_buckets():
@@ -239,7 +259,7 @@ def test_a_reducer_lays_out_anew_when_told_to():
                 reducer.wait()
                 before = dict(reducer.grads)
                 reducer.relayout(list(order))
-                assert [*reducer._home] == list(order)
+                assert [*reducer._bucket_of] == list(order)
                 for name in SHAPES:
                     np.testing.assert_array_equal(
                         reducer.grads[name], total(name, group.size, turn)
@@ -300,7 +320,7 @@ def test_communication_makes_progress_between_layers_without_parameters():
         def backward_input(self, ctx, dy):
             time.sleep(2e-3)
             with lock:
-                work = self.ddp[0]()._reducer._buckets[0]._work
+                work = self.ddp[0]()._reducer._buckets[0].work
                 over[self.rank].append(work._over)
             return dy, None
 
@@ -325,6 +345,6 @@ def test_linear_layers_come_weight_first():
         with DDP(model, group, op=MEAN, sizes=TINY) as ddp:
             _, ctx = ddp.forward(np.ones((1, 4), np.float32), TRAINING)
             ddp.backward(ctx, np.ones((1, 4), np.float32))
-            return [*ddp._reducer._home]
+            return [*ddp._reducer._bucket_of]
 
     assert run_ranks(1, body) == [["1.weight", "1.bias", "0.weight", "0.bias"]]

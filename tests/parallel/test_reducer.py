@@ -61,8 +61,8 @@ def test_a_bucket_is_under_way_before_the_last_gradient_comes():
             reducer.grads["b"][...] = group.rank
             reducer.ready("b")
             assert not reducer.done()
-            bucket = reducer._home["b"]
-            while not bucket.done():  # although nobody has made "a" ready
+            bucket = reducer._bucket_of["b"]
+            while not bucket.work.done():  # although nobody has made "a" ready
                 pass
             reducer.grads["a"][...] = 1
             reducer.ready("a")

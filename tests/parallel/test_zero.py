@@ -20,7 +20,7 @@ from mpidist.parallel import (
     clip_grad_norm,
     full_state_dict,
 )
-from mpidist.parallel.sharded import shard_gradients
+from mpidist.parallel.sharded import gradients
 from mpidist.testing import Death, Faults, run_ranks
 from tests.parallel.checks import TINY
 from tests.parallel.sharded import (
@@ -275,7 +275,7 @@ def test_buckets_are_reduce_scattered_while_backward_runs(monkeypatch):
         tell(group.rank, (x.nbytes, out.nbytes, op))
         return ireduce_scatter(x, group, op=op, out=out, counts=counts)
 
-    monkeypatch.setattr(shard_gradients, "ireduce_scatter", recorded)
+    monkeypatch.setattr(gradients, "ireduce_scatter", recorded)
 
     def body(group):
         model = Telling(w=np.ones(64), v=np.ones(32), u=np.ones(128))

@@ -131,7 +131,7 @@ def test_the_first_step_finds_the_buckets_as_they_were(tmp_path: Path) -> None:
     """From three ranks on, the order of a sum may depend on an element's place in its bucket."""
 
     def places(model: DDP) -> list[int]:
-        buffers = [p.buffer for p in model.module.parameters() if p.buffer is not None]
+        buffers = [p.grad_memory for p in model.module.parameters() if p.grad_memory is not None]
         first = min(buffer.ctypes.data for buffer in buffers)
         return [buffer.ctypes.data - first for buffer in buffers]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +14,8 @@ from mpidist.arrays.namespaces import BFLOAT16, array_namespace, is_device
 from mpidist.backends.work import Work
 from mpidist.collectives import iall_reduce
 from mpidist.group import ProcessGroup
-from mpidist.parallel import kernels
+from mpidist.parallel import gradient_kernels
+from mpidist.parallel.data.buckets import Bucket, Exchange
 
 __all__ = ["Compression", "Hook", "exchange_for", "plain"]
 
@@ -73,49 +75,56 @@ def plain(bucket: Array, group: ProcessGroup, op: ReduceOp) -> Work[Any]:
     return iall_reduce(bucket, group, op=op, out=bucket)
 
 
-def exchange_for(compression: Compression | Hook | None, bucket: Array) -> Hook:
-    """Return the function that reduces `bucket`, with what it needs already allocated."""
-    if compression is None:
-        return plain
-    if not isinstance(compression, Compression):
-        return compression
-    dtype = compression.wire_dtype(bucket.dtype)
-    return plain if dtype == bucket.dtype else _HalfExchange(bucket, dtype)
+def exchange_for(
+    compression: Compression | Hook | None, bucket: Bucket, group: ProcessGroup, op: ReduceOp
+) -> Exchange:
+    """Return what reduces a full bucket, with the memory that it needs already allocated."""
+    if callable(compression):
+        return partial(compression, bucket.data, group, op)
+    if compression is not None:
+        dtype = compression.wire_dtype(bucket.data.dtype)
+        if dtype != bucket.data.dtype:
+            return _NarrowedAllReduce(bucket, dtype, group, op)
+    return partial(iall_reduce, bucket.data, group, op=op, out=bucket.data)
 
 
-class _HalfExchange:
-    """Reduces a bucket by way of a narrower copy, which it keeps."""
+class _NarrowedAllReduce:
+    """Reduces a bucket by way of a copy in a narrower dtype, which it keeps."""
 
-    def __init__(self, bucket: Array, dtype: DType) -> None:
-        self._wire: Array = array_namespace(bucket).empty(bucket.shape, dtype)
+    def __init__(self, bucket: Bucket, dtype: DType, group: ProcessGroup, op: ReduceOp) -> None:
+        self._data = bucket.data
+        self._narrow: Array = array_namespace(self._data).empty(self._data.shape, dtype)
+        self._group = group
+        self._op = op
 
-    def __call__(self, bucket: Array, group: ProcessGroup, op: ReduceOp) -> Work[Any]:
-        wire = self._wire
-        _cast(bucket, wire)
-        return _HalfWork(iall_reduce(wire, group, op=op, out=wire), wire, bucket)
+    def __call__(self) -> Work[None]:
+        narrow = self._narrow
+        _cast(self._data, narrow)
+        work = iall_reduce(narrow, self._group, op=self._op, out=narrow)
+        return _WideningWork(work, narrow, self._data)
 
 
-class _HalfWork(Work[None]):
-    """Widens the result back into the bucket when it has come."""
+class _WideningWork(Work[None]):
+    """Copies the result back into the wider bucket once it is complete."""
 
-    def __init__(self, work: Work[Any], wire: Array, bucket: Array) -> None:
+    def __init__(self, work: Work[Any], narrow: Array, data: Array) -> None:
         self._work = work
-        self._wire = wire
-        self._bucket: Array | None = bucket
+        self._narrow = narrow
+        self._data: Array | None = data
 
     def done(self) -> bool:
         return self._work.done()
 
     def wait(self, timeout: float | None = None) -> None:
         self._work.wait(timeout)
-        if self._bucket is not None:
-            _cast(self._wire, self._bucket)
-            self._bucket = None  # a second wait must not overwrite what the caller made of it
+        if self._data is not None:
+            _cast(self._narrow, self._data)
+            self._data = None  # a second wait must not overwrite what the caller made of it
 
 
 def _cast(x: Array, out: Array) -> None:
     if is_device(x):
-        kernels.cast(x, out)
+        gradient_kernels.cast(x, out)
         return
     # A gradient beyond the half's range becomes an infinity, for GradScaler to find. An error on
     # this rank would leave the others waiting.

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
+
+import numpy as np
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.backends.work import Work
+from mpidist.collectives import ibroadcast
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, after_backward
 from mpidist.nn.parameter import Parameter
 from mpidist.observe.regions import region
-from mpidist.parallel.data.bucket import BucketSizes
+from mpidist.parallel.data.buckets import BucketSizes
 from mpidist.parallel.data.buffers import BufferSync, broadcast_in_place
 from mpidist.parallel.data.compression import Compression, Hook
-from mpidist.parallel.data.gradients import ParameterGradients, layers_without_parameters
-from mpidist.parallel.data.order import BucketOrder
-from mpidist.parallel.data.reducer import GradientReducer
+from mpidist.parallel.data.reducer import ExchangeFactory, GradientReducer, ParameterGradients
 
 __all__ = ["BUCKET_ORDER", "DDP"]
 
@@ -59,6 +60,8 @@ class DDP(Closing):
         How gradients travel; as they are when omitted.
     sizes : BucketSizes, optional
         How many gradients travel together.
+    exchange : ExchangeFactory, optional
+        What happens to full buckets instead of an all-reduce; for strategies built on this one.
 
     Attributes
     ----------
@@ -88,7 +91,7 @@ class DDP(Closing):
     ranks used is averaged, the others counting as zeros. Buffers, such as running statistics, are
     rank 0's on every rank after each step; see [Note: buffers] in `mpidist.parallel.data.buffers`.
     The first backward outside `no_sync` shows the order in which the buckets are laid out from then
-    on, once for all; see [Note: order of arrival] in `mpidist.parallel.data.order`.
+    on, once for all; see [Note: order of arrival] below.
 
     Of a model on a device (`Module.to`), the buckets lie there and travel over NCCL, beside the
     stream on which backward runs. `backward` then returns when the reduction has been put
@@ -108,27 +111,35 @@ class DDP(Closing):
         op: ReduceOp = MEAN,
         compression: Compression | Hook | None = None,
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
+        exchange: ExchangeFactory | None = None,
     ) -> None:
         if not isinstance(module, Module):
             raise TypeError(f"DDP: expected DDP(model, group), got a {type(module).__name__} first")
         check_group(group, "DDP")
         named = dict(module.named_parameters())
+        trainable = {name: parameter for name, parameter in named.items() if parameter.trainable}
         buffers = dict(module.named_buffers())
         arrays = {name: parameter.data for name, parameter in named.items()}
         self._reducer = GradientReducer(
-            arrays, group, op=op, compression=compression, sizes=sizes, also_verify=buffers
+            {name: arrays[name] for name in trainable},
+            group,
+            op=op,
+            compression=compression,
+            sizes=sizes,
+            also_verify={n: a for n, a in arrays.items() if n not in trainable} | buffers,
+            exchange=exchange,
         )
         self.module = module
         self.group = self._reducer.group
         self.op = op
-        self._buffers = BufferSync(buffers, self.group)
-        self._silent = layers_without_parameters(module)
+        self._buffers = BufferSync(buffers, self.group) if buffers else None
+        self._silent = _layers_without_parameters(module)
         self._pending: _StepWork | None = None
         self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
         self._syncing = True
         self._failure: str | None = None
         broadcast_in_place([*arrays.values(), *buffers.values()], self.group)
-        self._gradients = ParameterGradients(named, self._reducer)
+        self._gradients = ParameterGradients(trainable, self._reducer)
         self._order = BucketOrder(self._reducer, self._gradients, fixed=callable(compression))
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -247,7 +258,8 @@ class DDP(Closing):
             with region("backward"):
                 return self.module.backward(ctx, dy), _NoWork()
         try:
-            self._buffers.start()
+            if self._buffers is not None:
+                self._buffers.start()
             self._gradients.expect(ctx.uses)
             with region("backward"), after_backward(self._silent, self._reducer.progress):
                 dx = self.module.backward(ctx, dy)
@@ -393,7 +405,8 @@ class _StepWork(Work[None]):
         ddp = self._ddp
         if ddp._pending is not self:
             return True
-        if ddp._order.done() and ddp._buffers.done() and ddp._reducer.done():
+        buffers_done = ddp._buffers is None or ddp._buffers.done()
+        if ddp._order.done() and buffers_done and ddp._reducer.done():
             self.wait()
         return ddp._pending is not self
 
@@ -409,9 +422,10 @@ class _StepWork(Work[None]):
         ddp = self._ddp
         ddp._order.wait(timeout)
         used = ddp._reducer.wait(timeout)
-        ddp._buffers.finish(timeout)
+        if ddp._buffers is not None:
+            ddp._buffers.finish(timeout)
         ddp._gradients.take_over(used)
-        ddp._order.settle()
+        ddp._order.apply()
         ddp._pending, ddp._reduced = None, True
 
 
@@ -427,3 +441,95 @@ class _NoWork(Work[None]):
 
 def _without_order(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != BUCKET_ORDER}
+
+
+class BucketOrder:
+    """The order in which rank 0's gradients came in the first step, and all ranks' buckets lie.
+
+    [Note: order of arrival] The reverse of the order of the parameters is a guess at the order in
+    which backward completes gradients. The first backward of a `DDP` outside `no_sync` shows the
+    real one: rank 0's is broadcast beside the gradients, and when they are waited for the buckets
+    are laid out anew in that order, in the same memory. What `Parameter.grad` returned before
+    that, inside `no_sync`, must not be used any more; what it returns afterwards stays the same
+    array. PyTorch does so, too. Beside a hook of the user's, which may keep something per bucket,
+    the first layout stays.
+
+    Parameters
+    ----------
+    reducer : GradientReducer
+        Whose buckets.
+    gradients : ParameterGradients
+        Who moves the gradients from one layout to the next.
+    fixed : bool
+        Whether the first layout stays.
+
+    Attributes
+    ----------
+    found : tuple of str or None
+        The names in that order; None before it is known.
+
+    References
+    ----------
+    Li et al. (2020), PyTorch Distributed: Experiences on Accelerating Data Parallel Training,
+    section 3.2.3.
+    """
+
+    def __init__(
+        self, reducer: GradientReducer, gradients: ParameterGradients, *, fixed: bool
+    ) -> None:
+        self.found: tuple[str, ...] | None = None
+        self._names = tuple(reducer.grads)
+        self._reducer = reducer
+        self._gradients = gradients
+        self._fixed = fixed
+        self._broadcast: Work[Any] | None = None
+
+    def start(self) -> None:
+        """Send rank 0's order to all, if it is not known; 8 bytes per name; does not block."""
+        if self._fixed or self.found is not None:
+            return
+        index = {name: i for i, name in enumerate(self._names)}
+        positions = np.array([index[name] for name in self._reducer.arrivals()], np.int64)
+        self._broadcast = ibroadcast(positions, self._reducer.group, root=0, out=positions)
+
+    def done(self) -> bool:
+        """Whether what was started has come."""
+        return self._broadcast is None or self._broadcast.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for what was started."""
+        if self._broadcast is not None:
+            self._broadcast.wait(timeout)
+
+    def apply(self) -> None:
+        """Lay the buckets out in the order that was broadcast, if one was."""
+        if self._broadcast is not None:
+            positions = self._broadcast.wait()
+            self._broadcast = None
+            self.lay_out([self._names[position] for position in positions.tolist()])
+
+    def lay_out(self, order: Sequence[str] | None) -> None:
+        """Lay the buckets out in this order for good; None: as at first, until one is found."""
+        if not self._fixed:
+            self._gradients.relayout(self._names[::-1] if order is None else order)
+            self.found = None if order is None else tuple(order)
+
+    def check(self, order: Any) -> None:
+        """Raise ValueError unless it is None or holds every name once."""
+        if order is None:
+            return
+        if not isinstance(order, (list, tuple)) or sorted(map(str, order)) != sorted(self._names):
+            raise ValueError(
+                "load_state_dict: the order of the gradients' buckets must hold the name of every "
+                f"parameter once, or be None, got {order!r}; nothing was changed"
+            )
+
+
+def _layers_without_parameters(module: Module) -> list[Module]:
+    """Return the layers that pass through backward without a gradient to tell of it."""
+    return [
+        layer
+        for _, layer in module.named_modules()
+        if type(layer).backward is Module.backward
+        and not any(isinstance(value, Parameter) for value in vars(layer).values())
+    ]

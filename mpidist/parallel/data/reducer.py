@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias
 
 from mpidist._arguments import seconds
 from mpidist._closing import Closing
@@ -12,12 +14,22 @@ from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import REDUCTIONS, is_device
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
-from mpidist.parallel.data.bucket import BucketSizes
-from mpidist.parallel.data.compression import Compression, Hook
-from mpidist.parallel.data.layout import Layout
+from mpidist.nn.parameter import Parameter
+from mpidist.parallel.data.buckets import (
+    Bucket,
+    BucketMemory,
+    BucketSizes,
+    Exchange,
+    assign_buckets,
+)
+from mpidist.parallel.data.compression import Compression, Hook, exchange_for
 from mpidist.parallel.data.verify import Description, describe, verify_same
 
-__all__ = ["GradientReducer"]
+__all__ = ["ExchangeFactory", "GradientReducer", "ParameterGradients"]
+
+ExchangeFactory: TypeAlias = Callable[[Bucket, ProcessGroup, ReduceOp], Exchange]
+"""Makes what happens to a bucket whenever it is full: an all-reduce, a reduce-scatter into a shard.
+It is called once for each bucket with gradients, with the reducer's group and operation."""
 
 
 class GradientReducer(Closing):
@@ -46,6 +58,9 @@ class GradientReducer(Closing):
         How many gradients travel together.
     also_verify : mapping of str to Array, optional
         Arrays that are not reduced, but whose names, shapes and dtypes must agree too.
+    exchange : ExchangeFactory, optional
+        What happens to full buckets instead of an all-reduce, for strategies that keep each
+        bucket's gradients together; `relayout` then changes only the order of the buckets.
 
     Attributes
     ----------
@@ -91,6 +106,7 @@ class GradientReducer(Closing):
         compression: Compression | Hook | None = None,
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
         also_verify: Mapping[str, Array] | None = None,
+        exchange: ExchangeFactory | None = None,
     ) -> None:
         check_group(group, type(self).__name__)
         description = (
@@ -103,20 +119,28 @@ class GradientReducer(Closing):
         _check(named_arrays, op)
         self.op = op
         self.group = group.duplicate(f"{group.name}/gradients")
-        self._layout = Layout(named_arrays, self.group, compression=compression, sizes=sizes)
+        self._own_composition = exchange is not None
+        self._exchange = exchange or partial(exchange_for, compression)
+        self._sizes = sizes
+        # A hook may make anything of numbers, and a scatter has no place for flags.
+        own_flags = callable(compression) or exchange is not None
+        self._memory = BucketMemory(named_arrays, self.group, own_flags=own_flags)
         self._names = frozenset(named_arrays)
         self._arrived: list[str] = []
         self._skipped: set[str] = set()
         self._launched = 0
         self._landed = 0
-        assigned = self._layout.assign(named_arrays, list(named_arrays)[::-1])
-        self._lay_out(named_arrays, assigned)
+        self._lay_out(named_arrays, assign_buckets(named_arrays, sizes))
 
     def _lay_out(self, like: Mapping[str, Array], assigned: list[list[str]]) -> None:
         self._assigned = assigned
-        self._buckets = self._layout.buckets(like, assigned)
-        self._home = {name: bucket for bucket in self._buckets for name in bucket.grads}
-        self.grads = {name: self._home[name].grads[name] for name in like}
+        self._buckets = self._memory.buckets(like, assigned)
+        for bucket in self._buckets:
+            # Flags that travel alone are summed as they are, whatever happens to gradients.
+            make = self._exchange if bucket.grads else partial(exchange_for, None)
+            bucket.exchange = make(bucket, self.group, self.op)
+        self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.grads}
+        self.grads = {name: self._bucket_of[name].grads[name] for name in like}
 
     def ready(self, name: str) -> None:
         """Say that this rank's gradient `name` is complete in `grads[name]`.
@@ -140,11 +164,16 @@ class GradientReducer(Closing):
         Does not block. Starts every bucket whose turn it is ([Note: order of buckets]), and lets
         those under way make progress.
         """
-        bucket = self._home.get(name)
+        bucket = self._bucket_of.get(name)
         if bucket is None:
             known = ", ".join(list(self.grads)[:8])
             raise ValueError(f"GradientReducer: no gradient is named '{name}'; known: {known}")
-        bucket.arrive(name)
+        if name not in bucket.missing:
+            raise RuntimeError(
+                f"the gradient of '{name}' is complete already and its bucket may be in "
+                "communication; wait() before the next round"
+            )
+        bucket.missing.remove(name)
         self._arrived.append(name)
         if not bucket.missing:
             self._launch_complete()
@@ -166,7 +195,10 @@ class GradientReducer(Closing):
         Local; does not block. Costs nothing while no bucket is under way.
         """
         # They end in the order in which they began, and asking one drives all.
-        while self._landed < self._launched and self._buckets[self._landed].done():
+        while self._landed < self._launched:
+            work = self._buckets[self._landed].work
+            if work is None or not work.done():
+                return
             self._landed += 1
 
     def skip(self, name: str) -> None:
@@ -182,7 +214,7 @@ class GradientReducer(Closing):
         ValueError, RuntimeError, DistributedError
             As `ready`.
         """
-        if name in self._home and name in self._home[name].missing:
+        if name in self._bucket_of and name in self._bucket_of[name].missing:
             self.grads[name][...] = 0
             self._skipped.add(name)
         self.ready(name)
@@ -228,7 +260,9 @@ class GradientReducer(Closing):
             timeout = seconds(timeout, "GradientReducer.wait: timeout", least=0.0)
         deadline = None if timeout is None else time.monotonic() + timeout
         for bucket in self._buckets:
-            bucket.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+            if bucket.work is not None:
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                bucket.work.wait(left)
         used = self._used()
         for bucket in self._buckets:
             bucket.reset()
@@ -270,7 +304,8 @@ class GradientReducer(Closing):
         Local. `grads` are other arrays afterwards, with the values of those before. They lie in
         the same memory, so that the arrays before must not be used any more. Costs two copies of
         all gradients, and the memory of one in between; nothing if every bucket would hold the
-        same gradients.
+        same gradients. With an `exchange` of its own each bucket keeps its gradients, since shards
+        elsewhere are laid out as they are, and only the order in which buckets start changes.
         """
         if len(order) != len(self._names) or set(order) != self._names:
             raise ValueError(f"GradientReducer.relayout: expected every name once, got {order}")
@@ -279,7 +314,16 @@ class GradientReducer(Closing):
                 f"GradientReducer.relayout on {self.group}: {len(self._arrived)} gradients have "
                 "come already; wait() for all first"
             )
-        assigned = self._layout.assign(self.grads, order)
+        if self._own_composition:
+            position = {name: i for i, name in enumerate(order)}
+            # A bucket is complete when its last gradient is; the one of the flags comes last.
+            self._buckets.sort(
+                key=lambda bucket: max(
+                    (position[name] for name in bucket.grads), default=len(order)
+                )
+            )
+            return
+        assigned = assign_buckets({name: self.grads[name] for name in reversed(order)}, self._sizes)
         if [set(names) for names in assigned] == [set(names) for names in self._assigned]:
             return
         before = {name: grad.copy() for name, grad in self.grads.items()}
@@ -287,9 +331,9 @@ class GradientReducer(Closing):
         for name, grad in before.items():
             self.grads[name][...] = grad
 
-    def place_of(self, name: str) -> tuple[FlatBuffer, str]:
+    def location_of(self, name: str) -> tuple[FlatBuffer, str]:
         """Return the flat array that a gradient is a part of now, and the part's name."""
-        return self._home[name].flat, name
+        return self._bucket_of[name].flat, name
 
     def check_complete(self, operation: str) -> None:
         """Raise an error that names what has not come, if anything has not.
@@ -304,7 +348,7 @@ class GradientReducer(Closing):
         RuntimeError
             If some names are neither ready nor skipped.
         """
-        missing = [name for name, bucket in self._home.items() if name in bucket.missing]
+        missing = [name for name, bucket in self._bucket_of.items() if name in bucket.missing]
         if missing:
             raise RuntimeError(
                 f"{operation} on {self.group}: {len(missing)} of {len(self.grads)} gradients have "
@@ -328,7 +372,8 @@ class GradientReducer(Closing):
                 bucket.flags[...] = 1
                 if self._skipped:
                     bucket.flags[...] = [name not in self._skipped for name in self.grads]
-            bucket.launch(self.group, self.op)
+            assert bucket.exchange is not None, "it has been laid out"
+            bucket.work = bucket.exchange()
 
     def _used(self) -> frozenset[str]:
         """Return the names whose flag some rank has set."""
@@ -338,6 +383,109 @@ class GradientReducer(Closing):
         if flags.all():
             return self._names
         return frozenset(name for name, flag in zip(self.grads, flags, strict=True) if flag)
+
+
+class ParameterGradients:
+    """Lets parameters write their gradients into a reducer's buckets, step by step.
+
+    Parameters
+    ----------
+    named : mapping of str to Parameter
+        The parameters; from now on their gradients live in `reducer.grads`.
+    reducer : GradientReducer
+        Of the same names, shapes and dtypes.
+    """
+
+    def __init__(self, named: Mapping[str, Parameter], reducer: GradientReducer) -> None:
+        self._names = {parameter: name for name, parameter in named.items()}
+        self._reducer = reducer
+        self._attach()
+
+    def expect(self, uses: Mapping[Parameter, int]) -> None:
+        """Let every parameter count its contributions; those that expect none are complete."""
+        idle = []
+        for parameter in self._names:
+            count = uses.get(parameter, 0)
+            parameter.expect(count, self._on_ready)
+            if not count:
+                idle.append(parameter)
+        for parameter in idle:
+            # It may hold what earlier micro-batches gave it.
+            none = parameter.unreduced_grad() is None
+            (self._reducer.skip if none else self._reducer.ready)(self._names[parameter])
+
+    def _on_ready(self, parameter: Parameter) -> None:
+        self._reducer.ready(self._names[parameter])
+
+    def release(self) -> None:
+        """End the counting; contributions may come freely again."""
+        for parameter in self._names:
+            parameter.release()
+
+    def take_over(self, used: frozenset[str]) -> None:
+        """Give the parameters that some rank used what has been reduced."""
+        for parameter, name in self._names.items():
+            parameter.release()
+            if parameter.unreduced_grad() is None and name in used:
+                parameter.add_grad(self._reducer.grads[name])
+
+    def relayout(self, order: Sequence[str]) -> None:
+        """Let gradients lie in this order from now on, those present too."""
+        present = [parameter for parameter in self._names if parameter.grad is not None]
+        for parameter in present:
+            # `attach` would copy from memory where something else lies by then.
+            parameter.zero_grad()
+        self._reducer.relayout(order)
+        self._attach()
+        for parameter in present:
+            parameter.add_grad(self._reducer.grads[self._names[parameter]])
+
+    def _attach(self) -> None:
+        for parameter, name in self._names.items():
+            parameter.attach(self._reducer.grads[name], location=self._reducer.location_of(name))
+
+    # -- misuse --------------------------------------------------------------------------------
+
+    def check_zeroed(self) -> None:
+        """Refuse to sum again what is a sum already: it would count once per rank.
+
+        Raises
+        ------
+        RuntimeError
+            If a parameter holds a gradient.
+        """
+        for parameter, name in self._names.items():
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"DDP on {self._reducer.group}: parameter '{name}' still holds the sum over "
+                    "all ranks that an earlier backward gave, and op=SUM would count it once per "
+                    "rank; zero_grad() before the first backward of a step, and all but its last "
+                    "one inside no_sync()"
+                )
+
+    def check_owned(self, uses: Mapping[Parameter, int]) -> None:
+        """Check that all parameters are ours, and that their gradients live in the buckets.
+
+        Raises
+        ------
+        RuntimeError
+            If one is not, or if something else has called `Parameter.attach`.
+        """
+        for parameter in uses:
+            if parameter not in self._names:
+                raise RuntimeError(
+                    f"DDP on {self._reducer.group}: parameter '{parameter.name}' was used, but was "
+                    "not part of the module when DDP was made; change the module first, then wrap "
+                    "it"
+                )
+        grads = self._reducer.grads
+        for parameter, name in self._names.items():
+            if parameter.grad_memory is not grads[name]:
+                raise RuntimeError(
+                    f"DDP on {self._reducer.group}: the gradient of parameter '{name}' does not "
+                    "live in this DDP's bucket any more; something else has called attach(), "
+                    "perhaps a second DDP over the same module, or the model was moved by to()"
+                )
 
 
 def _settings(

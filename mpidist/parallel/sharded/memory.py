@@ -94,7 +94,7 @@ def memory_use(module: Module, optimizer: Optimizer) -> MemoryUse:
     """
     parameters = list(module.parameters())
     return MemoryUse(
-        parameters=sum(int(parameter.data.nbytes) for parameter in parameters),
+        parameters=sum(parameter.nbytes for parameter in parameters),
         gradients=sum(parameter.grad_nbytes for parameter in parameters),
         optimizer_state=array_bytes(optimizer.state_dict()),
     )
@@ -127,9 +127,9 @@ def memory_ledger(use: MemoryUse, group: ProcessGroup) -> MemoryLedger:
     # A page that another rank has yet to touch would count as this rank's alone.
     barrier(group.node_group())
     pss = proportional_set_size()
-    mine = np.array([*astuple(use), pss or 0, pss is not None], np.int64)
-    *counted, pss_sum, told = all_reduce(mine, group.node_group()).tolist()
-    node_pss = pss_sum if told == group.local_size else None
+    counts = np.array([*astuple(use), pss or 0, pss is not None], np.int64)
+    *counted, pss_sum, known = all_reduce(counts, group.node_group()).tolist()
+    node_pss = pss_sum if known == group.local_size else None
     return MemoryLedger(use, MemoryUse(*counted), pss, node_pss)
 
 
@@ -158,8 +158,8 @@ def proportional_set_size() -> int | None:
         text = _ROLLUP.read_text(encoding="ascii")
     except OSError:
         return None
-    found = [line.split() for line in text.splitlines() if line.startswith(_DATA)]
-    return sum(int(words[1]) for words in found) * 1024 if found else None
+    lines = [line.split() for line in text.splitlines() if line.startswith(_DATA)]
+    return sum(int(fields[1]) for fields in lines) * 1024 if lines else None
 
 
 def _mebibytes(count: int | None) -> str:

@@ -6,32 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
-from mpidist.arrays.shards import ShardedArray
+from mpidist.arrays.shards import ShardedArray, check_held, copy_in
+from mpidist.collectives import all_gather
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
 from mpidist.observe.regions import region
 from mpidist.optim import Optimizer
 from mpidist.optim.optimizer import check_same_state
-from mpidist.parallel.data.bucket import BucketSizes
+from mpidist.parallel.data.buckets import BucketSizes
 from mpidist.parallel.data.ddp import DDP
+from mpidist.parallel.sharded.flat_parameters import NodeStore, by_node, lay_out, make_store
+from mpidist.parallel.sharded.gradients import check_model, make_gradients
 from mpidist.parallel.sharded.memory import MemoryUse, array_bytes
-from mpidist.parallel.sharded.model_state import ModelState, read_only
-from mpidist.parallel.sharded.shard_gradients import check_model, make_gradients
-from mpidist.parallel.sharded.shard_state import (
-    check_held,
+from mpidist.parallel.sharded.state import (
+    ModelState,
     check_names,
-    copy_in,
     load_numbers,
     merged_state,
     parameter_of,
+    read_only,
 )
-from mpidist.parallel.sharded.slabs import lay_out
-from mpidist.parallel.sharded.stores import NodeStore, by_node, make_store
 
-__all__ = ["OptimizerFactory", "ShardedOptimizer"]
+__all__ = ["OptimizerFactory", "ShardedOptimizer", "full_state_dict"]
 
 OptimizerFactory: TypeAlias = Callable[
     [list[tuple[str, Parameter]]], Optimizer | Sequence[Optimizer]
@@ -106,7 +107,7 @@ class ShardedOptimizer(Closing):
     and does not block.
 
     `Parameter.data` becomes read-only; see [Note: parameters once per node] in
-    `mpidist.parallel.sharded.stores`. To load values into the model, use `model_state`.
+    `mpidist.parallel.sharded.flat_parameters`. To load values into the model, use `model_state`.
 
     Per step and rank, of P bytes of parameters on N ranks: a reduce-scatter of P (with a DDP, its
     all-reduce), then two barriers on one node; all_gathers of the slices otherwise.
@@ -127,26 +128,26 @@ class ShardedOptimizer(Closing):
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
     ) -> None:
         self.module = model.module if isinstance(model, DDP) else model
-        self._named = dict(self.module.named_parameters())
+        self._named = {n: p for n, p in self.module.named_parameters() if p.trainable}
         check_group(group, "ShardedOptimizer")
         check_model(model, group, op)
         self.group = by_node(group, f"{group.name}/shards")
         self._gradients = make_gradients(model, self.group, op or MEAN, sizes)
         arrays = {name: parameter.data for name, parameter in self._named.items()}
         self._store = make_store(self.group, lay_out(arrays, sizes))
-        self._homes = {name: slab for slab in self._store.slabs for name in slab.views}
+        self._flat_of = {name: flat for flat in self._store.flats for name in flat.views}
         self._shards = {
-            name: Parameter(self._homes[name].part(name, self._homes[name].own), name=name)
+            name: Parameter(self._flat_of[name].part(name, self._flat_of[name].own), name=name)
             for name in self._named
         }
         self._write(arrays)
         made = optimizer(list(self._shards.items()))
         self.optimizers = (made,) if isinstance(made, Optimizer) else tuple(made)
         check_names(self.optimizers, self._shards)
-        self._store.publish()
+        self._store.end_write()
         for name, parameter in self._named.items():
-            parameter.data = read_only(self._homes[name].views[name])
-        self._gradients.bind(self._store.slabs, self._shards)
+            parameter.data = read_only(self._flat_of[name].views[name])
+        self._gradients.connect(self._store.flats, self._shards)
         self.model_state = ModelState(self._gradients.ddp, self._store)
 
     @property
@@ -218,7 +219,7 @@ class ShardedOptimizer(Closing):
         -----
         Waits for the gradients; else local. For `clip_grad_norm` and `GradScaler.unscale`.
         """
-        self._gradients.take()
+        self._gradients.wait()
         return list(self._shards.values())
 
     def step(self) -> None:
@@ -236,13 +237,13 @@ class ShardedOptimizer(Closing):
         between ranks of the same local rank before the second one. Scattered gradients are used up:
         ``parameter.grad`` is None afterwards. Those of a DDP stay until they are zeroed.
         """
-        self._gradients.take()
-        self._store.settle()
+        self._gradients.wait()
+        self._store.begin_write()
         for optimizer in self.optimizers:
             optimizer.step()
         with region("publish"):
-            self._store.publish()
-        self._gradients.spend()
+            self._store.end_write()
+        self._gradients.consume()
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters; touches no array.
@@ -251,7 +252,7 @@ class ShardedOptimizer(Closing):
         -----
         Waits for gradients under way, so that a step may be left out; else local.
         """
-        self._gradients.forget()
+        self._gradients.zero()
 
     # -- states --------------------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ class ShardedOptimizer(Closing):
         for key, value in state.items():
             name = parameter_of(key)
             if not isinstance(value, (str, int)):
-                start = self._homes[name].box(name).offsets[0]
+                start = self._flat_of[name].box(name).offsets[0]
                 state[key] = ShardedArray.of_range(self._named[name].shape, start, value)
         return state
 
@@ -297,10 +298,10 @@ class ShardedOptimizer(Closing):
         -----
         Local; to be called on all ranks.
         """
-        mine = self.state_dict()
-        check_same_state(mine, state)
-        check_held("ShardedOptimizer.load_state_dict", mine, state)
-        copy_in(mine, state)
+        own = self.state_dict()
+        check_same_state(own, state)
+        check_held("ShardedOptimizer.load_state_dict", own, state)
+        copy_in(own, state)
         load_numbers(self.optimizers, state)
 
     def memory_use(self) -> MemoryUse:
@@ -317,7 +318,7 @@ class ShardedOptimizer(Closing):
         Local.
         """
         return MemoryUse(
-            parameters=self._store.nbytes,
+            parameters=self._store.nbytes + self._frozen_nbytes(),
             gradients=self._gradients.nbytes,
             optimizer_state=array_bytes(self.state_dict()),
         )
@@ -333,7 +334,40 @@ class ShardedOptimizer(Closing):
         self._gradients.close()
         self.group.close()
 
+    def _frozen_nbytes(self) -> int:
+        return sum(p.nbytes for p in self.module.parameters() if not p.trainable)
+
     def _write(self, values: Mapping[str, Array]) -> None:
         """Write this rank's slices of whole arrays."""
         for name, shard in self._shards.items():
-            shard.data[...] = values[name].reshape(-1)[self._homes[name].box(name).slices]
+            shard.data[...] = values[name].reshape(-1)[self._flat_of[name].box(name).slices]
+
+
+def full_state_dict(optimizer: ShardedOptimizer) -> dict[str, Any]:
+    """Gather a sharded optimizer's whole state on every rank.
+
+    Parameters
+    ----------
+    optimizer : ShardedOptimizer
+        Whose state.
+
+    Returns
+    -------
+    dict of str to (str, int or Array)
+        What `Optimizer.state_dict` of the same optimizer unsharded returns; new arrays. It can be
+        loaded there, and by `ShardedOptimizer.load_state_dict` on any number of ranks.
+
+    Notes
+    -----
+    Collective over the optimizer's group; blocks. An all_gather of the lengths of the slices, and
+    one per array of state. Every rank must have memory for all of it: to write it to files, each
+    rank writes its own `state_dict`.
+    """
+    shapes = {name: parameter.shape for name, parameter in optimizer.module.named_parameters()}
+    state = merged_state(optimizer.optimizers)
+    keys = [key for key, value in state.items() if isinstance(value, np.ndarray)]
+    lengths = all_gather(np.array([state[key].size for key in keys], np.int64), optimizer.group)
+    for key, counts in zip(keys, lengths.reshape(optimizer.group.size, -1).T.tolist(), strict=True):
+        gathered = all_gather(state[key], optimizer.group, counts=counts)
+        state[key] = gathered.reshape(shapes[parameter_of(key)])
+    return state

@@ -1,8 +1,11 @@
-"""What happens to a whole bucket on a device, as one kernel that reads and writes it once."""
+"""All gradients as few arrays; on a device, one kernel for a whole bucket.
+
+Each kernel reads and writes a bucket once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -10,12 +13,67 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays.namespaces import HALVES, array_namespace
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.arrays.namespaces import HALVES, array_namespace, is_device
+from mpidist.nn.parameters import Parameters, named_list
 
-__all__ = ["all_finite_divided", "cast", "scale", "scaled", "sum_of_squares"]
+__all__ = ["all_finite_divided", "cast", "gradient_arrays", "scale", "scaled", "sum_of_squares"]
 
 _THREADS = 1 << 17
 """Partial sums per bucket: enough to keep a GPU's memory busy, and few to add up."""
+
+
+def gradient_arrays(
+    parameters: Parameters, caller: str, *, may_be_empty: bool = False
+) -> tuple[list[Array], list[Array]]:
+    """Return arrays that hold the gradients of these parameters and nothing else.
+
+    Parameters
+    ----------
+    parameters : Module, DDP or iterable of Parameter
+        Those without a gradient are passed over.
+    caller : str
+        For errors.
+    may_be_empty : bool, optional
+        Whether an iterator may yield nothing.
+
+    Returns
+    -------
+    host : list of Array
+        The gradients on the host, one by one.
+    device : list of Array
+        Those on a device: neighbours in a bucket as one flat array, with the zeros between them.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    ValueError
+        If an iterator yields nothing: it may have been used before.
+    """
+    named = named_list(parameters, caller)
+    if not (named or may_be_empty) and isinstance(parameters, Iterator):
+        raise ValueError(
+            f"{caller}: got no parameter; an iterator can be used only once: pass "
+            "model.parameters() anew"
+        )
+    host: list[Array] = []
+    device: list[Array] = []
+    parts: dict[FlatBuffer, set[str]] = {}
+    for _, parameter in named:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if not is_device(grad):
+            host.append(grad)
+        elif parameter.location is None:
+            device.append(grad)
+        else:
+            flat, name = parameter.location
+            parts.setdefault(flat, set()).add(name)
+    for flat, names in parts.items():
+        device += [flat.data[segment] for _, segment in flat.segments(dict.fromkeys(names))]
+    return host, device
 
 
 def cast(x: Array, out: Array) -> None:

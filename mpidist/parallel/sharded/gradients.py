@@ -17,9 +17,9 @@ from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
-from mpidist.parallel.data.bucket import BucketSizes
+from mpidist.parallel.data.buckets import Bucket, BucketSizes
 from mpidist.parallel.data.ddp import DDP
-from mpidist.parallel.sharded.slabs import Slab
+from mpidist.parallel.sharded.flat_parameters import FlatParameters
 
 __all__ = [
     "ReducedGradients",
@@ -44,15 +44,15 @@ class ShardGradients(ABC):
     def __init__(self, ddp: DDP, group: ProcessGroup) -> None:
         self.ddp = ddp
         self._group = group
-        self._named = dict(ddp.module.named_parameters())
+        self._named = {n: p for n, p in ddp.module.named_parameters() if p.trainable}
         self._shards: Mapping[str, Parameter] = {}
-        self._slabs: Sequence[Slab] = ()
+        self._flats: Sequence[FlatParameters] = ()
         self._work: Work[None] | None = None
         self._syncing = True
 
-    def bind(self, slabs: Sequence[Slab], shards: Mapping[str, Parameter]) -> None:
-        """Take note of who gets what."""
-        self._slabs, self._shards = slabs, shards
+    def connect(self, flats: Sequence[FlatParameters], shards: Mapping[str, Parameter]) -> None:
+        """Set the shards, and the flat arrays that they are slices of."""
+        self._flats, self._shards = flats, shards
 
     def backward(self, ctx: Context, dy: Array) -> Array:
         """Run backward, starting the reduction of what becomes complete."""
@@ -77,16 +77,16 @@ class ShardGradients(ABC):
         return sum(parameter.grad_nbytes for parameter in self._named.values())
 
     @abstractmethod
-    def take(self) -> None:
+    def wait(self) -> None:
         """Wait for the reduction, and give each shard its part; may be called again."""
 
     @abstractmethod
-    def spend(self) -> None:
-        """Take note that a step has been made with them."""
+    def consume(self) -> None:
+        """Release what a step has used."""
 
     @abstractmethod
-    def forget(self) -> None:
-        """Let there be no gradient."""
+    def zero(self) -> None:
+        """Forget all gradients."""
 
     def close(self) -> None:
         """Wait for what is under way."""
@@ -102,23 +102,23 @@ class ShardGradients(ABC):
 class ReducedGradients(ShardGradients):
     """Gradients that are already the same on all ranks; each shard looks at its part of them."""
 
-    def take(self) -> None:
+    def wait(self) -> None:
         """Let each shard's gradient be its part of the parameter's."""
         if self._work is not None:
             self._work.wait()
-        for slab in self._slabs:
-            for name in slab.layout.shapes:
+        for flat in self._flats:
+            for name in flat.layout.shapes:
                 shard, grad = self._shards[name], self._named[name].grad
                 shard.zero_grad()
                 if grad is not None:
-                    part = grad.reshape(-1)[slab.box(name).slices]
+                    part = grad.reshape(-1)[flat.box(name).slices]
                     shard.attach(part)
                     shard.add_grad(part)
 
-    def spend(self) -> None:
+    def consume(self) -> None:
         """Do nothing: they stay until they are zeroed, as with any optimizer."""
 
-    def forget(self) -> None:
+    def zero(self) -> None:
         """Forget the gradients of all parameters."""
         if self._work is not None:
             self._work.wait()
@@ -128,9 +128,9 @@ class ReducedGradients(ShardGradients):
 class ScatteredGradients(ShardGradients):
     """Gradients of which each rank receives the reduction of its own slices only.
 
-    They are a DDP's, but for the hook by which its buckets travel, so overlap, order and misuse are
-    its business. Slabs are laid out as its buckets are, and a rank's slice of a bucket is that of
-    the slab.
+    They are a DDP's, but for what happens to its full buckets, so overlap, order and misuse are
+    its business. The parameters' flat arrays are laid out as its buckets are, and a rank's slice of
+    a bucket is that of the flat array.
 
     Between the reduction and the step a parameter's gradient is neither this rank's nor everyone's,
     and so it stays closed (`Parameter.expect`).
@@ -154,26 +154,30 @@ class ScatteredGradients(ShardGradients):
     def __init__(
         self, module: Module, group: ProcessGroup, *, op: ReduceOp, sizes: BucketSizes
     ) -> None:
-        self._scatter = _Scatter()
-        super().__init__(DDP(module, group, op=op, compression=self._scatter, sizes=sizes), group)
-        self._taken = False
+        self._scatters: list[_ReduceScatter] = []
+        ddp = DDP(module, group, op=op, sizes=sizes, exchange=self._make_scatter)
+        super().__init__(ddp, group)
+        self._received = False
 
-    def bind(self, slabs: Sequence[Slab], shards: Mapping[str, Parameter]) -> None:
+    def connect(self, flats: Sequence[FlatParameters], shards: Mapping[str, Parameter]) -> None:
         """Make memory for the reduced slices, and let the shards' gradients live there."""
-        super().bind(slabs, shards)
-        for slab in slabs:
-            reduced = np.empty_like(slab.own)
-            first = self._named[next(iter(slab.layout.shapes))]
-            home = first.first_grad() if first.grad is None else first.grad
-            if slab.layout.length and home is not None:
-                self._scatter.routes[home.ctypes.data] = (slab, reduced)
-            for name in slab.layout.shapes:
-                shards[name].attach(slab.part(name, reduced))
+        super().connect(flats, shards)
+        scatter_of = {name: scatter for scatter in self._scatters for name in scatter.bucket.grads}
+        for flat in flats:
+            reduced = np.empty_like(flat.own)
+            for name in flat.layout.shapes:
+                shards[name].attach(flat.part(name, reduced))
+                scatter_of[name].connect(reduced, flat.counts)
+
+    def _make_scatter(self, bucket: Bucket, group: ProcessGroup, op: ReduceOp) -> _ReduceScatter:
+        scatter = _ReduceScatter(bucket, group, op)
+        self._scatters.append(scatter)
+        return scatter
 
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's gradients, the reduced slices included."""
-        return super().nbytes + sum(slab.own.nbytes for slab in self._slabs)
+        return super().nbytes + sum(flat.own.nbytes for flat in self._flats)
 
     def backward(self, ctx: Context, dy: Array) -> Array:
         """Run backward, starting the reduce-scatter of what becomes complete."""
@@ -185,40 +189,40 @@ class ScatteredGradients(ShardGradients):
             )
         return super().backward(ctx, dy)
 
-    def take(self) -> None:
-        """Wait for the slices."""
+    def wait(self) -> None:
+        """Wait for this rank's slices, and count them as the shards' gradients."""
         if self._work is None:
             self._check_reduced()
             return
-        if self._taken:
+        if self._received:
             return
         self._work.wait()
-        self._taken = True
+        self._received = True
         for name, parameter in self._named.items():
             shard = self._shards[name]
             if parameter.grad is not None:
-                home = shard.first_grad()
-                if home is not None:
-                    shard.add_grad(home)
+                memory = shard.first_grad()
+                if memory is not None:
+                    shard.add_grad(memory)
             parameter.expect(0)
 
-    def spend(self) -> None:
+    def consume(self) -> None:
         """Forget them: the ranks hold no whole reduced gradient that could be used again."""
-        self.forget()
+        self.zero()
 
-    def forget(self) -> None:
+    def zero(self) -> None:
         """Wait for the slices, if they are under way, and forget all gradients."""
         if self._work is not None:
             self._work.wait()
-            if self._taken:
+            if self._received:
                 for parameter in self._named.values():
                     parameter.release()
-        self._taken = False
+        self._received = False
         self._drop()
 
     def close(self) -> None:
         """Wait for what is under way, and release the DDP's group."""
-        self.forget()
+        self.zero()
         self.ddp.close()
 
     def _check_reduced(self) -> None:
@@ -231,17 +235,35 @@ class ScatteredGradients(ShardGradients):
                 )
 
 
-class _Scatter:
-    """The hook by which buckets travel: each rank gets the reduction of its slice."""
+class _ReduceScatter:
+    """What happens to a full bucket: each rank receives the reduction of its slice.
 
-    def __init__(self) -> None:
-        self.routes: dict[int, tuple[Slab, Array]] = {}
+    Parameters
+    ----------
+    bucket : Bucket
+        The gradients.
+    group : ProcessGroup
+        The ranks, in the order of their slices.
+    op : ReduceOp
+        MEAN or SUM.
+    """
 
-    def __call__(self, bucket: Array, group: ProcessGroup, op: ReduceOp) -> Work[Any]:
-        if not bucket.size:
-            return ireduce_scatter(bucket, group, op=op, counts=(0,) * group.size)
-        slab, reduced = self.routes[bucket.ctypes.data]
-        return ireduce_scatter(bucket, group, op=op, out=reduced, counts=slab.counts)
+    def __init__(self, bucket: Bucket, group: ProcessGroup, op: ReduceOp) -> None:
+        self.bucket = bucket
+        self._group = group
+        self._op = op
+        self._reduced: Array | None = None
+        self._counts: tuple[int, ...] = ()
+
+    def connect(self, reduced: Array, counts: tuple[int, ...]) -> None:
+        """Set where this rank's reduced slice goes, and how long each rank's is."""
+        self._reduced = reduced
+        self._counts = counts
+
+    def __call__(self) -> Work[Any]:
+        return ireduce_scatter(
+            self.bucket.data, self._group, op=self._op, out=self._reduced, counts=self._counts
+        )
 
 
 def make_gradients(

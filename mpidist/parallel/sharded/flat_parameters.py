@@ -1,0 +1,305 @@
+"""Parameters in flat arrays of which each rank owns one slice: once per node, or once per rank.
+
+[Note: parameters once per node] `Parameter.data` are read-only views of memory that all ranks of
+the node see. A rank writes its own slices only, after a barrier (all have read) and before another
+(all have written). So whatever writes parameters goes through who holds the store. Over several
+nodes the slices are exchanged among ranks with the same local rank. Where memory cannot be shared,
+every rank has a copy, and slices are gathered from all; parameters are read-only there, too, so
+that a program that works on one machine works on any.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpidist._types import LAND, MIN, Array, DType
+from mpidist.arrays.boxes import Box, split_evenly
+from mpidist.arrays.flat import FlatBuffer
+from mpidist.collectives import all_gather, all_reduce, barrier
+from mpidist.group import ProcessGroup
+from mpidist.parallel.data.buckets import ALIGNMENT_BYTES, BucketSizes, assign_buckets
+
+__all__ = [
+    "FlatLayout",
+    "FlatParameters",
+    "NodeStore",
+    "ParameterStore",
+    "RankStore",
+    "by_node",
+    "lay_out",
+    "make_store",
+]
+
+_EMPTY = Box((0,), (0,))
+
+
+@dataclass(frozen=True, slots=True)
+class FlatLayout:
+    """Which parameters lie in a flat array, and where.
+
+    Attributes
+    ----------
+    shapes : mapping of str to tuple of int
+        Name and shape of each parameter, in their order.
+    spans : mapping of str to Box
+        Where each lies in the flat array.
+    dtype : dtype
+        Of all of them.
+    length : int
+        Elements of the flat array, with the padding that brings every parameter to a cache
+        line.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    spans: Mapping[str, Box]
+    dtype: DType
+    length: int
+
+    @classmethod
+    def of(cls, like: Mapping[str, Array]) -> FlatLayout:
+        """Lay out arrays of one dtype as a `Bucket` lays out their gradients."""
+        shapes = {name: tuple(array.shape) for name, array in like.items()}
+        (dtype,) = {array.dtype for array in like.values()}
+        spans, offset = {}, 0
+        for name, shape in shapes.items():
+            spans[name] = Box((offset,), (like[name].size,))
+            offset += FlatBuffer.length_of({name: shape}, alignment=_line(dtype))
+        return cls(shapes, spans, dtype, offset)
+
+    def counts(self, owners: int, size: int) -> tuple[int, ...]:
+        """Return the number of elements of each rank's slice: whole cache lines.
+
+        Parameters
+        ----------
+        owners : int
+            How many ranks, the first ones, own a slice; at most `size`.
+        size : int
+            Number of ranks.
+        """
+        line = _line(self.dtype)
+        shares = [count * line for _, count in split_evenly(self.length // line, owners)]
+        return (*shares, *(0,) * (size - owners))
+
+
+def lay_out(arrays: Mapping[str, Array], sizes: BucketSizes) -> list[FlatLayout]:
+    """Distribute arrays over flat arrays as `assign_buckets` distributes their gradients."""
+    return [
+        FlatLayout.of({name: arrays[name] for name in names})
+        for names in assign_buckets(arrays, sizes)
+    ]
+
+
+class FlatParameters:
+    """Parameters in one flat array, of which each rank owns one slice.
+
+    Parameters
+    ----------
+    layout : FlatLayout
+        What lies where.
+    data : Array, shape (length,)
+        The memory.
+    counts : sequence of int
+        Elements of each rank's slice.
+    rank : int
+        This rank.
+
+    Attributes
+    ----------
+    layout, data, counts
+        As given.
+    views : dict of str to Array
+        The parameters, of their shapes: views of `data`.
+    own : Array, shape (counts[rank],)
+        This rank's slice: a view of `data`.
+    """
+
+    def __init__(self, layout: FlatLayout, data: Array, counts: Sequence[int], rank: int) -> None:
+        self.layout = layout
+        self.data = data
+        self.counts = tuple(counts)
+        self.views = FlatBuffer(
+            layout.shapes, layout.dtype, alignment=_line(layout.dtype), storage=data
+        ).views
+        self._rank = rank
+        self._slices: list[Box] = []
+        start = 0
+        for count in self.counts:
+            self._slices.append(Box((start,), (count,)))
+            start += count
+        self.own = data[self._slices[rank].slices]
+
+    def box(self, name: str, rank: int | None = None) -> Box:
+        """Return what a rank, this one when omitted, owns of a parameter.
+
+        Returns
+        -------
+        Box
+            In the flattened parameter; one dimension.
+        """
+        span = self.layout.spans[name]
+        common = span.intersect(self._slices[self._rank if rank is None else rank])
+        return _EMPTY if common is None else common.relative_to(span)
+
+    def part(self, name: str, piece: Array) -> Array:
+        """Return what belongs to a parameter in an array of the shape of `own`."""
+        own = self._slices[self._rank]
+        common = self.layout.spans[name].intersect(own)
+        return piece[:0] if common is None else piece[common.relative_to(own).slices]
+
+
+def _line(dtype: DType) -> int:
+    """Return the elements of a cache line: every parameter, and every slice, begins on one."""
+    return max(ALIGNMENT_BYTES // dtype.itemsize, 1)
+
+
+class ParameterStore(ABC):
+    """Memory of all parameters.
+
+    Attributes
+    ----------
+    flats : tuple of FlatParameters
+        The parameters.
+    nbytes : int
+        This rank's share of the memory.
+    """
+
+    flats: tuple[FlatParameters, ...]
+    nbytes: int
+
+    @abstractmethod
+    def begin_write(self) -> None:
+        """Return when no rank reads any more what this one is about to write."""
+
+    @abstractmethod
+    def end_write(self) -> None:
+        """Make every rank see what all ranks have written in their slices."""
+
+
+class NodeStore(ParameterStore):
+    """Parameters that stand once on each node.
+
+    [Note: order of slices] The group is ordered by local rank, then by node. So the slices of the
+    ranks with one local rank, one on each node, lie side by side, and an all_gather among them
+    (`cross_group`) puts them where they belong in the memory of each node. Where nodes have
+    different numbers of ranks, those beyond the smallest number have no such group and own nothing.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Made by `by_node`.
+    layouts : sequence of FlatLayout
+        What lies where.
+    blocks : sequence of Array
+        The memory of each flat array, shared by the ranks of this node.
+
+    Notes
+    -----
+    Collective over `group`.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, layouts: Sequence[FlatLayout], blocks: Sequence[Array]
+    ) -> None:
+        self._node = group.node_group()
+        self._peers = group.cross_group()
+        smallest = int(all_reduce(np.array(group.local_size), group, op=MIN))
+        self._first = group.local_rank * group.num_nodes
+        owners = smallest * group.num_nodes
+        self.flats = tuple(
+            FlatParameters(layout, block, layout.counts(owners, group.size), group.rank)
+            for layout, block in zip(layouts, blocks, strict=True)
+        )
+        total = sum(block.nbytes for block in blocks)
+        self.nbytes = split_evenly(total, group.local_size)[group.local_rank][1]
+
+    def begin_write(self) -> None:
+        """Wait for the ranks of this node: all have read."""
+        barrier(self._node)
+
+    def end_write(self) -> None:
+        """Fetch other nodes' slices, then wait for the ranks of this node: all have written."""
+        peers = self._peers
+        if peers is not None and peers.size > 1:
+            for flat in self.flats:
+                before = sum(flat.counts[: self._first])
+                counts = flat.counts[self._first : self._first + peers.size]
+                region = flat.data[before : before + sum(counts)]
+                all_gather(flat.own, peers, out=region, counts=counts)
+        barrier(self._node)
+
+
+class RankStore(ParameterStore):
+    """Parameters of which every rank has a copy, where ranks share no memory.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks.
+    layouts : sequence of FlatLayout
+        What lies where.
+    """
+
+    def __init__(self, group: ProcessGroup, layouts: Sequence[FlatLayout]) -> None:
+        self._group = group
+        self.flats = tuple(
+            FlatParameters(
+                layout,
+                np.empty(layout.length, layout.dtype),
+                layout.counts(group.size, group.size),
+                group.rank,
+            )
+            for layout in layouts
+        )
+        self.nbytes = sum(flat.data.nbytes for flat in self.flats)
+
+    def begin_write(self) -> None:
+        """Do nothing: nobody else reads this rank's copy."""
+
+    def end_write(self) -> None:
+        """Send this rank's slices to all, and receive theirs."""
+        for flat in self.flats:
+            all_gather(flat.own, self._group, out=flat.data, counts=flat.counts)
+
+
+def by_node(group: ProcessGroup, name: str) -> ProcessGroup:
+    """Make a group of the same ranks in the order of [Note: order of slices]; collective."""
+    key = group.local_rank * group.num_nodes + group.node_rank
+    ordered = group.split(0, key, name=name)
+    assert ordered is not None, "every rank gave color 0"
+    return ordered
+
+
+def make_store(group: ProcessGroup, layouts: Sequence[FlatLayout]) -> ParameterStore:
+    """Make memory for parameters: once per node if every node can share it, else once per rank.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Made by `by_node`.
+    layouts : sequence of FlatLayout
+        What is to lie in it.
+
+    Returns
+    -------
+    ParameterStore
+        Not initialised.
+
+    Notes
+    -----
+    Collective over `group`; blocks.
+    """
+    node = group.node_group()
+    blocks: list[Array] = []
+    for layout in layouts:
+        block = node.shared(layout.length, layout.dtype)
+        if block is None:
+            break  # on all ranks of this node
+        blocks.append(block)
+    shared = np.array(len(blocks) == len(layouts))
+    if all_reduce(shared, group, op=LAND):
+        return NodeStore(group, layouts, blocks)
+    return RankStore(group, layouts)
