@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 from mpidist._types import Array
@@ -35,10 +36,43 @@ class Sequential(Module):
                 )
         self.layers = layers
 
+    _first = 0
+    """Number of the first layer; above 0 in a `part`."""
+
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Yield the layers under their numbers, then what is held in other attributes."""
-        yield from ((str(i), layer) for i, layer in enumerate(self.layers))
+        yield from ((str(i), layer) for i, layer in enumerate(self.layers, self._first))
         yield from children_of(self, but="layers")
+
+    def part(self, start: int, stop: int) -> Sequential:
+        """Return some of the layers as a module of their own that keeps their names.
+
+        Parameters
+        ----------
+        start, stop : int
+            Numbers of the first layer and of the one after the last, as in a slice of this module;
+            ``0 <= start <= stop <= len(layers)``.
+
+        Returns
+        -------
+        Sequential
+            Of the same layer objects. Their names and layer indices are those that they have in
+            the whole, so that parts on different ranks draw, save and load as the whole does.
+
+        Raises
+        ------
+        ValueError
+            If there are no such layers.
+        """
+        if not 0 <= start <= stop <= len(self.layers):
+            raise ValueError(
+                f"Sequential.part: expected 0 <= start <= stop <= {len(self.layers)}, got "
+                f"{start} and {stop}"
+            )
+        part = copy(self)  # not by the constructor, which would number the layers anew
+        part.layers = self.layers[start:stop]
+        part._first = self._first + start
+        return part
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Run the layers in order."""
@@ -111,7 +145,7 @@ class Recompute(Module):
     -----
     Only the input is kept. The second pass is a replay: it draws the same random numbers and
     changes no buffer, so gradients have the same bits as without `Recompute`. Costs one more
-    forward pass.
+    forward pass. Names do not change either: what was saved with it loads without it.
 
     References
     ----------
@@ -120,6 +154,10 @@ class Recompute(Module):
 
     def __init__(self, inner: Module) -> None:
         self.inner = inner
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Yield the inner module as "": names are the same with and without `Recompute`."""
+        yield "", self.inner
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Run the inner module and drop its context."""

@@ -112,11 +112,16 @@ class Conv2d(Module):
     def backward_weight(self, wctx: Any) -> None:
         """Add the products of output gradients and windows, and dy's sum per channel."""
         padded, rows = wctx
+        if self.weight.trainable:
+            self.weight.add_grad(self._weight_grad(padded, rows))
+        if self.bias is not None and self.bias.trainable:
+            self.bias.add_grad(column_sums(rows))
+
+    def _weight_grad(self, padded: Array, rows: Array) -> Array:
         xp = array_namespace(rows)
         c_out, c_in, kh, kw = self.weight.shape
         columns = self.window.columns(padded)
-        buffer = self.weight.first_grad()
-        grad = xp.empty_like(self.weight.data) if buffer is None else buffer
+        grad = self.weight.empty_grad()
         # The columns have their channels last and the gradient has them first: some of its rows
         # at a time are turned, so that there is no second array of its size.
         height = max(_TURNED // max(columns.shape[1] * rows.dtype.itemsize, 1), 1)
@@ -126,6 +131,4 @@ class Conv2d(Module):
             grad[part] = channels_first(
                 xp.matmul(rows[:, part].T, columns).reshape(-1, kh, kw, c_in)
             )
-        self.weight.add_grad(grad)
-        if self.bias is not None:
-            self.bias.add_grad(column_sums(rows))
+        return grad

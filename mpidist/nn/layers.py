@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class Linear(Module):
         if x.shape[-1] != d_in:
             raise ValueError(f"Linear: expected an input of shape (..., {d_in}), got {x.shape}")
         # One product of two matrices: numpy would run one per leading index otherwise.
-        y: Array = array_namespace(x).matmul(x.reshape(-1, d_in), self.weight.data.T)
+        y: Array = array_namespace(x).matmul(_rows(x), self.weight.data.T)
         if self.bias is not None:
             y += self.bias.data
         return y.reshape(*x.shape[:-1], d_out), Context(x, count_uses(self.weight, self.bias))
@@ -78,18 +79,18 @@ class Linear(Module):
         """Map `dy` (..., d_out) to dx (..., d_in)."""
         x = ctx.saved
         check_gradient(self, dy, (*x.shape[:-1], self.weight.shape[0]))
-        dx = array_namespace(dy).matmul(dy.reshape(-1, self.weight.shape[0]), self.weight.data)
+        dx = array_namespace(dy).matmul(_rows(dy), self.weight.data)
         return dx.reshape(x.shape), (x, dy)
 
     def backward_weight(self, wctx: Any) -> None:
         """Add dy.T @ x and the sum of dy over all rows."""
         x, dy = wctx
         xp = array_namespace(dy)
-        d_out, d_in = self.weight.shape
-        rows = dy.reshape(-1, d_out)
-        # `out` is the bucket's own memory at the first contribution and None later.
-        self.weight.add_grad(xp.matmul(rows.T, x.reshape(-1, d_in), out=self.weight.first_grad()))
-        if self.bias is not None:
+        rows = _rows(dy)
+        if self.weight.trainable:
+            # `out` is the bucket's own memory at the first contribution and None later.
+            self.weight.add_grad(xp.matmul(rows.T, _rows(x), out=self.weight.first_grad()))
+        if self.bias is not None and self.bias.trainable:
             self.bias.add_grad(column_sums(rows))
 
 
@@ -158,10 +159,11 @@ class Embedding(Module):
 
     def backward_weight(self, wctx: Any) -> None:
         """Add each row's sum of dy, in the order of the samples."""
+        if not self.weight.trainable:
+            return
         x, dy = wctx
         xp = array_namespace(dy)
-        buffer = self.weight.first_grad()
-        grad = xp.empty_like(self.weight.data) if buffer is None else buffer
+        grad = self.weight.empty_grad()
         if is_device(x):
             sum_rows_at(dy, x, out=grad)
             self.weight.add_grad(grad)
@@ -174,7 +176,7 @@ class Embedding(Module):
             indices = x.reshape(-1)[order]
             later = xp.flatnonzero(indices[1:] != indices[:-1]) + 1
             starts = xp.concatenate([xp.zeros(1, dtype=later.dtype), later])
-            rows = dy.reshape(-1, self.weight.shape[1])[order]
+            rows = _rows(dy)[order]
             grad[indices[starts]] = xp.add.reduceat(rows, starts, axis=0)
         self.weight.add_grad(grad)
 
@@ -236,10 +238,11 @@ class PositionEmbedding(Module):
 
     def backward_weight(self, wctx: Any) -> None:
         """Add the sum of dy over the batch."""
+        if not self.weight.trainable:
+            return
         xp = array_namespace(wctx)
         time = wctx.shape[1]
-        buffer = self.weight.first_grad()
-        grad = xp.empty_like(self.weight.data) if buffer is None else buffer
+        grad = self.weight.empty_grad()
         xp.sum(wctx, axis=0, out=grad[:time])
         grad[time:] = 0
         self.weight.add_grad(grad)
@@ -259,3 +262,8 @@ class Flatten(Module):
 
     def backward_weight(self, wctx: Any) -> None:
         """Nothing to add."""
+
+
+def _rows(x: Array) -> Array:
+    """View (..., size) as a matrix; `size` may be 0, where numpy cannot tell how many rows."""
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])

@@ -25,18 +25,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import beside, to_device, to_host
 from mpidist.nn.members import members, nameless
 from mpidist.nn.mode import Mode
+from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.tree import SUBSTITUTES, render_tree
 
-__all__ = ["Context", "Module", "after_backward", "check_gradient", "children_of", "count_uses"]
+__all__ = [
+    "PASSES",
+    "Context",
+    "Module",
+    "after_backward",
+    "check_gradient",
+    "children_of",
+    "count_uses",
+    "surround",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +59,7 @@ class Context:
         The layer's own business.
     uses : mapping of Parameter to int, optional
         Number of `add_grad` calls that the backward pass of this context will make on each
-        parameter. One that is not used in this forward pass is absent.
+        trainable parameter. One that is not used in this forward pass is absent.
     """
 
     saved: Any
@@ -57,13 +67,24 @@ class Context:
 
 
 def count_uses(*parts: Parameter | Context | None) -> dict[Parameter, int]:
-    """Add up the uses of parameters (one each) and of contexts; None counts nothing."""
+    """Add up the uses of parameters (one each) and of contexts.
+
+    Parameters
+    ----------
+    *parts : Parameter, Context or None
+        A parameter that is not trainable, and None, count nothing.
+
+    Returns
+    -------
+    dict of Parameter to int
+        For `Context.uses`.
+    """
     total: dict[Parameter, int] = {}
     for part in parts:
         if isinstance(part, Context):
             for parameter, uses in part.uses.items():
                 total[parameter] = total.get(parameter, 0) + uses
-        elif part is not None:
+        elif part is not None and part.trainable:
             total[part] = total.get(part, 0) + 1
     return total
 
@@ -77,6 +98,63 @@ def check_gradient(layer: Module, dy: Array, shape: tuple[int, ...]) -> None:
         )
 
 
+PASSES = ("forward", "backward", "backward_input", "backward_weight")
+"""The methods of a module that compute."""
+
+
+@contextmanager
+def surround(
+    module: Module, around: Callable[[str, Callable[[], Any]], Any], passes: Sequence[str] = PASSES
+) -> Iterator[None]:
+    """Put something around each pass of a module, inside the ``with`` block.
+
+    Parameters
+    ----------
+    module : Module
+        Any module, whether it overrides `Module.backward` or not.
+    around : callable
+        Called as ``around(name, run)`` in place of the pass of that name, on any call of it.
+        Returns what ``run()`` returns, or something else in its place. A pass within a pass of the
+        same module, such as the halves within `Module.backward`, is a part of the outer one.
+    passes : sequence of str, optional
+        Which of the passes.
+
+    Notes
+    -----
+    For the strategies, which have to do something before or after a module computes: gather its
+    parameters, let messages make progress, look at its results. Several may surround one module;
+    the last one is the outermost. Attributes of the object hide the methods meanwhile, so type,
+    names and parameters stay what they are.
+    """
+    inside = False
+
+    def shadow(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return method(*args)
+            inside = True
+            try:
+                return around(name, lambda: method(*args))
+            finally:
+                inside = False
+
+        return call
+
+    attributes = vars(module)  # not by setattr: a frozen dataclass may be a layer
+    hidden = {name: attributes.get(name) for name in passes}
+    for name in passes:
+        attributes[name] = shadow(name, getattr(module, name))
+    try:
+        yield
+    finally:
+        for name, before in hidden.items():
+            if before is None:
+                del attributes[name]
+            else:
+                attributes[name] = before
+
+
 @contextmanager
 def after_backward(modules: Iterable[Module], call: Callable[[], None]) -> Iterator[None]:
     """Call `call` at the end of each backward pass of these modules, inside the ``with`` block.
@@ -84,20 +162,21 @@ def after_backward(modules: Iterable[Module], call: Callable[[], None]) -> Itera
     Parameters
     ----------
     modules : iterable of Module
-        Modules that make their backward pass of the two halves, as layers do; one that overrides
-        `Module.backward` is made of others, and does not call.
+        Any modules. Halves of the backward pass that are run alone count, each.
     call : callable
         Takes nothing. What is to be done between the layers of a model, such as letting
         communication make progress.
     """
-    modules = tuple(modules)
-    for module in modules:
-        vars(module)["_after_backward"] = call  # not by setattr: a frozen dataclass may be a layer
-    try:
-        yield
-    finally:
+
+    def around(_: str, run: Callable[[], Any]) -> Any:
+        result = run()
+        call()
+        return result
+
+    with ExitStack() as surrounded:
         for module in modules:
-            vars(module).pop("_after_backward", None)
+            surrounded.enter_context(surround(module, around, PASSES[1:]))
+        yield
 
 
 class _LabellingMeta(ABCMeta):
@@ -130,7 +209,6 @@ class Module(metaclass=_LabellingMeta):
     layer_index: int | None = None
     """Position among the tree's leaves, which random layers draw by; None before `relabel`."""
     _is_labelled: bool = False
-    _after_backward: Callable[[], None] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -231,16 +309,20 @@ class Module(metaclass=_LabellingMeta):
         """
         dx, wctx = self.backward_input(ctx, dy)
         self.backward_weight(wctx)
-        if self._after_backward is not None:
-            self._after_backward()
         return dx
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Yield the modules held directly: in attributes, lists (`name.0`), dicts (`name.key`)."""
+        """Yield the modules held directly: in attributes, lists (`name.0`), dicts (`name.key`).
+
+        A wrapper that is no part of names, such as `Recompute`, yields what it wraps as "".
+        """
         return children_of(self)
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """Yield this module as "" and all below it, parents first, a shared one once."""
+        """Yield this module as "" and all below it, parents first, a shared one once.
+
+        What a `Recompute` wraps has the same name as the `Recompute`, and comes after it.
+        """
         return _walk(self, "", set())
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -393,7 +475,8 @@ class Module(metaclass=_LabellingMeta):
         Parameters
         ----------
         state : mapping of str to Array
-            As `state_dict` gives it: the same names, shapes and dtypes.
+            As `state_dict` gives it: the same names, shapes and dtypes. Names in which the
+            ``inner`` of a wrapper stands, as they were written before, are understood, too.
 
         Raises
         ------
@@ -402,8 +485,9 @@ class Module(metaclass=_LabellingMeta):
             naming a parameter that is read-only because its memory is shared; nothing has been
             changed then.
         """
-        self.check_state_dict(state)
         own = self.state_dict()
+        state = with_present_names(state, own)
+        self.check_state_dict(state)
         for name, array in own.items():
             if not getattr(array.flags, "writeable", True):  # cupy's arrays always are
                 raise ValueError(
@@ -428,7 +512,8 @@ class Module(metaclass=_LabellingMeta):
         ValueError
             Listing every name that is missing or unknown and every shape or dtype that differs.
         """
-        problems = _differences(self.state_dict(), state)
+        own = self.state_dict()
+        problems = _differences(own, with_present_names(state, own))
         if problems:
             raise ValueError(
                 f"load_state_dict: the state does not fit {type(self).__name__}; nothing was "
@@ -462,7 +547,7 @@ def _labelling(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def _walk(module: Module, name: str, seen: set[int]) -> Iterator[tuple[str, Module]]:

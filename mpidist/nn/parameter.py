@@ -328,8 +328,10 @@ class Parameter:
         self._on_ready = None
 
     def _accumulate(self, g: Array) -> None:
-        grad = self._grad
-        if self._has_grad and grad is not None:
+        memory = self.first_grad()
+        if memory is None:
+            grad = self._grad
+            assert grad is not None, "a contribution has come"
             if g is grad:
                 raise RuntimeError(
                     f"add_grad: the gradient of parameter '{self.name}' was handed in twice; "
@@ -337,10 +339,8 @@ class Parameter:
                 )
             array_namespace(grad).add(grad, g, out=grad, casting="same_kind")
             return
-        if grad is None:
-            grad = self._grad = self._new_array()
-        if g is not grad:
-            grad[...] = g
+        if g is not memory:
+            memory[...] = g
         self._has_grad = True
 
     def _new_array(self) -> Array:

@@ -51,19 +51,20 @@ def render_tree(module: Module) -> str:
     return "\n".join([f"{head}; {own}" if own else head, *_children(module, "", names)])
 
 
-def _children(module: Module, path: str, names: dict[int, str]) -> Iterator[str]:
+def _children(module: Module, path: str, names: dict[int, str], depth: int = 1) -> Iterator[str]:
     names[id(module)] = path or "the root"
-    indent = "  " * (path.count("/") + 2 if path else 1)
+    indent = "  " * depth
     for name, child in module.named_children():
         kind = type(child).__name__
         if id(child) in names:
             yield f"{indent}{name}: {kind}, the same as {names[id(child)].replace('/', '.')}"
             continue
-        below = f"{path}/{name}" if path else name
+        below = f"{path}/{name}" if path and name else path or name
         size = sum(each.size for each in _below(child))
         own = _own(child, below, names)
-        yield f"{indent}{name}: {kind}" + (f", {size:,}" * bool(size)) + (f"; {own}" * bool(own))
-        yield from _children(child, below, names)
+        shown = f"{name}: {kind}" if name else kind
+        yield f"{indent}{shown}" + (f", {size:,}" * bool(size)) + (f"; {own}" * bool(own))
+        yield from _children(child, below, names, depth + 1)
 
 
 def _own(module: Module, path: str, names: dict[int, str]) -> str:

@@ -55,13 +55,13 @@ class FusedUpdates:
         # A bucket that is laid out anew is another one; what mirrored the old one goes with it.
         self._mirrors: WeakKeyDictionary[FlatBuffer, _Mirror] = WeakKeyDictionary()
 
-    def update(self, updates: Mapping[str, int], lr: float) -> None:
+    def update(self, updates: Mapping[str, tuple[Array, int]], lr: float) -> None:
         """Make one step.
 
         Parameters
         ----------
-        updates : mapping of str to int
-            The parameters that have a gradient, and which update of each it is, from 1.
+        updates : mapping of str to (Array, int)
+            The gradient of each parameter that has one, and which update of it this is, from 1.
         lr : float
             Learning rate of this step.
 
@@ -70,11 +70,9 @@ class FusedUpdates:
         Local; does not block the host.
         """
         buckets: dict[FlatBuffer, dict[str, int]] = {}
-        for name, t in updates.items():
+        for name, (grad, t) in updates.items():
             parameter = self._params[name]
             if parameter.location is None or parameter.location[0].data.dtype != parameter.dtype:
-                grad = parameter.grad
-                assert grad is not None, "it has a gradient"
                 apply_rule(self._rule, parameter.data, grad, self._state[name], lr=lr, t=t)
                 continue
             flat, part = parameter.location

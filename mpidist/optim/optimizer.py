@@ -10,6 +10,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import HALVES, array_namespace, beside, is_device
+from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.parameters import HasParameters, Parameters, named_list
 from mpidist.observe.regions import region
@@ -30,8 +31,8 @@ class Optimizer:
     Parameters
     ----------
     params : Module, DDP, or iterable of Parameter or of (str, Parameter)
-        What to update: all parameters of a model, or these. The names are the keys of
-        `state_dict`; a bare parameter gives its own.
+        What to update: all parameters of a model, or these; those that are not trainable are left
+        out. The names are the keys of `state_dict`; a bare parameter gives its own.
     rule : UpdateRule
         The arithmetic of one update.
     lr : float or Schedule
@@ -116,9 +117,9 @@ class Optimizer:
 
     def _check_complete(self, model: HasParameters) -> None:
         """Refuse a model that has been given other parameters since; once, as it takes time."""
-        mine = set(map(id, self._params.values()))
+        own = set(map(id, self._params.values()))
         for name, parameter in model.named_parameters():
-            if id(parameter) not in mine:
+            if parameter.trainable and id(parameter) not in own:
                 raise ValueError(
                     f"{type(self).__name__}.step: parameter {name!r} has come to the model after "
                     "the optimizer was made, and would not be trained; make the optimizer last"
@@ -126,26 +127,20 @@ class Optimizer:
 
     def _update(self) -> None:
         lr = _checked_rate(f"{type(self).__name__}.step {self._steps}", self.lr)
-        on_device: dict[str, int] = {}
+        on_device: dict[str, tuple[Array, int]] = {}
         for name, p in self._params.items():
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            state = self._state[name]
-            self._check_shapes(name, p.data, p.grad, state)
-            there = self._is_on_device(name, p.data, p.grad, state)
-            self._updates[name] += 1
+            data, state = p.data, self._state[name]
+            self._check_shapes(name, data, grad, state)
+            there = self._is_on_device(name, data, grad, state)
+            t = self._updates[name] = self._updates[name] + 1
             if there:
-                on_device[name] = self._updates[name]
+                on_device[name] = grad, t
                 continue
-            for (w, g, *slots), scratch in _blocks(p.data, p.grad, *state.values()):
-                self._rule.apply(
-                    w,
-                    g,
-                    dict(zip(state, slots, strict=True)),
-                    scratch,
-                    lr=lr,
-                    t=self._updates[name],
-                )
+            for (w, g, *slots), scratch in _blocks(data, grad, *state.values()):
+                self._rule.apply(w, g, dict(zip(state, slots, strict=True)), scratch, lr=lr, t=t)
         self._fused.update(on_device, lr)
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,8 +172,9 @@ class Optimizer:
         ValueError
             If class, names, shapes or dtypes differ; nothing has been changed then.
         """
-        mine = self.state_dict()
-        check_same_state(mine, state)
+        own = self.state_dict()
+        state = with_present_names(state, own)
+        check_same_state(own, state)
         self._steps = int(state["step"])
         for name, slots in self._state.items():
             self._updates[name] = int(state[f"{name}/updates"])
@@ -330,6 +326,8 @@ def _by_name(params: Parameters, optimizer: str) -> dict[str, Parameter]:
     named: dict[str, Parameter] = {}
     seen: set[int] = set()
     for position, (given, p) in enumerate(named_list(params, optimizer)):
+        if not p.trainable:
+            continue
         name = given or f"parameter{position}"
         if name in named or id(p) in seen:
             raise ValueError(
@@ -378,17 +376,17 @@ def _blocks(*arrays: Array) -> Iterator[tuple[tuple[Array, ...], Array]]:
         yield block, scratch[:, : block[0].size]
 
 
-def check_same_state(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+def check_same_state(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raise ValueError unless a state has the kind, names, shapes and dtypes of this one."""
-    if theirs.get("kind") != mine["kind"]:
+    if theirs.get("kind") != own["kind"]:
         raise ValueError(
-            f"load_state_dict: this is {mine['kind']}, the state is of {theirs.get('kind')!r}"
+            f"load_state_dict: this is {own['kind']}, the state is of {theirs.get('kind')!r}"
         )
-    if mine.keys() != theirs.keys():
-        missing = sorted(mine.keys() - theirs.keys())
-        unknown = sorted(theirs.keys() - mine.keys())
+    if own.keys() != theirs.keys():
+        missing = sorted(own.keys() - theirs.keys())
+        unknown = sorted(theirs.keys() - own.keys())
         raise ValueError(f"load_state_dict: missing {missing[:5]}, not known here {unknown[:5]}")
-    for key, value in mine.items():
+    for key, value in own.items():
         shape = getattr(value, "shape", ())
         got = getattr(theirs[key], "shape", ())
         if got != shape:

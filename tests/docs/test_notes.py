@@ -17,7 +17,7 @@ strip = runpy.run_path(str(DOCS / "_ext" / "notes.py"))["strip"]
         ("[Note: phases] MPI makes no\nprogress.", "MPI makes no\nprogress."),
         ("It is sent, see [Note: phases]. Then", "It is sent. Then"),
         (
-            "It is read-only; see [Note: one copy] in\n`mpidist.parallel.sharded.stores`.",
+            "It is read-only; see [Note: one copy] in\n`mpidist.parallel.sharded.flat_parameters`.",
             "It is read-only.",
         ),
         ("Dies.\n\nSee [Note: commit] in `mpidist.checkpoint.saving.commit`.", "Dies."),

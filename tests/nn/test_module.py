@@ -97,8 +97,8 @@ def test_names_follow_the_tree_in_order_of_definition():
         "0.bias",
         "1.inner.weight",
         "1.inner.bias",
-        "3.inner.weight",
-        "3.inner.bias",
+        "3.weight",
+        "3.bias",
     ]
     assert [name for name, _ in model.named_buffers()] == [
         "1.inner.running_mean",
@@ -251,7 +251,7 @@ def test_a_module_shows_its_tree():
         "buffer running_var (2,)\n"
         "  2: Flatten\n"
         "  3: Recompute, 27\n"
-        "    inner: Linear, 27; weight (3, 8), bias (3,)"
+        "    Linear, 27; weight (3, 8), bias (3,)"
     )
     tied = repr(TiedModel())
     assert tied.startswith("TiedModel: 40 elements in 3 parameters, float64\n")

@@ -15,6 +15,7 @@ from mpidist.collectives import ibroadcast
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, after_backward
+from mpidist.nn.names import former_names
 from mpidist.nn.parameter import Parameter
 from mpidist.observe.regions import region
 from mpidist.parallel.data.buckets import BucketSizes
@@ -510,26 +511,35 @@ class BucketOrder:
 
     def lay_out(self, order: Sequence[str] | None) -> None:
         """Lay the buckets out in this order for good; None: as at first, until one is found."""
-        if not self._fixed:
-            self._gradients.relayout(self._names[::-1] if order is None else order)
-            self.found = None if order is None else tuple(order)
+        if self._fixed:
+            return
+        if order is not None:
+            order = self._present(order)
+        self._gradients.relayout(self._names[::-1] if order is None else order)
+        self.found = None if order is None else tuple(order)
 
     def check(self, order: Any) -> None:
         """Raise ValueError unless it is None or holds every name once."""
         if order is None:
             return
-        if not isinstance(order, (list, tuple)) or sorted(map(str, order)) != sorted(self._names):
+        known = isinstance(order, (list, tuple)) and all(isinstance(name, str) for name in order)
+        if not known or sorted(self._present(order)) != sorted(self._names):
             raise ValueError(
                 "load_state_dict: the order of the gradients' buckets must hold the name of every "
                 f"parameter once, or be None, got {order!r}; nothing was changed"
             )
 
+    def _present(self, order: Sequence[str]) -> list[str]:
+        """Exchange names of which a wrapper was a part when they were saved."""
+        present = {old: new for new, old in former_names(self._names, order).items()}
+        return [present.get(name, name) for name in order]
+
 
 def _layers_without_parameters(module: Module) -> list[Module]:
-    """Return the layers that pass through backward without a gradient to tell of it."""
+    """Return the layers in whose backward pass no gradient becomes complete."""
     return [
         layer
         for _, layer in module.named_modules()
-        if type(layer).backward is Module.backward
+        if (type(layer).backward is Module.backward or not any(layer.named_children()))
         and not any(isinstance(value, Parameter) for value in vars(layer).values())
     ]

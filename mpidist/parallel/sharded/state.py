@@ -9,6 +9,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.shards import ShardedArray, check_held, copy_in
+from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
 from mpidist.optim import Optimizer
 from mpidist.parallel.data.ddp import DDP
@@ -93,6 +94,7 @@ class ModelState:
         """
         self._ddp.check_state_dict(state)
         slices = self._slices()
+        state = with_present_names(state, self._ddp.module.state_dict())
         check_held("ModelState.load_state_dict", slices, state)
         self._store.begin_write()
         copy_in(slices, state)

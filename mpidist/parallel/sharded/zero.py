@@ -14,6 +14,7 @@ from mpidist.arrays.shards import ShardedArray, check_held, copy_in
 from mpidist.collectives import all_gather
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Context, Module
+from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
 from mpidist.observe.regions import region
 from mpidist.optim import Optimizer
@@ -299,6 +300,7 @@ class ShardedOptimizer(Closing):
         Local; to be called on all ranks.
         """
         own = self.state_dict()
+        state = with_present_names(state, own)
         check_same_state(own, state)
         check_held("ShardedOptimizer.load_state_dict", own, state)
         copy_in(own, state)
