@@ -18,7 +18,7 @@ from mpidist.arrays.namespaces import array_namespace, is_host
 from mpidist.arrays.shards import ShardedArray
 from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
 from mpidist.checkpoint.format.files import read_regular
-from mpidist.checkpoint.format.manifest import MANIFEST, MOST_BYTES, Manifest
+from mpidist.checkpoint.format.manifest import JSON, MANIFEST, MOST_BYTES, Manifest
 from mpidist.checkpoint.loading.reading import Files, check_files
 from mpidist.checkpoint.loading.sharing import SLOT, Alone, Readers, batches, readers_of, room
 from mpidist.checkpoint.loading.units import (
@@ -41,6 +41,7 @@ from mpidist.errors import (
     TransportError,
 )
 from mpidist.group import ProcessGroup
+from mpidist.nn.names import former_names
 from mpidist.observe.regions import region
 
 __all__ = ["load", "load_full"]
@@ -99,6 +100,9 @@ def load(
 
     Notes
     -----
+    Arrays of a model that was saved when `Recompute` was a part of names, such as
+    ``0.inner.weight``, are found under the name of today, ``0.weight``.
+
     Collective over `group`; blocks. Rank 0 reads the manifest and broadcasts it. Each node reads
     the tiles that its ranks need once: a rank what only it needs; what several need is shared out
     over them, and they copy from memory that they share, 4 MiB per rank.
@@ -122,7 +126,8 @@ def load(
     with region("checkpoint read"), Files(checkpoint.directory, manifest, verify=verify) as files:
         _all_or_none(lambda: _fill(files, manifest, targets, readers), together, what)
     _all_or_none(targets.finish, together, what)
-    _all_or_none(lambda: restore(state, targets.arrays, manifest.values), together, what)
+    values = targets.values(manifest)
+    _all_or_none(lambda: restore(state, targets.arrays, values), together, what)
     return checkpoint
 
 
@@ -193,10 +198,13 @@ class _Targets:
         Host memory, by name of the array.
     arrays : dict of str to (Array or ShardedArray)
         What the objects of the state are given.
+    former : dict of str to str
+        Names in the checkpoint of what has another name now.
     """
 
     pieces: dict[str, Pieces] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
+    former: dict[str, str] = field(default_factory=dict)
     _copies: list[tuple[Array, Array]] = field(default_factory=list)
 
     def add(self, name: str, box: Box, memory: Array) -> None:
@@ -216,6 +224,11 @@ class _Targets:
             raise CheckpointIncompatibleError(f"{name!r} is a read-only array; give one to fill")
         self.add(name, box, memory)
         return array
+
+    def values(self, manifest: Manifest) -> dict[str, JSON]:
+        """Return the values of a checkpoint under the names of today."""
+        present = {old: new for new, old in self.former.items()}
+        return {present.get(name, name): value for name, value in manifest.values.items()}
 
     def wanted(self) -> list[Wanted]:
         """Return what has to be read."""
@@ -272,10 +285,15 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
     # Items of a list have their places: none may be missing.
     needed = flat.values.keys() - (flat.inside - flat.objects)
     needed |= {name for name in flat.values if name.rpartition("/")[0] in flat.lists}
-    problems = [f"{name}: not in it" for name in sorted(needed - manifest.values.keys())]
     targets = _Targets()
+    targets.former = former_names(
+        [*flat.arrays, *flat.values], {*manifest.arrays, *manifest.values}
+    )
+    known = manifest.values.keys() | targets.former.keys()
+    problems = [f"{name}: not in it" for name in sorted(needed - known)]
     for name, array in flat.arrays.items():
-        stored = manifest.arrays.get(name)
+        saved = targets.former.get(name, name)
+        stored = manifest.arrays.get(saved)
         if stored is None:
             problems.append(f"{name}: not in it")
         elif (stored.shape, stored.dtype) != (tuple(array.shape), array.dtype.newbyteorder("=")):
@@ -286,7 +304,7 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
         elif isinstance(array, ShardedArray):
             inside = name in flat.inside
             pieces = {
-                box: targets.take(name, box, piece, inside=inside)
+                box: targets.take(saved, box, piece, inside=inside)
                 for box, piece in array.pieces.items()
             }
             same = all(map(is_, pieces.values(), array.pieces.values()))
@@ -294,8 +312,8 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
         else:
             whole = Box.whole(array.shape)
             inside = name in flat.inside
-            targets.arrays[name] = targets.take(name, whole, array, inside=inside)
-    problems += _left_over(flat, manifest)
+            targets.arrays[name] = targets.take(saved, whole, array, inside=inside)
+    problems += _left_over(flat, manifest, set(targets.former.values()))
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointIncompatibleError(
@@ -306,13 +324,13 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
     return targets
 
 
-def _left_over(flat: FlatState, manifest: Manifest) -> Iterator[str]:
+def _left_over(flat: FlatState, manifest: Manifest, former: set[str]) -> Iterator[str]:
     """Say which arrays were saved of an object, or items of a list, that it does not have."""
     for name in manifest.arrays:
         parent = name
         while "/" in parent and parent not in flat.objects and parent not in flat.lists:
             parent = parent.rpartition("/")[0]
-        if parent in flat.objects | flat.lists and name not in flat.arrays:
+        if parent in flat.objects | flat.lists and not (name in flat.arrays or name in former):
             yield f"{name}: saved, but {parent!r} has no such part"
     for name in manifest.values:
         parent = name.rpartition("/")[0]
