@@ -15,7 +15,7 @@ from mpidist.bench.nccl_device import DeviceClock, in_a_row
 from mpidist.bench.report import Row
 from mpidist.bench.times import Effort, Series, measure
 from mpidist.group import ProcessGroup
-from mpidist.optim.kernels import apply_rule
+from mpidist.optim.fused import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.parallel import gradient_kernels
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn._init import Rng, fan_in_uniform, parameter_dtype
-from mpidist.nn._sums import column_sums
 from mpidist.nn._windows import Extent, Window, channels_first, channels_last
+from mpidist.nn.layers import column_sums
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses
 from mpidist.nn.parameter import Parameter

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import is_device
-from mpidist.nn.kernels import philox_at_least
+from mpidist.nn.layer_kernels import philox_at_least
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
 
@@ -129,8 +129,8 @@ def dropout_mask(
     for i in range(samples):
         state["state"]["counter"][3] = (mode.sample_offset + i) & _WORD
         philox.state = state
-        words: Array = philox.random_raw((size + 1) // 2)
-        np.greater_equal(words.astype("<u8", copy=False).view("<u4")[:size], threshold, out=mask[i])
+        raw: Array = philox.random_raw((size + 1) // 2)
+        np.greater_equal(raw.astype("<u8", copy=False).view("<u4")[:size], threshold, out=mask[i])
     return mask.reshape(shape)
 
 

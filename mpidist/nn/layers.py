@@ -9,15 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mpidist._types import Array
-from mpidist.arrays.namespaces import array_namespace, is_device
+from mpidist.arrays.namespaces import array_namespace, is_device, is_host
 from mpidist.nn._init import Rng, fan_in_uniform, normal, parameter_dtype
-from mpidist.nn._sums import column_sums
-from mpidist.nn.kernels import rows_at, sum_rows_at
+from mpidist.nn.layer_kernels import rows_at, sum_rows_at
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
 
-__all__ = ["Embedding", "Flatten", "Linear", "PositionEmbedding"]
+__all__ = ["Embedding", "Flatten", "Linear", "PositionEmbedding", "column_sums"]
+
+_BLOCK = 1 << 16
+"""Elements that are widened at once: 512 KiB of float64, which stay in a core's cache."""
+
+_SMALL = 1 << 12
+"""Elements below which the calls would cost more than the sum."""
 
 
 class Linear(Module):
@@ -267,3 +272,43 @@ class Flatten(Module):
 def _rows(x: Array) -> Array:
     """View (..., size) as a matrix; `size` may be 0, where numpy cannot tell how many rows."""
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+def column_sums(a: Array, b: Array | None = None) -> Array:
+    """Sum each column of `a`, or of ``a * b``.
+
+    Parameters
+    ----------
+    a : Array, shape (rows, columns)
+        Any floating dtype.
+    b : Array, shape of `a`, optional
+        Multiplied in before the sum, in the precision of the sum.
+
+    Returns
+    -------
+    Array, shape (columns,), float64
+        Zeros where there are no rows.
+
+    Notes
+    -----
+    Along the first axis numpy adds one row after the other in the array's own precision: in
+    float32 a million values near 100 have a mean that is off by 4e-3, and in float16 a sum stands
+    still at 2048 times its summand. A vector of ones times blocks in float64 has no such error and
+    takes less time, since it runs in the BLAS.
+    """
+    xp = array_namespace(a)
+    dtype = np.result_type(a.dtype, np.float64)
+    rows, columns = a.shape
+    if a.size <= _SMALL or not is_host(a):  # one call; a device wants few large kernels
+        product = a if b is None else xp.multiply(a, b, dtype=dtype)
+        sums: Array = xp.sum(product, axis=0, dtype=dtype)
+        return sums
+    height = max(1, _BLOCK // max(1, columns))
+    ones = np.ones(min(height, rows), dtype)
+    total = np.zeros(columns, dtype)
+    for start in range(0, rows, height):
+        block = a[start : start + height].astype(dtype, copy=False)
+        if b is not None:
+            block = block * b[start : start + height]
+        total += ones[: len(block)] @ block
+    return total

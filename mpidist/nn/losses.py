@@ -52,9 +52,9 @@ def cross_entropy(
     wide = xp.result_type(logits.dtype, xp.float32)  # halves are summed in float32
     rows = logits.reshape(-1, classes).astype(wide, copy=True)
     target = target.reshape(-1)
-    each: Any = scale
+    weight: Any = scale
     if is_device(logits):
-        target, each = _weigh(target, classes, scale, wide)
+        target, weight = _weigh(target, classes, scale, wide)
     picked = (xp.arange(target.size), target)
     rows -= rows.max(axis=-1, keepdims=True)
     shifted = rows[picked]
@@ -62,12 +62,12 @@ def cross_entropy(
     sums = rows.sum(axis=-1, keepdims=True)
     losses = xp.log(sums[:, 0]) - shifted
     if is_device(logits):
-        loss = (losses * each).sum()
-        rows *= each[:, None] / sums
+        loss = (losses * weight).sum()
+        rows *= weight[:, None] / sums
     else:
         loss = np.asarray(losses.sum() * scale, dtype=wide)
         rows *= scale / sums
-    rows[picked] -= each
+    rows[picked] -= weight
     return loss, rows.reshape(logits.shape).astype(logits.dtype, copy=False)
 
 

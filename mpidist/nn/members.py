@@ -1,15 +1,31 @@
-"""What a module holds: the modules and parameters in its attributes, by name."""
+"""What a module holds: modules and parameters in its attributes, by name; and its tree as text."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["members", "nameless"]
+from mpidist.nn.parameter import Parameter
+
+__all__ = ["SUBSTITUTES", "TreeNode", "members", "nameless", "render_tree"]
+
+SUBSTITUTES = {
+    "apply": "a loop over named_modules()",
+    "buffers": "named_buffers()",
+    "children": "named_children()",
+    "cpu": 'to("cpu")',
+    "cuda": 'to("gpu")',
+    "eval": "forward(x, EVAL): each call is told its mode",
+    "modules": "named_modules()",
+    "register_buffer": "an attribute whose name stands in the class attribute buffer_names",
+    "register_parameter": "an attribute that is a Parameter",
+    "train": "forward(x, Mode(training=True, ...)): each call is told its mode",
+}
+"""Methods of a module of PyTorch, and what does the same."""
 
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 _SEQUENCES = (list, tuple, deque)
@@ -64,9 +80,9 @@ def _inside(
         return
     names: dict[str, object] = {}
     for key, item in value.items():
-        for found in members(f"{name}.{key}", item, kinds, inside):
+        for named in members(f"{name}.{key}", item, kinds, inside):
             _check_key(name, key, names)
-            yield found
+            yield named
 
 
 def _check_key(name: str, key: object, names: dict[str, object]) -> None:
@@ -116,3 +132,86 @@ def _without_name(
         for item in value.values() if mapped else value:
             if isinstance(item, _HOLDERS):
                 yield from _without_name(item, kinds, (*inside, id(value)))
+
+
+class TreeNode(Protocol):
+    """What `render_tree` needs of a `Module`."""
+
+    @property
+    def buffer_names(self) -> tuple[str, ...]:
+        """Attributes that are buffers."""
+
+    def named_children(self) -> Iterator[tuple[str, TreeNode]]:
+        """Yield the modules held directly."""
+
+    def named_modules(self) -> Iterator[tuple[str, TreeNode]]:
+        """Yield this module and all below it."""
+
+
+def render_tree(module: TreeNode) -> str:
+    """Return one line per module: name, class, number of elements, parameters and buffers.
+
+    Parameters
+    ----------
+    module : Module
+        The root; it may be half built.
+
+    Returns
+    -------
+    str
+        Lines. What is held twice is described where it comes first, and named afterwards.
+    """
+    names: dict[int, str] = {}
+    parameters = _below(module)
+    dtypes = "".join(
+        f", {dtype}" for dtype in sorted({str(parameter.dtype) for parameter in parameters})
+    )
+    count = len(parameters)
+    total = f"{sum(p.size for p in parameters):,} elements in {count:,} parameter"
+    head = f"{type(module).__name__}: {total}{'s' * (count != 1)}{dtypes}"
+    own = _own(module, "", names)
+    return "\n".join([f"{head}; {own}" if own else head, *_children(module, "", names)])
+
+
+def _children(module: TreeNode, path: str, names: dict[int, str], depth: int = 1) -> Iterator[str]:
+    names[id(module)] = path or "the root"
+    indent = "  " * depth
+    for name, child in module.named_children():
+        kind = type(child).__name__
+        if id(child) in names:
+            yield f"{indent}{name}: {kind}, the same as {names[id(child)].replace('/', '.')}"
+            continue
+        below = f"{path}/{name}" if path and name else path or name
+        size = sum(parameter.size for parameter in _below(child))
+        own = _own(child, below, names)
+        shown = f"{name}: {kind}" if name else kind
+        yield f"{indent}{shown}" + (f", {size:,}" * bool(size)) + (f"; {own}" * bool(own))
+        yield from _children(child, below, names, depth + 1)
+
+
+def _own(module: TreeNode, path: str, names: dict[int, str]) -> str:
+    """Describe the parameters and buffers that a module holds itself."""
+    shown = []
+    for attribute, value in vars(module).items():
+        for name, parameter in members(attribute, value, (Parameter,)):
+            if id(parameter) in names:
+                shown.append(f"{name} = {names[id(parameter)].replace('/', '.')}")
+            else:
+                names[id(parameter)] = f"{path}/{name}" if path else name
+                shown.append(f"{name} {parameter.shape}")
+    shown += [
+        f"buffer {name} {getattr(module, name).shape}"
+        for name in module.buffer_names
+        if hasattr(module, name)
+    ]
+    return ", ".join(shown)
+
+
+def _below(module: TreeNode) -> list[Parameter]:
+    """Return the parameters of a module and of those below it, each once."""
+    below: dict[int, Parameter] = {}
+    for _, held in module.named_modules():
+        for attribute, value in vars(held).items():
+            for _, parameter in members(attribute, value, (Parameter,)):
+                below[id(parameter)] = parameter
+    return list(below.values())

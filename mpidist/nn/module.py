@@ -31,11 +31,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import beside, to_device, to_host
-from mpidist.nn.members import members, nameless
+from mpidist.nn.members import SUBSTITUTES, members, nameless, render_tree
 from mpidist.nn.mode import Mode
 from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
-from mpidist.nn.tree import SUBSTITUTES, render_tree
 
 __all__ = [
     "PASSES",

@@ -149,9 +149,9 @@ class GradScaler:
             )
         host, device = gradient_arrays(parameters, "GradScaler.unscale")
         self._unscaled = True
-        here = gradient_kernels.all_finite_divided(device, self.factor)
-        here = here and all(bool(np.isfinite(grad).all()) for grad in host)
-        finite = bool(all_reduce(np.array(here), self._group, op=LAND))
+        all_finite = gradient_kernels.all_finite_divided(device, self.factor)
+        all_finite = all_finite and all(bool(np.isfinite(grad).all()) for grad in host)
+        finite = bool(all_reduce(np.array(all_finite), self._group, op=LAND))
         if finite:
             for grad in host:
                 _divide(grad, self.factor)

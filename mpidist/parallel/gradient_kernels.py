@@ -179,21 +179,21 @@ def all_finite_divided(arrays: Sequence[Array], factor: float) -> bool:
     if not arrays:
         return True
     xp = array_namespace(arrays[0])
-    found = xp.zeros(1, np.int32)
+    not_finite = xp.zeros(1, np.int32)
     for array in arrays:
-        _divided(xp, *_wide(array))(factor, array, found)
-    return not int(found[0])
+        _divided(xp, *_wide(array))(factor, array, not_finite)
+    return not int(not_finite[0])
 
 
 @cache
 def _divided(xp: ModuleType, kind: str, wide: str) -> Any:
-    # All threads that write `found` write the same, so they need not take turns.
+    # All threads that write `not_finite` write the same, so they need no order.
     return xp.ElementwiseKernel(
         f"{kind} factor",
-        "T x, raw int32 found",
+        "T x, raw int32 not_finite",
         f"""
         {wide} value = x;
-        if (!(value - value == 0)) found[0] = 1;
+        if (!(value - value == 0)) not_finite[0] = 1;
         x = value / factor;
         """,
         "mpidist_divided",

@@ -20,8 +20,8 @@ import numpy as np
 
 import mpidist
 from mpidist.arrays.namespaces import DTYPES, HALVES
-from mpidist.nn.kernels import philox_at_least, rows_at, sum_rows_at
-from mpidist.optim.kernels import apply_rule
+from mpidist.nn.layer_kernels import philox_at_least, rows_at, sum_rows_at
+from mpidist.optim.fused import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule
 from mpidist.parallel.gradient_kernels import (
     all_finite_divided,

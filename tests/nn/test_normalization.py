@@ -7,7 +7,7 @@ import pytest
 
 from mpidist._types import Array
 from mpidist.nn import BatchNorm2d, Conv2d, LayerNorm, Linear, Mode, Module
-from mpidist.nn._sums import _BLOCK, column_sums
+from mpidist.nn.layers import _BLOCK, column_sums
 from mpidist.testing import run_ranks
 from mpidist.testing.gradcheck import gradients, projection
 

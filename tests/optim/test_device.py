@@ -14,7 +14,7 @@ from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import is_device, to_host
 from mpidist.nn import Parameter
 from mpidist.optim import SGD, Adam, AdamW, Optimizer
-from mpidist.optim.kernels import apply_rule
+from mpidist.optim.fused import apply_rule
 
 TIGHT = {np.float16: 4e-3, np.float32: 1e-6, np.float64: 1e-12}
 SHAPES = {"a": (3, 5), "b": (7,), "c": (), "d": (0, 2), "e": (4, 4)}

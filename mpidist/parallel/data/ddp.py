@@ -158,7 +158,7 @@ class DDP(Closing):
     @property
     def order(self) -> tuple[str, ...] | None:
         """The order in which the gradients' buckets have been laid out for good, if they have."""
-        return self._order.found
+        return self._order.order
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         """Say what to write, as a module does; always raises `TypeError`."""
@@ -466,7 +466,7 @@ class BucketOrder:
 
     Attributes
     ----------
-    found : tuple of str or None
+    order : tuple of str or None
         The names in that order; None before it is known.
 
     References
@@ -478,7 +478,7 @@ class BucketOrder:
     def __init__(
         self, reducer: GradientReducer, gradients: ParameterGradients, *, fixed: bool
     ) -> None:
-        self.found: tuple[str, ...] | None = None
+        self.order: tuple[str, ...] | None = None
         self._names = tuple(reducer.grads)
         self._reducer = reducer
         self._gradients = gradients
@@ -487,7 +487,7 @@ class BucketOrder:
 
     def start(self) -> None:
         """Send rank 0's order to all, if it is not known; 8 bytes per name; does not block."""
-        if self._fixed or self.found is not None:
+        if self._fixed or self.order is not None:
             return
         index = {name: i for i, name in enumerate(self._names)}
         positions = np.array([index[name] for name in self._reducer.arrivals()], np.int64)
@@ -516,7 +516,7 @@ class BucketOrder:
         if order is not None:
             order = self._present(order)
         self._gradients.relayout(self._names[::-1] if order is None else order)
-        self.found = None if order is None else tuple(order)
+        self.order = None if order is None else tuple(order)
 
     def check(self, order: Any) -> None:
         """Raise ValueError unless it is None or holds every name once."""

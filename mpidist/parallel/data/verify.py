@@ -25,9 +25,9 @@ _SHOWN = 4
 
 
 def describe(kind: str, name: str, array: Array) -> tuple[str, str]:
-    """Describe an array by its kind and name, and by its shape, dtype and place."""
-    place = " on a device" if is_device(array) else ""
-    return f"{kind} '{name}'", f"{tuple(array.shape)} {array.dtype}{place}"
+    """Describe an array by its kind and name, and by its shape, dtype and kind of memory."""
+    memory = " on a device" if is_device(array) else ""
+    return f"{kind} '{name}'", f"{tuple(array.shape)} {array.dtype}{memory}"
 
 
 def verify_same(description: Description, group: ProcessGroup, *, operation: str) -> None:
@@ -80,8 +80,8 @@ def _difference(usual: Description, theirs: Description, model: int, odd: int) -
         parts = [f"rank {odd} lacks {_listed(missing)}"] if missing else []
         parts += [f"rank {odd} has {_listed(unknown)}"] if unknown else []
         return " and ".join(parts) + f", compared with rank {model}"
-    place = next(i for i, pair in enumerate(theirs) if pair != usual[i])
-    return f"rank {odd} has {theirs[place][0]} where rank {model} has {usual[place][0]}"
+    index = next(i for i, pair in enumerate(theirs) if pair != usual[i])
+    return f"rank {odd} has {theirs[index][0]} where rank {model} has {usual[index][0]}"
 
 
 def _listed(things: Sequence[str]) -> str:

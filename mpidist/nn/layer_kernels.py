@@ -124,8 +124,8 @@ def philox_at_least(
     """
     xp = array_namespace(like)
     out: Array = xp.empty(like.shape, np.bool_)
-    words = [np.uint64(word & _WORD) for word in (*key, *counter)]
-    _philox(xp)(*words, prod(like.shape[1:]), threshold, out)
+    integers = [np.uint64(number & _WORD) for number in (*key, *counter)]
+    _philox(xp)(*integers, prod(like.shape[1:]), threshold, out)
     return out
 
 
