@@ -47,15 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "hosts(*counts, ranks=2): run it on that many pretended hosts, of 2 ranks each"
     )
     config.addinivalue_line("markers", "mpirun: the test starts mpirun itself; see fixture mpirun")
-    config.addinivalue_line(
-        "markers", "any_mpi: it is not about the MPI library, and CI runs it under one of them only"
-    )
-    config.addinivalue_line(
-        "markers", "one_python: it is long, and CI runs it under one version of Python only"
-    )
-    config.addinivalue_line("markers", "slurm: the test submits jobs to a Slurm of its own")
-    config.addinivalue_line("markers", "gpu: the test needs a GPU and cupy")
-    config.addinivalue_line("markers", "cupy: the test needs the wheel of CuPy, but no GPU")
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): the deadline of a test on ranks")
     if not _on_ranks(config):
