@@ -12,7 +12,7 @@ from tests.deaths.job import START, Ended, Job
 
 __all__ = ["Matrix", "Outcome"]
 
-_AT_ONCE = 4
+_AT_ONCE = 6
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Whatever one rank does, the job ends in time, says who it was, and leaves nothing behind.
 
-The jobs of all tests that were selected run a few at a time, from the first test on. The seconds
-that they took are told at the end of
+The jobs of all tests that were selected run a few at a time, beside those of test_exits. The
+seconds that they took are told at the end of
 
     python -m pytest tests/deaths/test_deaths.py -v
 
@@ -22,7 +22,7 @@ from tests.deaths import endings, lifetimes, mismatches
 from tests.deaths.case import Case, Ending
 from tests.deaths.matrix import Matrix, Outcome
 
-pytestmark = pytest.mark.mpirun
+pytestmark = [pytest.mark.mpirun, pytest.mark.usefixtures("matrices")]
 
 CASES = (*endings.CASES, *lifetimes.CASES, *mismatches.CASES)
 FIRST = 20  # lines

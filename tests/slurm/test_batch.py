@@ -92,6 +92,7 @@ def test_a_killed_rank_ends_the_job(pmi2: Cluster, tmp_path: Path) -> None:
     assert ranks_of(pmi2, tmp_path) == []
 
 
+@pytest.mark.full
 def test_a_killed_job_that_is_queued_again_goes_on_from_its_last_save(
     pmi2: Cluster, tmp_path: Path
 ) -> None:
