@@ -1,4 +1,4 @@
-"""Spoilt checkpoints; two thousand by ``python -m mpidist.testing.checkpoints.corruption``."""
+"""Spoilt checkpoints; two thousand by ``python -m tests.soaks.checkpoints.corruption``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mpidist.checkpoint.format.manifest import MANIFEST
 from mpidist.checkpoint.loading import reading
 from mpidist.errors import CheckpointCorruptError
 from mpidist.testing import run_ranks
-from mpidist.testing.checkpoints import corruption
-from mpidist.testing.checkpoints.corruption import Case
-from mpidist.testing.checkpoints.damage import DAMAGES, Damage
-from mpidist.testing.checkpoints.states import KINDS, Contents, Cut
+from tests.soaks.checkpoints import corruption
+from tests.soaks.checkpoints.corruption import Case
+from tests.soaks.checkpoints.damage import DAMAGES, Damage
+from tests.soaks.checkpoints.states import KINDS, Contents, Cut
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -1,6 +1,6 @@
 """Saves in which a call of the system fails: every one of them, one at a time; and real ones.
 
-All errors in all ways: ``python -m mpidist.testing.checkpoints.failures``.
+All errors in all ways: ``python -m tests.soaks.checkpoints.failures``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mpidist.checkpoint.saving import commit
 from mpidist.checkpoint.saving import save as saving
 from mpidist.errors import CheckpointError
 from mpidist.testing import run_ranks
-from mpidist.testing.checkpoints import failures
-from mpidist.testing.checkpoints.calls import Call, intercepted
-from mpidist.testing.checkpoints.failures import Fault, Scenario
-from mpidist.testing.checkpoints.states import Contents, Cut
+from tests.soaks.checkpoints import failures
+from tests.soaks.checkpoints.calls import Call, intercepted
+from tests.soaks.checkpoints.failures import Fault, Scenario
+from tests.soaks.checkpoints.states import Contents, Cut
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -155,7 +155,7 @@ import h5py
 from mpidist import checkpoint
 from mpidist.errors import CheckpointError
 from mpidist.testing import run_ranks
-from mpidist.testing.checkpoints.states import Contents, Cut
+from tests.soaks.checkpoints.states import Contents, Cut
 
 what, path = sys.argv[1], Path(sys.argv[2])
 contents = Contents("large", 1)

@@ -21,11 +21,11 @@ from mpidist.checkpoint.tools.exporting import export_to
 from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
-from mpidist.testing.checkpoints import failures
-from mpidist.testing.checkpoints.calls import Call, intercepted
-from mpidist.testing.checkpoints.failures import Fault, Scenario
 from tests._ranks.launcher import clean_environment
 from tests.checkpoint.made import arrays, save
+from tests.soaks.checkpoints import failures
+from tests.soaks.checkpoints.calls import Call, intercepted
+from tests.soaks.checkpoints.failures import Fault, Scenario
 
 ROOT = Path(__file__).parents[2]
 STEP = "step-000002"

@@ -1,4 +1,4 @@
-"""Jobs that save are killed; three hundred by ``python -m mpidist.testing.checkpoints.kills``."""
+"""Jobs that save are killed; three hundred by ``python -m tests.soaks.checkpoints.kills``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 from mpidist import checkpoint
 from mpidist.checkpoint.format.manifest import MANIFEST
-from mpidist.testing.checkpoints import kills, loop
-from mpidist.testing.checkpoints.kills import Kill
+from tests.soaks.checkpoints import kills, loop
+from tests.soaks.checkpoints.kills import Kill
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -1,9 +1,9 @@
 """Copies of checkpoints are spoilt at random; each time that is found, or does no harm.
 
-    python -m mpidist.testing.checkpoints.corruption --cases 2000 --seed 0
+    python -m tests.soaks.checkpoints.corruption --cases 2000 --seed 0
 
 States of several shapes, saved by 1 to 4 simulated ranks, are spoilt in one of the ways of
-`mpidist.testing.checkpoints.damage`, and loaded by `load_full` and on 1 to 4 ranks with other
+`tests.soaks.checkpoints.damage`, and loaded by `load_full` and on 1 to 4 ranks with other
 boxes. Either all ranks raise the same error, of the right class, which names the file; or what is
 loaded is what was saved, bit for bit. A manifest that was edited and given a digest anew may be a
 checkpoint that says something else, which nobody can tell; it must only end in nothing worse than
@@ -30,10 +30,10 @@ from mpidist.checkpoint.directory import step_directory
 from mpidist.checkpoint.format.manifest import MANIFEST
 from mpidist.errors import CheckpointError, CheckpointNotFoundError
 from mpidist.group import ProcessGroup
-from mpidist.testing.checkpoints.damage import DAMAGES, Damage, Place, Touched
-from mpidist.testing.checkpoints.states import KINDS, Contents, Cut
 from mpidist.testing.ranks import run_ranks
 from mpidist.usage import RankArgumentParser
+from tests.soaks.checkpoints.damage import DAMAGES, Damage, Place, Touched
+from tests.soaks.checkpoints.states import KINDS, Contents, Cut
 
 __all__ = ["Case", "Verdict", "copy", "judge", "main", "soak", "source"]
 
@@ -177,7 +177,7 @@ def _is_whole(place: Place) -> bool:
 def _judge_full(directory: Path, contents: Contents, damage: Damage, touched: Touched) -> str:
     try:
         loaded = checkpoint.load_full(directory, step=_STEP)
-    except Exception as error:  # noqa: BLE001  # every one is judged
+    except Exception as error:  # every one is judged
         return _of_error(error, damage, touched)
     try:
         contents.check(_STEP, loaded)
@@ -193,7 +193,7 @@ def _judge_ranks(
         state = contents.empty(group.rank, cut)
         try:
             found = checkpoint.load(directory, state, group, step=_STEP)
-        except Exception as error:  # noqa: BLE001  # every one is judged
+        except Exception as error:  # every one is judged
             return error, ""
         try:
             contents.check_rank(_STEP, group.rank, cut, state, found.values)
@@ -203,7 +203,7 @@ def _judge_ranks(
 
     try:
         results: list[Any] = run_ranks(cut.size, load)
-    except Exception as error:  # noqa: BLE001  # a rank that hangs is wrong, too
+    except Exception as error:  # a rank that hangs is wrong, too
         return f"WRONG load: {type(error).__name__}: {error}"
     if len({(type(error), str(error)) for error, _ in results}) > 1:
         return f"WRONG load: the ranks were told {[str(error) for error, _ in results]}"
@@ -233,7 +233,7 @@ def _judge_verify(directory: Path, full: str) -> str:
         return (
             "detected" if full == "detected" else "WRONG verify: found nothing, and it was loaded"
         )
-    except Exception as error:  # noqa: BLE001  # every one is judged
+    except Exception as error:  # every one is judged
         return f"WRONG verify: {type(error).__name__}: {error}"
     if not all(isinstance(error, CheckpointError) for error in listed):
         return f"WRONG verify: listed {listed}"
@@ -282,7 +282,7 @@ def _say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = RankArgumentParser(
-        prog="python -m mpidist.testing.checkpoints.corruption", description=__doc__
+        prog="python -m tests.soaks.checkpoints.corruption", description=__doc__
     )
     parser.add_argument("--cases", type=int, default=2000, help="how many (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")

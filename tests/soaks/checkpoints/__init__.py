@@ -2,9 +2,9 @@
 
 ::
 
-    python -m mpidist.testing.checkpoints.kills
-    python -m mpidist.testing.checkpoints.corruption
-    python -m mpidist.testing.checkpoints.failures
+    python -m tests.soaks.checkpoints.kills
+    python -m tests.soaks.checkpoints.corruption
+    python -m tests.soaks.checkpoints.failures
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A job that saves checkpoints until it is killed; `mpidist.testing.checkpoints.kills` does it."""
+"""A job that saves checkpoints until it is killed; `tests.soaks.checkpoints.kills` does it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import mpidist
 from mpidist import checkpoint
 from mpidist.arrays.shards import ShardedArray
 from mpidist.group import ProcessGroup
-from mpidist.testing.checkpoints.calls import Call, Perform, intercepted
-from mpidist.testing.checkpoints.states import Contents, Cut
 from mpidist.usage import RankArgumentParser
+from tests.soaks.checkpoints.calls import Call, Perform, intercepted
+from tests.soaks.checkpoints.states import Contents, Cut
 
 __all__ = ["KEEP", "MARK_BYTES", "MOST", "main", "mark_of"]
 

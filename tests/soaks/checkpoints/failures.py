@@ -1,6 +1,6 @@
 """Each call of a save that touches a file fails, one at a time, on each rank.
 
-    python -m mpidist.testing.checkpoints.failures
+    python -m tests.soaks.checkpoints.failures
 
 A first run on simulated ranks writes down every call by which a save touches its directory, so that
 none is left out when the package changes. Then each of them fails once: with one of several errors,
@@ -32,10 +32,10 @@ from mpidist.checkpoint.directory import step_directory
 from mpidist.collectives import barrier
 from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
-from mpidist.testing.checkpoints.calls import Call, Perform, intercepted
-from mpidist.testing.checkpoints.states import Contents, Cut
 from mpidist.testing.ranks import run_ranks
 from mpidist.usage import RankArgumentParser
+from tests.soaks.checkpoints.calls import Call, Perform, intercepted
+from tests.soaks.checkpoints.states import Contents, Cut
 
 __all__ = [
     "ERRORS",
@@ -336,7 +336,7 @@ def soak(scenario: Scenario, *, thorough: bool) -> Iterator[tuple[Fault, str]]:
             shutil.copytree(before, directory)
             try:
                 verdict = verdict_of(fault, attempt(scenario, fault, directory))
-            except Exception as error:  # noqa: BLE001  # all of them are told at the end
+            except Exception as error:  # all of them are told at the end
                 verdict = f"WRONG {type(error).__name__}: {error}"
             yield fault, verdict
 
@@ -352,7 +352,7 @@ def _say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = RankArgumentParser(
-        prog="python -m mpidist.testing.checkpoints.failures", description=__doc__
+        prog="python -m tests.soaks.checkpoints.failures", description=__doc__
     )
     parser.add_argument(
         "--short", action="store_true", help="each call fails once, in one way (default: in all)"

@@ -1,6 +1,6 @@
 """Jobs that save checkpoints are killed at random instants, and what is left is looked at.
 
-    python -m mpidist.testing.checkpoints.kills --runs 300 --ranks 4 --seed 0
+    python -m tests.soaks.checkpoints.kills --runs 300 --ranks 4 --seed 0
 
 All jobs, of 1 to so many ranks, work in one directory: each goes on from the newest checkpoint that
 the one before has left. They save step after step, every second one beside the program, and prune
@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpidist import checkpoint
-from mpidist.testing.checkpoints.loop import KEEP, mark_of
-from mpidist.testing.checkpoints.states import Contents
 from mpidist.testing.launcher import (
     MARK,
     clean_environment,
@@ -39,6 +37,8 @@ from mpidist.testing.launcher import (
     vendor_arguments,
 )
 from mpidist.usage import RankArgumentParser
+from tests.soaks.checkpoints.loop import KEEP, mark_of
+from tests.soaks.checkpoints.states import Contents
 
 __all__ = ["Kill", "Report", "main", "soak"]
 
@@ -135,11 +135,11 @@ class _Job:
         if kill.fatal:
             arguments += ["--rank", str(kill.ranks[0]), "--fatal", str(kill.fatal)]
             arguments += ["--all"] if kill.victim == "all ranks" else []
-        module = "mpidist.testing.checkpoints.loop"
+        module = "tests.soaks.checkpoints.loop"
         # What mpidist was imported from is what the ranks shall import.
         path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
         with (self.log / "output").open("wb") as output:
-            self.process = subprocess.Popen(  # noqa: S603  # of this package
+            self.process = subprocess.Popen(  # of this checkout
                 [*command, "-n", str(kill.size), sys.executable, "-m", module, *arguments],
                 env={**clean_environment(), MARK: str(self.log), "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
@@ -311,9 +311,7 @@ def _tell(seen: Sequence[tuple[Kill, Report]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = RankArgumentParser(
-        prog="python -m mpidist.testing.checkpoints.kills", description=__doc__
-    )
+    parser = RankArgumentParser(prog="python -m tests.soaks.checkpoints.kills", description=__doc__)
     parser.add_argument("--runs", type=int, default=300, help="number of jobs (default: 300)")
     parser.add_argument("--ranks", type=int, default=4, help="most ranks of a job (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
