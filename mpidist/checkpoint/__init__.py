@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from mpidist.checkpoint.directory import Checkpoint, latest, list  # noqa: A004
 from mpidist.checkpoint.loading.load import load, load_full
-from mpidist.checkpoint.saving.save import save, save_async
-from mpidist.checkpoint.saving.saver import CheckpointFuture
+from mpidist.checkpoint.saving.save import CheckpointFuture, save, save_async
 from mpidist.checkpoint.state import State, Stateful
 from mpidist.checkpoint.tools.pruning import prune
 from mpidist.checkpoint.tools.resharding import reshard

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from mpidist._new_file import create
 from mpidist.checkpoint.format.files import (
@@ -24,26 +25,116 @@ from mpidist.checkpoint.format.files import (
     temporary,
     write_at,
 )
-from mpidist.checkpoint.format.limits import MOST_STEP, step_number
-from mpidist.checkpoint.format.manifest import JSON, MANIFEST, MOST_BYTES, Manifest, StoredArray
-from mpidist.checkpoint.paths import absolute
-from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from mpidist.checkpoint.format.manifest import (
+    JSON,
+    MANIFEST,
+    MOST_BYTES,
+    MOST_STEP,
+    Manifest,
+    StoredArray,
+    step_number,
+)
+from mpidist.checkpoint.format.parsing import parse_manifest
+from mpidist.collectives import all_gather, all_gather_object
+from mpidist.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CollectiveMismatchError,
+    UnsupportedOperationError,
+)
+from mpidist.group import ProcessGroup
 
 __all__ = [
     "Checkpoint",
+    "absolute",
+    "check_same",
     "claimed",
     "clear",
+    "create_directory",
     "find",
     "latest",
     "list",
     "looking",
-    "make_room",
     "partial",
     "remove",
     "set_aside",
     "step_directory",
     "step_of",
 ]
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+"""What begins with a scheme. A `Path` made of ``s3://bucket`` has one slash left."""
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Return a path that means the same after the working directory has changed.
+
+    Symbolic links are kept: what they lead to may be named otherwise on another host.
+
+    Parameters
+    ----------
+    path : path
+        Of something in a file system.
+
+    Returns
+    -------
+    Path
+        Absolute.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If it is a URL, such as ``s3://bucket/run``.
+    CheckpointError
+        If it is relative, and the working directory is gone.
+    """
+    text = os.fsdecode(path)
+    scheme = _URL.match(text)
+    if scheme:
+        raise UnsupportedOperationError(
+            f"{text!r} is a URL, and checkpoints are kept in directories of a file system; give "
+            f"the path of one that all ranks see (a local directory {scheme[1]}: is ./{text})"
+        )
+    try:
+        return Path(text).absolute()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{text!r} is relative, and the working directory of this process has been removed; "
+            "give an absolute path"
+        ) from error
+
+
+def check_same(what: str, group: ProcessGroup) -> None:
+    """Raise on all ranks unless all have the same.
+
+    Parameters
+    ----------
+    what : str
+        What this rank has: a path, and what else has to be the same.
+    group : ProcessGroup
+        The ranks.
+
+    Raises
+    ------
+    CollectiveMismatchError
+        On every rank, with the same words, which name the first rank that differs from rank 0.
+
+    Notes
+    -----
+    Collective over `group`; blocks. One all_gather of 16 bytes.
+    """
+    mine = np.frombuffer(xxhash.xxh3_128_digest(os.fsencode(what)), np.uint8)
+    table = all_gather(mine, group).reshape(group.size, -1)
+    if (table == table[0]).all():
+        return
+    told = all_gather_object(what, group)
+    rank = next(rank for rank, other in enumerate(told) if other != told[0])
+    raise CollectiveMismatchError(
+        f"rank {rank} of group {group.name!r} has {told[rank]}, and rank 0 has {told[0]}; give all "
+        "ranks the same arguments, with an absolute path where their working directories differ"
+    )
+
 
 _STEP = re.compile(r"step-(\d{6,19})", re.ASCII)
 
@@ -60,7 +151,7 @@ class Checkpoint:
     Notes
     -----
     Everything else is read from its manifest when it is asked for first, unless `load` has given it
-    to all ranks, and verified: it may raise the errors of `Manifest.from_bytes`.
+    to all ranks, and verified: it may raise the errors of `parse_manifest`.
     """
 
     directory: Path
@@ -132,10 +223,10 @@ def manifest_of(directory: Path, data: bytes) -> Manifest:
     Raises
     ------
     CheckpointCorruptError, CheckpointIncompatibleError
-        As `Manifest.from_bytes`; and if it is of another step than the directory.
+        As `parse_manifest`; and if it is of another step than the directory.
     """
     path = directory / MANIFEST
-    manifest = Manifest.from_bytes(data, path)
+    manifest = parse_manifest(data, path)
     if manifest.step != step_of(directory):
         raise CheckpointCorruptError(
             f"{path} is of step {manifest.step}: {directory.name} holds the checkpoint of step "
@@ -235,7 +326,7 @@ def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
         return [found for found in _steps(where) if not exists(found / MANIFEST)]
 
 
-def make_room(directory: Path, identity: str) -> None:
+def create_directory(directory: Path, identity: str) -> None:
     """Make the directory of a step, or empty one that a killed save has left.
 
     Parameters
@@ -286,7 +377,7 @@ def claimed(directory: Path, identity: str) -> Iterator[int]:
     directory : Path
         Of the step.
     identity : str
-        Of the save, as given to `make_room`.
+        Of the save, as given to `create_directory`.
 
     Yields
     ------

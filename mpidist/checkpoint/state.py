@@ -12,8 +12,13 @@ import numpy as np
 from mpidist._types import Array, DType
 from mpidist.arrays.namespaces import DTYPES, is_array
 from mpidist.arrays.shards import ShardedArray
-from mpidist.checkpoint.format.limits import nested, problem_with_name, problem_with_shape
-from mpidist.checkpoint.format.manifest import FLOAT_KEY, JSON
+from mpidist.checkpoint.format.manifest import (
+    FLOAT_KEY,
+    JSON,
+    nested,
+    problem_with_name,
+    problem_with_shape,
+)
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
 
 __all__ = ["FlatState", "State", "Stateful", "as_json", "check_nesting", "flatten", "restore"]

@@ -11,8 +11,7 @@ from typing import TypeVar
 
 from mpidist import checkpoint
 from mpidist.checkpoint import CheckpointFuture, State
-from mpidist.checkpoint.directory import partial, remove, set_aside, step_of
-from mpidist.checkpoint.paths import absolute, check_same
+from mpidist.checkpoint.directory import absolute, check_same, partial, remove, set_aside, step_of
 from mpidist.checkpoint.state import flatten
 from mpidist.checkpoint.tools.pruning import statuses
 from mpidist.collectives import broadcast_object

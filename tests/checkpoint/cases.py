@@ -218,24 +218,24 @@ def load_case(group: ProcessGroup, case: Case, path: Path) -> None:
 
 
 @contextmanager
-def small_sizes(tile: int, run: int, own: int) -> Iterator[None]:
-    """Cut small arrays as large ones are: tiles, runs, datasets of their own, blocks and units.
+def small_sizes(chunk: int, run: int, own: int) -> Iterator[None]:
+    """Cut small arrays as large ones are: chunks, runs, datasets of their own, blocks and reads.
 
     Parameters
     ----------
-    tile, run, own : int
-        Bytes: most of a tile, of a run (at most half a tile), and from which on a box has a dataset
-        of its own.
+    chunk, run, own : int
+        Bytes: most of a chunk, of a run (at most half a chunk), and from which on a box has a
+        dataset of its own.
     """
-    unit = 4 * max(tile, 16)
+    most = 4 * max(chunk, 16)
     patches = {
-        "format.tiles": {"_TILE": tile, "_RUN": run},
+        "format.chunks": {"_CHUNK": chunk, "_RUN": run},
         "format.manifest": {"ALIGNMENT": own},
         "format.hdf5": {"ALIGNMENT": own},
-        "saving.plan": {"ALIGNMENT": own},
+        "saving.planning": {"ALIGNMENT": own},
         "saving.writing": {"ALIGNMENT": own, "_BLOCK": 4 * own},
-        "loading.units": {"UNIT": unit},
-        "loading.sharing": {"UNIT": unit, "SLOT": 2 * unit},
+        "loading.reading": {"MAX_READ": most},
+        "loading.load": {"MAX_READ": most, "BUFFER": 2 * most},
     }
     with ExitStack() as stack:
         for module, values in patches.items():

@@ -65,7 +65,7 @@ def test_every_directory_that_a_save_makes_is_synced(
     """Else a power failure may take the path to a checkpoint whose save has returned."""
     synced: list[Path] = []
     monkeypatch.setattr(directory, "sync_directory", synced.append)
-    directory.make_room(tmp_path / "a" / "b" / "step-000001", "an id")
+    directory.create_directory(tmp_path / "a" / "b" / "step-000001", "an id")
     assert set(synced) == {tmp_path, tmp_path / "a"}  # their entries a, and b; the rest at commit
 
 

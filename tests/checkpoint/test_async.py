@@ -41,10 +41,10 @@ def failing(monkeypatch, rank, step=None):
     """Let writing fail on one rank."""
     write = saving.write_file
 
-    def fail(path, pieces, attributes, *more):
+    def fail(path, boxes, attributes, *more):
         if attributes["rank"] == rank and step in (None, attributes["step"]):
             raise OSError(28, "No space left on device")
-        return write(path, pieces, attributes, *more)
+        return write(path, boxes, attributes, *more)
 
     monkeypatch.setattr(saving, "write_file", fail)
 
@@ -289,9 +289,9 @@ def test_memory_of_the_copy_is_used_again(tmp_path, monkeypatch):
     places = set()
     write = saving.write_file
 
-    def noted_write(path, pieces, attributes, *more):
-        places.add((attributes["rank"], min(piece.data.ctypes.data for piece in pieces)))
-        return write(path, pieces, attributes, *more)
+    def noted_write(path, boxes, attributes, *more):
+        places.add((attributes["rank"], min(box.data.ctypes.data for box in boxes)))
+        return write(path, boxes, attributes, *more)
 
     monkeypatch.setattr(saving, "write_file", noted_write)
 
@@ -308,9 +308,9 @@ def test_memory_of_the_copy_is_used_again(tmp_path, monkeypatch):
 def test_waiting_has_an_end_and_the_save_goes_on(tmp_path, gate, monkeypatch):
     write = saving.write_file  # at the gate
 
-    def one_waits(path, pieces, attributes, *more):
+    def one_waits(path, boxes, attributes, *more):
         there = write if attributes["rank"] == 0 else write_file  # the other one waits for it
-        return there(path, pieces, attributes, *more)
+        return there(path, boxes, attributes, *more)
 
     monkeypatch.setattr(saving, "write_file", one_waits)
 

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 from mpidist import checkpoint, cli
-from mpidist.checkpoint.tools.progress import progress_bar
+from mpidist.checkpoint.tools.command import progress_bar
 from tests.checkpoint.made import METADATA, VALUES, arrays, save
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mpidist import Box
-from mpidist.checkpoint.format import cover
-from mpidist.checkpoint.format.cover import check_cover
+from mpidist.checkpoint.format import parsing
+from mpidist.checkpoint.format.parsing import check_cover
 from mpidist.errors import SizeMismatchError
 
 
@@ -91,7 +91,7 @@ def test_a_cover_that_cannot_be_cut_straight():
 
 
 def test_what_is_wrong_with_many_is_said_soon(monkeypatch):
-    monkeypatch.setattr(cover, "_NAMED", 100)
+    monkeypatch.setattr(parsing, "_NAMED", 100)
     boxes = [Box((0, column), (2, 1)) for column in range(1000)]
     check_cover((2, 1000), boxes)
     with pytest.raises(SizeMismatchError, match=r"2 of 2000 elements of shape .* are in no box"):

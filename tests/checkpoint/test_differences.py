@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpidist.checkpoint.tools.differences import Difference, compare
-from mpidist.checkpoint.tools.sources import Reader
+from mpidist.checkpoint.tools.resharding import Reader
 from mpidist.errors import CheckpointCorruptError, CheckpointMissingShardError
 from tests.checkpoint.made import METADATA, VALUES, arrays, save
 
@@ -45,7 +45,7 @@ def test_what_is_equal_by_digest_is_not_read(
     monkeypatch.setattr(Reader, "read", noted)
     (found,) = compare(first, second)
     assert (found.elements, found.largest) == (1, 1e-3)
-    assert sum(seen) * 8 <= 2 << 18  # one tile of each
+    assert sum(seen) * 8 <= 2 << 18  # one chunk of each
 
 
 NAN = float("nan")

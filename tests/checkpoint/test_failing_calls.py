@@ -73,10 +73,10 @@ def test_a_disk_that_fails_for_good_after_the_manifest_got_its_name(tmp_path):
 
 def test_a_manifest_that_stays_keeps_its_files(tmp_path, monkeypatch):
     """The disk takes no change of the manifest, once it is there, and all others."""
-    publish, unlink = commit.publish, os.unlink
+    rename_synced, unlink = commit.rename_synced, os.unlink
 
     def no_sync(part, path):
-        publish(part, path)
+        rename_synced(part, path)
         part.mkdir()  # so that the manifest cannot have this name again
         raise OSError(5, "Input/output error")
 
@@ -90,7 +90,7 @@ def test_a_manifest_that_stays_keeps_its_files(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="it may be there, and complete"):
             checkpoint.save(tmp_path, state, group, step=1)
 
-    monkeypatch.setattr(commit, "publish", no_sync)
+    monkeypatch.setattr(commit, "rename_synced", no_sync)
     monkeypatch.setattr(os, "unlink", no_unlink)
     old = getattr(pathlib, "_NormalAccessor", None)
     if old is not None:  # Python 3.10's has kept the function for itself

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint.format.files import publish, read_at, temporary, write_at
+from mpidist.checkpoint.format.files import read_at, rename_synced, temporary, write_at
 from mpidist.testing import run_ranks
 from tests.checkpoint.cases import small_sizes
 
@@ -74,10 +74,10 @@ def test_a_name_that_is_taken_is_not_given_to_another_file(tmp_path, link):
         path.hardlink_to(target)
     temporary(path).write_bytes(b"new")
     with pytest.raises(FileExistsError, match="Another process has made this file"):
-        publish(temporary(path), path)
+        rename_synced(temporary(path), path)
     assert path.read_bytes() == target.read_bytes() == b"precious"
     path.unlink()
-    publish(temporary(path), path)
+    rename_synced(temporary(path), path)
     assert path.read_bytes() == b"new"
 
 

@@ -14,9 +14,8 @@ from mpidist import Box, ShardedArray, checkpoint
 from mpidist.arrays.boxes import split_evenly
 from mpidist.checkpoint.format.manifest import ALIGNMENT
 from mpidist.checkpoint.loading import load as loading
-from mpidist.checkpoint.loading import sharing, units
-from mpidist.checkpoint.loading.reading import Files
-from mpidist.checkpoint.loading.units import Wanted, units_of
+from mpidist.checkpoint.loading import reading
+from mpidist.checkpoint.loading.reading import BoxRequest, Files, read_items
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -134,7 +133,7 @@ def test_what_all_want_is_read_once_per_node(in_rows, reads):
 
 
 def test_uneven_columns_cost_little_more(in_rows, reads):
-    """A cut inside tiles: 4 KiB more per row, at each side."""
+    """A cut inside chunks: 4 KiB more per row, at each side."""
 
     def body(group):
         box = Box((3, 700), (2000, 500))
@@ -149,38 +148,38 @@ def test_uneven_columns_cost_little_more(in_rows, reads):
 def test_units_cover_what_is_wanted_once(in_rows):
     manifest = checkpoint.latest(in_rows).manifest
     wanted = [
-        Wanted("big", Box((100, 0), (1000, 30))),
-        Wanted("big", Box((90, 1000), (1000, 900))),
-        Wanted("big", Box((95, 1100), (2, 1))),
-        Wanted("small/a", Box((1,), (2,))),
-        Wanted("small/a", Box((0,), (0,))),
+        BoxRequest("big", Box((100, 0), (1000, 30))),
+        BoxRequest("big", Box((90, 1000), (1000, 900))),
+        BoxRequest("big", Box((95, 1100), (2, 1))),
+        BoxRequest("small/a", Box((1,), (2,))),
+        BoxRequest("small/a", Box((0,), (0,))),
     ]
-    units = units_of(manifest, wanted)
+    items = read_items(manifest, wanted)
     painted = np.zeros(BIG.shape, int)
-    for unit in units:
-        stored = manifest.arrays[unit.name].boxes[unit.number].box
-        assert unit.region.count * manifest.arrays[unit.name].dtype.itemsize == unit.nbytes
-        if unit.name == "big":
-            painted[stored.slices][unit.region.slices] += 1
+    for item in items:
+        stored = manifest.arrays[item.name].boxes[item.number].box
+        assert item.region.count * manifest.arrays[item.name].dtype.itemsize == item.nbytes
+        if item.name == "big":
+            painted[stored.slices][item.region.slices] += 1
     assert painted.max() == 1
     for want in wanted[:3]:
         assert (painted[want.box.slices] == 1).all()
     assert painted[:64].max() == 0
-    assert [unit.name for unit in units].count("small/a") == 1
-    places = [(unit.file, unit.byte) for unit in units]
+    assert [item.name for item in items].count("small/a") == 1
+    places = [(item.file, item.byte) for item in items]
     assert places == sorted(places)
 
 
 def test_shares_are_equal_and_fit_the_slots(in_rows):
     manifest = checkpoint.latest(in_rows).manifest
-    units = units_of(manifest, [Wanted("big", Box.whole(BIG.shape))])
+    items = read_items(manifest, [BoxRequest("big", Box.whole(BIG.shape))])
     for size in (1, 3, 4):
-        shares = sharing.batches(units, size)
-        sums = [sum(unit.nbytes for batch in share for unit in batch) for share in shares]
+        shares = loading.batches(items, size)
+        sums = [sum(item.nbytes for batch in share for item in batch) for share in shares]
         assert sum(sums) == BIG.nbytes
-        assert max(sums) - min(sums) <= 2 * max(unit.nbytes for unit in units)
+        assert max(sums) - min(sums) <= 2 * max(item.nbytes for item in items)
         for share in shares:
-            assert all(sum(map(sharing.room, batch)) <= sharing.SLOT for batch in share)
+            assert all(sum(map(loading.aligned_size, batch)) <= loading.BUFFER for batch in share)
 
 
 # -- what does not fit -----------------------------------------------------------------------------
@@ -354,16 +353,16 @@ def test_what_is_not_verified_is_not_compared(tmp_path):
 
 def test_a_rank_that_cannot_copy_tells_the_others(in_rows, monkeypatch):
     """Not only what files may raise: the ranks of a node would wait for it."""
-    give = loading.give
+    scatter = loading.scatter
 
-    def failing(manifest, unit, data, targets):
+    def failing(manifest, item, data, targets):
         if threading.current_thread().name == "rank-1":
             raise MemoryError("no more of it")
-        give(manifest, unit, data, targets)
+        scatter(manifest, item, data, targets)
 
-    monkeypatch.setattr(loading, "give", failing)
-    monkeypatch.setattr(units, "UNIT", 1 << 18)
-    monkeypatch.setattr(sharing, "SLOT", 1 << 19)  # so that they meet several times
+    monkeypatch.setattr(loading, "scatter", failing)
+    monkeypatch.setattr(reading, "MAX_READ", 1 << 18)
+    monkeypatch.setattr(loading, "BUFFER", 1 << 19)  # so that they meet several times
 
     def body(group):
         with pytest.raises(CheckpointError, match="rank 1: MemoryError: no more of it") as caught:
@@ -380,9 +379,9 @@ def test_files_are_closed(in_rows):
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     manifest = checkpoint.latest(in_rows).manifest
     with Files(checkpoint.latest(in_rows).directory, manifest) as files:
-        (unit,) = units_of(manifest, [Wanted("small/a", Box((0,), (5,)))])
-        files.load([unit], [np.empty(64, np.uint8)])
-        assert files.read == unit.nbytes == 40
+        (item,) = read_items(manifest, [BoxRequest("small/a", Box((0,), (5,)))])
+        files.load([item], [np.empty(64, np.uint8)])
+        assert files.read == item.nbytes == 40
 
 
 def test_many_columns_are_loaded_into_many_others(tmp_path):
@@ -443,7 +442,7 @@ def test_a_rank_that_cannot_tell_what_to_read_keeps_nobody_waiting(in_rows, monk
     class Own(DistributedError):
         """Known to one program only."""
 
-    divided = loading.divided_units
+    divided = loading.divided_read_items
 
     def failing(manifest, wanted, reader):
         if threading.current_thread() in culprits:
@@ -451,7 +450,7 @@ def test_a_rank_that_cannot_tell_what_to_read_keeps_nobody_waiting(in_rows, monk
         return divided(manifest, wanted, reader)
 
     culprits = set()
-    monkeypatch.setattr(loading, "divided_units", failing)
+    monkeypatch.setattr(loading, "divided_read_items", failing)
 
     def body(group):
         if group.rank == 1:

@@ -79,7 +79,7 @@ def test_plain_hdf5_readers_see_the_arrays(source: Path, tmp_path: Path) -> None
 
 def test_many_tiles_find_their_place(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    wide = rng.integers(0, 255, (130, 40_001), np.uint8)  # tiles of 64 rows and 4 KiB
+    wide = rng.integers(0, 255, (130, 40_001), np.uint8)  # chunks of 64 rows and 4 KiB
     deep = rng.normal(size=(3, 300, 1025))
     turned = np.asfortranarray(rng.normal(size=(1025, 400)))
     state = {"wide": wide, "deep": deep, "turned": turned}
@@ -169,7 +169,7 @@ def test_wrong_arguments_are_refused(source: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from mpidist import checkpoint
-from mpidist.checkpoint.tools import building
+from mpidist.checkpoint.tools import resharding as building
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 building.commit = kill
 checkpoint.reshard(sys.argv[1], sys.argv[2], 2)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.checkpoint.saving import agreement
-from mpidist.checkpoint.saving.saver import saver_of
+from mpidist.checkpoint.saving import planning
+from mpidist.checkpoint.saving.save import saver_of
 from mpidist.checkpoint.saving.writing import write_file
 from mpidist.errors import (
     CheckpointError,
@@ -174,8 +174,10 @@ def test_memory_beside_the_state(tmp_path, layout):
 def test_a_state_of_the_same_shapes_is_not_planned_again(tmp_path, monkeypatch):
     """Until it is another one, on one rank only."""
     planned = []
-    make_plan = agreement.make_plan
-    monkeypatch.setattr(agreement, "make_plan", lambda d: planned.append(1) or make_plan(d))
+    make_global_plan = planning.make_global_plan
+    monkeypatch.setattr(
+        planning, "make_global_plan", lambda d: planned.append(1) or make_global_plan(d)
+    )
 
     def body(group):
         state = {"x": np.arange(6.0), "step": 0}
@@ -219,7 +221,7 @@ def test_whatever_fails_on_one_rank_before_a_save_is_told_to_all(tmp_path, monke
         raise MemoryError("none left")
 
     if where == "plan":
-        monkeypatch.setattr(agreement, "make_plan", no_memory)
+        monkeypatch.setattr(planning, "make_global_plan", no_memory)
 
     def body(group):
         state = states[where] if group.rank == 0 else {}
@@ -250,9 +252,9 @@ def test_ranks_that_kept_another_plan_make_a_new_one(tmp_path):
         for step, size in enumerate((3, 5)):
             checkpoint.save(tmp_path, {"x": np.arange(size)}, group, step=step)
             if step == 0:
-                first = saver_of(group).last
+                first = saver_of(group).planner.last
         if group.rank:
-            saver_of(group).last = first._replace(names=saver_of(group).last.names)
+            saver_of(group).planner.last = first._replace(held=saver_of(group).planner.last.held)
         checkpoint.save(tmp_path, {"x": np.arange(5)}, group, step=2)
 
     run_ranks(2, body)

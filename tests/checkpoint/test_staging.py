@@ -13,8 +13,7 @@ import pytest
 from mpidist import checkpoint
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.shards import ShardedArray
-from mpidist.checkpoint.saving.plan import Part
-from mpidist.checkpoint.saving.staging import Staging
+from mpidist.checkpoint.saving.writing import HostBox, Staging
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
 
@@ -58,20 +57,20 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray[Any, Any]]:
     return made
 
 
-def part(name: str, array: np.ndarray[Any, Any]) -> Part:
-    return Part(name, Box.whole(array.shape), Box.whole(array.shape))
+def whole(name: str, array: Any) -> HostBox:
+    return HostBox.of(name, Box.whole(array.shape), array)
 
 
 def test_copies_are_made_into_the_memory_of_the_last_ones() -> None:
     staging, x = Staging(), np.arange(1000.0)
-    first = staging.copy([(part("x", x), x), (part("y", x), x[::-1])])
+    first = staging.copy([whole("x", x), whole("y", x[::-1])])
     x += 1
     np.testing.assert_array_equal(first[0].data, x - 1)
     np.testing.assert_array_equal(first[1].data, x[::-1] - 1)
-    second = staging.copy([(part("x", x), x)])  # while the first ones are being written
+    second = staging.copy([whole("x", x)])  # while the first ones are being written
     assert not np.shares_memory(first[0].data, second[0].data)
     staging.release(first)
-    third = staging.copy([(part("x", x), x), (part("y", x), x)])
+    third = staging.copy([whole("x", x), whole("y", x)])
     assert np.shares_memory(first[0].data, third[0].data)
     assert np.shares_memory(first[1].data, third[1].data)
 
@@ -81,24 +80,24 @@ def test_what_comes_from_a_device_goes_into_pinned_memory(
 ) -> None:
     staging, x = Staging(), np.arange(10, dtype=np.float32)
     device: Any = DeviceArray(x)
-    pieces = {p.name: p.data for p in staging.copy([(part("a", x), device), (part("b", x), x)])}
-    assert [np.shares_memory(pieces["a"], memory) for memory in pinned] == [True]
-    assert not np.shares_memory(pieces["b"], pinned[0])
-    np.testing.assert_array_equal(pieces["a"], x)
+    copies = {p.name: p.data for p in staging.copy([whole("a", device), whole("b", x)])}
+    assert [np.shares_memory(copies["a"], memory) for memory in pinned] == [True]
+    assert not np.shares_memory(copies["b"], pinned[0])
+    np.testing.assert_array_equal(copies["a"], x)
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_arrays_on_a_device_are_saved_and_loaded(
-    tmp_path: Path, pinned: list[np.ndarray[Any, Any]], beside: bool
+    tmp_path: Path, pinned: list[np.ndarray[Any, Any]], asynchronous: bool
 ) -> None:
-    whole = np.arange(60, dtype=np.float32).reshape(6, 10)
+    x = np.arange(60, dtype=np.float32).reshape(6, 10)
 
     def body(group: ProcessGroup) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         rows = slice(3 * group.rank, 3 * group.rank + 3)
         box = Box((3 * group.rank, 0), (3, 10))
-        saved: Any = DeviceArray(whole[rows].copy())
-        state = {"rows": ShardedArray((6, 10), np.float32, {box: saved}), "all": DeviceArray(whole)}
-        if beside:
+        saved: Any = DeviceArray(x[rows].copy())
+        state = {"rows": ShardedArray((6, 10), np.float32, {box: saved}), "all": DeviceArray(x)}
+        if asynchronous:
             checkpoint.save_async(tmp_path, state, group, step=1).wait()
         else:
             checkpoint.save(tmp_path, state, group, step=1)
@@ -109,6 +108,6 @@ def test_arrays_on_a_device_are_saved_and_loaded(
         return mine, all_of_it
 
     for rank, (mine, all_of_it) in enumerate(run_ranks(2, body)):
-        np.testing.assert_array_equal(mine, whole[3 * rank : 3 * rank + 3])
-        np.testing.assert_array_equal(all_of_it, whole)
-    assert bool(pinned) == beside
+        np.testing.assert_array_equal(mine, x[3 * rank : 3 * rank + 3])
+        np.testing.assert_array_equal(all_of_it, x)
+    assert bool(pinned) == asynchronous

@@ -26,7 +26,7 @@ class Counter:
         self.inner = inner
 
     def state_dict(self):
-        state = {"count": self.count, "sums": self.sums, "note": {"unit": "s"}}
+        state = {"count": self.count, "sums": self.sums, "note": {"item": "s"}}
         return state if self.inner is None else state | {"inner": self.inner}
 
     def load_state_dict(self, state):
@@ -61,9 +61,9 @@ def test_names():
         "deep/er/n": 1,
         "values": {"no": {"array": [1, [2.5, None]]}},
         "count/count": 0,
-        "count/note": {"unit": "s"},
+        "count/note": {"item": "s"},
         "count/inner/count": 0,
-        "count/inner/note": {"unit": "s"},
+        "count/inner/note": {"item": "s"},
     }
     assert flat.objects == {"count", "count/inner"}
     assert flat.inside == {name for name in (*flat.arrays, *flat.values) if "count" in name}
@@ -79,7 +79,7 @@ def test_items_of_lists_are_named_by_their_positions():
     assert flat.values == {
         "s/1/1": 5,
         "t/1/count": 0,
-        "t/1/note": {"unit": "s"},
+        "t/1/note": {"item": "s"},
         "plain": [1, [2]],
         "empty": [],
     }

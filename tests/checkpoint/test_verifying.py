@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint, cli
-from mpidist.checkpoint.saving.worker import settle
+from mpidist.checkpoint.saving.writing import call_into
 from mpidist.checkpoint.tools.exporting import import_from
 from mpidist.errors import (
     CheckpointCorruptError,
@@ -108,7 +108,7 @@ def test_a_later_format_is_one_error(copy: Path) -> None:
 def within_seconds(call: Callable[[], Any]) -> Any:
     """Call a function in a thread, so that one which waits for ever ends the test, not the run."""
     future: Future[Any] = Future()
-    Thread(target=settle, args=(future, call), daemon=True).start()
+    Thread(target=call_into, args=(future, call), daemon=True).start()
     return future.result(20)
 
 
@@ -158,7 +158,7 @@ def test_a_directory_of_another_name_is_told(copy: Path) -> None:
 DYING = """
 import os, signal, sys
 sys.path[:] = {}
-from mpidist.checkpoint.tools import inspecting
+from mpidist.checkpoint.tools import verifying as inspecting
 contents = inspecting.contents
 def die_at_some(path):
     return os.kill(os.getpid(), signal.SIGSEGV) if path.name in %r else contents(path)
@@ -171,7 +171,7 @@ def test_a_file_that_ends_the_library_of_hdf5_is_one_error(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = ["rank-00000.h5", "rank-00001.h5", "view.h5"]
-    monkeypatch.setattr("mpidist.checkpoint.tools.inspecting._CHILD", DYING % bad)
+    monkeypatch.setattr("mpidist.checkpoint.tools.verifying._CHILD", DYING % bad)
     errors = checkpoint.verify(saved)
     for error, name in zip(errors, bad, strict=True):
         told = f"{name} cannot be read as HDF5: the library of HDF5 does not survive it (SIGSEGV)"

@@ -7,29 +7,29 @@ import pytest
 from mpidist import Box
 from mpidist.arrays.namespaces import BFLOAT16, DTYPES
 from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.chunks import digests_of
 from mpidist.checkpoint.format.manifest import ALIGNMENT
-from mpidist.checkpoint.format.tiles import digests_of
-from mpidist.checkpoint.saving.writing import Piece, write_file
+from mpidist.checkpoint.saving.writing import HostBox, write_file
 from tests.checkpoint.cases import bits, random_array, small_sizes
 
 HERE = {"id": "an id", "step": 3, "rank": 0, "world_size": 1}
 
 
 def whole(name, data):
-    return Piece(name, Box.whole(data.shape), data)
+    return HostBox.of(name, Box.whole(data.shape), data)
 
 
 def test_any_file_opens_in_plain_h5py(tmp_path):
     large = random_array(np.dtype(np.float32), (513, 1024), 1)
     other = random_array(np.dtype(np.float16), (2, 1 << 19), 2)
-    pieces = [
+    boxes = [
         whole("deep/large", large),
-        Piece("part", Box((2, 0), (2, 1 << 19)), other),
+        HostBox.of("part", Box((2, 0), (2, 1 << 19)), other),
         whole("small", np.arange(6.0).reshape(2, 3)),
         whole("scalar", np.array(2.5)),
         whole("empty", np.empty((0, 3), np.int8)),
     ]
-    written = write_file(tmp_path / "rank-00000.h5", pieces, HERE)
+    written = write_file(tmp_path / "rank-00000.h5", boxes, HERE)
     assert [entry.name for entry in tmp_path.iterdir()] == ["rank-00000.h5"]
     with h5py.File(tmp_path / "rank-00000.h5") as file:
         np.testing.assert_array_equal(file["arrays/deep/large[0:513, 0:1024]"][()], large)
@@ -48,7 +48,7 @@ def test_any_file_opens_in_plain_h5py(tmp_path):
         assert (file.attrs["step"], file.attrs["world_size"]) == (3, 1)
     assert written.file.size == (tmp_path / "rank-00000.h5").stat().st_size
     assert {name: box.digests for name, box in written.boxes} == {
-        piece.name: digests_of(piece.data) for piece in pieces
+        box.name: digests_of(box.data) for box in boxes
     }
 
 
@@ -92,12 +92,12 @@ ORDERS = {
 def test_memory_in_any_order_is_the_same_file(tmp_path, order, block):
     data = random_array(np.dtype(np.complex64), (40, 30), 4)
     with small_sizes(64, 8, block):
-        pieces = [whole("x", data), whole("y", data[3:])]
-        plain = write_file(tmp_path / "plain.h5", pieces, HERE)
+        boxes = [whole("x", data), whole("y", data[3:])]
+        plain = write_file(tmp_path / "plain.h5", boxes, HERE)
         turned = ORDERS[order](data)
         assert np.ascontiguousarray(turned, data.dtype).tobytes() == data.tobytes()
-        pieces = [whole("x", turned), whole("y", turned[3:])]
-        other = write_file(tmp_path / "other.h5", pieces, HERE)
+        boxes = [whole("x", turned), whole("y", turned[3:])]
+        other = write_file(tmp_path / "other.h5", boxes, HERE)
     assert plain.boxes == other.boxes
     with h5py.File(tmp_path / "plain.h5") as a, h5py.File(tmp_path / "other.h5") as b:
         for name in plain.file.datasets:
@@ -105,8 +105,8 @@ def test_memory_in_any_order_is_the_same_file(tmp_path, order, block):
 
 
 def test_many_small_arrays_are_few_datasets(tmp_path):
-    pieces = [whole(f"x{n}", np.full((2, 3), n, ("f4", "f8")[n % 2])) for n in range(300)]
-    written = write_file(tmp_path / "f.h5", pieces, HERE)
+    boxes = [whole(f"x{n}", np.full((2, 3), n, ("f4", "f8")[n % 2])) for n in range(300)]
+    written = write_file(tmp_path / "f.h5", boxes, HERE)
     assert set(written.file.datasets) == {
         "mpidist id",
         "packed/float32",

@@ -18,9 +18,9 @@ __all__ = [
     "exists",
     "naming",
     "open_regular",
-    "publish",
     "read_at",
     "read_regular",
+    "rename_synced",
     "sync_directory",
     "temporary",
     "write_at",
@@ -183,7 +183,7 @@ def naming(path: Path, nbytes: int | None = None) -> Iterator[None]:
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def publish(part: Path, path: Path, *, warn: bool = True) -> None:
+def rename_synced(part: Path, path: Path, *, warn: bool = True) -> None:
     """Give a file that is complete and synced its name, and sync the directory.
 
     Parameters

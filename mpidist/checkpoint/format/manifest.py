@@ -1,45 +1,42 @@
-"""The manifest: which part of which array lies where, and what else a checkpoint says."""
+"""The manifest: which part of which array lies where, and what else a checkpoint says.
+
+Names, shapes and steps have the same limits when a checkpoint is saved and when it is read. Names
+reach terminals, HDF5 files and the entries of zip files, so they hold no control characters and no
+way out of a directory. The limits of shapes are those of HDF5 and of numpy.
+"""
 
 from __future__ import annotations
 
-import gc
+import base64
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cache, cached_property, lru_cache
+from itertools import pairwise
+from math import prod
+from operator import index
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
 
-from mpidist.checkpoint.format.limits import MOST_STEP
-from mpidist.checkpoint.format.parsing import (
-    CONTRADICTIONS,
-    arrays_of,
-    check_names,
-    files_of,
-    text_of,
-    whole_number,
-)
-from mpidist.checkpoint.format.stored import (
-    StoredArray,
-    StoredBox,
-    StoredDataset,
-    StoredFile,
-    box_of,
-    dtype_of,
-    name_of,
-)
-from mpidist.errors import CheckpointCorruptError, CheckpointIncompatibleError
+from mpidist._types import DType
+from mpidist.arrays.boxes import Box, BoxIndex
+from mpidist.arrays.namespaces import DTYPES
 
 __all__ = [
     "ALIGNMENT",
     "FLOAT_KEY",
     "FORMAT",
+    "FRONT",
     "ID_DATASET",
     "JSON",
     "MANIFEST",
     "MOST_BYTES",
+    "MOST_CHARACTERS",
+    "MOST_DIMENSIONS",
+    "MOST_STEP",
     "VERSION",
     "Manifest",
     "StoredArray",
@@ -48,10 +45,254 @@ __all__ = [
     "StoredFile",
     "box_of",
     "decode",
+    "digest_of",
     "dtype_of",
     "encode",
+    "is_printable",
     "name_of",
+    "nested",
+    "printable",
+    "problem_with_name",
+    "problem_with_shape",
+    "step_number",
 ]
+
+MOST_DIMENSIONS = 32
+"""Dimensions of a dataset of HDF5."""
+
+MOST_STEP = 2**63 - 1
+"""The highest step; it stands in each file as an attribute of 64 bits."""
+
+MOST_CHARACTERS = 4096
+"""Characters of a name."""
+
+_MOST_BYTES = 2**63 - 1
+
+# Control characters, line and paragraph separators, those that turn the direction of text, and
+# halves of characters, which no encoding has.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Of these, what may be printed: bytes of a file's name that are no text in this locale, as Python
+# has them, but for those that control a terminal of 8 bits.
+_UNPRINTABLE = re.compile(_CONTROL.pattern.replace("\ud800-\udfff", "\ud800-\udc9f\udd00-\udfff"))
+
+
+def step_number(step: object) -> int:
+    """Return a step as a plain integer; ValueError if it is none, or no checkpoint can have it."""
+    try:
+        number = -1 if isinstance(step, (bool, np.bool_)) else index(step)  # type: ignore[arg-type]  # raises
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MOST_STEP:
+        text = repr(step) if len(repr(step)) <= 40 else f"{repr(step)[:40]}..."
+        raise ValueError(f"a step is a whole number from 0 to 2**63 - 1, got {text}")
+    return number
+
+
+def is_printable(text: str) -> bool:
+    """Return whether a text has no characters that control a terminal or cannot be encoded."""
+    return _CONTROL.search(text) is None
+
+
+def printable(text: str) -> str:
+    r"""Return a text with such characters written as Python writes them, as ``\x1b``.
+
+    The bytes of a file's name that are no text stay as they are, but for those that are controls.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+@lru_cache(maxsize=1 << 14)  # a program saves the same names again and again
+def problem_with_name(name: str) -> str | None:
+    """Return why no array or value can have a name, or None if it can.
+
+    Parameters
+    ----------
+    name : str
+        Such as "optimizer/weight/mean".
+    """
+    if len(name) > MOST_CHARACTERS:
+        return (
+            f"{name[:30]!r}... cannot be a name: {len(name)} characters, at most {MOST_CHARACTERS}"
+        )
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        return (
+            f"{name!r} cannot be a name; expected text whose parts between '/' are neither empty "
+            "nor '.' nor '..'"
+        )
+    if not is_printable(name):
+        return f"{name!r} cannot be a name; expected text without control characters"
+    return None
+
+
+def nested(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return two names of which the second is inside the first, as "a/b" in "a"; None without."""
+    # No name has a character before this one, so what is inside a name follows it at once.
+    order = sorted(name.replace("/", "\0") for name in names)
+    for outer, inner in pairwise(order):
+        if inner.startswith(f"{outer}\0"):
+            return outer.replace("\0", "/"), inner.replace("\0", "/")
+    return None
+
+
+def problem_with_shape(shape: Sequence[int], itemsize: int) -> str | None:
+    """Return why no array can have a shape, or None if it can.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Its shape.
+    itemsize : int
+        Bytes of an element.
+    """
+    if len(shape) > MOST_DIMENSIONS:
+        return f"{len(shape)} dimensions; HDF5 has at most {MOST_DIMENSIONS}"
+    if min(shape, default=0) < 0:
+        return f"the shape {list(shape)}; expected none of it negative"
+    if prod(length or 1 for length in shape) * itemsize > _MOST_BYTES:
+        return (
+            f"the shape {list(shape)}; expected fewer than 2**63 bytes, empty dimensions left out"
+        )
+    return None
+
+
+# Many arrays have the same few shapes, and are cut in the same way.
+box_of = lru_cache(maxsize=4096)(Box)
+"""Make a `Box`; of the same numbers mostly the same object."""
+
+_DTYPES = {str(dtype): dtype for dtype in DTYPES}
+
+
+def dtype_of(name: str) -> DType:
+    """Return the dtype of a name as manifests have it; KeyError for others."""
+    return _DTYPES[name]
+
+
+@cache
+def name_of(dtype: DType) -> str:
+    """Return the name that manifests have for a dtype of any byte order."""
+    return str(dtype.newbyteorder("="))
+
+
+class StoredDataset(NamedTuple):
+    """A dataset of a file: contiguous, C order, little-endian.
+
+    Attributes
+    ----------
+    byte : int
+        Where its bytes begin, counted from the beginning of the file.
+    shape : tuple of int
+        Its shape.
+    """
+
+    byte: int
+    shape: tuple[int, ...]
+
+
+class StoredFile(NamedTuple):
+    """A file of a checkpoint.
+
+    Attributes
+    ----------
+    name : str
+        In the checkpoint's directory.
+    size : int
+        Bytes.
+    datasets : mapping of str to StoredDataset
+        What lies where in it, by name.
+    """
+
+    name: str
+    size: int
+    datasets: Mapping[str, StoredDataset]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as it stands in the manifest."""
+        datasets = {name: each._asdict() for name, each in self.datasets.items()}
+        return {"name": self.name, "size": self.size, "datasets": datasets}
+
+
+class StoredBox(NamedTuple):
+    """A part of an array as it lies in a file.
+
+    Attributes
+    ----------
+    box : Box
+        Which part.
+    file : int
+        Position in `Manifest.files`.
+    dataset : str
+        Of that file.
+    first : int
+        Position of the box's first element in the dataset, counted in C order. A dataset with as
+        many dimensions as the box has the box as a region; in another one, of one dimension, the
+        box's elements lie side by side, in C order.
+    digests : bytes
+        `DIGEST_BYTES` per chunk (`ChunkGrid`).
+    """
+
+    box: Box
+    file: int
+    dataset: str
+    first: int
+    digests: bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as it stands in the manifest."""
+        return {
+            "file": self.file,
+            "dataset": self.dataset,
+            "first": self.first,
+            "offsets": self.box.offsets,
+            "sizes": self.box.sizes,
+            "digests": base64.b64encode(self.digests).decode(),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> StoredBox:
+        """Undo `as_json`."""
+        return cls(
+            box_of(tuple(entry["offsets"]), tuple(entry["sizes"])),
+            entry["file"],
+            entry["dataset"],
+            entry["first"],
+            base64.b64decode(entry["digests"]),
+        )
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a checkpoint.
+
+    Attributes
+    ----------
+    dtype : dtype
+        Its own; bfloat16 is stored as uint16.
+    shape : tuple of int
+        Of the whole array.
+    boxes : tuple of StoredBox
+        Its parts: they cover it, each element once.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return Box.whole(self.shape).count * self.dtype.itemsize
+
+    @cached_property
+    def numbers(self) -> dict[Box, int]:
+        """Positions in `boxes`, by box."""
+        return {stored.box: number for number, stored in enumerate(self.boxes)}
+
+    @cached_property
+    def index(self) -> BoxIndex:
+        """Finds positions in `boxes` by what is wanted of the array."""
+        return BoxIndex([stored.box for stored in self.boxes])
+
 
 ALIGNMENT = 1 << 20
 """Bytes from which on a box has a dataset of its own, which begins at a multiple of them."""
@@ -137,110 +378,19 @@ class Manifest:
         }
         text = _text(body)
         # The digest goes in front: a person sees at once what kind of file this is.
-        return _FRONT + _digest(text).encode() + b'",' + text[1:] + b"\n"
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: object) -> Manifest:
-        """Read a manifest, and believe nothing that it does not prove.
-
-        Parameters
-        ----------
-        data : bytes
-            Contents of the file.
-        where : object
-            Its path, for messages.
-
-        Raises
-        ------
-        CheckpointCorruptError
-            If it is cut off, damaged or edited, or contradicts itself.
-        CheckpointIncompatibleError
-            If its format is a later one.
-        """
-        if len(data) > MOST_BYTES:
-            raise CheckpointCorruptError(
-                f"{where} has {len(data)} bytes, and a manifest at most {MOST_BYTES}; load another "
-                "step"
-            )
-        with _uncollected():
-            return cls._from_bytes(data, where)
-
-    @classmethod
-    def _from_bytes(cls, data: bytes, where: object) -> Manifest:
-        try:
-            body = json.loads(data.decode("utf-8", "surrogatepass"))
-            digest = body.pop("digest")
-            kind, version = body["format"], body["version"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointCorruptError(
-                f"{where} is not, or not all of, the manifest of a checkpoint: "
-                f"{type(error).__name__}: {error}; load another step"
-            ) from error
-        if kind == FORMAT and isinstance(version, int) and version > VERSION:
-            raise CheckpointIncompatibleError(
-                f"{where} has version {version} of the format, and this mpidist reads up to "
-                f"{VERSION}; install a later mpidist"
-            )
-        if kind != FORMAT or not data.startswith(_FRONT) or digest != _digest(_rest(data)):
-            raise CheckpointCorruptError(
-                f"{where} is damaged, or was edited: its contents do not have the digest that it "
-                "states; restore it from a copy, or load another step"
-            )
-        try:
-            return _parsed(body)
-        except CONTRADICTIONS as error:
-            raise CheckpointCorruptError(
-                f"{where} contradicts itself ({type(error).__name__}: {error}); load another step"
-            ) from error
-
-
-def _parsed(body: Mapping[str, JSON]) -> Manifest:
-    files = files_of(body["files"])
-    values = dict(decode(body["values"]).items())
-    check_names(list(values))
-    identity = text_of(body["id"], 64)
-    return Manifest(
-        id=identity.encode("ascii").decode(),  # raises ValueError if it is not
-        step=whole_number(body["step"], 0, MOST_STEP),
-        created=text_of(body["created"], 64),
-        world_size=whole_number(body["world_size"], 1),
-        versions={text_of(key): text_of(text) for key, text in body["versions"].items()},
-        crossovers=body["crossovers"],
-        metadata=decode(body["metadata"]),
-        values=values,
-        files=files,
-        arrays=arrays_of(body["arrays"], files),
-    )
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Look for no garbage meanwhile, which takes longer than all else where objects are many."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
+        return FRONT + digest_of(text).encode() + b'",' + text[1:] + b"\n"
 
 
 def _text(body: Mapping[str, JSON]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-_FRONT = b'{"digest":"'
+FRONT = b'{"digest":"'
+"""How the file of a manifest begins."""
 
 
-def _rest(data: bytes) -> bytes:
-    """Return what the digest of a manifest is of: its bytes, as they would be without it.
-
-    Not the JSON written anew: another program may write numbers in another way.
-    """
-    return b"{" + data[len(_FRONT) + 34 : -1]  # 32 hexadecimal digits, a quote and a comma; the \n
-
-
-def _digest(text: bytes) -> str:
+def digest_of(text: bytes) -> str:
+    """Return the digest of a manifest's text, 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(text)
 
 

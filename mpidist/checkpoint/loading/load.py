@@ -1,4 +1,11 @@
-"""`load` and `load_full`: into the arrays of any number of ranks, or into fresh ones."""
+"""`load` and `load_full`: into the arrays of any number of ranks, or into fresh ones.
+
+[Note: reading together] Each byte is read from the disk once per node. What only one rank of a node
+needs, it reads into its own arrays. What several need they divide, in the order of the files. In
+each round a rank reads one batch into its own buffer, which all of them see, and verifies it; after
+a barrier each copies what it needs out of all buffers. A rank has two buffers, used in turn: after
+the barrier of a round, all ranks have copied what was read in the round before.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 import mpidist.errors
 from mpidist._types import MAX, Array
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.namespaces import array_namespace, is_host
 from mpidist.arrays.shards import ShardedArray
-from mpidist.checkpoint.directory import Checkpoint, find, manifest_of
+from mpidist.checkpoint.directory import Checkpoint, absolute, check_same, find, manifest_of
 from mpidist.checkpoint.format.files import read_regular
-from mpidist.checkpoint.format.manifest import JSON, MANIFEST, MOST_BYTES, Manifest
-from mpidist.checkpoint.loading.reading import Files, check_files
-from mpidist.checkpoint.loading.sharing import SLOT, Alone, Readers, batches, readers_of, room
-from mpidist.checkpoint.loading.units import (
-    Pieces,
-    Unit,
-    Wanted,
-    divided_units,
-    give,
-    place_of,
-    units_of,
+from mpidist.checkpoint.format.manifest import JSON, MANIFEST, MOST_BYTES, Manifest, box_of
+from mpidist.checkpoint.loading.reading import (
+    MAX_READ,
+    ArrayTargets,
+    BoxRequest,
+    Files,
+    ReadItem,
+    check_files,
+    destination_of,
+    divided_read_items,
+    read_items,
+    scatter,
 )
-from mpidist.checkpoint.paths import absolute, check_same
-from mpidist.checkpoint.saving.saver import Saver, saver_of
+from mpidist.checkpoint.saving.save import Saver, saver_of
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
-from mpidist.collectives import all_gather_object, all_reduce, broadcast_object
+from mpidist.collectives import all_gather, all_gather_object, all_reduce, broadcast_object
 from mpidist.errors import (
     CheckpointError,
     CheckpointIncompatibleError,
@@ -45,6 +53,9 @@ from mpidist.nn.names import former_names
 from mpidist.observe.regions import region
 
 __all__ = ["load", "load_full"]
+
+BUFFER = 2 * MAX_READ
+"""Bytes of a rank's buffer."""
 
 
 def load(
@@ -104,11 +115,11 @@ def load(
     ``0.inner.weight``, are found under the name of today, ``0.weight``.
 
     Collective over `group`; blocks. Rank 0 reads the manifest and broadcasts it. Each node reads
-    the tiles that its ranks need once: a rank what only it needs; what several need is shared out
+    the chunks that its ranks need once: a rank what only it needs; what several need is shared out
     over them, and they copy from memory that they share, 4 MiB per rank.
     """
     saver = saver_of(group)
-    saver.settle(0)
+    saver.drain(0)
     checkpoint = _found(path, step, saver, f"load of {path} on group {group.name!r}")
     manifest = checkpoint.manifest
     what = f"load of {checkpoint.directory} on group {group.name!r}"
@@ -122,7 +133,8 @@ def load(
 
     together = saver.group
     _all_or_none(match, together, what)
-    readers = readers_of(together)
+    node = together.node_group()
+    readers = Readers(node if node.size > 1 else None)
     with region("checkpoint read"), Files(checkpoint.directory, manifest, verify=verify) as files:
         _all_or_none(lambda: _fill(files, manifest, targets, readers), together, what)
     _all_or_none(targets.finish, together, what)
@@ -183,9 +195,9 @@ def load_full(
             array = manifest.arrays[name]
             targets.add(name, Box.whole(array.shape), np.empty(array.shape, array.dtype))
     with Files(checkpoint.directory, manifest, verify=verify) as files:
-        _fill(files, manifest, targets, Alone())
-    whole = {name: pieces.parts[0][1] for name, pieces in targets.pieces.items()}
-    return {name: whole[name] if name in whole else manifest.values[name] for name in names}
+        _fill(files, manifest, targets, Readers(None))
+    arrays = {name: target.parts[0][1] for name, target in targets.by_name.items()}
+    return {name: arrays[name] if name in arrays else manifest.values[name] for name in names}
 
 
 @dataclass
@@ -194,7 +206,7 @@ class _Targets:
 
     Attributes
     ----------
-    pieces : dict of str to Pieces
+    by_name : dict of str to ArrayTargets
         Host memory, by name of the array.
     arrays : dict of str to (Array or ShardedArray)
         What the objects of the state are given.
@@ -202,17 +214,17 @@ class _Targets:
         Names in the checkpoint of what has another name now.
     """
 
-    pieces: dict[str, Pieces] = field(default_factory=dict)
+    by_name: dict[str, ArrayTargets] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     former: dict[str, str] = field(default_factory=dict)
     _copies: list[tuple[Array, Array]] = field(default_factory=list)
 
     def add(self, name: str, box: Box, memory: Array) -> None:
-        """Have a part of an array read into some memory."""
-        self.pieces.setdefault(name, Pieces()).add(box, memory)
+        """Have a box of an array read into some memory."""
+        self.by_name.setdefault(name, ArrayTargets()).add(box, memory)
 
     def take(self, name: str, box: Box, array: Array, *, inside: bool) -> Array:
-        """Have a part read into an array, or into another one if it cannot be written."""
+        """Have a box read into an array, or into another one if it cannot be written."""
         if not is_host(array):
             memory = np.empty(array.shape, array.dtype)
             self._copies.append((array, memory))
@@ -230,9 +242,13 @@ class _Targets:
         present = {old: new for new, old in self.former.items()}
         return {present.get(name, name): value for name, value in manifest.values.items()}
 
-    def wanted(self) -> list[Wanted]:
+    def requests(self) -> list[BoxRequest]:
         """Return what has to be read."""
-        return [Wanted(name, box) for name, each in self.pieces.items() for box, _ in each.parts]
+        return [
+            BoxRequest(name, box)
+            for name, target in self.by_name.items()
+            for box, _ in target.parts
+        ]
 
     def finish(self) -> None:
         """Copy to devices what was read for them."""
@@ -242,30 +258,30 @@ class _Targets:
 
 def _found(path: str | os.PathLike[str], step: int | str, saver: Saver, what: str) -> Checkpoint:
     """Let rank 0 find a checkpoint, and give its manifest to all."""
-    group, where = saver.group, Path()
+    group, root = saver.group, Path()
 
     def prepare() -> None:
-        nonlocal where
-        saver.raise_untold()
-        where = absolute(path)
+        nonlocal root
+        saver.raise_unreported()
+        root = absolute(path)
 
     _all_or_none(prepare, group, what)
-    check_same(f"step {step!r} of {where} to load", group)
+    check_same(f"step {step!r} of {root} to load", group)
     problem: DistributedError | None = None
-    found: tuple[Path, bytes] | None = None
+    read: tuple[Path, bytes] | None = None
     if group.rank == 0:
         try:
-            directory = find(where, step).directory
-            found = directory, read_regular(directory / MANIFEST, MOST_BYTES + 1)
+            directory = find(root, step).directory
+            read = directory, read_regular(directory / MANIFEST, MOST_BYTES + 1)
         except DistributedError as error:
             problem = error
         except Exception as error:  # noqa: BLE001  # whatever it is, the others must not wait
-            words = f"rank 0 cannot read {where}: {type(error).__name__}: {error}"
-            problem = CheckpointError(words)
-    problem, found = broadcast_object((problem, found), group)
+            message = f"rank 0 cannot read {root}: {type(error).__name__}: {error}"
+            problem = CheckpointError(message)
+    problem, read = broadcast_object((problem, read), group)
     if problem is not None:
         raise problem
-    directory, data = found
+    directory, data = read
     checkpoint: Checkpoint | None = None
 
     def believe() -> None:
@@ -310,9 +326,9 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
             same = all(map(is_, pieces.values(), array.pieces.values()))
             targets.arrays[name] = array if same else ShardedArray(array.shape, array.dtype, pieces)
         else:
-            whole = Box.whole(array.shape)
+            box = Box.whole(array.shape)
             inside = name in flat.inside
-            targets.arrays[name] = targets.take(saved, whole, array, inside=inside)
+            targets.arrays[name] = targets.take(saved, box, array, inside=inside)
     problems += _left_over(flat, manifest, set(targets.former.values()))
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -338,93 +354,6 @@ def _left_over(flat: FlatState, manifest: Manifest, former: set[str]) -> Iterato
             yield f"{name}: saved, but {parent!r} has no such part"
 
 
-def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers) -> None:
-    """Read what is wanted here, and with others what several of them want."""
-    wanted = readers.wants(targets.wanted())
-    problem: Exception | None = None
-    own: list[Unit] = []
-    shared: list[Unit] = []
-    try:
-        own, shared = divided_units(manifest, wanted, readers.rank)
-    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
-        problem = error
-    if readers.meet(failed=problem is not None):
-        if problem is not None:
-            raise problem
-        return  # another rank raises
-    slots = readers.slots() if shared else None
-    if shared and slots is None:  # nobody to share with, or no memory: each for itself
-        own, shared = units_of(manifest, wanted[readers.rank]), []
-    try:
-        _fill_alone(files, manifest, targets, own)
-    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
-        problem = error
-    if slots is not None:
-        problem = _fill_together(files, manifest, targets, readers, slots, shared, problem)
-    if problem is not None:
-        raise problem
-
-
-def _fill_alone(files: Files, manifest: Manifest, targets: _Targets, units: Sequence[Unit]) -> None:
-    """Read what only this rank needs, where possible straight to where it is wanted."""
-    memory = np.empty(SLOT, np.uint8)
-    (mine,) = batches(units, 1)
-    for batch in mine:
-        places = [place_of(manifest, unit, targets.pieces) for unit in batch]
-        read = [
-            spare if place is None else place
-            for place, spare in zip(places, _laid(memory, batch), strict=True)
-        ]
-        for unit, place, data in zip(batch, places, files.load(batch, read), strict=True):
-            if place is None:
-                give(manifest, unit, data, targets.pieces)
-
-
-def _fill_together(
-    files: Files,
-    manifest: Manifest,
-    targets: _Targets,
-    readers: Readers,
-    slots: Array,
-    units: Sequence[Unit],
-    problem: Exception | None,
-) -> Exception | None:
-    """Read this rank's share of what several need, and copy what it needs of all; see `sharing`.
-
-    Returns
-    -------
-    Exception or None
-        `problem`, or what has failed here; the others may go on only with this rank.
-    """
-    shares = batches(units, readers.size)
-    mine = shares[readers.rank]
-    for turn in range(max(map(len, shares))):
-        memory = slots[turn % 2]
-        try:
-            if turn < len(mine) and problem is None:
-                files.load(mine[turn], list(_laid(memory[readers.rank], mine[turn])))
-        except Exception as error:  # noqa: BLE001  # returned: first the others must learn of it
-            problem = error
-        if readers.meet(failed=problem is not None):
-            break
-        try:
-            for rank, share in enumerate(shares):
-                batch = share[turn] if turn < len(share) else ()
-                for unit, part in zip(batch, _laid(memory[rank], batch), strict=True):
-                    give(manifest, unit, files.shaped(unit, part), targets.pieces)
-        except Exception as error:  # noqa: BLE001  # as above, when they meet again
-            problem = error
-    return problem
-
-
-def _laid(slot: Array, batch: Sequence[Unit]) -> Iterator[Array]:
-    """Yield where in a slot each unit is."""
-    place = 0
-    for unit in batch:
-        yield slot[place : place + unit.nbytes]
-        place += room(unit)
-
-
 def _all_or_none(action: Callable[[], None], group: ProcessGroup, what: str) -> None:
     """Do something on every rank; if one fails, raise on all what the first one raised."""
     problem: tuple[str, str] | None = None
@@ -437,7 +366,191 @@ def _all_or_none(action: Callable[[], None], group: ProcessGroup, what: str) -> 
     if not all_reduce(np.array(problem is not None, np.int32), group, op=MAX):
         return
     problems = all_gather_object(problem, group)
-    rank, (name, words) = next((r, p) for r, p in enumerate(problems) if p is not None)
+    rank, (name, message) = next((r, p) for r, p in enumerate(problems) if p is not None)
     known = name in mpidist.errors.__all__ and name != TransportError.__name__  # it takes a code
     kind: type[DistributedError] = getattr(mpidist.errors, name) if known else CheckpointError
-    raise kind(f"{what}: rank {rank}: {words}")
+    raise kind(f"{what}: rank {rank}: {message}")
+
+
+class Readers:
+    """The ranks that read together: those of a node, which share memory, or this one alone.
+
+    Parameters
+    ----------
+    group : ProcessGroup or None
+        The ranks of the node; None for a process that reads alone.
+
+    Attributes
+    ----------
+    rank, size : int
+        This rank's number among them, and how many they are.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.rank, self.size = (0, 1) if group is None else (group.rank, group.size)
+        self._group = group
+
+    def requests(self, own: Sequence[BoxRequest]) -> Sequence[Sequence[BoxRequest]]:
+        """Return the requests of each rank, given this one's; at most two all_gathers."""
+        if self._group is None:
+            return [own]
+        digest = np.frombuffer(xxhash.xxh3_128_digest(repr(own).encode()), np.uint8)
+        if (all_gather(digest, self._group).reshape(self.size, -1) == digest).all():
+            return [own] * self.size  # most often, and shorter than the requests
+        plain = [(name, box.offsets, box.sizes) for name, box in own]  # shorter than boxes
+        return [
+            [BoxRequest(name, box_of(offsets, sizes)) for name, offsets, sizes in requests]
+            for requests in all_gather_object(plain, self._group)
+        ]
+
+    def buffers(self) -> Array | None:
+        """Return memory that all of them see, or None if there is none, then on all of them.
+
+        Returns
+        -------
+        Array, shape (2, size, BUFFER) uint8, or None
+            Two buffers for each rank, used in turn.
+        """
+        if self._group is None:
+            return None
+        return self._group.shared((2, self.size, BUFFER), np.uint8)
+
+    def barrier(self, *, failed: bool) -> bool:
+        """Wait for all of them, and return whether any has failed; one small all_reduce."""
+        if self._group is None:
+            return failed
+        return bool(all_reduce(np.array(failed, np.int32), self._group, op=MAX))
+
+
+def batches(items: Sequence[ReadItem], size: int) -> list[list[list[ReadItem]]]:
+    """Divide read items among readers, and into what each reads at once.
+
+    Parameters
+    ----------
+    items : sequence of ReadItem
+        In the order of the files.
+    size : int
+        Number of readers.
+
+    Returns
+    -------
+    list of list of list of ReadItem
+        For each reader its batches, each of at most `BUFFER` bytes. Readers have equal shares of
+        the bytes, as nearly as items allow.
+    """
+    total = sum(item.nbytes for item in items)
+    shares: list[list[ReadItem]] = [[] for _ in range(size)]
+    before = 0
+    for item in items:
+        shares[min(before * size // max(total, 1), size - 1)].append(item)
+        before += item.nbytes
+    return [list(_batched(share)) for share in shares]
+
+
+def _batched(items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:
+    batch: list[ReadItem] = []
+    filled = 0
+    for item in items:
+        if batch and filled + aligned_size(item) > BUFFER:
+            yield batch
+            batch, filled = [], 0
+        batch.append(item)
+        filled += aligned_size(item)
+    if batch:
+        yield batch
+
+
+def aligned_size(item: ReadItem) -> int:
+    """Return the bytes that an item takes in a buffer; each begins where any dtype may."""
+    return -(-item.nbytes // 16) * 16
+
+
+def _views(buffer: Array, batch: Sequence[ReadItem]) -> Iterator[Array]:
+    """Yield the part of a buffer for each item of a batch."""
+    offset = 0
+    for item in batch:
+        yield buffer[offset : offset + item.nbytes]
+        offset += aligned_size(item)
+
+
+def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers) -> None:
+    """Read what is needed here, and with others what several of them need."""
+    requests = readers.requests(targets.requests())
+    problem: Exception | None = None
+    own: list[ReadItem] = []
+    shared: list[ReadItem] = []
+    try:
+        own, shared = divided_read_items(manifest, requests, readers.rank)
+    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
+        problem = error
+    if readers.barrier(failed=problem is not None):
+        if problem is not None:
+            raise problem
+        return  # another rank raises
+    buffers = readers.buffers() if shared else None
+    if shared and buffers is None:  # nobody to share with, or no memory: each for itself
+        own, shared = read_items(manifest, requests[readers.rank]), []
+    try:
+        _fill_alone(files, manifest, targets, own)
+    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
+        problem = error
+    if buffers is not None:
+        problem = _fill_together(files, manifest, targets, readers, buffers, shared, problem)
+    if problem is not None:
+        raise problem
+
+
+def _fill_alone(
+    files: Files, manifest: Manifest, targets: _Targets, items: Sequence[ReadItem]
+) -> None:
+    """Read what only this rank needs, where possible straight to where it is needed."""
+    memory = np.empty(BUFFER, np.uint8)
+    (own,) = batches(items, 1)
+    for batch in own:
+        outs = [destination_of(manifest, item, targets.by_name) for item in batch]
+        memories = [
+            view if out is None else out
+            for out, view in zip(outs, _views(memory, batch), strict=True)
+        ]
+        for item, out, data in zip(batch, outs, files.load(batch, memories), strict=True):
+            if out is None:
+                scatter(manifest, item, data, targets.by_name)
+
+
+def _fill_together(
+    files: Files,
+    manifest: Manifest,
+    targets: _Targets,
+    readers: Readers,
+    buffers: Array,
+    items: Sequence[ReadItem],
+    problem: Exception | None,
+) -> Exception | None:
+    """Read this rank's share of what several need, and copy what it needs of all.
+
+    Returns
+    -------
+    Exception or None
+        `problem`, or what has failed here; the others may go on only with this rank.
+
+    See [Note: reading together].
+    """
+    shares = batches(items, readers.size)
+    own = shares[readers.rank]
+    for turn in range(max(map(len, shares))):
+        memory = buffers[turn % 2]
+        try:
+            if turn < len(own) and problem is None:
+                files.load(own[turn], list(_views(memory[readers.rank], own[turn])))
+        except Exception as error:  # noqa: BLE001  # returned: first the others must learn of it
+            problem = error
+        if readers.barrier(failed=problem is not None):
+            break
+        try:
+            for rank, share in enumerate(shares):
+                batch = share[turn] if turn < len(share) else ()
+                for item, view in zip(batch, _views(memory[rank], batch), strict=True):
+                    scatter(manifest, item, files.shaped(item, view), targets.by_name)
+        except Exception as error:  # noqa: BLE001  # as above, at the next barrier
+            problem = error
+    return problem

@@ -24,8 +24,13 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.checkpoint.directory import claimed, clear
 from mpidist.checkpoint.format import hdf5
-from mpidist.checkpoint.format.files import naming, publish, sync_directory, temporary, write_at
-from mpidist.checkpoint.format.layout import Outline, lay_out
+from mpidist.checkpoint.format.files import (
+    naming,
+    rename_synced,
+    sync_directory,
+    temporary,
+    write_at,
+)
 from mpidist.checkpoint.format.manifest import (
     JSON,
     MANIFEST,
@@ -37,9 +42,8 @@ from mpidist.checkpoint.format.manifest import (
     StoredFile,
     dtype_of,
 )
-from mpidist.checkpoint.saving.plan import Kind, Plan
-from mpidist.checkpoint.saving.worker import done_here
-from mpidist.checkpoint.saving.writing import Written, shard_name
+from mpidist.checkpoint.saving.planning import ArrayMetadata, GlobalPlan
+from mpidist.checkpoint.saving.writing import BoxSpec, Written, call_now, file_name, lay_out
 from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend
@@ -48,7 +52,7 @@ __all__ = ["VIEW", "Save", "assemble", "commit", "foresee", "report_of", "steps_
 
 VIEW = "view.h5"
 
-_RESULT, _VERDICT = 1, 2
+_REPORT, _VERDICT = 1, 2
 """Tags of the messages to and from rank 0."""
 
 
@@ -60,7 +64,7 @@ class Save:
     ----------
     directory : Path
         Of the step.
-    lead : (Manifest, Plan) or None
+    coordinator : (Manifest, GlobalPlan) or None
         On rank 0, all of the manifest but files and arrays, and who writes what.
     written : Future of Written
         This rank's file.
@@ -69,12 +73,12 @@ class Save:
     """
 
     directory: Path
-    lead: tuple[Manifest, Plan] | None
+    coordinator: tuple[Manifest, GlobalPlan] | None
     written: Future[Written]
     viewed: bool = False
 
 
-class Waitable(Protocol):
+class Pending(Protocol):
     """What may take its time."""
 
     def done(self) -> bool:
@@ -105,7 +109,7 @@ class _InThread:
             )
 
 
-def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
+def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
     """Take a save from the writing of this rank's file to its commit.
 
     Parameters
@@ -117,7 +121,7 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
 
     Yields
     ------
-    Waitable
+    Pending
         What has to be over before the next step.
 
     Raises
@@ -131,23 +135,23 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
     to each, on tags of their own.
     """
     yield _InThread(save.written, f"writing {save.directory}", group.timeout)
-    mine = _told(save.written, group.rank)
+    mine = _report(save.written, group.rank)
     if group.rank:
-        sent = isend(_packed(mine), group, dst=0, tag=_RESULT)
+        sent = isend(_packed(mine), group, dst=0, tag=_REPORT)
         answer = irecv(group, src=0, tag=_VERDICT)
         yield sent
         yield answer
         problem = _unpacked(answer.wait())
     else:
-        receives = [irecv(group, src=rank, tag=_RESULT) for rank in range(1, group.size)]
+        receives = [irecv(group, src=rank, tag=_REPORT) for rank in range(1, group.size)]
         yield from receives
         results = [mine, *(_unpacked(receive.wait()) for receive in receives)]
         problem = _first_problem(results)
         if problem is None:
-            problem = _failure(done_here(_conclude, save, results), 0)
+            problem = _failure(call_now(_conclude, save, results), 0)
         if problem is not None:
-            assert save.lead is not None, "rank 0 planned it"
-            problem = f"{problem}. {clear(save.directory, save.lead[0].id)}"
+            assert save.coordinator is not None, "rank 0 planned it"
+            problem = f"{problem}. {clear(save.directory, save.coordinator[0].id)}"
         verdict = _packed(problem)
         yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
     if problem is not None:
@@ -159,9 +163,9 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Waitable]:
 
 def _conclude(save: Save, results: Sequence[JSON]) -> None:
     """Do on rank 0 what is left, all files being on disk."""
-    assert save.lead is not None, "rank 0 planned it"
-    header, plan = save.lead
-    manifest = assemble(header, plan.kinds, results)
+    assert save.coordinator is not None, "rank 0 planned it"
+    header, plan = save.coordinator
+    manifest = assemble(header, plan.arrays, results)
     if not save.viewed:
         hdf5.create_view(save.directory / VIEW, manifest)
     commit(save.directory, manifest)
@@ -198,7 +202,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
         write_at(descriptor, data, 0)
         os.fsync(descriptor)
     try:
-        publish(part, path)
+        rename_synced(part, path)
     except FileExistsError:  # another save's, which is complete
         raise
     except OSError:
@@ -207,7 +211,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
         raise
 
 
-def _told(written: Future[Written], rank: int) -> JSON:
+def _report(written: Future[Written], rank: int) -> JSON:
     """Return what a rank tells rank 0 of its file."""
     problem = _failure(written, rank)
     if problem is not None:
@@ -237,14 +241,14 @@ def _first_problem(results: Sequence[JSON]) -> str | None:
     return next((result["problem"] for result in results if "problem" in result), None)
 
 
-def foresee(header: Manifest, plan: Plan) -> Manifest:
+def foresee(header: Manifest, plan: GlobalPlan) -> Manifest:
     """Return what `assemble` is going to, but for what only who writes a file can know.
 
     Parameters
     ----------
     header : Manifest
         All of it but files and arrays.
-    plan : Plan
+    plan : GlobalPlan
         Who writes what.
 
     Returns
@@ -253,26 +257,28 @@ def foresee(header: Manifest, plan: Plan) -> Manifest:
         With all that a view needs; without bytes, sizes and digests.
     """
     files = []
-    boxes: dict[str, list[StoredBox]] = {name: [] for name in plan.kinds}
-    dtypes = {name: dtype_of(kind.dtype) for name, kind in plan.kinds.items()}
-    for rank, assignment in enumerate(plan.assignments):
-        outlines = (Outline(part.name, part.box, dtypes[part.name]) for part in assignment)
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in plan.arrays}
+    dtypes = {name: dtype_of(kind.dtype) for name, kind in plan.arrays.items()}
+    for rank, assignment in enumerate(plan.local_plans):
+        outlines = (BoxSpec(part.name, part.box, dtypes[part.name]) for part in assignment)
         ordered, datasets, places = lay_out(outlines)
         shapes = {name: StoredDataset(0, shape) for name, (shape, _) in datasets.items()}
-        files.append(StoredFile(shard_name(rank), 0, shapes))
+        files.append(StoredFile(file_name(rank), 0, shapes))
         for part, (dataset, first) in zip(ordered, places, strict=True):
             boxes[part.name].append(StoredBox(part.box, rank, dataset, first, b""))
-    return replace(header, files=tuple(files), arrays=_arrays(plan.kinds, boxes))
+    return replace(header, files=tuple(files), arrays=_arrays(plan.arrays, boxes))
 
 
-def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON]) -> Manifest:
+def assemble(
+    header: Manifest, metadata: Mapping[str, ArrayMetadata], results: Sequence[JSON]
+) -> Manifest:
     """Put a manifest together.
 
     Parameters
     ----------
     header : Manifest
         All of it but files and arrays.
-    kinds : mapping of str to Kind
+    metadata : mapping of str to ArrayMetadata
         What the arrays are.
     results : sequence of JSON value
         What `report_of` says of each file, by rank.
@@ -283,7 +289,7 @@ def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON
         Complete.
     """
     files: list[StoredFile] = []
-    boxes: dict[str, list[StoredBox]] = {name: [] for name in kinds}
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in metadata}
     for result in results:
         if "file" in result:
             name, size, datasets = result["file"]
@@ -291,17 +297,17 @@ def assemble(header: Manifest, kinds: Mapping[str, Kind], results: Sequence[JSON
             files.append(StoredFile(name, size, places))
         for array, entry in result["boxes"]:
             boxes[array].append(StoredBox.from_json(entry | {"file": len(files) - 1}))
-    arrays = _arrays(kinds, boxes)
+    arrays = _arrays(metadata, boxes)
     created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     return replace(header, created=created, files=tuple(files), arrays=arrays)
 
 
 def _arrays(
-    kinds: Mapping[str, Kind], boxes: Mapping[str, Sequence[StoredBox]]
+    metadata: Mapping[str, ArrayMetadata], boxes: Mapping[str, Sequence[StoredBox]]
 ) -> dict[str, StoredArray]:
     return {
         name: StoredArray(dtype_of(kind.dtype), kind.shape, tuple(boxes[name]))
-        for name, kind in kinds.items()
+        for name, kind in metadata.items()
     }
 
 

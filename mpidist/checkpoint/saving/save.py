@@ -1,33 +1,47 @@
-"""`save` and `save_async`: agree, write alone, commit."""
+"""`save` and `save_async`, and the saves that a group has in flight.
+
+All ranks plan a save together, each writes its file alone, and rank 0 commits: see [Note: commit]
+in `mpidist.checkpoint.saving.commit`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpidist._types import Array
+from mpidist._arguments import seconds
 from mpidist.arrays.namespaces import to_host
 from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.format import hdf5
 from mpidist.checkpoint.format.manifest import JSON, Manifest
-from mpidist.checkpoint.saving.agreement import Agreement, agree
-from mpidist.checkpoint.saving.commit import VIEW, Save, foresee
-from mpidist.checkpoint.saving.plan import Part, Plan, part_of
-from mpidist.checkpoint.saving.running import begin_write
-from mpidist.checkpoint.saving.saver import CheckpointFuture, saver_of
-from mpidist.checkpoint.saving.single_file import SINGLE_FILE, write_together
-from mpidist.checkpoint.saving.worker import done_here
-from mpidist.checkpoint.saving.writing import Piece, Written, shard_name, write_file
+from mpidist.checkpoint.saving.commit import VIEW, Pending, Save, foresee, steps_of
+from mpidist.checkpoint.saving.planning import GlobalPlan, Planner, SavePlan, view_of
+from mpidist.checkpoint.saving.single_file import SINGLE_FILE, check_single_file, write_together
+from mpidist.checkpoint.saving.writing import (
+    HostBox,
+    Staging,
+    WriterThread,
+    Written,
+    begin_write,
+    call_now,
+    end_write,
+    file_name,
+    write_file,
+)
 from mpidist.checkpoint.state import State
 from mpidist.collectives import broadcast_object
-from mpidist.group import ProcessGroup
+from mpidist.errors import CheckpointAsyncError, CheckpointError
+from mpidist.group.group import ProcessGroup, check_group
+from mpidist.job.hooks import end_companions_at_exit
 from mpidist.observe.regions import region
 
-__all__ = ["save", "save_async"]
+__all__ = ["CheckpointFuture", "Saver", "save", "save_async", "saver_of"]
 
 
 def save(
@@ -82,7 +96,7 @@ def save(
     -----
     Collective over `group`; blocks until the checkpoint is on disk. Rank 0 gathers what all hold
     (of names that all ranks hold whole, 16 bytes per rank), and what they have written (about 100
-    bytes per array, 11 per tile of 64 KiB to 1 MiB). Memory: at most 8 MiB per rank.
+    bytes per array, 11 per chunk of 64 KiB to 1 MiB). Memory: at most 8 MiB per rank.
 
     HDF5 has no deadline while it opens or closes a single file: a rank that dies ends the job only
     where the launcher sees to it, as mpirun does.
@@ -145,62 +159,237 @@ def _begin(
     in_flight: int,
     single_file: bool = False,
 ) -> CheckpointFuture:
-    """Plan a save and start it; in flight 0 is in this thread, without a copy."""
+    """GlobalPlan a save and start it; with in_flight 0 in this thread, without a copy."""
     saver = saver_of(group)
-    saver.settle(max(in_flight - 1, 0))
+    saver.drain(max(in_flight - 1, 0))
+
+    def check() -> None:
+        saver.raise_unreported()
+        if single_file:
+            check_single_file(saver.group)
+
     with region("checkpoint plan"):
-        agreed = agree(state, metadata, saver, path, step, single_file=single_file)
-    directory = agreed.directory
+        file = SINGLE_FILE if single_file else ""
+        plan = saver.planner.plan(state, metadata, path, step, file=file, check=check)
     take = saver.staging.copy if in_flight else _in_place
-    parts = [(part, part_of(agreed.flat.arrays[part.name], part)) for part in agreed.assignment]
+    arrays = plan.flat.arrays
+    boxes = [
+        HostBox.of(item.name, item.box, view_of(arrays[item.name], item)) for item in plan.local
+    ]
     with region("checkpoint copy"):  # it may fail for want of memory, which all must learn
-        taken = done_here(take, parts)
-    attributes = {"id": agreed.id, "step": int(step), "world_size": group.size}
-    submit = saver.worker.submit if in_flight else done_here
+        taken = call_now(take, boxes)
+    attributes = {"id": plan.id, "step": int(step), "world_size": group.size}
+    submit = saver.thread.submit if in_flight else call_now
     with region("checkpoint write"):
         if single_file:
-            written = done_here(_write_together, directory, taken, agreed, attributes, saver.group)
+            written = call_now(_write_together, plan, taken, attributes, saver.group)
         else:
-            mine = {**attributes, "rank": group.rank}
-            written = submit(_write, directory, taken, mine, agreed)
+            written = submit(_write, plan, taken, {**attributes, "rank": group.rank})
     if in_flight and taken.exception() is None:
         written.add_done_callback(lambda _: saver.staging.release(taken.result()))
-    save = Save(directory, agreed.lead, written, viewed=not single_file)
-    future = CheckpointFuture(saver, save, beside=bool(in_flight))
+    save = Save(plan.directory, plan.coordinator, written, viewed=not single_file)
+    future = CheckpointFuture(saver, save, asynchronous=bool(in_flight))
     saver.pending.append(future)
-    begin_write(directory)
+    begin_write(plan.directory)
     return future
 
 
-def _in_place(parts: Sequence[tuple[Part, Array]]) -> list[Piece]:
-    """Return parts of arrays where they are, but for those that are on a device."""
-    return [Piece(part.name, part.box, to_host(data)) for part, data in parts]
+def _in_place(boxes: Sequence[HostBox]) -> list[HostBox]:
+    """Return boxes where they are; only those on a device are copied."""
+    return [HostBox.of(box.name, box.box, to_host(box.data)) for box in boxes]
 
 
-def _write(
-    directory: Path,
-    taken: Future[list[Piece]],
-    attributes: Mapping[str, Any],
-    agreed: Agreement,
-) -> Written:
-    path = directory / shard_name(attributes["rank"])
-    # The view is made before the files are complete that it shows: while the disk works.
-    if agreed.lead is None:
+def _write(plan: SavePlan, taken: Future[list[HostBox]], attributes: Mapping[str, Any]) -> Written:
+    path = plan.directory / file_name(attributes["rank"])
+    if plan.coordinator is None:
         return write_file(path, taken.result(), attributes)
-    view = partial(_view, directory, *agreed.lead)
+    # The view is made while the disk works, before the files that it shows are complete.
+    view = partial(_view, plan.directory, *plan.coordinator)
     return write_file(path, taken.result(), attributes, view)
 
 
-def _view(directory: Path, header: Manifest, plan: Plan) -> None:
+def _view(directory: Path, header: Manifest, plan: GlobalPlan) -> None:
     hdf5.create_view(directory / VIEW, foresee(header, plan))
 
 
 def _write_together(
-    directory: Path,
-    taken: Future[list[Piece]],
-    agreed: Agreement,
+    plan: SavePlan,
+    taken: Future[list[HostBox]],
     attributes: Mapping[str, Any],
     group: ProcessGroup,
 ) -> Written:
-    kinds = broadcast_object(agreed.lead and agreed.lead[1].kinds, group)
-    return write_together(directory / SINGLE_FILE, taken, kinds, attributes, group)
+    arrays = broadcast_object(plan.coordinator and plan.coordinator[1].arrays, group)
+    return write_together(plan.directory / SINGLE_FILE, taken, arrays, attributes, group)
+
+
+_PAUSE = 0.001
+"""Seconds between two looks at a save that is waited for with a timeout."""
+
+
+class CheckpointFuture:
+    """A save under way; see `save_async`."""
+
+    def __init__(self, saver: Saver, save: Save, *, asynchronous: bool) -> None:
+        self._saver = saver
+        self._save = save
+        self._asynchronous = asynchronous
+        self._steps: Iterator[Pending] = steps_of(save, saver.group)
+        self._current: Pending | None = None
+        self._over = False
+        self._error: Exception | None = None
+        self.reported = False
+
+    @property
+    def directory(self) -> Path:
+        """Where it is being written; absolute, as it was when the save began."""
+        return self._save.directory
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and there is no checkpoint."""
+        return self._error is not None
+
+    def done(self) -> bool:
+        """Drive the save as far as it goes now, and return whether it is over.
+
+        Returns
+        -------
+        bool
+            Whether `wait` will return, or raise, at once.
+
+        Notes
+        -----
+        Does not block, but that rank 0 writes and syncs the manifest in it, once.
+        """
+        self._saver.progress()
+        return self._over
+
+    def drive(self) -> bool:
+        """Take the save as far as it goes now, earlier ones being over; see `done`."""
+        while not self._over:
+            if self._current is not None and not self._current.done():
+                return False
+            self._advance()
+        return True
+
+    def wait(self, timeout: float | None = None) -> Checkpoint:
+        """Return when the checkpoint is complete.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds after which this rank gives up waiting. The save goes on then, and may be waited
+            for again. When omitted, each of its steps has the group's.
+
+        Returns
+        -------
+        Checkpoint
+            On disk.
+
+        Raises
+        ------
+        CheckpointAsyncError, CheckpointError
+            If a rank could not write; on every rank, with the same words, from `save_async` and
+            from `save`.
+        CheckpointError
+            On this rank, if it is not over after `timeout`.
+        """
+        if timeout is not None:
+            self._drive_until(seconds(timeout, f"save of {self.directory}: timeout", least=0.0))
+        self.end()
+        self.reported = True
+        if self._error is not None:
+            raise self._error
+        return Checkpoint(self._save.directory)
+
+    def end(self) -> None:
+        """Take the save to its end; keep for `wait` what it raises."""
+        while not self._over:
+            first = self._saver.pending[0]  # in order: their messages have the same tags
+            if first._current is not None:
+                first._current.wait()
+            first._advance()
+
+    def _drive_until(self, timeout: float) -> None:
+        """Raise if it is not over in time; by asking, for a message given up breaks the group."""
+        deadline = time.monotonic() + timeout
+        while not self.done():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"save of {self.directory}: not over after {timeout:g} s. It goes on: wait "
+                    "again, or longer"
+                )
+            time.sleep(_PAUSE)
+
+    def _advance(self) -> None:
+        """Take the next step, all that is waited for being over."""
+        try:
+            self._current = next(self._steps, None)
+            self._over = self._current is None
+        except Exception as error:  # noqa: BLE001  # raised by whoever waits, also later
+            self._over = True
+            failed = isinstance(error, CheckpointError) and self._asynchronous
+            self._error = CheckpointAsyncError(str(error)) if failed else error
+        except BaseException as error:
+            # Steps that have raised look like steps that have come to their end.
+            self._over = True
+            message = f"save of {self.directory} was interrupted by {type(error).__name__}"
+            self._error = CheckpointError(f"{message}; nobody knows whether it is complete")
+            raise
+        finally:
+            if self._over:
+                self._saver.note_end(self)
+
+
+class Saver:
+    """The saves of a group: its own communicator, its thread, what is in flight."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        hdf5.versions()  # imports h5py, whose exit handler takes parts of it away
+        end_companions_at_exit()
+        self.group = group.duplicate(f"{group.name}/checkpoint")
+        self.planner = Planner(self.group)
+        self.thread = WriterThread("mpidist checkpoint")
+        self.staging = Staging()
+        self.pending: deque[CheckpointFuture] = deque()
+        self._failed: deque[CheckpointFuture] = deque()
+
+    def note_end(self, future: CheckpointFuture) -> None:
+        """Note that a save is over."""
+        self.pending.remove(future)
+        end_write(future.directory, complete=not future.failed)
+        if future.failed:
+            self._failed.append(future)
+
+    def drain(self, most: int) -> None:
+        """Wait until at most so many saves are in flight."""
+        while len(self.pending) > most:
+            self.pending[0].end()
+
+    def raise_unreported(self) -> None:
+        """Raise the error of an earlier save that `wait` has not raised yet."""
+        while self._failed:
+            future = self._failed.popleft()
+            if not future.reported:
+                future.wait()
+
+    def progress(self) -> None:
+        """Drive what is in flight."""
+        for future in tuple(self.pending):
+            if not future.drive():
+                return  # they end in order
+
+    def close(self) -> None:
+        """Wait for what is in flight."""
+        try:
+            self.drain(0)
+        finally:
+            self.thread.close()
+            self.group.close()
+        self.raise_unreported()
+
+
+def saver_of(group: ProcessGroup) -> Saver:
+    """Return the saves of a group; collective when first called."""
+    check_group(group, "checkpoint")
+    return group.companion("checkpoint", lambda: Saver(group))

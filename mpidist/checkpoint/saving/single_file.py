@@ -20,7 +20,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box, boxes_of_at_most
 from mpidist.checkpoint.format import hdf5
-from mpidist.checkpoint.format.files import naming, publish, temporary
+from mpidist.checkpoint.format.files import naming, rename_synced, temporary
 from mpidist.checkpoint.format.manifest import (
     ID_DATASET,
     StoredBox,
@@ -28,9 +28,8 @@ from mpidist.checkpoint.format.manifest import (
     StoredFile,
     dtype_of,
 )
-from mpidist.checkpoint.saving.plan import Kind
-from mpidist.checkpoint.saving.worker import done_here
-from mpidist.checkpoint.saving.writing import Piece, Written
+from mpidist.checkpoint.saving.planning import ArrayMetadata
+from mpidist.checkpoint.saving.writing import HostBox, Written, call_now
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
@@ -57,20 +56,20 @@ def check_single_file(group: ProcessGroup) -> None:
 
 def write_together(
     path: Path,
-    taken: Future[list[Piece]],
-    kinds: Mapping[str, Kind],
+    taken: Future[list[HostBox]],
+    arrays: Mapping[str, ArrayMetadata],
     attributes: Mapping[str, str | int],
     group: ProcessGroup,
 ) -> Written:
-    """Write one file with the pieces of all ranks.
+    """Write one file with the boxes of all ranks.
 
     Parameters
     ----------
     path : Path
         Its directory must exist.
-    taken : Future of list of Piece
+    taken : Future of list of HostBox
         What this rank writes, or why it cannot; over.
-    kinds : mapping of str to Kind
+    arrays : mapping of str to ArrayMetadata
         All arrays, the same on all ranks, in the same order.
     attributes : mapping of str to (str or int)
         Of the file; the same on all ranks.
@@ -96,31 +95,31 @@ def write_together(
     [Note: writing together].
     """
     part = temporary(path)
-    made = done_here(_make, part, kinds, attributes) if group.rank == 0 else None
+    made = call_now(_make, part, arrays, attributes) if group.rank == 0 else None
     if broadcast_object(made is not None and made.exception() is not None, group):
         if made is not None:
             made.result()  # raises
         return Written(None, [])
-    filled = done_here(_fill, part, taken, attributes, group)
+    filled = call_now(_fill, part, taken, attributes, group)
     barrier(group)  # from here on nobody needs the temporary name
     filled.result()
     boxes = [
-        (piece.name, _stored(piece, kinds[piece.name].shape))
-        for piece in taken.result()
-        if not piece.box.empty
+        (source.name, _stored(source, arrays[source.name].shape))
+        for source in taken.result()
+        if not source.box.empty
     ]
     if made is None:
         return Written(None, boxes)
     size = part.stat().st_size
-    publish(part, path)
+    rename_synced(part, path)
     return Written(StoredFile(path.name, size, made.result()), boxes)
 
 
 def _make(
-    path: Path, kinds: Mapping[str, Kind], attributes: Mapping[str, str | int]
+    path: Path, arrays: Mapping[str, ArrayMetadata], attributes: Mapping[str, str | int]
 ) -> dict[str, StoredDataset]:
     """Make the file, and return its datasets, but for empty ones, in which no box lies."""
-    datasets = [(name, kind.shape, dtype_of(kind.dtype)) for name, kind in kinds.items()]
+    datasets = [(name, kind.shape, dtype_of(kind.dtype)) for name, kind in arrays.items()]
     identity = _identity(attributes)
     datasets.append((ID_DATASET, identity.shape, identity.dtype))
     begins = hdf5.create_file(path, datasets, attributes)
@@ -135,7 +134,7 @@ def _identity(attributes: Mapping[str, str | int]) -> Array:
 
 def _fill(
     path: Path,
-    taken: Future[list[Piece]],
+    taken: Future[list[HostBox]],
     attributes: Mapping[str, str | int],
     group: ProcessGroup,
 ) -> None:
@@ -144,11 +143,11 @@ def _fill(
         if group.rank == 0:
             identity = _identity(attributes)
             file.write(ID_DATASET, Box.whole(identity.shape), identity)
-        for piece in taken.result():
-            if piece.box.empty:
+        for source in taken.result():
+            if source.box.empty:
                 continue
-            for box in boxes_of_at_most(piece.box, _BLOCK // piece.dtype.itemsize):
-                file.write(piece.name, box, _elements(piece, box))
+            for box in boxes_of_at_most(source.box, _BLOCK // source.dtype.itemsize):
+                file.write(source.name, box, _elements(source, box))
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         with naming(path):
@@ -157,13 +156,13 @@ def _fill(
         os.close(descriptor)
 
 
-def _elements(piece: Piece, box: Box) -> Array:
-    """Return the elements of a part of a piece, as they are stored."""
-    index: Any = (*box.relative_to(piece.box).slices, ...)  # a view, also of a 0-d array
-    return np.ascontiguousarray(piece.data[index], piece.dtype.newbyteorder("<"))
+def _elements(source: HostBox, box: Box) -> Array:
+    """Return the elements of a box inside another one, as they are stored."""
+    index: Any = (*box.relative_to(source.box).slices, ...)  # a view, also of a 0-d array
+    return np.ascontiguousarray(source.data[index], source.dtype.newbyteorder("<"))
 
 
-def _stored(piece: Piece, shape: Sequence[int]) -> StoredBox:
-    """Return what the manifest says of a piece: a region of the array's dataset."""
-    first = int(np.ravel_multi_index(piece.box.offsets, tuple(shape)))
-    return StoredBox(piece.box, 0, piece.name, first, piece.digests())
+def _stored(source: HostBox, shape: Sequence[int]) -> StoredBox:
+    """Return what the manifest says of a box: a region of the array's dataset."""
+    first = int(np.ravel_multi_index(source.box.offsets, tuple(shape)))
+    return StoredBox(source.box, 0, source.name, first, source.digests())

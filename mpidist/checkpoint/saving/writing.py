@@ -1,212 +1,146 @@
-"""One rank's file: its parts laid out, written, synced, and given its name."""
+"""The file of one rank: its boxes are laid out, written, synced, and given their name.
+
+The order of a file is known before a byte is written, on any rank (`lay_out`). The bytes come from
+memory (`HostBox`), perhaps from a copy (`Staging`), so that the program goes on meanwhile
+(`WriterThread`).
+"""
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box
-from mpidist.arrays.namespaces import as_bytes
+from mpidist.arrays.namespaces import as_bytes, is_host, pinned_empty, to_host
 from mpidist.checkpoint.format import hdf5
-from mpidist.checkpoint.format.files import naming, publish, temporary, write_at
-from mpidist.checkpoint.format.layout import Extent, lay_out
+from mpidist.checkpoint.format.chunks import digests_of
+from mpidist.checkpoint.format.files import naming, rename_synced, temporary, write_at
 from mpidist.checkpoint.format.manifest import (
     ALIGNMENT,
     ID_DATASET,
     StoredBox,
     StoredDataset,
     StoredFile,
+    name_of,
 )
-from mpidist.checkpoint.format.tiles import digests_of
-from mpidist.checkpoint.saving.worker import settle
 
-__all__ = ["Piece", "Writable", "Written", "shard_name", "write_file"]
+__all__ = [
+    "BoxSource",
+    "BoxSpec",
+    "HostBox",
+    "Staging",
+    "WriterThread",
+    "Written",
+    "begin_write",
+    "call_into",
+    "call_now",
+    "end_write",
+    "file_name",
+    "is_being_written",
+    "lay_out",
+    "was_written_last",
+    "write_file",
+]
 
 _BLOCK = 1 << 22
-"""Bytes that are gathered before they are written, where they do not lie side by side already; in
-two such blocks: one for the elements of a piece, and one for small pieces."""
+"""Bytes that are gathered before they are written, where they are not contiguous; in two such
+blocks: one for the elements of a box, and one for small boxes."""
 
-
-class Writable(Extent, Protocol):
-    """A part of an array, wherever its elements are."""
-
-    def chunks(self) -> Iterator[tuple[int, Array]]:
-        """Yield its bytes, little-endian: where they begin in C order, and an array of uint8.
-
-        A chunk has to last until the next one is asked for.
-        """
-        ...
-
-    def digests(self) -> bytes:
-        """Return the digests of its tiles; asked for when all chunks have been."""
-        ...
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of an array, in memory: a `Writable`.
+class BoxSpec:
+    """A box of an array, without its elements.
 
     Attributes
     ----------
     name : str
-        Of the array.
+        The array's name.
     box : Box
-        Which part.
-    data : Array
-        Its elements, of the box's sizes; host memory. Need not be contiguous.
+        Its place in the array.
+    dtype : dtype
+        The array's, in any byte order.
     """
 
     name: str
     box: Box
-    data: Array
-
-    @property
-    def dtype(self) -> DType:
-        """Of the array."""
-        return self.data.dtype
+    dtype: DType
 
     @property
     def nbytes(self) -> int:
-        """Of the part."""
-        return int(self.data.nbytes)
+        """Bytes of the box."""
+        return self.box.count * self.dtype.itemsize
 
-    def chunks(self) -> Iterator[tuple[int, Array]]:
-        """Yield all at once if it lies side by side, else a copy of one block after the other."""
+
+class BoxSource(BoxSpec, ABC):
+    """A box of an array, wherever its elements are."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[int, Array]]:
+        """Yield its bytes, little-endian: their offset in C order, and an array of uint8.
+
+        A block is valid until the next one is asked for.
+        """
+
+    @abstractmethod
+    def digests(self) -> bytes:
+        """Return the digests of its chunks; called after all blocks were taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostBox(BoxSource):
+    """A box of an array in host memory.
+
+    Attributes
+    ----------
+    data : Array
+        The elements, of the box's sizes. Need not be contiguous.
+    """
+
+    data: Array
+
+    @classmethod
+    def of(cls, name: str, box: Box, data: Array) -> HostBox:
+        """Return the box of an array that has these elements."""
+        return cls(name, box, data.dtype, data)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box."""
+        return int(self.data.nbytes)  # cheaper than a product of sizes
+
+    def blocks(self) -> Iterator[tuple[int, Array]]:
+        """Yield all at once if it is contiguous, else copies of one block after the other."""
         little = self.dtype.newbyteorder("<")
         if self.data.flags.c_contiguous and self.dtype == little:
             yield 0, as_bytes(self.data)
             return
         memory = np.empty(min(self.nbytes, _BLOCK), np.uint8)
-        place = 0
-        for chunk in _blocks(self.data):
-            copied = memory[: chunk.nbytes]
-            np.copyto(copied.view(little).reshape(chunk.shape), chunk)
-            yield place, copied
-            place += chunk.nbytes
+        offset = 0
+        for block in _blocks(self.data):
+            copied = memory[: block.nbytes]
+            np.copyto(copied.view(little).reshape(block.shape), block)
+            yield offset, copied
+            offset += block.nbytes
 
     def digests(self) -> bytes:
-        """Return the digests of its tiles."""
+        """Return the digests of its chunks."""
         return digests_of(self.data)
-
-
-@dataclass(frozen=True)
-class Written:
-    """A file that is complete and on disk.
-
-    Attributes
-    ----------
-    file : StoredFile or None
-        The file; None if a rank before this one tells of it.
-    boxes : list of (str, StoredBox)
-        What lies in it, by name of the array; `StoredBox.file` is to be set.
-    """
-
-    file: StoredFile | None
-    boxes: list[tuple[str, StoredBox]]
-
-
-def shard_name(rank: int) -> str:
-    """Return the name of a rank's file."""
-    return f"rank-{rank:05d}.h5"
-
-
-def write_file(
-    path: Path,
-    pieces: Sequence[Writable],
-    attributes: Mapping[str, str | int],
-    meanwhile: Callable[[], None] = lambda: None,
-) -> Written:
-    """Write a file with these pieces.
-
-    Parameters
-    ----------
-    path : Path
-        Its directory must exist.
-    pieces : sequence of Writable
-        What goes into it; there may be none.
-    attributes : mapping of str to (str or int)
-        Of the file.
-    meanwhile : callable, optional
-        What else is to be done beside it; the file is not complete if that raises.
-
-    Returns
-    -------
-    Written
-        When it is on disk, under its name, and the directory is, too.
-
-    Raises
-    ------
-    OSError
-        If it cannot be; a part of it may be there under its temporary name.
-
-    Notes
-    -----
-    Local. Memory: at most 8 MiB, and one chunk of a piece that is not in memory as it is
-    written. Digests are computed while the disk works.
-    """
-    pieces, datasets, boxes = lay_out(pieces)
-    identity = np.frombuffer(str(attributes["id"]).encode(), np.uint8)
-    datasets[ID_DATASET] = (identity.shape, identity.dtype)
-    shapes = [(name, shape, dtype) for name, (shape, dtype) in datasets.items()]
-    part = temporary(path)
-    with _beside(meanwhile), naming(part, sum(piece.nbytes for piece in pieces)):
-        begins = hdf5.create_file(part, shapes, attributes)
-        descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            write_at(descriptor, identity, begins[ID_DATASET])
-            for data, offset in _stream(pieces, boxes, begins):
-                write_at(descriptor, data, offset)
-            size = os.fstat(descriptor).st_size
-            with _beside(os.fsync, descriptor):
-                digests = [piece.digests() for piece in pieces]
-        finally:
-            os.close(descriptor)
-    publish(part, path, warn=attributes["rank"] == 0)  # one rank's warning is enough
-    stored = StoredFile(
-        path.name,
-        size,
-        {name: StoredDataset(begins[name], shape) for name, (shape, _) in datasets.items()},
-    )
-    found = [
-        (piece.name, StoredBox(piece.box, 0, dataset, first, digest))
-        for piece, (dataset, first), digest in zip(pieces, boxes, digests, strict=True)
-    ]
-    return Written(stored, found)
-
-
-def _stream(
-    pieces: Sequence[Writable], boxes: Sequence[tuple[str, int]], begins: Mapping[str, int]
-) -> Iterator[tuple[Array, int]]:
-    """Yield what is to be written, and where; small chunks that follow each other together."""
-    block = np.empty(0, np.uint8)
-    filled, begin = 0, 0
-    for piece, (dataset, first) in zip(pieces, boxes, strict=True):
-        start = begins[dataset] + first * piece.dtype.itemsize
-        for place, chunk in piece.chunks():
-            offset = start + place
-            if chunk.nbytes >= ALIGNMENT:
-                yield chunk, offset
-                continue
-            if filled and (offset != begin + filled or filled + chunk.nbytes > _BLOCK):
-                yield block[:filled], begin
-                filled = 0
-            if not filled:
-                begin = offset
-            if not block.size:
-                block = np.empty(_BLOCK, np.uint8)
-            block[filled : filled + chunk.nbytes] = chunk
-            filled += chunk.nbytes
-    if filled:
-        yield block[:filled], begin
 
 
 def _blocks(data: Array) -> Iterator[Array]:
@@ -221,17 +155,353 @@ def _blocks(data: Array) -> Iterator[Array]:
             yield from _blocks(data[start : start + rows])
 
 
+B = TypeVar("B", bound=BoxSpec)
+
+
+def lay_out(
+    boxes: Iterable[B],
+) -> tuple[list[B], dict[str, tuple[tuple[int, ...], DType]], list[tuple[str, int]]]:
+    """Decide where in a file boxes go.
+
+    Parameters
+    ----------
+    boxes : iterable of BoxSpec
+        What goes into the file.
+
+    Returns
+    -------
+    boxes : list of BoxSpec
+        In the order of the file.
+    datasets : dict of str to (tuple of int, dtype)
+        Shapes and dtypes by name.
+    positions : list of (str, int)
+        For each box its dataset, and the position of its first element there.
+    """
+    # What is packed comes first, each dtype in one go.
+    boxes = sorted(boxes, key=lambda box: (box.nbytes >= ALIGNMENT, name_of(box.dtype)))
+    packed: dict[str, int] = {}
+    dtypes: dict[str, DType] = {}
+    datasets: dict[str, tuple[tuple[int, ...], DType]] = {}
+    positions = []
+    for box in boxes:
+        if box.nbytes >= ALIGNMENT:
+            ranges = zip(box.box.offsets, box.box.stops, strict=True)
+            index = ", ".join(f"{start}:{stop}" for start, stop in ranges)  # as numpy writes it
+            name = f"arrays/{box.name}[{index}]"
+            datasets[name] = (box.box.sizes, box.dtype)
+            positions.append((name, 0))
+        else:
+            name = f"packed/{name_of(box.dtype)}"
+            positions.append((name, packed.get(name, 0)))
+            packed[name] = packed.get(name, 0) + box.box.count
+            dtypes[name] = box.dtype
+    for name, count in packed.items():
+        datasets[name] = ((count,), dtypes[name])
+    return boxes, datasets, positions
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is complete and on disk.
+
+    Attributes
+    ----------
+    file : StoredFile or None
+        The file; None if another rank reports it.
+    boxes : list of (str, StoredBox)
+        What lies in it, by name of the array; `StoredBox.file` is set by who assembles the
+        manifest.
+    """
+
+    file: StoredFile | None
+    boxes: list[tuple[str, StoredBox]]
+
+
+def file_name(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}.h5"
+
+
+def write_file(
+    path: Path,
+    boxes: Sequence[BoxSource],
+    attributes: Mapping[str, str | int],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Written:
+    """Write a file with these boxes.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its directory must exist.
+    boxes : sequence of BoxSource
+        What goes into it; may be empty.
+    attributes : mapping of str to (str or int)
+        HDF5 attributes of the file.
+    meanwhile : callable, optional
+        Called in another thread; the file is not complete if that raises.
+
+    Returns
+    -------
+    Written
+        When the file is on disk under its name, and its directory is, too.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; a part of it may be left under its temporary name.
+
+    Notes
+    -----
+    Local. Memory: at most 8 MiB, and one block of a box that is not in memory as it is written.
+    Digests are computed while the disk works.
+    """
+    boxes, datasets, positions = lay_out(boxes)
+    identity = np.frombuffer(str(attributes["id"]).encode(), np.uint8)
+    datasets[ID_DATASET] = (identity.shape, identity.dtype)
+    shapes = [(name, shape, dtype) for name, (shape, dtype) in datasets.items()]
+    part = temporary(path)
+    with _in_thread(meanwhile), naming(part, sum(box.nbytes for box in boxes)):
+        begins = hdf5.create_file(part, shapes, attributes)
+        descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            write_at(descriptor, identity, begins[ID_DATASET])
+            for data, offset in _stream(boxes, positions, begins):
+                write_at(descriptor, data, offset)
+            size = os.fstat(descriptor).st_size
+            with _in_thread(os.fsync, descriptor):
+                digests = [box.digests() for box in boxes]
+        finally:
+            os.close(descriptor)
+    rename_synced(part, path, warn=attributes["rank"] == 0)  # one rank's warning is enough
+    stored = StoredFile(
+        path.name,
+        size,
+        {name: StoredDataset(begins[name], shape) for name, (shape, _) in datasets.items()},
+    )
+    stored_boxes = [
+        (box.name, StoredBox(box.box, 0, dataset, first, digest))
+        for box, (dataset, first), digest in zip(boxes, positions, digests, strict=True)
+    ]
+    return Written(stored, stored_boxes)
+
+
+def _stream(
+    boxes: Sequence[BoxSource], positions: Sequence[tuple[str, int]], begins: Mapping[str, int]
+) -> Iterator[tuple[Array, int]]:
+    """Yield what is written, and its offset; small blocks that follow each other are joined."""
+    joined = np.empty(0, np.uint8)
+    filled, begin = 0, 0
+    for box, (dataset, first) in zip(boxes, positions, strict=True):
+        start = begins[dataset] + first * box.dtype.itemsize
+        for relative, block in box.blocks():
+            offset = start + relative
+            if block.nbytes >= ALIGNMENT:
+                yield block, offset
+                continue
+            if filled and (offset != begin + filled or filled + block.nbytes > _BLOCK):
+                yield joined[:filled], begin
+                filled = 0
+            if not filled:
+                begin = offset
+            if not joined.size:
+                joined = np.empty(_BLOCK, np.uint8)
+            joined[filled : filled + block.nbytes] = block
+            filled += block.nbytes
+    if filled:
+        yield joined[:filled], begin
+
+
+class WriterThread:
+    """A thread that makes the calls submitted to it, in order; started by the first one.
+
+    Parameters
+    ----------
+    name : str
+        The thread's name.
+
+    Notes
+    -----
+    Not an executor of the standard library: those accept nothing once the interpreter ends, and
+    that is when a job waits for its last save.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
+        """Have a function called in the thread, after all that were submitted before."""
+        future: Future[T] = Future()
+        try:
+            self._start()
+        except RuntimeError as error:  # the user may have no more threads
+            future.set_exception(error)
+        else:
+            self._tasks.put(lambda: call_into(future, call, *args))
+        return future
+
+    def close(self) -> None:
+        """Let the thread end after the calls submitted so far."""
+        self._tasks.put(None)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+
+
+def call_now(call: Callable[..., T], *args: Any) -> Future[T]:
+    """Call a function in this thread; the future holds its result, or what it raised."""
+    future: Future[T] = Future()
+    call_into(future, call, *args)
+    return future
+
+
+def call_into(future: Future[T], call: Callable[..., T], *args: Any) -> None:
+    """Call a function, and give its result, or what it raised, to a future."""
+    try:
+        result = call(*args)
+    except Exception as error:  # noqa: BLE001  # raised where the result is asked for
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
 @contextmanager
-def _beside(call: Callable[..., None], *args: object) -> Iterator[None]:
+def _in_thread(call: Callable[..., None], *args: object) -> Iterator[None]:
     """Call a function in a thread of its own while the block runs; raise what it raises.
 
-    Not in an executor of the standard library: see `Worker`.
+    Not in an executor of the standard library: see `WriterThread`.
     """
     future: Future[None] = Future()
-    thread = threading.Thread(target=settle, args=(future, call, *args), daemon=True)
+    thread = threading.Thread(target=call_into, args=(future, call, *args), daemon=True)
     thread.start()
     try:
         yield
     finally:
         thread.join()  # it uses what the caller is about to close
     future.result()
+
+
+class Staging:
+    """Memory for copies of boxes, used again: fresh pages cost more than the copy into them.
+
+    Arrays of the host are copied to ordinary memory, arrays of a device to pinned memory, which the
+    device writes without the help of a processor.
+    """
+
+    _ALIGNMENT = 64
+
+    def __init__(self) -> None:
+        self._ordinary = _MemoryPool(lambda nbytes: np.empty(nbytes, np.uint8))
+        self._pinned = _MemoryPool(pinned_empty)
+        self._used: dict[int, list[tuple[_MemoryPool, Array]]] = {}
+
+    def copy(self, boxes: Sequence[HostBox]) -> list[HostBox]:
+        """Copy boxes, whose data may be on a device.
+
+        Returns
+        -------
+        list of HostBox
+            Given to `release` once they are written.
+        """
+        copies: list[HostBox] = []
+        used = []
+        for pool, on_host in ((self._ordinary, True), (self._pinned, False)):
+            originals = [box for box in boxes if is_host(box.data) == on_host]
+            if originals:
+                memory = pool.take(sum(self._aligned(box.nbytes) for box in originals))
+                used.append((pool, memory))
+                copies += self._copied(originals, memory)
+        self._used[id(copies)] = used
+        return copies
+
+    def release(self, copies: Sequence[HostBox]) -> None:
+        """Let the memory of copies be used for the next ones."""
+        for pool, memory in self._used.pop(id(copies)):
+            pool.free.append(memory)
+
+    def _copied(self, boxes: Sequence[HostBox], memory: Array) -> Iterator[HostBox]:
+        offset = 0
+        for box in boxes:
+            out: Array = np.ndarray(box.data.shape, box.dtype, memory, offset)
+            yield HostBox.of(box.name, box.box, to_host(box.data, out=out))
+            offset += self._aligned(box.nbytes)
+
+    def _aligned(self, nbytes: int) -> int:
+        return -(-nbytes // self._ALIGNMENT) * self._ALIGNMENT
+
+
+class _MemoryPool:
+    """Memory of one kind, made by a function of a number of bytes."""
+
+    def __init__(self, make: Callable[[int], Array]) -> None:
+        self.free: list[Array] = []
+        self._make = make
+
+    def take(self, nbytes: int) -> Array:
+        """Return at least so many bytes; memory that is too small is freed."""
+        while self.free:
+            memory = self.free.pop()
+            if memory.size >= nbytes:
+                return memory
+        return self._make(nbytes)
+
+
+_lock = threading.Lock()
+_writing: Counter[Path] = Counter()
+"""Directories of steps, and how many ranks of this process write there: simulated ones share it."""
+
+_last: dict[Path, Path] = {}
+"""For each directory of checkpoints, the step that was completed last."""
+
+
+def begin_write(directory: Path) -> None:
+    """Note that a save into the directory of a step has begun."""
+    with _lock:
+        _writing[directory] += 1
+
+
+def end_write(directory: Path, *, complete: bool) -> None:
+    """Note that a save is over, and whether there is a checkpoint."""
+    with _lock:
+        _writing[directory] -= 1
+        if not _writing[directory]:
+            del _writing[directory]
+        if complete:
+            _last[directory.parent] = directory
+
+
+def is_being_written(directory: Path) -> bool:
+    """Return whether this process saves into the directory of a step, whatever leads to it."""
+    with _lock:
+        return _is_among(directory, _writing)
+
+
+def was_written_last(directory: Path) -> bool:
+    """Return whether this process has completed no later step in the same directory."""
+    with _lock:
+        return _is_among(directory, _last.values())
+
+
+def _is_among(directory: Path, others: Iterable[Path]) -> bool:
+    return any(
+        other.name == directory.name and _is_same(directory.parent, other.parent)
+        for other in others
+    )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one == other:
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is gone
+        return False

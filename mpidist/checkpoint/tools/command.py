@@ -10,41 +10,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from mpidist.checkpoint import directory
-from mpidist.checkpoint.directory import Checkpoint, find, step_of
-from mpidist.checkpoint.format.limits import printable
-from mpidist.checkpoint.format.manifest import JSON, encode
-from mpidist.checkpoint.paths import absolute
-from mpidist.checkpoint.tools.arguments import (
-    add_diff,
-    add_export,
-    add_import,
-    add_list,
-    add_prune,
-    add_reshard,
-    add_show,
-    add_verify,
-)
+from mpidist.checkpoint.directory import Checkpoint, absolute, find, step_of
+from mpidist.checkpoint.format.manifest import JSON, encode, printable
 from mpidist.checkpoint.tools.differences import compare
-from mpidist.checkpoint.tools.exporting import export_to, import_from
-from mpidist.checkpoint.tools.progress import progress_bar
-from mpidist.checkpoint.tools.pruning import prunable, prune, statuses
-from mpidist.checkpoint.tools.resharding import reshard
-from mpidist.checkpoint.tools.text import (
+from mpidist.checkpoint.tools.exporting import FORMATS, export_to, import_from
+from mpidist.checkpoint.tools.pruning import STALE, prunable, prune, statuses
+from mpidist.checkpoint.tools.resharding import Progress, ignore_progress, reshard
+from mpidist.checkpoint.tools.tables import (
+    arrays_text,
+    box_table,
+    checkpoint_lines,
+    difference_lines,
     fields_of,
+    ranks_text,
     row_of,
-    tell_arrays,
-    tell_boxes,
-    tell_differences,
-    tell_directory,
-    tell_one,
-    tell_ranks,
-    tell_size,
+    size_text,
+    step_table,
 )
 from mpidist.checkpoint.tools.verifying import verify
 from mpidist.errors import (
@@ -55,7 +43,165 @@ from mpidist.errors import (
 )
 from mpidist.usage import write_once
 
-__all__ = ["configure", "run"]
+__all__ = [
+    "add_diff",
+    "add_export",
+    "add_import",
+    "add_list",
+    "add_prune",
+    "add_reshard",
+    "add_show",
+    "add_verify",
+    "configure",
+    "progress_bar",
+    "run",
+]
+
+
+@contextmanager
+def progress_bar(nbytes: int | None, name: str, *, show: bool) -> Iterator[Progress]:
+    """Show how many bytes are done, on standard error.
+
+    Parameters
+    ----------
+    nbytes : int or None
+        How many there are, if that is known.
+    name : str
+        Before the bar.
+    show : bool
+        Whether it is wanted. It is shown on a terminal only, and where tqdm is installed.
+
+    Yields
+    ------
+    callable
+        To be told how many more are done.
+    """
+    if not (show and sys.stderr.isatty()):
+        yield ignore_progress
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield ignore_progress
+        return
+    with tqdm(
+        total=nbytes,
+        desc=name,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        file=sys.stderr,
+        dynamic_ncols=True,
+    ) as bar:
+        yield bar.update
+
+
+def _step(text: str) -> int | str:
+    if text == "latest" or text.isdecimal():
+        return text if text == "latest" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'latest'")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {least}, got {text!r}"
+            )
+        return int(text)
+
+    return read
+
+
+def _path(parser: argparse.ArgumentParser, name: str = "path", metavar: str = "PATH") -> None:
+    text = "directory of checkpoints, or of one step"
+    parser.add_argument(name, type=Path, metavar=metavar, help=text)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Add what `verify` is told."""
+    _path(parser)
+    _add_step(parser)
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step", type=_step, metavar="STEP", help="which one (default: the newest complete one)"
+    )
+
+
+def add_list(parser: argparse.ArgumentParser) -> None:
+    """Add what `list` is told."""
+    parser.add_argument("path", type=Path, metavar="PATH", help="directory of checkpoints")
+
+
+def add_show(parser: argparse.ArgumentParser) -> None:
+    """Add what `show` is told."""
+    add_verify(parser)
+    parser.add_argument(
+        "--boxes", action="store_true", help="also where each part of an array lies"
+    )
+
+
+def add_diff(parser: argparse.ArgumentParser) -> None:
+    """Add what `diff` is told."""
+    _path(parser, "first", "FIRST")
+    _path(parser, "second", "SECOND")
+    _add_step(parser)
+
+
+def add_reshard(parser: argparse.ArgumentParser) -> None:
+    """Add what `reshard` is told."""
+    _path(parser)
+    parser.add_argument(
+        "destination", type=Path, metavar="NEW", help="directory of checkpoints, made if missing"
+    )
+    parser.add_argument(
+        "--ranks", type=_at_least(1), required=True, metavar="N", help="of the new checkpoint"
+    )
+    _add_step(parser)
+
+
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    """Add what `prune` is told."""
+    add_list(parser)
+    parser.add_argument(
+        "--keep",
+        type=_at_least(1),
+        required=True,
+        metavar="K",
+        help="how many whole ones stay: those that were committed last",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument(
+        "--stale",
+        type=float,
+        default=STALE,
+        metavar="SECONDS",
+        help="without a change, after which a partial one is taken for what a killed save has left "
+        "(default: %(default)g)",
+    )
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Add what `export` is told."""
+    _path(parser)
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
+    _add_step(parser)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add what `import` is told."""
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="directory of checkpoints, made if missing"
+    )
+    parser.add_argument(
+        "--step",
+        type=_at_least(0),
+        metavar="STEP",
+        help="of the checkpoint (default: as it was exported)",
+    )
 
 
 class _Outcome(NamedTuple):
@@ -128,7 +274,7 @@ def _list(options: argparse.Namespace) -> _Outcome:
     partial = directory.partial(path)
     steps = [*(found.directory for found in directory.list(path)), *partial]
     rows = [row_of(each, partial=each in partial) for each in sorted(steps, key=step_of)]
-    lines = [*tell_directory(rows)] if rows else []
+    lines = [*step_table(rows)] if rows else []
     if all(row["state"] == "partial" for row in rows):
         return _Outcome(rows, [*lines, f"there is no complete checkpoint in {path}"], 1)
     return _Outcome(rows, lines)
@@ -136,7 +282,7 @@ def _list(options: argparse.Namespace) -> _Outcome:
 
 def _show(options: argparse.Namespace) -> _Outcome:
     found = _found(options.path, options.step)
-    lines = [*tell_one(found), *(["", *tell_boxes(found)] if options.boxes else ())]
+    lines = [*checkpoint_lines(found), *(["", *box_table(found)] if options.boxes else ())]
     return _Outcome(fields_of(found), lines)
 
 
@@ -151,7 +297,7 @@ def _verify(options: argparse.Namespace) -> _Outcome:
     }
     if errors:
         return _Outcome(fields, [str(error) for error in errors], 1)
-    return _Outcome(fields, [f"{found.directory} is whole: {tell_arrays(found)}"])
+    return _Outcome(fields, [f"{found.directory} is whole: {arrays_text(found)}"])
 
 
 def _diff(options: argparse.Namespace) -> _Outcome:
@@ -163,7 +309,7 @@ def _diff(options: argparse.Namespace) -> _Outcome:
         "second": str(second.directory),
         "differences": [asdict(difference) for difference in differences],
     }
-    return _Outcome(fields, tell_differences(first, second, differences), int(bool(differences)))
+    return _Outcome(fields, difference_lines(first, second, differences), int(bool(differences)))
 
 
 def _reshard(options: argparse.Namespace) -> _Outcome:
@@ -200,7 +346,7 @@ def _export(options: argparse.Namespace) -> _Outcome:
         export_to(options.file, found, progress=progress)
     nbytes = options.file.stat().st_size
     fields = {"file": str(options.file), "step": found.step, "bytes": nbytes}
-    return _Outcome(fields, [f"{options.file}: step {found.step}, {tell_size(nbytes)}"])
+    return _Outcome(fields, [f"{options.file}: step {found.step}, {size_text(nbytes)}"])
 
 
 def _import(options: argparse.Namespace) -> _Outcome:
@@ -216,7 +362,7 @@ def _made(new: Checkpoint) -> _Outcome:
         "ranks": new.world_size,
         "bytes": new.nbytes,
     }
-    return _Outcome(fields, [f"{new.directory}: {tell_ranks(new)}, {tell_arrays(new)}"])
+    return _Outcome(fields, [f"{new.directory}: {ranks_text(new)}, {arrays_text(new)}"])
 
 
 def _found(path: Path, step: int | str | None) -> Checkpoint:

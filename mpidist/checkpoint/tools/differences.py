@@ -12,11 +12,10 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint
+from mpidist.checkpoint.format.chunks import DIGEST_BYTES, ChunkGrid
 from mpidist.checkpoint.format.manifest import JSON, Manifest, StoredBox
-from mpidist.checkpoint.format.tiles import DIGEST_BYTES, Tiling
-from mpidist.checkpoint.loading.reading import check_files
-from mpidist.checkpoint.loading.units import UNIT
-from mpidist.checkpoint.tools.sources import Progress, Reader, unheard
+from mpidist.checkpoint.loading.reading import MAX_READ, check_files
+from mpidist.checkpoint.tools.resharding import Progress, Reader, ignore_progress
 
 __all__ = ["Difference", "compare"]
 
@@ -47,7 +46,7 @@ class Difference:
 
 
 def compare(
-    first: Checkpoint, second: Checkpoint, *, progress: Progress = unheard
+    first: Checkpoint, second: Checkpoint, *, progress: Progress = ignore_progress
 ) -> builtins.list[Difference]:
     """Return what two checkpoints do not have in common.
 
@@ -113,12 +112,12 @@ def _unsettled(
     """Yield the parts of an array that have to be read, of at most 1 MiB each."""
     known = {stored.box: stored.digests for stored in theirs}
     for stored in ours:
-        tiling = Tiling.of(stored.box.sizes, itemsize)
-        numbers = np.arange(tiling.count)
+        grid = ChunkGrid.of(stored.box.sizes, itemsize)
+        numbers = np.arange(grid.count)
         if stored.box in known:
             a, b = (_table(digests) for digests in (stored.digests, known[stored.box]))
             numbers = np.flatnonzero((a != b).any(axis=1))
-        for _, _, region in tiling.joined(numbers, UNIT):
+        for _, _, region in grid.joined(numbers, MAX_READ):
             yield region.placed_in(stored.box)
 
 

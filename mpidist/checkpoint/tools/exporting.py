@@ -10,17 +10,20 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from mpidist.checkpoint.directory import Checkpoint
+from mpidist.checkpoint.directory import Checkpoint, absolute
 from mpidist.checkpoint.format.files import open_regular
-from mpidist.checkpoint.format.limits import step_number
+from mpidist.checkpoint.format.manifest import step_number
 from mpidist.checkpoint.loading.reading import check_files
-from mpidist.checkpoint.paths import absolute
 from mpidist.checkpoint.state import flatten
-from mpidist.checkpoint.tools.as_npz import open_npz, write_npz
-from mpidist.checkpoint.tools.as_safetensors import open_safetensors, write_safetensors
-from mpidist.checkpoint.tools.building import build
-from mpidist.checkpoint.tools.foreign import Foreign, new_file
-from mpidist.checkpoint.tools.sources import Progress, unheard
+from mpidist.checkpoint.tools.formats import (
+    Foreign,
+    new_file,
+    open_npz,
+    open_safetensors,
+    write_npz,
+    write_safetensors,
+)
+from mpidist.checkpoint.tools.resharding import Progress, build, ignore_progress
 from mpidist.errors import (
     BackendUnavailableError,
     CheckpointCorruptError,
@@ -46,7 +49,7 @@ FORMATS: Mapping[str, Format] = {
 """By the end of the file's name."""
 
 
-def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = unheard) -> None:
+def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = ignore_progress) -> None:
     """Write a checkpoint as one file for other packages.
 
     Parameters
@@ -88,7 +91,7 @@ def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = unhear
 
 
 def import_from(
-    file: Path, path: Path, *, step: int | None = None, progress: Progress = unheard
+    file: Path, path: Path, *, step: int | None = None, progress: Progress = ignore_progress
 ) -> Checkpoint:
     """Make a file of another package a checkpoint, of one rank.
 

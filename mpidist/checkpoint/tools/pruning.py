@@ -9,12 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mpidist.checkpoint.directory import Checkpoint, looking, partial, remove, step_of
+from mpidist.checkpoint.directory import Checkpoint, absolute, looking, partial, remove, step_of
 from mpidist.checkpoint.directory import list as complete_in
 from mpidist.checkpoint.format.manifest import MANIFEST, Manifest
 from mpidist.checkpoint.loading.reading import check_sizes
-from mpidist.checkpoint.paths import absolute
-from mpidist.checkpoint.saving.running import is_being_written, was_written_last
+from mpidist.checkpoint.saving.writing import is_being_written, was_written_last
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -3,13 +3,60 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeAlias
 
-from mpidist.checkpoint.directory import Checkpoint, find
-from mpidist.checkpoint.loading.reading import check_files
-from mpidist.checkpoint.tools.building import build
-from mpidist.checkpoint.tools.sources import Progress, Reader, unheard
+import numpy as np
 
-__all__ = ["reshard"]
+from mpidist._types import Array, DType
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.namespaces import as_bytes
+from mpidist.checkpoint.directory import Checkpoint, clear, create_directory, find, step_directory
+from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.chunks import ChunkGrid, digests_of
+from mpidist.checkpoint.format.manifest import JSON, Manifest, name_of
+from mpidist.checkpoint.loading.reading import (
+    MAX_READ,
+    ArrayTargets,
+    BoxRequest,
+    Files,
+    ReadItem,
+    check_files,
+    contiguous_ranges,
+    read_items,
+    scatter,
+)
+from mpidist.checkpoint.saving.commit import VIEW, assemble, commit, report_of
+from mpidist.checkpoint.saving.planning import (
+    ArrayMetadata,
+    GlobalPlan,
+    LocalMetadata,
+    WriteItem,
+    make_global_plan,
+    versions,
+)
+from mpidist.checkpoint.saving.writing import BoxSource, file_name, write_file
+from mpidist.errors import CheckpointError, DistributedError, InvalidWorldSizeError
+
+__all__ = [
+    "Progress",
+    "Reader",
+    "Source",
+    "StoredSource",
+    "build",
+    "ignore_progress",
+    "reshard",
+]
+
+Progress: TypeAlias = Callable[[int], object]
+"""Is told how many more bytes are done."""
+
+
+def ignore_progress(nbytes: int) -> None:
+    """Take no notice of progress."""
 
 
 def reshard(
@@ -18,7 +65,7 @@ def reshard(
     num_ranks: int,
     *,
     step: int | str = "latest",
-    progress: Progress = unheard,
+    progress: Progress = ignore_progress,
 ) -> Checkpoint:
     """Write a checkpoint anew, split evenly over another number of ranks.
 
@@ -74,3 +121,236 @@ def reshard(
             crossovers=manifest.crossovers,
             progress=progress,
         )
+
+
+class Source(Protocol):
+    """An array of which any part can be had, and which need not be in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        ...
+
+    @property
+    def dtype(self) -> DType:
+        """Of the array; its bytes may be in any order."""
+        ...
+
+    def read(self, box: Box) -> Array:
+        """Return the elements of a part, of the sizes of `box`."""
+        ...
+
+
+class Reader:
+    """Reads any part of any array of a checkpoint, each verified by its digests.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What to read.
+
+    Notes
+    -----
+    A context manager. Memory: 1 MiB, and what is asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._manifest = checkpoint.manifest
+        self._files = Files(checkpoint.directory, self._manifest)
+        self._memory = np.empty(MAX_READ, np.uint8)
+
+    def __enter__(self) -> Reader:
+        """Return the object itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._files.__exit__()
+
+    def read(self, name: str, box: Box) -> Array:
+        """Return a part of an array.
+
+        Raises
+        ------
+        CheckpointError
+            As `Files.load`.
+        """
+        out: Array = np.empty(box.sizes, self._manifest.arrays[name].dtype)
+        for item, data in self.items(name, box):
+            scatter(self._manifest, item, data, {name: ArrayTargets([(box, out)])})
+        return out
+
+    def items(self, name: str, box: Box) -> Iterator[tuple[ReadItem, Array]]:
+        """Yield what has to be read of an array for a part of it.
+
+        Yields
+        ------
+        ReadItem, Array
+            Which chunks, and their elements, until the next ones are asked for.
+        """
+        for item in read_items(self._manifest, [BoxRequest(name, box)]):
+            yield item, self._files.load([item], [self._memory])[0]
+
+    def sources(self) -> dict[str, Source]:
+        """Return all arrays, to be read while this is open."""
+        arrays = self._manifest.arrays.items()
+        return {name: StoredSource(self, name, array.shape, array.dtype) for name, array in arrays}
+
+
+class StoredSource:
+    """An array of a checkpoint: a `Source`.
+
+    Parameters
+    ----------
+    reader : Reader
+        Of the checkpoint; it has to be open while this is read.
+    name : str
+        Of the array.
+    shape : tuple of int
+        Of the array.
+    dtype : dtype
+        Of the array.
+    """
+
+    def __init__(self, reader: Reader, name: str, shape: tuple[int, ...], dtype: DType) -> None:
+        self._reader = reader
+        self._name = name
+        self.shape = shape
+        self.dtype = dtype
+
+    def read(self, box: Box) -> Array:
+        """Return the elements of a part."""
+        return self._reader.read(self._name, box)
+
+
+def build(
+    path: str | os.PathLike[str],
+    sources: Mapping[str, Source],
+    values: Mapping[str, JSON],
+    *,
+    step: int,
+    num_ranks: int = 1,
+    metadata: JSON = None,
+    crossovers: JSON = None,
+    progress: Progress = ignore_progress,
+) -> Checkpoint:
+    """Write the checkpoint that `save` would, called by ranks that all hold all of the state.
+
+    Parameters
+    ----------
+    path : path
+        Directory of checkpoints.
+    sources : mapping of str to Source
+        The arrays.
+    values : mapping of str to JSON value
+        All else.
+    step : int
+        From 0 to 2**63 - 1; ValueError otherwise.
+    num_ranks : int, optional
+        How many ranks, and so how many files.
+    metadata, crossovers : JSON value, optional
+        As the manifest shall have them.
+    progress : callable, optional
+        Is told how many more bytes are written.
+
+    Returns
+    -------
+    Checkpoint
+        Complete and on disk.
+
+    Raises
+    ------
+    CheckpointError
+        If there is a complete checkpoint of this step, or it cannot be written, or a source not be
+        read. There is no such checkpoint then, and earlier ones are as they were.
+    InvalidWorldSizeError
+        If `num_ranks` is less than 1.
+
+    Notes
+    -----
+    Local. Memory: some blocks of at most 8 MiB, whatever the arrays' sizes. Parts of an array are
+    read as its new chunks need them. See [Note: commit].
+    """
+    if num_ranks < 1:
+        raise InvalidWorldSizeError(f"a checkpoint is of at least 1 rank, got {num_ranks}")
+    arrays = {name: ArrayMetadata(name_of(s.dtype), s.shape) for name, s in sources.items()}
+    plan = make_global_plan([LocalMetadata(arrays=arrays, values=dict(values))] * num_ranks)
+    header = Manifest(
+        id=uuid.uuid4().hex,
+        step=step,
+        created="",
+        world_size=num_ranks,
+        versions=versions(),
+        crossovers=crossovers,
+        metadata=metadata,
+        values=plan.values,
+    )
+    directory = step_directory(path, step)
+    try:
+        create_directory(directory, header.id)
+        try:
+            _write(directory, header, plan, sources, progress)
+        except BaseException:
+            clear(directory, header.id)
+            raise
+    except DistributedError as error:
+        raise type(error)(f"{directory} is not written: {error}") from error
+    except OSError as error:
+        message = f"{directory} cannot be written: {type(error).__name__}: {error}"
+        raise CheckpointError(message) from error
+    return Checkpoint(directory)
+
+
+def _write(
+    directory: Path,
+    header: Manifest,
+    plan: GlobalPlan,
+    sources: Mapping[str, Source],
+    progress: Progress,
+) -> None:
+    reports = []
+    for rank, items in enumerate(plan.local_plans):
+        boxes = [StreamedBox.of(item, sources[item.name], progress) for item in items]
+        attributes: dict[str, str | int] = {
+            "id": header.id,
+            "step": header.step,
+            "rank": rank,
+            "world_size": header.world_size,
+        }
+        reports.append(report_of(write_file(directory / file_name(rank), boxes, attributes)))
+    manifest = assemble(header, plan.arrays, reports)
+    hdf5.create_view(directory / VIEW, manifest)
+    commit(directory, manifest)
+
+
+@dataclass(frozen=True)
+class StreamedBox(BoxSource):
+    """A box of an array that is read, digested and written some chunks at a time."""
+
+    source: Source
+    progress: Progress
+    _digests: list[bytes] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, item: WriteItem, source: Source, progress: Progress) -> StreamedBox:
+        """Return the box of an item of a plan."""
+        return cls(item.name, item.box, source.dtype.newbyteorder("="), source, progress)
+
+    def blocks(self) -> Iterator[tuple[int, Array]]:
+        """Yield its bytes, some chunks at a time."""
+        itemsize = self.dtype.itemsize
+        grid = ChunkGrid.of(self.box.sizes, itemsize)
+        self._digests.clear()
+        for _, _, region in grid.joined(np.arange(grid.count), MAX_READ):
+            data = self.source.read(region.placed_in(self.box))
+            data = np.ascontiguousarray(data, self.dtype.newbyteorder("<")).reshape(region.sizes)
+            self._digests.append(digests_of(data, grid.over(region)))
+            offset, flat = 0, as_bytes(data)
+            for start, length in contiguous_ranges(region, self.box.sizes):
+                yield start * itemsize, flat[offset : offset + length * itemsize]
+                offset += length * itemsize
+            self.progress(data.nbytes)
+
+    def digests(self) -> bytes:
+        """Return the digests of its chunks, in the order of their numbers."""
+        return b"".join(self._digests)

@@ -3,28 +3,121 @@
 from __future__ import annotations
 
 import builtins
+import json
 import os
-from collections.abc import Iterator, Mapping
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mpidist.arrays.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find
-from mpidist.checkpoint.format.hdf5 import MOST_IN_VIEW, Contents, Dataset, stored_as
-from mpidist.checkpoint.format.manifest import ID_DATASET, Manifest, StoredArray, StoredFile
-from mpidist.checkpoint.loading.reading import Files, check_file
-from mpidist.checkpoint.loading.units import UNIT, Wanted, units_of
+from mpidist.checkpoint.format.hdf5 import MOST_IN_VIEW, Contents, Dataset, contents, stored_as
+from mpidist.checkpoint.format.manifest import ID_DATASET, JSON, Manifest, StoredArray, StoredFile
+from mpidist.checkpoint.loading.reading import MAX_READ, BoxRequest, Files, check_file, read_items
 from mpidist.checkpoint.saving.commit import VIEW
-from mpidist.checkpoint.tools.inspecting import inspect
-from mpidist.checkpoint.tools.sources import Progress, unheard
+from mpidist.checkpoint.tools.resharding import Progress, ignore_progress
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
-__all__ = ["verify"]
+__all__ = [
+    "answer",
+    "inspect",
+    "verify",
+]
+
+_SECONDS = 60.0
+"""Within which the process has to answer, and one more for each file."""
+
+_CHILD = (
+    "import sys; sys.path[:] = {}; from mpidist.checkpoint.tools.verifying import answer; answer()"
+)
+
+
+def inspect(paths: Sequence[Path]) -> list[Contents | str]:
+    """Return what HDF5 sees in files.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The files.
+
+    Returns
+    -------
+    list of (Contents or str)
+        For each file what is in it, or why that cannot be told.
+
+    Notes
+    -----
+    Local. Starts one process, and one more after each file that ends it.
+    """
+    told: list[Contents | str] = []
+    while len(told) < len(paths):
+        answers, end = _ask(paths[len(told) :])
+        told += answers
+        if len(told) < len(paths):
+            told.append(end)
+    return told
+
+
+def _ask(paths: Sequence[Path]) -> tuple[list[Contents | str], str]:
+    """Return what a process has told before it ended, and how it ended."""
+    seconds = _SECONDS + len(paths)
+    try:
+        child = subprocess.run(  # noqa: S603  # this interpreter, and a text of ours
+            [sys.executable, "-c", _CHILD.format(sys.path)],
+            input="\n".join(json.dumps(str(path)) for path in paths).encode(),
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        )
+        output = child.stdout
+        reason = _exit_text(child.returncode, child.stderr)
+        end = f"the library of HDF5 does not survive it ({reason})"
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        end = f"the library of HDF5 comes to no end with it in {seconds:g} s"
+    return [_read(json.loads(line)) for line in output.splitlines()], end
+
+
+def _exit_text(code: int, stderr: bytes) -> str:
+    if code < 0:
+        return signal.Signals(-code).name
+    lines = stderr.decode(errors="replace").splitlines()
+    return f"exit code {code}: {lines[-1] if lines else ''}"
+
+
+def answer() -> None:
+    """Tell on standard output what is in the files that standard input names, a line for each."""
+    for line in sys.stdin:
+        found: JSON
+        try:
+            seen = contents(Path(json.loads(line)))
+            found = [seen.id, seen.datasets]
+        except (OSError, CheckpointCorruptError) as error:
+            found = str(error)
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
+
+
+def _read(found: JSON) -> Contents | str:
+    if isinstance(found, str):
+        return found
+    identity, datasets = found
+    return Contents(identity, {name: _dataset(*entry) for name, entry in datasets.items()})
+
+
+def _dataset(byte: int, shape: JSON, dtype: str, sources: JSON) -> Dataset:
+    return Dataset(byte, tuple(shape), dtype, tuple(map(tuple, sources)))
 
 
 def verify(
-    path: str | os.PathLike[str], *, step: int | str = "latest", progress: Progress = unheard
+    path: str | os.PathLike[str],
+    *,
+    step: int | str = "latest",
+    progress: Progress = ignore_progress,
 ) -> builtins.list[CheckpointError]:
     """Read all of a checkpoint, and say what is wrong with it.
 
@@ -50,7 +143,7 @@ def verify(
 
     Notes
     -----
-    Local. Looks at the manifest, the presence and length of every file, the digest of every tile,
+    Local. Looks at the manifest, the presence and length of every file, the digest of every chunk,
     and whether HDF5 sees each dataset where the manifest has it, and `view.h5` shows all arrays.
     Memory: 1 MiB and the manifest. Starts a process that opens the files with HDF5, whose library
     does not survive every damaged one.
@@ -76,7 +169,7 @@ def verify(
             broken.add(number)
         else:
             errors += _of_structure(path, seen[number], file, dtypes[number], manifest.id)
-    errors += _of_tiles(checkpoint, manifest, broken, progress)
+    errors += _of_chunks(checkpoint, manifest, broken, progress)
     errors += _of_view(checkpoint.directory / VIEW, seen[-1], manifest)
     return errors
 
@@ -118,27 +211,27 @@ def _of_structure(
         found = seen.datasets.get(name)
         if found != expected:
             yield CheckpointCorruptError(
-                f"{path}: HDF5 has dataset {name!r} as {_words(found)}, and it was "
-                f"written as {_words(expected)}; {_CURE}"
+                f"{path}: HDF5 has dataset {name!r} as {_dataset_text(found)}, and it was "
+                f"written as {_dataset_text(expected)}; {_CURE}"
             )
 
 
-def _of_tiles(
+def _of_chunks(
     checkpoint: Checkpoint, manifest: Manifest, broken: set[int], progress: Progress
 ) -> Iterator[CheckpointError]:
-    """Read every tile of the files that are there, and say which are not what was written."""
-    memory = np.empty(UNIT, np.uint8)
+    """Read every chunk of the files that are there, and say which are not what was written."""
+    memory = np.empty(MAX_READ, np.uint8)
     with Files(checkpoint.directory, manifest) as files:
         for name, array in manifest.arrays.items():
             told = set(broken)
-            for unit in units_of(manifest, [Wanted(name, Box.whole(array.shape))]):
-                if unit.file not in told:
+            for item in read_items(manifest, [BoxRequest(name, Box.whole(array.shape))]):
+                if item.file not in told:
                     try:
-                        files.load([unit], [memory])
+                        files.load([item], [memory])
                     except CheckpointError as error:
-                        told.add(unit.file)
+                        told.add(item.file)
                         yield error
-                progress(unit.nbytes)
+                progress(item.nbytes)
 
 
 def _of_view(path: Path, seen: Contents | str, manifest: Manifest) -> Iterator[CheckpointError]:
@@ -165,7 +258,7 @@ def _shown(array: StoredArray, manifest: Manifest) -> Dataset:
     return Dataset(0, array.shape, stored_as(array.dtype), tuple(sorted(sources)))
 
 
-def _words(dataset: Dataset | None) -> str:
+def _dataset_text(dataset: Dataset | None) -> str:
     if dataset is None:
         return "nothing"
     return f"{dataset.dtype}{list(dataset.shape)} at byte {dataset.byte}"

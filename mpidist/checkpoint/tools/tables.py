@@ -14,15 +14,15 @@ from mpidist.checkpoint.tools.differences import Difference
 from mpidist.errors import CheckpointError
 
 __all__ = [
+    "arrays_text",
+    "box_table",
+    "checkpoint_lines",
+    "difference_lines",
     "fields_of",
+    "ranks_text",
     "row_of",
-    "tell_arrays",
-    "tell_boxes",
-    "tell_differences",
-    "tell_directory",
-    "tell_one",
-    "tell_ranks",
-    "tell_size",
+    "size_text",
+    "step_table",
 ]
 
 
@@ -45,7 +45,7 @@ def row_of(directory: Path, *, partial: bool) -> dict[str, JSON]:
         return row | {"state": "damaged", "problem": str(error)}
 
 
-def tell_directory(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
+def step_table(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
     """Yield a table of the steps of a directory."""
     yield from columns(
         ("step", "saved", "ranks", "arrays", "size", "state"),
@@ -55,7 +55,7 @@ def tell_directory(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
                 _date(row["created"]) if "created" in row else "",
                 str(row.get("ranks", "")),
                 str(row.get("arrays", "")),
-                tell_size(row["bytes"]) if "bytes" in row else "",
+                size_text(row["bytes"]) if "bytes" in row else "",
                 row["state"],
             )
             for row in rows
@@ -97,12 +97,12 @@ def fields_of(found: Checkpoint) -> dict[str, JSON]:
     }
 
 
-def tell_one(found: Checkpoint) -> Iterator[str]:
+def checkpoint_lines(found: Checkpoint) -> Iterator[str]:
     """Yield all that is known of a checkpoint, but for the elements of its arrays."""
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     files = found.manifest.files
     yield f"{found.directory}: step {found.manifest.step}, saved {_date(found.created)}"
-    yield f"  by {tell_ranks(found)}, in {_count(len(files), 'file')}"
+    yield f"  by {ranks_text(found)}, in {_count(len(files), 'file')}"
     yield f"  with {versions}"
     yield f"  metadata {json.dumps(found.metadata)}"
     if found.values:
@@ -111,13 +111,13 @@ def tell_one(found: Checkpoint) -> Iterator[str]:
         for name, value in sorted(found.values.items()):
             yield f"  {name} = {_short(json.dumps(value))}"
     yield ""
-    yield tell_arrays(found)
+    yield arrays_text(found)
     if found.arrays:
         yield from columns(
             ("size", "boxes", "array", "dtype", "shape"),
             [
                 (
-                    tell_size(array.nbytes),
+                    size_text(array.nbytes),
                     str(len(array.boxes)),
                     name,
                     str(array.dtype),
@@ -129,7 +129,7 @@ def tell_one(found: Checkpoint) -> Iterator[str]:
         )
 
 
-def tell_boxes(found: Checkpoint) -> Iterator[str]:
+def box_table(found: Checkpoint) -> Iterator[str]:
     """Yield a table of where each part of each array lies."""
     rows = [
         (
@@ -147,7 +147,7 @@ def tell_boxes(found: Checkpoint) -> Iterator[str]:
     yield from columns(("array", "box", "file", "dataset", "from element"), rows, left=5)
 
 
-def tell_differences(
+def difference_lines(
     first: Checkpoint, second: Checkpoint, found: Sequence[Difference]
 ) -> Iterator[str]:
     """Yield what two checkpoints do not have in common."""
@@ -158,20 +158,20 @@ def tell_differences(
         rows = [(each.kind, each.name, each.words) for each in found]
         yield from columns(("what", "name", "difference"), rows, left=3)
     else:
-        yield f"the same: {tell_arrays(first)}"
+        yield f"the same: {arrays_text(first)}"
 
 
-def tell_arrays(found: Checkpoint) -> str:
+def arrays_text(found: Checkpoint) -> str:
     """Return how many arrays a checkpoint has, and their size."""
-    return f"{_count(len(found.arrays), 'array')}, {tell_size(found.nbytes)}"
+    return f"{_count(len(found.arrays), 'array')}, {size_text(found.nbytes)}"
 
 
-def tell_ranks(found: Checkpoint) -> str:
+def ranks_text(found: Checkpoint) -> str:
     """Return how many ranks saved a checkpoint."""
     return _count(found.world_size, "rank")
 
 
-def tell_size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
     """Return a number of bytes as people write it."""
     size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:

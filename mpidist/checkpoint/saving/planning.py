@@ -1,0 +1,574 @@
+"""The plan of a save: what the ranks hold together, and which of them writes what.
+
+Every rank describes what it holds (`LocalMetadata`). Rank 0, the coordinator, makes the
+`GlobalPlan` from that and sends each rank its `LocalPlan`. Where nothing but values has changed
+since the save before, all ranks use the plan of that one again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import platform
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import xxhash
+
+from mpidist import __version__
+from mpidist._types import Array
+from mpidist.arrays.boxes import Box, split_evenly
+from mpidist.arrays.shards import ShardedArray
+from mpidist.checkpoint.directory import clear, create_directory, step_directory, step_of
+from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.manifest import ALIGNMENT, JSON, Manifest, dtype_of, name_of
+from mpidist.checkpoint.format.parsing import check_cover
+from mpidist.checkpoint.saving.writing import is_being_written
+from mpidist.checkpoint.state import FlatState, State, as_json, check_nesting, flatten
+from mpidist.collectives import all_gather, broadcast_object, gather_object, scatter_object
+from mpidist.errors import (
+    CheckpointError,
+    CollectiveMismatchError,
+    DistributedError,
+    SizeMismatchError,
+    UnsupportedOperationError,
+)
+from mpidist.group import ProcessGroup
+
+__all__ = [
+    "ArrayMetadata",
+    "GlobalPlan",
+    "LocalMetadata",
+    "LocalPlan",
+    "Planner",
+    "SavePlan",
+    "WriteItem",
+    "make_global_plan",
+    "versions",
+    "view_of",
+]
+
+
+@cache  # every save asks
+def versions() -> Mapping[str, str]:
+    """Return the versions of mpidist and of the libraries that write a checkpoint."""
+    python = platform.python_version()
+    return {"mpidist": __version__, "numpy": np.__version__, "python": python} | hdf5.versions()
+
+
+class ArrayMetadata(NamedTuple):
+    """The name of an array's dtype, and its global shape: the same on all ranks."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class WriteItem(NamedTuple):
+    """A box of an array that a rank writes.
+
+    Attributes
+    ----------
+    name : str
+        The array's name.
+    held : Box
+        The box of the array that this rank has in memory.
+    box : Box
+        The box to write, inside `held`.
+    """
+
+    name: str
+    held: Box
+    box: Box
+
+
+LocalPlan: TypeAlias = list[WriteItem]
+"""What one rank writes."""
+
+
+@dataclass(frozen=True)
+class LocalMetadata:
+    """What one rank holds.
+
+    Attributes
+    ----------
+    arrays : dict of str to ArrayMetadata
+        Arrays of which it holds all.
+    sharded : dict of str to (ArrayMetadata, tuple of Box)
+        Arrays of which it holds some boxes, perhaps none.
+    values : dict of str to JSON value
+        What is no array.
+    """
+
+    arrays: dict[str, ArrayMetadata] = field(default_factory=dict)
+    sharded: dict[str, tuple[ArrayMetadata, tuple[Box, ...]]] = field(default_factory=dict)
+    values: dict[str, JSON] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, flat: FlatState) -> LocalMetadata:
+        """Return the metadata of a rank with this state."""
+        local = cls(values=flat.values)
+        for name, array in flat.arrays.items():
+            metadata = ArrayMetadata(name_of(array.dtype), tuple(array.shape))
+            if isinstance(array, ShardedArray):
+                local.sharded[name] = (metadata, tuple(array.pieces))
+            else:
+                local.arrays[name] = metadata
+        return local
+
+    def boxes(self) -> Iterator[tuple[str, ArrayMetadata, Sequence[Box]]]:
+        """Yield each array's name and metadata, and the boxes that this rank holds."""
+        for name, metadata in self.arrays.items():
+            yield name, metadata, (Box.whole(metadata.shape),)
+        for name, (metadata, boxes) in self.sharded.items():
+            yield name, metadata, boxes
+
+
+@dataclass(frozen=True)
+class GlobalPlan:
+    """What a save consists of; on the coordinator.
+
+    Attributes
+    ----------
+    arrays : dict of str to ArrayMetadata
+        Every array.
+    values : dict of str to JSON value
+        Every value.
+    local_plans : list of LocalPlan
+        What each rank writes, by rank.
+    """
+
+    arrays: dict[str, ArrayMetadata]
+    values: dict[str, JSON]
+    local_plans: list[LocalPlan]
+
+
+def make_global_plan(local: Sequence[LocalMetadata]) -> GlobalPlan:
+    """Divide the work of a save among the ranks.
+
+    Parameters
+    ----------
+    local : sequence of LocalMetadata
+        What each rank holds, by rank.
+
+    Returns
+    -------
+    GlobalPlan
+        Each element of each array is written by one of the ranks that hold it. A box that several
+        ranks hold is cut, or given to the one of them that has least to write.
+
+    Raises
+    ------
+    CollectiveMismatchError
+        If ranks differ about a dtype, a shape or a value.
+    SizeMismatchError
+        If boxes of an array overlap without being the same, or elements are in none.
+    """
+    values = _same_values(local)
+    arrays, holders = _holders(local)
+    loads = [0] * len(local)
+    plans: list[LocalPlan] = [[] for _ in local]
+    replicated = []
+    for name, boxes in holders.items():
+        itemsize = dtype_of(arrays[name].dtype).itemsize
+        for box, ranks in boxes.items():
+            if len(ranks) == 1:
+                loads[ranks[0]] += box.count * itemsize
+                plans[ranks[0]].append(WriteItem(name, box, box))
+            else:
+                replicated.append((box.count * itemsize, name, box, ranks))
+    replicated.sort(key=lambda entry: -entry[0])  # the large ones first: small ones level the loads
+    lightest = _Lightest(loads)
+    for nbytes, name, box, ranks in replicated:
+        for part in _cut(box, max(min(len(ranks), nbytes // ALIGNMENT), 1)):
+            rank = lightest.add(ranks, nbytes * part.count // max(box.count, 1))
+            plans[rank].append(WriteItem(name, box, part))
+    for plan in plans:
+        plan.sort(key=lambda item: (item.name, item.box.offsets))
+    return GlobalPlan(arrays, values, plans)
+
+
+class _Lightest:
+    """The rank that has least to write, found by a heap of (bytes, rank)."""
+
+    def __init__(self, loads: Sequence[int]) -> None:
+        self._loads = list(loads)
+        self._heap = [(load, rank) for rank, load in enumerate(loads)]
+        heapq.heapify(self._heap)
+
+    def add(self, ranks: Sequence[int], nbytes: int) -> int:
+        """Add bytes to the one of these ranks that has least, and return it."""
+        if len(ranks) < len(self._loads):
+            rank = min(ranks, key=lambda rank: (self._loads[rank], rank))
+        else:
+            while self._loads[self._heap[0][1]] != self._heap[0][0]:
+                heapq.heappop(self._heap)  # the rank has been given more since
+            rank = self._heap[0][1]
+        self._loads[rank] += nbytes
+        heapq.heappush(self._heap, (self._loads[rank], rank))
+        return rank
+
+
+def _holders(
+    local: Sequence[LocalMetadata],
+) -> tuple[dict[str, ArrayMetadata], dict[str, dict[Box, list[int]]]]:
+    """Return the metadata of each array, and which ranks hold which boxes of it."""
+    known: dict[str, tuple[ArrayMetadata, int]] = {}
+    holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, metadata in enumerate(local):
+        for name, array, boxes in metadata.boxes():
+            other, first = known.setdefault(name, (array, rank))
+            if other != array:
+                raise CollectiveMismatchError(
+                    f"{name!r} is {array.dtype}{list(array.shape)} on rank {rank} and "
+                    f"{other.dtype}{list(other.shape)} on rank {first}; an array of one name must "
+                    "have one dtype and one global shape on all ranks (ShardedArray, if each rank "
+                    "holds a part)"
+                )
+            for box in boxes:
+                holders[name][box].append(rank)
+    check_nesting(known)
+    for name, (array, _) in known.items():
+        try:
+            check_cover(array.shape, list(holders[name]))
+        except SizeMismatchError as error:
+            raise SizeMismatchError(
+                f"{name!r}: {error}; the boxes of all ranks together must be the whole array, and "
+                "those that meet must be the same"
+            ) from None
+    return {name: array for name, (array, _) in known.items()}, holders
+
+
+def _same_values(local: Sequence[LocalMetadata]) -> dict[str, JSON]:
+    values: dict[str, JSON] = {}
+    first: dict[str, int] = {}
+    for rank, metadata in enumerate(local):
+        for name, value in metadata.values.items():
+            if first.setdefault(name, rank) == rank:
+                values[name] = value
+            elif _json(values[name]) != _json(value):  # as text NaN equals NaN, and 1 is not 1.0
+                raise CollectiveMismatchError(
+                    f"{name!r} is {_short(value)} on rank {rank} and {_short(values[name])} on "
+                    f"rank {first[name]}; give what differs a name of its own on each rank"
+                )
+    return values
+
+
+def _json(value: JSON) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _short(value: JSON) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _cut(box: Box, parts: int) -> list[Box]:
+    """Cut a box into parts along the first dimension that is long enough, or the longest."""
+    if parts == 1:
+        return [box]
+    long = [d for d, size in enumerate(box.sizes) if size >= parts]
+    dimension = long[0] if long else max(range(len(box.sizes)), key=box.sizes.__getitem__)
+    lengths = split_evenly(box.sizes[dimension], parts)
+    return [box.along(dimension, start, size) for start, size in lengths if size]
+
+
+def view_of(array: Array | ShardedArray, item: WriteItem) -> Array:
+    """Return the elements that an item names: a view of what the rank holds."""
+    held = array.pieces[item.held] if isinstance(array, ShardedArray) else array
+    if item.box == item.held:
+        return held
+    index: Any = (*item.box.relative_to(item.held).slices, ...)  # a view, also of a 0-d array
+    return cast("Array", held[index])
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What a rank knows of a save that is about to begin.
+
+    Attributes
+    ----------
+    id : str
+        Identifies the save.
+    directory : Path
+        The directory of the step.
+    flat : FlatState
+        What this rank holds.
+    local : LocalPlan
+        What this rank writes.
+    coordinator : (Manifest, GlobalPlan) or None
+        On rank 0, the manifest without its files and arrays, and the plan of all ranks.
+    """
+
+    id: str
+    directory: Path
+    flat: FlatState
+    local: LocalPlan
+    coordinator: tuple[Manifest, GlobalPlan] | None
+
+
+class _Held(NamedTuple):
+    """What this rank holds, and the digest of its values."""
+
+    flat: FlatState
+    metadata: JSON
+    local: LocalMetadata
+    values: bytes
+
+    @classmethod
+    def of(cls, flat: FlatState, metadata: JSON = None) -> _Held:
+        local = LocalMetadata.of(flat)
+        return cls(flat, metadata, local, _digest(_json(local.values)))
+
+    @property
+    def without_values(self) -> LocalMetadata:
+        """All that a plan depends on: names, but not the values themselves."""
+        return replace(self.local, values=dict.fromkeys(self.local.values))
+
+    @property
+    def common(self) -> bytes:
+        """Digest of the values, and of the arrays that this rank holds whole."""
+        return _digest(f"{sorted(self.local.arrays.items())}{self.values.hex()}")
+
+
+class _Order(NamedTuple):
+    """What rank 0 sends to a rank: what to write, or why nothing is saved."""
+
+    problem: DistributedError | None
+    id: str
+    local: LocalPlan
+
+
+class _Cached(NamedTuple):
+    """The plan of the last save, which serves again if all ranks hold what they held.
+
+    Attributes
+    ----------
+    held : LocalMetadata
+        What this rank held, without the values.
+    id : str
+        The save that the plan was made for: equal ids mean the same plan.
+    local : LocalPlan
+        What this rank wrote.
+    plan : GlobalPlan or None
+        On rank 0, the plan of all ranks.
+    """
+
+    held: LocalMetadata
+    id: str
+    local: LocalPlan
+    plan: GlobalPlan | None
+
+
+def _digest(text: str) -> bytes:
+    return xxhash.xxh3_128_digest(text.encode(errors="surrogatepass"))  # names of files have them
+
+
+class Planner:
+    """Plans the saves of a group, and keeps the plan of the last one.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that save; used by nothing else.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self.last: _Cached | None = None
+
+    def plan(
+        self,
+        state: State,
+        metadata: JSON,
+        path: str | os.PathLike[str],
+        step: int,
+        *,
+        file: str = "",
+        check: Callable[[], None],
+    ) -> SavePlan:
+        """GlobalPlan a save with all ranks.
+
+        Parameters
+        ----------
+        state, metadata, path, step
+            As for `save`; rank 0 makes the directory.
+        file : str, optional
+            Name of the file that all ranks write together; each writes its own when omitted.
+        check : callable
+            Called first; all ranks raise what it raises.
+
+        Returns
+        -------
+        SavePlan
+            This rank's.
+
+        Raises
+        ------
+        DistributedError
+            On every rank, with the same words, if there is something wrong on any of them.
+
+        Notes
+        -----
+        Collective over the group; blocks. One all_gather of 65 bytes where names, shapes and boxes
+        are those of the save before; else a gather of what is held, and a scatter of plans.
+        """
+        group = self._group
+        held, problem = self._described(state, metadata, check)
+        directory = Path(str(path))  # for messages, if the step has no directory
+        try:
+            directory = step_directory(path, step)
+        except DistributedError as error:
+            problem = problem or type(error)(f"rank {group.rank}: {error}")
+        except (TypeError, ValueError) as error:
+            problem = problem or UnsupportedOperationError(f"rank {group.rank}: {error}")
+        target = str(directory / file)
+        without_values = held.without_values
+        last = self.last
+        if problem is not None or (last is not None and last.held != without_values):
+            last = None
+        identity = self._reused(last, held, target, directory)
+        if identity is not None and last is not None:
+            order, plan = _Order(None, identity.hex(), last.local), last.plan
+            plan = plan and replace(plan, values=held.local.values)
+        else:
+            order, plan = self._planned(held, problem, target, directory)
+            self.last = _Cached(without_values, order.id, order.local, plan)
+        if plan is None:
+            return SavePlan(order.id, directory, held.flat, order.local, None)
+        header = Manifest(
+            id=order.id,
+            step=step_of(directory),
+            created="",
+            world_size=group.size,
+            versions=versions(),
+            crossovers=asdict(group.crossovers),
+            metadata=held.metadata,
+            values=plan.values,
+        )
+        return SavePlan(order.id, directory, held.flat, order.local, (header, plan))
+
+    def _described(
+        self, state: State, metadata: JSON, check: Callable[[], None]
+    ) -> tuple[_Held, DistributedError | None]:
+        """Return what this rank holds, and what is wrong with it or with an earlier save."""
+        rank = self._group.rank
+        try:
+            check()
+            return _Held.of(flatten(state), as_json("metadata", metadata)), None
+        except DistributedError as error:
+            return _Held.of(FlatState()), type(error)(f"rank {rank}: {error}")
+        except Exception as error:  # noqa: BLE001  # an object's own, which all ranks must learn
+            message = f"rank {rank}: {type(error).__name__}: {error}"
+            return _Held.of(FlatState()), CheckpointError(message)
+
+    def _reused(
+        self, last: _Cached | None, held: _Held, target: str, directory: Path
+    ) -> bytes | None:
+        """Return the id of a save that follows the last plan, or None on all ranks.
+
+        All ranks follow it if none has a problem, each holds what it held, and all values are the
+        same on all ranks. Rank 0 has made the directory then.
+        """
+        group = self._group
+        ready = last is not None
+        identity = uuid.uuid4()
+        if ready and group.rank == 0:
+            try:
+                _create(directory, identity.hex)
+            except DistributedError:  # reported to all when they plan anew
+                ready = False
+        digests = [held.values, _digest(target), _digest("" if last is None else last.id)]
+        row = b"".join([bytes([ready]), *digests, identity.bytes])
+        table = all_gather(np.frombuffer(row, np.uint8), group).reshape(group.size, -1)
+        if table[:, 0].all() and (table[:, :49] == table[0, :49]).all():
+            return bytes(table[0, 49:])
+        if ready and group.rank == 0:
+            clear(directory, identity.hex)
+        return None
+
+    def _planned(
+        self, held: _Held, problem: DistributedError | None, target: str, directory: Path
+    ) -> tuple[_Order, GlobalPlan | None]:
+        """Gather what all ranks hold, let rank 0 plan, and send each rank what it writes."""
+        local, problems = self._gathered(held, problem, target)
+        plan, orders = None, None
+        if local:
+            plan, orders = self._decided(local, problems, directory)
+        order: _Order = scatter_object(orders, self._group)
+        if order.problem is not None:
+            raise order.problem
+        return order, plan
+
+    def _gathered(
+        self, held: _Held, problem: DistributedError | None, target: str
+    ) -> tuple[list[LocalMetadata], list[DistributedError]]:
+        """Return, on rank 0, what each rank holds, and what is wrong; elsewhere nothing."""
+        group, local, common = self._group, held.local, held.common
+        rows = gather_object((problem, target, common, local.sharded), group)
+        # Most often all ranks hold the same arrays whole, and one list of them is enough.
+        others = (
+            None if rows is None else [r for r, (*_, key, _) in enumerate(rows) if key != common]
+        )
+        others = broadcast_object(others, group)
+        lists = gather_object(local if group.rank in others else None, group) if others else None
+        if rows is None:
+            return [], []
+        gathered = [
+            lists[rank]
+            if lists is not None and rank in others
+            else LocalMetadata(local.arrays, sharded, local.values)
+            for rank, (*_, sharded) in enumerate(rows)
+        ]
+        problems = [error for error, *_ in rows if error is not None]
+        problems += _elsewhere([target for _, target, *_ in rows])
+        return gathered, problems
+
+    def _decided(
+        self, local: list[LocalMetadata], problems: list[DistributedError], directory: Path
+    ) -> tuple[GlobalPlan | None, list[_Order]]:
+        """Make the plan and the directory, on rank 0."""
+        identity = uuid.uuid4().hex
+        try:
+            if problems:
+                raise problems[0]  # noqa: TRY301  # it gets the same words around it
+            plan = make_global_plan(local)
+            _create(directory, identity)
+        except DistributedError as error:
+            problem = type(error)(f"save of {directory} on {self._group}: {error}")
+        except Exception as error:  # noqa: BLE001  # such as no memory; the others must not wait
+            problem = CheckpointError(
+                f"save of {directory} on {self._group}: rank 0: {type(error).__name__}: {error}"
+            )
+        else:
+            return plan, [_Order(None, identity, items) for items in plan.local_plans]
+        return None, [_Order(problem, "", [])] * len(local)
+
+
+def _elsewhere(targets: Sequence[str]) -> Iterator[DistributedError]:
+    """Yield an error for each rank that would write elsewhere than rank 0."""
+    for rank, target in enumerate(targets):
+        if target != targets[0]:
+            yield CollectiveMismatchError(
+                f"rank {rank} saves to {target}, and rank 0 to {targets[0]}; give the same path, "
+                "step and single_file on all ranks, and an absolute path where their working "
+                "directories differ"
+            )
+
+
+def _create(directory: Path, identity: str) -> None:
+    """Make the directory of a step, or empty one that a killed save has left."""
+    if is_being_written(directory):
+        raise CheckpointError("an earlier save of this step is still under way; wait for it")
+    try:
+        create_directory(directory, identity)
+    except CheckpointError as error:
+        raise CheckpointError(f"rank 0: {error}") from error
+    except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
+        raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error

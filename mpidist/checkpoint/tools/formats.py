@@ -1,0 +1,473 @@
+"""What the files of other packages have in common, to which checkpoints are exported."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from operator import index
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from mpidist._new_file import create_unique
+from mpidist._optional import require
+from mpidist._types import Array, DType
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.namespaces import BFLOAT16, DTYPES, as_bytes
+from mpidist.checkpoint.directory import Checkpoint
+from mpidist.checkpoint.format.files import naming, rename_synced, write_at
+from mpidist.checkpoint.format.manifest import JSON, StoredArray, decode, encode
+from mpidist.checkpoint.loading.reading import contiguous_ranges
+from mpidist.checkpoint.tools.resharding import Progress, Reader, Source
+from mpidist.errors import (
+    CheckpointCorruptError,
+    CheckpointIncompatibleError,
+    UnsupportedOperationError,
+)
+
+__all__ = [
+    "Foreign",
+    "copy_array",
+    "described",
+    "description",
+    "new_file",
+    "open_npz",
+    "open_safetensors",
+    "write_npz",
+    "write_safetensors",
+]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a file of another package holds.
+
+    Attributes
+    ----------
+    sources : mapping of str to Source
+        Its arrays, by name, to be read while the file is open.
+    values : mapping of str to JSON value
+        What is no array, if mpidist has exported it.
+    metadata : JSON value
+        As given to `save`; of files of others what they say of themselves.
+    step : int or None
+        As given to `save`.
+    """
+
+    sources: Mapping[str, Source]
+    values: Mapping[str, JSON] = field(default_factory=dict)
+    metadata: JSON = None
+    step: int | None = None
+
+
+def description(checkpoint: Checkpoint, **more: JSON) -> str:
+    """Return, as JSON, what a checkpoint says that is no array."""
+    manifest = checkpoint.manifest
+    return json.dumps(
+        {
+            "step": manifest.step,
+            "created": manifest.created,
+            "versions": dict(manifest.versions),
+            "metadata": encode(manifest.metadata),
+            "values": encode(dict(manifest.values)),
+            **more,
+        },
+        allow_nan=False,
+    )
+
+
+def described(text: str | bytes, sources: Mapping[str, Source], path: Path) -> Foreign:
+    """Return what a file holds that has such a description."""
+    try:
+        told = json.loads(text)
+        values = dict(decode(told["values"]).items())
+        return Foreign(sources, values, decode(told["metadata"]), index(told["step"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointCorruptError(
+            f"{path}: what mpidist wrote into it beside the arrays is damaged: "
+            f"{type(error).__name__}: {error}; export it anew"
+        ) from error
+
+
+@contextmanager
+def new_file(path: Path, nbytes: int) -> Iterator[IO[bytes]]:
+    """Have a file written under a temporary name; it gets its own, synced, if nothing is raised.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file; must not be there.
+    nbytes : int
+        Least size of the complete file, for errors.
+
+    Yields
+    ------
+    binary file
+        What to write; nobody else writes to it.
+    """
+    with naming(path.parent):
+        descriptor, name = create_unique(path.parent, path.name, ".tmp", mode=0o666)
+    part = Path(name)
+    try:
+        with naming(part, nbytes), os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        rename_synced(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def copy_array(
+    reader: Reader, name: str, array: StoredArray, descriptor: int, byte: int, progress: Progress
+) -> None:
+    """Write the elements of an array side by side into a file, in C order, little-endian.
+
+    Parameters
+    ----------
+    reader : Reader
+        Of its checkpoint.
+    name : str
+        Of the array.
+    array : StoredArray
+        What it is.
+    descriptor : int
+        Of the file.
+    byte : int
+        Where its first element goes.
+    progress : callable
+        Is told how many more bytes are written.
+    """
+    for item, data in reader.items(name, Box.whole(array.shape)):
+        region = item.region.placed_in(array.boxes[item.number].box)
+        place, flat = 0, as_bytes(data)
+        for first, count in contiguous_ranges(region, array.shape):
+            nbytes = count * array.dtype.itemsize
+            write_at(descriptor, flat[place : place + nbytes], byte + first * array.dtype.itemsize)
+            place += nbytes
+        progress(data.nbytes)
+
+
+_DESCRIPTION = "mpidist.json"
+"""The entry with what is no array, and the names of arrays of bfloat16, which npy does not know."""
+
+_BLOCK = 1 << 20
+
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    ValueError,
+    NotImplementedError,  # of compressions
+    RuntimeError,  # of passwords
+)
+
+
+def write_npz(checkpoint: Checkpoint, path: Path, file: IO[bytes], progress: Progress) -> None:
+    """Write a checkpoint as one npz file, as `numpy.savez` does.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What to write.
+    path : Path
+        Of the file when it is complete.
+    file : binary file
+        The file, under a temporary name.
+    progress : callable
+        Is told how many more bytes are written.
+
+    Notes
+    -----
+    Disk: the largest array a second time, in a temporary file without a name beside `path`: the
+    entries of a zip file are written from front to back, and chunks do not come in this order.
+    """
+    halves = [name for name, array in checkpoint.arrays.items() if array.dtype == BFLOAT16]
+    with (
+        zipfile.ZipFile(file, "w", allowZip64=True) as archive,
+        tempfile.TemporaryFile(dir=path.parent) as whole,
+        Reader(checkpoint) as reader,
+    ):
+        archive.writestr(zipfile.ZipInfo(_DESCRIPTION), description(checkpoint, bfloat16=halves))
+        for name, array in checkpoint.arrays.items():
+            whole.seek(0)
+            whole.truncate()
+            whole.write(_header(array))
+            whole.flush()
+            copy_array(reader, name, array, whole.fileno(), whole.tell(), progress)
+            whole.seek(0)
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+                shutil.copyfileobj(whole, entry, _BLOCK)
+
+
+def _header(array: StoredArray) -> bytes:
+    """Return what stands before the elements in an npy file."""
+    dtype = np.dtype(np.uint16) if array.dtype == BFLOAT16 else array.dtype
+    descr = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
+    told = {"descr": descr, "fortran_order": False, "shape": array.shape}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, told)
+    return header.getvalue()
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[Foreign]:
+    """Open an npz file.
+
+    Raises
+    ------
+    CheckpointCorruptError
+        If it is no such file, or damaged.
+    CheckpointIncompatibleError
+        If an array has a dtype that mpidist has not.
+
+    Notes
+    -----
+    Disk: the largest array a second time, in a temporary file.
+    """
+    with ExitStack() as stack:
+        try:
+            archive = _Archive(stack.enter_context(zipfile.ZipFile(path)), path)
+            stack.callback(archive.close)
+            text = archive.description()
+            halves = () if text is None else json.loads(text)["bfloat16"]
+            sources = archive.sources(frozenset(halves))
+        except CheckpointIncompatibleError:  # which is a ValueError
+            raise
+        except (*_DAMAGE, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+        yield Foreign(sources) if text is None else described(text, sources, path)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"{path} is no npz file of arrays, or is damaged: {type(error).__name__}: {error}"
+    )
+
+
+class _Header(NamedTuple):
+    """What an npy file says of its array, and where the elements begin."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: DType
+    byte: int
+
+
+class _Archive:
+    """An npz file, of which one array at a time is outside, in a temporary file."""
+
+    def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
+        self._archive = archive
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._current: tuple[str, Array] | None = None
+
+    def close(self) -> None:
+        """Let the temporary file go."""
+        self._current = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def description(self) -> bytes | None:
+        """Return what mpidist has written beside the arrays, if it has."""
+        return (
+            self._archive.read(_DESCRIPTION) if _DESCRIPTION in self._archive.namelist() else None
+        )
+
+    def sources(self, halves: frozenset[str]) -> Mapping[str, _Entry]:
+        """Return the arrays by name."""
+        entries = {}
+        for info in self._archive.infolist():
+            if info.filename == _DESCRIPTION:
+                continue
+            name, dot, suffix = info.filename.rpartition(".")
+            if (dot, suffix) != (".", "npy") or name in entries:
+                raise ValueError(f"{info.filename!r} is no array, or comes twice")
+            with self._archive.open(info) as file:
+                header = _read_header(file)
+            native = header.dtype.newbyteorder("=")
+            if native not in DTYPES:
+                raise CheckpointIncompatibleError(
+                    f"{self._path}: {name!r} has dtype {header.dtype}, which a checkpoint cannot "
+                    "keep; what is pickled is never read"
+                )
+            half = name in halves and native == np.uint16
+            entries[name] = _Entry(self, name, header.shape, BFLOAT16 if half else header.dtype)
+        return entries
+
+    def array(self, name: str) -> Array:
+        """Return an array, as a map of the temporary file; the one before is gone."""
+        if self._current is None or self._current[0] != name:
+            self.close()
+            self._current = (name, self._extracted(f"{name}.npy"))
+        return self._current[1]
+
+    def _extracted(self, entry: str) -> Array:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # until `close`
+        try:
+            with self._archive.open(entry) as packed:
+                shutil.copyfileobj(packed, self._file, _BLOCK)  # verifies the archive's sums
+            self._file.seek(0)
+            header = _read_header(self._file)
+            self._file.flush()
+            order: Any = "F" if header.fortran else "C"
+            return np.memmap(
+                self._file, header.dtype, "r", offset=header.byte, shape=header.shape, order=order
+            )
+        except _DAMAGE as error:
+            raise _damaged(self._path, error) from error
+
+
+def _read_header(file: IO[bytes]) -> _Header:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        header = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        header = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"version {version} of npy, which only tables have")
+    return _Header(*header, file.tell())
+
+
+class _Entry:
+    """An array of such a file: a `Source`."""
+
+    def __init__(self, archive: _Archive, name: str, shape: tuple[int, ...], dtype: DType) -> None:
+        self._archive = archive
+        self._name = name
+        self.shape = shape
+        self.dtype = dtype
+
+    def read(self, box: Box) -> Array:
+        """Return the elements of a part."""
+        part = np.asarray(self._archive.array(self._name)[box.slices])
+        return part.view(BFLOAT16) if self.dtype == BFLOAT16 else part
+
+
+_KEY = "mpidist"
+"""Of what is no array, in the metadata of such a file: texts by name."""
+
+_TO_NAME: dict[DType, str] = {
+    np.dtype(np.bool_): "BOOL",
+    **{np.dtype(f"{kind.lower()}{n // 8}"): f"{kind}{n}" for kind in "IU" for n in (8, 16, 32, 64)},
+    **{np.dtype(f"f{n // 8}"): f"F{n}" for n in (16, 32, 64)},
+    BFLOAT16: "BF16",
+    np.dtype(np.complex64): "C64",
+}
+_TO_DTYPE = {name: dtype for dtype, name in _TO_NAME.items()}
+
+
+def write_safetensors(
+    checkpoint: Checkpoint, path: Path, file: IO[bytes], progress: Progress
+) -> None:
+    """Write a checkpoint as one file of safetensors; parameters as of `write_npz`.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If an array has a dtype or a name that the format has not.
+
+    Notes
+    -----
+    Not with its library, which wants all arrays in memory at once. The format is: the length of a
+    header, 8 bytes; the header, JSON; the arrays, one behind the other.
+    """
+    arrays = checkpoint.arrays
+    unknown = [
+        f"{name} ({array.dtype})"
+        for name, array in arrays.items()
+        if array.dtype not in _TO_NAME or name == "__metadata__"
+    ]
+    if unknown:
+        raise UnsupportedOperationError(
+            f"safetensors cannot keep {', '.join(unknown[:5])} of {checkpoint.directory}; export "
+            "to .npz, which can"
+        )
+    del path
+    # As its library sorts them: whatever is in front of an array has elements of its length.
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {_KEY: description(checkpoint)}}
+    place, places = 0, {}
+    for name in names:
+        array = arrays[name]
+        places[name] = place
+        header[name] = {
+            "dtype": _TO_NAME[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (place, place + array.nbytes),
+        }
+        place += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    front = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    begin = write_at(file.fileno(), front, 0)
+    with Reader(checkpoint) as reader:
+        for name in names:
+            copy_array(reader, name, arrays[name], file.fileno(), begin + places[name], progress)
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Foreign]:
+    """Open a file of safetensors.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If safetensors is not installed.
+    CheckpointCorruptError
+        If it is no such file, or damaged.
+    CheckpointIncompatibleError
+        If an array has a dtype that mpidist has not.
+    """
+    library = require("safetensors", extra="safetensors", purpose="import from safetensors")
+    try:
+        opened = library.safe_open(path, framework="numpy")
+    except library.SafetensorError as error:
+        raise CheckpointCorruptError(
+            f"{path} is no file of safetensors, or is damaged: {error}"
+        ) from error
+    with opened as file:
+        sources = {name: _Tensor(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        unknown = [f"{name} ({s.kind})" for name, s in sources.items() if s.kind not in _TO_DTYPE]
+        if unknown:
+            raise CheckpointIncompatibleError(
+                f"{path}: a checkpoint cannot keep {', '.join(unknown[:5])}; convert it first"
+            )
+        texts = file.metadata() or {}
+        if _KEY in texts:
+            yield described(texts[_KEY], sources, path)
+        else:
+            yield Foreign(sources, metadata=texts or None)
+
+
+class _Tensor:
+    """An array of such a file: a `Source`."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+        self.kind = str(tensor.get_dtype())
+        self.shape = tuple(tensor.get_shape())
+
+    @property
+    def dtype(self) -> DType:
+        """Of the array."""
+        return _TO_DTYPE[self.kind]
+
+    def read(self, box: Box) -> Array:
+        """Return the elements of a part."""
+        part: Array = np.asarray(self._tensor[box.slices])
+        return part
