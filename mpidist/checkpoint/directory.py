@@ -124,14 +124,14 @@ def check_same(what: str, group: ProcessGroup) -> None:
     -----
     Collective over `group`; blocks. One all_gather of 16 bytes.
     """
-    mine = np.frombuffer(xxhash.xxh3_128_digest(os.fsencode(what)), np.uint8)
-    table = all_gather(mine, group).reshape(group.size, -1)
+    digest = np.frombuffer(xxhash.xxh3_128_digest(os.fsencode(what)), np.uint8)
+    table = all_gather(digest, group).reshape(group.size, -1)
     if (table == table[0]).all():
         return
-    told = all_gather_object(what, group)
-    rank = next(rank for rank, other in enumerate(told) if other != told[0])
+    texts = all_gather_object(what, group)
+    rank = next(rank for rank, other in enumerate(texts) if other != texts[0])
     raise CollectiveMismatchError(
-        f"rank {rank} of group {group.name!r} has {told[rank]}, and rank 0 has {told[0]}; give all "
+        f"rank {rank} of group {group.name!r} has {texts[rank]}, and rank 0 has {texts[0]}; give all "
         "ranks the same arguments, with an absolute path where their working directories differ"
     )
 
@@ -173,8 +173,8 @@ class Checkpoint:
                 f"{self.directory} holds no complete checkpoint: there is no {MANIFEST}"
             ) from error
         except OSError as error:
-            words = f"{path} cannot be read: {type(error).__name__}: {error}"
-            raise CheckpointError(words) from error
+            message = f"{path} cannot be read: {type(error).__name__}: {error}"
+            raise CheckpointError(message) from error
 
     @property
     def step(self) -> int:
@@ -278,9 +278,9 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
     -----
     Local.
     """
-    where = absolute(path)
-    with looking(where):
-        return [Checkpoint(found) for found in _steps(where) if exists(found / MANIFEST)]
+    root = absolute(path)
+    with looking(root):
+        return [Checkpoint(step_path) for step_path in _steps(root) if exists(step_path / MANIFEST)]
 
 
 def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
@@ -290,8 +290,8 @@ def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
     -----
     Local. On several ranks the answers may differ while one is being committed; `load` asks once.
     """
-    found = list(path)
-    return found[-1] if found else None
+    checkpoints = list(path)
+    return checkpoints[-1] if checkpoints else None
 
 
 def find(path: str | os.PathLike[str], step: int | str) -> Checkpoint:
@@ -307,12 +307,12 @@ def find(path: str | os.PathLike[str], step: int | str) -> Checkpoint:
         step = step if step == "latest" else step_number(step)
     except ValueError as error:
         raise CheckpointNotFoundError(f"{path}: {error}; or give 'latest'") from None
-    there = list(path)
-    found = there[-1:] if step == "latest" else [c for c in there if c.step == step]
-    if found:
-        return found[0]
+    complete = list(path)
+    chosen = complete[-1:] if step == "latest" else [c for c in complete if c.step == step]
+    if chosen:
+        return chosen[0]
     what = "any step" if step == "latest" else f"step {step}"
-    steps = ", ".join(str(c.step) for c in there[-5:]) or "none"
+    steps = ", ".join(str(c.step) for c in complete[-5:]) or "none"
     others = "" if path.is_dir() else "; there is no such directory"
     raise CheckpointNotFoundError(
         f"no complete checkpoint of {what} in {path}; complete are: {steps}{others}"
@@ -321,9 +321,9 @@ def find(path: str | os.PathLike[str], step: int | str) -> Checkpoint:
 
 def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
     """Return the directories of steps that are no checkpoints: left by a kill, or being written."""
-    where = absolute(path)
-    with looking(where):
-        return [found for found in _steps(where) if not exists(found / MANIFEST)]
+    root = absolute(path)
+    with looking(root):
+        return [step_path for step_path in _steps(root) if not exists(step_path / MANIFEST)]
 
 
 def create_directory(directory: Path, identity: str) -> None:

@@ -111,10 +111,10 @@ def _errors_of_the_system(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        found = _NUMBER.search(str(error))
-        if found is None:
+        match = _NUMBER.search(str(error))
+        if match is None:
             raise
-        number = int(found[1])
+        number = int(match[1])
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
@@ -212,10 +212,10 @@ def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> int:
     dataset = h5py.h5d.create(file.id, name.encode(), kind, space, layout, _links())
     if dtype == BFLOAT16:
         _describe(h5py.Dataset(dataset), {TAG: str(dtype)})
-    return _place(dataset)
+    return _byte_offset(dataset)
 
 
-def _place(dataset: Any) -> int:
+def _byte_offset(dataset: Any) -> int:
     return int(dataset.get_offset() or 0)
 
 
@@ -313,7 +313,7 @@ class _View:
         import h5py
 
         array = self._manifest.arrays[name]
-        kind, empty = self._layouts(_stored(array.dtype))
+        element_type, empty = self._layouts(_stored(array.dtype))
         layout = empty.copy()
         for stored in array.boxes:
             if stored.box.empty:
@@ -321,11 +321,13 @@ class _View:
             origin = self._manifest.files[stored.file]
             shape = origin.datasets[stored.dataset].shape
             source = stored.dataset.replace("%", "%%")  # "%b" would stand for a block's number
-            here = self._spaces(array.shape, stored.box)
-            there = _selected(shape, _selection(stored, shape))
-            layout.set_virtual(here, origin.name.encode(), source.encode(), there)
+            target = self._spaces(array.shape, stored.box)
+            origin_space = _selected(shape, _selection(stored, shape))
+            layout.set_virtual(target, origin.name.encode(), source.encode(), origin_space)
         space = self._spaces(array.shape, None)
-        shown = h5py.h5d.create(self._file.id, name.encode(), kind, space, layout, self._links)
+        shown = h5py.h5d.create(
+            self._file.id, name.encode(), element_type, space, layout, self._links
+        )
         if array.dtype == BFLOAT16:
             _describe(h5py.Dataset(shown), {TAG: str(array.dtype)})
 
@@ -411,13 +413,13 @@ def contents(path: Path) -> Contents:
     """
     import h5py
 
-    found: dict[str, Dataset] = {}
+    datasets: dict[str, Dataset] = {}
 
     def note(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             sources = item.virtual_sources() if item.is_virtual else ()
-            found[name] = Dataset(
-                _place(item.id),
+            datasets[name] = Dataset(
+                _byte_offset(item.id),
                 item.shape,
                 bytes(item.attrs[TAG]).decode() if TAG in item.attrs else item.dtype.str,
                 tuple(sorted({(s.file_name, s.dset_name.replace("%%", "%")) for s in sources})),
@@ -432,7 +434,7 @@ def contents(path: Path) -> Contents:
         raise
     except (KeyError, ValueError, TypeError, RuntimeError) as error:  # where it found damage later
         raise OSError(f"{type(error).__name__}: {error}") from error
-    return Contents(identity, found)
+    return Contents(identity, datasets)
 
 
 def stored_as(dtype: DType) -> str:

@@ -99,7 +99,7 @@ def printable(text: str) -> str:
 
     The bytes of a file's name that are no text stay as they are, but for those that are controls.
     """
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 @lru_cache(maxsize=1 << 14)  # a program saves the same names again and again
@@ -208,7 +208,7 @@ class StoredFile(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return it as it stands in the manifest."""
-        datasets = {name: each._asdict() for name, each in self.datasets.items()}
+        datasets = {name: dataset._asdict() for name, dataset in self.datasets.items()}
         return {"name": self.name, "size": self.size, "datasets": datasets}
 
 

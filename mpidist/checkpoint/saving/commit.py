@@ -135,9 +135,9 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
     to each, on tags of their own.
     """
     yield _InThread(save.written, f"writing {save.directory}", group.timeout)
-    mine = _report(save.written, group.rank)
+    own = _report(save.written, group.rank)
     if group.rank:
-        sent = isend(_packed(mine), group, dst=0, tag=_REPORT)
+        sent = isend(_packed(own), group, dst=0, tag=_REPORT)
         answer = irecv(group, src=0, tag=_VERDICT)
         yield sent
         yield answer
@@ -145,10 +145,10 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
     else:
         receives = [irecv(group, src=rank, tag=_REPORT) for rank in range(1, group.size)]
         yield from receives
-        results = [mine, *(_unpacked(receive.wait()) for receive in receives)]
-        problem = _first_problem(results)
+        reports = [own, *(_unpacked(receive.wait()) for receive in receives)]
+        problem = _first_problem(reports)
         if problem is None:
-            problem = _failure(call_now(_conclude, save, results), 0)
+            problem = _failure(call_now(_conclude, save, reports), 0)
         if problem is not None:
             assert save.coordinator is not None, "rank 0 planned it"
             problem = f"{problem}. {clear(save.directory, save.coordinator[0].id)}"
@@ -161,11 +161,11 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
         )
 
 
-def _conclude(save: Save, results: Sequence[JSON]) -> None:
+def _conclude(save: Save, reports: Sequence[JSON]) -> None:
     """Do on rank 0 what is left, all files being on disk."""
     assert save.coordinator is not None, "rank 0 planned it"
     header, plan = save.coordinator
-    manifest = assemble(header, plan.arrays, results)
+    manifest = assemble(header, plan.arrays, reports)
     if not save.viewed:
         hdf5.create_view(save.directory / VIEW, manifest)
     commit(save.directory, manifest)
@@ -237,8 +237,8 @@ def _failure(future: Future[Any], rank: int) -> str | None:
     return f"rank {rank} failed: {type(error).__name__}: {error}{cure}"
 
 
-def _first_problem(results: Sequence[JSON]) -> str | None:
-    return next((result["problem"] for result in results if "problem" in result), None)
+def _first_problem(reports: Sequence[JSON]) -> str | None:
+    return next((report["problem"] for report in reports if "problem" in report), None)
 
 
 def foresee(header: Manifest, plan: GlobalPlan) -> Manifest:
@@ -258,19 +258,19 @@ def foresee(header: Manifest, plan: GlobalPlan) -> Manifest:
     """
     files = []
     boxes: dict[str, list[StoredBox]] = {name: [] for name in plan.arrays}
-    dtypes = {name: dtype_of(kind.dtype) for name, kind in plan.arrays.items()}
-    for rank, assignment in enumerate(plan.local_plans):
-        outlines = (BoxSpec(part.name, part.box, dtypes[part.name]) for part in assignment)
-        ordered, datasets, places = lay_out(outlines)
+    dtypes = {name: dtype_of(array.dtype) for name, array in plan.arrays.items()}
+    for rank, items in enumerate(plan.local_plans):
+        specs = (BoxSpec(item.name, item.box, dtypes[item.name]) for item in items)
+        ordered, datasets, positions = lay_out(specs)
         shapes = {name: StoredDataset(0, shape) for name, (shape, _) in datasets.items()}
         files.append(StoredFile(file_name(rank), 0, shapes))
-        for part, (dataset, first) in zip(ordered, places, strict=True):
-            boxes[part.name].append(StoredBox(part.box, rank, dataset, first, b""))
+        for spec, (dataset, first) in zip(ordered, positions, strict=True):
+            boxes[spec.name].append(StoredBox(spec.box, rank, dataset, first, b""))
     return replace(header, files=tuple(files), arrays=_arrays(plan.arrays, boxes))
 
 
 def assemble(
-    header: Manifest, metadata: Mapping[str, ArrayMetadata], results: Sequence[JSON]
+    header: Manifest, metadata: Mapping[str, ArrayMetadata], reports: Sequence[JSON]
 ) -> Manifest:
     """Put a manifest together.
 
@@ -280,7 +280,7 @@ def assemble(
         All of it but files and arrays.
     metadata : mapping of str to ArrayMetadata
         What the arrays are.
-    results : sequence of JSON value
+    reports : sequence of JSON value
         What `report_of` says of each file, by rank.
 
     Returns
@@ -290,12 +290,12 @@ def assemble(
     """
     files: list[StoredFile] = []
     boxes: dict[str, list[StoredBox]] = {name: [] for name in metadata}
-    for result in results:
-        if "file" in result:
-            name, size, datasets = result["file"]
-            places = {key: StoredDataset(byte, tuple(shp)) for key, (byte, shp) in datasets.items()}
-            files.append(StoredFile(name, size, places))
-        for array, entry in result["boxes"]:
+    for report in reports:
+        if "file" in report:
+            name, size, datasets = report["file"]
+            stored = {key: StoredDataset(byte, tuple(shp)) for key, (byte, shp) in datasets.items()}
+            files.append(StoredFile(name, size, stored))
+        for array, entry in report["boxes"]:
             boxes[array].append(StoredBox.from_json(entry | {"file": len(files) - 1}))
     arrays = _arrays(metadata, boxes)
     created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -306,8 +306,8 @@ def _arrays(
     metadata: Mapping[str, ArrayMetadata], boxes: Mapping[str, Sequence[StoredBox]]
 ) -> dict[str, StoredArray]:
     return {
-        name: StoredArray(dtype_of(kind.dtype), kind.shape, tuple(boxes[name]))
-        for name, kind in metadata.items()
+        name: StoredArray(dtype_of(array.dtype), array.shape, tuple(boxes[name]))
+        for name, array in metadata.items()
     }
 
 

@@ -46,9 +46,9 @@ def check_single_file(group: ProcessGroup) -> None:
     """Raise BackendUnavailableError unless the ranks of a group can write one file."""
     _ = group.mpi_comm  # raises
     if not hdf5.has_mpi():
-        found = " and ".join(f"{name} {version}" for name, version in hdf5.versions().items())
+        versions = " and ".join(f"{name} {version}" for name, version in hdf5.versions().items())
         raise BackendUnavailableError(
-            f"single_file=True: this h5py was built without MPI ({found}); build one with the MPI "
+            f"single_file=True: this h5py was built without MPI ({versions}); build one with the MPI "
             "library of the job (CC=mpicc HDF5_MPI=ON pip install --no-binary=h5py h5py), or save "
             "one file per rank"
         )
@@ -119,7 +119,7 @@ def _make(
     path: Path, arrays: Mapping[str, ArrayMetadata], attributes: Mapping[str, str | int]
 ) -> dict[str, StoredDataset]:
     """Make the file, and return its datasets, but for empty ones, in which no box lies."""
-    datasets = [(name, kind.shape, dtype_of(kind.dtype)) for name, kind in arrays.items()]
+    datasets = [(name, array.shape, dtype_of(array.dtype)) for name, array in arrays.items()]
     identity = _identity(attributes)
     datasets.append((ID_DATASET, identity.shape, identity.dtype))
     begins = hdf5.create_file(path, datasets, attributes)

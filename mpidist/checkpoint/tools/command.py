@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,8 +271,10 @@ def _list(options: argparse.Namespace) -> _Outcome:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}")
     partial = directory.partial(path)
-    steps = [*(found.directory for found in directory.list(path)), *partial]
-    rows = [row_of(each, partial=each in partial) for each in sorted(steps, key=step_of)]
+    steps = [*(checkpoint.directory for checkpoint in directory.list(path)), *partial]
+    rows = [
+        row_of(step_path, partial=step_path in partial) for step_path in sorted(steps, key=step_of)
+    ]
     lines = [*step_table(rows)] if rows else []
     if all(row["state"] == "partial" for row in rows):
         return _Outcome(rows, [*lines, f"there is no complete checkpoint in {path}"], 1)
@@ -281,45 +282,48 @@ def _list(options: argparse.Namespace) -> _Outcome:
 
 
 def _show(options: argparse.Namespace) -> _Outcome:
-    found = _found(options.path, options.step)
-    lines = [*checkpoint_lines(found), *(["", *box_table(found)] if options.boxes else ())]
-    return _Outcome(fields_of(found), lines)
+    checkpoint = _checkpoint_at(options.path, options.step)
+    lines = [
+        *checkpoint_lines(checkpoint),
+        *(["", *box_table(checkpoint)] if options.boxes else ()),
+    ]
+    return _Outcome(fields_of(checkpoint), lines)
 
 
 def _verify(options: argparse.Namespace) -> _Outcome:
-    found = _found(options.path, options.step)
-    with progress_bar(_size(found), "verify", show=options.progress) as progress:
-        errors = verify(found.directory.parent, step=found.step, progress=progress)
+    checkpoint = _checkpoint_at(options.path, options.step)
+    with progress_bar(_size(checkpoint), "verify", show=options.progress) as progress:
+        errors = verify(checkpoint.directory.parent, step=checkpoint.step, progress=progress)
     fields = {
-        "directory": str(found.directory),
+        "directory": str(checkpoint.directory),
         "whole": not errors,
         "errors": [{"kind": type(error).__name__, "message": str(error)} for error in errors],
     }
     if errors:
         return _Outcome(fields, [str(error) for error in errors], 1)
-    return _Outcome(fields, [f"{found.directory} is whole: {arrays_text(found)}"])
+    return _Outcome(fields, [f"{checkpoint.directory} is whole: {arrays_text(checkpoint)}"])
 
 
 def _diff(options: argparse.Namespace) -> _Outcome:
-    first, second = (_found(path, options.step) for path in (options.first, options.second))
+    first, second = (_checkpoint_at(path, options.step) for path in (options.first, options.second))
     with progress_bar(_size(first), "diff", show=options.progress) as progress:
         differences = compare(first, second, progress=progress)
     fields = {
         "first": str(first.directory),
         "second": str(second.directory),
-        "differences": [asdict(difference) for difference in differences],
+        "differences": [difference.as_json() for difference in differences],
     }
     return _Outcome(fields, difference_lines(first, second, differences), int(bool(differences)))
 
 
 def _reshard(options: argparse.Namespace) -> _Outcome:
-    found = _found(options.path, options.step)
-    with progress_bar(_size(found), "reshard", show=options.progress) as progress:
+    checkpoint = _checkpoint_at(options.path, options.step)
+    with progress_bar(_size(checkpoint), "reshard", show=options.progress) as progress:
         new = reshard(
-            found.directory.parent,
+            checkpoint.directory.parent,
             options.destination,
             options.ranks,
-            step=found.step,
+            step=checkpoint.step,
             progress=progress,
         )
     return _made(new)
@@ -332,21 +336,21 @@ def _prune(options: argparse.Namespace) -> _Outcome:
     verb = "would remove" if options.dry_run else "removed"
     fields = {
         "dry_run": options.dry_run,
-        "removed": [str(each) for each in removed],
+        "removed": [str(path) for path in removed],
         "damaged": [str(state.directory) for state in damaged],
     }
-    lines = [f"{verb} {each}" for each in removed] or ["nothing to remove"]
+    lines = [f"{verb} {path}" for path in removed] or ["nothing to remove"]
     lines += [f"does not count: {state.problem}" for state in damaged]
     return _Outcome(fields, lines)
 
 
 def _export(options: argparse.Namespace) -> _Outcome:
-    found = _found(options.path, options.step)
-    with progress_bar(_size(found), "export", show=options.progress) as progress:
-        export_to(options.file, found, progress=progress)
+    checkpoint = _checkpoint_at(options.path, options.step)
+    with progress_bar(_size(checkpoint), "export", show=options.progress) as progress:
+        export_to(options.file, checkpoint, progress=progress)
     nbytes = options.file.stat().st_size
-    fields = {"file": str(options.file), "step": found.step, "bytes": nbytes}
-    return _Outcome(fields, [f"{options.file}: step {found.step}, {size_text(nbytes)}"])
+    fields = {"file": str(options.file), "step": checkpoint.step, "bytes": nbytes}
+    return _Outcome(fields, [f"{options.file}: step {checkpoint.step}, {size_text(nbytes)}"])
 
 
 def _import(options: argparse.Namespace) -> _Outcome:
@@ -365,7 +369,7 @@ def _made(new: Checkpoint) -> _Outcome:
     return _Outcome(fields, [f"{new.directory}: {ranks_text(new)}, {arrays_text(new)}"])
 
 
-def _found(path: Path, step: int | str | None) -> Checkpoint:
+def _checkpoint_at(path: Path, step: int | str | None) -> Checkpoint:
     """Return the checkpoint of a path, which may be that of the directory of its step."""
     where = path if path.name not in ("", "..") else path.resolve()
     try:
@@ -377,10 +381,10 @@ def _found(path: Path, step: int | str | None) -> Checkpoint:
     return find(where.parent, own)
 
 
-def _size(found: Checkpoint) -> int | None:
+def _size(checkpoint: Checkpoint) -> int | None:
     """Return how many bytes its arrays have, if it says so."""
     try:
-        return found.nbytes
+        return checkpoint.nbytes
     except CheckpointError:
         return None
 

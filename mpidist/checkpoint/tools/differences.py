@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Difference:
         "array", "value" or "metadata".
     name : str
         Of the array or value; the path to it in the metadata.
-    words : str
+    text : str
         What differs, for people.
     elements : int or None
         How many elements of an array differ, where dtype and shape do not.
@@ -40,9 +40,15 @@ class Difference:
 
     kind: str
     name: str
-    words: str
+    text: str
     elements: int | None = None
     largest: float | None = None
+
+    def as_json(self) -> dict[str, JSON]:
+        """Return it as the command line prints it."""
+        fields = asdict(self)
+        fields["words"] = fields.pop("text")
+        return fields
 
 
 def compare(
@@ -92,16 +98,16 @@ def _arrays(
         if a is None or b is None:
             yield Difference("array", name, _only("first" if b is None else "second"))
         elif (a.dtype, a.shape) != (b.dtype, b.shape):
-            words = f"{a.dtype}{builtins.list(a.shape)} and {b.dtype}{builtins.list(b.shape)}"
-            yield Difference("array", name, words)
+            text = f"{a.dtype}{builtins.list(a.shape)} and {b.dtype}{builtins.list(b.shape)}"
+            yield Difference("array", name, text)
         else:
-            found = _Count()
+            count = _Count()
             for box in _unsettled(a.boxes, b.boxes, a.dtype.itemsize):
-                found.add(one.read(name, box), other.read(name, box))
-            if found.elements:
+                count.add(one.read(name, box), other.read(name, box))
+            if count.elements:
                 total = Box.whole(a.shape).count
-                words = f"{found.elements} of {total} elements, by at most {found.largest:g}"
-                yield Difference("array", name, words, found.elements, found.largest)
+                text = f"{count.elements} of {total} elements, by at most {count.largest:g}"
+                yield Difference("array", name, text, count.elements, count.largest)
         if a is not None:
             progress(a.nbytes)
 

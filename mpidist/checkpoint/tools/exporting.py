@@ -86,8 +86,8 @@ def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = ignore
     except DistributedError:
         raise
     except OSError as error:
-        words = f"{path} cannot be written: {type(error).__name__}: {error}"
-        raise CheckpointError(words) from error
+        message = f"{path} cannot be written: {type(error).__name__}: {error}"
+        raise CheckpointError(message) from error
 
 
 def import_from(

@@ -89,9 +89,9 @@ def description(checkpoint: Checkpoint, **more: JSON) -> str:
 def described(text: str | bytes, sources: Mapping[str, Source], path: Path) -> Foreign:
     """Return what a file holds that has such a description."""
     try:
-        told = json.loads(text)
-        values = dict(decode(told["values"]).items())
-        return Foreign(sources, values, decode(told["metadata"]), index(told["step"]))
+        content = json.loads(text)
+        values = dict(decode(content["values"]).items())
+        return Foreign(sources, values, decode(content["metadata"]), index(content["step"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointCorruptError(
             f"{path}: what mpidist wrote into it beside the arrays is damaged: "
@@ -151,11 +151,13 @@ def copy_array(
     """
     for item, data in reader.items(name, Box.whole(array.shape)):
         region = item.region.placed_in(array.boxes[item.number].box)
-        place, flat = 0, as_bytes(data)
+        offset, flat = 0, as_bytes(data)
         for first, count in contiguous_ranges(region, array.shape):
             nbytes = count * array.dtype.itemsize
-            write_at(descriptor, flat[place : place + nbytes], byte + first * array.dtype.itemsize)
-            place += nbytes
+            write_at(
+                descriptor, flat[offset : offset + nbytes], byte + first * array.dtype.itemsize
+            )
+            offset += nbytes
         progress(data.nbytes)
 
 
@@ -197,28 +199,28 @@ def write_npz(checkpoint: Checkpoint, path: Path, file: IO[bytes], progress: Pro
     halves = [name for name, array in checkpoint.arrays.items() if array.dtype == BFLOAT16]
     with (
         zipfile.ZipFile(file, "w", allowZip64=True) as archive,
-        tempfile.TemporaryFile(dir=path.parent) as whole,
+        tempfile.TemporaryFile(dir=path.parent) as scratch,
         Reader(checkpoint) as reader,
     ):
         archive.writestr(zipfile.ZipInfo(_DESCRIPTION), description(checkpoint, bfloat16=halves))
         for name, array in checkpoint.arrays.items():
-            whole.seek(0)
-            whole.truncate()
-            whole.write(_header(array))
-            whole.flush()
-            copy_array(reader, name, array, whole.fileno(), whole.tell(), progress)
-            whole.seek(0)
+            scratch.seek(0)
+            scratch.truncate()
+            scratch.write(_header(array))
+            scratch.flush()
+            copy_array(reader, name, array, scratch.fileno(), scratch.tell(), progress)
+            scratch.seek(0)
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-                shutil.copyfileobj(whole, entry, _BLOCK)
+                shutil.copyfileobj(scratch, entry, _BLOCK)
 
 
 def _header(array: StoredArray) -> bytes:
     """Return what stands before the elements in an npy file."""
     dtype = np.dtype(np.uint16) if array.dtype == BFLOAT16 else array.dtype
     descr = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
-    told = {"descr": descr, "fortran_order": False, "shape": array.shape}
+    fields = {"descr": descr, "fortran_order": False, "shape": array.shape}
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, told)
+    np.lib.format.write_array_header_1_0(header, fields)
     return header.getvalue()
 
 
@@ -401,23 +403,23 @@ def write_safetensors(
     # As its library sorts them: whatever is in front of an array has elements of its length.
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {_KEY: description(checkpoint)}}
-    place, places = 0, {}
+    offset, offsets = 0, {}
     for name in names:
         array = arrays[name]
-        places[name] = place
+        offsets[name] = offset
         header[name] = {
             "dtype": _TO_NAME[array.dtype],
             "shape": array.shape,
-            "data_offsets": (place, place + array.nbytes),
+            "data_offsets": (offset, offset + array.nbytes),
         }
-        place += array.nbytes
+        offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     front = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
     begin = write_at(file.fileno(), front, 0)
     with Reader(checkpoint) as reader:
         for name in names:
-            copy_array(reader, name, arrays[name], file.fileno(), begin + places[name], progress)
+            copy_array(reader, name, arrays[name], file.fileno(), begin + offsets[name], progress)
 
 
 @contextmanager

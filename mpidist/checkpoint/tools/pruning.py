@@ -91,18 +91,18 @@ def prunable(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -
     """Return what `prune` would remove, by step."""
     if keep < 1:
         raise ValueError(f"prune: keep must be at least 1, got {keep}; at least one must stay")
-    where = absolute(path)
-    there = statuses(where)
-    whole = [state for state in there if state.problem is None]
-    old = there[: there.index(whole[-keep])] if len(whole) >= keep else []
+    root = absolute(path)
+    steps = statuses(root)
+    sound = [state for state in steps if state.problem is None]
+    old = steps[: steps.index(sound[-keep])] if len(sound) >= keep else []
     removable = [
         state.directory
         for state in old
         if not isinstance(state.problem, CheckpointIncompatibleError)  # a later mpidist's
         and not was_written_last(state.directory)
     ]
-    with looking(where):
-        removable += [directory for directory in partial(where) if _age(directory) >= stale]
+    with looking(root):
+        removable += [directory for directory in partial(root) if _age(directory) >= stale]
     return sorted((d for d in removable if not is_being_written(d)), key=step_of)
 
 
@@ -114,25 +114,27 @@ def statuses(path: str | os.PathLike[str]) -> list[StepStatus]:
     CheckpointError
         If something cannot be looked at.
     """
-    where = absolute(path)
-    with looking(where):
-        found = [state for each in complete_in(where) if (state := _status(each)) is not None]
-    return sorted(found, key=lambda state: (state.committed, step_of(state.directory)))
+    root = absolute(path)
+    with looking(root):
+        steps = [
+            state for checkpoint in complete_in(root) if (state := _status(checkpoint)) is not None
+        ]
+    return sorted(steps, key=lambda state: (state.committed, step_of(state.directory)))
 
 
-def _status(found: Checkpoint) -> StepStatus | None:
+def _status(checkpoint: Checkpoint) -> StepStatus | None:
     """Return what a step looks like; None if it has gone meanwhile."""
     try:
-        status = (found.directory / MANIFEST).stat()
+        status = (checkpoint.directory / MANIFEST).stat()
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         try:
-            committed, sizes = _summary(found.directory, stamp)
-            check_sizes(found.directory, sizes)
+            committed, sizes = _summary(checkpoint.directory, stamp)
+            check_sizes(checkpoint.directory, sizes)
         except _DAMAGE as error:
-            return StepStatus(found.directory, status.st_mtime, error)
+            return StepStatus(checkpoint.directory, status.st_mtime, error)
     except (FileNotFoundError, CheckpointNotFoundError):
         return None
-    return StepStatus(found.directory, committed, None)
+    return StepStatus(checkpoint.directory, committed, None)
 
 
 _DAMAGE = (CheckpointCorruptError, CheckpointIncompatibleError, CheckpointMissingShardError)

@@ -32,14 +32,14 @@ def row_of(directory: Path, *, partial: bool) -> dict[str, JSON]:
     if partial:
         return row | {"state": "partial"}
     try:
-        found = Checkpoint(directory)
+        checkpoint = Checkpoint(directory)
         return row | {
             "state": "complete",
-            "created": found.created,
-            "ranks": found.world_size,
-            "arrays": len(found.arrays),
-            "values": len(found.values),
-            "bytes": found.nbytes,
+            "created": checkpoint.created,
+            "ranks": checkpoint.world_size,
+            "arrays": len(checkpoint.arrays),
+            "values": len(checkpoint.values),
+            "bytes": checkpoint.nbytes,
         }
     except CheckpointError as error:
         return row | {"state": "damaged", "problem": str(error)}
@@ -65,19 +65,19 @@ def step_table(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
     yield from (f"step {row['step']}: {row['problem']}" for row in rows if "problem" in row)
 
 
-def fields_of(found: Checkpoint) -> dict[str, JSON]:
+def fields_of(checkpoint: Checkpoint) -> dict[str, JSON]:
     """Return what `show` says of a checkpoint."""
     return {
-        "directory": str(found.directory),
-        "step": found.manifest.step,
-        "created": found.created,
-        "id": found.manifest.id,
-        "ranks": found.world_size,
-        "bytes": found.nbytes,
-        "versions": dict(found.versions),
-        "metadata": found.metadata,
-        "values": dict(found.values),
-        "files": {file.name: file.size for file in found.manifest.files},
+        "directory": str(checkpoint.directory),
+        "step": checkpoint.manifest.step,
+        "created": checkpoint.created,
+        "id": checkpoint.manifest.id,
+        "ranks": checkpoint.world_size,
+        "bytes": checkpoint.nbytes,
+        "versions": dict(checkpoint.versions),
+        "metadata": checkpoint.metadata,
+        "values": dict(checkpoint.values),
+        "files": {file.name: file.size for file in checkpoint.manifest.files},
         "arrays": {
             name: {
                 "dtype": str(array.dtype),
@@ -86,33 +86,33 @@ def fields_of(found: Checkpoint) -> dict[str, JSON]:
                     {
                         "offsets": stored.box.offsets,
                         "sizes": stored.box.sizes,
-                        "file": found.manifest.files[stored.file].name,
+                        "file": checkpoint.manifest.files[stored.file].name,
                         "dataset": stored.dataset,
                     }
                     for stored in array.boxes
                 ],
             }
-            for name, array in found.arrays.items()
+            for name, array in checkpoint.arrays.items()
         },
     }
 
 
-def checkpoint_lines(found: Checkpoint) -> Iterator[str]:
+def checkpoint_lines(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield all that is known of a checkpoint, but for the elements of its arrays."""
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    files = found.manifest.files
-    yield f"{found.directory}: step {found.manifest.step}, saved {_date(found.created)}"
-    yield f"  by {ranks_text(found)}, in {_count(len(files), 'file')}"
+    versions = ", ".join(f"{name} {version}" for name, version in checkpoint.versions.items())
+    files = checkpoint.manifest.files
+    yield f"{checkpoint.directory}: step {checkpoint.manifest.step}, saved {_date(checkpoint.created)}"
+    yield f"  by {ranks_text(checkpoint)}, in {_count(len(files), 'file')}"
     yield f"  with {versions}"
-    yield f"  metadata {json.dumps(found.metadata)}"
-    if found.values:
+    yield f"  metadata {json.dumps(checkpoint.metadata)}"
+    if checkpoint.values:
         yield ""
-        yield _count(len(found.values), "value")
-        for name, value in sorted(found.values.items()):
+        yield _count(len(checkpoint.values), "value")
+        for name, value in sorted(checkpoint.values.items()):
             yield f"  {name} = {_short(json.dumps(value))}"
     yield ""
-    yield arrays_text(found)
-    if found.arrays:
+    yield arrays_text(checkpoint)
+    if checkpoint.arrays:
         yield from columns(
             ("size", "boxes", "array", "dtype", "shape"),
             [
@@ -123,13 +123,13 @@ def checkpoint_lines(found: Checkpoint) -> Iterator[str]:
                     str(array.dtype),
                     str(builtins.list(array.shape)),
                 )
-                for name, array in sorted(found.arrays.items())
+                for name, array in sorted(checkpoint.arrays.items())
             ],
             left=3,
         )
 
 
-def box_table(found: Checkpoint) -> Iterator[str]:
+def box_table(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield a table of where each part of each array lies."""
     rows = [
         (
@@ -137,38 +137,38 @@ def box_table(found: Checkpoint) -> Iterator[str]:
             "["
             + ", ".join(f"{o}:{s}" for o, s in zip(b.box.offsets, b.box.stops, strict=True))
             + "]",
-            found.manifest.files[b.file].name,
+            checkpoint.manifest.files[b.file].name,
             b.dataset,
             str(b.first),
         )
-        for name, array in sorted(found.arrays.items())
+        for name, array in sorted(checkpoint.arrays.items())
         for b in array.boxes
     ]
     yield from columns(("array", "box", "file", "dataset", "from element"), rows, left=5)
 
 
 def difference_lines(
-    first: Checkpoint, second: Checkpoint, found: Sequence[Difference]
+    first: Checkpoint, second: Checkpoint, differences: Sequence[Difference]
 ) -> Iterator[str]:
     """Yield what two checkpoints do not have in common."""
     yield f"first   {first.directory}"
     yield f"second  {second.directory}"
     yield ""
-    if found:
-        rows = [(each.kind, each.name, each.words) for each in found]
+    if differences:
+        rows = [(item.kind, item.name, item.text) for item in differences]
         yield from columns(("what", "name", "difference"), rows, left=3)
     else:
         yield f"the same: {arrays_text(first)}"
 
 
-def arrays_text(found: Checkpoint) -> str:
+def arrays_text(checkpoint: Checkpoint) -> str:
     """Return how many arrays a checkpoint has, and their size."""
-    return f"{_count(len(found.arrays), 'array')}, {size_text(found.nbytes)}"
+    return f"{_count(len(checkpoint.arrays), 'array')}, {size_text(checkpoint.nbytes)}"
 
 
-def ranks_text(found: Checkpoint) -> str:
+def ranks_text(checkpoint: Checkpoint) -> str:
     """Return how many ranks saved a checkpoint."""
-    return _count(found.world_size, "rank")
+    return _count(checkpoint.world_size, "rank")
 
 
 def size_text(nbytes: int) -> str:

@@ -53,13 +53,13 @@ def inspect(paths: Sequence[Path]) -> list[Contents | str]:
     -----
     Local. Starts one process, and one more after each file that ends it.
     """
-    told: list[Contents | str] = []
-    while len(told) < len(paths):
-        answers, end = _ask(paths[len(told) :])
-        told += answers
-        if len(told) < len(paths):
-            told.append(end)
-    return told
+    answers: list[Contents | str] = []
+    while len(answers) < len(paths):
+        told, end = _ask(paths[len(answers) :])
+        answers += told
+        if len(answers) < len(paths):
+            answers.append(end)
+    return answers
 
 
 def _ask(paths: Sequence[Path]) -> tuple[list[Contents | str], str]:
@@ -92,20 +92,20 @@ def _exit_text(code: int, stderr: bytes) -> str:
 def answer() -> None:
     """Tell on standard output what is in the files that standard input names, a line for each."""
     for line in sys.stdin:
-        found: JSON
+        answer: JSON
         try:
             seen = contents(Path(json.loads(line)))
-            found = [seen.id, seen.datasets]
+            answer = [seen.id, seen.datasets]
         except (OSError, CheckpointCorruptError) as error:
-            found = str(error)
-        sys.stdout.write(json.dumps(found) + "\n")
+            answer = str(error)
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
-def _read(found: JSON) -> Contents | str:
-    if isinstance(found, str):
-        return found
-    identity, datasets = found
+def _read(answer: JSON) -> Contents | str:
+    if isinstance(answer, str):
+        return answer
+    identity, datasets = answer
     return Contents(identity, {name: _dataset(*entry) for name, entry in datasets.items()})
 
 
@@ -208,10 +208,10 @@ def _of_structure(
     for name, dataset in file.datasets.items():
         dtype = dtypes.get(name, "")
         expected = Dataset(dataset.byte, dataset.shape, dtype, ())
-        found = seen.datasets.get(name)
-        if found != expected:
+        actual = seen.datasets.get(name)
+        if actual != expected:
             yield CheckpointCorruptError(
-                f"{path}: HDF5 has dataset {name!r} as {_dataset_text(found)}, and it was "
+                f"{path}: HDF5 has dataset {name!r} as {_dataset_text(actual)}, and it was "
                 f"written as {_dataset_text(expected)}; {_CURE}"
             )
 
@@ -223,13 +223,13 @@ def _of_chunks(
     memory = np.empty(MAX_READ, np.uint8)
     with Files(checkpoint.directory, manifest) as files:
         for name, array in manifest.arrays.items():
-            told = set(broken)
+            reported = set(broken)
             for item in read_items(manifest, [BoxRequest(name, Box.whole(array.shape))]):
-                if item.file not in told:
+                if item.file not in reported:
                     try:
                         files.load([item], [memory])
                     except CheckpointError as error:
-                        told.add(item.file)
+                        reported.add(item.file)
                         yield error
                 progress(item.nbytes)
 
