@@ -131,8 +131,8 @@ def check_same(what: str, group: ProcessGroup) -> None:
     texts = all_gather_object(what, group)
     rank = next(rank for rank, other in enumerate(texts) if other != texts[0])
     raise CollectiveMismatchError(
-        f"rank {rank} of group {group.name!r} has {texts[rank]}, and rank 0 has {texts[0]}; give all "
-        "ranks the same arguments, with an absolute path where their working directories differ"
+        f"rank {rank} of group {group.name!r} has {texts[rank]}, and rank 0 has {texts[0]}; give "
+        "all ranks the same arguments, with an absolute path where their working directories differ"
     )
 
 

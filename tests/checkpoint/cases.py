@@ -231,7 +231,7 @@ def small_sizes(chunk: int, run: int, own: int) -> Iterator[None]:
     patches = {
         "format.chunks": {"_CHUNK": chunk, "_RUN": run},
         "format.manifest": {"ALIGNMENT": own},
-        "format.hdf5": {"ALIGNMENT": own},
+        "format.files": {"ALIGNMENT": own},
         "saving.planning": {"ALIGNMENT": own},
         "saving.writing": {"ALIGNMENT": own, "_BLOCK": 4 * own},
         "loading.reading": {"MAX_READ": most},

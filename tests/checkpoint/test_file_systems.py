@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint, cli
-from mpidist.checkpoint.format import files, hdf5
+from mpidist.checkpoint.format import files
 from mpidist.checkpoint.tools.exporting import export_to
 from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
@@ -116,12 +116,12 @@ def test_what_hdf5_says_of_a_full_disk_is_one_line(tmp_path: Path, most: int) ->
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # Python ignores SIGXFSZ
     try:
         with pytest.raises(OSError, match="File too large") as caught:
-            hdf5.create_file(path, datasets, {"id": "an id"})
+            files.create_file(path, datasets, {"id": "an id"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == f"[Errno {errno.EFBIG}] File too large: '{path}'"
     path.unlink()
-    assert len(hdf5.create_file(path, datasets, {"id": "an id"})) == 40
+    assert len(files.create_file(path, datasets, {"id": "an id"})) == 40
 
 
 # -- locks -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from mpidist import checkpoint
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.shards import ShardedArray
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import view as views
 from mpidist.checkpoint.format.manifest import ID_DATASET
 from mpidist.errors import CheckpointError
 from mpidist.testing import run_ranks
@@ -33,13 +33,13 @@ def save(group, path, asynchronous=False):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_view_is_made_from_a_plan_and_shows_what_was_saved(tmp_path, monkeypatch, asynchronous):
     foreseen = []
-    create = hdf5.create_view
+    create = views.create_view
 
     def note(path, manifest):
         foreseen.append(manifest)
         create(path, manifest)
 
-    monkeypatch.setattr(hdf5, "create_view", note)
+    monkeypatch.setattr(views, "create_view", note)
     found = run_ranks(3, save, tmp_path, asynchronous)[0]
     (early,) = foreseen
     late = found.manifest
@@ -62,7 +62,7 @@ def test_a_view_that_cannot_be_made_ends_the_save(tmp_path, monkeypatch):
     def fail(path, manifest):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hdf5, "create_view", fail)
+    monkeypatch.setattr(views, "create_view", fail)
     with pytest.raises(CheckpointError, match=r"rank 0 failed: OSError: .* No space"):
         run_ranks(3, save, tmp_path)
     assert checkpoint.list(tmp_path) == []

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import files
 from mpidist.checkpoint.saving import single_file
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError, CheckpointError, CollectiveMismatchError
@@ -126,7 +126,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(
 @with_mpi
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
-    ("failing", "module", "name"), [(0, hdf5, "create_file"), (1, single_file, "_elements")]
+    ("failing", "module", "name"), [(0, files, "create_file"), (1, single_file, "_elements")]
 )
 def test_a_rank_without_memory_fails_the_save_on_all(
     world: ProcessGroup, directory: Path, failing: int, module: Any, name: str
@@ -169,6 +169,6 @@ def test_a_group_without_mpi_is_told(tmp_path: Path) -> None:
 def test_all_ranks_are_told_that_the_h5py_of_one_has_no_mpi(tmp_path: Path) -> None:
     with (
         mock.patch.object(ProcessGroup, "mpi_comm", None),
-        mock.patch.object(hdf5, "has_mpi", side_effect=[True, False]),
+        mock.patch.object(files, "has_mpi", side_effect=[True, False]),
     ):
         refused(tmp_path, r"built without MPI \(h5py .*HDF5_MPI=ON pip install")

@@ -6,7 +6,7 @@ import pytest
 
 from mpidist import Box
 from mpidist.arrays.namespaces import BFLOAT16, DTYPES
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import files
 from mpidist.checkpoint.format.chunks import digests_of
 from mpidist.checkpoint.format.manifest import ALIGNMENT
 from mpidist.checkpoint.saving.writing import HostBox, write_file
@@ -65,7 +65,7 @@ def test_every_dtype_lies_in_the_file_as_it_is(tmp_path, dtype, own):
     with h5py.File(tmp_path / "f.h5") as file:
         stored = file[name][()]
         if dtype == BFLOAT16:
-            assert file[name].attrs[hdf5.TAG] in ("bfloat16", b"bfloat16")
+            assert file[name].attrs[files.TAG] in ("bfloat16", b"bfloat16")
             assert stored.dtype == np.uint16
             stored = stored.view(BFLOAT16)
         assert bits(stored.reshape(5, 7)) == bits(data)

@@ -1,30 +1,61 @@
-"""Files written so that a kill or a loss of power at any instant leaves the old or the new one."""
+"""The files of a checkpoint: made by HDF5, filled by the system, and given their name when synced.
+
+HDF5 gives each contiguous dataset one place in its file. Here it is asked to choose the places and
+to write the structure, so that any tool that knows HDF5 opens the file. The bytes are written and
+read at these places by the operating system's calls: h5py holds one lock for all threads and all
+files while it moves them. A file that all ranks write together (`shared_file`) is the exception.
+
+A file is written under a temporary name, so that a kill or a loss of power at any instant leaves
+the old or the new one.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from mpidist._types import Array
+import numpy as np
+
+from mpidist._types import Array, DType
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.namespaces import BFLOAT16
+from mpidist.checkpoint.format.manifest import ALIGNMENT, FORMAT, VERSION
 from mpidist.errors import CheckpointCorruptError
 from mpidist.log import logger
 
 __all__ = [
+    "LOCKING",
+    "TAG",
+    "SharedFile",
+    "byte_offset",
+    "create_file",
+    "errors_of_the_system",
     "exists",
+    "has_mpi",
+    "hdf5_versions",
+    "name_links",
     "naming",
     "open_regular",
     "read_at",
     "read_regular",
     "rename_synced",
+    "set_attributes",
+    "shared_file",
+    "stored_dtype",
     "sync_directory",
     "temporary",
     "write_at",
 ]
+
+TAG = "mpidist dtype"
+"""Attribute of datasets whose elements HDF5 has no type for."""
 
 _BLOCK = 1 << 22
 """Bytes that are written by one call."""
@@ -251,3 +282,192 @@ _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno
 
 _reported = threading.Event()
 """Set when the warning has been given."""
+
+
+def create_file(
+    path: Path,
+    datasets: Iterable[tuple[str, Sequence[int], DType]],
+    attributes: Mapping[str, str | int],
+) -> dict[str, int]:
+    """Make a file with datasets whose elements have places and no values yet.
+
+    Parameters
+    ----------
+    path : Path
+        Must not be there.
+    datasets : iterable of (str, sequence of int, dtype)
+        Name, shape and dtype of each.
+    attributes : mapping of str to (str or int)
+        Of the file.
+
+    Returns
+    -------
+    dict of str to int
+        Where the bytes of each dataset begin, from the beginning of the file: a multiple of
+        `ALIGNMENT` for those of so many bytes. Empty ones have no place, and 0 stands for it.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, or is there already.
+    """
+    import h5py
+
+    with (
+        errors_of_the_system(path),
+        h5py.File(
+            path,
+            "x",
+            locking=LOCKING,
+            alignment_threshold=ALIGNMENT,
+            alignment_interval=ALIGNMENT,
+        ) as file,
+    ):
+        set_attributes(file, {"format": FORMAT, "version": VERSION, **attributes})
+        return {name: _create(file, name, shape, dtype) for name, shape, dtype in datasets}
+
+
+LOCKING = False
+"""For every file: none is written by two processes, and where locks are refused (NFS without its
+lock daemon, Lustre mounted without flock) HDF5 would not open any."""
+
+_NUMBER = re.compile(r"errno = (\d+)")
+
+
+@contextmanager
+def errors_of_the_system(path: Path) -> Iterator[None]:
+    """Raise what the system has refused, with the file, in the place of HDF5's account of it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        match = _NUMBER.search(str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
+def shared_file(path: Path, comm: Any) -> Iterator[SharedFile]:
+    """Open a file, to be written by all ranks of a communicator; needs `has_mpi`.
+
+    Parameters
+    ----------
+    path : Path
+        Made by one of them with `create_file`.
+    comm : mpi4py communicator
+        Whose ranks they are.
+
+    Yields
+    ------
+    SharedFile
+        Open until the block ends.
+
+    Raises
+    ------
+    OSError
+        On every rank, if it cannot be opened.
+
+    Notes
+    -----
+    Collective, its end as well, however the block ends; what is done in the block is not. HDF5 has
+    no deadline: a rank that does not come keeps the others waiting until the job ends.
+    """
+    import h5py
+
+    with (
+        errors_of_the_system(path),
+        h5py.File(path, "r+", locking=LOCKING, driver="mpio", comm=comm) as file,
+    ):
+        yield SharedFile(file)
+
+
+class SharedFile:
+    """A file that several ranks write; see `shared_file`."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, name: str, box: Box, data: Array) -> None:
+        """Write a box of a dataset.
+
+        Parameters
+        ----------
+        name : str
+            Of the dataset.
+        box : Box
+            Where; not empty. The boxes of the ranks must be disjoint.
+        data : Array
+            The elements, C-contiguous and little-endian.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        import h5py
+
+        dataset = h5py.h5d.open(self._file.id, name.encode())
+        space = dataset.get_space()
+        if box.sizes:
+            space.select_hyperslab(box.offsets, box.sizes)
+        # As what they are in the file, so that HDF5 has nothing to convert.
+        dataset.write(h5py.h5s.create_simple((data.size,)), space, data, dataset.get_type())
+
+
+def has_mpi() -> bool:
+    """Whether h5py was built with MPI."""
+    import h5py
+
+    return bool(h5py.get_config().mpi)
+
+
+def hdf5_versions() -> dict[str, str]:
+    """Return the hdf5_versions of h5py and HDF5."""
+    import h5py
+
+    return {"h5py": h5py.version.version, "hdf5": h5py.version.hdf5_version}
+
+
+def _create(file: Any, name: str, shape: Sequence[int], dtype: DType) -> int:
+    import h5py
+
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(tuple(shape)) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+    kind = h5py.h5t.py_create(stored_dtype(dtype), logical=True)
+    dataset = h5py.h5d.create(file.id, name.encode(), kind, space, layout, name_links())
+    if dtype == BFLOAT16:
+        set_attributes(h5py.Dataset(dataset), {TAG: str(dtype)})
+    return byte_offset(dataset)
+
+
+def byte_offset(dataset: Any) -> int:
+    """Return where the bytes of a dataset begin in its file; 0 if it has none."""
+    return int(dataset.get_offset() or 0)
+
+
+def name_links() -> Any:
+    """Return how names are linked: in UTF-8, the groups on the way to them made."""
+    import h5py
+
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    links.set_char_encoding(h5py.h5t.CSET_UTF8)
+    return links
+
+
+def set_attributes(item: Any, attributes: Mapping[str, str | int]) -> None:
+    """Set attributes of a file or a dataset.
+
+    Texts have a fixed length, which programs in other languages read more easily.
+    """
+    for name, value in attributes.items():
+        item.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+
+
+def stored_dtype(dtype: DType) -> DType:
+    """Return what HDF5 shall take the elements for."""
+    return np.dtype("<u2") if dtype == BFLOAT16 else dtype.newbyteorder("<")

@@ -23,7 +23,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.checkpoint.directory import claimed, clear
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import view
 from mpidist.checkpoint.format.files import (
     naming,
     rename_synced,
@@ -48,9 +48,7 @@ from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend
 
-__all__ = ["VIEW", "Save", "assemble", "commit", "foresee", "report_of", "steps_of"]
-
-VIEW = "view.h5"
+__all__ = ["Save", "assemble", "commit", "foresee", "report_of", "steps_of"]
 
 _REPORT, _VERDICT = 1, 2
 """Tags of the messages to and from rank 0."""
@@ -167,7 +165,7 @@ def _conclude(save: Save, reports: Sequence[JSON]) -> None:
     header, plan = save.coordinator
     manifest = assemble(header, plan.arrays, reports)
     if not save.viewed:
-        hdf5.create_view(save.directory / VIEW, manifest)
+        view.create_view(save.directory / view.VIEW, manifest)
     commit(save.directory, manifest)
 
 

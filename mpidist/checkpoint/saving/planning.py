@@ -27,7 +27,7 @@ from mpidist._types import Array
 from mpidist.arrays.boxes import Box, split_evenly
 from mpidist.arrays.shards import ShardedArray
 from mpidist.checkpoint.directory import clear, create_directory, step_directory, step_of
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format.files import hdf5_versions
 from mpidist.checkpoint.format.manifest import ALIGNMENT, JSON, Manifest, dtype_of, name_of
 from mpidist.checkpoint.format.parsing import check_cover
 from mpidist.checkpoint.saving.writing import is_being_written
@@ -60,7 +60,7 @@ __all__ = [
 def versions() -> Mapping[str, str]:
     """Return the versions of mpidist and of the libraries that write a checkpoint."""
     python = platform.python_version()
-    return {"mpidist": __version__, "numpy": np.__version__, "python": python} | hdf5.versions()
+    return {"mpidist": __version__, "numpy": np.__version__, "python": python} | hdf5_versions()
 
 
 class ArrayMetadata(NamedTuple):

@@ -18,9 +18,10 @@ from typing import Any
 from mpidist._arguments import seconds
 from mpidist.arrays.namespaces import to_host
 from mpidist.checkpoint.directory import Checkpoint
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import view
+from mpidist.checkpoint.format.files import hdf5_versions
 from mpidist.checkpoint.format.manifest import JSON, Manifest
-from mpidist.checkpoint.saving.commit import VIEW, Pending, Save, foresee, steps_of
+from mpidist.checkpoint.saving.commit import Pending, Save, foresee, steps_of
 from mpidist.checkpoint.saving.planning import GlobalPlan, Planner, SavePlan, view_of
 from mpidist.checkpoint.saving.single_file import SINGLE_FILE, check_single_file, write_together
 from mpidist.checkpoint.saving.writing import (
@@ -204,12 +205,12 @@ def _write(plan: SavePlan, taken: Future[list[HostBox]], attributes: Mapping[str
     if plan.coordinator is None:
         return write_file(path, taken.result(), attributes)
     # The view is made while the disk works, before the files that it shows are complete.
-    view = partial(_view, plan.directory, *plan.coordinator)
-    return write_file(path, taken.result(), attributes, view)
+    make_view = partial(_make_view, plan.directory, *plan.coordinator)
+    return write_file(path, taken.result(), attributes, make_view)
 
 
-def _view(directory: Path, header: Manifest, plan: GlobalPlan) -> None:
-    hdf5.create_view(directory / VIEW, foresee(header, plan))
+def _make_view(directory: Path, header: Manifest, plan: GlobalPlan) -> None:
+    view.create_view(directory / view.VIEW, foresee(header, plan))
 
 
 def _write_together(
@@ -345,7 +346,7 @@ class Saver:
     """The saves of a group: its own communicator, its thread, what is in flight."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        hdf5.versions()  # imports h5py, whose exit handler takes parts of it away
+        hdf5_versions()  # imports h5py, whose exit handler takes parts of it away
         end_companions_at_exit()
         self.group = group.duplicate(f"{group.name}/checkpoint")
         self.planner = Planner(self.group)

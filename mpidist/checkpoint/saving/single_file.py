@@ -19,7 +19,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box, boxes_of_at_most
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import files
 from mpidist.checkpoint.format.files import naming, rename_synced, temporary
 from mpidist.checkpoint.format.manifest import (
     ID_DATASET,
@@ -45,11 +45,13 @@ _BLOCK = 1 << 23
 def check_single_file(group: ProcessGroup) -> None:
     """Raise BackendUnavailableError unless the ranks of a group can write one file."""
     _ = group.mpi_comm  # raises
-    if not hdf5.has_mpi():
-        versions = " and ".join(f"{name} {version}" for name, version in hdf5.versions().items())
+    if not files.has_mpi():
+        versions = " and ".join(
+            f"{name} {version}" for name, version in files.hdf5_versions().items()
+        )
         raise BackendUnavailableError(
-            f"single_file=True: this h5py was built without MPI ({versions}); build one with the MPI "
-            "library of the job (CC=mpicc HDF5_MPI=ON pip install --no-binary=h5py h5py), or save "
+            f"single_file=True: this h5py was built without MPI ({versions}); build one with the "
+            "MPI library of the job (CC=mpicc HDF5_MPI=ON pip install --no-binary=h5py h5py), or save "
             "one file per rank"
         )
 
@@ -122,7 +124,7 @@ def _make(
     datasets = [(name, array.shape, dtype_of(array.dtype)) for name, array in arrays.items()]
     identity = _identity(attributes)
     datasets.append((ID_DATASET, identity.shape, identity.dtype))
-    begins = hdf5.create_file(path, datasets, attributes)
+    begins = files.create_file(path, datasets, attributes)
     return {
         name: StoredDataset(begins[name], shape) for name, shape, _ in datasets if 0 not in shape
     }
@@ -139,7 +141,7 @@ def _fill(
     group: ProcessGroup,
 ) -> None:
     """Write, close and sync the file."""
-    with hdf5.shared_file(path, group.mpi_comm) as file:
+    with files.shared_file(path, group.mpi_comm) as file:
         if group.rank == 0:
             identity = _identity(attributes)
             file.write(ID_DATASET, Box.whole(identity.shape), identity)

@@ -24,7 +24,7 @@ import numpy as np
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.namespaces import as_bytes, is_host, pinned_empty, to_host
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import files
 from mpidist.checkpoint.format.chunks import digests_of
 from mpidist.checkpoint.format.files import naming, rename_synced, temporary, write_at
 from mpidist.checkpoint.format.manifest import (
@@ -262,7 +262,7 @@ def write_file(
     shapes = [(name, shape, dtype) for name, (shape, dtype) in datasets.items()]
     part = temporary(path)
     with _in_thread(meanwhile), naming(part, sum(box.nbytes for box in boxes)):
-        begins = hdf5.create_file(part, shapes, attributes)
+        begins = files.create_file(part, shapes, attributes)
         descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
         try:
             write_at(descriptor, identity, begins[ID_DATASET])

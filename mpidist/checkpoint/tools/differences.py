@@ -46,9 +46,7 @@ class Difference:
 
     def as_json(self) -> dict[str, JSON]:
         """Return it as the command line prints it."""
-        fields = asdict(self)
-        fields["words"] = fields.pop("text")
-        return fields
+        return {"words" if key == "text" else key: value for key, value in asdict(self).items()}
 
 
 def compare(

@@ -15,7 +15,7 @@ from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.namespaces import as_bytes
 from mpidist.checkpoint.directory import Checkpoint, clear, create_directory, find, step_directory
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import view
 from mpidist.checkpoint.format.chunks import ChunkGrid, digests_of
 from mpidist.checkpoint.format.manifest import JSON, Manifest, name_of
 from mpidist.checkpoint.loading.reading import (
@@ -29,7 +29,7 @@ from mpidist.checkpoint.loading.reading import (
     read_items,
     scatter,
 )
-from mpidist.checkpoint.saving.commit import VIEW, assemble, commit, report_of
+from mpidist.checkpoint.saving.commit import assemble, commit, report_of
 from mpidist.checkpoint.saving.planning import (
     ArrayMetadata,
     GlobalPlan,
@@ -319,7 +319,7 @@ def _write(
         }
         reports.append(report_of(write_file(directory / file_name(rank), boxes, attributes)))
     manifest = assemble(header, plan.arrays, reports)
-    hdf5.create_view(directory / VIEW, manifest)
+    view.create_view(directory / view.VIEW, manifest)
     commit(directory, manifest)
 
 

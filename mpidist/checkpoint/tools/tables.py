@@ -101,7 +101,8 @@ def checkpoint_lines(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield all that is known of a checkpoint, but for the elements of its arrays."""
     versions = ", ".join(f"{name} {version}" for name, version in checkpoint.versions.items())
     files = checkpoint.manifest.files
-    yield f"{checkpoint.directory}: step {checkpoint.manifest.step}, saved {_date(checkpoint.created)}"
+    step, date = checkpoint.manifest.step, _date(checkpoint.created)
+    yield f"{checkpoint.directory}: step {step}, saved {date}"
     yield f"  by {ranks_text(checkpoint)}, in {_count(len(files), 'file')}"
     yield f"  with {versions}"
     yield f"  metadata {json.dumps(checkpoint.metadata)}"

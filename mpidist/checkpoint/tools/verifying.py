@@ -15,10 +15,16 @@ import numpy as np
 
 from mpidist.arrays.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint, find
-from mpidist.checkpoint.format.hdf5 import MOST_IN_VIEW, Contents, Dataset, contents, stored_as
 from mpidist.checkpoint.format.manifest import ID_DATASET, JSON, Manifest, StoredArray, StoredFile
+from mpidist.checkpoint.format.view import (
+    MOST_IN_VIEW,
+    VIEW,
+    Contents,
+    Dataset,
+    contents,
+    stored_as,
+)
 from mpidist.checkpoint.loading.reading import MAX_READ, BoxRequest, Files, check_file, read_items
-from mpidist.checkpoint.saving.commit import VIEW
 from mpidist.checkpoint.tools.resharding import Progress, ignore_progress
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 

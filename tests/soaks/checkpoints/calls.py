@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import pathlib
 import threading
@@ -15,12 +14,21 @@ from typing import Any, NamedTuple
 from unittest import mock
 from weakref import WeakKeyDictionary
 
-from mpidist.checkpoint.format import hdf5
+from mpidist.checkpoint.format import files, view
 
 __all__ = ["Call", "Hook", "Perform", "intercepted"]
 
 _NO_FILES = frozenset({"fspath", "getpid", "kill", "strerror", "urandom"})
 """Functions of os that take text or a number, and touch no file by it."""
+
+
+_BY_HDF5 = (
+    (files, "create_file"),
+    (files, "shared_file"),
+    (view, "create_view"),
+    (view, "contents"),
+)
+"""Functions by which HDF5 touches files."""
 
 
 class Call(NamedTuple):
@@ -63,7 +71,7 @@ def intercepted(directory: Path, hook: Hook) -> Iterator[None]:
     -----
     Every built-in function of `os` is watched, whoever calls it, by path or by descriptor, so that
     a call that is new in the package is among them. What HDF5 does in C is not: there
-    the functions of `mpidist.checkpoint.format.hdf5` stand for its calls.
+    the functions stand for its calls that make a file or look into one.
     """
     directory = directory.absolute()
     parents: WeakKeyDictionary[threading.Thread, threading.Thread] = WeakKeyDictionary()
@@ -101,15 +109,10 @@ def intercepted(directory: Path, hook: Hook) -> Iterator[None]:
                 if getattr(_OLD_PATHLIB, name, None) is function:  # it has kept it for itself
                     kept = staticmethod(watched)
                     stack.enter_context(mock.patch.object(_OLD_PATHLIB, name, kept))
-        for name in hdf5.__all__:
-            function = getattr(hdf5, name)
-            if inspect.isfunction(function) and next(iter(_names(function)), "") == "path":
-                stack.enter_context(mock.patch.object(hdf5, name, watch(f"hdf5.{name}", function)))
+        for module, name in _BY_HDF5:
+            watched = watch(f"hdf5.{name}", getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, watched))
         yield
-
-
-def _names(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
 
 
 def _rank(parents: WeakKeyDictionary[threading.Thread, threading.Thread]) -> int | None:
