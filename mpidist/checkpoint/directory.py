@@ -45,24 +45,6 @@ from mpidist.errors import (
 )
 from mpidist.group import ProcessGroup
 
-__all__ = [
-    "Checkpoint",
-    "absolute",
-    "check_same",
-    "claimed",
-    "clear",
-    "create_directory",
-    "find",
-    "latest",
-    "list",
-    "looking",
-    "partial",
-    "remove",
-    "set_aside",
-    "step_directory",
-    "step_of",
-]
-
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 """What begins with a scheme. A `Path` made of ``s3://bucket`` has one slash left."""
 
@@ -71,16 +53,6 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     """Return a path that means the same after the working directory has changed.
 
     Symbolic links are kept: what they lead to may be named otherwise on another host.
-
-    Parameters
-    ----------
-    path : path
-        Of something in a file system.
-
-    Returns
-    -------
-    Path
-        Absolute.
 
     Raises
     ------
@@ -106,14 +78,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def check_same(what: str, group: ProcessGroup) -> None:
-    """Raise on all ranks unless all have the same.
-
-    Parameters
-    ----------
-    what : str
-        What this rank has: a path, and what else has to be the same.
-    group : ProcessGroup
-        The ranks.
+    """Raise on all ranks unless `what`, such as a path and a step, is the same on all of them.
 
     Raises
     ------
@@ -261,7 +226,7 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
     Parameters
     ----------
     path : path
-        Where `save` put them.
+        The directory that was given to `save`.
 
     Returns
     -------
@@ -327,15 +292,10 @@ def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
 
 
 def create_directory(directory: Path, identity: str) -> None:
-    """Make the directory of a step, or empty one that a killed save has left.
+    """Make the directory of a step for a save, or empty one that a killed save has left.
 
-    Parameters
-    ----------
-    directory : Path
-        Of the step.
-    identity : str
-        Of the save that is about to write there. It is put into what is going to be the manifest,
-        under its temporary name, and says to whom the directory belongs; see `claimed`.
+    The id of the save is put into what is going to be the manifest, under its temporary name, and
+    says to which save the directory belongs; see `claimed`.
 
     Raises
     ------
@@ -370,19 +330,7 @@ def create_directory(directory: Path, identity: str) -> None:
 
 @contextmanager
 def claimed(directory: Path, identity: str) -> Iterator[int]:
-    """Open what is going to be the manifest, if the directory still belongs to a save.
-
-    Parameters
-    ----------
-    directory : Path
-        Of the step.
-    identity : str
-        Of the save, as given to `create_directory`.
-
-    Yields
-    ------
-    int
-        Descriptor of the file.
+    """Open what is going to be the manifest, if the directory still belongs to a save with this id.
 
     Raises
     ------
@@ -409,19 +357,9 @@ _LOST = (
 
 
 def clear(directory: Path, identity: str) -> str:
-    """Remove what a save that failed has left, unless it belongs to another save by now.
+    """Remove what a failed save has left, unless it belongs to another save by now.
 
-    Parameters
-    ----------
-    directory : Path
-        Of the step.
-    identity : str
-        Of the save.
-
-    Returns
-    -------
-    str
-        A sentence: whether there is a checkpoint now.
+    Returns a sentence that says whether there is a checkpoint now.
 
     Notes
     -----
@@ -455,7 +393,7 @@ def remove(directory: Path) -> None:
     Raises
     ------
     CheckpointError
-        If it cannot be.
+        If the system refuses to remove it.
     """
     manifest = directory / MANIFEST
     try:
@@ -476,7 +414,7 @@ def set_aside(directory: Path) -> Path:
     Raises
     ------
     CheckpointError
-        If it cannot be.
+        If the system refuses to rename it.
     """
     try:
         names = (directory.with_name(f"{directory.name}.aside-{number}") for number in count(1))

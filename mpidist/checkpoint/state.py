@@ -21,8 +21,6 @@ from mpidist.checkpoint.format.manifest import (
 )
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
 
-__all__ = ["FlatState", "State", "Stateful", "as_json", "check_nesting", "flatten", "restore"]
-
 
 @runtime_checkable
 class Stateful(Protocol):
@@ -56,11 +54,11 @@ class FlatState:
     arrays : dict of str to (Array or ShardedArray)
         The arrays themselves, not copies.
     values : dict of str to JSON value
-        All else.
+        Everything that is not an array.
     inside : set of str
         Names of what belongs to an object, which takes it by `load_state_dict`.
     objects : set of str
-        Names of the objects.
+        Names of the objects that are `Stateful`.
     lists : set of str
         Names of the lists and tuples in which arrays are: all items of one are saved and loaded.
     """

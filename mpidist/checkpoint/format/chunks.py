@@ -21,13 +21,6 @@ from mpidist._types import Array
 from mpidist.arrays.boxes import Box, boxes_of_at_most, boxes_of_range
 from mpidist.arrays.namespaces import as_bytes
 
-__all__ = [
-    "DIGEST_BYTES",
-    "ChunkGrid",
-    "digests_of",
-    "number_of_chunks",
-]
-
 DIGEST_BYTES = 8
 """Bytes of a digest: XXH3, 64 bits, in its canonical (big-endian) form."""
 
@@ -49,9 +42,9 @@ class ChunkGrid:
     Parameters
     ----------
     sizes : sequence of int
-        Of the box.
+        Extent of the box in each dimension.
     itemsize : int
-        Bytes of an element.
+        Bytes of one element.
 
     Attributes
     ----------
@@ -114,14 +107,9 @@ class ChunkGrid:
         return part
 
     def joined(self, numbers: Array, nbytes: int) -> Iterator[tuple[int, int, Box]]:
-        """Join chunks that follow each other, where together they are a box.
+        """Join chunks with ascending numbers that follow each other, where together they are a box.
 
-        Parameters
-        ----------
-        numbers : Array, shape (n,) int64
-            Of chunks, ascending.
-        nbytes : int
-            Most bytes of what is joined; a larger chunk stays alone.
+        What is joined has at most `nbytes` bytes; a larger chunk stays alone.
 
         Yields
         ------
@@ -211,13 +199,6 @@ def _chunk_sizes(sizes: tuple[int, ...], itemsize: int, rule: _Rule) -> tuple[tu
 
 def digests_of(array: Array, grid: ChunkGrid | None = None) -> bytes:
     """Return the digests of the chunks of an array, one behind the other.
-
-    Parameters
-    ----------
-    array : Array
-        Host memory, in any order.
-    grid : ChunkGrid, optional
-        Of the array's shape; made when omitted.
 
     Returns
     -------

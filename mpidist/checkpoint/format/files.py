@@ -30,30 +30,6 @@ from mpidist.checkpoint.format.manifest import ALIGNMENT, FORMAT, VERSION
 from mpidist.errors import CheckpointCorruptError
 from mpidist.log import logger
 
-__all__ = [
-    "LOCKING",
-    "TAG",
-    "SharedFile",
-    "byte_offset",
-    "create_file",
-    "errors_of_the_system",
-    "exists",
-    "has_mpi",
-    "hdf5_versions",
-    "name_links",
-    "naming",
-    "open_regular",
-    "read_at",
-    "read_regular",
-    "rename_synced",
-    "set_attributes",
-    "shared_file",
-    "stored_dtype",
-    "sync_directory",
-    "temporary",
-    "write_at",
-]
-
 TAG = "mpidist dtype"
 """Attribute of datasets whose elements HDF5 has no type for."""
 
@@ -116,26 +92,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def write_at(descriptor: int, data: Array, offset: int) -> int:
-    """Write bytes at a place of an open file.
-
-    Parameters
-    ----------
-    descriptor : int
-        Of the file.
-    data : Array, shape (n,) uint8
-        What to write.
-    offset : int
-        Where, in bytes.
-
-    Returns
-    -------
-    int
-        The place behind it.
-
-    Raises
-    ------
-    OSError
-        If not all can be written.
+    """Write bytes at an offset of an open file, and return the offset behind them.
 
     Notes
     -----
@@ -153,21 +110,9 @@ def write_at(descriptor: int, data: Array, offset: int) -> int:
 
 
 def read_at(descriptor: int, parts: Sequence[Array], offset: int) -> int:
-    """Read bytes that lie side by side in an open file.
+    """Read contiguous bytes of an open file into arrays of uint8, one after the other.
 
-    Parameters
-    ----------
-    descriptor : int
-        Of the file.
-    parts : sequence of Array, each shape (n,) uint8
-        Receive the bytes, one after the other.
-    offset : int
-        Where they begin, in bytes.
-
-    Returns
-    -------
-    int
-        How many were read; fewer than wanted where the file ends.
+    Returns how many bytes were read: fewer than wanted where the file ends.
     """
     wanted, done = sum(part.nbytes for part in parts), 0
     views = [part.data for part in parts if part.nbytes]
@@ -186,13 +131,6 @@ def read_at(descriptor: int, parts: Sequence[Array], offset: int) -> int:
 @contextmanager
 def naming(path: Path, nbytes: int | None = None) -> Iterator[None]:
     """Name the file in what the system raises in the block, and its size if the disk is full.
-
-    Parameters
-    ----------
-    path : Path
-        What is being written: calls with a descriptor do not name it.
-    nbytes : int, optional
-        Least size of the file when it is complete.
 
     Raises
     ------
@@ -215,21 +153,14 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def rename_synced(part: Path, path: Path, *, warn: bool = True) -> None:
-    """Give a file that is complete and synced its name, and sync the directory.
-
-    Parameters
-    ----------
-    part, path : Path
-        Its temporary name and its own, in one directory.
-    warn : bool, optional
-        As of `sync_directory`.
+    """Give a file that is complete and synced its name, and sync their directory.
 
     Raises
     ------
     FileExistsError
         If there is something of that name: another process writes to the same directory.
     OSError
-        If it fails.
+        If the system refuses to rename or sync.
     """
     try:
         path.lstat()
@@ -247,7 +178,7 @@ def sync_directory(directory: Path, *, warn: bool = True) -> None:
     Parameters
     ----------
     directory : Path
-        Which one.
+        The directory to sync.
     warn : bool, optional
         Whether to log a warning, once in this process, where the file system does not support
         it: CephFS and some that are mounted by FUSE refuse to sync a directory. They have the names
@@ -289,16 +220,7 @@ def create_file(
     datasets: Iterable[tuple[str, Sequence[int], DType]],
     attributes: Mapping[str, str | int],
 ) -> dict[str, int]:
-    """Make a file with datasets whose elements have places and no values yet.
-
-    Parameters
-    ----------
-    path : Path
-        Must not be there.
-    datasets : iterable of (str, sequence of int, dtype)
-        Name, shape and dtype of each.
-    attributes : mapping of str to (str or int)
-        Of the file.
+    """Make a file, which must not exist, with datasets (name, shape, dtype) without values.
 
     Returns
     -------
@@ -349,19 +271,9 @@ def errors_of_the_system(path: Path) -> Iterator[None]:
 
 @contextmanager
 def shared_file(path: Path, comm: Any) -> Iterator[SharedFile]:
-    """Open a file, to be written by all ranks of a communicator; needs `has_mpi`.
+    """Open a file made by `create_file`, to be written by all ranks of an mpi4py communicator.
 
-    Parameters
-    ----------
-    path : Path
-        Made by one of them with `create_file`.
-    comm : mpi4py communicator
-        Whose ranks they are.
-
-    Yields
-    ------
-    SharedFile
-        Open until the block ends.
+    Needs `has_mpi`.
 
     Raises
     ------
@@ -389,16 +301,9 @@ class SharedFile:
         self._file = file
 
     def write(self, name: str, box: Box, data: Array) -> None:
-        """Write a box of a dataset.
+        """Write C-contiguous, little-endian elements to a box of a dataset.
 
-        Parameters
-        ----------
-        name : str
-            Of the dataset.
-        box : Box
-            Where; not empty. The boxes of the ranks must be disjoint.
-        data : Array
-            The elements, C-contiguous and little-endian.
+        The box is not empty, and the boxes of the ranks are disjoint.
 
         Raises
         ------

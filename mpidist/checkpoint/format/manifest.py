@@ -25,38 +25,6 @@ from mpidist._types import DType
 from mpidist.arrays.boxes import Box, BoxIndex
 from mpidist.arrays.namespaces import DTYPES
 
-__all__ = [
-    "ALIGNMENT",
-    "FLOAT_KEY",
-    "FORMAT",
-    "FRONT",
-    "ID_DATASET",
-    "JSON",
-    "MANIFEST",
-    "MOST_BYTES",
-    "MOST_CHARACTERS",
-    "MOST_DIMENSIONS",
-    "MOST_STEP",
-    "VERSION",
-    "Manifest",
-    "StoredArray",
-    "StoredBox",
-    "StoredDataset",
-    "StoredFile",
-    "box_of",
-    "decode",
-    "digest_of",
-    "dtype_of",
-    "encode",
-    "is_printable",
-    "name_of",
-    "nested",
-    "printable",
-    "problem_with_name",
-    "problem_with_shape",
-    "step_number",
-]
-
 MOST_DIMENSIONS = 32
 """Dimensions of a dataset of HDF5."""
 
@@ -104,13 +72,7 @@ def printable(text: str) -> str:
 
 @lru_cache(maxsize=1 << 14)  # a program saves the same names again and again
 def problem_with_name(name: str) -> str | None:
-    """Return why no array or value can have a name, or None if it can.
-
-    Parameters
-    ----------
-    name : str
-        Such as "optimizer/weight/mean".
-    """
+    """Return why no array or value can have a name, or None if it can."""
     if len(name) > MOST_CHARACTERS:
         return (
             f"{name[:30]!r}... cannot be a name: {len(name)} characters, at most {MOST_CHARACTERS}"
@@ -136,15 +98,7 @@ def nested(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def problem_with_shape(shape: Sequence[int], itemsize: int) -> str | None:
-    """Return why no array can have a shape, or None if it can.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Its shape.
-    itemsize : int
-        Bytes of an element.
-    """
+    """Return why no array can have a shape, or None if it can."""
     if len(shape) > MOST_DIMENSIONS:
         return f"{len(shape)} dimensions; HDF5 has at most {MOST_DIMENSIONS}"
     if min(shape, default=0) < 0:
@@ -182,7 +136,7 @@ class StoredDataset(NamedTuple):
     byte : int
         Where its bytes begin, counted from the beginning of the file.
     shape : tuple of int
-        Its shape.
+        Length of each dimension, as HDF5 sees it.
     """
 
     byte: int
@@ -195,9 +149,9 @@ class StoredFile(NamedTuple):
     Attributes
     ----------
     name : str
-        In the checkpoint's directory.
+        The file's name in the checkpoint's directory.
     size : int
-        Bytes.
+        Length of the file in bytes.
     datasets : mapping of str to StoredDataset
         What lies where in it, by name.
     """
@@ -218,17 +172,17 @@ class StoredBox(NamedTuple):
     Attributes
     ----------
     box : Box
-        Which part.
+        The part of the array.
     file : int
-        Position in `Manifest.files`.
+        Index of the file in `Manifest.files`.
     dataset : str
-        Of that file.
+        Name of a dataset of that file.
     first : int
         Position of the box's first element in the dataset, counted in C order. A dataset with as
         many dimensions as the box has the box as a region; in another one, of one dimension, the
         box's elements lie side by side, in C order.
     digests : bytes
-        `DIGEST_BYTES` per chunk (`ChunkGrid`).
+        `DIGEST_BYTES` for each chunk of the box (`ChunkGrid`).
     """
 
     box: Box
@@ -269,7 +223,7 @@ class StoredArray:
     dtype : dtype
         Its own; bfloat16 is stored as uint16.
     shape : tuple of int
-        Of the whole array.
+        Length of each dimension of the whole array.
     boxes : tuple of StoredBox
         Its parts: they cover it, each element once.
     """
@@ -322,23 +276,23 @@ class Manifest:
     id : str
         Of this save; also in its files.
     step : int
-        As given to `save`.
+        The step given to `save`.
     created : str
         When it was committed, ISO 8601, UTC.
     world_size : int
-        Ranks that saved it.
+        Number of ranks that saved it.
     versions : mapping of str to str
         Of mpidist and the libraries.
     crossovers : JSON value
         From which sizes on the group took which path, on which rounding may depend.
     metadata : JSON value
-        The user's own.
+        What the user gave to `save`.
     values : mapping of str to JSON value
         What is no array, by name.
     files : tuple of StoredFile
-        Its files.
+        The files in its directory, but for the view.
     arrays : mapping of str to StoredArray
-        Its arrays, by name.
+        Dtype, shape and boxes by name.
     """
 
     id: str

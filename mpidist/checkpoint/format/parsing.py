@@ -58,8 +58,6 @@ from mpidist.errors import (
     SizeMismatchError,
 )
 
-__all__ = ["check_cover", "parse_manifest"]
-
 _CONTRADICTIONS = (
     ArithmeticError,
     AttributeError,
@@ -81,14 +79,7 @@ _PRIME = np.uint64((1 << 31) - 1)
 
 
 def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    """Raise unless boxes cover an array, each element once.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Shape of the array.
-    boxes : sequence of Box
-        In any order; empty ones do not matter.
+    """Raise unless boxes, in any order, cover an array of this shape, each element once.
 
     Raises
     ------
@@ -144,14 +135,7 @@ def _has_the_sum_of(array: Box, boxes: Sequence[Box]) -> bool:
 
 
 def parse_manifest(data: bytes, path: object) -> Manifest:
-    """Read a manifest, and believe nothing that it does not prove.
-
-    Parameters
-    ----------
-    data : bytes
-        Contents of the file.
-    path : object
-        The file's path, for messages.
+    """Read the bytes of a manifest, and believe nothing that they do not prove.
 
     Raises
     ------
@@ -239,18 +223,7 @@ _MOST_BYTES = 2**63 - 1
 
 
 def _files_of(entries: Any) -> tuple[StoredFile, ...]:
-    """Return the files of a manifest.
-
-    Parameters
-    ----------
-    entries : JSON value
-        What it has under ``files``.
-
-    Raises
-    ------
-    Exception
-        One of `_CONTRADICTIONS`.
-    """
+    """Return the files of a manifest; raises one of `_CONTRADICTIONS`."""
     _check_types(list, [entries])
     names, sizes, datasets = _columns(entries, ("name", "size", "datasets"), (str, int, dict))
     _check_texts(names, 4096)
@@ -272,14 +245,7 @@ def _files_of(entries: Any) -> tuple[StoredFile, ...]:
 
 
 def _arrays_of(entries: Mapping[str, Any], files: Sequence[StoredFile]) -> dict[str, StoredArray]:
-    """Return the arrays of a manifest.
-
-    Parameters
-    ----------
-    entries : JSON value
-        What it has under ``arrays``.
-    files : sequence of StoredFile
-        Its files.
+    """Return the arrays of a manifest with these files.
 
     Raises
     ------

@@ -26,8 +26,6 @@ from mpidist.checkpoint.format.files import (
 )
 from mpidist.checkpoint.format.manifest import FORMAT, Manifest, StoredBox, encode
 
-__all__ = ["MOST_IN_VIEW", "VIEW", "Contents", "Dataset", "contents", "create_view", "stored_as"]
-
 VIEW = "view.h5"
 
 MOST_IN_VIEW = 4096
@@ -36,13 +34,6 @@ MOST_IN_VIEW = 4096
 
 def create_view(path: Path, manifest: Manifest) -> None:
     """Make the file that presents whole arrays as virtual datasets of all files beside it.
-
-    Parameters
-    ----------
-    path : Path
-        Must not be there.
-    manifest : Manifest
-        What lies where.
 
     Raises
     ------
@@ -162,7 +153,7 @@ class Dataset(NamedTuple):
     byte : int
         Where its bytes begin; 0 if it is empty, or they lie elsewhere.
     shape : tuple of int
-        Its shape.
+        Length of each dimension.
     dtype : str
         Of its elements: with their order of bytes; that of the tag where there is one.
     sources : tuple of (str, str)
@@ -183,7 +174,7 @@ class Contents(NamedTuple):
     id : str or None
         Of the save that it is of, if it says.
     datasets : dict of str to Dataset
-        By name.
+        All datasets, by their paths in the file.
     """
 
     id: str | None

@@ -52,8 +52,6 @@ from mpidist.group import ProcessGroup
 from mpidist.nn.names import former_names
 from mpidist.observe.regions import region
 
-__all__ = ["load", "load_full"]
-
 BUFFER = 2 * MAX_READ
 """Bytes of a rank's buffer."""
 
@@ -93,7 +91,7 @@ def load(
     Raises
     ------
     CheckpointNotFoundError
-        If there is none.
+        If there is no complete checkpoint of this step.
     CheckpointCorruptError, CheckpointMissingShardError
         If a file is damaged, cut off or missing. Arrays may have been filled in part.
     CheckpointIncompatibleError
@@ -155,9 +153,9 @@ def load_full(
     Parameters
     ----------
     path : path
-        Directory of checkpoints.
+        The directory that was given to `save`.
     step : int or "latest", optional
-        Which one.
+        Which one; the newest complete one when omitted.
     names : sequence of str, optional
         Which arrays and values; all when omitted.
     verify : bool, optional
@@ -166,12 +164,12 @@ def load_full(
     Returns
     -------
     dict of str to (Array or JSON value)
-        By name.
+        New arrays and the values, by name.
 
     Raises
     ------
     CheckpointNotFoundError, CheckpointCorruptError, CheckpointMissingShardError
-        As `load`.
+        For the same reasons as in `load`.
     CheckpointIncompatibleError
         If a name is not in the checkpoint.
 
@@ -423,14 +421,7 @@ class Readers:
 
 
 def batches(items: Sequence[ReadItem], size: int) -> list[list[list[ReadItem]]]:
-    """Divide read items among readers, and into what each reads at once.
-
-    Parameters
-    ----------
-    items : sequence of ReadItem
-        In the order of the files.
-    size : int
-        Number of readers.
+    """Divide read items (in the order of the files) among readers, and into what each reads at once.
 
     Returns
     -------

@@ -24,23 +24,6 @@ from mpidist.errors import (
     CheckpointMissingShardError,
 )
 
-__all__ = [
-    "MAX_READ",
-    "ArrayTargets",
-    "BoxRequest",
-    "Files",
-    "ReadItem",
-    "check_file",
-    "check_files",
-    "check_sizes",
-    "contiguous_ranges",
-    "destination_of",
-    "divided_read_items",
-    "file_ranges",
-    "read_items",
-    "scatter",
-]
-
 MAX_READ = 1 << 20
 """Most bytes that are read at once."""
 
@@ -59,15 +42,15 @@ class ReadItem:
     Attributes
     ----------
     name : str
-        Of the array.
+        The array's name.
     number : int
         Position of the stored box among those of the array.
     first, count : int
-        Which chunks.
+        Number of the first chunk, and how many follow each other.
     region : Box
         What they cover of the stored box, counted from its first index.
     nbytes : int
-        Their length.
+        Length of all chunks together.
     file : int
         Which file they lie in.
     byte : int
@@ -88,20 +71,7 @@ class ReadItem:
 
 
 def read_items(manifest: Manifest, requests: Sequence[BoxRequest]) -> list[ReadItem]:
-    """Return what one reader has to read, each chunk once, in the order of the files.
-
-    Parameters
-    ----------
-    manifest : Manifest
-        Of the checkpoint.
-    requests : sequence of BoxRequest
-        Parts of its arrays; they may overlap.
-
-    Returns
-    -------
-    list of ReadItem
-        They cover the chunks that the parts touch.
-    """
+    """Return what one reader has to read, each chunk once, in the order of the files."""
     return divided_read_items(manifest, [requests], 0)[0]
 
 
@@ -110,14 +80,7 @@ def divided_read_items(
 ) -> tuple[list[ReadItem], list[ReadItem]]:
     """Return what is needed by one of several readers only, and what several of them need.
 
-    Parameters
-    ----------
-    manifest : Manifest
-        Of the checkpoint.
-    requests : sequence of sequence of BoxRequest
-        Parts of its arrays, by reader.
-    reader : int
-        Which one.
+    The requests of all readers are given; boxes may overlap.
 
     Returns
     -------
@@ -220,14 +183,7 @@ def file_ranges(
 
 
 def contiguous_ranges(region: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield where the elements of a region lie side by side in an array, in C order.
-
-    Parameters
-    ----------
-    region : Box
-        Inside the array.
-    shape : sequence of int
-        Of the array.
+    """Yield where the elements of a region lie side by side in an array of this shape, in C order.
 
     Yields
     ------
@@ -333,7 +289,7 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     Raises
     ------
     CheckpointMissingShardError, CheckpointCorruptError
-        Naming the file.
+        With the name of the first file that is wrong.
 
     Notes
     -----
@@ -349,7 +305,7 @@ def check_sizes(directory: Path, sizes: Iterable[tuple[str, int]]) -> None:
     Raises
     ------
     CheckpointMissingShardError, CheckpointCorruptError
-        Naming the file.
+        With the name of the first file that is wrong.
     OSError
         If one cannot be looked at.
     """
@@ -408,16 +364,16 @@ class Files:
     Parameters
     ----------
     directory : Path
-        Where they are.
+        The checkpoint's directory.
     manifest : Manifest
-        What lies in them.
+        The checkpoint's manifest, which says where boxes lie.
     verify : bool
-        Whether to compare digests.
+        Whether `load` compares the digests of chunks.
 
     Attributes
     ----------
     read : int
-        Bytes read so far.
+        Number of bytes read so far.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
@@ -444,12 +400,12 @@ class Files:
         items : sequence of ReadItem
             What to read; those that follow each other in a file in one call of the system.
         memories : sequence of Array, each shape (at least item.nbytes,) uint8
-            Receive them.
+            Memory for each item.
 
         Returns
         -------
         list of Array, each of the sizes of item.region
-            Views of the memories.
+            The elements of each item: views of the memories.
 
         Raises
         ------

@@ -48,8 +48,6 @@ from mpidist.errors import CheckpointError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend
 
-__all__ = ["Save", "assemble", "commit", "foresee", "report_of", "steps_of"]
-
 _REPORT, _VERDICT = 1, 2
 """Tags of the messages to and from rank 0."""
 
@@ -61,11 +59,11 @@ class Save:
     Attributes
     ----------
     directory : Path
-        Of the step.
+        The directory of the step.
     coordinator : (Manifest, GlobalPlan) or None
         On rank 0, all of the manifest but files and arrays, and who writes what.
     written : Future of Written
-        This rank's file.
+        What becomes of this rank's file.
     viewed : bool
         Whether rank 0 makes the view with its file.
     """
@@ -109,13 +107,6 @@ class _InThread:
 
 def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
     """Take a save from the writing of this rank's file to its commit.
-
-    Parameters
-    ----------
-    save : Save
-        What is being written.
-    group : ProcessGroup
-        The checkpoints' own.
 
     Yields
     ------
@@ -170,14 +161,7 @@ def _conclude(save: Save, reports: Sequence[JSON]) -> None:
 
 
 def commit(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest: from then on the checkpoint exists.
-
-    Parameters
-    ----------
-    directory : Path
-        Of the step; all other files are on disk.
-    manifest : Manifest
-        All of it.
+    """Write the manifest, all other files being on disk: from then on the checkpoint exists.
 
     Raises
     ------
@@ -240,19 +224,9 @@ def _first_problem(reports: Sequence[JSON]) -> str | None:
 
 
 def foresee(header: Manifest, plan: GlobalPlan) -> Manifest:
-    """Return what `assemble` is going to, but for what only who writes a file can know.
+    """Return the manifest that `assemble` will return, without bytes, sizes and digests.
 
-    Parameters
-    ----------
-    header : Manifest
-        All of it but files and arrays.
-    plan : GlobalPlan
-        Who writes what.
-
-    Returns
-    -------
-    Manifest
-        With all that a view needs; without bytes, sizes and digests.
+    It has all that a view needs, before a file is written.
     """
     files = []
     boxes: dict[str, list[StoredBox]] = {name: [] for name in plan.arrays}
@@ -270,22 +244,7 @@ def foresee(header: Manifest, plan: GlobalPlan) -> Manifest:
 def assemble(
     header: Manifest, metadata: Mapping[str, ArrayMetadata], reports: Sequence[JSON]
 ) -> Manifest:
-    """Put a manifest together.
-
-    Parameters
-    ----------
-    header : Manifest
-        All of it but files and arrays.
-    metadata : mapping of str to ArrayMetadata
-        What the arrays are.
-    reports : sequence of JSON value
-        What `report_of` says of each file, by rank.
-
-    Returns
-    -------
-    Manifest
-        Complete.
-    """
+    """Return the header completed by files and arrays, from what `report_of` says of each file."""
     files: list[StoredFile] = []
     boxes: dict[str, list[StoredBox]] = {name: [] for name in metadata}
     for report in reports:

@@ -42,19 +42,6 @@ from mpidist.errors import (
 )
 from mpidist.group import ProcessGroup
 
-__all__ = [
-    "ArrayMetadata",
-    "GlobalPlan",
-    "LocalMetadata",
-    "LocalPlan",
-    "Planner",
-    "SavePlan",
-    "WriteItem",
-    "make_global_plan",
-    "versions",
-    "view_of",
-]
-
 
 @cache  # every save asks
 def versions() -> Mapping[str, str]:
@@ -150,12 +137,7 @@ class GlobalPlan:
 
 
 def make_global_plan(local: Sequence[LocalMetadata]) -> GlobalPlan:
-    """Divide the work of a save among the ranks.
-
-    Parameters
-    ----------
-    local : sequence of LocalMetadata
-        What each rank holds, by rank.
+    """Divide the work of a save among the ranks, given what each holds, by rank.
 
     Returns
     -------
@@ -407,7 +389,7 @@ class Planner:
         Returns
         -------
         SavePlan
-            This rank's.
+            What this rank holds and writes.
 
         Raises
         ------

@@ -42,8 +42,6 @@ from mpidist.group.group import ProcessGroup, check_group
 from mpidist.job.hooks import end_companions_at_exit
 from mpidist.observe.regions import region
 
-__all__ = ["CheckpointFuture", "Saver", "save", "save_async", "saver_of"]
-
 
 def save(
     path: str | os.PathLike[str],
@@ -66,7 +64,7 @@ def save(
         written once, shared out over these ranks; `ShardedArray` says what a rank holds of one that
         is split. Values must be the same on all ranks that have the name.
     group : ProcessGroup
-        The ranks that save.
+        The ranks that save together.
     step : int
         From 0 to 2**63 - 1.
     metadata : JSON value, optional
@@ -78,7 +76,7 @@ def save(
     Returns
     -------
     Checkpoint
-        Complete and on disk.
+        The checkpoint, complete and on disk.
 
     Raises
     ------
@@ -285,7 +283,7 @@ class CheckpointFuture:
         Returns
         -------
         Checkpoint
-            On disk.
+            The checkpoint, complete and on disk.
 
         Raises
         ------

@@ -34,8 +34,6 @@ from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
-__all__ = ["SINGLE_FILE", "check_single_file", "write_together"]
-
 SINGLE_FILE = "arrays.h5"
 
 _BLOCK = 1 << 23
@@ -51,8 +49,8 @@ def check_single_file(group: ProcessGroup) -> None:
         )
         raise BackendUnavailableError(
             f"single_file=True: this h5py was built without MPI ({versions}); build one with the "
-            "MPI library of the job (CC=mpicc HDF5_MPI=ON pip install --no-binary=h5py h5py), or save "
-            "one file per rank"
+            "MPI library of the job (CC=mpicc HDF5_MPI=ON pip install --no-binary=h5py h5py), or "
+            "save one file per rank"
         )
 
 
@@ -63,20 +61,9 @@ def write_together(
     attributes: Mapping[str, str | int],
     group: ProcessGroup,
 ) -> Written:
-    """Write one file with the boxes of all ranks.
+    """Write one file with the boxes of all ranks; `taken` holds those of this rank.
 
-    Parameters
-    ----------
-    path : Path
-        Its directory must exist.
-    taken : Future of list of HostBox
-        What this rank writes, or why it cannot; over.
-    arrays : mapping of str to ArrayMetadata
-        All arrays, the same on all ranks, in the same order.
-    attributes : mapping of str to (str or int)
-        Of the file; the same on all ranks.
-    group : ProcessGroup
-        The ranks.
+    Arrays and attributes are the same on all ranks, in the same order.
 
     Returns
     -------
@@ -89,7 +76,7 @@ def write_together(
     OSError
         On a rank that could not write; the others return.
     Exception
-        What `taken` holds.
+        Whatever `taken` raises.
 
     Notes
     -----

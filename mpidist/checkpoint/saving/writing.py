@@ -36,24 +36,6 @@ from mpidist.checkpoint.format.manifest import (
     name_of,
 )
 
-__all__ = [
-    "BoxSource",
-    "BoxSpec",
-    "HostBox",
-    "Staging",
-    "WriterThread",
-    "Written",
-    "begin_write",
-    "call_into",
-    "call_now",
-    "end_write",
-    "file_name",
-    "is_being_written",
-    "lay_out",
-    "was_written_last",
-    "write_file",
-]
-
 _BLOCK = 1 << 22
 """Bytes that are gathered before they are written, where they are not contiguous; in two such
 blocks: one for the elements of a box, and one for small boxes."""
@@ -318,7 +300,7 @@ class WriterThread:
     Parameters
     ----------
     name : str
-        The thread's name.
+        Name of the thread, for debuggers.
 
     Notes
     -----

@@ -42,38 +42,12 @@ from mpidist.errors import (
 )
 from mpidist.usage import write_once
 
-__all__ = [
-    "add_diff",
-    "add_export",
-    "add_import",
-    "add_list",
-    "add_prune",
-    "add_reshard",
-    "add_show",
-    "add_verify",
-    "configure",
-    "progress_bar",
-    "run",
-]
-
 
 @contextmanager
 def progress_bar(nbytes: int | None, name: str, *, show: bool) -> Iterator[Progress]:
-    """Show how many bytes are done, on standard error.
+    """Show the progress of work on `nbytes` bytes, if on a terminal and tqdm is installed.
 
-    Parameters
-    ----------
-    nbytes : int or None
-        How many there are, if that is known.
-    name : str
-        Before the bar.
-    show : bool
-        Whether it is wanted. It is shown on a terminal only, and where tqdm is installed.
-
-    Yields
-    ------
-    callable
-        To be told how many more are done.
+    Yields a function to be called with how many more bytes are done.
     """
     if not (show and sys.stderr.isatty()):
         yield ignore_progress

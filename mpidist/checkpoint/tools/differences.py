@@ -17,8 +17,6 @@ from mpidist.checkpoint.format.manifest import JSON, Manifest, StoredBox
 from mpidist.checkpoint.loading.reading import MAX_READ, check_files
 from mpidist.checkpoint.tools.resharding import Progress, Reader, ignore_progress
 
-__all__ = ["Difference", "compare"]
-
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -27,11 +25,11 @@ class Difference:
     Attributes
     ----------
     kind : str
-        "array", "value" or "metadata".
+        One of "array", "value" and "metadata".
     name : str
         Of the array or value; the path to it in the metadata.
     text : str
-        What differs, for people.
+        What differs, in words.
     elements : int or None
         How many elements of an array differ, where dtype and shape do not.
     largest : float or None

@@ -32,8 +32,6 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 
-__all__ = ["FORMATS", "export_to", "import_from"]
-
 
 class Format(NamedTuple):
     """What can be done with a format."""
@@ -100,7 +98,7 @@ def import_from(
     file : Path
         Its name ends with .safetensors or .npz.
     path : Path
-        Directory of checkpoints.
+        The directory of checkpoints to write to.
     step : int, optional
         Of the checkpoint; that of the file when omitted, if mpidist has exported it.
     progress : callable, optional
@@ -109,7 +107,7 @@ def import_from(
     Returns
     -------
     Checkpoint
-        Complete and on disk.
+        The new checkpoint, complete and on disk.
 
     Raises
     ------

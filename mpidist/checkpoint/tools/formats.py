@@ -35,18 +35,6 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 
-__all__ = [
-    "Foreign",
-    "copy_array",
-    "described",
-    "description",
-    "new_file",
-    "open_npz",
-    "open_safetensors",
-    "write_npz",
-    "write_safetensors",
-]
-
 
 @dataclass(frozen=True)
 class Foreign:
@@ -61,7 +49,7 @@ class Foreign:
     metadata : JSON value
         As given to `save`; of files of others what they say of themselves.
     step : int or None
-        As given to `save`.
+        The step of the exported checkpoint, if mpidist wrote the file.
     """
 
     sources: Mapping[str, Source]
@@ -101,20 +89,7 @@ def described(text: str | bytes, sources: Mapping[str, Source], path: Path) -> F
 
 @contextmanager
 def new_file(path: Path, nbytes: int) -> Iterator[IO[bytes]]:
-    """Have a file written under a temporary name; it gets its own, synced, if nothing is raised.
-
-    Parameters
-    ----------
-    path : Path
-        Of the file; must not be there.
-    nbytes : int
-        Least size of the complete file, for errors.
-
-    Yields
-    ------
-    binary file
-        What to write; nobody else writes to it.
-    """
+    """Open a new file under a temporary name; it gets its own, synced, if nothing is raised."""
     with naming(path.parent):
         descriptor, name = create_unique(path.parent, path.name, ".tmp", mode=0o666)
     part = Path(name)
@@ -132,23 +107,7 @@ def new_file(path: Path, nbytes: int) -> Iterator[IO[bytes]]:
 def copy_array(
     reader: Reader, name: str, array: StoredArray, descriptor: int, byte: int, progress: Progress
 ) -> None:
-    """Write the elements of an array side by side into a file, in C order, little-endian.
-
-    Parameters
-    ----------
-    reader : Reader
-        Of its checkpoint.
-    name : str
-        Of the array.
-    array : StoredArray
-        What it is.
-    descriptor : int
-        Of the file.
-    byte : int
-        Where its first element goes.
-    progress : callable
-        Is told how many more bytes are written.
-    """
+    """Write the elements of an array into a file from an offset on, in C order, little-endian."""
     for item, data in reader.items(name, Box.whole(array.shape)):
         region = item.region.placed_in(array.boxes[item.number].box)
         offset, flat = 0, as_bytes(data)
@@ -178,18 +137,7 @@ _DAMAGE = (
 
 
 def write_npz(checkpoint: Checkpoint, path: Path, file: IO[bytes], progress: Progress) -> None:
-    """Write a checkpoint as one npz file, as `numpy.savez` does.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        What to write.
-    path : Path
-        Of the file when it is complete.
-    file : binary file
-        The file, under a temporary name.
-    progress : callable
-        Is told how many more bytes are written.
+    """Write a checkpoint to an open file as `numpy.savez` does; `path` is its later name.
 
     Notes
     -----

@@ -22,8 +22,6 @@ from mpidist.errors import (
     CheckpointNotFoundError,
 )
 
-__all__ = ["STALE", "StepStatus", "prunable", "prune", "statuses"]
-
 STALE = 3600.0
 """Seconds without a change after which a directory without a manifest is taken for what a killed
 job has left, and not for a save that is being written."""
@@ -35,7 +33,7 @@ class StepStatus(NamedTuple):
     Attributes
     ----------
     directory : Path
-        Of the step.
+        The directory of the step.
     committed : float
         When its manifest was written, in seconds since 1970: as the manifest says, or, where that
         is damaged, as the file system does.
@@ -54,7 +52,7 @@ def prune(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -> l
     Parameters
     ----------
     path : path
-        Where `save` puts them.
+        The directory that was given to `save`.
     keep : int
         How many whole ones stay, at least 1: those that were committed last, whatever their steps.
         One whose files are not all there, or do not have their sizes, does not count; it is

@@ -41,16 +41,6 @@ from mpidist.checkpoint.saving.planning import (
 from mpidist.checkpoint.saving.writing import BoxSource, file_name, write_file
 from mpidist.errors import CheckpointError, DistributedError, InvalidWorldSizeError
 
-__all__ = [
-    "Progress",
-    "Reader",
-    "Source",
-    "StoredSource",
-    "build",
-    "ignore_progress",
-    "reshard",
-]
-
 Progress: TypeAlias = Callable[[int], object]
 """Is told how many more bytes are done."""
 
@@ -80,7 +70,7 @@ def reshard(
         Ranks of the new checkpoint. It has as many files, with the boxes that `save` would write if
         each of so many ranks held all arrays whole.
     step : int or "latest", optional
-        Which one.
+        Which one; the newest complete one when omitted.
     progress : callable, optional
         Is told now and then how many more bytes are done, of `Checkpoint.nbytes`.
 
@@ -147,7 +137,7 @@ class Reader:
     Parameters
     ----------
     checkpoint : Checkpoint
-        What to read.
+        The checkpoint to read.
 
     Notes
     -----
@@ -173,7 +163,7 @@ class Reader:
         Raises
         ------
         CheckpointError
-            As `Files.load`.
+            For the same reasons as in `Files.load`.
         """
         out: Array = np.empty(box.sizes, self._manifest.arrays[name].dtype)
         for item, data in self.items(name, box):
@@ -239,11 +229,11 @@ def build(
     Parameters
     ----------
     path : path
-        Directory of checkpoints.
+        The directory of checkpoints to write to.
     sources : mapping of str to Source
-        The arrays.
+        The arrays by name; each is read part by part.
     values : mapping of str to JSON value
-        All else.
+        Everything that is not an array, by name.
     step : int
         From 0 to 2**63 - 1; ValueError otherwise.
     num_ranks : int, optional
@@ -256,7 +246,7 @@ def build(
     Returns
     -------
     Checkpoint
-        Complete and on disk.
+        The new checkpoint, complete and on disk.
 
     Raises
     ------

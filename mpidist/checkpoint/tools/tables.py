@@ -13,18 +13,6 @@ from mpidist.checkpoint.format.manifest import JSON
 from mpidist.checkpoint.tools.differences import Difference
 from mpidist.errors import CheckpointError
 
-__all__ = [
-    "arrays_text",
-    "box_table",
-    "checkpoint_lines",
-    "difference_lines",
-    "fields_of",
-    "ranks_text",
-    "row_of",
-    "size_text",
-    "step_table",
-]
-
 
 def row_of(directory: Path, *, partial: bool) -> dict[str, JSON]:
     """Return what `list` says of the directory of a step."""

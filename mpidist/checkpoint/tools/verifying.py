@@ -28,12 +28,6 @@ from mpidist.checkpoint.loading.reading import MAX_READ, BoxRequest, Files, chec
 from mpidist.checkpoint.tools.resharding import Progress, ignore_progress
 from mpidist.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
-__all__ = [
-    "answer",
-    "inspect",
-    "verify",
-]
-
 _SECONDS = 60.0
 """Within which the process has to answer, and one more for each file."""
 
@@ -43,17 +37,7 @@ _CHILD = (
 
 
 def inspect(paths: Sequence[Path]) -> list[Contents | str]:
-    """Return what HDF5 sees in files.
-
-    Parameters
-    ----------
-    paths : sequence of Path
-        The files.
-
-    Returns
-    -------
-    list of (Contents or str)
-        For each file what is in it, or why that cannot be told.
+    """Return for each file what HDF5 sees in it, or why that is unknown.
 
     Notes
     -----
@@ -130,9 +114,9 @@ def verify(
     Parameters
     ----------
     path : path
-        Directory of checkpoints.
+        The directory that was given to `save`.
     step : int or "latest", optional
-        Which one.
+        Which one; the newest complete one when omitted.
     progress : callable, optional
         Is told now and then how many more bytes are done, of `Checkpoint.nbytes`.
 
@@ -145,7 +129,7 @@ def verify(
     Raises
     ------
     CheckpointNotFoundError
-        If there is none.
+        If there is no complete checkpoint of this step.
 
     Notes
     -----
