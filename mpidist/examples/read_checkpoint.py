@@ -55,32 +55,32 @@ def region(offsets, sizes):
 
 
 def verify(part, digests):
-    """Compare each tile of a box with its digest."""
-    tile = tile_sizes(part.shape, part.dtype.itemsize)
-    corners = product(*(range(0, size, t) for size, t in zip(part.shape, tile, strict=True)))
-    found = b"".join(xxhash.xxh3_64_digest(part[region(c, tile)].tobytes()) for c in corners)
+    """Compare each chunk of a box with its digest."""
+    chunk = chunk_sizes(part.shape, part.dtype.itemsize)
+    corners = product(*(range(0, size, t) for size, t in zip(part.shape, chunk, strict=True)))
+    found = b"".join(xxhash.xxh3_64_digest(part[region(c, chunk)].tobytes()) for c in corners)
     if found != digests:
         raise ValueError("a box is damaged")
 
 
-def tile_sizes(sizes, itemsize):
-    """Return the sizes of the tiles of a box that is not empty."""
+def chunk_sizes(sizes, itemsize):
+    """Return the sizes of the chunks of a box that is not empty."""
     nbytes = 65536
     while nbytes < 1048576 and 1024 * nbytes < prod(sizes) * itemsize:
         nbytes *= 2
     most, run = max(nbytes // itemsize, 1), max(4096 // itemsize, 1)
     if prod(sizes) <= most:
         return list(sizes)
-    tile, inner, cut = list(sizes), 1, len(sizes) - 1
+    chunk, inner, cut = list(sizes), 1, len(sizes) - 1
     while inner * sizes[cut] <= run:
         inner, cut = inner * sizes[cut], cut - 1
     side = max(run // inner, 1)
     left = most // (inner * side)
     for dimension in range(cut - 1, -1, -1):
-        tile[dimension] = min(sizes[dimension], max(left, 1))
-        left //= tile[dimension]
-    tile[cut] = min(sizes[cut], side * max(left, 1))
-    return tile
+        chunk[dimension] = min(sizes[dimension], max(left, 1))
+        left //= chunk[dimension]
+    chunk[cut] = min(sizes[cut], side * max(left, 1))
+    return chunk
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_there_are_boxes_of_each_kind(saved: Path) -> None:
     datasets = {box["dataset"] for a in manifest["arrays"].values() for box in a["boxes"]}
     assert {"packed/float32", "packed/bfloat16", "arrays/rows[0:400, 0:900]"} <= datasets
     lengths = {len(box["digests"]) for a in manifest["arrays"].values() for box in a["boxes"]}
-    assert {0, 12} < lengths, "boxes with no tile, one, and several"
+    assert {0, 12} < lengths, "boxes with no chunk, one, and several"
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00001.h5"])
@@ -103,9 +103,9 @@ def test_the_tiles_on_the_page_are_so() -> None:
     row = rf"^\| {numbers} \| (\d+) \| {numbers} \| (\d+) \|"
     rows = re.findall(row, page, re.MULTILINE)
     assert len(rows) >= 6
-    for sizes, itemsize, tile, count in rows:
-        shape, expected = ([int(n) for n in re.findall(r"\d+", t)] for t in (sizes, tile))
-        assert READER["tile_sizes"](shape, int(itemsize)) == expected
+    for sizes, itemsize, chunk, count in rows:
+        shape, expected = ([int(n) for n in re.findall(r"\d+", t)] for t in (sizes, chunk))
+        assert READER["chunk_sizes"](shape, int(itemsize)) == expected
         pairs = zip(shape, expected, strict=True)
         assert math.prod(-(-size // part) for size, part in pairs) == int(count)
 
@@ -157,7 +157,7 @@ def test_what_another_program_writes_is_loaded(tmp_path: Path) -> None:
 
 def tile_digests(box: np.ndarray[Any, Any]) -> bytes:
     """Return the digests of a box of two dimensions."""
-    a, b = READER["tile_sizes"](box.shape, box.dtype.itemsize)
+    a, b = READER["chunk_sizes"](box.shape, box.dtype.itemsize)
     return b"".join(
         xxhash.xxh3_64_digest(box[i : i + a, j : j + b].tobytes())
         for i in range(0, box.shape[0], a)

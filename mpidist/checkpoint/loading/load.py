@@ -421,7 +421,7 @@ class Readers:
 
 
 def batches(items: Sequence[ReadItem], size: int) -> list[list[list[ReadItem]]]:
-    """Divide read items (in the order of the files) among readers, and into what each reads at once.
+    """Divide read items, which are in the order of the files, among readers, and into batches.
 
     Returns
     -------
