@@ -30,6 +30,15 @@ def test_wrong():
 """
 
 
+RANKS = """
+import pytest
+
+@pytest.mark.ranks(2, full=(4,))
+def test_ranks():
+    pass
+"""
+
+
 def run(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
     pytester.makepyfile(source)
     return pytester.runpytest_inprocess("-p", "tests.tiers", "-s", *arguments)
@@ -45,6 +54,15 @@ def test_a_full_run_leaves_out_nothing(pytester: pytest.Pytester) -> None:
     result = run(pytester, SAMPLE, "--full")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["*full is True*"])
+
+
+@pytest.mark.parametrize(("options", "sizes"), [([], ["2"]), (["--full"], ["2", "4"])])
+def test_numbers_of_ranks_may_be_for_a_full_run(
+    pytester: pytest.Pytester, options: list[str], sizes: list[str]
+) -> None:
+    result = run(pytester, RANKS, "-p", "tests._ranks.plugin", "--collect-only", "-q", *options)
+    collected = [line for line in result.outlines if "::" in line]
+    assert [line.partition("[")[2] for line in collected] == [f"{n}ranks]" for n in sizes]
 
 
 def test_a_failed_deadline_says_how_busy_the_machine_is(pytester: pytest.Pytester) -> None:
