@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ import numpy as np
 
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box, boxes_of_range, overlapping
+from mpidist.arrays.namespaces import beside
 from mpidist.errors import SizeMismatchError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["ShardedArray", "check_held", "copy_in"]
+__all__ = ["Part", "ShardedArray", "check_held", "copy_in"]
 
 
 class ShardedArray:
@@ -146,6 +148,76 @@ class ShardedArray:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which elements of a whole array the array of a parameter holds.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of the whole array.
+    boxes : tuple of (Box, Box)
+        For each box of the whole, the box of the array here that holds it, of the same sizes.
+        They are several where the pieces are not one box of the whole, as in a weight of
+        queries, keys and values that is cut by heads.
+    first : bool, optional
+        Whether this rank is the one that counts and writes these elements, of several that hold
+        the same.
+
+    Raises
+    ------
+    SizeMismatchError
+        If the two boxes of a pair have different sizes.
+
+    Examples
+    --------
+    The second half of the rows of a (4, 3) array:
+
+    >>> half = Part((4, 3), ((Box((2, 0), (2, 3)), Box((0, 0), (2, 3))),))
+    >>> half.within(Box((1, 0), (1, 3))).boxes
+    ((Box((3, 0), (1, 3)), Box((0, 0), (1, 3))),)
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[tuple[Box, Box], ...]
+    first: bool = True
+
+    def __post_init__(self) -> None:
+        for there, local in self.boxes:
+            if there.sizes != local.sizes:
+                raise SizeMismatchError(
+                    f"Part: {there} of the whole and {local} of the array here have different sizes"
+                )
+
+    def within(self, box: Box) -> Part:
+        """Return the part that is left when the array here is cut to a box of it.
+
+        Parameters
+        ----------
+        box : Box
+            Where the new array lies in the array here.
+        """
+        boxes = []
+        for there, local in self.boxes:
+            common = local.intersect(box)
+            if common is not None:
+                inside = common.relative_to(local)
+                boxes.append((inside.placed_in(there), common.relative_to(box)))
+        return Part(self.shape, tuple(boxes), self.first)
+
+    def sharded(self, array: Array) -> ShardedArray:
+        """Return an array of the shape here as a part of the whole; copies nothing.
+
+        Parameters
+        ----------
+        array : Array
+            The values, or anything that belongs to them element by element, such as a gradient or
+            an optimizer's state.
+        """
+        pieces = {there: array[local.slices] for there, local in self.boxes}
+        return ShardedArray(self.shape, array.dtype, pieces)
+
+
 def check_held(what: str, held: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise unless a state of the same shapes has all that this rank holds.
 
@@ -184,7 +256,7 @@ def copy_in(held: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         if isinstance(target, ShardedArray):
             for box, piece in target.pieces.items():
                 for common, values in _overlap(box, state[key]):
-                    piece[common.relative_to(box).slices] = values
+                    piece[common.relative_to(box).slices] = beside(piece, values)
 
 
 def _overlap(box: Box, source: ShardedArray | Array) -> list[tuple[Box, Array]]:

@@ -30,7 +30,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from mpidist._types import Array
-from mpidist.arrays.namespaces import beside, to_device, to_host
+from mpidist.arrays.boxes import Box
+from mpidist.arrays.namespaces import to_device, to_host
+from mpidist.arrays.shards import ShardedArray, check_held, copy_in
 from mpidist.nn.members import SUBSTITUTES, members, nameless, render_tree
 from mpidist.nn.mode import Mode
 from mpidist.nn.names import with_present_names
@@ -457,25 +459,30 @@ class Module(metaclass=_LabellingMeta):
                     "same numbers; call relabel() on the outermost module after adding to it"
                 )
 
-    def state_dict(self) -> dict[str, Array]:
+    def state_dict(self) -> dict[str, Any]:
         """Return parameters and buffers by qualified name.
 
         Returns
         -------
-        dict of str to Array
-            The live arrays, not copies. A shared parameter stands once, under its first name.
+        dict of str to (Array or ShardedArray)
+            The live arrays, not copies. A shared parameter stands once, under its first name; one
+            that is a `Part` of a whole array stands as a part of it.
         """
-        state = {name: parameter.data for name, parameter in self.named_parameters()}
+        state: dict[str, Any] = {
+            name: p.data if p.part is None else p.part.sharded(p.data)
+            for name, p in self.named_parameters()
+        }
         return state | dict(self.named_buffers())
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy values into the parameters and buffers, in place.
 
         Parameters
         ----------
-        state : mapping of str to Array
-            As `state_dict` gives it: the same names, shapes and dtypes. Names in which the
-            ``inner`` of a wrapper stands, as they were written before, are understood, too.
+        state : mapping of str to (Array or ShardedArray)
+            As `state_dict` gives it: the same names, shapes and dtypes. Whole arrays, or parts
+            that have all elements which are here. Names in which the ``inner`` of a wrapper
+            stands, as they were written before, are understood, too.
 
         Raises
         ------
@@ -487,18 +494,20 @@ class Module(metaclass=_LabellingMeta):
         own = self.state_dict()
         state = with_present_names(state, own)
         self.check_state_dict(state)
-        for name, array in own.items():
-            if not getattr(array.flags, "writeable", True):  # cupy's arrays always are
+        held = {name: _as_sharded(array) for name, array in own.items()}
+        for name, sharded in held.items():
+            arrays = sharded.pieces.values()
+            if not all(getattr(array.flags, "writeable", True) for array in arrays):  # cupy's are
                 raise ValueError(
                     f"load_state_dict: '{name}' is read-only: other processes see this memory, and "
                     "the optimizer that made it so writes it; nothing was changed. Load through "
                     "ShardedOptimizer.model_state on all ranks, or give the parameter memory of "
                     "its own first (parameter.data = parameter.data.copy())"
                 )
-        for name, array in own.items():
-            array[...] = beside(array, state[name])
+        check_held("load_state_dict", held, state)
+        copy_in(held, state)
 
-    def check_state_dict(self, state: Mapping[str, Array]) -> None:
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise unless `load_state_dict` could take these values.
 
         Parameters
@@ -558,7 +567,13 @@ def _walk(module: Module, name: str, seen: set[int]) -> Iterator[tuple[str, Modu
         yield from _walk(child, _join(name, child_name), seen)
 
 
-def _differences(own: Mapping[str, Array], state: Mapping[str, Array]) -> list[str]:
+def _as_sharded(array: Array | ShardedArray) -> ShardedArray:
+    if isinstance(array, ShardedArray):
+        return array
+    return ShardedArray(array.shape, array.dtype, {Box.whole(array.shape): array})
+
+
+def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     problems = [f"{name}: missing" for name in own if name not in state]
     problems += [f"{name}: not in this model" for name in state if name not in own]
     for name, array in own.items():

@@ -11,6 +11,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace
+from mpidist.arrays.shards import Part
 
 __all__ = ["Parameter"]
 
@@ -34,6 +35,9 @@ class Parameter:
         Qualified name.
     trainable : bool
         Whether it has a gradient.
+    part : Part or None
+        Which elements of a whole array the values are; None: they are whole. States then hold
+        a `ShardedArray` of the whole.
 
     Notes
     -----
@@ -63,6 +67,7 @@ class Parameter:
         "_remaining",
         "_shape",
         "name",
+        "part",
         "trainable",
     )
 
@@ -70,6 +75,7 @@ class Parameter:
         self.data = data
         self.name = name
         self.trainable = trainable
+        self.part: Part | None = None
         self._grad: Array | None = None
         self._location: tuple[FlatBuffer, str] | None = None
         self._has_grad = False

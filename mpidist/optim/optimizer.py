@@ -10,6 +10,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import HALVES, array_namespace, beside, is_device
+from mpidist.arrays.shards import check_held, copy_in
 from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.parameters import HasParameters, Parameters, named_list
@@ -148,15 +149,18 @@ class Optimizer:
 
         Returns
         -------
-        dict of str to (str, int or Array)
+        dict of str to (str, int, Array or ShardedArray)
             ``"kind"``, ``"step"`` and, per parameter, ``"<name>/updates"`` and one
-            ``"<name>/<slot>"`` per state array. Arrays are the living ones, not copies. The
-            learning rate and the rule's numbers are not part of it: they come from the program.
+            ``"<name>/<slot>"`` per state array, a part of the whole where the parameter is one.
+            Arrays are the living ones, not copies. The learning rate and the rule's numbers are not
+            part of it: they come from the program.
         """
         state: dict[str, Any] = {"kind": type(self).__name__, "step": self._steps}
         for name, slots in self._state.items():
             state[f"{name}/updates"] = self._updates[name]
-            state.update({f"{name}/{slot}": array for slot, array in slots.items()})
+            part = self._params[name].part
+            for slot, array in slots.items():
+                state[f"{name}/{slot}"] = array if part is None else part.sharded(array)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,11 +179,14 @@ class Optimizer:
         own = self.state_dict()
         state = with_present_names(state, own)
         check_same_state(own, state)
+        check_held("load_state_dict", own, state)
         self._steps = int(state["step"])
         for name, slots in self._state.items():
             self._updates[name] = int(state[f"{name}/updates"])
             for slot, array in slots.items():
-                array[...] = beside(array, state[f"{name}/{slot}"])
+                if self._params[name].part is None:
+                    array[...] = beside(array, state[f"{name}/{slot}"])
+        copy_in(own, state)
 
     def _check_shapes(
         self, name: str, data: Array, grad: Array, state: Mapping[str, Array]

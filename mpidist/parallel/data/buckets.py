@@ -108,7 +108,7 @@ class Bucket:
     """Gradients in one flat array, exchanged by one call.
 
     A bucket is *filling* until no gradient is missing, then *complete*; with `work` it is *in
-    flight*; after that has been waited for, `reset` makes it filling again.
+    flight*; when that has been waited for, all are missing again. The reducer moves it along.
 
     Parameters
     ----------
@@ -159,11 +159,6 @@ class Bucket:
         self.missing = set(self.grads)
         self.exchange: Exchange | None = None
         self.work: Work[Any] | None = None
-
-    def reset(self) -> None:
-        """Wait for all gradients again."""
-        self.work = None
-        self.missing = set(self.grads)
 
 
 class BucketMemory:

@@ -265,7 +265,7 @@ class GradientReducer(Closing):
                 bucket.work.wait(left)
         used = self._used()
         for bucket in self._buckets:
-            bucket.reset()
+            bucket.work, bucket.missing = None, set(bucket.grads)
         self._arrived.clear()
         self._skipped.clear()
         self._launched = self._landed = 0
