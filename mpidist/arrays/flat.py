@@ -28,7 +28,7 @@ class FlatBuffer:
     shapes : mapping of str to tuple of int
         Name and shape of each part, in the order in which they are laid down.
     dtype : dtype
-        Of all parts.
+        Element type of the flat array, and so of all parts.
     alignment : int, optional
         Each part begins at a multiple of this many elements; the gaps hold zeros.
     storage : Array, shape (length,), optional

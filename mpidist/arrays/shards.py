@@ -38,7 +38,7 @@ class ShardedArray:
     shape : tuple of int
         Shape of the whole array.
     dtype : dtype
-        Element type.
+        Element type of the whole array and of every piece.
     pieces : dict of Box to Array
         As given, not copied: who writes into a piece writes into the array that was given.
 

@@ -75,11 +75,11 @@ def split_off(data: ArrayDataset, part: float, *, seed: int) -> tuple[ArrayDatas
     Parameters
     ----------
     data : ArrayDataset
-        All samples.
+        All samples; not copied.
     part : float
         Share of the samples to hold out, in (0, 1); rounded to whole samples.
     seed : int
-        Decides which ones.
+        Decides which samples are held out.
 
     Returns
     -------

@@ -59,9 +59,9 @@ def fan_in_uniform(rng: Rng, shape: tuple[int, ...], fan_in: int, dtype: npt.DTy
     shape : tuple of int
         Shape of the result.
     fan_in : int
-        Inputs per output.
+        Inputs that each output is a sum over; the bound is ``1 / sqrt(fan_in)``.
     dtype : dtype
-        Of the result.
+        Float dtype of the result; draws are rounded to it.
 
     Returns
     -------
@@ -87,9 +87,9 @@ def normal(rng: Rng, shape: tuple[int, ...], std: float, dtype: npt.DTypeLike) -
     shape : tuple of int
         Shape of the result.
     std : float
-        Standard deviation.
+        Standard deviation of the values.
     dtype : dtype
-        Of the result.
+        Float dtype of the result; draws are rounded to it.
 
     Returns
     -------

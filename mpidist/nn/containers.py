@@ -139,7 +139,7 @@ class Recompute(Module):
     Parameters
     ----------
     inner : Module
-        Any module.
+        The module that is run twice; its names are those of `Recompute`.
 
     Notes
     -----

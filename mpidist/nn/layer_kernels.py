@@ -27,7 +27,7 @@ def rows_at(table: Array, indices: Array) -> Array:
     Parameters
     ----------
     table : Array, shape (rows, width), float
-        On a device.
+        The table, on a device.
     indices : Array, shape (...), integer
         On the same device.
 
@@ -62,7 +62,7 @@ def sum_rows_at(rows: Array, indices: Array, *, out: Array) -> None:
     Parameters
     ----------
     rows : Array, shape (..., width), float
-        On a device.
+        What is added up, on a device.
     indices : Array, shape (...), integer
         One per row; rows of an index outside the table are left out.
     out : Array, shape (table's rows, width), dtype of `rows`, C-contiguous
@@ -107,7 +107,7 @@ def philox_at_least(
     threshold : uint32
         What 32-bit words are compared with.
     key : (int, int)
-        Of Philox.
+        The key of Philox: the seed and the layer.
     counter : (int, int)
         The upper words of the counter for the first sample; the last one counts samples.
     like : Array, shape (samples, ...)

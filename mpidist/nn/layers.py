@@ -37,7 +37,7 @@ class Linear(Module):
     bias : bool, optional
         Whether there is a bias.
     dtype : dtype, optional
-        Of the parameters.
+        float16, float32 or float64: dtype of the parameters.
 
     Raises
     ------
@@ -113,7 +113,7 @@ class Embedding(Module):
     std : float, optional
         Standard deviation of the initial values.
     dtype : dtype, optional
-        Of the table.
+        float16, float32 or float64: dtype of the table.
 
     Raises
     ------
@@ -200,7 +200,7 @@ class PositionEmbedding(Module):
     std : float, optional
         Standard deviation of the initial values.
     dtype : dtype, optional
-        Of the table.
+        float16, float32 or float64: dtype of the table.
 
     Raises
     ------
@@ -280,7 +280,7 @@ def column_sums(a: Array, b: Array | None = None) -> Array:
     Parameters
     ----------
     a : Array, shape (rows, columns)
-        Any floating dtype.
+        Of any float dtype, on the host or on a device.
     b : Array, shape of `a`, optional
         Multiplied in before the sum, in the precision of the sum.
 

@@ -23,7 +23,7 @@ def cross_entropy(
     Parameters
     ----------
     logits : Array, shape (..., classes), float
-        Unnormalised log-probabilities.
+        Logarithms of the probabilities, up to a constant per position.
     target : Array, shape (...), integer
         The class of each position, in 0 .. classes - 1.
     denominator : float, optional

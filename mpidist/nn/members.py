@@ -42,7 +42,7 @@ def members(
     Parameters
     ----------
     name : str
-        Of the attribute.
+        Name of the attribute, with which names begin.
     value : object
         A member, or a list, tuple, deque or dict, which may hold others.
     kinds : tuple of type
@@ -105,7 +105,7 @@ def nameless(value: object, kinds: tuple[type, ...]) -> Iterable[tuple[str, Any]
     Parameters
     ----------
     value, kinds
-        As for `members`.
+        The value of an attribute and the types of members, as for `members`.
 
     Returns
     -------

@@ -271,7 +271,7 @@ class Module(metaclass=_LabellingMeta):
         Parameters
         ----------
         ctx : Context
-            From `forward`.
+            What `forward` returned for these samples.
         dy : Array, shape of the output
             Gradient of the loss by the output.
 
@@ -290,7 +290,7 @@ class Module(metaclass=_LabellingMeta):
         Parameters
         ----------
         wctx : object
-            From `backward_input`.
+            What `backward_input` returned for these samples.
         """
 
     def backward(self, ctx: Context, dy: Array) -> Array:
@@ -299,7 +299,7 @@ class Module(metaclass=_LabellingMeta):
         Parameters
         ----------
         ctx : Context
-            From `forward`.
+            What `forward` returned for these samples.
         dy : Array, shape of the output
             Gradient of the loss by the output.
 

@@ -32,7 +32,7 @@ class Parameter:
     Attributes
     ----------
     name : str
-        Qualified name.
+        Qualified name, such as ``"0.weight"``; empty before a module has set it.
     trainable : bool
         Whether it has a gradient.
     part : Part or None

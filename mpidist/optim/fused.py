@@ -67,7 +67,7 @@ class FusedUpdates:
     rule : UpdateRule
         The arithmetic of one update.
     params : mapping of str to Parameter
-        The optimizer's parameters.
+        All parameters of the optimizer, by name.
     state : mapping of str to dict of str to Array
         Each one's state; its arrays are exchanged.
     """

@@ -218,9 +218,9 @@ class SGD(Optimizer):
     Parameters
     ----------
     params : Module, DDP, or iterable of Parameter or of (str, Parameter)
-        What to update.
+        What to update: all trainable parameters of a model, or of these.
     lr : float or Schedule
-        Learning rate.
+        Learning rate, or a function from the number of steps made to it.
     momentum : float, optional
         Share of the velocity that is kept per step, in [0, 1).
     nesterov : bool, optional
@@ -257,9 +257,9 @@ class Adam(Optimizer):
     Parameters
     ----------
     params : Module, DDP, or iterable of Parameter or of (str, Parameter)
-        What to update.
+        What to update: all trainable parameters of a model, or of these.
     lr : float or Schedule, optional
-        Learning rate.
+        Learning rate, or a function from the number of steps made to it.
     betas : (float, float), optional
         Decay of the running means of the gradient and of its square, in [0, 1).
     eps : float, optional
@@ -296,9 +296,9 @@ class AdamW(Optimizer):
     Parameters
     ----------
     params : Module, DDP, or iterable of Parameter or of (str, Parameter)
-        What to update.
+        What to update: all trainable parameters of a model, or of these.
     lr : float or Schedule, optional
-        Learning rate.
+        Learning rate, or a function from the number of steps made to it.
     betas : (float, float), optional
         Decay of the running means of the gradient and of its square, in [0, 1).
     eps : float, optional

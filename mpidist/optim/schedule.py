@@ -26,7 +26,7 @@ class WarmupCosine:
     total_steps : int
         Steps after which the rate is `final`, and stays so.
     final : float, optional
-        Lowest learning rate.
+        Learning rate at the end, and after it.
 
     Raises
     ------

@@ -33,7 +33,7 @@ def gradient_arrays(
     parameters : Module, DDP or iterable of Parameter
         Those without a gradient are passed over.
     caller : str
-        For errors.
+        The function that was called; begins the messages of errors.
     may_be_empty : bool, optional
         Whether an iterator may yield nothing.
 
@@ -82,7 +82,7 @@ def cast(x: Array, out: Array) -> None:
     Parameters
     ----------
     x : Array, float
-        On a device.
+        The elements, on a device.
     out : Array, shape of `x`, float
         Receives them. Infinite where an element is beyond its range.
 
@@ -105,7 +105,7 @@ def scaled(x: Array, factor: float) -> Array:
     Parameters
     ----------
     x : Array, float
-        On a device.
+        The elements, on a device.
     factor : float
         May be beyond the range of a half.
 
@@ -137,7 +137,7 @@ def scale(x: Array, factor: float) -> None:
     Parameters
     ----------
     x : Array, float
-        On a device.
+        The elements, on a device.
     factor : float
         May be beyond the precision of the dtype.
 
@@ -165,7 +165,7 @@ def all_finite_divided(arrays: Sequence[Array], factor: float) -> bool:
     arrays : sequence of Array, float
         On one device; divided whether they are finite or not.
     factor : float
-        What by.
+        What the elements are divided by.
 
     Returns
     -------
@@ -206,7 +206,7 @@ def sum_of_squares(arrays: Sequence[Array]) -> float:
     Parameters
     ----------
     arrays : sequence of Array, float
-        On one device.
+        The elements; all arrays on one device.
 
     Returns
     -------

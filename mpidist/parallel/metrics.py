@@ -41,7 +41,7 @@ class Metrics:
         Parameters
         ----------
         name : str
-            Of what.
+            What the number measures, such as ``"loss"``.
         value : float or Array of shape ()
             The number, for example a mean over `weight` samples. Ignored if `weight` is 0, so
             that the mean over no samples, a NaN, does no harm. One on a device is added up there,

@@ -57,11 +57,11 @@ def plain(bucket: Array, group: ProcessGroup, op: ReduceOp) -> Work[Any]:
     Parameters
     ----------
     bucket : Array, shape (n,), float or complex
-        Reduced in place.
+        This rank's gradients; overwritten with their reduction.
     group : ProcessGroup
         The ranks taking part.
     op : ReduceOp
-        `MEAN` or `SUM`.
+        `MEAN` or `SUM` of the ranks' gradients.
 
     Returns
     -------

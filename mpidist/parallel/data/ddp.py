@@ -67,11 +67,11 @@ class DDP(Closing):
     Attributes
     ----------
     module : Module
-        As given.
+        The model, unchanged but for where its gradients lie.
     group : ProcessGroup
-        The duplicate.
+        The duplicate of the given group, over which messages go.
     op : ReduceOp
-        As given.
+        How the ranks' gradients are joined: `MEAN` or `SUM`.
     order : tuple of str or None
         The order in which the gradients' buckets have been laid out for good; None before that.
 
@@ -195,7 +195,7 @@ class DDP(Closing):
         Parameters
         ----------
         ctx : Context
-            From `forward`.
+            What `forward` returned for these samples.
         dy : Array, shape of the output
             Gradient of this rank's loss by the output.
 
@@ -226,7 +226,7 @@ class DDP(Closing):
         Parameters
         ----------
         ctx : Context
-            From `forward`.
+            What `forward` returned for these samples.
         dy : Array, shape of the output
             Gradient of this rank's loss by the output.
 
@@ -358,7 +358,7 @@ class DDP(Closing):
         Parameters
         ----------
         state : mapping
-            As for `load_state_dict`.
+            What `load_state_dict` would take; only the order is looked at.
 
         Notes
         -----
@@ -458,7 +458,7 @@ class BucketOrder:
     Parameters
     ----------
     reducer : GradientReducer
-        Whose buckets.
+        The reducer whose buckets are laid out.
     gradients : ParameterGradients
         Who moves the gradients from one layout to the next.
     fixed : bool

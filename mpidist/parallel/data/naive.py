@@ -27,7 +27,7 @@ class NaiveDataParallel:
     group : ProcessGroup
         The ranks taking part.
     op : ReduceOp, optional
-        `MEAN` or `SUM`.
+        `MEAN` or `SUM` of the ranks' gradients.
 
     Notes
     -----
@@ -50,7 +50,7 @@ class NaiveDataParallel:
         Parameters
         ----------
         ctx : Context
-            From `forward`.
+            What `forward` returned for these samples.
         dy : Array, shape of the output
             Gradient of this rank's loss by the output.
 

@@ -51,7 +51,7 @@ class GradientReducer(Closing):
         The ranks taking part. The reducer makes and uses a duplicate of it, so that its messages
         never meet the caller's.
     op : ReduceOp, optional
-        `MEAN` or `SUM`.
+        `MEAN` or `SUM` of the ranks' gradients.
     compression : Compression or Hook, optional
         How gradients travel; as they are when omitted.
     sizes : BucketSizes, optional
@@ -68,9 +68,9 @@ class GradientReducer(Closing):
         One array per name, of its shape and dtype, to write the gradient into: views of flat
         buckets. They stay the same arrays, unless you call `relayout`.
     group : ProcessGroup
-        The duplicate.
+        The duplicate of the given group, over which messages go.
     op : ReduceOp
-        As given.
+        How the ranks' gradients are joined: `MEAN` or `SUM`.
 
     Raises
     ------

@@ -78,7 +78,7 @@ class FlatLayout:
         owners : int
             How many ranks, the first ones, own a slice; at most `size`.
         size : int
-            Number of ranks.
+            Number of ranks; those after the owners have slices of length 0.
         """
         line = _line(self.dtype)
         shares = [count * line for _, count in split_evenly(self.length // line, owners)]
@@ -99,18 +99,18 @@ class FlatParameters:
     Parameters
     ----------
     layout : FlatLayout
-        What lies where.
+        Names, shapes and positions of the parameters.
     data : Array, shape (length,)
-        The memory.
+        Memory for all parameters.
     counts : sequence of int
         Elements of each rank's slice.
     rank : int
-        This rank.
+        This rank, whose slice `own` is.
 
     Attributes
     ----------
     layout, data, counts
-        As given.
+        The arguments; `counts` as a tuple.
     views : dict of str to Array
         The parameters, of their shapes: views of `data`.
     own : Array, shape (counts[rank],)
@@ -162,7 +162,7 @@ class ParameterStore(ABC):
     Attributes
     ----------
     flats : tuple of FlatParameters
-        The parameters.
+        All parameters, a flat array per bucket of gradients.
     nbytes : int
         This rank's share of the memory.
     """
@@ -190,9 +190,9 @@ class NodeStore(ParameterStore):
     Parameters
     ----------
     group : ProcessGroup
-        Made by `by_node`.
+        The ranks in the order of their slices, as `by_node` makes it.
     layouts : sequence of FlatLayout
-        What lies where.
+        The layout of each flat array.
     blocks : sequence of Array
         The memory of each flat array, shared by the ranks of this node.
 
@@ -238,9 +238,9 @@ class RankStore(ParameterStore):
     Parameters
     ----------
     group : ProcessGroup
-        The ranks.
+        The ranks, in the order of their slices.
     layouts : sequence of FlatLayout
-        What lies where.
+        The layout of each flat array.
     """
 
     def __init__(self, group: ProcessGroup, layouts: Sequence[FlatLayout]) -> None:
@@ -279,7 +279,7 @@ def make_store(group: ProcessGroup, layouts: Sequence[FlatLayout]) -> ParameterS
     Parameters
     ----------
     group : ProcessGroup
-        Made by `by_node`.
+        The ranks in the order of their slices, as `by_node` makes it.
     layouts : sequence of FlatLayout
         What is to lie in it.
 

@@ -36,9 +36,9 @@ class ShardGradients(ABC):
     Parameters
     ----------
     ddp : DDP
-        Runs backward.
+        Runs backward and starts the exchange of full buckets.
     group : ProcessGroup
-        For messages.
+        The group of the optimizer; named in errors.
     """
 
     def __init__(self, ddp: DDP, group: ProcessGroup) -> None:
@@ -138,11 +138,11 @@ class ScatteredGradients(ShardGradients):
     Parameters
     ----------
     module : Module
-        The model.
+        The model; a `DDP` is made around it.
     group : ProcessGroup
         The ranks, in the order of their slices.
     op : ReduceOp
-        MEAN or SUM.
+        `MEAN` or `SUM` of the ranks' gradients.
     sizes : BucketSizes
         How many gradients travel together.
 
@@ -241,11 +241,11 @@ class _ReduceScatter:
     Parameters
     ----------
     bucket : Bucket
-        The gradients.
+        The bucket whose gradients are reduced.
     group : ProcessGroup
         The ranks, in the order of their slices.
     op : ReduceOp
-        MEAN or SUM.
+        `MEAN` or `SUM` of the ranks' gradients.
     """
 
     def __init__(self, bucket: Bucket, group: ProcessGroup, op: ReduceOp) -> None:

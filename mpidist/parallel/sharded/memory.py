@@ -113,7 +113,7 @@ def memory_ledger(use: MemoryUse, group: ProcessGroup) -> MemoryLedger:
     use : MemoryUse
         Of this rank: `memory_use`, or `ShardedOptimizer.memory_use`.
     group : ProcessGroup
-        The ranks.
+        The ranks of the job; those of one node are added up.
 
     Returns
     -------

@@ -35,7 +35,7 @@ class ModelState:
     Parameters
     ----------
     ddp : DDP
-        Of the model.
+        The `DDP` around the model.
     store : ParameterStore
         Where its parameters stand.
     """

@@ -85,7 +85,7 @@ class ShardedOptimizer(Closing):
     optimizers : tuple of Optimizer
         What the factory made; the optimizers of this rank's slices.
     module : Module
-        The model.
+        The model; of a DDP, the one inside.
     model_state : ModelState
         The model's state, for checkpoints and to load values into its parameters.
     shared : bool
@@ -174,7 +174,7 @@ class ShardedOptimizer(Closing):
         Parameters
         ----------
         ctx : Context
-            From ``model.forward``.
+            What ``model.forward`` returned for these samples.
         dy : Array, shape of the output
             Gradient of this rank's loss by the output.
 
@@ -351,7 +351,7 @@ def full_state_dict(optimizer: ShardedOptimizer) -> dict[str, Any]:
     Parameters
     ----------
     optimizer : ShardedOptimizer
-        Whose state.
+        The optimizer whose state is gathered.
 
     Returns
     -------
