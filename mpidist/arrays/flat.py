@@ -1,4 +1,4 @@
-"""One 1-D array that holds many named ones: the only packing code of mpidist."""
+"""One 1-D array that holds many named ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FlatBuffer:
         Each part begins at a multiple of this many elements; the gaps hold zeros.
     storage : Array, shape (length,), optional
         The memory to use, on the host or on a device; made with `numpy.empty` when omitted.
-        `FlatBuffer.length_of` tells its length.
+        `FlatBuffer.length_of` returns its length.
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ class FlatBuffer:
         return sum(round_up(prod(shape), alignment) for shape in shapes.values())
 
     def pack(self, arrays: Mapping[str, Array]) -> None:
-        """Copy arrays of the same names and shapes into their places, casting to the dtype."""
+        """Copy arrays of the same names and shapes into the parts, casting to the dtype."""
         for name, view in self.views.items():
             array_namespace(view).copyto(view, arrays[name], casting="unsafe")
 
@@ -113,27 +113,27 @@ class FlatBuffer:
         Parameters
         ----------
         labels : mapping of str to object
-            A part without a label is in no piece.
+            A part without a label is in no segment.
 
         Returns
         -------
         list of (object, slice)
-            A label, and where in `data` the piece lies: from the first element of its first part to
+            A label, and the segment of `data`: from the first element of its first part to
             the last one of its last part, with the gaps between them.
         """
-        segments_: list[tuple[Label, slice]] = []
+        segments: list[tuple[Label, slice]] = []
         contiguous = False
         for name, part in self._slices.items():
             if name not in labels:
                 contiguous = False
                 continue
             label = labels[name]
-            if contiguous and segments_[-1][0] == label:
-                segments_[-1] = (label, slice(segments_[-1][1].start, part.stop))
+            if contiguous and segments[-1][0] == label:
+                segments[-1] = (label, slice(segments[-1][1].start, part.stop))
             else:
-                segments_.append((label, part))
+                segments.append((label, part))
             contiguous = True
-        return segments_
+        return segments
 
 
 def round_up(count: int, alignment: int) -> int:

@@ -69,7 +69,7 @@ class ShardedSampler:
 
     Iterating gives what is left of the current epoch and then moves to the next one. The position
     moves before a batch is handed out, so a `state_dict` taken while working on a batch counts it
-    as done. Leaving the loop early and iterating again goes on behind the last batch.
+    as done. Iterating again after leaving the loop early continues behind the last batch.
 
     Examples
     --------
@@ -92,7 +92,7 @@ class ShardedSampler:
         drop_last: bool = False,
     ) -> None:
         _check_arguments(num_samples, rank, size, batch_size, seed)
-        # Plain integers and booleans, whatever came, so that the state can be written as JSON.
+        # Plain integers and booleans, so that the state can be written as JSON.
         self.num_samples = whole_number(num_samples)
         self.rank = whole_number(rank)
         self.size = whole_number(size)

@@ -35,7 +35,7 @@ def channels_first(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Window:
-    """Where a kernel stands on an image.
+    """The positions of a kernel on an image.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class Window:
         return channels_first(padded[:, top : height - top, left : width - left])
 
     def taps(self, padded: Array) -> Iterator[tuple[int, int, Array]]:
-        """Yield each place (i, j) in the kernel, and a view of the pixels it meets.
+        """Yield each position (i, j) in the kernel, and a view of the pixels under it.
 
         The view has the shape (batch, out_height, out_width, channels) and shares the memory of
         `padded`, which is channels last.

@@ -94,7 +94,7 @@ class Conv2d(Module):
         return y, Context(padded, count_uses(self.weight, self.bias))
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
-        """Spread `dy` (batch, c_out, out_height, out_width) over the pixels it came from."""
+        """Spread `dy` (batch, c_out, out_height, out_width) over the pixels it depends on."""
         xp = array_namespace(dy)
         padded = ctx.saved
         # Copied once if the channels are not last in memory, since every product reads it.
@@ -103,7 +103,7 @@ class Conv2d(Module):
         kernels = xp.ascontiguousarray(self.weight.data.transpose(2, 3, 0, 1))
         dpadded = xp.zeros(padded.shape, dtype=dy.dtype)
         product = xp.empty((rows.shape[0], padded.shape[3]), dtype=dy.dtype)
-        # One product per place in the kernel stays in the cache; one product for all does not.
+        # One product per position in the kernel stays in the cache; one product for all does not.
         for i, j, met in self.window.taps(dpadded):
             xp.matmul(rows, kernels[i, j], out=product)
             xp.add(met, product.reshape(met.shape), out=met)

@@ -1,4 +1,4 @@
-"""Layers' arithmetic on a device where the host's way would make the host wait, or be slow.
+"""Kernels for layers on a device, where the host's algorithm would block the host or be slow.
 
 Each is one kernel of cupy's, in CUDA's C. Results are functions of their arguments alone: no atomic
 additions, whose order changes from run to run.
@@ -100,7 +100,7 @@ def _sums(xp: ModuleType, wide: str) -> Any:
 def philox_at_least(
     threshold: np.uint32, key: tuple[int, int], counter: tuple[int, int], *, like: Array
 ) -> Array:
-    """Draw random words, and tell which are not below a threshold.
+    """Draw random 32-bit integers, and return which are not below a threshold.
 
     Parameters
     ----------

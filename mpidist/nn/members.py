@@ -58,7 +58,7 @@ def members(
     Raises
     ------
     TypeError
-        If a member stands in a dict under a key that is no str or int.
+        If the key of a member in a dict is no str or int.
     ValueError
         If the key is empty, holds a dot or a slash, or makes the same name as another.
     """
@@ -159,7 +159,7 @@ def render_tree(module: TreeNode) -> str:
     Returns
     -------
     str
-        Lines. What is held twice is described where it comes first, and named afterwards.
+        Lines. What is held twice is described at its first place, and named afterwards.
     """
     names: dict[int, str] = {}
     parameters = _below(module)

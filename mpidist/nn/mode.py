@@ -1,4 +1,4 @@
-"""`Mode`: everything a forward pass may depend on beside its input and the parameters."""
+"""`Mode`: all that a forward pass depends on except its input and the parameters."""
 
 from __future__ import annotations
 

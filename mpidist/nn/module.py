@@ -322,7 +322,7 @@ class Module(metaclass=_LabellingMeta):
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """Yield this module as "" and all below it, parents first, a shared one once.
 
-        What a `Recompute` wraps has the same name as the `Recompute`, and comes after it.
+        What a `Recompute` wraps has the same name as the `Recompute`, and follows it.
         """
         return _walk(self, "", set())
 
@@ -332,7 +332,7 @@ class Module(metaclass=_LabellingMeta):
         Yields
         ------
         tuple of str and Parameter
-            A parameter held in several places comes once, under its first name.
+            A parameter held in several places is yielded once, under its first name.
 
         Raises
         ------
@@ -465,8 +465,8 @@ class Module(metaclass=_LabellingMeta):
         Returns
         -------
         dict of str to (Array or ShardedArray)
-            The live arrays, not copies. A shared parameter stands once, under its first name; one
-            that is a `Part` of a whole array stands as a part of it.
+            The live arrays, not copies. A shared parameter appears once, under its first name; one
+            that is a `Part` of a whole array appears as a `ShardedArray` of it.
         """
         state: dict[str, Any] = {
             name: p.data if p.part is None else p.part.sharded(p.data)
@@ -481,8 +481,8 @@ class Module(metaclass=_LabellingMeta):
         ----------
         state : mapping of str to (Array or ShardedArray)
             As `state_dict` gives it: the same names, shapes and dtypes. Whole arrays, or parts
-            that have all elements which are here. Names in which the ``inner`` of a wrapper
-            stands, as they were written before, are understood, too.
+            that have all elements which are here. Names that contain the ``inner`` of a
+            wrapper, as earlier versions wrote them, are understood, too.
 
         Raises
         ------

@@ -12,7 +12,7 @@ _WRAPPER = re.compile(r"(?<![^./])inner\.")
 
 
 def former_names(present: Collection[str], saved: Collection[str]) -> dict[str, str]:
-    """Find what was saved under names in which a wrapper stands, such as ``0.inner.weight``.
+    """Find what was saved under names that contain a wrapper, such as ``0.inner.weight``.
 
     Parameters
     ----------

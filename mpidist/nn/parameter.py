@@ -1,4 +1,4 @@
-"""`Parameter`: an array to be trained, and the one door through which its gradient enters."""
+"""`Parameter`: an array to be trained, and the count of the contributions to its gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Parameter"]
 
 
 class Parameter:
-    """A trained array, its gradient's memory, and a count of contributions still to come.
+    """A trained array, the memory of its gradient, and a count of contributions.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Parameter:
 
         p.attach(view)              # optional, once: the gradient lives in this array
         p.zero_grad()               # resets a flag; touches no memory
-        p.expect(2, on_ready)       # optional: two contributions will come
+        p.expect(2, on_ready)       # optional: two contributions are expected
         memory = p.first_grad()     # no contribution yet: the memory to write into ...
         p.add_grad(memory)          # ... and this then copies nothing
         p.add_grad(g)               # added in place; the second of two, so on_ready(p) fires
@@ -79,7 +79,7 @@ class Parameter:
         self._grad: Array | None = None
         self._location: tuple[FlatBuffer, str] | None = None
         self._has_grad = False
-        self._remaining: int | None = None  # None: not armed, any number may come
+        self._remaining: int | None = None  # None: not counting
         self._on_ready: Callable[[Parameter], None] | None = None
 
     def __repr__(self) -> str:
@@ -154,12 +154,12 @@ class Parameter:
 
     @property
     def grad(self) -> Array | None:
-        """The gradient summed so far; None while no contribution has come since `zero_grad`.
+        """The gradient summed so far; None if there was no contribution since `zero_grad`.
 
         Raises
         ------
         RuntimeError
-            If all expected contributions have come and `release` has not been called.
+            If all expected contributions were made and `release` has not been called.
         """
         self._check_open()
         return self.unreduced_grad()
@@ -181,7 +181,7 @@ class Parameter:
         return self._grad if self._has_grad else None
 
     def first_grad(self) -> Array | None:
-        """Return the memory to write a first contribution into, or None if one has come.
+        """Return the memory for the first contribution, or None if there was one.
 
         Returns
         -------
@@ -192,7 +192,7 @@ class Parameter:
         Raises
         ------
         RuntimeError
-            If all expected contributions have come and `release` has not been called.
+            If all expected contributions were made and `release` has not been called.
         """
         self._check_open()
         if self._has_grad or not self.trainable:
@@ -224,7 +224,7 @@ class Parameter:
         Raises
         ------
         RuntimeError
-            If all expected contributions have come and `release` has not been called, or `g`
+            If all expected contributions were made and `release` has not been called, or `g`
             is the gradient's own memory and already counted.
         ValueError
             If `g` has another shape.
@@ -249,8 +249,8 @@ class Parameter:
         Raises
         ------
         RuntimeError
-            If all expected contributions have come and `release` has not been called: what is
-            under way would come back.
+            If all expected contributions were made and `release` has not been called: the
+            reduction would restore it.
         """
         self._check_open()
         self._has_grad = False
@@ -311,7 +311,7 @@ class Parameter:
         Parameters
         ----------
         uses : int
-            Contributions that will come. With 0 nothing fires, and any contribution raises.
+            Number of contributions. With 0 nothing fires, and any contribution raises.
         on_ready : callable, optional
             Called as ``on_ready(parameter)`` inside the last `add_grad`.
 
@@ -329,7 +329,7 @@ class Parameter:
         self._on_ready = on_ready
 
     def release(self) -> None:
-        """End the counting that `expect` began; contributions may come freely again."""
+        """End the counting that `expect` began; any number of contributions is allowed again."""
         self._remaining = None
         self._on_ready = None
 
@@ -337,7 +337,7 @@ class Parameter:
         memory = self.first_grad()
         if memory is None:
             grad = self._grad
-            assert grad is not None, "a contribution has come"
+            assert grad is not None, "there was a contribution"
             if g is grad:
                 raise RuntimeError(
                     f"add_grad: the gradient of parameter '{self.name}' was handed in twice; "

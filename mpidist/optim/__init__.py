@@ -1,4 +1,4 @@
-"""Optimizers and learning rates; local to a process, with no word of ranks.
+"""Optimizers and learning rates; local to a process.
 
 Notes
 -----

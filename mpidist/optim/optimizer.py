@@ -44,7 +44,7 @@ class Optimizer:
     TypeError
         If `params` is something else.
     ValueError
-        If there is no parameter, a name or a parameter comes twice, `lr` is negative or not
+        If there is no parameter, a name or a parameter appears twice, `lr` is negative or not
         finite, or `rule` is an `AdamRule` and a parameter is float16 or bfloat16.
 
     Notes
@@ -153,7 +153,7 @@ class Optimizer:
             ``"kind"``, ``"step"`` and, per parameter, ``"<name>/updates"`` and one
             ``"<name>/<slot>"`` per state array, a part of the whole where the parameter is one.
             Arrays are the living ones, not copies. The learning rate and the rule's numbers are not
-            part of it: they come from the program.
+            part of it: the program sets them.
         """
         state: dict[str, Any] = {"kind": type(self).__name__, "step": self._steps}
         for name, slots in self._state.items():
@@ -231,7 +231,7 @@ class SGD(Optimizer):
     Raises
     ------
     ValueError
-        If a number is out of its range, or a name or a parameter comes twice.
+        If a number is out of its range, or a name or a parameter appears twice.
 
     References
     ----------
@@ -270,7 +270,7 @@ class Adam(Optimizer):
     Raises
     ------
     ValueError
-        If a number is out of its range, a name or a parameter comes twice, or a parameter is
+        If a number is out of its range, a name or a parameter appears twice, or a parameter is
         float16 or bfloat16: keep it in float32.
 
     References
@@ -309,7 +309,7 @@ class AdamW(Optimizer):
     Raises
     ------
     ValueError
-        If a number is out of its range, a name or a parameter comes twice, or a parameter is
+        If a number is out of its range, a name or a parameter appears twice, or a parameter is
         float16 or bfloat16: keep it in float32.
 
     References

@@ -1,7 +1,7 @@
 """Update rules: arithmetic on a block of a parameter, and nothing else.
 
-A rule knows neither names nor steps nor where the block lies: whoever owns a slice of a parameter,
-its gradient and its state may apply it there. `mpidist.optim.Optimizer` keeps the books.
+A rule depends on neither names nor the position of the block, so it can be applied to a slice of a
+parameter, its gradient and its state. `mpidist.optim.Optimizer` keeps the state.
 
 numpy's ufuncs dispatch on their arguments, so on cupy arrays the same lines run on the device.
 """
@@ -41,7 +41,7 @@ class UpdateRule(Protocol):
         state : mapping of str to Array, each the shape and dtype of `w`
             One array per name in `slots`; overwritten.
         scratch : Array, shape ``(2, *w.shape)``, dtype of `w`
-            Room for intermediate values.
+            Memory for intermediate values.
         lr : float
             Learning rate of this step.
         t : int
@@ -66,7 +66,7 @@ class SGDRule:
     References
     ----------
     Sutskever, Martens, Dahl, Hinton (2013), On the importance of initialization and momentum in
-    deep learning, section 2; here the learning rate stands outside the velocity.
+    deep learning, section 2; here the learning rate is not part of the velocity.
     """
 
     momentum: float = 0.0

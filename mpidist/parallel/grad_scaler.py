@@ -1,4 +1,4 @@
-"""`GradScaler`: keep small gradients above the smallest float16, by a factor that finds itself."""
+"""`GradScaler`: keep small gradients above the smallest float16, by a factor that adapts itself."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class GradScaler:
         TypeError, ValueError
             If `parameters` is something else, or an iterator that has been used up.
         FloatingPointError
-            On every rank, if the factor would fall below 2**-24: not the factor is to blame then.
+            On every rank, if the factor would fall below 2**-24: the loss itself is not finite.
 
         Notes
         -----

@@ -158,7 +158,7 @@ def _scale(xp: ModuleType, wide: str) -> Any:
 
 
 def all_finite_divided(arrays: Sequence[Array], factor: float) -> bool:
-    """Divide arrays in place, and tell whether all their elements were finite.
+    """Divide arrays in place, and return whether all their elements were finite.
 
     Parameters
     ----------

@@ -41,7 +41,7 @@ _WIDEST = 16
 """Bytes of the longest number, complex128: the most that a flag takes."""
 
 Exchange: TypeAlias = Callable[[], Work[Any]]
-"""What happens to one full bucket: the call starts it, in the bucket's own memory or from it, and
+"""What happens to one full bucket; the call starts it, in the bucket's own memory or from it, and
 returns at once. When the `Work` has been waited for, the gradients are what they are to be."""
 
 
@@ -78,7 +78,7 @@ def assign_buckets(arrays: Mapping[str, Array], sizes: BucketSizes) -> list[list
     Returns
     -------
     list of list of str
-        The names in each bucket, in reverse order of registration. The buckets stand in the order
+        The names in each bucket, in reverse order of registration. The buckets are in the order
         in which they become complete if backward does what is expected of it. All arrays of a
         bucket have one dtype and lie on one kind of device.
 

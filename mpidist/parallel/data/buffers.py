@@ -1,4 +1,4 @@
-"""Rank 0's parameters and buffers on every rank, at the start and after each step."""
+"""Broadcast rank 0's parameters and buffers: at the start, and buffers in each step."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class BufferSync:
     rank. Like PyTorch, we let rank 0's win: a mean over ranks has no meaning for a counter or a
     table. PyTorch broadcasts them before each forward pass, which is waited for, and leaves ranks
     with different buffers after the last step. Here they are copied when backward begins, travel
-    beside the gradients, and are written when these are waited for: the same values meet the next
-    forward pass, and after each step all ranks are equal, for an evaluation or a checkpoint on any
-    of them. They go through a copy because backward may still read the buffers.
+    along with the gradients, and are written when these are waited for: the next forward pass uses
+    the same values, and after each step all ranks are equal, for an evaluation or a checkpoint on
+    any of them. They go through a copy because backward may still read the buffers.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class BufferSync:
             self._works.append(ibroadcast(flat.data, self._group, root=0, out=flat.data))
 
     def done(self) -> bool:
-        """Whether what was started has come."""
+        """Whether the broadcasts are complete."""
         return all(work.done() for work in self._works)
 
     def finish(self, timeout: float | None = None) -> None:
@@ -85,7 +85,7 @@ class BufferSync:
 
 
 def _flat_like(arrays: Mapping[str, Array]) -> FlatBuffer:
-    """Make room for copies of arrays of one dtype and one kind of memory, in that memory."""
+    """Allocate copies of arrays of one dtype, in their kind of memory."""
     shapes = {name: array.shape for name, array in arrays.items()}
     first = next(iter(arrays.values()))
     storage = array_namespace(first).empty(FlatBuffer.length_of(shapes), first.dtype)

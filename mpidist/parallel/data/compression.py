@@ -24,10 +24,9 @@ Hook: TypeAlias = Callable[[Array, ProcessGroup, ReduceOp], "Work[Any]"]
 
 It is called once per bucket and step, with the same buckets in the same order on all ranks, and
 returns at once. When its `Work` has been waited for, `bucket` must hold the reduction over `group`
-by `op` (MEAN or SUM), or what stands for it, with the same bits on all ranks. `plain` is the
-simplest one. What a hook keeps between steps it keeps per bucket; buckets have different lengths
-or at least different addresses, and stay where they are: `DDP` keeps its first layout beside a
-hook.
+by `op` (MEAN or SUM), or a substitute for it, with the same bits on all ranks. `plain` is the
+simplest one. A hook that keeps something between steps keeps it per bucket, by length or address:
+with a hook, `DDP` never changes its first layout.
 """
 
 

@@ -94,10 +94,10 @@ class DDP(Closing):
     The first backward outside `no_sync` shows the order in which the buckets are laid out from then
     on, once for all; see [Note: order of arrival] below.
 
-    Of a model on a device (`Module.to`), the buckets lie there and travel over NCCL, beside the
-    stream on which backward runs. `backward` then returns when the reduction has been put
+    For a model on a device (`Module.to`), the buckets are there and travel over NCCL, concurrently
+    with the stream on which backward runs. `backward` then returns when the reduction has been put
     before whatever is put on that stream next; neither it nor the optimizer's step makes the host
-    wait for the device. Ranks tell each other over the host which parameters they used.
+    wait for the device. Which parameters were used is exchanged over the host.
 
     References
     ----------
@@ -172,7 +172,7 @@ class DDP(Closing):
         x : Array, shape (batch, ...)
             This rank's samples; there may be none.
         mode : Mode
-            As the model takes it. Its `sample_offset` is the place of this rank's first sample in
+            As the model takes it. Its `sample_offset` is the index of this rank's first sample in
             the joined batch, so that random layers draw there what one process would draw.
 
         Returns
@@ -209,7 +209,7 @@ class DDP(Closing):
         RuntimeError
             On misuse, naming a parameter; see `ibackward`.
         CollectiveTimeoutError
-            If another rank does not come to its backward in time.
+            If another rank does not reach its backward in time.
 
         Notes
         -----
@@ -334,7 +334,7 @@ class DDP(Closing):
         self.lay_out(state)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise unless the names, shapes, dtypes and the order of a state fit, and now is the time.
+        """Raise unless a state fits, and no gradients are in flight.
 
         Parameters
         ----------
@@ -362,7 +362,7 @@ class DDP(Closing):
 
         Notes
         -----
-        Local; to be called on all ranks. The gradients move along. Beside a hook of the user's,
+        Local; to be called on all ranks. The gradients move along. With a hook of the user's,
         which may keep something per bucket, it changes nothing.
         """
         if BUCKET_ORDER in state:
@@ -431,7 +431,7 @@ class _StepWork(Work[None]):
 
 
 class _NoWork(Work[None]):
-    """What a local backward leaves to wait for."""
+    """The work of a local backward: nothing."""
 
     def done(self) -> bool:
         return True
@@ -445,15 +445,16 @@ def _without_order(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class BucketOrder:
-    """The order in which rank 0's gradients came in the first step, and all ranks' buckets lie.
+    """The order of the buckets: that in which rank 0's gradients arrived in the first step.
 
     [Note: order of arrival] The reverse of the order of the parameters is a guess at the order in
     which backward completes gradients. The first backward of a `DDP` outside `no_sync` shows the
-    real one: rank 0's is broadcast beside the gradients, and when they are waited for the buckets
-    are laid out anew in that order, in the same memory. What `Parameter.grad` returned before
-    that, inside `no_sync`, must not be used any more; what it returns afterwards stays the same
-    array. PyTorch does so, too. Beside a hook of the user's, which may keep something per bucket,
-    the first layout stays.
+    real one: rank 0's is broadcast along with the gradients, and when they are waited for the
+    buckets are laid out anew in that order, in the same memory. What `Parameter.grad` returned
+    before that, inside `no_sync`, must not be used any more; what it returns afterwards stays the
+    same array. PyTorch does so, too. With a hook of the user's, which may keep something per
+    bucket, the first layout stays. With a `ShardedOptimizer` each bucket keeps its gradients, and
+    only the order in which buckets start changes.
 
     Parameters
     ----------
@@ -494,11 +495,11 @@ class BucketOrder:
         self._broadcast = ibroadcast(positions, self._reducer.group, root=0, out=positions)
 
     def done(self) -> bool:
-        """Whether what was started has come."""
+        """Whether the broadcast is complete."""
         return self._broadcast is None or self._broadcast.done()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for what was started."""
+        """Wait for the broadcast."""
         if self._broadcast is not None:
             self._broadcast.wait(timeout)
 

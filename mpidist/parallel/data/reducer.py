@@ -49,7 +49,7 @@ class GradientReducer(Closing):
         on all ranks. Only names, shapes, dtypes and the kind of device are looked at.
     group : ProcessGroup
         The ranks taking part. The reducer makes and uses a duplicate of it, so that its messages
-        never meet the caller's.
+        never match the caller's.
     op : ReduceOp, optional
         `MEAN` or `SUM` of the ranks' gradients.
     compression : Compression or Hook, optional
@@ -86,10 +86,10 @@ class GradientReducer(Closing):
     the collective allocation of the buckets' memory (`ProcessGroup.empty`).
 
     [Note: order of buckets] Collectives match by the order in which they start, so every rank must
-    start its buckets in the same order, whatever order its gradients come in. A bucket that is
+    start its buckets in the same order, whatever the order of its gradients. A bucket that is
     complete therefore waits until all buckets before it have started. Buckets are laid out in
     reverse order of the names, which is the order in which backward completes them if it goes the
-    other way than forward. `relayout` takes the order in which they really came.
+    other way than forward. `relayout` sets the order in which they really arrived.
 
     References
     ----------
@@ -148,7 +148,7 @@ class GradientReducer(Closing):
         Parameters
         ----------
         name : str
-            Whose it is. From now until `wait` returns, the array belongs to the reducer.
+            Name of the gradient. From now until `wait` returns, the array belongs to the reducer.
 
         Raises
         ------
@@ -182,8 +182,8 @@ class GradientReducer(Closing):
     def progress(self) -> None:
         """Let the buckets under way make progress.
 
-        `ready` does it, too. A computation that goes on for long without a gradient calls this
-        now and then.
+        `ready` does it, too. Call it now and then in a computation that takes long without
+        a gradient.
 
         Raises
         ------
@@ -207,7 +207,7 @@ class GradientReducer(Closing):
         Parameters
         ----------
         name : str
-            Whose gradient is missing. What stands in `grads[name]` is overwritten.
+            Name of the gradient. `grads[name]` is overwritten with zeros.
 
         Raises
         ------
@@ -246,7 +246,7 @@ class GradientReducer(Closing):
         RuntimeError
             If some names are neither ready nor skipped, naming them; nothing has changed then.
         CollectiveTimeoutError
-            If another rank's gradients did not come in time.
+            If another rank's gradients did not arrive in time.
 
         Notes
         -----
@@ -278,14 +278,14 @@ class GradientReducer(Closing):
         -------
         list of str
             Every name once: those that were ready, in that order; then those that were skipped or
-            have not come, in the reverse order of the names.
+            are still missing, in the reverse order of the names.
         """
         ready = [name for name in self._arrived if name not in self._skipped]
-        came = set(ready)
-        return ready + [name for name in reversed(self.grads) if name not in came]
+        known = set(ready)
+        return ready + [name for name in reversed(self.grads) if name not in known]
 
     def relayout(self, order: Sequence[str]) -> None:
-        """Lay the buckets out anew, in the order in which gradients are going to come.
+        """Lay the buckets out anew, in the order in which gradients will arrive.
 
         Parameters
         ----------
@@ -297,7 +297,7 @@ class GradientReducer(Closing):
         ValueError
             If `order` is another set of names.
         RuntimeError
-            If some gradients have come since the last `wait`; nothing has changed then.
+            If some gradients have arrived since the last `wait`; nothing has changed then.
 
         Notes
         -----
@@ -316,7 +316,7 @@ class GradientReducer(Closing):
             )
         if self._own_composition:
             position = {name: i for i, name in enumerate(order)}
-            # A bucket is complete when its last gradient is; the one of the flags comes last.
+            # A bucket is complete when its last gradient is; that of the flags is the last.
             self._buckets.sort(
                 key=lambda bucket: max(
                     (position[name] for name in bucket.grads), default=len(order)
@@ -336,12 +336,12 @@ class GradientReducer(Closing):
         return self._bucket_of[name].flat, name
 
     def check_complete(self, operation: str) -> None:
-        """Raise an error that names what has not come, if anything has not.
+        """Raise an error that names the gradients that are missing, if any are.
 
         Parameters
         ----------
         operation : str
-            Who asks; named in the error.
+            The caller; named in the error.
 
         Raises
         ------
@@ -418,7 +418,7 @@ class ParameterGradients:
         self._reducer.ready(self._names[parameter])
 
     def release(self) -> None:
-        """End the counting; contributions may come freely again."""
+        """End the counting; any number of contributions is allowed again."""
         for parameter in self._names:
             parameter.release()
 

@@ -1,4 +1,4 @@
-"""Do all ranks mean the same arrays? One small exchange says so; a second one says who does not."""
+"""Compare descriptions of arrays across ranks: one small exchange, a second one at a difference."""
 
 from __future__ import annotations
 

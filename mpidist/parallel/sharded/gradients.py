@@ -1,4 +1,4 @@
-"""Where a sharded optimizer's gradients come from: a reduce-scatter, or a DDP's all-reduce."""
+"""The gradients of a sharded optimizer: from a reduce-scatter, or from a DDP's all-reduce."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class MemoryLedger:
         Accounted for, of this rank and of all ranks of its node.
     rank_pss, node_pss : int or None
         What the kernel counts of this process's data, and of all of the node, in bytes; None where
-        it does not tell. See `proportional_set_size`.
+        it does not report it. See `proportional_set_size`.
     """
 
     rank: MemoryUse
@@ -140,13 +140,13 @@ def proportional_set_size() -> int | None:
     -------
     int or None
         Bytes in memory, a page that n processes have mapped counting for one n-th in each: the sum
-        over the ranks of a node is what they take together. None where the kernel does not tell
-        (before Linux 5.4, elsewhere than Linux, or where ``/proc`` is hidden).
+        over the ranks of a node is what they take together. None where the kernel does not report
+        it (before Linux 5.4, elsewhere than Linux, or where ``/proc`` is hidden).
 
     Notes
     -----
     Local. Private and shared memory; not the pages of program files, of which a process's part
-    changes whenever another one that runs the same programs comes or goes. The resident set size
+    changes whenever another one that runs the same programs starts or ends. The resident set size
     (RSS), which most tools show, counts a shared page once in each process. The kernel walks all of
     the process's pages: some milliseconds per GiB.
 

@@ -28,16 +28,15 @@ __all__ = [
 class ModelState:
     """The state of a `ShardedOptimizer`'s model: of parameters, this rank's slices.
 
-    It is `ShardedOptimizer.model_state`. In the state of a checkpoint it stands in the place where
-    a run without a sharded optimizer has its `DDP` or its module; what one of them has saved, the
-    others load.
+    It is `ShardedOptimizer.model_state`. A checkpoint holds it where a run without a sharded
+    optimizer has its `DDP` or its module; each of them loads what another has saved.
 
     Parameters
     ----------
     ddp : DDP
         The `DDP` around the model.
     store : ParameterStore
-        Where its parameters stand.
+        The memory of its parameters.
     """
 
     def __init__(self, ddp: DDP, store: ParameterStore) -> None:

@@ -44,7 +44,7 @@ names of the whole parameters; some may be empty."""
 
 
 class ShardedOptimizer(Closing):
-    """An optimizer whose state is split over the ranks, and parameters that stand once per node.
+    """An optimizer whose state is split over the ranks, with the parameters once per node.
 
     ::
 
@@ -89,7 +89,7 @@ class ShardedOptimizer(Closing):
     model_state : ModelState
         The model's state, for checkpoints and to load values into its parameters.
     shared : bool
-        Whether parameters stand once per node; if not, every rank has a copy.
+        Whether there is one copy of the parameters per node; if not, there is one per rank.
 
     Raises
     ------
@@ -99,8 +99,8 @@ class ShardedOptimizer(Closing):
         If a parameter lies on a device.
     ValueError
         If a parameter is read-only, as another `ShardedOptimizer` leaves it; if the factory uses a
-        parameter twice, or one that it was not given; if `op` is given beside a DDP, or the DDP
-        has other ranks.
+        parameter twice, or one that it was not given; if `op` is given together with a DDP, or the
+        DDP has other ranks.
 
     Notes
     -----
@@ -153,7 +153,7 @@ class ShardedOptimizer(Closing):
 
     @property
     def shared(self) -> bool:
-        """Whether parameters stand once per node; if not, every rank has a copy."""
+        """Whether there is one copy of the parameters per node; if not, there is one per rank."""
         return isinstance(self._store, NodeStore)
 
     @property
@@ -307,7 +307,7 @@ class ShardedOptimizer(Closing):
         load_numbers(self.optimizers, state)
 
     def memory_use(self) -> MemoryUse:
-        """Count what this rank holds; of parameters that stand once per node an equal share.
+        """Count what this rank holds; an equal share of parameters that are shared.
 
         Returns
         -------
@@ -340,7 +340,7 @@ class ShardedOptimizer(Closing):
         return sum(p.nbytes for p in self.module.parameters() if not p.trainable)
 
     def _write(self, values: Mapping[str, Array]) -> None:
-        """Write this rank's slices of whole arrays."""
+        """Copy this rank's slices out of whole arrays."""
         for name, shard in self._shards.items():
             shard.data[...] = values[name].reshape(-1)[self._flat_of[name].box(name).slices]
 
