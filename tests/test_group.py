@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.group.pending import Plan
+from mpidist.backends.verbs import Barrier
 from mpidist.job import hooks
 from mpidist.testing import run_ranks
 
@@ -54,12 +54,12 @@ def failing_plan():
     def finish():
         raise ValueError("no room, says the test")
 
-    return Plan("barrier", (), finish)
+    return Barrier(), finish
 
 
 def test_an_error_at_the_end_of_an_operation_is_kept_and_breaks_the_group():
     def body(group):
-        work = group.start(failing_plan())
+        work = group.start(*failing_plan())
         for _ in range(2):
             with pytest.raises(ValueError, match="no room"):
                 work.wait()

@@ -1,14 +1,15 @@
 """The contract between the verbs and the transports.
 
 A transport moves flat, contiguous host or device arrays of native byte order between ranks. It
-must offer `Backend.exchange` and a few more methods; every collective then works by the algorithms
-of `mpidist.backends.algorithms`, and a transport overrides those that it does better itself.
+must offer `Backend.exchange` and a few more methods; every collective then goes by messages, as
+`mpidist.backends.verbs` says, and a transport overrides `Backend.transfer` for those that it does
+better itself.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays.namespaces import REDUCTIONS
 from mpidist.backends import algorithms
 from mpidist.backends.crossovers import Crossovers, choose
-from mpidist.backends.node.comparison import BY_MESSAGES, compare
+from mpidist.backends.node.comparison import compare
+from mpidist.backends.verbs import Collective
 from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
 from mpidist.errors import BackendUnavailableError
 from mpidist.observe.recorder import Recorder
@@ -267,15 +269,13 @@ class Backend(ABC):
         memory = self.node_memory
         return None if memory is None else memory.share(nbytes, waiter)
 
-    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+    def begin(self, collective: Collective, waiter: Waiter) -> Work[Any]:
         """Start a collective, and return at once.
 
         Parameters
         ----------
-        verb : str
-            Name of one of the collectives below.
-        args : tuple
-            Its arguments.
+        collective : Collective
+            What is performed; all ranks have made the same.
         waiter : Waiter
             Knows the signature of the call. Nothing waits here.
 
@@ -285,40 +285,38 @@ class Backend(ABC):
             Complete when this rank's result is there. A transport that compares calls raises
             `CollectiveMismatchError` from it if the ranks have called different things.
         """
-        return self.transfer(verb, args, waiter)
+        return self.transfer(collective, waiter)
 
-    def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+    def transfer(self, collective: Collective, waiter: Waiter) -> Work[Any]:
         """Start a collective by moving bytes between the ranks; see `begin`.
 
         A transport overrides this for the collectives that it performs itself.
         """
-        work: Work[Any] = getattr(self, verb)(*args)
-        return work
+        return self.start(collective.steps(self._next_lane()))
 
-    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+    def run(self, collective: Collective, *, waiter: Waiter) -> None:
         """Perform a collective, and return when this rank's result is there; see `begin`."""
-        waiter.wait_for(self.begin(verb, args, waiter).done)
+        waiter.wait_for(self.begin(collective, waiter).done)
 
     def compare(self, described: Described) -> Work[None]:
         """Find out whether all ranks are about to call the same; see `comparison.compare`."""
         return self.start(self._comparing(described))
 
-    def begin_compared(self, verb: str, args: tuple[Any, ...], described: Described) -> Work[None]:
+    def begin_compared(self, collective: Collective, described: Described) -> Work[None]:
         """Start a collective that begins when all ranks have come to it with the same call.
 
         Notes
         -----
         For debug mode: the words of all calls are exchanged. By messages, see [Note: phases].
         """
-        return self.start(self._comparing(described, BY_MESSAGES[verb], args))
+        return self.start(self._comparing(described, collective))
 
-    def _comparing(
-        self, described: Described, verb: Callable[..., Steps] | None = None, args: Any = ()
-    ) -> Steps:
+    def _comparing(self, described: Described, collective: Collective | None = None) -> Steps:
         # Two lanes in any case: also ranks that differ in this stay in step.
         first, second = self._next_lane(), self._next_lane()
-        then = () if verb is None else verb(second, *args)
-        return _in_turn(compare(first, described, rank=self.rank, size=self.size), then)
+        yield from compare(first, described, rank=self.rank, size=self.size)
+        if collective is not None:
+            yield from collective.steps(second)
 
     # -- operations of several phases ----------------------------------------------------------
 
@@ -371,52 +369,3 @@ class Backend(ABC):
         """Open the lane of the next collective; the same one on all ranks."""
         self._collectives += 1
         return algorithms.Lane(self, self.lane(Traffic.COLLECTIVE, self._collectives))
-
-    # -- collectives, by messages --------------------------------------------------------------
-
-    def barrier(self) -> Work[Any]:
-        """Complete when all ranks have started it."""
-        return self.start(algorithms.dissemination_barrier(self._next_lane()))
-
-    def broadcast(self, x: Array, root: int) -> Work[Any]:
-        """Copy `x` of rank `root` into `x` of the others."""
-        return self.start(algorithms.tree_broadcast(self._next_lane(), x, root))
-
-    def reduce(self, x: Array, out: Array | None, op: ReduceOp, root: int) -> Work[Any]:
-        """Combine `x` of all ranks into `out` of rank `root`, which may be its `x`."""
-        return self.start(algorithms.reduce(self._next_lane(), x, out, op, root))
-
-    def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> Work[Any]:
-        """Combine `x` of all ranks into `out` of all ranks, which may be `x`."""
-        return self.start(algorithms.all_reduce(self._next_lane(), x, out, op))
-
-    def gather(self, x: Array, out: Array | None, counts: Sequence[int], root: int) -> Work[Any]:
-        """Lay `x` of all ranks one behind the other in `out` of rank `root`."""
-        return self.start(algorithms.linear_gather(self._next_lane(), x, out, counts, root))
-
-    def all_gather(self, x: Array | None, out: Array, counts: Sequence[int]) -> Work[Any]:
-        """Lay `x` of all ranks one behind the other in `out`; `x` None: it is there already."""
-        return self.start(algorithms.ring_all_gather(self._next_lane(), x, out, counts))
-
-    def scatter(self, x: Array | None, out: Array, counts: Sequence[int], root: int) -> Work[Any]:
-        """Cut `x` of rank `root` into `out` of all ranks."""
-        return self.start(algorithms.linear_scatter(self._next_lane(), x, out, counts, root))
-
-    def reduce_scatter(
-        self, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
-    ) -> Work[Any]:
-        """Combine `x` of all ranks and keep this rank's part of the result in `out`."""
-        return self.start(algorithms.pairwise_reduce_scatter(self._next_lane(), x, out, counts, op))
-
-    def all_to_all(
-        self, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> Work[Any]:
-        """Send part `i` of `x` to rank `i`, and lay what comes from it in part `i` of `out`."""
-        return self.start(
-            algorithms.pairwise_all_to_all(self._next_lane(), x, out, send_counts, recv_counts)
-        )
-
-
-def _in_turn(*operations: Iterable[Work[Any]]) -> Steps:
-    for steps in operations:
-        yield from steps

@@ -8,6 +8,7 @@ of a device are not copied: NCCL takes all of them in one group of calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -17,6 +18,7 @@ import numpy as np
 from mpidist._types import SUM, Array, DType, ReduceOp
 from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace, is_device, is_host
+from mpidist.backends.verbs import Barrier, Planned, Together
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import check_array, check_out, native_dtype, nothing
 from mpidist.collectives._gathers import plan_all_gather
@@ -24,7 +26,6 @@ from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, pla
 from mpidist.collectives._rows import cut_rows, rows_of
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
-from mpidist.group.pending import Plan, together
 
 __all__ = [
     "all_gather_coalesced",
@@ -69,7 +70,7 @@ class _Together(Work[list[Array]]):
 def _start(
     arrays: Sequence[Array],
     outs: _Results,
-    plan: Callable[[Array, Array | None], Plan[Array]],
+    plan: Callable[[Array, Array | None], Planned[Array]],
     group: ProcessGroup,
     *,
     parts: tuple[int, int],
@@ -90,26 +91,31 @@ def _start(
         How many ranks' parts each input, and each result, consists of.
     """
     results, targets = outs
-    plans: list[Plan[Any]] = []
+    plans: list[Planned[Any]] = []
     listed = _describe_list(arrays)
     for dtype, places in _by_dtype(arrays).items():
         rows = _rows(arrays, places, parts[0])
         packed = np.empty((parts[0], FlatBuffer.length_of(_shapes(rows[0]))), dtype)
         for row, inputs in zip(packed, rows, strict=True):
             FlatBuffer(_shapes(inputs), dtype, storage=row).pack(inputs)
-        checked = plan(packed, packed if parts == (1, 1) else None)
-        unpack = partial(_unpack, checked.finish, _rows(targets, places, parts[1]))
-        plans.append(Plan(checked.verb, checked.args, unpack, checked.shape, checked.rows, listed))
+        call, finish = plan(packed, packed if parts == (1, 1) else None)
+        unpack = partial(_unpack, finish, _rows(targets, places, parts[1]))
+        plans.append((call, unpack))
     devices = [plan(x, out) for x, out in zip(arrays, targets, strict=True) if is_device(x)]
     if devices:
-        plans.append(together(devices, listed))
+        plans.append(_together(devices))
     if not plans:
         # Nothing moves, but the others may have come with a longer list.
-        plans.append(Plan("barrier", (), nothing, listed=listed))
-    for each in plans:
-        each.breaks = len(plans) > 1
+        plans.append((Barrier(), nothing))
+    breaks = len(plans) > 1
     # None is started before all are known to be good.
-    return _Together([group.start(each) for each in plans], results)
+    calls = [(replace(call, listed=listed, breaks=breaks), finish) for call, finish in plans]
+    return _Together([group.start(*each) for each in calls], results)
+
+
+def _together(plans: Sequence[Planned[Array]]) -> Planned[list[Array]]:
+    """Make one operation of several on device arrays."""
+    return Together(tuple(call for call, _ in plans)), lambda: [finish() for _, finish in plans]
 
 
 def _describe_list(arrays: Sequence[Array]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpidist._types import Array
+from mpidist.backends.verbs import AllGather, Gather, Planned
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import (
     check_array,
@@ -16,7 +17,6 @@ from mpidist.collectives._checks import (
 )
 from mpidist.collectives._rows import contributed_rows, elements_in, rows_of
 from mpidist.group import ProcessGroup
-from mpidist.group.pending import Plan
 
 __all__ = [
     "all_gather",
@@ -30,7 +30,7 @@ __all__ = [
 
 def plan_all_gather(
     x: Array, group: ProcessGroup, out: Array | None, counts: Sequence[int] | None
-) -> Plan[Array]:
+) -> Planned[Array]:
     """Check the arguments of `all_gather` and prepare it."""
     x = check_array(x, "all_gather", group)
     rows = contributed_rows(x, group, counts, "all_gather")
@@ -43,7 +43,7 @@ def plan_all_gather(
         mine[...] = source
     # Always in place: MPI wants either all ranks to be, or none, and a rank cannot know whether
     # the `x` of the others are parts of their `out`, nor tell it of an empty x of its own.
-    return Plan("all_gather", (None, flat, elements), finish, shape[1:], rows)
+    return AllGather(None, flat, elements, shape=shape[1:], rows=rows), finish
 
 
 def _own_part(flat: Array, elements: Sequence[int], group: ProcessGroup) -> Array:
@@ -89,7 +89,7 @@ def all_gather(
     Collective over `group`; blocks. A ring: p - 1 messages, the bytes of all parts but one.
     """
     plan = plan_all_gather(x, group, out, counts)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def iall_gather(
@@ -101,12 +101,12 @@ def iall_gather(
 ) -> Work[Array]:
     """Start an `all_gather`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_gather(x, group, out, counts)
-    return group.start(plan)
+    return group.start(*plan)
 
 
 def plan_gather(
     x: Array, group: ProcessGroup, root: int, out: Array | None, counts: Sequence[int] | None
-) -> Plan[Array | None]:
+) -> Planned[Array | None]:
     """Check the arguments of `gather` and prepare it."""
     root = check_rank(root, "gather", group)
     x = check_array(x, "gather", group)
@@ -115,13 +115,13 @@ def plan_gather(
     elements = elements_in(rows, shape)
     source = flat_source(x)
     if group.rank != root:
-        return Plan("gather", (source, None, elements, root), nothing, shape[1:], rows)
+        return Gather(source, None, elements, root, shape=shape[1:], rows=rows), nothing
     flat, finish = land(out, shape, x, verb="gather", group=group)
     mine = _own_part(flat, elements, group)
     source = separate(source, mine, out)
     if source is not mine:
         source = separate(source, flat, out)
-    return Plan("gather", (source, flat, elements, root), finish, shape[1:], rows)
+    return Gather(source, flat, elements, root, shape=shape[1:], rows=rows), finish
 
 
 def gather(
@@ -163,7 +163,7 @@ def gather(
     Collective over `group`; blocks. 1 message of the bytes of `x` per rank; the root receives all.
     """
     plan = plan_gather(x, group, root, out, counts)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def igather(
@@ -176,4 +176,4 @@ def igather(
 ) -> Work[Array | None]:
     """Start a `gather`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_gather(x, group, root, out, counts)
-    return group.start(plan)
+    return group.start(*plan)

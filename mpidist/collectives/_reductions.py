@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpidist._types import SUM, Array, ReduceOp
+from mpidist.backends.verbs import (
+    AllReduce,
+    Barrier,
+    Broadcast,
+    Planned,
+    Reduce,
+    ReduceScatter,
+)
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import (
     check_array,
@@ -19,7 +27,6 @@ from mpidist.collectives._checks import (
 )
 from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.group.group import ProcessGroup, check_group
-from mpidist.group.pending import Plan
 
 __all__ = [
     "all_reduce",
@@ -57,25 +64,28 @@ def barrier(group: ProcessGroup) -> None:
     Collective over `group`; blocks. ceil(log2 p) messages of 1 byte per rank.
     """
     check_group(group, "barrier")
-    group.run(Plan("barrier", (), nothing))
+    group.run(Barrier(), nothing)
 
 
 def ibarrier(group: ProcessGroup) -> Work[None]:
     """Start a `barrier`; the Work is complete when all ranks have called it."""
     check_group(group, "ibarrier")
-    return group.start(Plan("barrier", (), nothing))
+    return group.start(Barrier(), nothing)
 
 
-def plan_all_reduce(x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None) -> Plan[Array]:
+def plan_all_reduce(
+    x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None
+) -> Planned[Array]:
     """Check the arguments of `all_reduce` and prepare it."""
     if out is x and is_plain(x):
         check_reduction(x, op, "all_reduce", group)
         same = x if x.ndim == 1 else x.reshape(-1)
-        return Plan("all_reduce", (same, same, op), lambda: x, x.shape)
+        return AllReduce(same, same, op, shape=x.shape), lambda: x
     x = check_array(x, "all_reduce", group)
     check_reduction(x, op, "all_reduce", group)
     flat, finish = land(out, x.shape, x, verb="all_reduce", group=group)
-    return Plan("all_reduce", (separate(flat_source(x), flat, out), flat, op), finish, x.shape)
+    source = separate(flat_source(x), flat, out)
+    return AllReduce(source, flat, op, shape=x.shape), finish
 
 
 def all_reduce(
@@ -122,7 +132,7 @@ def all_reduce(
         check_reduction(check_array(x, "all_reduce", group), op, "all_reduce", group)
         raise
     plan = plan_all_reduce(x, group, op, out)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def iall_reduce(
@@ -130,10 +140,10 @@ def iall_reduce(
 ) -> Work[Array]:
     """Start an `all_reduce`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_reduce(x, group, op, out)
-    return group.start(plan)
+    return group.start(*plan)
 
 
-def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Plan[Array]:
+def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Planned[Array]:
     """Check the arguments of `broadcast` and prepare it."""
     root = check_rank(root, "broadcast", group)
     x = check_array(x, "broadcast", group)
@@ -142,7 +152,7 @@ def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) 
         source = separate(flat_source(x), flat, out)
         if source is not flat:
             flat[...] = source
-    return Plan("broadcast", (flat, root), finish, x.shape)
+    return Broadcast(flat, root, shape=x.shape), finish
 
 
 def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None) -> Array:
@@ -178,7 +188,7 @@ def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None
     Collective over `group`; blocks. A binomial tree: at most ceil(log2 p) times `x` per rank.
     """
     plan = plan_broadcast(x, group, root, out)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def ibroadcast(
@@ -186,21 +196,22 @@ def ibroadcast(
 ) -> Work[Array]:
     """Start a `broadcast`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_broadcast(x, group, root, out)
-    return group.start(plan)
+    return group.start(*plan)
 
 
 def plan_reduce(
     x: Array, group: ProcessGroup, root: int, op: ReduceOp, out: Array | None
-) -> Plan[Array | None]:
+) -> Planned[Array | None]:
     """Check the arguments of `reduce` and prepare it."""
     root = check_rank(root, "reduce", group)
     x = check_array(x, "reduce", group)
     check_reduction(x, op, "reduce", group)
     source = flat_source(x)
     if group.rank != root:
-        return Plan("reduce", (source, None, op, root), nothing, x.shape)
+        return Reduce(source, None, op, root, shape=x.shape), nothing
     flat, finish = land(out, x.shape, x, verb="reduce", group=group)
-    return Plan("reduce", (separate(source, flat, out), flat, op, root), finish, x.shape)
+    source = separate(source, flat, out)
+    return Reduce(source, flat, op, root, shape=x.shape), finish
 
 
 def reduce(
@@ -241,7 +252,7 @@ def reduce(
     Collective over `group`; blocks. At most about the bytes of `x` sent per rank.
     """
     plan = plan_reduce(x, group, root, op, out)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def ireduce(
@@ -254,7 +265,7 @@ def ireduce(
 ) -> Work[Array | None]:
     """Start a `reduce`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_reduce(x, group, root, op, out)
-    return group.start(plan)
+    return group.start(*plan)
 
 
 def plan_reduce_scatter(
@@ -263,7 +274,7 @@ def plan_reduce_scatter(
     op: ReduceOp,
     out: Array | None,
     counts: Sequence[int] | None,
-) -> Plan[Array]:
+) -> Planned[Array]:
     """Check the arguments of `reduce_scatter` and prepare it."""
     x = check_array(x, "reduce_scatter", group)
     check_reduction(x, op, "reduce_scatter", group)
@@ -273,9 +284,8 @@ def plan_reduce_scatter(
     source = flat_source(x)
     if out is not None and overlap(source, flat):
         source = source.copy()
-    return Plan(
-        "reduce_scatter", (source, flat, elements_in(rows, x.shape), op), finish, x.shape[1:], rows
-    )
+    counts = elements_in(rows, x.shape)
+    return ReduceScatter(source, flat, counts, op, shape=x.shape[1:], rows=rows), finish
 
 
 def reduce_scatter(
@@ -320,7 +330,7 @@ def reduce_scatter(
     Collective over `group`; blocks. p - 1 messages, (p - 1) / p of the bytes of `x`.
     """
     plan = plan_reduce_scatter(x, group, op, out, counts)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def ireduce_scatter(
@@ -333,4 +343,4 @@ def ireduce_scatter(
 ) -> Work[Array]:
     """Start a `reduce_scatter`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_reduce_scatter(x, group, op, out, counts)
-    return group.start(plan)
+    return group.start(*plan)

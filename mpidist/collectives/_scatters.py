@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpidist._types import Array
+from mpidist.backends.verbs import AllToAll, Planned, Scatter
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import (
     check_array,
@@ -17,7 +18,6 @@ from mpidist.collectives._checks import (
 from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
-from mpidist.group.pending import Plan
 
 __all__ = ["all_to_all", "iall_to_all", "iscatter", "plan_all_to_all", "plan_scatter", "scatter"]
 
@@ -28,7 +28,7 @@ def plan_scatter(
     root: int,
     out: Array | None,
     counts: Sequence[int] | None,
-) -> Plan[Array]:
+) -> Planned[Array]:
     """Check the arguments of `scatter` and prepare it."""
     root = check_rank(root, "scatter", group)
     if x is None and (out is None or group.rank == root):
@@ -45,16 +45,16 @@ def plan_scatter(
     flat, finish = land(out, shape, x, verb="scatter", group=group)
     elements = elements_in(rows, x.shape)
     if group.rank != root:
-        return Plan("scatter", (None, flat, elements, root), finish, x.shape[1:], rows)
+        return Scatter(None, flat, elements, root, shape=x.shape[1:], rows=rows), finish
     source = flat_source(x)
     if out is not None and overlap(source, flat):
         source = source.copy()
-    return Plan("scatter", (source, flat, elements, root), finish, x.shape[1:], rows)
+    return Scatter(source, flat, elements, root, shape=x.shape[1:], rows=rows), finish
 
 
 def _receive_scatter(
     out: Array, group: ProcessGroup, root: int, counts: Sequence[int] | None
-) -> Plan[Array]:
+) -> Planned[Array]:
     """Plan for a rank that knows only its own rows."""
     check_array(out, "scatter", group, name="out")
     rows = (out.shape[:1] or (1,)) * group.size
@@ -66,7 +66,8 @@ def _receive_scatter(
         )
     flat, finish = land(out, out.shape, out, verb="scatter", group=group)
     elements = elements_in(rows, out.shape)
-    return Plan("scatter", (None, flat, elements, root), finish, out.shape[1:], tuple(rows))
+    call = Scatter(None, flat, elements, root, shape=out.shape[1:], rows=tuple(rows))
+    return call, finish
 
 
 def scatter(
@@ -112,7 +113,7 @@ def scatter(
     Collective over `group`; blocks. The root sends p - 1 messages, the others none.
     """
     plan = plan_scatter(x, group, root, out, counts)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def iscatter(
@@ -125,7 +126,7 @@ def iscatter(
 ) -> Work[Array]:
     """Start a `scatter`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_scatter(x, group, root, out, counts)
-    return group.start(plan)
+    return group.start(*plan)
 
 
 def plan_all_to_all(
@@ -134,7 +135,7 @@ def plan_all_to_all(
     out: Array | None,
     counts: Sequence[int] | None,
     recv_counts: Sequence[int] | None,
-) -> Plan[Array]:
+) -> Planned[Array]:
     """Check the arguments of `all_to_all` and prepare it."""
     x = check_array(x, "all_to_all", group)
     if (counts is None) != (recv_counts is None):
@@ -155,7 +156,7 @@ def plan_all_to_all(
     if out is not None and overlap(source, flat):
         source = source.copy()
     elements = elements_in(sent, x.shape), elements_in(received, x.shape)
-    return Plan("all_to_all", (source, flat, *elements), finish, x.shape[1:], ())
+    return AllToAll(source, flat, *elements, shape=x.shape[1:], rows=()), finish
 
 
 def all_to_all(
@@ -196,7 +197,7 @@ def all_to_all(
     Collective over `group`; blocks. p - 1 messages, the bytes of all blocks but one.
     """
     plan = plan_all_to_all(x, group, out, counts, recv_counts)
-    return group.run(plan)
+    return group.run(*plan)
 
 
 def iall_to_all(
@@ -209,4 +210,4 @@ def iall_to_all(
 ) -> Work[Array]:
     """Start an `all_to_all`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_to_all(x, group, out, counts, recv_counts)
-    return group.start(plan)
+    return group.start(*plan)

@@ -17,6 +17,7 @@ from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import device_empty, is_host
 from mpidist.backends.base import Backend, Capabilities
 from mpidist.backends.crossovers import Crossovers
+from mpidist.backends.verbs import AllGather
 from mpidist.errors import (
     BackendUnavailableError,
     CollectiveMismatchError,
@@ -25,7 +26,6 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.group.operations import Operations
-from mpidist.group.pending import Plan
 
 if TYPE_CHECKING:
     import logging
@@ -379,14 +379,15 @@ class ProcessGroup(Operations):
         numbers = np.empty((self.size, 2), np.int64)
         mine = np.array([number, int.from_bytes(os.urandom(7), "little")], np.int64)
         counts = (mine.size,) * self.size
-        self.run(Plan("all_gather", (mine, numbers.reshape(-1), counts), lambda: None))
+        self.run(AllGather(mine, numbers.reshape(-1), counts), lambda: None)
         return numbers[:, 0].tolist(), int(numbers[0, 1])
 
     def _cards(self, mine: bytes) -> list[bytes]:
         """Return a few bytes of each rank, of the same length on all."""
         cards = np.empty((self.size, len(mine)), np.uint8)
-        args = (np.frombuffer(mine, np.uint8), cards.reshape(-1), (len(mine),) * self.size)
-        self.run(Plan("all_gather", args, lambda: None))
+        counts = (len(mine),) * self.size
+        card = np.frombuffer(mine, np.uint8)
+        self.run(AllGather(card, cards.reshape(-1), counts), lambda: None)
         return [card.tobytes() for card in cards]
 
     # -- memory --------------------------------------------------------------------------------
@@ -558,7 +559,7 @@ class ProcessGroup(Operations):
         with self._performing(f"{operation} {dtype}{list(shape)}") as waiter:
             # A block has parts of one size: with another stride, ranks would overlap.
             mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
-            self._backend.run("all_gather", (mine, sizes, (1,) * self.size), waiter=waiter)
+            self._backend.run(AllGather(mine, sizes, (1,) * self.size), waiter=waiter)
             if (sizes != mine).any():
                 raise CollectiveMismatchError(
                     "the ranks ask for arrays of different sizes, and nothing has been made; all "

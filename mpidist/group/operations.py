@@ -14,6 +14,7 @@ from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import is_device
 from mpidist.backends.base import Backend
 from mpidist.backends.device.base import DeviceBackend, DeviceWork
+from mpidist.backends.verbs import AllReduce, Collective
 from mpidist.backends.work import Message, Steps
 from mpidist.errors import (
     BackendUnavailableError,
@@ -23,7 +24,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.group.journal import Journal
-from mpidist.group.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers, Plan
+from mpidist.group.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers
 from mpidist.observe.recorder import Kind, caller
 
 if TYPE_CHECKING:
@@ -161,33 +162,31 @@ class Operations(Closing):
 
     # -- operations ----------------------------------------------------------------------------
 
-    def run(self, plan: Plan[T]) -> T:
+    def run(self, call: Collective, finish: Callable[[], T]) -> T:
         """Perform a collective and return its result."""
-        if self._backend.device is not None and plan.on_device:
-            inner, waiter = self._begin_on_device(plan, Kind.BLOCKING)
+        if self._backend.device is not None and call.on_device:
+            inner, waiter = self._begin_on_device(call, Kind.BLOCKING)
             inner.when_over(partial(self._journal.end, waiter.record))
             try:
                 inner.order()
             except BaseException as error:
                 self._failed(error, waiter)
                 raise
-            return plan.finish()
-        number = self._count(plan.verb)
+            return finish()
+        number = self._count(call.verb)
         journal = self._journal
-        name = journal.name_collective(
-            Kind.BLOCKING, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
-        )
+        name = journal.name_collective(Kind.BLOCKING, call)
         record = journal.begin(name, number, caller(2))
-        waiter = self._waiter(plan.verb, record, name.call, plan)
+        waiter = self._waiter(call.verb, record, name.call, call)
         try:
             if self._watch.debug:
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)
-            self._backend.run(plan.verb, plan.args, waiter=waiter)
+            self._backend.run(call, waiter=waiter)
         except BaseException as error:
             self._failed(error, waiter)
             raise
         journal.end(record)
-        return plan.finish()
+        return finish()
 
     def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
         """Perform an all_reduce in place if one like it has been prepared; else do nothing.
@@ -195,7 +194,7 @@ class Operations(Closing):
         Returns
         -------
         bool
-            Whether it was done. A plan, its checks and a waiter cost more than a small sum.
+            Whether it was done. A `Collective`, its checks and a waiter cost more than a small sum.
         """
         sums = self._backend.sums
         # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
@@ -222,13 +221,13 @@ class Operations(Closing):
         return True
 
     def _sum_waiter(self, x: Array, op: ReduceOp, record: int) -> GroupWaiter:
-        """Return what waits for a sum in place that needed no plan."""
-        plan = Plan("all_reduce", (x, x, op), lambda: x, x.shape)
-        name = self._journal.name_collective(Kind.BLOCKING, plan.verb, plan.args, plan.shape)
-        return self._waiter(plan.verb, record, name.call, plan)
+        """Return what waits for a sum in place that was repeated."""
+        call = AllReduce(x, x, op, shape=x.shape)
+        name = self._journal.name_collective(Kind.BLOCKING, call)
+        return self._waiter(call.verb, record, name.call, call)
 
     def _repeat_on_device(self, device: DeviceBackend, x: Array, op: ReduceOp) -> bool:
-        """Perform an all_reduce of a device array in place if it needs no plan."""
+        """Perform an all_reduce of a device array in place if it needs no preparation."""
         name = self._journal.name_device_sum(x, op)
         number, record = self._collectives[0] + 1, 0
 
@@ -248,48 +247,44 @@ class Operations(Closing):
         work.order()
         return True
 
-    def start(self, plan: Plan[T]) -> GroupWork[T]:
+    def start(self, call: Collective, finish: Callable[[], T]) -> GroupWork[T]:
         """Start a collective and return at once."""
-        if self._backend.device is not None and plan.on_device:
-            begun, waiter = self._begin_on_device(plan, Kind.IMMEDIATE)
+        if self._backend.device is not None and call.on_device:
+            begun, waiter = self._begin_on_device(call, Kind.IMMEDIATE)
             self._release(2)
-            return DeviceGroupWork(waiter, begun, plan.finish)
-        verb = f"i{plan.verb}"
+            return DeviceGroupWork(waiter, begun, finish)
+        verb = f"i{call.verb}"
         number = self._count(verb)
-        name = self._journal.name_collective(
-            Kind.IMMEDIATE, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
-        )
+        name = self._journal.name_collective(Kind.IMMEDIATE, call)
         record = self._journal.begin(name, number, caller(2))
-        waiter = self._waiter(verb, record, name.call, plan)
+        waiter = self._waiter(verb, record, name.call, call)
         try:
             if self._watch.debug:
-                inner = self._backend.begin_compared(plan.verb, plan.args, waiter.describe())
+                inner = self._backend.begin_compared(call, waiter.describe())
             else:
-                inner = self._backend.begin(plan.verb, plan.args, waiter)
+                inner = self._backend.begin(call, waiter)
         except BaseException as error:
             self._failed(error, waiter)
             raise
         if len(self._outstanding) >= self._limit:
             self._release_many()
-        return GroupWork(waiter, inner, plan.finish)
+        return GroupWork(waiter, inner, finish)
 
-    def _begin_on_device(self, plan: Plan[Any], kind: Kind) -> tuple[DeviceWork, GroupWaiter]:
+    def _begin_on_device(self, call: Collective, kind: Kind) -> tuple[DeviceWork, GroupWaiter]:
         """Put a collective on device arrays behind the current stream, and return at once."""
         device = self._backend.device
         assert device is not None, "asked before"
-        verb = plan.verb if kind is Kind.BLOCKING else f"i{plan.verb}"
+        verb = call.verb if kind is Kind.BLOCKING else f"i{call.verb}"
         number = self._count(verb)
-        name = self._journal.name_collective(
-            kind, plan.verb, plan.args, plan.shape, plan.rows, plan.listed
-        )
+        name = self._journal.name_collective(kind, call)
         record = self._journal.begin(name, number, caller(3))
-        waiter = self._waiter(verb, record, name.call, plan)
+        waiter = self._waiter(verb, record, name.call, call)
         try:
             if self._watch.debug:
                 # Also the immediate form meets here: what the device has begun cannot be undone.
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)
             device.prepare(waiter)
-            begun = device.begin(plan.verb, plan.args, waiter)
+            begun = device.begin(call, waiter)
         except (BackendUnavailableError, LaunchError):
             # The ranks cannot be connected, all of them know, and nothing has begun.
             self._journal.end(record, failed=True)
@@ -298,7 +293,7 @@ class Operations(Closing):
             self._failed(error, waiter)
             raise
         if not device.compares_calls:
-            waiter.plan = None  # whoever waits long for the device need not hold the arrays
+            waiter.call = None  # whoever waits long for the device need not hold the arrays
         return begun, waiter
 
     def start_messages(
@@ -400,13 +395,13 @@ class Operations(Closing):
         verb: str,
         record: int,
         digest: int = 0,
-        plan: Plan[Any] | None = None,
+        call: Collective | None = None,
         *,
         number: int | None = None,
     ) -> GroupWaiter:
         """Return what waits for a collective, the one that was begun last when it has no number."""
         collective = (self._identity, self._collectives[0] if number is None else number)
-        return GroupWaiter(self, verb, record, collective=collective, digest=digest, plan=plan)
+        return GroupWaiter(self, verb, record, collective=collective, digest=digest, call=call)
 
     def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
         """Count an operation among some ranks, record it, and return what waits for it."""
@@ -418,7 +413,7 @@ class Operations(Closing):
 
     @contextmanager
     def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
-        """Count and record what blocks and is no plan; yield what waits for it."""
+        """Count and record what blocks and is no `Collective`; yield what waits for it."""
         frame = caller(3)
         if among is None:
             number = self._count(what)

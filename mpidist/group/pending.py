@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpidist._arguments import seconds
-from mpidist.arrays.namespaces import is_device
 from mpidist.backends.device.base import DeviceWork
-from mpidist.backends.node.signatures import Described, balance_of
+from mpidist.backends.node.signatures import Described
+from mpidist.backends.verbs import Collective
 from mpidist.backends.waiting import WaitTimeout, wait_until
 from mpidist.backends.work import Waiter, Work
 from mpidist.errors import (
@@ -20,7 +20,6 @@ from mpidist.errors import (
     SizeMismatchError,
     TransportError,
 )
-from mpidist.group.journal import describe, describe_counts
 from mpidist.observe.recorder import caller
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ __all__ = [
     "GroupWaiter",
     "GroupWork",
     "Peers",
-    "Plan",
-    "together",
 ]
 
 T = TypeVar("T")
@@ -43,49 +40,6 @@ _LONGEST_PAUSE = 10.0
 
 GRACE = 3.0
 """Seconds that a wait for a rank goes on after it has left: its last messages may be on the way."""
-
-
-@dataclass(slots=True)  # not frozen: that doubles the cost of making one
-class Plan(Generic[T]):
-    """One collective, checked and ready to go.
-
-    Attributes
-    ----------
-    verb : str
-        Name of the transport's method.
-    args : tuple
-        Its arguments: flat arrays, counts, op, root.
-    finish : callable
-        Called once when the operation is complete; returns the verb's result.
-    shape : tuple of int, optional
-        Of the caller's array, which is the same on all ranks; where `rows` are given, of one row.
-    rows : tuple of int, optional
-        Rows of each rank's part. Empty for all_to_all, whose rows differ by rank.
-    listed : str, optional
-        All arrays of the list of which this packs those of one dtype.
-    breaks : bool, optional
-        Whether it is one of several that were called together, so that a difference breaks the
-        group: the others are under way.
-    """
-
-    verb: str
-    args: tuple[Any, ...]
-    finish: Callable[[], T]
-    shape: tuple[int, ...] | None = None
-    rows: tuple[int, ...] | None = None
-    listed: str = ""
-    breaks: bool = False
-
-    @property
-    def on_device(self) -> bool:
-        """Whether its arrays lie on a device."""
-        return self.verb == "together" or any(map(is_device, self.args))
-
-
-def together(plans: Sequence[Plan[Any]], listed: str) -> Plan[list[Any]]:
-    """Make one plan of several on device arrays, which are performed as one operation."""
-    calls = tuple((plan.verb, plan.args) for plan in plans)
-    return Plan("together", calls, lambda: [plan.finish() for plan in plans], listed=listed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +80,8 @@ class GroupWaiter(Waiter):
         The ranks it depends on; all when omitted.
     digest : int, optional
         Of what has to be the same on all ranks.
-    plan : Plan, optional
-        What is performed, if it is a plan.
+    call : Collective, optional
+        What is performed, if it is one.
     """
 
     # One is made for every blocking call, most of which never have to wait for long.
@@ -139,11 +93,11 @@ class GroupWaiter(Waiter):
         "_number",
         "_verb",
         "breaks",
+        "call",
         "collective",
         "digest",
         "group",
         "peers",
-        "plan",
         "record",
         "timeout",
     )
@@ -158,12 +112,12 @@ class GroupWaiter(Waiter):
         collective: tuple[int, int] | None = None,
         peers: Peers = EVERYBODY,
         digest: int = 0,
-        plan: Plan[Any] | None = None,
+        call: Collective | None = None,
     ) -> None:
         self.group = group
         self.digest = digest
-        self.plan = plan
-        self.breaks = plan is not None and plan.breaks
+        self.call = call
+        self.breaks = call is not None and call.breaks
         self.record = record
         self.collective = collective
         self.peers = peers
@@ -183,26 +137,20 @@ class GroupWaiter(Waiter):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of the caller's array, where the call has one."""
-        return None if self.plan is None else self.plan.shape
+        return None if self.call is None else self.call.shape
 
     @property
     def balance(self) -> int | None:
         """What has to add up to 0 over all ranks, where something has to."""
-        plan = self.plan
-        if plan is None or plan.verb != "all_to_all":
-            return None
-        _, _, sends, receives = plan.args
-        return balance_of(self.group.rank, tuple(sends), tuple(receives))
+        return None if self.call is None else self.call.balance(self.group.rank)
 
     def describe(self) -> Described:
         """Return the call in words."""
-        site, plan = self.group._watch.here(self.record), self.plan
-        if plan is None:
+        site, call = self.group._watch.here(self.record), self.call
+        if call is None:
             return Described(self._verb, site)
-        immediate = "i" * (self._verb != plan.verb)
-        what = describe(plan.verb, plan.args, plan.shape, plan.rows, plan.listed)
-        counts = describe_counts(plan.verb, plan.args)
-        return Described(immediate + what, site, counts, self.balance or 0)
+        immediate = "i" * (self._verb != call.verb)
+        return Described(immediate + call.describe(), site, call.fits, self.balance or 0)
 
     # -- waiting ---------------------------------------------------------------------------------
 
@@ -399,7 +347,7 @@ class GroupWork(Work[T]):
     def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
         """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
         self._over, self._error = True, error
-        self._waiter.plan = None  # it has the caller's arrays
+        self._waiter.call = None  # it has the caller's arrays
         group = self._group
         del group._outstanding[self]
         group._journal.end(self._waiter.record, failed=error is not None)

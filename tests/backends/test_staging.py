@@ -89,9 +89,9 @@ def test_the_next_chunk_is_on_its_way_while_one_is_summed(monkeypatch: pytest.Mo
         happened.append(("fetch", len(copies)))
         return fetch(its, copies)
 
-    def transferred(backend: Any, verb: str, args: Any, waiter: Any) -> Any:
-        happened.append((verb, args[0].size))
-        return transfer(backend, verb, args, waiter)
+    def transferred(backend: Any, call: Any, waiter: Any) -> Any:
+        happened.append((call.verb, call.x.size))
+        return transfer(backend, call, waiter)
 
     def body(group: ProcessGroup) -> Any:
         x = array(np.ones(2 * ITEMS + 1))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.group.journal import Journal, describe
+from mpidist.backends.verbs import AllGather
+from mpidist.group.journal import Journal
 from mpidist.observe.recorder import Head, Kind, Recorder
 from mpidist.observe.recorder.layout import RING, TEXTS_NBYTES
 from mpidist.observe.recorder.recording import Recording
@@ -118,10 +119,10 @@ def test_calls_are_told_apart_by_numbers_also_when_their_texts_are_cut() -> None
 def test_only_some_names_are_remembered() -> None:
     recorder, _ = pair()
     journal = Journal(recorder, "g", 1)
-    first = journal.name_collective(Kind.BLOCKING, "all_gather", (None, np.ones(1), (0, 1)))
+    first = journal.name_collective(Kind.BLOCKING, AllGather(None, np.ones(1), (0, 1)))
     for size in range(5000):
-        args = (None, np.ones(1), (size, 1))
-        name = journal.name_collective(Kind.BLOCKING, "all_gather", args)
+        call = AllGather(None, np.ones(1), (size, 1))
+        name = journal.name_collective(Kind.BLOCKING, call)
         assert size == 0 or name.call != first.call
     assert len(journal._names) <= 1024
 
@@ -231,9 +232,8 @@ def test_what_is_recorded_is_the_same_on_all_ranks(call, expected) -> None:
 
 
 def test_many_counts_are_told_by_a_checksum() -> None:
-    counts = list(range(20))
-    args = (np.ones(3), np.ones(190), counts)
-    one = describe("all_gather", args, None)
-    other = describe("all_gather", (*args[:2], counts[::-1]), None)
+    counts = tuple(range(20))
+    one = AllGather(np.ones(3), np.ones(190), counts).describe()
+    other = AllGather(np.ones(3), np.ones(190), counts[::-1]).describe()
     assert "sum 190, checksum" in one
     assert one != other

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pytest
 
 import mpidist
 from mpidist import collectives
-from mpidist._types import MIN, Array, ReduceOp
+from mpidist._types import MIN
 from mpidist.arrays.namespaces import HALVES
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend
@@ -19,8 +20,16 @@ from mpidist.backends.device.nccl.link import Link
 from mpidist.backends.device.nccl.streams import Side
 from mpidist.backends.device.nccl.work import NcclWork
 from mpidist.backends.device.staging import Staging
+from mpidist.backends.verbs import (
+    AllReduce,
+    AllToAll,
+    Broadcast,
+    Collective,
+    Reduce,
+    ReduceScatter,
+)
 from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Work
+from mpidist.backends.work import Waiter, Work
 from mpidist.errors import TransportError
 from mpidist.group import ProcessGroup
 from mpidist.group.pending import DeviceGroupWork
@@ -28,97 +37,108 @@ from mpidist.testing import BackendContract, run_ranks
 from mpidist.testing.contract import DeviceContract
 from tests.nccl_stub.place import StandInPlace
 
-Reduction = Callable[[Array, Array, ReduceOp], Work[Any]]
+C = TypeVar("C", bound=Collective)
+Transfer: TypeAlias = Callable[[Collective, Waiter], "Work[Any]"]
+
+
+def spoil_call(backend: Backend, verb: type[C], spoil: Callable[[C], Collective]) -> None:
+    """Let a transport perform another call than the one of this verb."""
+    original: Transfer = backend.transfer
+
+    def transfer(call: Collective, waiter: Waiter) -> Work[Any]:
+        return original(spoil(call) if isinstance(call, verb) else call, waiter)
+
+    backend.transfer = transfer  # type: ignore[method-assign]
 
 
 def waits_inside(backend: Backend) -> None:
     """Wait in the call that should only start."""
-    original = backend.all_reduce
+    original: Transfer = backend.transfer
 
-    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
-        work = original(x, out, op)
-        wait_until(work.done, timeout=60, progress=backend.progress)
+    def transfer(call: Collective, waiter: Waiter) -> Work[Any]:
+        work = original(call, waiter)
+        if isinstance(call, AllReduce):
+            wait_until(work.done, timeout=60, progress=backend.progress)
         return work
 
-    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+    backend.transfer = transfer  # type: ignore[method-assign]
 
 
 def loses_nan(backend: Backend) -> None:
     """Let MIN ignore NaN, as C's comparison does."""
-    original = backend.all_reduce
 
-    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
-        if op is MIN and x.dtype == np.float64:
-            x = np.where(np.isnan(x), np.inf, x)
-        return original(x, out, op)
+    def spoil(call: AllReduce) -> AllReduce:
+        if call.op is MIN and call.x.dtype == np.float64:
+            return replace(call, x=np.where(np.isnan(call.x), np.inf, call.x))
+        return call
 
-    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+    spoil_call(backend, AllReduce, spoil)
 
 
 def rounds_each_step(backend: Backend) -> None:
     """Sum halves pair by pair, rounding each time."""
-    original = backend.all_reduce
+    original: Transfer = backend.transfer
 
-    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
-        if x.dtype not in HALVES:
-            return original(x, out, op)
-        return backend.start(algorithms.ring_all_reduce(backend._next_lane(), x, out, op))
+    def transfer(call: Collective, waiter: Waiter) -> Work[Any]:
+        if not isinstance(call, AllReduce) or call.x.dtype not in HALVES:
+            return original(call, waiter)
+        lane = backend._next_lane()
+        return backend.start(algorithms.ring_all_reduce(lane, call.x, call.out, call.op))
 
-    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+    backend.transfer = transfer  # type: ignore[method-assign]
 
 
 def other_bits_on_one_rank(backend: Backend) -> None:
     """Change the last bit of a result on rank 1."""
-    original = backend.all_reduce
+    original: Transfer = backend.transfer
 
-    def all_reduce(x: Array, out: Array, op: ReduceOp) -> Work[Any]:
-        if x.dtype != np.float32 or backend.rank != 1:
-            return original(x, out, op)
-        wait_until(original(x, out, op).done, timeout=10, progress=backend.progress)
-        out[-1:] = np.nextafter(out[-1:], np.float32(np.inf))
+    def transfer(call: Collective, waiter: Waiter) -> Work[Any]:
+        work = original(call, waiter)
+        if not isinstance(call, AllReduce) or call.x.dtype != np.float32 or backend.rank != 1:
+            return work
+        wait_until(work.done, timeout=10, progress=backend.progress)
+        call.out[-1:] = np.nextafter(call.out[-1:], np.float32(np.inf))
         return backend.start(iter(()))  # type: ignore[arg-type]
 
-    backend.all_reduce = all_reduce  # type: ignore[method-assign]
+    backend.transfer = transfer  # type: ignore[method-assign]
 
 
 def spoils_its_input(backend: Backend) -> None:
     """Use the input of a reduction as scratch memory."""
-    original = backend.reduce_scatter
 
-    def reduce_scatter(x: Array, out: Array, counts: Sequence[int], op: ReduceOp) -> Work[Any]:
-        work = original(x.copy(), out, counts, op)
-        x[...] = 0
-        return work
+    def spoil(call: ReduceScatter) -> ReduceScatter:
+        copy = replace(call, x=call.x.copy())
+        call.x[...] = 0
+        return copy
 
-    backend.reduce_scatter = reduce_scatter  # type: ignore[method-assign]
+    spoil_call(backend, ReduceScatter, spoil)
 
 
 def takes_root_for_granted(backend: Backend) -> None:
     """Broadcast from rank 0 whatever the root."""
-    original = backend.broadcast
-    backend.broadcast = lambda x, root: original(x, 0)  # type: ignore[method-assign]
+    spoil_call(backend, Broadcast, lambda call: replace(call, root=0))
 
 
 def swaps_counts(backend: Backend) -> None:
     """Mistake the counts that are received for those that are sent, where both add up."""
-    original = backend.all_to_all
 
-    def all_to_all(x: Array, out: Array, sent: Sequence[int], received: Sequence[int]) -> Work[Any]:
-        if sum(sent) == sum(received):
-            sent, received = received, sent
-        return original(x, out, sent, received)
+    def spoil(call: AllToAll) -> AllToAll:
+        sent, received = call.send_counts, call.recv_counts
+        if sum(sent) != sum(received):
+            return call
+        return replace(call, send_counts=received, recv_counts=sent)
 
-    backend.all_to_all = all_to_all  # type: ignore[method-assign]
+    spoil_call(backend, AllToAll, spoil)
 
 
 def claims_too_much(backend: Backend) -> None:
     """Offer 16-bit sums, but of small numbers only."""
-    original = backend.reduce
 
-    def reduce(x: Array, out: Array | None, op: ReduceOp, root: int) -> Work[Any]:
-        return original(np.clip(x, -9999, 9999) if x.dtype == np.int16 else x, out, op, root)
+    def spoil(call: Reduce) -> Reduce:
+        x = call.x
+        return replace(call, x=np.clip(x, -9999, 9999) if x.dtype == np.int16 else x)
 
-    backend.reduce = reduce  # type: ignore[method-assign]
+    spoil_call(backend, Reduce, spoil)
 
 
 FAKES: dict[Callable[[Backend], None], tuple[str, str]] = {

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpidist.arrays.namespaces import array_namespace
+from mpidist.backends.verbs import Collective
 from mpidist.backends.work import Message, Waiter, Work
 from mpidist.errors import UnsupportedOperationError
 
@@ -72,15 +73,13 @@ class DeviceBackend(ABC):
         """Connect the ranks, the first time; collective, blocks."""
 
     @abstractmethod
-    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> DeviceWork:
+    def begin(self, collective: Collective, waiter: Waiter) -> DeviceWork:
         """Start a collective behind what is on the current stream, and return at once.
 
         Parameters
         ----------
-        verb : str
-            Name of a collective of `Backend`, or ``"together"``.
-        args : tuple
-            Its arguments; of ``"together"`` pairs (verb, args), all of which are started at once.
+        collective : Collective
+            What is performed; of `Together` all are started at once.
         waiter : Waiter
             Of the operation: says what it is, and how long it may take.
         """

@@ -10,12 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mpidist._types import Array
+from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import array_namespace, pinned_empty
+from mpidist.backends.verbs import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Barrier,
+    Broadcast,
+    Collective,
+    Gather,
+    Reduce,
+    ReduceScatter,
+    Scatter,
+)
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Work
+from mpidist.errors import UnsupportedOperationError
 
-__all__ = ["Copy", "Lift", "Piece", "Reached", "pieces_of", "pinned_like"]
+__all__ = ["Copy", "Lift", "Piece", "Reached", "StagedCalls", "pinned_like"]
 
 _CHUNK = 8 << 20
 """Bytes of a chunk. At 25 GB/s one takes 0.3 ms on its way to the host, so that starting a copy and
@@ -34,14 +47,13 @@ class Piece(NamedTuple):
 
     Attributes
     ----------
-    verb, args : str, tuple
-        The call; its arrays are pinned memory.
+    call : Collective
+        What the host transport performs; its arrays are pinned memory.
     fetched, brought : sequence of Copy
         From the device before it, and to the device after it.
     """
 
-    verb: str
-    args: tuple[Any, ...]
+    call: Collective
     fetched: Sequence[Copy]
     brought: Sequence[Copy]
 
@@ -107,45 +119,111 @@ class Lift:
             device.set(host, stream=self.stream)  # type: ignore[attr-defined]
 
 
-def pieces_of(
-    verb: str, args: tuple[Any, ...], rank: int, lift: Lift, *, first: int
-) -> Iterator[Piece]:
-    """Yield what is called for one collective; `first` pieces of others are before it."""
-    if verb not in ("all_reduce", "reduce", "broadcast"):
-        yield _whole(verb, args, rank)
-        return
-    x = args[0]
-    step = _CHUNK // x.dtype.itemsize
-    # One call at least, also for nothing: all ranks make the same calls.
-    for index, start in enumerate(range(0, max(x.size, 1), step), first):
-        part = slice(start, start + step)
-        buffer = lift.buffer(index, x[part])
-        here = Copy(x[part], buffer)
-        if verb == "all_reduce":
-            _, out, op = args
-            yield Piece(verb, (buffer, buffer, op), [here], [Copy(out[part], buffer)])
-        elif verb == "reduce":
-            _, out, op, root = args
-            lands = [Copy(out[part], buffer)] if rank == root else []
-            yield Piece(verb, (buffer, buffer if lands else None, op, root), [here], lands)
-        else:
-            sends = rank == args[1]
-            yield Piece(verb, (buffer, args[1]), [here] if sends else [], [] if sends else [here])
+class StagedCalls:
+    """How each collective goes by way of the host; see `mpidist.backends.verbs.Performer`.
+
+    What combines or copies whole arrays goes in chunks, what concatenates parts goes at once.
+
+    Parameters
+    ----------
+    rank : int
+        This rank.
+    lift : Lift
+        Whose buffers are used in turn.
+    first : int
+        StagedCalls of other collectives before these.
+    """
+
+    def __init__(self, rank: int, lift: Lift, first: int) -> None:
+        self._rank = rank
+        self._lift = lift
+        self._first = first
+
+    def _chunks(self, x: Array) -> Iterator[tuple[slice, Copy]]:
+        """Yield the parts of an array, and the copy of each to a buffer."""
+        step = _CHUNK // x.dtype.itemsize
+        # One call at least, also for nothing: all ranks make the same calls.
+        for index, start in enumerate(range(0, max(x.size, 1), step), self._first):
+            part = slice(start, start + step)
+            yield part, Copy(x[part], self._lift.buffer(index, x[part]))
+
+    def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> list[Piece]:
+        """Combine chunk by chunk."""
+        return [
+            Piece(AllReduce(copy.host, copy.host, op), [copy], [Copy(out[part], copy.host)])
+            for part, copy in self._chunks(x)
+        ]
+
+    def reduce(self, x: Array, out: Array | None, op: ReduceOp, root: int) -> list[Piece]:
+        """Combine chunk by chunk."""
+        pieces = []
+        for part, copy in self._chunks(x):
+            brought = [] if out is None else [Copy(out[part], copy.host)]
+            lands = None if out is None else copy.host
+            pieces.append(Piece(Reduce(copy.host, lands, op, root), [copy], brought))
+        return pieces
+
+    def broadcast(self, x: Array, root: int) -> list[Piece]:
+        """Copy chunk by chunk."""
+        fetches = self._rank == root
+        return [
+            Piece(Broadcast(copy.host, root), [copy] if fetches else [], [] if fetches else [copy])
+            for _, copy in self._chunks(x)
+        ]
+
+    def gather(self, x: Array, out: Array | None, counts: Sequence[int], root: int) -> list[Piece]:
+        """Fetch this rank's part, and bring all parts to the root."""
+        given, taken = _pinned(x), None if out is None else _pinned(out)
+        call = Gather(given.host, None if taken is None else taken.host, tuple(counts), root)
+        return [Piece(call, [given], [] if taken is None else [taken])]
+
+    def all_gather(self, x: Array | None, out: Array, counts: Sequence[int]) -> list[Piece]:
+        """Fetch this rank's part, and bring all parts."""
+        taken = _pinned(out)
+        if x is not None:
+            given = _pinned(x)
+            return [Piece(AllGather(given.host, taken.host, tuple(counts)), [given], [taken])]
+        start = sum(counts[: self._rank])
+        own = slice(start, start + counts[self._rank])
+        given = Copy(out[own], taken.host[own])
+        return [Piece(AllGather(None, taken.host, tuple(counts)), [given], [taken])]
+
+    def scatter(self, x: Array | None, out: Array, counts: Sequence[int], root: int) -> list[Piece]:
+        """Fetch all parts on the root, and bring this rank's."""
+        given, taken = None if x is None else _pinned(x), _pinned(out)
+        call = Scatter(None if given is None else given.host, taken.host, tuple(counts), root)
+        return [Piece(call, [] if given is None else [given], [taken])]
+
+    def reduce_scatter(
+        self, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
+    ) -> list[Piece]:
+        """Fetch all, and bring this rank's part of the result."""
+        given, taken = _pinned(x), _pinned(out)
+        call = ReduceScatter(given.host, taken.host, tuple(counts), op)
+        return [Piece(call, [given], [taken])]
+
+    def all_to_all(
+        self, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
+    ) -> list[Piece]:
+        """Fetch all that is sent, and bring all that is received."""
+        given, taken = _pinned(x), _pinned(out)
+        call = AllToAll(given.host, taken.host, tuple(send_counts), tuple(recv_counts))
+        return [Piece(call, [given], [taken])]
+
+    def barrier(self) -> list[Piece]:
+        """Perform it on the host."""
+        return [Piece(Barrier(), [], [])]
+
+    def other(self, collective: Collective) -> list[Piece]:
+        """Refuse what is not known here."""
+        raise UnsupportedOperationError(
+            f"{collective.verb}: arrays of a device do not go by way of the host in it"
+        )
 
 
-def _whole(verb: str, args: tuple[Any, ...], rank: int) -> Piece:
-    """Return the call for a collective that lays arrays one behind the other."""
-    x, out, *rest = args
-    source = None if x is None else pinned_like(x)
-    landing = None if out is None else pinned_like(out)
-    fetched = [] if source is None else [Copy(x, source)]
-    if verb == "all_gather" and x is None:
-        assert landing is not None, "all ranks receive"
-        start = sum(rest[0][:rank])
-        own = slice(start, start + rest[0][rank])
-        fetched = [Copy(out[own], landing[own])]
-    brought = [] if landing is None else [Copy(out, landing)]
-    return Piece(verb, (source, landing, *rest), fetched, brought)
+def _pinned(x: Array) -> Copy:
+    """Return an array of the device with pinned memory for it."""
+    return Copy(x, pinned_like(x))
 
 
 def pinned_like(x: Array) -> Array:

@@ -21,7 +21,8 @@ from mpidist._types import MAX, Array
 from mpidist.arrays.namespaces import is_device
 from mpidist.backends.base import Backend, Traffic
 from mpidist.backends.device.base import DeviceBackend, DeviceWork
-from mpidist.backends.device.lift import Copy, Lift, Piece, Reached, pieces_of, pinned_like
+from mpidist.backends.device.lift import Copy, Lift, Piece, Reached, StagedCalls, pinned_like
+from mpidist.backends.verbs import AllReduce, Broadcast, Collective
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Message, Steps, Waiter, Work
 from mpidist.errors import (
@@ -136,7 +137,7 @@ class Staging(DeviceBackend):
         own.join(self._host)
         # The largest of both is 1 only if ranks differ.
         differ = np.array([self._aware, not self._aware], np.int32)
-        own.run("all_reduce", (differ, differ, MAX), waiter=waiter)
+        own.run(AllReduce(differ, differ, MAX), waiter=waiter)
         if differ.all():
             own.close()
             raise BackendUnavailableError(
@@ -145,16 +146,15 @@ class Staging(DeviceBackend):
             )
         self._own = own
 
-    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> DeviceWork:
+    def begin(self, collective: Collective, waiter: Waiter) -> DeviceWork:
         """Start a collective behind what is on the current stream; the host goes on."""
-        calls = args if verb == "together" else ((verb, args),)
-        own, lift = self._ready(calls[0][1], waiter)
+        own, lift = self._ready(collective.arrays, waiter)
         pieces: list[Piece] = []
-        for each, some in calls:
-            if each == "broadcast" and self._aware:
-                pieces.append(Piece(each, some, [], []))
+        for call in collective.together:
+            if isinstance(call, Broadcast) and self._aware:
+                pieces.append(Piece(call, [], []))
             else:
-                pieces += pieces_of(each, some, own.rank, lift, first=len(pieces))
+                pieces += call.by(StagedCalls(own.rank, lift, len(pieces)))
         over = lift.event()
         events = lift.here(), over
         steps = _in_pieces(own, lift, pieces, events, behind=self._last, waiter=waiter)
@@ -303,6 +303,6 @@ def _in_pieces(
         if index + 1 < len(pieces):
             fetching = lift.fetch(pieces[index + 1].fetched)
         yield fetched
-        yield own.transfer(piece.verb, piece.args, waiter)
+        yield own.transfer(piece.call, waiter)
         lift.bring(piece.brought)
     over.record(lift.stream)

@@ -28,11 +28,12 @@ from mpidist.backends.mpi import communicators
 from mpidist.backends.mpi.calls import LibraryCall, LibraryCalls
 from mpidist.backends.mpi.departures import Departures
 from mpidist.backends.mpi.memory import unlink_library_memory
-from mpidist.backends.node.comparison import BY_MESSAGES, SumComparison
+from mpidist.backends.node.comparison import SumComparison
 from mpidist.backends.node.memory import NodeMemory
 from mpidist.backends.node.shared_memory import share
 from mpidist.backends.node.signatures import Route
 from mpidist.backends.node.topology import NodeTopology
+from mpidist.backends.verbs import Collective
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then
 from mpidist.errors import BackendUnavailableError, TransportError
@@ -372,26 +373,26 @@ class MpiBackend(Backend):
 
     # -- collectives ---------------------------------------------------------------------------
 
-    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+    def run(self, collective: Collective, *, waiter: Waiter) -> None:
         """Perform a collective: by shared memory, or by the library's blocking call."""
-        if self.node_memory.run(verb, args, waiter):
+        if self.node_memory.run(collective, waiter):
             return
-        call: LibraryCall | None = getattr(self._calls, verb)(*args)
-        steps = self._by_messages(verb, args) if call is None else None
+        call = collective.by(self._calls)
+        steps = self._by_messages(collective) if call is None else None
         self._arrive(waiter, Route.LIBRARY if steps is None else Route.MESSAGES)
         if call is not None:
             self._call(call, waiter)
         elif steps is not None:
             waiter.wait_for(self.start(steps).done)
 
-    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+    def begin(self, collective: Collective, waiter: Waiter) -> Work[Any]:
         """Start a collective in shared memory or by messages, which begins when all have come."""
-        steps = self.node_memory.steps(verb, args, waiter)
+        steps = self.node_memory.steps(collective, waiter)
         if steps is not None:
             return self.start(steps)
-        return self.transfer(verb, args, waiter)
+        return self.transfer(collective, waiter)
 
-    def transfer(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+    def transfer(self, collective: Collective, waiter: Waiter) -> Work[Any]:
         """Start a collective by messages, which begins when all ranks have come with the same call.
 
         Notes
@@ -401,13 +402,13 @@ class MpiBackend(Backend):
         MPICH 5.0 and Open MPI 5.0); begun after it, they would start at another moment on each
         rank, and the library wants them in one order. See [Note: phases].
         """
-        steps = self._by_messages(verb, args)
+        steps = self._by_messages(collective)
         comparison = self._sequencer.compare(waiter, Route.MESSAGES)
         return self.start(then(comparison, steps))
 
-    def _by_messages(self, verb: str, args: tuple[Any, ...]) -> Steps:
+    def _by_messages(self, collective: Collective) -> Steps:
         """Return the steps by messages of the collective that begins next."""
-        return BY_MESSAGES[verb](self._lane_of(self._sequencer.begun + 1), *args)
+        return collective.steps(self._lane_of(self._sequencer.begun + 1))
 
     def _lane_of(self, number: int) -> algorithms.Lane:
         """Return the lane of the operation with a number: in step also after a difference."""

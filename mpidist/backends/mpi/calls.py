@@ -20,6 +20,7 @@ import numpy as np
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays.namespaces import HALVES, REDUCTIONS
 from mpidist.backends.combine import quietly
+from mpidist.backends.verbs import Collective
 
 __all__ = ["LibraryCall", "LibraryCalls"]
 
@@ -203,6 +204,9 @@ class LibraryCalls:
         if max(x.size, out.size) > _MOST:
             return None
         return LibraryCall("Alltoallv", (_with(x, send_counts), _with(out, recv_counts)))
+
+    def other(self, collective: Collective) -> LibraryCall | None:
+        """Prepare nothing: it goes by messages."""
 
 
 def _uniform(counts: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ where another does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
@@ -25,7 +25,6 @@ from mpidist.errors import CollectiveMismatchError
 from mpidist.log import ranges
 
 __all__ = [
-    "BY_MESSAGES",
     "Add",
     "Comparison",
     "CounterComparison",
@@ -173,19 +172,6 @@ _SAME_ARRAYS = (
     "All ranks must pass the same place of the same registered block, or none of them a registered "
     "one; have the same crossovers; and expect as much as is sent to them"
 )
-
-BY_MESSAGES: Mapping[str, Callable[..., Steps]] = {
-    "all_gather": algorithms.ring_all_gather,
-    "all_reduce": algorithms.all_reduce,
-    "all_to_all": algorithms.pairwise_all_to_all,
-    "barrier": algorithms.dissemination_barrier,
-    "broadcast": algorithms.tree_broadcast,
-    "gather": algorithms.linear_gather,
-    "reduce": algorithms.reduce,
-    "reduce_scatter": algorithms.pairwise_reduce_scatter,
-    "scatter": algorithms.linear_scatter,
-}
-"""The algorithm by which each collective is performed with messages."""
 
 
 def compare(lane: algorithms.Lane, described: Described, *, rank: int, size: int) -> Steps:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -249,6 +249,13 @@ def _write_result(total: Array, op: ReduceOp, size: int, parts: list[Array]) -> 
             np.copyto(part, total, casting="unsafe")
 
 
+class InPlace(Protocol):
+    """A collective that can work on arrays where they lie."""
+
+    def in_place(self, context: NodeContext, lane: int, array: RegisteredArray) -> Steps:
+        """Return what is done between the two barriers."""
+
+
 class DirectPath:
     """The collectives of one group by way of the memory that the ranks of each node share.
 
@@ -273,20 +280,12 @@ class DirectPath:
         self._lane_of = lane_of
 
     def plan(
-        self, verb: str, args: tuple[Any, ...], call: ComparedCall, array: RegisteredArray
+        self, collective: InPlace, call: ComparedCall, array: RegisteredArray
     ) -> ConditionSteps[None]:
         """Return the steps of a collective on registered memory: barrier, work, barrier."""
         # By the number of the operation that begins next, which is the same on all ranks.
-        lane, context, arrays = self._lane_of(self.sequencer.begun + 1), self.context, array.arrays
-        if verb == "all_reduce":
-            work = all_reduce(context, lane, array, args[2])
-        elif verb == "reduce_scatter":
-            work = reduce_scatter(context, lane, arrays, *args[1:])
-        elif verb == "all_gather":
-            work = all_gather(context, lane, arrays, args[2])
-        else:
-            work = broadcast(context, lane, arrays, args[1])
-        return self._operate(call, array, work)
+        lane = self._lane_of(self.sequencer.begun + 1)
+        return self._operate(call, array, collective.in_place(self.context, lane, array))
 
     def _operate(
         self, call: ComparedCall, array: RegisteredArray, work: Steps

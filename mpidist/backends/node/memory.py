@@ -9,7 +9,6 @@ other ranks of the node can read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -22,15 +21,10 @@ from mpidist.backends.node.direct_path import DirectPath
 from mpidist.backends.node.registered_memory import Block, Registry
 from mpidist.backends.node.sequencer import ConditionSteps, Sequencer
 from mpidist.backends.node.shared_memory import NodeExchange, mappings_of, share_files
-from mpidist.backends.node.signatures import (
-    DIRECT_VERBS,
-    Described,
-    Route,
-    find_registered,
-    whole_array,
-)
+from mpidist.backends.node.signatures import Described, Route
 from mpidist.backends.node.sums import NodeSums
 from mpidist.backends.node.topology import NodeTopology
+from mpidist.backends.verbs import AllReduce, Collective
 from mpidist.backends.work import Steps, Waiter
 from mpidist.errors import BackendUnavailableError
 
@@ -115,31 +109,28 @@ class NodeMemory:
 
     # -- collectives -----------------------------------------------------------------------------
 
-    def run(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> bool:
+    def run(self, collective: Collective, waiter: Waiter) -> bool:
         """Perform a collective in shared memory; return False, at once, if it goes another way."""
-        if verb == "all_reduce" and self.sums is not None:
-            x, out, op = args
-            summed = self.sums.prepare(x, out, op, waiter)
+        if self.sums is not None and isinstance(collective, AllReduce):
+            x, out = collective.x, collective.out
+            summed = self.sums.prepare(x, out, collective.op, waiter)
             if summed is not None:
                 summed.run(x, out, lambda: waiter)
                 return True
-        steps = self.steps(verb, args, waiter)
+        steps = self.steps(collective, waiter)
         if steps is None:
             return False
         for step in steps:
             waiter.wait_for(step.condition, missing=step.missing)
         return True
 
-    def steps(
-        self, verb: str, args: tuple[Any, ...], waiter: Waiter
-    ) -> ConditionSteps[None] | None:
+    def steps(self, collective: Collective, waiter: Waiter) -> ConditionSteps[None] | None:
         """Return the steps of a collective on registered arrays, or None if it goes another way."""
-        if self._direct is None or verb not in DIRECT_VERBS:
+        x = None if self._direct is None else collective.registrable
+        if self._direct is None or x is None or x.nbytes < self._crossovers.registered:
             return None
-        if whole_array(verb, args).nbytes < self._crossovers.registered:
-            return None
-        array = find_registered(verb, args, self.registered)
-        return None if array is None else self._direct.plan(verb, args, waiter, array)
+        array = self.registered.find(x)
+        return None if array is None else self._direct.plan(collective, waiter, array)
 
     def _refuse(self, number: int, described: Described, usable: bool) -> Steps:  # noqa: FBT001
         """Return the steps that raise on all ranks that they have called different things."""

@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.backends.node.registered_memory import RegisteredArray, Registry
+from mpidist.backends.node.registered_memory import RegisteredArray
 
 __all__ = [
-    "DIRECT_VERBS",
     "CallSignature",
     "ComparedCall",
     "Described",
     "Route",
     "balance_of",
     "describe_with_route",
-    "find_registered",
     "signature_of",
-    "whole_array",
 ]
-
-DIRECT_VERBS = ("all_reduce", "all_gather", "broadcast", "reduce_scatter")
-"""The collectives that can work on registered arrays in place."""
 
 
 class Route(IntEnum):
@@ -175,31 +169,6 @@ def describe_with_route(call: ComparedCall, signature: CallSignature) -> Describ
     else:
         how = f"not in registered memory, {_ROUTES[Route(route)]}"
     return described._replace(how=described.how or how)
-
-
-def find_registered(
-    verb: str, args: tuple[Any, ...], registered: Registry
-) -> RegisteredArray | None:
-    """Return the registered array that a call can work on in place, or None.
-
-    Parameters
-    ----------
-    verb, args : str, tuple
-        One of `DIRECT_VERBS`, and its arguments as a transport gets them.
-    registered : Registry
-        The registered memory of the group.
-    """
-    if verb == "all_reduce" and args[0] is not args[1]:
-        return None
-    if verb == "all_gather" and args[0] is not None:
-        return None
-    return registered.find(whole_array(verb, args))
-
-
-def whole_array(verb: str, args: tuple[Any, ...]) -> Array:
-    """Return the argument that has the same size on all ranks, of one of `DIRECT_VERBS`."""
-    whole: Array = args[1] if verb == "all_gather" else args[0]
-    return whole
 
 
 @lru_cache(_KEPT)

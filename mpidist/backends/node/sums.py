@@ -330,7 +330,7 @@ class NodeSums:
         Parameters
         ----------
         x, out, op : Array, Array, ReduceOp
-            As `Backend.all_reduce` takes them.
+            As of an `AllReduce`: 1-D arrays, and how to combine them.
         waiter : Waiter
             Has the signature of the call.
 

@@ -20,6 +20,7 @@ from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.simulated.faults import JobAborted
 from mpidist.backends.simulated.matching import Place
 from mpidist.backends.simulated.network import ExchangeWork, Meeting, Network
+from mpidist.backends.verbs import Collective
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Message, Waiter, Work
 
@@ -217,21 +218,21 @@ class SimulatedBackend(Backend):
         """Start moving messages; see `Backend.exchange`."""
         return self._network.exchange(self._place, sends, receives)
 
-    def run(self, verb: str, args: tuple[Any, ...], *, waiter: Waiter) -> None:
+    def run(self, collective: Collective, *, waiter: Waiter) -> None:
         """Perform a collective when all ranks have made the same call."""
-        if self.node_memory.run(verb, args, waiter):
+        if self.node_memory.run(collective, waiter):
             return
         self._sequencer.arrive(waiter, Route.MESSAGES)
-        waiter.wait_for(self.transfer(verb, args, waiter).done)
+        waiter.wait_for(self.transfer(collective, waiter).done)
 
-    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> Work[Any]:
+    def begin(self, collective: Collective, waiter: Waiter) -> Work[Any]:
         """Start a collective; complete when all ranks have made the same call."""
-        steps = self.node_memory.steps(verb, args, waiter)
+        steps = self.node_memory.steps(collective, waiter)
         if steps is not None:
             return self.start(steps)
         begun = self.size > 1
         comparison = self._sequencer.compare(waiter, Route.MESSAGES, begun=begun)
-        under_way = self.transfer(verb, args, waiter)
+        under_way = self.transfer(collective, waiter)
         # `progress` drives both together, so that the end of one lets go of both.
         self.engine.running.pop(under_way, None)
         compared = Compared(comparison, under_way)

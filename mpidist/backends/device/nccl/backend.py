@@ -19,6 +19,7 @@ from mpidist.backends.device.nccl.plans import Operation, Plans
 from mpidist.backends.device.nccl.streams import Side
 from mpidist.backends.device.nccl.unique_id import NcclUniqueId
 from mpidist.backends.device.nccl.work import NcclWork
+from mpidist.backends.verbs import Collective
 from mpidist.backends.work import Message, Waiter
 from mpidist.errors import TransportError, UnsupportedOperationError
 
@@ -155,11 +156,10 @@ class NcclBackend(DeviceBackend):
 
     # -- operations ----------------------------------------------------------------------------
 
-    def begin(self, verb: str, args: tuple[Any, ...], waiter: Waiter) -> NcclWork:
+    def begin(self, collective: Collective, waiter: Waiter) -> NcclWork:
         """Start a collective; see `DeviceBackend.begin`."""
-        pairs = args if verb == "together" else ((verb, args),)
-        operations = [getattr(self._plans, each)(*some) for each, some in pairs]
-        return self._perform(operations, args, waiter)
+        operations = [each.by(self._plans) for each in collective.together]
+        return self._perform(operations, collective.arrays, waiter)
 
     def exchange(
         self, sends: Sequence[Message], receives: Sequence[Message], waiter: Waiter

@@ -12,6 +12,7 @@ from mpidist.arrays.namespaces import device_module
 from mpidist.backends.availability import why_no_nccl
 from mpidist.backends.base import Backend
 from mpidist.backends.device.nccl import calls
+from mpidist.backends.verbs import AllGather
 from mpidist.backends.work import Waiter
 from mpidist.env import allows_shared_devices
 from mpidist.errors import BackendUnavailableError, LaunchError
@@ -52,7 +53,7 @@ def gather_facts(mine: dict[str, Any], host: Backend, waiter: Waiter) -> list[di
     text = json.dumps(mine).encode()
     said = np.frombuffer(text.ljust(_ROOM), np.uint8)
     heard = np.empty((host.size, _ROOM), np.uint8)
-    host.run("all_gather", (said, heard.reshape(-1), (_ROOM,) * host.size), waiter=waiter)
+    host.run(AllGather(said, heard.reshape(-1), (_ROOM,) * host.size), waiter=waiter)
     return [json.loads(row.tobytes()) for row in heard]
 
 

@@ -21,7 +21,9 @@ from mpidist.backends.device.nccl.dtypes import (
     to_keys,
     wire_of,
 )
+from mpidist.backends.verbs import Collective
 from mpidist.backends.work import Message
+from mpidist.errors import UnsupportedOperationError
 
 __all__ = ["Operation", "Plans"]
 
@@ -53,7 +55,7 @@ def _nothing(communicator: NcclCommunicator) -> None:
 
 
 class Plans:
-    """How a rank performs each verb; one method per collective of `Backend`, with its arguments.
+    """How a rank performs each verb; see `mpidist.backends.verbs.Performer`.
 
     Parameters
     ----------
@@ -177,6 +179,14 @@ class Plans:
             [Message(part, peer, 0) for peer, part in self._others(leaving)],
             [Message(part, peer, 0) for peer, part in self._others(arriving)],
         )
+
+    def barrier(self) -> Operation:
+        """Refuse: a barrier is one of the hosts."""
+        raise UnsupportedOperationError("barrier: NCCL has none; it is one of the hosts")
+
+    def other(self, collective: Collective) -> Operation:
+        """Refuse what NCCL has no call for."""
+        raise UnsupportedOperationError(f"{collective.verb}: the nccl backend does not offer it")
 
     def messages(self, sends: Sequence[Message], receives: Sequence[Message]) -> Operation:
         """Send and receive several arrays at once; nothing is sent of an empty one."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from mpidist.backends.base import Backend
 from mpidist.backends.device.nccl import calls
+from mpidist.backends.verbs import Broadcast
 from mpidist.backends.work import Waiter
 from mpidist.errors import SizeMismatchError
 
@@ -47,5 +48,5 @@ class NcclUniqueId(bytes):
         told = np.zeros(calls.UNIQUE_ID_NBYTES, np.uint8)
         if host.rank == 0:
             told[:] = np.frombuffer(cls.new(), np.uint8)
-        host.run("broadcast", (told, 0), waiter=waiter)
+        host.run(Broadcast(told, 0), waiter=waiter)
         return cls(told.tobytes())
