@@ -93,7 +93,7 @@ if TYPE_CHECKING:
         UnsupportedOperationError,
     )
     from mpidist.group import ProcessGroup
-    from mpidist.job.launch import init
+    from mpidist.job.start import init
     from mpidist.observe.regions import region
     from mpidist.point_to_point import (
         Receive,
@@ -206,7 +206,7 @@ _PARTS = (
     "backends.availability",
     "backends.work",
     "group",
-    "job.launch",
+    "job.start",
     "collectives",
     "point_to_point",
     "observe.regions",

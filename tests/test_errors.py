@@ -9,7 +9,7 @@ import pytest
 from mpidist import errors
 from mpidist._optional import require
 from mpidist.backends.device.nccl import calls
-from mpidist.backends.mpi.backend import load_mpi
+from mpidist.backends.mpi.library import load_mpi
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
 

@@ -9,7 +9,7 @@ import pytest
 
 import mpidist
 from mpidist.backends.verbs import Barrier
-from mpidist.job import hooks
+from mpidist.job import end
 from mpidist.testing import run_ranks
 
 
@@ -162,15 +162,16 @@ def test_a_group_that_one_rank_cannot_make_is_made_by_none(world, monkeypatch):
     world.split(0).close()
 
 
-def test_worlds_of_the_same_ranks_share_what_tells_of_departures():
-    comms = [SimpleNamespace(ranks=ranks, Dup=lambda ranks=ranks: comm(ranks)) for ranks in "aba"]
+def test_worlds_of_the_same_ranks_share_their_exit_notices():
+    made = []
 
-    def comm(ranks):
-        return SimpleNamespace(ranks=ranks)
+    def mailbox():
+        made.append(SimpleNamespace(rank=0, size=2))
+        return made[-1]
 
-    kinds = SimpleNamespace(Compare=lambda one, two: 1 if one.ranks == two.ranks else 3)
-    mpi = SimpleNamespace(IDENT=0, CONGRUENT=1, Comm=kinds)
-    installed = SimpleNamespace(_mpi=mpi, _worlds=[])
-    one, other, again = (hooks._Hooks.join(installed, each, 5 + n) for n, each in enumerate(comms))
+    worlds = [SimpleNamespace(ranks=ranks, mailbox=mailbox) for ranks in [(0, 1), (1, 0), (0, 1)]]
+    installed = SimpleNamespace(_job=SimpleNamespace(nap=None), _notices={})
+    one, other, again = (end._Hooks.join(installed, each, 5 + n) for n, each in enumerate(worlds))
     assert one is again is not other
-    assert installed._worlds == [(one, 7), (other, 6)]
+    assert len(made) == 2
+    assert list(installed._notices.values()) == [(one, 7), (other, 6)]

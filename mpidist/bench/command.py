@@ -34,7 +34,7 @@ from mpidist.bench.report import Report
 from mpidist.bench.table import render_table
 from mpidist.collectives import broadcast_object
 from mpidist.group import ProcessGroup
-from mpidist.job.launch import init
+from mpidist.job.start import init
 from mpidist.usage import write_once
 
 __all__ = ["BENCHMARKS", "Benchmark", "configure", "run"]

@@ -18,7 +18,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.backends.crossover_file import machine_name, user_file, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers
-from mpidist.backends.mpi.backend import library_name, load_mpi
+from mpidist.backends.mpi.library import library_name, load_mpi
 from mpidist.bench.machine import Machine
 from mpidist.bench.options import BenchmarkError, add_effort, require_ranks
 from mpidist.bench.report import Report, Row

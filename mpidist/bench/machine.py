@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mpidist import env
 from mpidist.backends.crossover_file import processor
-from mpidist.backends.mpi.backend import library_name, load_mpi
+from mpidist.backends.mpi.library import library_name, load_mpi
 from mpidist.collectives import all_gather_object
 from mpidist.group import ProcessGroup
 

@@ -27,7 +27,7 @@ from mpidist.collectives import (
     reduce_scatter,
 )
 from mpidist.group import ProcessGroup
-from mpidist.job.launch import init
+from mpidist.job.start import init
 from mpidist.point_to_point import sendrecv
 
 __all__ = [

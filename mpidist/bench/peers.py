@@ -12,7 +12,7 @@ from typing import Any
 
 from mpidist._optional import require
 from mpidist._types import Array
-from mpidist.backends.mpi.backend import load_mpi
+from mpidist.backends.mpi.library import load_mpi
 from mpidist.collectives import all_gather_object, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup

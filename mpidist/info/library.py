@@ -7,7 +7,7 @@ from typing import Any
 
 from mpidist.backends.device.cuda_aware import ask_mpi
 from mpidist.backends.loaded import loaded_libraries, mpi_library
-from mpidist.backends.mpi.backend import library_name
+from mpidist.backends.mpi.library import library_name
 from mpidist.info.facts import Library
 
 __all__ = ["describe_library"]

@@ -28,7 +28,7 @@ from mpidist.info.facts import CrossoverFacts, JobFacts, Launch, Library, NodeFa
 from mpidist.info.leftovers import mapped_by
 from mpidist.info.library import describe_library
 from mpidist.info.node import look_at_node
-from mpidist.job.launch import found_crossovers
+from mpidist.job.start import found_crossovers
 
 __all__ = ["ALONE", "WITH_MPI", "job_alone", "job_of_ranks"]
 
@@ -154,7 +154,7 @@ def main(how: str, seconds: float) -> int:
         if how == ALONE:
             fields = dataclasses.asdict(job_alone())
         else:
-            from mpidist.backends.mpi.backend import load_mpi
+            from mpidist.backends.mpi.library import load_mpi
 
             try:
                 mpi = load_mpi()

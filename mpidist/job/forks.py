@@ -2,7 +2,7 @@
 
 `fork` copies everything that a rank has set up in its process. The child may compute, and may use
 groups of its own (``mpidist.init("simulated")``). It must not use the rank's connections, answer
-for it, hear its signals, or finalise MPI. The handlers of signals are given up where they are
+for it, hear its signals, or end its transport. The handlers of signals are given up where they are
 installed: `mpidist.observe.watch.helper` and `mpidist.train.StopSignal`.
 """
 
@@ -17,7 +17,6 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from mpidist.backends.mpi.backend import MpiBackend
 from mpidist.group.operations import abandon_groups
 
 __all__ = ["guard"]
@@ -27,11 +26,13 @@ _PR_SET_PDEATHSIG = 1
 _guarded = False
 
 
-def guard(rank: int) -> None:
+def guard(transport: str, rank: int) -> None:
     """See to it that children which this rank forks from now on are no ranks.
 
     Parameters
     ----------
+    transport : str
+        The name of the transport, whose groups a child cannot use.
     rank : int
         This rank of the world, for messages.
     """
@@ -39,7 +40,7 @@ def guard(rank: int) -> None:
     if _guarded:
         return
     _guarded = True
-    fork = _Fork(rank)
+    fork = _Fork(transport, rank)
     os.register_at_fork(before=fork.before, after_in_child=fork.in_child)
 
 
@@ -48,11 +49,14 @@ class _Fork:
 
     Parameters
     ----------
+    transport : str
+        The name of the transport.
     rank : int
         This rank of the world.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, transport: str, rank: int) -> None:
+        self._transport = transport
         self._rank = rank
         self._parent = os.getpid()
         self._by_main_thread = False
@@ -67,14 +71,14 @@ class _Fork:
             return
         self._is_child = True
         abandon_groups(
-            MpiBackend.name,
+            self._transport,
             f"this process was forked from rank {self._rank} (process {self._parent}), and is no "
             "rank. Let the rank communicate, and pass it the results by a pipe or a queue",
         )
         util = sys.modules.get("multiprocessing.util")
         if util is not None and self._by_main_thread:
             util.register_after_fork(self, _Fork.end_with_rank)
-        self._end_without_mpi()
+        self._end_without_handlers()
 
     def end_with_rank(self) -> None:
         """Let a daemonic worker end with its rank, however that ends; called by multiprocessing.
@@ -94,8 +98,8 @@ class _Fork:
         if os.getppid() != self._parent:  # it ended before
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _end_without_mpi(self) -> None:
-        """End the child before MPI's own exit handler, which would end the whole job.
+    def _end_without_handlers(self) -> None:
+        """End the child before the exit handler of an MPI library, which would end the whole job.
 
         Registered last, and so called first: none of the rank's exit handlers is run, as after
         `os._exit`. The exit code is not known there, so that it is noted where it comes from.

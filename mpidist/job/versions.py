@@ -1,31 +1,28 @@
-"""Whether all ranks run the same mpidist: the first thing that they tell each other."""
+"""Whether all ranks run the same mpidist: the first message that they exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from mpidist import __version__
 from mpidist.errors import LaunchError
 
 __all__ = ["LAYOUT", "compare_versions"]
 
-LAYOUT = 1
-"""Of what ranks share: messages, shared memory, arguments. Counted up with each change to them."""
+LAYOUT = 2
+"""Version of what ranks exchange: messages, shared memory, arguments. Each change adds one."""
 
 _NBYTES = 64
-"""Of the name, which never changes: any two versions have to understand each other here."""
+"""Bytes of the message. This never changes, so that any two versions can be compared."""
 
 
-def compare_versions(comm: Any) -> None:
+def compare_versions(all_gather: Callable[[bytes], Sequence[bytes]]) -> None:
     """Raise on all ranks unless all have the same version and layout.
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Intracomm
-        The ranks.
+    all_gather : callable
+        Returns the messages of all ranks, of one length; collective, blocks.
 
     Raises
     ------
@@ -34,12 +31,10 @@ def compare_versions(comm: Any) -> None:
 
     Notes
     -----
-    Collective over `comm`; blocks. One all-gather of 64 bytes.
+    Collective; blocks. One all-gather of 64 bytes.
     """
     name = f"{__version__}, layout {LAYOUT}".encode()[:_NBYTES].ljust(_NBYTES, b"\0")
-    everyone = np.empty((comm.size, _NBYTES), np.uint8)
-    comm.Allgather(np.frombuffer(name, np.uint8), everyone)
-    names = [row.tobytes() for row in everyone]
+    names = all_gather(name)
     if set(names) == {name}:
         return
     raise LaunchError(

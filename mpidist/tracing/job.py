@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpidist.collectives import broadcast_object
 from mpidist.group import ProcessGroup
-from mpidist.job import hooks
+from mpidist.job import end
 from mpidist.tracing.session import Session
 
 __all__ = ["begin_job_trace"]
@@ -46,6 +46,6 @@ def begin_job_trace(directory: str, world: ProcessGroup) -> None:
     name = broadcast_object(own, world)
     session = Session.begin(Path(directory, name), world)
     _job.append(session)
-    if not hooks.attend(session):
+    if not end.end_trace_at_exit(session):
         # Exit handlers run in reverse order: before mpi4py's, which finalises MPI.
         atexit.register(session.end if world.size == 1 else session.abandon)

@@ -17,7 +17,7 @@ from mpidist.backends.crossover_file import machine_name, processor, read, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers, choose, parse
 from mpidist.backends.node.counters import supported
 from mpidist.errors import CollectiveMismatchError
-from mpidist.job.launch import found_crossovers
+from mpidist.job.start import found_crossovers
 from tests._ranks.launcher import clean_environment
 
 ROOT = str(Path(__file__).parents[2])
@@ -164,7 +164,7 @@ world.print(world.crossovers.small, world.split(0).crossovers.scratch)
 
 @pytest.mark.mpirun
 def test_init_takes_what_rank_0_finds(mpirun, tmp_path):
-    from mpidist.backends.mpi.backend import library_name, load_mpi
+    from mpidist.backends.mpi.library import library_name, load_mpi
 
     def run(**variables):
         environment = clean_environment() | {"PYTHONPATH": ROOT, "XDG_CACHE_HOME": str(tmp_path)}

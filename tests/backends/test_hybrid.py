@@ -29,7 +29,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.job.launch import _first_reason
+from mpidist.job.start import _first_reason
 from mpidist.testing import run_ranks
 from tests.nccl_stub.fixtures import stand_in_without_nccl
 

@@ -22,7 +22,7 @@ from tests.nccl_stub import stand_in
 stand_in.install()
 # Not within the deadline of init: a busy machine starts ranks one by one.
 from mpi4py import MPI
-import cupy, mpidist, mpidist.job.hooks
+import cupy, mpidist, mpidist.job.end
 world = mpidist.init(timeout=1.0)
 assert world.backend == "hybrid"
 x = cupy.ones(1000)

@@ -14,7 +14,7 @@ import pytest
 import mpidist
 from mpidist.backends.node import shared_memory
 from mpidist.backends.node.shared_memory import NamedFile, SharedFile, map_part, open_address
-from mpidist.job import launch
+from mpidist.job import start
 
 COUNT = 1 << 19
 
@@ -197,5 +197,5 @@ def test_init_raises_the_soft_limit_of_open_files(limits, wanted, monkeypatch):
     set_to = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: set_to.append(new))
-    launch._raise_open_files()
+    start._raise_open_files()
     assert set_to == ([] if wanted is None else [wanted])

@@ -14,7 +14,7 @@ from mpidist.bench import Report, Row, Series, Times, nccl, nccl_verbs
 from mpidist.bench.nccl_device import DeviceClock, enqueued, in_a_row
 from mpidist.bench.nccl_kernels import COPY, KERNEL
 from mpidist.bench.nccl_verbs import OURS, RAW, STAGED, Binding, divisible, verb_series
-from mpidist.job.launch import init
+from mpidist.job.start import init
 from tests._ranks.launcher import clean_environment
 from tests.nccl_stub.fixtures import stand_in
 

@@ -43,7 +43,7 @@ def it_happens():
 EARLY = """\
 # Not within the deadline of init: a busy machine starts ranks one by one.
 from mpi4py import MPI
-import mpidist.job.hooks
+import mpidist.job.end
 """
 
 START = """\

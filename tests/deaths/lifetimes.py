@@ -56,7 +56,7 @@ if rank == guilty:
         fault=BLOCKS,
         before="""
 from mpi4py import MPI
-import mpidist.job.hooks
+import mpidist.job.end
 import atexit
 
 
@@ -129,7 +129,7 @@ work_for_ever()
 import multiprocessing
 import subprocess
 
-from mpidist.job import hooks
+from mpidist.job import end
 from mpidist.train import StopSignal
 
 
@@ -185,7 +185,7 @@ with StopSignal():
     assert terminated.exitcode == -signal.SIGTERM
     assert work.wait()[0] == size
     # What is kept for the last words takes no memory.
-    spare = np.frombuffer(hooks._installed._spare, np.uint8)
+    spare = np.frombuffer(end._installed._spare, np.uint8)
     resident = np.ones(spare.size >> 12, np.uint8)
     start = ctypes.c_void_p(spare.ctypes.data + 4095 & -4096)
     end = ctypes.c_size_t(spare.size - 4096)

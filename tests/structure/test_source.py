@@ -17,8 +17,8 @@ def test_circles_are_found() -> None:
 
 def test_imports_of_all_kinds_are_found() -> None:
     imports = source.imports()
-    assert "job/launch.py" in imports["__init__.py"]  # for type checkers only
-    assert "backends/__init__.py" not in imports["job/launch.py"]  # a module of it is
+    assert "job/start.py" in imports["__init__.py"]  # for type checkers only
+    assert "backends/__init__.py" not in imports["job/start.py"]  # a module of it is
 
 
 def test_names_are_split_into_words() -> None:

@@ -79,7 +79,7 @@ def test_jobs_of_the_same_second_and_process_number_have_traces_of_their_own(
             return datetime(2026, 1, 2, tzinfo=timezone.utc)
 
     monkeypatch.setattr(job, "datetime", Frozen)
-    monkeypatch.setattr(job.hooks, "attend", lambda _: True)
+    monkeypatch.setattr(job.end, "end_trace_at_exit", lambda _: True)
 
     def begin(group: ProcessGroup) -> Session:
         begin_job_trace(str(tmp_path), group)

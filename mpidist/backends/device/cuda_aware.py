@@ -97,6 +97,6 @@ def stage(host: Backend) -> Staging:
     """
     if host.name != "mpi":
         return Staging(host)
-    from mpidist.backends.mpi.backend import load_mpi
+    from mpidist.backends.mpi.library import load_mpi
 
     return Staging(host, aware=is_wanted(load_mpi()))

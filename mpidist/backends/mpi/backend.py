@@ -1,4 +1,4 @@
-"""The MPI transport, on mpi4py's buffer calls. The only module that imports mpi4py.
+"""The MPI transport, on mpi4py's buffer calls.
 
 Blocking collectives are arrival, with the group's deadline, and then the library's blocking call.
 Immediate ones, and what the library does not do as promised (`mpidist.backends.mpi.calls` says
@@ -8,14 +8,13 @@ what), go by the algorithms, over the library's messages.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,10 +23,10 @@ from mpidist._types import Array
 from mpidist.arrays.namespaces import as_bytes
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend, Capabilities, Traffic
+from mpidist.backends.job import ExitNotices
 from mpidist.backends.mpi import communicators
 from mpidist.backends.mpi.calls import LibraryCall, LibraryCalls
-from mpidist.backends.mpi.departures import Departures
-from mpidist.backends.mpi.memory import unlink_library_memory
+from mpidist.backends.mpi.library import abort_job, load_mpi, world_ranks
 from mpidist.backends.node.comparison import SumComparison
 from mpidist.backends.node.memory import NodeMemory
 from mpidist.backends.node.shared_memory import share
@@ -36,59 +35,12 @@ from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.verbs import Collective
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then
-from mpidist.errors import BackendUnavailableError, TransportError
+from mpidist.errors import TransportError
 
-__all__ = ["MpiBackend", "abort_job", "load_mpi", "world_ranks"]
+__all__ = ["MpiBackend"]
 
 _CHUNK = 2**30
 """Bytes of the longest single message; longer ones travel in several."""
-
-_CURE = (
-    "install an MPI library and mpi4py (pip install 'mpidist[mpich]'), or use the site's MPI: load "
-    "its module, so that libmpi.so can be found, or set MPI4PY_LIBMPI to its path"
-)
-
-
-def library_name(mpi: Any) -> str:
-    """Return name and version of the MPI library, the first words of what it says of itself."""
-    text: str = mpi.Get_library_version()
-    name = text.splitlines()[0].partition(",")[0]
-    return " ".join(name.replace("Version:", " ").replace("\0", "").split())
-
-
-def load_mpi() -> Any:
-    """Import and return ``mpi4py.MPI``, which initialises MPI.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If mpi4py or an MPI library is missing.
-    """
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = ": ".join(str(error).splitlines())
-        # Not from it: forty lines of mpi4py's search say no more, and hide the cure.
-        raise BackendUnavailableError(f"mpi: {reason}; {_CURE}") from None
-    return MPI
-
-
-def abort_job(mpi: Any, code: int) -> NoReturn:
-    """End the whole job now, with this exit code, and leave nothing in ``/dev/shm``.
-
-    Parameters
-    ----------
-    mpi : module
-        ``mpi4py.MPI``.
-    code : int
-        The exit code.
-    """
-    try:
-        unlink_library_memory()
-        mpi.COMM_WORLD.Abort(code)
-    finally:
-        # Some libraries only ask the launcher to end the job, and return.
-        os._exit(code)
 
 
 class _Requests(Work[tuple[int, ...]]):
@@ -182,10 +134,8 @@ class MpiBackend(Backend):
     ----------
     comm : mpi4py.MPI.Intracomm
         Used by this object alone, which frees it; collective over it.
-    departures : Departures, optional
-        Where ranks announce that they leave.
-    places : sequence of int, optional
-        The rank in MPI's world of each rank of the departures' communicator.
+    notices : ExitNotices, optional
+        The exit notices of the ranks of the world.
 
     Attributes
     ----------
@@ -198,17 +148,14 @@ class MpiBackend(Backend):
     compares_calls = True
     _alive: ClassVar[weakref.WeakSet[MpiBackend]] = weakref.WeakSet()
 
-    def __init__(
-        self, comm: Any, *, departures: Departures | None = None, places: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, comm: Any, *, notices: ExitNotices | None = None) -> None:
         self._mpi = mpi = load_mpi()
         # The first share of the tags is left to users of the communicator.
         span = (mpi.COMM_WORLD.Get_attr(mpi.TAG_UB) + 1) // (len(Traffic) + 1)
         super().__init__(comm.rank, comm.size, Capabilities(max_tag=span - 1))
         self.engine = _ENGINE
         self._comm = comm
-        self._departures = departures
-        self._places = places
+        self._notices = notices
         self._calls = LibraryCalls(mpi, comm.rank, comm.size)
         self._world_ranks = world_ranks(mpi, comm)
         nodes = _nodes(mpi, comm)
@@ -290,7 +237,7 @@ class MpiBackend(Backend):
         if comm == self._mpi.COMM_NULL:
             return None
         try:
-            return MpiBackend(comm, departures=self._departures, places=self._places)
+            return MpiBackend(comm, notices=self._notices)
         except self._mpi.Exception:
             comm.Free()
             raise
@@ -354,22 +301,12 @@ class MpiBackend(Backend):
 
     def follow(self, group: int, begun: list[int]) -> None:
         """Tell at this rank's end how many collectives of a group it has begun."""
-        if self._departures is not None and group:
-            self._departures.begun[group] = begun
+        if self._notices is not None and group:
+            self._notices.begun[group] = begun
 
     def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
         """Return the ranks that have left, but for those that had begun the collective."""
-        if self._departures is None:
-            return {}
-        lost = {}
-        for index, notice in self._departures.left().items():
-            if collective is not None and notice.begun.get(collective[0], 0) >= collective[1]:
-                continue
-            world = self._places[index]
-            if world in self._world_ranks:
-                words = f"left after operation {notice.operations}"
-                lost[self._world_ranks.index(world)] = words
-        return lost
+        return {} if self._notices is None else self._notices.lost(self._world_ranks, collective)
 
     # -- collectives ---------------------------------------------------------------------------
 
@@ -492,15 +429,6 @@ def _chunks(x: Array) -> list[Array]:
     if data.size <= _CHUNK:
         return [data]
     return [data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK)]
-
-
-def world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
-    """Return the rank in MPI's world of each rank."""
-    here, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
-    ranks = tuple(mpi.Group.Translate_ranks(here, None, world))
-    here.Free()
-    world.Free()
-    return ranks
 
 
 def _nodes(mpi: Any, comm: Any) -> list[int]:

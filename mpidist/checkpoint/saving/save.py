@@ -39,7 +39,7 @@ from mpidist.checkpoint.state import State
 from mpidist.collectives import broadcast_object
 from mpidist.errors import CheckpointAsyncError, CheckpointError
 from mpidist.group.group import ProcessGroup, check_group
-from mpidist.job.hooks import end_companions_at_exit
+from mpidist.job.end import end_companions_at_exit
 from mpidist.observe.regions import region
 
 

@@ -10,8 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping
-from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +21,9 @@ from mpidist.errors import BackendUnavailableError, LaunchError
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import abandon_groups
 from mpidist.log import configure
+
+if TYPE_CHECKING:
+    from mpidist.backends.job import JobTransport
 
 __all__ = ["FoundCrossovers", "found_crossovers", "init"]
 
@@ -135,15 +137,15 @@ def _first_reason(world: ProcessGroup, reason: str | None) -> tuple[str | None, 
     allowed = may_stage()
     if world.size == 1:
         return reason, allowed
-    mine = [world.size if reason is None else world.rank, allowed, not allowed]
-    first, by_all, by_none = all_reduce(np.array(mine), world, op=MIN).tolist()
+    own = [world.size if reason is None else world.rank, allowed, not allowed]
+    first, by_all, by_none = all_reduce(np.array(own), world, op=MIN).tolist()
     if first == world.size:
         return None, False
-    told = f"on rank {first}, {reason}"
+    described = f"on rank {first}, {reason}"
     if not by_all and not by_none:
-        told += "; and MPIDIST_ENABLE_GPU_FALLBACK=1 is set, with a GPU, on some ranks only"
-    said: str = broadcast_object(told, world, root=first)
-    return said, bool(by_all)
+        described += "; and MPIDIST_ENABLE_GPU_FALLBACK=1 is set, with a GPU, on some ranks only"
+    first_reason: str = broadcast_object(described, world, root=first)
+    return first_reason, bool(by_all)
 
 
 def _without_launcher() -> str:
@@ -174,56 +176,38 @@ def _init_mpi(
 ) -> ProcessGroup:
     began = time.monotonic()
     _refuse_inherited_rank()
-    from mpidist.backends.mpi.backend import MpiBackend, library_name, load_mpi, world_ranks
-    from mpidist.job import forks, hooks
+    from mpidist.backends.mpi.job import MpiJob
+    from mpidist.job import end, forks
     from mpidist.job.versions import compare_versions
 
     _raise_open_files()
     if evidence is not None:
         env.mark_rank()
-    with hooks.loading(1 if evidence is None else evidence.size, timeout):
-        mpi = load_mpi()
-    _refuse_strangers(evidence, mpi)
-    forks.guard(mpi.COMM_WORLD.rank)
-    _end_groups_with(mpi)
-    comm = mpi.COMM_WORLD if comm is None else _checked(comm, mpi)
-    with hooks.starting(mpi, comm, began, timeout) as installed:
-        own = comm.Dup()
-        compare_versions(own)
-        departures = None if installed is None else installed.join(comm, timeout)
-        backend = MpiBackend(own, departures=departures, places=world_ranks(mpi, comm))
+    with end.loading(1 if evidence is None else evidence.size, timeout):
+        job: JobTransport = MpiJob()
+    _refuse_lone_ranks(evidence, job)
+    forks.guard(job.name, job.rank)
+    job.when_ended(_abandon_groups_of_mpi)
+    ranks = job.world(comm)
+    with end.starting(job, ranks, began, timeout) as notices:
+        ranks.connect()
+        compare_versions(ranks.all_gather)
+        received = None if notices is None else notices()
+        backend = ranks.backend(received)
         several = backend.size > 1
         world = ProcessGroup.over(backend, timeout=timeout, warn_after=warn_after, answers=several)
     directory = env.trace_directory()
     if several:
-        table, directory = _agreed(world, library_name(mpi))
+        table, directory = _agreed(world, job.library)
         world._backend.take(table)
-    hooks.follow(world)
+    end.track(world)
     _trace(directory, world)
     return world
 
 
-@cache
-def _end_groups_with(mpi: Any) -> None:
+def _abandon_groups_of_mpi() -> None:
     """Let every verb say so, where the program has called MPI.Finalize: the library would abort."""
-
-    def ended(*_: Any) -> None:
-        abandon_groups("mpi", "MPI has been finalised; call MPI.Finalize last, or leave it to exit")
-
-    # The library deletes what is attached here before anything else that it finalises.
-    mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=ended), ended)
-
-
-def _checked(comm: Any, mpi: Any) -> Any:
-    """Return a communicator of which a group can be made."""
-    if isinstance(comm, mpi.Intracomm) and comm != mpi.COMM_NULL:
-        return comm
-    null = isinstance(comm, mpi.Comm) and comm == mpi.COMM_NULL
-    got = "COMM_NULL: this rank is no member of it, and does not call init" if null else repr(comm)
-    raise LaunchError(
-        "init: comm must be a communicator of mpi4py, such as MPI.COMM_WORLD or what Split "
-        f"returns; got {got}"
-    )
+    abandon_groups("mpi", "MPI has been finalised; call MPI.Finalize last, or leave it to exit")
 
 
 def _trace(directory: str | None, world: ProcessGroup) -> None:
@@ -253,8 +237,8 @@ def _agreed(world: ProcessGroup, library: str) -> tuple[Mapping[int, Crossovers]
             table = found.table
             if found.problem:
                 world.log.warning("init: %s. The default crossovers are used", found.problem)
-    told = (table, problem, env.trace_directory())
-    table, problem, directory = broadcast_object(told, world, root=0)
+    found_by_first = (table, problem, env.trace_directory())
+    table, problem, directory = broadcast_object(found_by_first, world, root=0)
     if problem is not None:
         raise LaunchError(
             f"init: MPIDIST_CROSSOVERS of rank 0 cannot be used: {problem}; correct it, or unset it"
@@ -337,14 +321,13 @@ def _refuse_inherited_rank() -> None:
     )
 
 
-def _refuse_strangers(evidence: env.Evidence | None, mpi: Any) -> None:
+def _refuse_lone_ranks(evidence: env.Evidence | None, job: JobTransport) -> None:
     """Raise if this process is one of several ranks that do not see each other."""
-    if evidence is None or not evidence.several or mpi.COMM_WORLD.size > 1:
+    if evidence is None or not evidence.several or job.size > 1:
         return
-    vendor = mpi.Get_library_version().split(",")[0].split("\n")[0]
     raise LaunchError(
         f"init: {evidence.launcher} started {evidence.size} processes ({evidence.variable}="
-        f"{evidence.size}), but the MPI library here ({vendor}) sees only one. Launcher and "
+        f"{evidence.size}), but the MPI library here ({job.library}) sees only one. Launcher and "
         "library must come from the same MPI: use the mpirun that lies beside this Python, or "
         "the site's module with mpi4py on its libmpi (MPI4PY_LIBMPI); under Slurm, srun --mpi=pmix "
         "for Open MPI and srun --mpi=pmi2 for MPICH"

@@ -18,13 +18,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpidist import env
-from mpidist.backends.mpi.backend import MpiBackend, abort_job
-from mpidist.backends.mpi.departures import Departures
+from mpidist.backends.job import ExitNotices, JobTransport, JobWorld
 from mpidist.backends.work import Waiter
 from mpidist.errors import (
     CollectiveMismatchError,
@@ -46,7 +46,7 @@ from mpidist.observe.watch.tracebacks import callers_of, lines_of, reason_of, su
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
 
-__all__ = ["attend", "end_companions_at_exit", "follow", "loading", "starting"]
+__all__ = ["end_companions_at_exit", "end_trace_at_exit", "loading", "starting", "track"]
 
 _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
@@ -76,8 +76,8 @@ class _Hooks:
 
     Parameters
     ----------
-    mpi : module
-        ``mpi4py.MPI``.
+    job : JobTransport
+        The transport that connects the processes of the job.
 
     Attributes
     ----------
@@ -89,11 +89,10 @@ class _Hooks:
         The longest of all calls of `init`, in seconds.
     """
 
-    def __init__(self, mpi: Any) -> None:
-        self._mpi = mpi
-        self._rank = mpi.COMM_WORLD.rank
-        self._words = f"[world {self._rank}/{mpi.COMM_WORLD.size}]"
-        self._worlds: list[tuple[Departures, float]] = []
+    def __init__(self, job: JobTransport) -> None:
+        self._job = job
+        self._prefix = f"[world {job.rank}/{job.size}]"
+        self._notices: dict[tuple[int, ...], tuple[ExitNotices, float]] = {}
         self._groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
         self.traces: list[Session] = []
         self._next_hook = sys.excepthook
@@ -105,25 +104,21 @@ class _Hooks:
         self._spare: mmap.mmap | None = mmap.mmap(-1, _SPARE, mmap.MAP_PRIVATE)
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
-        # Exit handlers run in reverse order: this one before mpi4py's, which finalises MPI.
+        # Exit handlers run in reverse order: this one before that of the transport, which ends it.
         atexit.register(self._on_exit)
         self._reports_signals = helper().catch()
         helper().rounds.append(self._check_deadlines)
 
-    def join(self, comm: Any, timeout: float) -> Departures:
-        """Let the ranks of a communicator tell each other when they leave; collective over it."""
-        alike = self._mpi.IDENT, self._mpi.CONGRUENT
-        for number, (departures, _) in enumerate(self._worlds):
-            # An earlier world of the same ranks: a communicator for each would never be released.
-            if self._mpi.Comm.Compare(departures.comm, comm) in alike:
-                self._worlds[number] = departures, timeout
-                return departures
-        departures = Departures(comm.Dup())
-        self._worlds.append((departures, timeout))
-        return departures
+    def join(self, world: JobWorld, timeout: float) -> ExitNotices:
+        """Return the exit notices among the ranks of a world; collective over it."""
+        # Those of an earlier world of the same ranks serve again: mailboxes are never released.
+        found = self._notices.get(world.ranks)
+        notices = found[0] if found else ExitNotices(world.mailbox(), world.ranks, self._job.nap)
+        self._notices[world.ranks] = notices, timeout
+        return notices
 
-    def follow(self, group: ProcessGroup) -> None:
-        """Drive this group at the exit, and count its operations in the notice of departure."""
+    def track(self, group: ProcessGroup) -> None:
+        """Drive this group at the exit, and count its operations in the exit notice."""
         if not self._groups and group.rank == 0 and shows(logging.INFO):
             _write(f"mpidist: {group._watch.processes(all_of_them=shows(logging.DEBUG))}")
         self._groups.add(group)
@@ -137,7 +132,7 @@ class _Hooks:
                 self._say(f"could not leave its part of the trace in {trace.parts}: {error!r}")
         _flush()
         time.sleep(_FLUSH)
-        abort_job(self._mpi, code)
+        self._job.abort(code)
 
     def _on_exception(
         self,
@@ -155,13 +150,13 @@ class _Hooks:
             if interrupted:
                 self._say_together("interrupted", "was interrupted; ending the job")
             else:
-                self._tell(error, trace)
+                self._print(error, trace)
         except BaseException as another:  # noqa: BLE001  # whatever it is, the others must not wait
-            self._say(f"could not tell all of it: {another!r}")
+            self._say(f"could not print all of it: {another!r}")
         finally:
             self._abort(_INTERRUPTED if interrupted else 1)
 
-    def _tell(self, error: BaseException, trace: TracebackType | None) -> None:
+    def _print(self, error: BaseException, trace: TracebackType | None) -> None:
         """Print an exception, once for all ranks that raise it, and what the others are doing."""
         if self._next_hook is not sys.__excepthook__:
             self._next_hook(type(error), error, trace)
@@ -191,29 +186,29 @@ class _Hooks:
             text = f"raised{same} {summary_of(error)}"
             if self._next_hook is sys.__excepthook__ and ending.earlier < _TRACEBACKS:
                 lines = lines_of(error, trace, whole=env.debug())
-        told = "".join(f"\n{self._words} {line}" for line in lines)
-        self._say(f"{text}; ending the job{told}", ending.ranks)
+        more = "".join(f"\n{self._prefix} {line}" for line in lines)
+        self._say(f"{text}; ending the job{more}", ending.ranks)
 
     def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit and args.exc_value is not None:
             self._on_exception(args.exc_type, args.exc_value, args.exc_traceback)
 
     def _on_exit(self) -> None:
-        """Tell all that this rank leaves, and stay until they do; abort if the job is broken."""
-        if os.getpid() != self._pid or self._mpi.Is_finalized():
+        """Notify all that this rank exits, and wait until they do; abort if the job is broken."""
+        if os.getpid() != self._pid or self._job.ended():
             return
         for group in tuple(self._groups):
             group._watch.leave()
-        broken = [group for group in broken_groups() if group._backend.name == MpiBackend.name]
+        broken = [group for group in broken_groups() if group._backend.name == self._job.name]
         if broken:
             text = f"ends with a broken group ({broken[0].name!r}); ending the job"
             self._say_together("broken", text)
             self._abort(1)
         operations = sum(group.operations for group in self._groups)
-        for departures, _ in self._worlds:
-            departures.leave(operations)
-        for departures, timeout in self._worlds:
-            remaining = departures.wait_for_all(timeout, self._progress)
+        for notices, _ in self._notices.values():
+            notices.send(operations)
+        for notices, timeout in self._notices.values():
+            remaining = notices.wait_for_all(timeout, self._progress)
             if remaining:
                 self._report(f"has waited {timeout:g} s for the exit of others", dump=True)
                 text = (
@@ -224,11 +219,11 @@ class _Hooks:
                 self._abort(1)
         self._end_traces()
         self.leaving = (time.monotonic(), self.timeout)
-        limit_finalization(self._words, self.timeout, stacks=self._reports_signals)
+        limit_finalization(self._prefix, self.timeout, stacks=self._reports_signals)
 
     def end_companions(self) -> None:
         """Wait for what subsystems have under way, such as the last save; an exit handler."""
-        if os.getpid() != self._pid or self._mpi.Is_finalized() or broken_groups():
+        if os.getpid() != self._pid or self._job.ended() or broken_groups():
             return
         for _, companion in companions():
             try:
@@ -254,7 +249,7 @@ class _Hooks:
         bool
             Whether any of them has finished.
         """
-        held = MpiBackend.held()
+        held = self._job.held()
         before = len(held)
         groups: set[Operations] = set(self._groups)
         groups.update(work._group for work in tuple(held) if isinstance(work, GroupWork))
@@ -283,7 +278,7 @@ class _Hooks:
                 "exit handler that was registered before mpidist.init does not return",
                 stack=main_stack(),
             )
-        for backend in MpiBackend.alive():
+        for backend in self._job.alive():
             if backend.inside is None:
                 continue
             waiter, since = backend.inside
@@ -296,24 +291,24 @@ class _Hooks:
                     waiter,
                 )
 
-    def _end_late(self, words: str, waiter: Waiter | None = None, stack: str = "") -> None:
+    def _end_late(self, why: str, waiter: Waiter | None = None, stack: str = "") -> None:
         """Report and abort, in a thread of its own: the helper has to answer the other ranks."""
 
         def end() -> None:
             if waiter is not None:
                 with contextlib.suppress(Exception):  # whatever a report fails of, the job ends
-                    waiter.report(words)
-            told = words if waiter is None else words.partition(". ")[0]  # the report has it all
-            self._say_together(f"late{stack}", f"{told}; ending the job{stack}")
+                    waiter.report(why)
+            brief = why if waiter is None else why.partition(". ")[0]  # the report has it all
+            self._say_together(f"late{stack}", f"{brief}; ending the job{stack}")
             self._abort(1)
 
         self._ending = True
         in_thread(end, "mpidist-end")
 
     def _report(self, what: str, *, dump: bool, table: bool = True) -> None:
-        """Tell what all ranks of this node are doing, unless that has just been told.
+        """Report what all ranks of this node are doing, unless a report has just been made.
 
-        They are written as JSON if the ranks have waited for each other, or the user wants it.
+        It is written as JSON, too, if the ranks have waited for each other, or the user wants it.
         """
         for group in tuple(self._groups):
             watch = group._watch
@@ -328,10 +323,10 @@ class _Hooks:
         return max(watches, key=lambda watch: len(watch.who()), default=None)
 
     def _join(self, reason: str) -> tuple[Ending, int | None]:
-        """Return for whom this rank speaks, and which rank of another node does already."""
+        """Return the ranks for which this one reports, and the rank of another node that does."""
         watch = self._watch()
         if watch is None:
-            return Ending((self._rank,), self._rank, others=True), None
+            return Ending((self._job.rank,), self._job.rank, others=True), None
         ending = watch.failures.join(reason)
         if ending.first != watch.rank:
             return ending, ending.first
@@ -353,7 +348,7 @@ class _Hooks:
     def _say(self, text: str, ranks: Sequence[int] = (), *, who: str = "ranks") -> None:
         """Write a line about this rank, or about several, of which it is one."""
         who = f"{who} {ranges(ranks)}" if len(ranks) > 1 else "this rank"
-        _write(f"{self._words} mpidist: {who} {text}")
+        _write(f"{self._prefix} mpidist: {who} {text}")
 
 
 def _write(text: str) -> None:
@@ -401,14 +396,16 @@ def loading(size: int | None, timeout: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def starting(mpi: Any, comm: Any, began: float, timeout: float) -> Iterator[_Hooks | None]:
+def starting(
+    job: JobTransport, world: JobWorld, began: float, timeout: float
+) -> Iterator[Callable[[], ExitNotices] | None]:
     """Guard a call of `init`, and install the hooks unless somebody else handles exceptions here.
 
     Parameters
     ----------
-    mpi : module
-        ``mpi4py.MPI``.
-    comm : mpi4py.MPI.Intracomm
+    job : JobTransport
+        The transport that connects the processes of the job.
+    world : JobWorld
         The ranks that are in `init`.
     began : float
         When the call began, by `time.monotonic`.
@@ -417,27 +414,27 @@ def starting(mpi: Any, comm: Any, began: float, timeout: float) -> Iterator[_Hoo
 
     Yields
     ------
-    _Hooks or None
-        What is installed; None if nothing is.
+    callable or None
+        Returns the exit notices of these ranks, collective; None if nothing is installed.
     """
     global _installed  # noqa: PLW0603  # the state of the process, and named as such
-    if comm.size == 1 or _someone_else_handles_exceptions():
+    if len(world.ranks) == 1 or _someone_else_handles_exceptions():
         yield None
         return
     if _installed is None:
-        _installed = _Hooks(mpi)
+        _installed = _Hooks(job)
     _installed.starting = (began, timeout)
     _installed.timeout = max(_installed.timeout, timeout)
     try:
-        yield _installed
+        yield partial(_installed.join, world, timeout)
     finally:
         _installed.starting = None
 
 
-def follow(group: ProcessGroup) -> None:
-    """Drive a group at this rank's exit, and count its operations in the notice of departure."""
+def track(group: ProcessGroup) -> None:
+    """Drive a group at this rank's exit, and count its operations in the exit notice."""
     if _installed is not None:
-        _installed.follow(group)
+        _installed.track(group)
 
 
 def end_companions_at_exit() -> None:
@@ -466,7 +463,7 @@ def _end_alone(pid: int) -> None:
             os._exit(1)  # an exit handler has no other way to say that the program failed
 
 
-def attend(trace: Session) -> bool:
+def end_trace_at_exit(trace: Session) -> bool:
     """End a trace when all ranks have come to their exit, or abandon it when the job is aborted.
 
     Parameters
