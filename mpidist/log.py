@@ -12,10 +12,10 @@ may set the level itself, before `init`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
-__all__ = ["configure", "logger", "ranges", "rank_logger", "shows"]
+__all__ = ["configure", "logger", "rank_logger", "shows"]
 
 logger = logging.getLogger("mpidist")
 
@@ -82,22 +82,3 @@ def rank_logger(group: str, rank: int, size: int) -> logging.LoggerAdapter[loggi
         Writes to the logger ``mpidist``.
     """
     return _RankAdapter(logger, {"group": group, "rank": rank, "size": size})
-
-
-def ranges(numbers: Iterable[int], *, ordered: bool = False) -> str:
-    """Return numbers as people write them, such as ``"0-2, 5"``.
-
-    Parameters
-    ----------
-    numbers : iterable of int
-        Of ranks, or processes.
-    ordered : bool, optional
-        Whether to keep their order instead of sorting them.
-    """
-    runs: list[list[int]] = []
-    for number in numbers if ordered else sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

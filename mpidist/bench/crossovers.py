@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpidist._formatting import format_bytes
 from mpidist._types import Array
 from mpidist.backends.crossover_file import machine_name, user_file, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers
@@ -22,7 +23,7 @@ from mpidist.backends.mpi.library import library_name, load_mpi
 from mpidist.bench.machine import Machine
 from mpidist.bench.options import BenchmarkError, add_effort, require_ranks
 from mpidist.bench.report import Report, Row
-from mpidist.bench.sizes import sweep, tell_size
+from mpidist.bench.sizes import sweep
 from mpidist.bench.sweeps import rows_over
 from mpidist.bench.times import Series
 from mpidist.collectives import all_reduce
@@ -174,4 +175,4 @@ def find(rows: Sequence[Row]) -> Crossovers:
 
 
 def _tell(nbytes: int) -> str:
-    return "never" if nbytes >= NEVER else f"{tell_size(nbytes)} ({nbytes})"
+    return "never" if nbytes >= NEVER else f"{format_bytes(nbytes)} ({nbytes})"

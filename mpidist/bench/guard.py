@@ -12,11 +12,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpidist._formatting import format_bytes
 from mpidist.bench.all_reduce import mpidist_and_library
 from mpidist.bench.machine import Machine
 from mpidist.bench.options import add_effort, effort, require_ranks
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Report, Row
-from mpidist.bench.sizes import tell_size
 from mpidist.bench.times import Series, measure
 from mpidist.group import ProcessGroup
 
@@ -124,6 +124,6 @@ def _speedup(rows: Sequence[Row], floor: Floor) -> float:
 
 def _tell(floor: Floor, best: float) -> str:
     return (
-        f"{floor.series} all_reduce of {tell_size(floor.nbytes)}: {best:.2f} times the library's "
-        f"speed, at least {floor.least:g} expected"
+        f"{floor.series} all_reduce of {format_bytes(floor.nbytes)}: {best:.2f} times the "
+        f"library's speed, at least {floor.least:g} expected"
     )

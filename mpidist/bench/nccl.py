@@ -16,6 +16,7 @@ from functools import partial
 from itertools import product
 from math import ceil
 
+from mpidist._formatting import format_bytes
 from mpidist.backends.device.nccl import NcclBackend
 from mpidist.bench.ddp import Shape
 from mpidist.bench.machine import Machine
@@ -35,7 +36,7 @@ from mpidist.bench.nccl_verbs import (
 )
 from mpidist.bench.options import BenchmarkError, add_effort, effort, positive, tell_progress
 from mpidist.bench.report import Comparison, Measure, Report, Row, Target
-from mpidist.bench.sizes import read_size, sweep, tell_size
+from mpidist.bench.sizes import read_size, sweep
 from mpidist.bench.sweeps import rows_over
 from mpidist.bench.times import Series
 from mpidist.group import ProcessGroup
@@ -190,7 +191,7 @@ def _sweep(
 
 def _kernels(world: ProcessGroup, options: argparse.Namespace, notes: list[str]) -> list[Row]:
     if options.kernel_size < 4 * cache_bytes():
-        cache = tell_size(cache_bytes())
+        cache = format_bytes(cache_bytes())
         notes.append(f"the kernels' arrays are not far beyond the device's cache of {cache}")
     notes.append("the finite check and the sum of squares make the host wait for their answer")
     tell = partial(tell_progress, world)
@@ -224,7 +225,7 @@ def _added(rows: Sequence[Row]) -> list[Target]:
                 value=1e6 * added,
                 bound=_MOST_ADDED,
                 most=True,
-                detail=f"{told[0]} us, and {told[1]} us; {tell_size(nbytes)}",
+                detail=f"{told[0]} us, and {told[1]} us; {format_bytes(nbytes)}",
             )
         )
     return targets

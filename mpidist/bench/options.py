@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mpidist._formatting import format_bytes
 from mpidist._optional import require
-from mpidist.bench.sizes import read_size, tell_size
+from mpidist.bench.sizes import read_size
 from mpidist.bench.times import Effort
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
@@ -146,12 +147,12 @@ def require_ranks(world: ProcessGroup, benchmark: str, *, least: int = 2) -> Non
 def tell_progress(world: ProcessGroup, operation: str, nbytes: int) -> None:
     """Write on the first rank's standard error that a size has been measured."""
     if world.rank == 0:
-        sys.stderr.write(f"measured {operation} at {tell_size(nbytes)}\n")
+        sys.stderr.write(f"measured {operation} at {format_bytes(nbytes)}\n")
         sys.stderr.flush()
 
 
 def _word(nbytes: int) -> str:
-    return tell_size(nbytes).removesuffix(" B").replace(" ", "")
+    return format_bytes(nbytes).removesuffix(" B").replace(" ", "")
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:

@@ -16,13 +16,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpidist._columns import columns
+from mpidist._formatting import columns, format_bytes, format_number
 from mpidist.bench.model import Errors, Network
 from mpidist.bench.options import BenchmarkError, add_files, check_files, positive
 from mpidist.bench.plan_plot import plot_plan
 from mpidist.bench.predictions import BACKWARD, Fitted, Layout, Plan, make_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
-from mpidist.bench.sizes import read_size, tell_size
+from mpidist.bench.sizes import read_size
 from mpidist.usage import write_once
 
 __all__ = ["configure", "render_plan", "run"]
@@ -187,10 +187,10 @@ def _fits(fitted: Sequence[Fitted]) -> str:
         lines.append(
             [
                 str(fit.ranks),
-                _short(fit.meetings * 1e6),
-                _short(_rate(fit.near)),
-                tell_size(int(fit.knee)) if bounded else "any size",
-                _short(_rate(fit.far)) if bounded else "",
+                format_number(fit.meetings * 1e6),
+                format_number(_rate(fit.near)),
+                format_bytes(int(fit.knee)) if bounded else "any size",
+                format_number(_rate(fit.far)) if bounded else "",
                 _off(each.errors),
                 _off(each.left_out),
             ]
@@ -222,21 +222,21 @@ def _compared(plan: Plan) -> str:
     for each in plan.predictions:
         if each.measured is None:
             continue
-        off = each.seconds / each.measured - 1
-        times = [_short(each.measured * 1e6), _short(each.seconds * 1e6), f"{off:+.0%}"]
-        lines.append([str(each.layout), tell_size(each.nbytes), *times])
+        times = [format_number(1e6 * seconds) for seconds in (each.measured, each.seconds)]
+        off = f"{each.seconds / each.measured - 1:+.0%}"
+        lines.append([str(each.layout), format_bytes(each.nbytes), *times, off])
     return _table(lines, ["nodes x ranks", "size", "measured us", "model us", "off"])
 
 
 def _predicted(plan: Plan) -> str:
     times = {
-        (each.layout, each.nbytes): _short(each.seconds * 1e6)
+        (each.layout, each.nbytes): format_number(each.seconds * 1e6)
         for each in plan.predictions
         if each.measured is None
     }
     layouts = list(dict.fromkeys(layout for layout, _ in times))
     lines = [
-        [tell_size(nbytes), *(times.get((layout, nbytes), "") for layout in layouts)]
+        [format_bytes(nbytes), *(times.get((layout, nbytes), "") for layout in layouts)]
         for nbytes in dict.fromkeys(nbytes for _, nbytes in times)
     ]
     return _table(lines, ["time in us, nodes x ranks", *map(str, layouts)])
@@ -245,8 +245,8 @@ def _predicted(plan: Plan) -> str:
 def _stepped(plan: Plan) -> str:
     lines = []
     for step in plan.steps:
-        measured = "extrapolated" if step.measured is None else _short(step.measured * 1e3)
-        times = [_short(each * 1e3) for each in (step.alone, step.seconds, step.hidden)]
+        measured = "extrapolated" if step.measured is None else format_number(step.measured * 1e3)
+        times = [format_number(each * 1e3) for each in (step.alone, step.seconds, step.hidden)]
         lines.append([f"{step.parameters / 1e6:.2f}", str(step.layout), *times, measured])
     return _table(
         lines, ["million parameters", "nodes x ranks", "alone", "model", "hidden", "measured"]
@@ -255,14 +255,6 @@ def _stepped(plan: Plan) -> str:
 
 def _table(lines: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
     return "\n".join(columns(heads, lines, ruled=True))
-
-
-def _short(value: float) -> str:
-    """Return a number with three digits that mean something, never as a power of ten."""
-    for bound, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
-        if value < bound:
-            return f"{value:.{digits}f}"
-    return f"{value:,.0f}"
 
 
 def _to_json(plan: Plan, command: str) -> str:

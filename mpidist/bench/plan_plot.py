@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from mpidist._formatting import format_bytes
 from mpidist._optional import require
 from mpidist.bench.predictions import Fitted, Layout, Plan, Step
 from mpidist.bench.report import Report
-from mpidist.bench.sizes import tell_size
 
 __all__ = ["plot_plan"]
 
@@ -133,7 +133,7 @@ def _size_axis(axes: Any, fitted: Sequence[Fitted]) -> None:
     step = -(-len(sizes) // 7)
     axes.xaxis.set_major_locator(FixedLocator(sizes[::-step][::-1]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: tell_size(int(size))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(int(size))))
     axes.set_xlabel("size of the array")
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpidist._formatting import format_bytes
 from mpidist._optional import require
 from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Report, Row
-from mpidist.bench.sizes import tell_size
 
 __all__ = ["plot_report"]
 
@@ -135,7 +135,7 @@ def _draw_lines(
     step = -(-len(sizes) // 7)
     axes.xaxis.set_major_locator(FixedLocator(sizes[::-step][::-1]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: tell_size(int(size))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(int(size))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
     axes.tick_params(axis="x", labelrotation=30)
     _tidy(axes)

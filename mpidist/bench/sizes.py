@@ -5,17 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["read_size", "sweep", "tell_size"]
+__all__ = ["read_size", "sweep"]
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
-
-
-def tell_size(nbytes: int) -> str:
-    """Return a number of bytes in the largest unit of which it is a whole number: ``64 KiB``."""
-    for unit, shift in reversed(_UNITS.items()):
-        if unit and nbytes >= 1 << shift and nbytes % (1 << shift) == 0:
-            return f"{nbytes >> shift} {unit}iB"
-    return f"{nbytes} B"
 
 
 def read_size(text: str) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpidist._columns import columns
+from mpidist._formatting import columns, format_bytes, format_number
 from mpidist.bench.report import Measure, Report, Row, Target
-from mpidist.bench.sizes import tell_size
 
 __all__ = ["render_table"]
 
@@ -52,7 +51,7 @@ def _table(report: Report, operation: str) -> str:
     heads = [*["size"] * sized, *series, *(comparison.title for comparison in compared)]
     lines: list[list[str]] = []
     for size in sizes:
-        line: list[str] = [tell_size(size)] if sized else []
+        line: list[str] = [format_bytes(size)] if sized else []
         line += [_time(report.find(operation, name, size)) for name in series]
         for comparison in compared:
             value = report.compare(comparison, operation, size)
@@ -69,7 +68,7 @@ def _targets(targets: Sequence[Target]) -> str:
     lines = [
         (
             target.what,
-            _short(target.value),
+            format_number(target.value),
             f"at {'most' if target.most else 'least'} {target.bound:g}",
             "yes" if target.reached else "no",
             target.detail,
@@ -82,7 +81,7 @@ def _targets(targets: Sequence[Target]) -> str:
 def _time(row: Row | None) -> str:
     if row is None:
         return ""
-    return f"{_short(row.times.median * 1e6)} ({_short(row.times.p95 * 1e6)})"
+    return f"{format_number(row.times.median * 1e6)} ({format_number(row.times.p95 * 1e6)})"
 
 
 def _compared(value: float | None, measure: Measure) -> str:
@@ -94,12 +93,4 @@ def _compared(value: float | None, measure: Measure) -> str:
 def _bandwidths(row: Row | None) -> Sequence[str]:
     if row is None or row.algorithm_bandwidth is None or row.bus_bandwidth is None:
         return ("", "")
-    return (_short(row.algorithm_bandwidth / 1e9), _short(row.bus_bandwidth / 1e9))
-
-
-def _short(value: float) -> str:
-    """Return a number with three digits that mean something, never as a power of ten."""
-    for bound, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
-        if value < bound:
-            return f"{value:.{digits}f}"
-    return f"{value:,.0f}"
+    return (format_number(row.algorithm_bandwidth / 1e9), format_number(row.bus_bandwidth / 1e9))

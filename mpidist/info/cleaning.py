@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpidist._formatting import format_bytes, format_count
 from mpidist.info.leftovers import maker_of
-from mpidist.info.words import count, tell_bytes
 
 __all__ = ["Candidate", "clean", "describe"]
 
@@ -82,8 +82,8 @@ def describe(files: Sequence[Candidate], place: str) -> str:
         groups.setdefault((file.kept, file.maker), []).append(file)
     lines = []
     for (kept, maker), some in sorted(groups.items()):
-        size = tell_bytes(sum(file.nbytes for file in some))
-        what = f"{count(len(some), 'file')} of {maker} in {place}, {size}"
+        size = format_bytes(sum(file.nbytes for file in some))
+        what = f"{format_count(len(some), 'file')} of {maker} in {place}, {size}"
         lines.append(f"kept {what}: {kept}" if kept else f"removed {what}")
     return "\n".join(lines) or f"nothing of MPI libraries is in {place}"
 

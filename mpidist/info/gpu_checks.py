@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpidist._formatting import format_count
 from mpidist.info.facts import JobFacts
 from mpidist.info.problems import Problem, warning
-from mpidist.info.words import count, rank_names
+from mpidist.info.words import rank_names
 
 __all__ = ["shared_gpus", "unused_gpus"]
 
@@ -40,7 +41,7 @@ def shared_gpus(job: JobFacts) -> Sequence[Problem]:
             continue
         what = (
             f"{node.host}: {rank_names(most[1])} would share the GPU {most[0]}, of "
-            f"{count(len(places), 'GPU')} that its ranks see"
+            f"{format_count(len(places), 'GPU')} that its ranks see"
         )
         cure = (
             "as many ranks on a node as GPUs, and each rank sees all of them (mpirun -n 4, srun "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpidist._formatting import format_bytes, format_count
 from mpidist.info.facts import JobFacts, NodeFacts
 from mpidist.info.problems import Problem, warning
-from mpidist.info.words import count, rank_names, tell_bytes
+from mpidist.info.words import rank_names
 
 __all__ = [
     "clocks",
@@ -41,12 +42,13 @@ def shared_memory(job: JobFacts) -> Sequence[Problem]:
         if shared is None:
             what = f"{node.host} has no /dev/shm that can be written"
         elif shared.total < need * ranks:
-            what = f"{shared.path} of {node.host} is tiny, {tell_bytes(shared.total)}"
+            what = f"{shared.path} of {node.host} is tiny, {format_bytes(shared.total)}"
         elif shared.free < _MIB * ranks:
-            what = f"{shared.path} of {node.host} is full, {tell_bytes(shared.free)} free"
+            what = f"{shared.path} of {node.host} is full, {format_bytes(shared.free)} free"
         else:
             continue
-        what += f", for {count(ranks, 'rank')}: MPI takes {tell_bytes(need)} for each, mpidist more"
+        what += f", for {format_count(ranks, 'rank')}: MPI takes {format_bytes(need)} for each, "
+        what += "mpidist more"
         cure = (
             "in a container, a larger one (docker run --shm-size=2g, or --ipc=host); else remove "
             "what others left there. MPIR_CVAR_CH4_SHM_POSIX_IQUEUE_NUM_CELLS=8 lets MPICH take an "
@@ -72,7 +74,7 @@ def threads_of_a_rank(job: JobFacts) -> Sequence[Problem]:
     cores = min(len(rank.cores) for rank in wrong)
     what = (
         f"{rank_names([rank.rank for rank in wrong])}: {threads} BLAS threads, and only "
-        f"{count(cores, 'core')} to run on"
+        f"{format_count(cores, 'core')} to run on"
     )
     cure = f"export OMP_NUM_THREADS={cores}"
     if any(len(rank.cores) < job.nodes[rank.node].cores for rank in wrong):
@@ -94,8 +96,8 @@ def threads_of_a_node(job: JobFacts) -> Sequence[Problem]:
             continue
         each = max(1, usable // len(node.ranks))
         what = (
-            f"{node.host}: {count(len(ranks), 'rank')} with up to {most} BLAS threads each, "
-            f"{threads} in all, on {count(usable, 'core')}"
+            f"{node.host}: {format_count(len(ranks), 'rank')} with up to {most} BLAS threads each, "
+            f"{threads} in all, on {format_count(usable, 'core')}"
         )
         cure = f"export OMP_NUM_THREADS={each} before the launcher"
         if "OPENBLAS_NUM_THREADS" in job.first.settings:
@@ -111,7 +113,7 @@ def oversubscribed(job: JobFacts) -> Sequence[Problem]:
         ranks, usable = len(node.ranks), job.usable(node)
         if ranks <= usable:
             continue
-        what = f"{node.host}: {ranks} ranks on {count(usable, 'core')}"
+        what = f"{node.host}: {ranks} ranks on {format_count(usable, 'core')}"
         cure = "fewer ranks; for a test it does no harm, but is slow"
         if usable < node.cores:
             what += f", though it has {node.cores}"
@@ -172,8 +174,8 @@ def leftovers(job: JobFacts) -> Sequence[Problem]:
             continue
         makers = " and ".join(sorted({file.maker for file in files}))
         what = (
-            f"{node.host}: {count(len(files), 'file')} of {makers} in {node.shared.path}, "
-            f"{tell_bytes(sum(file.nbytes for file in files))}, in use by no process that can be "
+            f"{node.host}: {format_count(len(files), 'file')} of {makers} in {node.shared.path}, "
+            f"{format_bytes(sum(file.nbytes for file in files))}, in use by no process that can be "
             "seen from here: left by jobs that are over"
         )
         cure = "python -m mpidist info --clean on that node removes those of the user who runs it"

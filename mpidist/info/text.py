@@ -5,10 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from mpidist._formatting import format_bytes, format_count
 from mpidist.backends.crossovers import NEVER
 from mpidist.info.facts import Hdf5, JobFacts, Launch, Leftover, Library, NodeFacts, RankFacts
 from mpidist.info.problems import Problem
-from mpidist.info.words import by_value, count, rank_names, tell_bytes
+from mpidist.info.words import by_value, rank_names
 
 __all__ = ["tell"]
 
@@ -48,7 +49,7 @@ def _size(job: JobFacts) -> str:
     started = job.first.launch.size
     if len(job.ranks) == 1 and started is not None and started > 1:
         return f"{started} processes that do not see each other; this is the first"
-    return f"{count(len(job.ranks), 'rank')} on {count(len(job.nodes), 'node')}"
+    return f"{format_count(len(job.ranks), 'rank')} on {format_count(len(job.nodes), 'node')}"
 
 
 def _section(title: str, rows: Rows) -> Iterator[str]:
@@ -122,10 +123,10 @@ def _crossovers(job: JobFacts) -> str:
     if not found.sizes:
         return "unknown: they are kept for each MPI library"
     sizes = ", ".join(
-        f"{name} {'never' if size == NEVER else tell_bytes(size)}"
+        f"{name} {'never' if size == NEVER else format_bytes(size)}"
         for name, size in found.sizes.items()
     )
-    source = found.source and f"{found.source}, for {count(found.ranks, 'rank')} on a node"
+    source = found.source and f"{found.source}, for {format_count(found.ranks, 'rank')} on a node"
     return f"{sizes} ({source or 'default'})"
 
 
@@ -146,14 +147,14 @@ def _title(nodes: Sequence[NodeFacts]) -> str:
 
 def _kind(node: NodeFacts) -> tuple[str, str, str, str]:
     """Return what nodes of one kind have in common."""
-    shared = f"{tell_bytes(node.shared.total)} in {node.shared.path}" if node.shared else "none"
+    shared = f"{format_bytes(node.shared.total)} in {node.shared.path}" if node.shared else "none"
     driver = f", driver {node.driver}" if node.driver else ""
     cuda = f" for CUDA {node.cuda} and older" if node.cuda else ""
     return f"{node.system}, {node.machine}", node.processor, shared, f"{_gpus(node)}{driver}{cuda}"
 
 
 def _gpus(node: NodeFacts) -> str:
-    each = [f"{gpu.name}, {tell_bytes(gpu.memory)}" for gpu in node.gpus]
+    each = [f"{gpu.name}, {format_bytes(gpu.memory)}" for gpu in node.gpus]
     return ", ".join(f"{each.count(gpu)} x {gpu}" for gpu in dict.fromkeys(each)) or "none"
 
 
@@ -171,11 +172,11 @@ def _cores(job: JobFacts, node: NodeFacts) -> str:
 def _node(job: JobFacts, nodes: Sequence[NodeFacts]) -> Rows:
     system, model, shared, gpus = _kind(nodes[0])
     yield "system", system
-    yield "processor", f"{model}, {tell_bytes(nodes[0].memory)} of memory"
+    yield "processor", f"{model}, {format_bytes(nodes[0].memory)} of memory"
     yield "cores", _cores(job, nodes[0])
     free = sorted(node.shared.free for node in nodes if node.shared is not None)
     if free:
-        shared += f", {tell_bytes(free[0])} free"
+        shared += f", {format_bytes(free[0])} free"
     yield "shared memory", shared + (" on the fullest" if len(nodes) > 1 else "")
     yield "GPUs", gpus
     for node in nodes:
@@ -191,7 +192,7 @@ def _leftovers(files: Sequence[Leftover]) -> Iterator[str]:
         groups.setdefault((file.maker, file.owner, file.used), []).append(file)
     for (maker, owner, used), some in groups.items():
         state = {True: "in use", False: "not in use", None: "perhaps in use"}[used]
-        size, age = tell_bytes(sum(file.nbytes for file in some)), min(file.age for file in some)
+        size, age = format_bytes(sum(file.nbytes for file in some)), min(file.age for file in some)
         yield f"{len(some)} of {maker}, {owner}'s, {state}: {size}, the newest {_age(age)} old"
 
 
@@ -251,7 +252,7 @@ def _blas(rank: RankFacts) -> str:
     blas = rank.blas
     if blas.threads is None:
         return f"{blas.name or 'not recognised'}, threads unknown"
-    return f"{blas.name}, {count(blas.threads, 'thread')} per rank"
+    return f"{blas.name}, {format_count(blas.threads, 'thread')} per rank"
 
 
 def _hdf5(hdf5: Hdf5) -> str:

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mpidist import env
+from mpidist._formatting import format_ranges
 from mpidist.backends.job import ExitNotices, JobTransport, JobWorld
 from mpidist.backends.work import Waiter
 from mpidist.errors import (
@@ -35,7 +36,7 @@ from mpidist.errors import (
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Operations, broken_groups, companions
 from mpidist.group.pending import GroupWork
-from mpidist.log import ranges, shows
+from mpidist.log import shows
 from mpidist.observe.watch import Watch
 from mpidist.observe.watch.failures import Ending
 from mpidist.observe.watch.helper import helper
@@ -347,7 +348,7 @@ class _Hooks:
 
     def _say(self, text: str, ranks: Sequence[int] = (), *, who: str = "ranks") -> None:
         """Write a line about this rank, or about several, of which it is one."""
-        who = f"{who} {ranges(ranks)}" if len(ranks) > 1 else "this rank"
+        who = f"{who} {format_ranges(ranks)}" if len(ranks) > 1 else "this rank"
         _write(f"{self._prefix} mpidist: {who} {text}")
 
 

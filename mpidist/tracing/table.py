@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from mpidist._columns import columns
+from mpidist._formatting import columns
 from mpidist.tracing.summary import Summary
 
 __all__ = ["render_summary"]

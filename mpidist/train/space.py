@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from mpidist._formatting import format_bytes
 from mpidist._new_file import create_unique
-from mpidist.checkpoint.tools.tables import size_text
 from mpidist.collectives import broadcast_object
 from mpidist.group import ProcessGroup
 
@@ -85,7 +85,7 @@ def _check(needs: Mapping[Path, int]) -> None:
             raise _refusal(error.errno, error.strerror, directory, nbytes) from error
         needed[system] = needed.get(system, 0) + nbytes
         if free < needed[system]:
-            text = f"{os.strerror(errno.ENOSPC)}, {size_text(free)} free"
+            text = f"{os.strerror(errno.ENOSPC)}, {format_bytes(free)} free"
             raise _refusal(errno.ENOSPC, text, directory, needed[system])
 
 
@@ -101,4 +101,4 @@ def _try_to_write(directory: Path) -> None:
 
 
 def _refusal(number: int | None, text: str | None, directory: Path, nbytes: int) -> OSError:
-    return OSError(number, f"{text}; {size_text(nbytes)} needed", str(directory))
+    return OSError(number, f"{text}; {format_bytes(nbytes)} needed", str(directory))

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from mpidist.bench.sizes import read_size, sweep, tell_size
+from mpidist.bench.sizes import read_size, sweep
 
 
 @pytest.mark.parametrize(
@@ -21,15 +21,6 @@ def test_a_size_is_read(text: str, nbytes: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="no size"):
         read_size(text)
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(4, "4 B"), (1000, "1000 B"), (1024, "1 KiB"), (1536, "1536 B"), (3 << 20, "3 MiB")],
-)
-def test_a_size_is_told_in_whole_units(nbytes: int, text: str) -> None:
-    assert tell_size(nbytes) == text
-    assert read_size(text) == nbytes
 
 
 def test_a_sweep_ends_at_or_before_its_last_size() -> None:

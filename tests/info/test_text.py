@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
-
 from mpidist.info.facts import Failure, JobFacts
 from mpidist.info.problems import fatal, warning
 from mpidist.info.text import tell
-from mpidist.info.words import by_value, number_list, rank_names, tell_bytes
+from mpidist.info.words import by_value, rank_names
 from tests.info.made_up import GPU, LEFTOVER, NODE, a_job, lone, with_ranks
 
 
@@ -23,14 +21,6 @@ def line(text: str, label: str) -> str:
     return found[2 + len(label) :].strip()
 
 
-@pytest.mark.parametrize(
-    ("numbers", "words"),
-    [([3], "3"), ([0, 1, 2, 3], "0-3"), ([0, 1, 3, 7, 6], "0-1, 3, 6-7"), ([], "")],
-)
-def test_numbers(numbers: list[int], words: str) -> None:
-    assert number_list(numbers) == words
-
-
 def test_names_of_ranks() -> None:
     assert rank_names([1]) == "rank 1"
     assert rank_names([1, 2]) == "ranks 1-2"
@@ -39,21 +29,6 @@ def test_names_of_ranks() -> None:
 def test_a_value_of_all_is_told_once() -> None:
     assert by_value(["a", "a"]) == "a"
     assert by_value(["a", "b", "a"]) == "a (ranks 0, 2); b (rank 1)"
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "words"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1536, "1.5 KiB"),
-        (1 << 20, "1 MiB"),
-        (1000 << 20, "1000 MiB"),
-        (3 << 40, "3 TiB"),
-    ],
-)
-def test_sizes(nbytes: int, words: str) -> None:
-    assert tell_bytes(nbytes) == words
 
 
 def test_no_line_is_long_or_ends_in_blanks() -> None:

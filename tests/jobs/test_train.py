@@ -62,7 +62,7 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         (("--steps", "1", "--epochs", "1"), "not allowed with argument"),
         (("--task", "speech"), "invalid choice: 'speech'"),
         (("--device", "gpu", "--sharded-optimizer"), "--sharded-optimizer keeps parameters on the"),
-        (("--out", str(SCRIPT)), f"cannot write {SCRIPT}: it is a file; 512.0 KiB needed"),
+        (("--out", str(SCRIPT)), f"cannot write {SCRIPT}: it is a file; 512 KiB needed"),
     ],
 )
 def test_bad_arguments(run: Run, arguments: tuple[str, ...], said: str) -> None:

@@ -455,10 +455,10 @@ def test_the_space_that_a_run_needs_is_known_before(tmp_path: Path, *, sharded: 
 @pytest.mark.parametrize(
     ("where", "free", "told"),
     [
-        ("file", 10**12, "it is a file; 3.0 MiB needed"),
-        ("file/below", 10**12, "Not a directory; 3.0 MiB needed"),
-        ("/sys/nothing", 10**12, "3.0 MiB needed"),  # the same for root
-        ("a/b", (3 << 20) - 1, "No space left on device, 3.0 MiB free; 3.0 MiB needed"),
+        ("file", 10**12, "it is a file; 3 MiB needed"),
+        ("file/below", 10**12, "Not a directory; 3 MiB needed"),
+        ("/sys/nothing", 10**12, "3 MiB needed"),  # the same for root
+        ("a/b", (3 << 20) - 1, "No space left on device, 3 MiB free; 3 MiB needed"),
     ],
 )
 def test_output_that_cannot_be_written_is_refused_on_all_ranks(

@@ -22,7 +22,7 @@ from mpidist.backends.node.counters import ArrivalCounters, fence
 from mpidist.backends.node.signatures import CallSignature, Described
 from mpidist.backends.work import Steps, Work
 from mpidist.errors import CollectiveMismatchError
-from mpidist.log import ranges
+from mpidist._formatting import format_ranges
 
 __all__ = [
     "Add",
@@ -257,7 +257,7 @@ def difference(calls: Sequence[Described], *, usable: bool = True) -> Collective
         ranks.setdefault(words, []).append(rank)
     # The fewest first: they are the likeliest to be wrong.
     ordered = sorted(ranks.items(), key=lambda item: len(item[1]))
-    lines = [f"rank {ranges(who)}{words}" for words, who in ordered[:_NAMED]]
+    lines = [f"rank {format_ranges(who)}{words}" for words, who in ordered[:_NAMED]]
     if len(ordered) > _NAMED:
         lines.append(f"and {len(ordered) - _NAMED} other calls")
     head = "the ranks called different things" if differ else _ALIKE.format(calls[0].what)

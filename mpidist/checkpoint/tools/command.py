@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from mpidist._formatting import format_bytes
 from mpidist.checkpoint import directory
 from mpidist.checkpoint.directory import Checkpoint, absolute, find, step_of
 from mpidist.checkpoint.format.manifest import JSON, encode, printable
@@ -30,7 +31,6 @@ from mpidist.checkpoint.tools.tables import (
     fields_of,
     ranks_text,
     row_of,
-    size_text,
     step_table,
 )
 from mpidist.checkpoint.tools.verifying import verify
@@ -324,7 +324,7 @@ def _export(options: argparse.Namespace) -> _Outcome:
         export_to(options.file, checkpoint, progress=progress)
     nbytes = options.file.stat().st_size
     fields = {"file": str(options.file), "step": checkpoint.step, "bytes": nbytes}
-    return _Outcome(fields, [f"{options.file}: step {checkpoint.step}, {size_text(nbytes)}"])
+    return _Outcome(fields, [f"{options.file}: step {checkpoint.step}, {format_bytes(nbytes)}"])
 
 
 def _import(options: argparse.Namespace) -> _Outcome:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mpidist._columns import columns
+from mpidist._formatting import columns, format_bytes, format_count
 from mpidist.checkpoint.directory import Checkpoint, step_of
 from mpidist.checkpoint.format.manifest import JSON
 from mpidist.checkpoint.tools.differences import Difference
@@ -43,7 +43,7 @@ def step_table(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
                 _date(row["created"]) if "created" in row else "",
                 str(row.get("ranks", "")),
                 str(row.get("arrays", "")),
-                size_text(row["bytes"]) if "bytes" in row else "",
+                format_bytes(row["bytes"]) if "bytes" in row else "",
                 row["state"],
             )
             for row in rows
@@ -91,12 +91,12 @@ def checkpoint_lines(checkpoint: Checkpoint) -> Iterator[str]:
     files = checkpoint.manifest.files
     step, date = checkpoint.manifest.step, _date(checkpoint.created)
     yield f"{checkpoint.directory}: step {step}, saved {date}"
-    yield f"  by {ranks_text(checkpoint)}, in {_count(len(files), 'file')}"
+    yield f"  by {ranks_text(checkpoint)}, in {format_count(len(files), 'file')}"
     yield f"  with {versions}"
     yield f"  metadata {json.dumps(checkpoint.metadata)}"
     if checkpoint.values:
         yield ""
-        yield _count(len(checkpoint.values), "value")
+        yield format_count(len(checkpoint.values), "value")
         for name, value in sorted(checkpoint.values.items()):
             yield f"  {name} = {_short(json.dumps(value))}"
     yield ""
@@ -106,7 +106,7 @@ def checkpoint_lines(checkpoint: Checkpoint) -> Iterator[str]:
             ("size", "boxes", "array", "dtype", "shape"),
             [
                 (
-                    size_text(array.nbytes),
+                    format_bytes(array.nbytes),
                     str(len(array.boxes)),
                     name,
                     str(array.dtype),
@@ -152,30 +152,17 @@ def difference_lines(
 
 def arrays_text(checkpoint: Checkpoint) -> str:
     """Return how many arrays a checkpoint has, and their size."""
-    return f"{_count(len(checkpoint.arrays), 'array')}, {size_text(checkpoint.nbytes)}"
+    return f"{format_count(len(checkpoint.arrays), 'array')}, {format_bytes(checkpoint.nbytes)}"
 
 
 def ranks_text(checkpoint: Checkpoint) -> str:
     """Return how many ranks saved a checkpoint."""
-    return _count(checkpoint.world_size, "rank")
-
-
-def size_text(nbytes: int) -> str:
-    """Return a number of bytes as people write it."""
-    size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{nbytes} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    return format_count(checkpoint.world_size, "rank")
 
 
 def _date(created: str) -> str:
     """Return a date of a manifest without its fractions."""
     return f"{created[:19].replace('T', ' ')} UTC"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _short(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from mpidist.log import ranges
+from mpidist._formatting import columns, format_ranges
 from mpidist.observe.recorder import is_inside
 from mpidist.observe.recorder.recording import Record, Site
 from mpidist.observe.watch.processes import Status
@@ -18,7 +18,6 @@ __all__ = [
     "cure",
     "place",
     "processes",
-    "ranges",
     "suspects",
     "tell",
 ]
@@ -90,12 +89,12 @@ def causes(
     if absent:
         named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
         if len(absent) > _NAMED:
-            named.append(f"and {len(absent) - _NAMED} more: {ranges(absent[_NAMED:])}")
+            named.append(f"and {len(absent) - _NAMED} more: {format_ranges(absent[_NAMED:])}")
         sentences.append(f"Missing: {'; '.join(named)}")
     for status in (Status.DEAD, Status.STOPPED):
         ranks = [rank for rank in _gone(states, members, absent) if states[rank].status is status]
         if ranks:
-            sentences.append(f"{status.value.capitalize()}: rank {ranges(ranks)}")
+            sentences.append(f"{status.value.capitalize()}: rank {format_ranges(ranks)}")
     return sentences + _silences(states, [*members, *absent])
 
 
@@ -109,13 +108,13 @@ def _silences(states: States, ranks: Iterable[int]) -> list[str]:
         last = states[held[0]].current
         where = f", after {place(last.site)}" if last is not None and len(held) == 1 else ""
         sentences.append(
-            f"Silent: rank {ranges(held)}: no thread of it runs: foreign code holds Python's lock "
-            f"(the GIL){where}"
+            f"Silent: rank {format_ranges(held)}: no thread of it runs: foreign code holds "
+            f"Python's lock (the GIL){where}"
         )
     if unheard:
         hosts = sorted({states[rank].process.partition(":")[0] for rank in unheard})
         named = ", ".join(hosts[:_NAMED]) + ", ..." * (len(hosts) > _NAMED)
-        sentences.append(f"Silent: rank {ranges(unheard)}: nothing is heard from {named}")
+        sentences.append(f"Silent: rank {format_ranges(unheard)}: nothing is heard from {named}")
     return sentences
 
 
@@ -227,7 +226,7 @@ def callers(states: States, members: Sequence[int], key: Key) -> str:
         words = f"{record.what} at {place(record.site)}"
         calls.setdefault((record.call, words), []).append(rank)
     ordered = sorted(calls.items(), key=lambda call: len(call[1]))
-    told = [f"rank {ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
+    told = [f"rank {format_ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
     return "; ".join([*told, "..."] if len(ordered) > _NAMED else told)
 
 
@@ -278,7 +277,7 @@ def tell(
         rows = _joined(rows, first)
     lines = "\n  ".join([*causes, title, *([f"Cure: {cure}"] if cure else [])]).splitlines()
     header = ("rank", "node", "process", "state", "last operation", "called at", "when", "now at")
-    lines += _columns([header, *rows[:_LINES]]) if rows else []
+    lines += _table(header, rows[:_LINES]) if rows else []
     if len(rows) > _LINES:
         lines.append(f"  and {len(rows) - _LINES} lines more")
     for state in [state for state in ordered if state.rank in first][:_NAMED]:
@@ -345,8 +344,8 @@ def _joined(rows: Sequence[tuple[str, ...]], first: Collection[int]) -> list[tup
     ordered = sorted(alike.items(), key=lambda item: (item[0][0], len(item[1])))
     return [
         (
-            ranges([int(row[0]) for row in same]),
-            ranges(sorted({int(row[1]) for row in same})),
+            format_ranges([int(row[0]) for row in same]),
+            format_ranges(sorted({int(row[1]) for row in same})),
             same[0][2] + ", ..." * (len(same) > 1),
             *same[0][3:],
         )
@@ -354,10 +353,11 @@ def _joined(rows: Sequence[tuple[str, ...]], first: Collection[int]) -> list[tup
     ]
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    shown = [at for at in range(len(widths)) if any(row[at] for row in rows[1:])]
-    return ["  " + "  ".join(row[at].ljust(widths[at]) for at in shown).rstrip() for row in rows]
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table without the columns that are empty."""
+    shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    table = [[row[i] for i in shown] for row in (header, *rows)]
+    return [f"  {line}" for line in columns(table[0], table[1:], left=len(shown))]
 
 
 def _ago(state: RankState, time: int) -> str:
@@ -379,10 +379,9 @@ def processes(
     ranks: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
         ranks.setdefault(node, []).append(rank)
-    where = [f"rank {ranges(some, ordered=True)} on {hosts[some[0]]}" for some in ranks.values()]
-    numbers = [
-        f"pid {ranges((pids[rank] for rank in some), ordered=True)}" for some in ranks.values()
-    ]
+    lists = ranks.values()
+    where = [f"rank {format_ranges(some, ordered=True)} on {hosts[some[0]]}" for some in lists]
+    numbers = [f"pid {format_ranges((pids[r] for r in some), ordered=True)}" for some in lists]
     text = ", ".join(f"{on} ({numbered})" for on, numbered in zip(where, numbers, strict=True))
     if not short or len(text) <= _LINE:
         return text

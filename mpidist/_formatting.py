@@ -1,0 +1,78 @@
+"""Numbers, sizes and tables as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+__all__ = ["columns", "format_bytes", "format_count", "format_number", "format_ranges"]
+
+
+def format_bytes(nbytes: int) -> str:
+    """Return a size with three digits, in a unit that is a power of 1024: ``1.5 MiB``."""
+    size, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+
+
+def format_count(number: int, thing: str) -> str:
+    """Return ``1 rank`` or ``2,000 ranks``."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def format_number(value: float) -> str:
+    """Return a number with at least three significant digits, never as a power of ten."""
+    for bound, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
+        if value < bound:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"
+
+
+def format_ranges(numbers: Iterable[int], *, ordered: bool = False) -> str:
+    """Return numbers of ranks or processes in short: ``0-2, 5`` for 0, 1, 2 and 5.
+
+    Parameters
+    ----------
+    numbers : iterable of int
+        The numbers.
+    ordered : bool, optional
+        Whether to keep their order instead of sorting them.
+    """
+    runs: list[list[int]] = []
+    for number in numbers if ordered else sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def columns(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0, ruled: bool = False
+) -> Iterator[str]:
+    """Yield the lines of a table.
+
+    Parameters
+    ----------
+    heads : sequence of str
+        One per column.
+    rows : sequence of sequence of str
+        The cells, one per column.
+    left : int, optional
+        How many of the last columns are aligned to the left; the others are to the right.
+    ruled : bool, optional
+        Whether the heads are underlined.
+    """
+    table = [heads, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    if ruled:
+        table.insert(1, ["-" * width for width in widths])
+    split = len(heads) - left
+    for row in table:
+        cells = [
+            cell.rjust(width) if i < split else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
