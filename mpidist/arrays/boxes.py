@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import accumulate, chain, combinations
 from math import prod
 from operator import add, ge, le, sub
 
@@ -24,6 +24,8 @@ __all__ = [
     "boxes_of_range",
     "corners",
     "overlapping",
+    "part_slices",
+    "round_up",
     "split_evenly",
 ]
 
@@ -302,6 +304,16 @@ def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:
         (part * quotient + min(part, remainder), quotient + (part < remainder))
         for part in range(parts)
     )
+
+
+def part_slices(counts: Sequence[int]) -> list[slice]:
+    """Return where consecutive parts of a flat array lie, given the length of each."""
+    return [slice(stop - n, stop) for n, stop in zip(counts, accumulate(counts), strict=True)]
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from mpidist._types import Array
+from mpidist.arrays.boxes import round_up
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.errors import SizeMismatchError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["FlatBuffer", "round_up"]
+__all__ = ["FlatBuffer"]
 
 Label = TypeVar("Label")
 
@@ -134,8 +135,3 @@ class FlatBuffer:
                 segments.append((label, part))
             contiguous = True
         return segments
-
-
-def round_up(count: int, alignment: int) -> int:
-    """Return the smallest multiple of `alignment` that is not below `count`."""
-    return -(-count // alignment) * alignment

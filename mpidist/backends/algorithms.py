@@ -12,13 +12,12 @@ Thakur, Rabenseifner, Gropp (2005), Optimization of Collective Communication Ope
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays.boxes import split_evenly
+from mpidist.arrays.boxes import part_slices, split_evenly
 from mpidist.arrays.namespaces import HALVES, reduce_in_rank_order
 from mpidist.backends.combine import quietly
 from mpidist.backends.work import Message, Steps, Work
@@ -31,7 +30,6 @@ __all__ = [
     "linear_scatter",
     "pairwise_all_to_all",
     "pairwise_reduce_scatter",
-    "part_slices",
     "rank_order_all_reduce",
     "recursive_doubling_all_reduce",
     "reduce",
@@ -106,11 +104,6 @@ class Lane:
 def undivided(op: ReduceOp) -> ReduceOp:
     """Return how to combine what is divided, if at all, when all has come together."""
     return SUM if op is MEAN else op
-
-
-def part_slices(counts: Sequence[int]) -> list[slice]:
-    """Return where consecutive parts of a flat array lie."""
-    return [slice(stop - n, stop) for n, stop in zip(counts, accumulate(counts), strict=True)]
 
 
 def _parts(x: Array, counts: Sequence[int]) -> list[Array]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from mpidist._types import Array
+from mpidist.arrays.boxes import part_slices
 from mpidist.collectives._checks import check_rank
 from mpidist.collectives._gathers import all_gather, gather
 from mpidist.collectives._reductions import broadcast
@@ -66,8 +66,8 @@ def unpickled(data: Array, source: int, verb: str, group: ProcessGroup) -> Any:
 
 
 def _cut(data: Array, counts: Sequence[int], verb: str, group: ProcessGroup) -> list[Any]:
-    stops = enumerate(zip(accumulate(counts), counts, strict=True))
-    return [unpickled(data[stop - n : stop], rank, verb, group) for rank, (stop, n) in stops]
+    parts = enumerate(part_slices(counts))
+    return [unpickled(data[part], rank, verb, group) for rank, part in parts]
 
 
 def _header(*numbers: int) -> Array:

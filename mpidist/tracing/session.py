@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -192,9 +191,11 @@ class Session:
         Waits at most 2 seconds for the file system: the job is ending.
         """
         self._stop()
-        last = threading.Thread(target=self._file.close, daemon=True)
-        last.start()
-        last.join(_PATIENCE)
+        from concurrent.futures import wait  # loaded by jobs that fail, and not at every import
+
+        from mpidist._threads import run_in_thread
+
+        wait([run_in_thread(self._file.close, name="mpidist-trace")], _PATIENCE)
 
     @property
     def parts(self) -> Path:

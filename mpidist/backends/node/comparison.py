@@ -16,13 +16,13 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from mpidist._formatting import format_ranges
 from mpidist._types import Array
 from mpidist.backends import algorithms
 from mpidist.backends.node.counters import ArrivalCounters, fence
-from mpidist.backends.node.signatures import CallSignature, Described
+from mpidist.backends.node.signatures import CallSignature, Described, splitmix64
 from mpidist.backends.work import Steps, Work
 from mpidist.errors import CollectiveMismatchError
-from mpidist._formatting import format_ranges
 
 __all__ = [
     "Add",
@@ -141,14 +141,7 @@ class SumComparison:
 @lru_cache(1024)
 def _hashes(digest: int) -> tuple[int, int]:
     """Return two independent hashes of a digest (outputs of SplitMix64)."""
-    return _mixed(digest), _mixed(digest ^ 0x5851F42D4C957F2D)
-
-
-def _mixed(x: int) -> int:
-    x = x + 0x9E3779B97F4A7C15 & _MASK
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
-    return x ^ x >> 31
+    return splitmix64(digest), splitmix64(digest ^ 0x5851F42D4C957F2D)
 
 
 _LONGEST = 240, 150, 200

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpidist._types import MEAN, Array, DType, ReduceOp
+from mpidist.arrays.boxes import part_slices
 from mpidist.arrays.namespaces import HALVES
 from mpidist.backends import algorithms
-from mpidist.backends.algorithms import Exchanger, Lane, part_slices, undivided
+from mpidist.backends.algorithms import Exchanger, Lane, undivided
 from mpidist.backends.combine import (
     combination,
     even_slices,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpidist._types import Array, DType
+from mpidist.arrays.boxes import round_up
 
 __all__ = ["Block", "RegisteredArray", "Registry"]
 
@@ -41,7 +42,7 @@ class Block:
     @staticmethod
     def stride(nbytes: int) -> int:
         """Return the distance between two parts: whole pages, at least one."""
-        return max(-(-nbytes // _PAGE), 1) * _PAGE
+        return round_up(max(nbytes, 1), _PAGE)
 
     def array(self, offset: int, dtype: DType, count: int) -> RegisteredArray:
         """Return an array in this block; the same object for the same memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ __all__ = [
     "balance_of",
     "describe_with_route",
     "signature_of",
+    "splitmix64",
 ]
 
 
@@ -195,13 +196,21 @@ def balance_of(rank: int, sends: tuple[int, ...], receives: tuple[int, ...]) -> 
 
 
 def _hashes(pairs: Array, counts: Sequence[int]) -> Array:
-    return _mixed(_mixed(pairs) ^ np.array(counts, np.uint64))
+    return splitmix64(splitmix64(pairs) ^ np.array(counts, np.uint64))
 
 
-def _mixed(x: Array) -> Array:
-    """Return the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, figure 16)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Array = x ^ (x >> np.uint64(31))
-    return mixed
+_Word = TypeVar("_Word", int, "Array")
+
+
+def splitmix64(x: _Word) -> _Word:
+    """Return the output function of SplitMix64, for an int below 2**64 or an array of uint64.
+
+    References
+    ----------
+    Steele, Lea, Flood (2014), Fast splittable pseudorandom number generators, figure 16.
+    """
+    mask = 2**64 - 1  # arrays wrap around by themselves
+    x = x + 0x9E3779B97F4A7C15 & mask
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return x ^ x >> 31

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.arrays.flat import FlatBuffer, round_up
+from mpidist.arrays.boxes import round_up
+from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace, is_device, is_host
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache, partial
-from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from mpidist import collectives
 from mpidist._types import SUM, Array, DType, ReduceOp
+from mpidist.arrays.boxes import part_slices
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract._landings import (
@@ -237,8 +237,7 @@ def _prepare(
 
 
 def _cut(x: Array, counts: Sequence[int], rank: int) -> Array:
-    stops = list(accumulate(counts))
-    return x[stops[rank] - counts[rank] : stops[rank]]
+    return x[part_slices(counts)[rank]]
 
 
 def _broadcast(trial: Trial, inputs: _Inputs, _: int) -> Array:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+from mpidist._threads import run_in_thread
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import device_module
 from mpidist.backends.base import Backend, Capabilities
@@ -28,27 +29,19 @@ __all__ = ["NcclBackend"]
 T = TypeVar("T")
 
 
-def _beside(device: int, function: Callable[[], T], waiter: Waiter) -> T:
+def _call_with_deadline(device: int, function: Callable[[], T], waiter: Waiter) -> T:
     """Call what may block in the library from a thread, and wait for it with a deadline."""
-    result: list[T] = []
-    error: list[BaseException] = []
 
-    def call() -> None:
-        try:
-            device_module().cuda.Device(device).use()
-            result.append(function())
-        except BaseException as problem:  # noqa: BLE001  # raised below, in the caller's thread
-            error.append(problem)
+    def call() -> T:
+        device_module().cuda.Device(device).use()
+        return function()
 
-    # A daemon: where the library never comes back, the process has to end all the same.
-    thread = threading.Thread(target=call, name="mpidist-nccl", daemon=True)
-    thread.start()
-    waiter.wait_for(lambda: not thread.is_alive())
-    for problem in error:
-        if isinstance(problem, TransportError):
-            raise TransportError(f"{waiter.told}: {problem}", problem.code) from problem
-        raise problem
-    return result[0]
+    future = run_in_thread(call, name="mpidist-nccl")
+    waiter.wait_for(future.done)
+    try:
+        return future.result()
+    except TransportError as error:
+        raise TransportError(f"{waiter.told}: {error}", error.code) from error
 
 
 def _begin_all(operations: Sequence[Operation], communicator: NcclCommunicator) -> None:
@@ -121,7 +114,7 @@ class NcclBackend(DeviceBackend):
         unique_id = NcclUniqueId.share(self._host, waiter)
         device: int = device_module().cuda.Device().id
         side = Side()
-        made = _beside(
+        made = _call_with_deadline(
             device,
             lambda: NcclCommunicator(self.size, self.rank, unique_id, device, side.handle),
             waiter,
@@ -145,7 +138,8 @@ class NcclBackend(DeviceBackend):
         communicator, device = link.communicator, link.device
         with device_module().cuda.Device(device):
             side = Side()
-        made = _beside(device, lambda: communicator.split(color, key, side.handle), waiter)
+        split = partial(communicator.split, color, key, side.handle)
+        made = _call_with_deadline(device, split, waiter)
         if child is not None and made is not None:
             child._link = Link(made, side, device)
         return child

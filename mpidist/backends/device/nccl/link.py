@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any
 
+from mpidist._threads import run_in_thread
 from mpidist.arrays.namespaces import device_module
 from mpidist.backends.device.nccl import calls
 from mpidist.backends.device.nccl.communicator import NcclCommunicator
@@ -125,19 +127,16 @@ class Link:
         """Make a communicator's last call, and go on after a while if it does not return.
 
         Some releases of NCCL wait there for the other ranks of the node, or for their own threads.
+        A device that has failed says so again: nobody looks at the result.
         """
 
         def leave() -> None:
-            # A device that has failed says so again, and whoever uses it knows.
-            with suppress(Exception):
-                # Without this the first call of CUDA in a thread would open a context on device 0.
-                device_module().cuda.Device(self.device).use()
-                with self._asking:
-                    call()
+            # Without this the first call of CUDA in a thread would open a context on device 0.
+            device_module().cuda.Device(self.device).use()
+            with self._asking:
+                call()
 
-        thread = threading.Thread(target=leave, name="mpidist-nccl", daemon=True)
-        thread.start()
-        thread.join(_GOODBYE)
+        wait([run_in_thread(leave, name="mpidist-nccl")], _GOODBYE)
 
     def patrol(self) -> None:
         """Look for errors that NCCL reports, and for missed deadlines; by the watchdog's thread."""
