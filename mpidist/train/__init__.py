@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from mpidist.train.loop import Plan, evaluate, make_sampler, train, train_step
-from mpidist.train.plot import plot_records
-from mpidist.train.progress import ProgressBar
-from mpidist.train.records import MetricsFile, Record, read_records
-from mpidist.train.saving import Checkpoints, Run
-from mpidist.train.space import check_space, raise_from_rank_0
+from mpidist.train.records import MetricsFile, ProgressBar, Record, plot_records, read_records
+from mpidist.train.saving import Checkpoints, Run, check_space, raise_from_rank_0
 from mpidist.train.stopping import StopSignal
 
 __all__ = [

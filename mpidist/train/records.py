@@ -1,20 +1,23 @@
-"""What a run says about itself, as JSON lines."""
+"""What a run says about itself: JSON lines, a progress bar, a picture."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mpidist._new_file import create
+from mpidist._optional import require
 from mpidist.log import logger
 
-__all__ = ["MetricsFile", "Record", "read_records"]
+__all__ = ["MetricsFile", "ProgressBar", "Record", "plot_records", "read_records"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,3 +204,178 @@ def _is_later(value: object, step: int) -> bool:
 
 def _unknown(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+class ProgressBar:
+    """Steps made, speed, and the figures of the last record, on standard error.
+
+    Parameters
+    ----------
+    steps : int
+        Steps of the whole run.
+    name : str
+        Before the bar.
+    show : bool
+        Whether to draw it: usually on rank 0 only.
+    done : int, optional
+        Steps made by an earlier job.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it is to be shown and tqdm is not installed.
+
+    Notes
+    -----
+    Local. Under `mpirun` standard error is a pipe even in front of a terminal, so the bar is drawn
+    there too, but less often and with a fixed width. Where standard error cannot be written any
+    more, because the terminal has been closed, nothing is drawn from then on.
+    """
+
+    def __init__(self, steps: int, *, name: str, show: bool, done: int = 0) -> None:
+        self._bar: Any = None
+        self._figures: dict[str, str] = {}
+        if show:
+            tqdm = require("tqdm", extra="train", purpose="ProgressBar").tqdm
+            terminal = sys.stderr.isatty()
+            with contextlib.suppress(OSError):
+                self._bar = tqdm(
+                    total=steps,
+                    initial=done,
+                    desc=name,
+                    unit="step",
+                    file=sys.stderr,
+                    mininterval=0.1 if terminal else 0.5,
+                    ncols=None if terminal else 100,
+                    dynamic_ncols=terminal,
+                )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.close()
+
+    def show(self, record: Record) -> None:
+        """Move to the step of a record and show its figures.
+
+        Parameters
+        ----------
+        record : Record
+            What `train` yielded last.
+        """
+        if self._bar is None:
+            return
+        name = "held-out accuracy" if record.kind == "held-out" else "loss"
+        value = f"{record.accuracy:.1%}" if record.kind == "held-out" else f"{record.loss:.3f}"
+        self._figures[name] = value
+        self._bar.set_postfix(self._figures, refresh=False)
+        try:
+            self._bar.update(record.step - self._bar.n)
+        except OSError:  # the run must not be lost with its terminal
+            self._bar.disable = True  # or it would be drawn when it is deleted
+            self._bar = None
+
+
+# Okabe and Ito's blue and vermilion: told apart with any colour vision, and in grey print.
+_TRAIN, _HELD_OUT = "#0072B2", "#D55E00"
+
+_LOG_FROM = 30.0
+"""Highest over lowest loss from which on a linear axis would show only the beginning."""
+
+
+def plot_records(
+    records: Sequence[Record],
+    path: Path,
+    *,
+    title: str,
+    baseline: tuple[str, float] | None = None,
+) -> None:
+    """Draw loss and accuracy over the steps into a file.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        What `train` yielded.
+    path : Path
+        Where to write; the suffix decides the format, such as ``.png`` or ``.svg``.
+    title : str
+        Above the picture.
+    baseline : (str, float), optional
+        A loss in nats to compare with, and what it is called.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If matplotlib is not installed.
+
+    Notes
+    -----
+    Local: call it on one rank. No display is needed, and matplotlib's global state is not touched.
+    """
+    require("matplotlib", extra="train", purpose="plot_records")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    loss, accuracy = figure.subplots(1, 2)
+    _draw(loss, records, "loss")
+    if baseline is not None:
+        name, value = baseline
+        loss.axhline(
+            value, color="0.35", linestyle="--", linewidth=1.2, label=f"{name} {value:.2f}"
+        )
+    loss.set(title="Loss", ylabel="cross-entropy (nats per target)")
+    values = [record.loss for record in records if record.loss > 0]
+    if values and max(values) > _LOG_FROM * min(values):
+        loss.set_yscale("log")
+        loss.yaxis.set_major_formatter("{x:g}")
+    else:
+        loss.set_ylim(0, None)
+    _draw(accuracy, records, "accuracy")
+    accuracy.set(title="Accuracy", ylabel="targets predicted correctly (%)", ylim=(0, 1.02))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    for axes in (loss, accuracy):
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            ncols=3,
+            columnspacing=1.2,
+            frameon=False,
+            fontsize=9,
+        )
+    figure.savefig(path, dpi=130)
+
+
+def _draw(axes: Any, records: Sequence[Record], value: str) -> None:
+    """Draw one quantity: training as a line, held-out samples as marks with the last one named."""
+    for kind, label, style in (
+        ("train", "training", {"color": _TRAIN, "linewidth": 1.3}),
+        ("held-out", "held out", {"color": _HELD_OUT, "linewidth": 1.8, "marker": "o"}),
+    ):
+        chosen = [record for record in records if record.kind == kind]
+        if not chosen:
+            continue
+        last = getattr(chosen[-1], value)
+        shown = f"{100 * last:.1f} %" if value == "accuracy" else f"{last:.3f}"
+        axes.plot(
+            [record.step for record in chosen],
+            [getattr(record, value) for record in chosen],
+            label=f"{label} (last {shown})",
+            markersize=4,
+            **style,
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
