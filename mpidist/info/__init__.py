@@ -6,22 +6,24 @@ dies as it starts takes nothing along; checks judge them, and a text shows them.
 
 from __future__ import annotations
 
+from mpidist.info.checks import Problem
 from mpidist.info.facts import (
     FORMAT,
     Blas,
     CrossoverFacts,
+    Cupy,
     Failure,
+    Gpu,
     Hdf5,
     JobFacts,
     Launch,
     Leftover,
     Library,
+    Nccl,
     NodeFacts,
     RankFacts,
     SharedMemory,
 )
-from mpidist.info.gpu_facts import Cupy, Gpu, Nccl
-from mpidist.info.problems import Problem
 
 __all__ = [
     "FORMAT",

@@ -21,10 +21,9 @@ from mpidist import env
 from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.bench.options import positive
 from mpidist.info.ask import REPORTED, Answer, ask
-from mpidist.info.checks import find_problems
-from mpidist.info.cleaning import clean, describe
+from mpidist.info.checks import Problem, find_problems
 from mpidist.info.facts import FORMAT, JobFacts
-from mpidist.info.problems import Problem
+from mpidist.info.leftovers import clean, describe
 from mpidist.info.text import tell
 
 __all__ = ["as_fields", "configure", "run"]

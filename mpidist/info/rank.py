@@ -22,12 +22,10 @@ from mpidist import env
 from mpidist.backends.crossovers import choose
 from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.errors import BackendUnavailableError
-from mpidist.info import software
-from mpidist.info.devices import look_at_cupy, look_at_nccl
+from mpidist.info import probes
 from mpidist.info.facts import CrossoverFacts, JobFacts, Launch, Library, NodeFacts, RankFacts
 from mpidist.info.leftovers import mapped_by
-from mpidist.info.library import describe_library
-from mpidist.info.node import look_at_node
+from mpidist.info.probes import describe_library, look_at_cupy, look_at_nccl, look_at_node
 from mpidist.job.start import found_crossovers
 
 __all__ = ["ALONE", "WITH_MPI", "job_alone", "job_of_ranks"]
@@ -92,8 +90,8 @@ def _look_at_rank(rank: int, ranks: Sequence[int], library: Library | None) -> R
         node=ranks[0],
         pid=os.getpid(),
         cores=sorted(os.sched_getaffinity(0)),
-        blas=software.blas(),
-        hdf5=software.hdf5(),
+        blas=probes.blas(),
+        hdf5=probes.hdf5(),
         cupy=cupy,
         nccl=look_at_nccl(cupy),
         device=ranks.index(rank) % seen if seen else None,
@@ -101,7 +99,7 @@ def _look_at_rank(rank: int, ranks: Sequence[int], library: Library | None) -> R
         python=platform.python_version(),
         executable=sys.executable,
         package=str(Path(mpidist.__file__).parent),
-        versions=software.installed(),
+        versions=probes.installed(),
         launch=_launch(library),
         library=library,
         settings=settings,

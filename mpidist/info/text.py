@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mpidist._formatting import format_bytes, format_count
 from mpidist.backends.crossovers import NEVER
+from mpidist.info.checks import Problem, by_value, rank_names
 from mpidist.info.facts import Hdf5, JobFacts, Launch, Leftover, Library, NodeFacts, RankFacts
-from mpidist.info.problems import Problem
-from mpidist.info.words import by_value, rank_names
 
 __all__ = ["tell"]
 

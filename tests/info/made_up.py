@@ -9,16 +9,18 @@ from typing import Any
 from mpidist.info.facts import (
     Blas,
     CrossoverFacts,
+    Cupy,
+    Gpu,
     Hdf5,
     JobFacts,
     Launch,
     Leftover,
     Library,
+    Nccl,
     NodeFacts,
     RankFacts,
     SharedMemory,
 )
-from mpidist.info.gpu_facts import Cupy, Gpu, Nccl
 
 LIBRARY = Library(
     name="MPICH 4.3.0",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpidist.info import command
-from mpidist.info.cleaning import Candidate, clean, describe
+from mpidist.info.leftovers import Candidate, clean, describe
 from tests.info.test_looking import HOLD
 
 OPEN = """
@@ -73,7 +73,7 @@ def test_it_is_kept_also_where_that_process_cannot_be_seen(shared: Path) -> None
     """As in a container that shares the memory, and has process numbers of its own."""
     name, code = (
         str(shared / "mpich_shm_3"),
-        "import sys; from mpidist.info.cleaning import clean; ",
+        "import sys; from mpidist.info.leftovers import clean; ",
     )
     code += "from pathlib import Path; print([f.name for f in clean(Path(sys.argv[1])) if f.kept])"
     hidden = ["unshare", "-rpf", "--mount-proc", sys.executable, "-c", code, str(shared)]

@@ -6,9 +6,9 @@ import dataclasses
 import json
 from typing import Any
 
+from mpidist.info.checks import warning
 from mpidist.info.command import as_fields
 from mpidist.info.facts import FORMAT, Failure, JobFacts
-from mpidist.info.problems import warning
 from tests.info.made_up import GPU, LEFTOVER, a_job
 
 # Names may be added. If one goes, or means something else, FORMAT has to be counted up.

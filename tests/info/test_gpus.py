@@ -14,15 +14,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mpidist.info import devices, nvml
-from mpidist.info.facts import JobFacts
-from mpidist.info.gpu_checks import shared_gpus, unused_gpus
-from mpidist.info.gpu_facts import Cupy, Gpu
-from mpidist.info.job_checks import differences
+from mpidist.info import probes
+from mpidist.info.checks import differences, shared_gpus, unused_gpus
+from mpidist.info.facts import Cupy, Gpu, JobFacts
 from mpidist.info.text import tell
 from tests.info.made_up import GPU, NO_GPU, RANK, a_job, with_gpus, with_ranks
 
-ROOT = Path(devices.__file__).parents[2]
+ROOT = Path(probes.__file__).parents[2]
 NO_CUPY = Cupy(version="", runtime="", visible=[], problem="CuPy is not installed")
 
 
@@ -77,23 +75,23 @@ class Nvml:
 
 
 def test_gpus_are_described_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda path: Nvml)
+    monkeypatch.setattr(probes.ctypes, "CDLL", lambda path: Nvml)
     monkeypatch.setattr(Nvml, "calls", [])
     lost = Gpu(name="unknown", memory=0, bus_id="")
-    assert nvml.ask() == ([GPU, lost], "550.54", "12.4")
+    assert probes.ask_driver() == ([GPU, lost], "550.54", "12.4")
     assert Nvml.calls == ["shutdown"]
 
 
 def test_the_structures_are_those_of_nvml() -> None:
     """The sizes that its header gives them on 64-bit machines."""
-    assert nvml.ctypes.sizeof(nvml._Memory) == 24
-    assert nvml.ctypes.sizeof(nvml._Pci) == 68
+    assert probes.ctypes.sizeof(probes._Memory) == 24
+    assert probes.ctypes.sizeof(probes._Pci) == 68
 
 
 def test_a_driver_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda path: Nvml)
+    monkeypatch.setattr(probes.ctypes, "CDLL", lambda path: Nvml)
     monkeypatch.setattr(Nvml, "started", 9)
-    assert nvml.ask() == ([], "the driver's library answers with error 9", "")
+    assert probes.ask_driver() == ([], "the driver's library answers with error 9", "")
 
 
 def no_library(path: str) -> None:
@@ -101,15 +99,15 @@ def no_library(path: str) -> None:
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml.ctypes, "CDLL", no_library)
-    assert nvml.ask() == ([], "", "")
+    monkeypatch.setattr(probes.ctypes, "CDLL", no_library)
+    assert probes.ask_driver() == ([], "", "")
 
 
 @pytest.mark.parametrize(
     ("number", "version"), [(22304, "2.23.4"), (2804, "2.8.4"), (23203, "2.32.3"), (0, "")]
 )
 def test_versions_of_nccl(number: int, version: str) -> None:
-    assert devices.nccl_version(number) == version
+    assert probes.nccl_version(number) == version
 
 
 def test_nccl_is_asked_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +117,13 @@ def test_nccl_is_asked_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
             place._obj.value = 22304
             return 0
 
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda path: Nccl)
-    monkeypatch.setattr(devices, "loaded_libraries", lambda: ["/n/libnccl.so.2"])
-    found = devices.look_at_nccl(NO_CUPY)
+    monkeypatch.setattr(probes.ctypes, "CDLL", lambda path: Nccl)
+    monkeypatch.setattr(probes, "loaded_libraries", lambda: ["/n/libnccl.so.2"])
+    found = probes.look_at_nccl(NO_CUPY)
     assert (found.version, found.file, found.built) == ("2.23.4", "/n/libnccl.so.2", "")
     assert found.problem == NO_CUPY.problem
-    monkeypatch.setattr(devices.ctypes, "CDLL", no_library)
-    assert devices.look_at_nccl(NO_CUPY).version == ""
+    monkeypatch.setattr(probes.ctypes, "CDLL", no_library)
+    assert probes.look_at_nccl(NO_CUPY).version == ""
 
 
 def install_cupy(monkeypatch: pytest.MonkeyPatch, gpus: int, nccl: Any) -> None:
@@ -153,20 +151,20 @@ def test_cupy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         available=True, get_version=lambda: 23203, get_build_version=lambda: 22501
     )
     install_cupy(monkeypatch, 2, nccl)
-    found = devices.look_at_cupy()
+    found = probes.look_at_cupy()
     assert (found.version, found.runtime, found.problem) == ("14.2", "12.9", "")
     assert found.visible == ["0000:00:00.0", "0000:01:00.0"]
-    library = devices.look_at_nccl(found)
+    library = probes.look_at_nccl(found)
     assert (library.version, library.built, library.problem) == ("2.32.3", "2.25.1", "")
 
 
 def test_a_cupy_without_gpus_and_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     install_cupy(monkeypatch, 0, SimpleNamespace(available=False))
-    monkeypatch.setattr(devices.ctypes, "CDLL", no_library)
-    found = devices.look_at_cupy()
+    monkeypatch.setattr(probes.ctypes, "CDLL", no_library)
+    found = probes.look_at_cupy()
     assert found.visible == []
     assert "finds no GPU" in found.problem
-    library = devices.look_at_nccl(found)
+    library = probes.look_at_nccl(found)
     assert (library.version, library.problem) == ("", found.problem)
 
 

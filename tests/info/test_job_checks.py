@@ -5,15 +5,15 @@ import typing
 
 import pytest
 
-from mpidist.info.checks import find_problems
-from mpidist.info.facts import CrossoverFacts, Failure, Hdf5, JobFacts
-from mpidist.info.job_checks import (
+from mpidist.info.checks import (
     crossovers,
     differences,
+    find_problems,
     hdf5_imports,
     lone_ranks,
     mpi_starts,
 )
+from mpidist.info.facts import CrossoverFacts, Failure, Hdf5, JobFacts
 from tests.info.made_up import LIBRARY, RANK, a_job, lone, with_ranks
 
 

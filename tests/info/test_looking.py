@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from mpidist.info import node, software
+from mpidist.info import probes
 from mpidist.info.leftovers import find_leftovers, mapped_by
 
 ROOT = Path(__file__).parents[2]
 
 BLAS_THREADS = """
 import json
-from mpidist.info.software import blas
+from mpidist.info.probes import blas
 found = blas()
 print(json.dumps([found.name, found.path, found.threads]))
 """
 
 
 @pytest.mark.skipif(
-    not software.blas().name.startswith("OpenBLAS"), reason="numpy stands on another BLAS"
+    not probes.blas().name.startswith("OpenBLAS"), reason="numpy stands on another BLAS"
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_blas_tells_its_threads(threads: int) -> None:
@@ -65,23 +65,23 @@ def test_other_libraries_are_asked_by_their_own_names(
     library = type(
         "Library", (), {name: staticmethod(lambda v=v: v) for name, v in symbols.items()}
     )
-    monkeypatch.setattr(software, "loaded_libraries", lambda: ["/lib/libc.so.6", file])
-    monkeypatch.setattr(software.ctypes, "CDLL", lambda path: library)
-    found = software.blas()
+    monkeypatch.setattr(probes, "loaded_libraries", lambda: ["/lib/libc.so.6", file])
+    monkeypatch.setattr(probes.ctypes, "CDLL", lambda path: library)
+    found = probes.blas()
     assert (found.name, found.threads) == expected
 
 
 def test_shared_memory_is_measured(tmp_path: Path) -> None:
-    found = node.shared_memory(tmp_path)
+    found = probes.shared_memory(tmp_path)
     disk = os.statvfs(tmp_path)
     assert found is not None
     assert found.total == disk.f_blocks * disk.f_frsize
     assert 0 <= found.free <= found.total
-    assert node.shared_memory(tmp_path / "none") is None
+    assert probes.shared_memory(tmp_path / "none") is None
 
 
 def test_this_node_is_looked_at() -> None:
-    found = node.look_at_node([0, 1])
+    found = probes.look_at_node([0, 1])
     assert found.ranks == [0, 1]
     assert found.host == os.uname().nodename
     assert found.cores == os.cpu_count()

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from mpidist.info.facts import Blas, Failure, JobFacts, Leftover, SharedMemory
-from mpidist.info.node_checks import (
+from mpidist.info.checks import (
     clocks,
     leftovers,
     oversubscribed,
@@ -16,6 +15,7 @@ from mpidist.info.node_checks import (
     threads_of_a_node,
     threads_of_a_rank,
 )
+from mpidist.info.facts import Blas, Failure, JobFacts, Leftover, SharedMemory
 from tests.info.made_up import LAUNCH, LEFTOVER, LIBRARY, NODE, RANK, a_job, lone, with_ranks
 
 MIB = 1 << 20

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from mpidist.info.checks import by_value, fatal, rank_names, warning
 from mpidist.info.facts import Failure, JobFacts
-from mpidist.info.problems import fatal, warning
 from mpidist.info.text import tell
-from mpidist.info.words import by_value, rank_names
 from tests.info.made_up import GPU, LEFTOVER, NODE, a_job, lone, with_ranks
 
 
