@@ -96,7 +96,7 @@ def test_list_tells_what_is_complete_and_what_is_not(saved: Path, run: Any) -> N
         ("200", "complete"),
         ("300", "partial"),
     ]
-    assert rows[1][3:8] == ["UTC", "4", "7", "1.5", "MiB"]
+    assert rows[1][3:8] == ["UTC", "4", "7", "1.46", "MiB"]
     told = json.loads(run("list", saved, "--json"))
     assert [row["step"] for row in told] == [100, 150, 200, 300]
     nbytes = sum(array.nbytes for array in arrays().values())
@@ -120,7 +120,7 @@ def test_show_tells_all_but_the_elements(saved: Path, run: Any) -> None:
 
 def test_verify_finds_what_is_wrong(tmp_path: Path, run: Any) -> None:
     found = save(tmp_path, {"array": np.arange(1000.0)})
-    assert run("verify", tmp_path) == f"{found.directory} is whole: 1 array, 7.8 KiB\n"
+    assert run("verify", tmp_path) == f"{found.directory} is whole: 1 array, 7.81 KiB\n"
     (found.directory / "rank-00000.h5").unlink()
     assert "rank-00000.h5 is missing" in run("verify", tmp_path, code=1)
     told = json.loads(run("verify", tmp_path, "--json", code=1))
@@ -133,12 +133,12 @@ def test_diff_tells_differences(saved: Path, run: Any) -> None:
     assert told.splitlines()[-1] == "array  model/weight  1 of 359100 elements, by at most 1"
     (each,) = json.loads(run("diff", saved, saved / "step-000100", "--json", code=1))["differences"]
     assert (each["name"], each["elements"], each["largest"]) == ("model/weight", 1, 1.0)
-    assert "the same: 7 arrays, 1.5 MiB" in run("diff", saved, saved, "--step", 100)
+    assert "the same: 7 arrays, 1.46 MiB" in run("diff", saved, saved, "--step", 100)
 
 
 def test_reshard_writes_another(saved: Path, tmp_path: Path, run: Any) -> None:
     told = run("reshard", saved, tmp_path, "--ranks", 3, "--step", 100)
-    assert told == f"{tmp_path}/step-000100: 3 ranks, 7 arrays, 1.5 MiB\n"
+    assert told == f"{tmp_path}/step-000100: 3 ranks, 7 arrays, 1.46 MiB\n"
     assert checkpoint.latest(tmp_path).world_size == 3
     assert "the same" in run("diff", saved / "step-000100", tmp_path)
     told = run("reshard", saved, tmp_path, "--ranks", 3, "--step", 100, code=2)
@@ -149,7 +149,7 @@ def test_reshard_writes_another(saved: Path, tmp_path: Path, run: Any) -> None:
 @pytest.mark.parametrize("suffix", ["safetensors", "npz"])
 def test_export_and_import(saved: Path, tmp_path: Path, run: Any, suffix: str) -> None:
     file = tmp_path / f"a.{suffix}"
-    assert f"{file}: step 100, 1.5 MiB" in run("export", saved, file, "--step", 100)
+    assert f"{file}: step 100, 1.46 MiB" in run("export", saved, file, "--step", 100)
     read = safetensors.numpy.load_file if suffix == "safetensors" else np.load
     np.testing.assert_array_equal(read(file)["model/weight"], arrays()["model/weight"])
     assert json.loads(run("import", file, tmp_path, "--json"))["ranks"] == 1
