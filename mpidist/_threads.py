@@ -1,6 +1,6 @@
 """Calls in a thread of their own, and futures of what they return.
 
-Not an executor of the standard library: those take nothing any more once the interpreter ends,
+No executors of the standard library: those take nothing any more once the interpreter ends,
 which is when a job waits for its last save; and they join their threads, of which one may never
 return from a library.
 """
@@ -9,12 +9,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["fulfil", "run_in_thread"]
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+__all__ = ["act_in_thread", "fulfil", "run_in_thread"]
 
 T = TypeVar("T")
+
+
+def act_in_thread(act: Callable[[], None], name: str) -> None:
+    """Call a function in a daemon thread; what it raises is printed.
+
+    Where no thread can be started it is called at once: from Python 3.12 on, an interpreter that
+    ends starts none.
+
+    Parameters
+    ----------
+    act : callable
+        The function.
+    name : str
+        Name of the thread; begins with ``mpidist-``.
+    """
+    thread = threading.Thread(target=act, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        act()
 
 
 def run_in_thread(call: Callable[..., T], *args: Any, name: str) -> Future[T]:
@@ -32,6 +54,8 @@ def run_in_thread(call: Callable[..., T], *args: Any, name: str) -> Future[T]:
     RuntimeError
         If no thread can be started.
     """
+    from concurrent.futures import Future  # not at import: `act_in_thread` does without
+
     future: Future[T] = Future()
     threading.Thread(target=fulfil, args=(future, call, *args), name=name, daemon=True).start()
     return future

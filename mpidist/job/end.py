@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from mpidist import env
 from mpidist._formatting import format_ranges
+from mpidist._threads import act_in_thread
 from mpidist.backends.job import ExitNotices, JobTransport, JobWorld
 from mpidist.backends.work import Waiter
 from mpidist.errors import (
@@ -38,11 +39,9 @@ from mpidist.group.operations import Operations, broken_groups, companions
 from mpidist.group.pending import GroupWork
 from mpidist.log import shows
 from mpidist.observe.watch import Watch
-from mpidist.observe.watch.failures import Ending
+from mpidist.observe.watch.deadlines import limit_finalization, limit_loading, main_stack
+from mpidist.observe.watch.failures import Ending, callers_of, lines_of, reason_of, summary_of
 from mpidist.observe.watch.helper import helper
-from mpidist.observe.watch.limits import limit_finalization, limit_loading, main_stack
-from mpidist.observe.watch.threads import in_thread
-from mpidist.observe.watch.tracebacks import callers_of, lines_of, reason_of, summary_of
 
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
@@ -304,7 +303,7 @@ class _Hooks:
             self._abort(1)
 
         self._ending = True
-        in_thread(end, "mpidist-end")
+        act_in_thread(end, "mpidist-end")
 
     def _report(self, what: str, *, dump: bool, table: bool = True) -> None:
         """Report what all ranks of this node are doing, unless a report has just been made.

@@ -214,7 +214,7 @@ def _trace(directory: str | None, world: ProcessGroup) -> None:
     """Begin the trace of the job, if one is wanted; collective."""
     if directory is None:
         return
-    from mpidist.tracing.job import begin_job_trace
+    from mpidist.tracing.session import begin_job_trace
 
     try:
         begin_job_trace(directory, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from mpidist.tracing.chrome import write_trace
 from mpidist.tracing.clock import Reading, clock_name, compare_clocks
 from mpidist.tracing.parts import Events, Part, PartFile, part_path
 
-__all__ = ["EVENTS", "Session", "trace"]
+__all__ = ["EVENTS", "Session", "begin_job_trace", "trace"]
 
 EVENTS = 100_000
 """Events of each rank that are kept."""
@@ -265,3 +266,41 @@ def _raise_together(problem: str, group: ProcessGroup) -> None:
     for rank, told in enumerate(all_gather_object(problem, group)):
         if told:
             raise OSError(f"trace on {group}: rank {rank}: {told}")
+
+
+_job: list[Session] = []
+
+
+def begin_job_trace(directory: str, world: ProcessGroup) -> None:
+    """Begin to record from `mpidist.init` to the exit.
+
+    Parameters
+    ----------
+    directory : str
+        Where the trace is written, under a name of its own.
+    world : ProcessGroup
+        All ranks.
+
+    Raises
+    ------
+    OSError
+        On all ranks, if nothing can be written there.
+
+    Notes
+    -----
+    Collective over `world`; blocks. Does nothing for a second world of the process. Where the exit
+    has no hooks, since pytest or IPython handle exceptions, the ranks leave their parts behind.
+    """
+    from mpidist.job import hooks
+
+    if _job:
+        return
+    started = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    # Jobs in containers may share the directory, the second and the process number.
+    own = f"trace-{started}-{os.getpid()}-{os.urandom(4).hex()}.json.gz"
+    name = broadcast_object(own, world)
+    session = Session.begin(Path(directory, name), world)
+    _job.append(session)
+    if not hooks.attend(session):
+        # Exit handlers run in reverse order: before mpi4py's, which finalises MPI.
+        atexit.register(session.end if world.size == 1 else session.abandon)

@@ -13,7 +13,7 @@ import mpidist
 from mpidist.backends.verbs import AllGather
 from mpidist.group.journal import Journal
 from mpidist.observe.recorder import Head, Kind, Recorder
-from mpidist.observe.recorder.layout import RING, TEXTS_NBYTES
+from mpidist.observe.recorder.recorder import RING, TEXTS_NBYTES
 from mpidist.observe.recorder.recording import Recording
 from mpidist.testing import run_ranks
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from mpidist.group import ProcessGroup
+from mpidist.job import hooks
 from mpidist.testing import run_ranks
-from mpidist.tracing import job
-from mpidist.tracing.job import begin_job_trace
+from mpidist.tracing import session as session_module
 from mpidist.tracing.parts import Part
-from mpidist.tracing.session import Session
+from mpidist.tracing.session import Session, begin_job_trace
 from mpidist.tracing.summary import load, summarise
 from tests._ranks.launcher import clean_environment
 from tests.tracing.format import check_trace
@@ -78,12 +78,12 @@ def test_jobs_of_the_same_second_and_process_number_have_traces_of_their_own(
         def now(cls, _: Any = None) -> datetime:
             return datetime(2026, 1, 2, tzinfo=timezone.utc)
 
-    monkeypatch.setattr(job, "datetime", Frozen)
-    monkeypatch.setattr(job.end, "end_trace_at_exit", lambda _: True)
+    monkeypatch.setattr(session_module, "datetime", Frozen)
+    monkeypatch.setattr(hooks, "attend", lambda _: True)
 
     def begin(group: ProcessGroup) -> Session:
         begin_job_trace(str(tmp_path), group)
-        return job._job.pop()
+        return session_module._job.pop()
 
     sessions = [run_ranks(1, begin)[0] for _ in range(2)]
     for session in sessions:

@@ -137,7 +137,7 @@ if hard < 2000:
     raise SystemExit
 resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
 held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
-from mpidist.observe.watch.processes import Process, Status
+from mpidist.observe.watch.states import Process, Status
 assert Process(os.getpid()).status() is Status.ALIVE
 assert start().catch()
 ask()

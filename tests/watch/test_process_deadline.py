@@ -10,7 +10,7 @@ import pytest
 
 HEAD = """
 import ctypes, faulthandler, os, signal, sys, time
-from mpidist.observe.watch.process_deadline import ProcessDeadline
+from mpidist.observe.watch.deadlines import ProcessDeadline
 
 sleep = ctypes.PyDLL(None).sleep  # holds the interpreter lock
 """

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mpidist.observe.watch import processes
-from mpidist.observe.watch.processes import Process, Status
+from mpidist.observe.watch import states
+from mpidist.observe.watch.states import Process, Status
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_nothing_is_said_when_it_goes_late(monkeypatch) -> None:
     assert other._descriptor is not None
     os.close(other._descriptor)
     other.__del__()
-    monkeypatch.setattr(processes, "os", None)
+    monkeypatch.setattr(states, "os", None)
     process.__del__()
     assert process._descriptor is None
     Process.__new__(Process).__del__()

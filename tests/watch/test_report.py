@@ -12,7 +12,6 @@ import pytest
 from mpidist.observe.recorder import Kind
 from mpidist.observe.recorder.recording import Record, Site
 from mpidist.observe.watch import report
-from mpidist.observe.watch.processes import Status
 from mpidist.observe.watch.report import (
     accuse,
     callers,
@@ -23,7 +22,7 @@ from mpidist.observe.watch.report import (
     suspects,
     tell,
 )
-from mpidist.observe.watch.states import RankState, Stack, Wait
+from mpidist.observe.watch.states import RankState, Stack, Status, Wait
 
 SECOND = 10**9
 NOW = 1000 * SECOND

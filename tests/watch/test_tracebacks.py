@@ -7,7 +7,7 @@ import pytest
 
 import mpidist
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError
-from mpidist.observe.watch.tracebacks import callers_of, lines_of, reason_of, summary_of
+from mpidist.observe.watch.failures import callers_of, lines_of, reason_of, summary_of
 from mpidist.testing import run_ranks
 
 

@@ -18,9 +18,8 @@ import pytest
 import mpidist
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerLostError
 from mpidist.observe.recorder import Head, Kind
-from mpidist.observe.watch.dump import write_dump
-from mpidist.observe.watch.processes import Process, Status
-from mpidist.observe.watch.states import own_stacks
+from mpidist.observe.watch.report import write_dump
+from mpidist.observe.watch.states import Process, Status, own_stacks
 from mpidist.testing import run_ranks
 
 LATE = 1  # the rank that keeps the others waiting

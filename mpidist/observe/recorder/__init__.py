@@ -15,7 +15,6 @@ see a record of which half is new; that is borne, since nothing but a report dep
 
 from __future__ import annotations
 
-from mpidist.observe.recorder.layout import Head, Kind
-from mpidist.observe.recorder.recorder import Name, Recorder, caller, is_inside
+from mpidist.observe.recorder.recorder import Head, Kind, Name, Recorder, caller, is_inside
 
 __all__ = ["Head", "Kind", "Name", "Recorder", "caller", "is_inside"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mpidist.observe.recorder.layout import (
+from mpidist.observe.recorder.recorder import (
     GROUP,
     NUMBER,
     RECORD,

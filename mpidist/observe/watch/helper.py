@@ -15,10 +15,14 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
-from mpidist.observe.watch.threads import in_thread
+from mpidist._threads import act_in_thread
 from mpidist.observe.watch.watch import Watch
 
-__all__ = ["Helper", "helper"]
+__all__ = [
+    "Helper",
+    "helper",
+]
+
 
 _ROUND = 0.2
 """Seconds between two looks at whether anybody has asked."""
@@ -139,7 +143,7 @@ class Helper:
         # One report at a time, however many signals come.
         if signal.SIGUSR2 in numbers and self._reporting.acquire(blocking=False):
             # In a thread of its own: this one has to answer meanwhile.
-            in_thread(self._report, "mpidist-report")
+            act_in_thread(self._report, "mpidist-report")
 
     def _report(self) -> None:
         try:

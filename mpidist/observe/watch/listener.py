@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from queue import Empty, SimpleQueue
 
-from mpidist.observe.watch.threads import in_thread
+from mpidist._threads import act_in_thread
 
 __all__ = ["Listener", "ask", "ask_all"]
 
@@ -107,7 +107,7 @@ class Listener:
                 with contextlib.suppress(OSError):  # it has gone
                     self._unproven.popleft().shutdown(socket.SHUT_RDWR)  # wakes its thread
             self._unproven.append(connection)
-        in_thread(lambda: self._serve(connection), "mpidist-listener")
+        act_in_thread(lambda: self._serve(connection), "mpidist-listener")
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):  # whoever asked will call this node silent
@@ -173,7 +173,7 @@ def _addresses_of_name() -> list[str]:
             found = socket.getaddrinfo(os.uname().nodename, None, type=socket.SOCK_STREAM)
             answers.put([str(address[0]) for *_, address in found])
 
-    in_thread(resolve, "mpidist-resolver")
+    act_in_thread(resolve, "mpidist-resolver")
     try:
         return answers.get(timeout=_RESOLVED)
     except Empty:
@@ -241,7 +241,7 @@ def ask_all(doors: Sequence[tuple[str, int]], secret: bytes) -> SimpleQueue[byte
                 answers.put(None)
 
     for _ in range(askers):
-        in_thread(work, "mpidist-asker")
+        act_in_thread(work, "mpidist-asker")
     return answers
 
 

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, TypeAlias
 from mpidist import env
 from mpidist.log import rank_logger
 from mpidist.observe.recorder import Head, Recorder
-from mpidist.observe.recorder.layout import ON_DEVICE
+from mpidist.observe.recorder.recorder import ON_DEVICE
 from mpidist.observe.recorder.recording import Recording
-from mpidist.observe.watch.dump import write_dump
 from mpidist.observe.watch.failures import Failures, digest_of
-from mpidist.observe.watch.processes import Process, Status
 from mpidist.observe.watch.report import (
     accuse,
     callers,
@@ -29,8 +27,9 @@ from mpidist.observe.watch.report import (
     processes,
     suspects,
     tell,
+    write_dump,
 )
-from mpidist.observe.watch.states import RankState, own_stacks
+from mpidist.observe.watch.states import Process, RankState, Status, own_stacks
 
 if TYPE_CHECKING:
     from mpidist.observe.watch.listener import Listener
