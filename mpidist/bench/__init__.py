@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-from mpidist.bench.machine import Machine
-from mpidist.bench.plot import plot_report
-from mpidist.bench.report import Comparison, Measure, Report, Row, Target, bus_factor
-from mpidist.bench.table import render_table
+from mpidist.bench.rendering import plot_report, render_table
+from mpidist.bench.report import Comparison, Machine, Measure, Report, Row, Target, bus_factor
 from mpidist.bench.times import Effort, Series, Times, measure
 
 __all__ = [

@@ -7,30 +7,32 @@ arithmetic and the copies alone.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from mmap import mmap
-from typing import Any
 
 import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.boxes import split_evenly
 from mpidist.backends.node.registered_memory import Block
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import add_effort, require_ranks
+from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
 from mpidist.bench.peers import Gloo, find_library, open_gloo
-from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Comparison, Report
-from mpidist.bench.sizes import sweep
-from mpidist.bench.sweeps import rows_over
+from mpidist.bench.report import (
+    BOUND,
+    GLOO,
+    LIBRARY,
+    ORDINARY,
+    REGISTERED,
+    Comparison,
+    Machine,
+    Report,
+)
 from mpidist.bench.times import Series
-from mpidist.collectives import all_reduce
+from mpidist.bench.verbs import DTYPE, checked, library_call, our_call, prepare
 from mpidist.group import ProcessGroup
 
 __all__ = ["bound_series", "configure", "mpidist_and_library", "run"]
-
-_DTYPE = np.dtype(np.float32)
 
 _BLOCK_BYTES = 256 << 10
 """What the bound adds and copies at a time, as the direct path does."""
@@ -122,38 +124,25 @@ def mpidist_and_library(
     -----
     Collective over `world`; blocks.
     """
-    count = max(nbytes // _DTYPE.itemsize, 1)
-    registered, ordinary = world.empty(count, _DTYPE), np.empty(count, _DTYPE)
+    count = max(nbytes // DTYPE.itemsize, 1)
+    ordinary = prepare("all_reduce", world, partial(np.empty, dtype=DTYPE), count)
+    registered = prepare("all_reduce", world, partial(world.empty, dtype=DTYPE), count)
     series = [
-        _checked(name, partial(all_reduce, x, world, out=x), x, world, rewrite=rewrite)
-        for name, x in ((REGISTERED, registered), (ORDINARY, ordinary))
+        checked(name, our_call("all_reduce", arrays, world), arrays, world, rewrite=rewrite)
+        for name, arrays in ((REGISTERED, registered), (ORDINARY, ordinary))
     ]
     peer = find_library(world, notes)
     if peer is not None:
-        call = partial(peer.comm.Allreduce, peer.mpi.IN_PLACE, ordinary)
-        series.append(_checked(LIBRARY, call, ordinary, world, rewrite=rewrite))
+        call = library_call("all_reduce", ordinary, peer)
+        series.append(checked(LIBRARY, call, ordinary, world, rewrite=rewrite))
     return series
 
 
 def _gloo(gloo: Gloo, world: ProcessGroup, nbytes: int, *, rewrite: bool) -> Series:
-    x = np.empty(max(nbytes // _DTYPE.itemsize, 1), _DTYPE)
-    call = partial(gloo.torch.distributed.all_reduce, gloo.torch.from_numpy(x))
-    return _checked(GLOO, call, x, world, rewrite=rewrite)
-
-
-def _checked(
-    name: str, call: Callable[[], Any], x: Array, world: ProcessGroup, *, rewrite: bool
-) -> Series:
-    """Return a series whose call has summed the ranks' numbers into `x` as it should."""
-    x.fill(world.rank + 1)
-    call()
-    expected = world.size * (world.size + 1) // 2
-    if not (x == expected).all():
-        raise RuntimeError(
-            f"all_reduce of the series {name}: expected {expected} everywhere, got {x}"
-        )
-    x.fill(0)
-    return Series(name, call, before=partial(x.fill, 0) if rewrite else None)
+    count = max(nbytes // DTYPE.itemsize, 1)
+    arrays = prepare("all_reduce", world, partial(np.empty, dtype=DTYPE), count)
+    call = partial(gloo.torch.distributed.all_reduce, gloo.torch.from_numpy(arrays.x))
+    return checked(GLOO, call, arrays, world, rewrite=rewrite)
 
 
 def bound_series(world: ProcessGroup, nbytes: int) -> Series:
@@ -173,12 +162,12 @@ def bound_series(world: ProcessGroup, nbytes: int) -> Series:
         registered ones are, it adds its 1/p slices into the first one, a block at a time, and
         copies the block into the others.
     """
-    stride, count = Block.stride(nbytes), nbytes // _DTYPE.itemsize
+    stride, count = Block.stride(nbytes), nbytes // DTYPE.itemsize
     memory = np.frombuffer(mmap(-1, world.size * stride), np.uint8).reshape(world.size, stride)
     start, size = split_evenly(count, world.size)[world.rank]
-    slices = memory.view(_DTYPE)[:, start : start + size]
+    slices = memory.view(DTYPE)[:, start : start + size]
     slices[...] = 0
-    step = _BLOCK_BYTES // _DTYPE.itemsize
+    step = _BLOCK_BYTES // DTYPE.itemsize
     blocks = [list(slices[:, at : at + step]) for at in range(0, size, step)]
     return Series(BOUND, partial(_add_and_copy, blocks))
 

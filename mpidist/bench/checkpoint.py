@@ -21,13 +21,22 @@ import numpy as np
 
 from mpidist._types import MAX, SUM, Array
 from mpidist.arrays.namespaces import as_bytes
-from mpidist.bench.disk import Counter, drop_cache, peak_over, read_plain, write_plain
-from mpidist.bench.layouts import DIM0, REPLICATED, Model, memory_of
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import positive, require_ranks, tell_progress
+from mpidist.bench.harness import positive, require_ranks, tell_progress
 from mpidist.bench.peers import Gloo, TorchCheckpoints, open_gloo
-from mpidist.bench.report import Comparison, Report, Row, Target
-from mpidist.bench.resharding import reads_of_ranks, reads_of_simulated_ranks
+from mpidist.bench.report import Comparison, Machine, Report, Row, Target
+from mpidist.bench.resharding import (
+    DIM0,
+    REPLICATED,
+    Counter,
+    Model,
+    drop_cache,
+    memory_of,
+    peak_over,
+    read_plain,
+    reads_of_ranks,
+    reads_of_simulated_ranks,
+    write_plain,
+)
 from mpidist.bench.times import Series, Times, take_turns
 from mpidist.checkpoint import CheckpointFuture, load, save, save_async
 from mpidist.collectives import all_reduce, barrier, broadcast_object

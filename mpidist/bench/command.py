@@ -28,10 +28,9 @@ from mpidist.bench import (
     p2p,
     tracing,
 )
-from mpidist.bench.options import BenchmarkError, add_files, check_files
-from mpidist.bench.plot import plot_report
+from mpidist.bench.harness import BenchmarkError, add_files, check_files
+from mpidist.bench.rendering import plot_report, render_table
 from mpidist.bench.report import Report
-from mpidist.bench.table import render_table
 from mpidist.collectives import broadcast_object
 from mpidist.group import ProcessGroup
 from mpidist.job.start import init

@@ -20,11 +20,8 @@ from mpidist._types import Array
 from mpidist.backends.crossover_file import machine_name, user_file, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers
 from mpidist.backends.mpi.library import library_name, load_mpi
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import BenchmarkError, add_effort, require_ranks
-from mpidist.bench.report import Report, Row
-from mpidist.bench.sizes import sweep
-from mpidist.bench.sweeps import rows_over
+from mpidist.bench.harness import BenchmarkError, add_effort, require_ranks, rows_over, sweep
+from mpidist.bench.report import Machine, Report, Row
 from mpidist.bench.times import Series
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from mpidist._formatting import format_bytes
 from mpidist.bench.all_reduce import mpidist_and_library
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import add_effort, effort, require_ranks
-from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Report, Row
+from mpidist.bench.harness import add_effort, effort, require_ranks
+from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Machine, Report, Row
 from mpidist.bench.times import Series, measure
 from mpidist.group import ProcessGroup
 

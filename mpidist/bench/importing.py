@@ -11,9 +11,8 @@ import argparse
 import subprocess
 import sys
 
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import BenchmarkError
-from mpidist.bench.report import Comparison, Report, Row
+from mpidist.bench.harness import BenchmarkError
+from mpidist.bench.report import Comparison, Machine, Report, Row
 from mpidist.bench.times import Times
 from mpidist.group import ProcessGroup
 

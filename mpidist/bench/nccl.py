@@ -18,27 +18,37 @@ from math import ceil
 
 from mpidist._formatting import format_bytes
 from mpidist.backends.device.nccl import NcclBackend
-from mpidist.bench.ddp import Shape
-from mpidist.bench.machine import Machine
-from mpidist.bench.nccl_device import cache_bytes, describe_device, enqueued, in_a_row
-from mpidist.bench.nccl_kernels import COPY, KERNEL, kernel_rows
-from mpidist.bench.nccl_overlap import ALONE, OVERLAPPED, REDUCTION, overlap_rows, overlap_words
-from mpidist.bench.nccl_verbs import (
-    COALESCED,
+from mpidist.bench.ddp import ALONE, DDP_STEP, REDUCTION, Shape, our_series
+from mpidist.bench.harness import (
+    BenchmarkError,
+    add_effort,
+    effort,
+    positive,
+    read_size,
+    rows_over,
+    sweep,
+    tell_progress,
+)
+from mpidist.bench.nccl_device import (
+    COPY,
+    KERNEL,
     OURS,
     RAW,
     STAGED,
     Binding,
-    divisible,
+    DeviceClock,
+    cache_bytes,
+    describe_device,
+    enqueued,
+    in_a_row,
+    kernel_rows,
     staged_group,
     staged_series,
     verb_series,
 )
-from mpidist.bench.options import BenchmarkError, add_effort, effort, positive, tell_progress
-from mpidist.bench.report import Comparison, Measure, Report, Row, Target
-from mpidist.bench.sizes import read_size, sweep
-from mpidist.bench.sweeps import rows_over
-from mpidist.bench.times import Series
+from mpidist.bench.report import Comparison, Machine, Measure, Report, Row, Target
+from mpidist.bench.times import Series, measure
+from mpidist.bench.verbs import COALESCED, divisible
 from mpidist.group import ProcessGroup
 
 __all__ = ["CALLS", "CLOCKS", "PARTS", "SWEPT", "configure", "run"]
@@ -69,7 +79,7 @@ _COMPARISONS = (
     Comparison("of NCCL", OURS, RAW),
     Comparison("staging of NCCL", STAGED, RAW),
     _SHARE,
-    Comparison("added", OVERLAPPED, ALONE, Measure.ADDED),
+    Comparison("added", DDP_STEP, ALONE, Measure.ADDED),
 )
 
 _LEGEND = {
@@ -78,7 +88,7 @@ _LEGEND = {
     STAGED: "mpidist.all_reduce in a group without NCCL, with MPIDIST_ENABLE_GPU_FALLBACK=1",
     KERNEL: "what is named, on float32 arrays; GB/s of what has to be read and written",
     COPY: "cupy.copyto, which reads and writes as many bytes",
-    OVERLAPPED: "a step with mpidist.parallel.DDP on the device, no optimizer",
+    DDP_STEP: "a step with mpidist.parallel.DDP on the device, no optimizer",
     ALONE: "the same step without communication, by all ranks at once",
     REDUCTION: "the same buckets through mpidist.parallel.GradientReducer, with no step around",
 }
@@ -162,7 +172,7 @@ def _calls(
         return [*map(enqueued, series)] if clock == "host" else series
 
     notes.append(f"all_reduce_coalesced has {COALESCED} arrays, which are the size together")
-    sizes = [divisible(nbytes, world.size) for nbytes in _SMALL]
+    sizes = [divisible(nbytes, COALESCED * world.size) for nbytes in _SMALL]
     rows = []
     for verb, clock in product(_possible(CALLS, world, notes), CLOCKS):
         what = f"{verb}, {clock} time"
@@ -180,7 +190,9 @@ def _sweep(
             series.append(staged_series(staged, nbytes))
         return [in_a_row(each, number) for each in series]
 
-    sizes = list(dict.fromkeys(divisible(nbytes, world.size) for nbytes in options.sizes))
+    sizes = list(
+        dict.fromkeys(divisible(nbytes, COALESCED * world.size) for nbytes in options.sizes)
+    )
     rows = []
     with staged_group(world) as staged:
         for verb in _possible(SWEPT, world, notes):
@@ -200,13 +212,35 @@ def _kernels(world: ProcessGroup, options: argparse.Namespace, notes: list[str])
 
 
 def _overlap(world: ProcessGroup, options: argparse.Namespace, notes: list[str]) -> list[Row]:
+    """Measure a step with its reduction, without it, and the reduction alone; collective, blocks.
+
+    The row of DDP has the value `overlap`: 1 if the reduction costs nothing, 0 if it costs as much
+    as it does alone, below 0 if it costs more.
+    """
     if not _possible(["sendrecv"], world, notes):
         return []
     shape = Shape.of(options.millions * 1e6)
-    rows = overlap_rows(world, shape, options.batch, effort=effort(options))
+    with our_series(world, shape, options.batch, device=True) as series:
+        timed = [replace(each, clock=DeviceClock()) for each in series]
+        times = measure(timed, world, effort=effort(options))
     tell_progress(world, "DDP step", shape.nbytes)
-    notes += [overlap_words(row) for row in rows if "overlap" in row.values]
-    return rows
+    added = times[DDP_STEP].median - times[ALONE].median
+    overlap = 1 - added / times[REDUCTION].median
+    notes.append(
+        f"{shape.parameters / 1e6:.2f} million parameters: "
+        f"{overlap:.0%} of the reduction's time is hidden behind backward"
+    )
+    values = {"parameters": float(shape.parameters), "layers": float(shape.layers)}
+    return [
+        Row(
+            operation="DDP step",
+            series=name,
+            nbytes=shape.nbytes,
+            times=each,
+            values=values | {"overlap": overlap} if name == DDP_STEP else values,
+        )
+        for name, each in times.items()
+    ]
 
 
 def _added(rows: Sequence[Row]) -> list[Target]:

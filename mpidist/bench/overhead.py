@@ -20,11 +20,8 @@ import numpy as np
 from mpidist._types import SUM, Array, ReduceOp
 from mpidist.backends.work import Waiter
 from mpidist.bench.all_reduce import mpidist_and_library
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import add_effort, require_ranks
-from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Measure, Report
-from mpidist.bench.sizes import sweep
-from mpidist.bench.sweeps import rows_over
+from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
+from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Machine, Measure, Report
 from mpidist.bench.times import Series
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup

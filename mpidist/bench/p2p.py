@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import add_effort, require_ranks
+from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
 from mpidist.bench.peers import Library, find_library
-from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Report, Row
-from mpidist.bench.sizes import sweep
-from mpidist.bench.sweeps import rows_over
+from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Machine, Report, Row
 from mpidist.bench.times import Series
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend, recv, send, sendrecv

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mpidist._formatting import columns, format_bytes, format_number
+from mpidist.bench.harness import BenchmarkError, add_files, check_files, positive, read_size
 from mpidist.bench.model import Errors, Network
-from mpidist.bench.options import BenchmarkError, add_files, check_files, positive
-from mpidist.bench.plan_plot import plot_plan
 from mpidist.bench.predictions import BACKWARD, Fitted, Layout, Plan, make_plan
+from mpidist.bench.rendering import plot_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
-from mpidist.bench.sizes import read_size
 from mpidist.usage import write_once
 
 __all__ = ["configure", "render_plan", "run"]

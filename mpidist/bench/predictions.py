@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from mpidist.bench.harness import BenchmarkError
 from mpidist.bench.model import Errors, Model, Network, Node, NodeFit, Point, leave_one_out
-from mpidist.bench.options import BenchmarkError
 from mpidist.bench.report import ORDINARY, Report
 from mpidist.parallel import BUCKET_BYTES
 

@@ -1,8 +1,13 @@
-"""What a load reads over what it needs, where other ranks hold the arrays than saved them."""
+"""What a load reads over what it needs, where other ranks hold the arrays than saved them.
+
+The states are a model, laid out over ranks in several ways; plain files are the peers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import tracemalloc
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,17 +16,192 @@ from typing import Any
 
 import numpy as np
 
-from mpidist._types import SUM, Array
+from mpidist._types import SUM, Array, DType
+from mpidist.arrays.boxes import Box, split_evenly
+from mpidist.arrays.shards import ShardedArray
 from mpidist.backends.simulated.backend import SimulatedBackend
 from mpidist.backends.simulated.network import Network
-from mpidist.bench.disk import Counter
-from mpidist.bench.layouts import DIM0, DIM1, FLAT, LAYOUTS, REPLICATED, Model, memory_of
 from mpidist.bench.report import Target
 from mpidist.checkpoint import load, save
 from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
 
-__all__ = ["CASES", "Case", "reads_of_ranks", "reads_of_simulated_ranks"]
+__all__ = [
+    "CASES",
+    "DIM0",
+    "DIM1",
+    "FLAT",
+    "LAYOUTS",
+    "REPLICATED",
+    "Case",
+    "Counter",
+    "Model",
+    "drop_cache",
+    "memory_of",
+    "peak_over",
+    "read_plain",
+    "reads_of_ranks",
+    "reads_of_simulated_ranks",
+    "write_plain",
+]
+
+REPLICATED, DIM0, DIM1, FLAT = "replicated", "dim 0", "dim 1", "flat ranges"
+
+LAYOUTS = (REPLICATED, DIM0, DIM1, FLAT)
+"""Held whole by all ranks; cut along a dimension; a range of the flattened elements each."""
+
+_LARGE, _WIDTH, _SMALL = 8, 4096, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Eight large matrices of float32, 4,096 columns wide, and two vectors of 1,024 per MiB.
+
+    Attributes
+    ----------
+    mib : int
+        About how large it is, in MiB.
+    """
+
+    mib: int
+
+    @property
+    def dtype(self) -> DType:
+        """Of all arrays."""
+        return np.dtype(np.float32)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes by name."""
+        rows = max((self.mib << 20) * 127 // 128 // (4 * _LARGE * _WIDTH), 1)
+        large = {f"layers/{i}/weight": (rows, _WIDTH) for i in range(_LARGE)}
+        return large | {f"norms/{i}/bias": (_SMALL,) for i in range(2 * self.mib)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.dtype.itemsize * sum(Box.whole(shape).count for shape in self.shapes.values())
+
+    def whole(self) -> dict[str, Array]:
+        """Return fresh arrays, with the same numbers in each process."""
+        rng = np.random.default_rng(5)
+        return {name: rng.random(shape, np.float32) for name, shape in self.shapes.items()}
+
+    def held(
+        self, whole: Mapping[str, Array], layout: str, rank: int, size: int
+    ) -> dict[str, Array | ShardedArray]:
+        """Return what a rank of so many holds in a layout: copies."""
+        return {name: _part(array, layout, rank, size) for name, array in whole.items()}
+
+
+def _part(array: Array, layout: str, rank: int, size: int) -> Array | ShardedArray:
+    if layout == REPLICATED:
+        return np.array(array)
+    if layout == FLAT:
+        start, length = split_evenly(array.size, size)[rank]
+        piece = array.reshape(-1)[start : start + length].copy()
+        return ShardedArray.of_range(array.shape, start, piece)
+    dimension = min(LAYOUTS.index(layout) - 1, array.ndim - 1)
+    start, length = split_evenly(array.shape[dimension], size)[rank]
+    box = Box.whole(array.shape).along(dimension, start, length)
+    return ShardedArray(array.shape, array.dtype, {box: array[box.slices].copy()})
+
+
+def memory_of(state: Mapping[str, Array | ShardedArray]) -> list[Array]:
+    """Return the arrays that a state consists of."""
+    pieces = (
+        array.pieces.values() if isinstance(array, ShardedArray) else (array,)
+        for array in state.values()
+    )
+    return [piece for some in pieces for piece in some]
+
+
+_SELF = Path("/proc/self")
+
+
+def write_plain(path: Path, data: Array) -> None:
+    """Write bytes, shape (n,) uint8, into a fresh file and wait until they are on disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        left = data.data
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_plain(*files: tuple[Path, Array]) -> None:
+    """Read whole files, each into memory of its length, shape (n,) uint8."""
+    for path, memory in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            left = memory.data
+            while left and (count := os.readv(descriptor, [left])):
+                left = left[count:]
+            if left:
+                raise RuntimeError(f"{path}: {len(left)} of {memory.nbytes} bytes are missing")
+        finally:
+            os.close(descriptor)
+
+
+def drop_cache(paths: Sequence[Path]) -> None:
+    """Ask the kernel to forget what it holds of files that have been synced."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+class Counter:
+    """How many bytes this process has read, while it did some things.
+
+    Attributes
+    ----------
+    asked : int
+        By system calls, from files, wherever the kernel had them; ``rchar`` of /proc/self/io.
+    fetched : int
+        From disks; ``read_bytes`` of /proc/self/io.
+    calls : int
+        How often `counting` called.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.fetched = self.calls = 0
+
+    def counting(self, call: Callable[[], object]) -> None:
+        """Call a function, and add what this process has read meanwhile."""
+        asked, fetched = _read()
+        call()
+        asked_then, fetched_then = _read()
+        self.asked += asked_then - asked
+        self.fetched += fetched_then - fetched
+        self.calls += 1
+
+
+def _read() -> tuple[int, int]:
+    lines = (_SELF / "io").read_text(encoding="ascii").splitlines()
+    values = {name: int(value) for name, value in (line.split(": ") for line in lines)}
+    return values["rchar"], values["read_bytes"]
+
+
+def peak_over(call: Callable[[], object]) -> int:
+    """Return how many bytes Python and numpy held at most, within a call, beyond those before.
+
+    Notes
+    -----
+    Counted by tracemalloc: resident memory would not show what an earlier call has returned to the
+    C library and this one takes again. What HDF5 and MPI allocate themselves is not seen.
+    """
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
 
 _MOST = 1.05
 

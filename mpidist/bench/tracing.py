@@ -21,9 +21,8 @@ import numpy as np
 
 from mpidist._types import MAX, Array
 from mpidist.bench.ddp import Shape, our_series
-from mpidist.bench.machine import Machine
-from mpidist.bench.options import positive, require_ranks, tell_progress
-from mpidist.bench.report import Comparison, Measure, Report, Row
+from mpidist.bench.harness import positive, require_ranks, tell_progress
+from mpidist.bench.report import Comparison, Machine, Measure, Report, Row
 from mpidist.bench.times import Times
 from mpidist.collectives import all_reduce, barrier, broadcast_object
 from mpidist.group import ProcessGroup

@@ -19,7 +19,7 @@ from typing import Any
 
 from mpidist import env
 from mpidist.backends.node.shared_memory import DIRECTORY
-from mpidist.bench.options import positive
+from mpidist.bench.harness import positive
 from mpidist.info.ask import REPORTED, Answer, ask
 from mpidist.info.checks import Problem, find_problems
 from mpidist.info.facts import FORMAT, JobFacts

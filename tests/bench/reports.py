@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mpidist.bench.machine import Machine
-from mpidist.bench.report import LIBRARY, REGISTERED, Comparison, Measure, Report, Row
+from mpidist.bench.report import LIBRARY, REGISTERED, Comparison, Machine, Measure, Report, Row
 from mpidist.bench.times import Times
 
 MACHINE = Machine(

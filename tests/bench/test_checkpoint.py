@@ -12,10 +12,23 @@ import numpy as np
 import pytest
 
 from mpidist.bench import Report, Target, Times, checkpoint, render_table, resharding
-from mpidist.bench.disk import Counter, drop_cache, peak_over, read_plain, write_plain
-from mpidist.bench.layouts import DIM0, FLAT, LAYOUTS, REPLICATED, Model, memory_of
 from mpidist.bench.peers import TorchCheckpoints, open_gloo
-from mpidist.bench.resharding import Case, reads_of_ranks, reads_of_simulated_ranks
+from mpidist.bench.resharding import (
+    DIM0,
+    FLAT,
+    LAYOUTS,
+    REPLICATED,
+    Case,
+    Counter,
+    Model,
+    drop_cache,
+    memory_of,
+    peak_over,
+    read_plain,
+    reads_of_ranks,
+    reads_of_simulated_ranks,
+    write_plain,
+)
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks

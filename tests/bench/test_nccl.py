@@ -10,10 +10,20 @@ from types import ModuleType
 
 import pytest
 
-from mpidist.bench import Report, Row, Series, Times, nccl, nccl_verbs
-from mpidist.bench.nccl_device import DeviceClock, enqueued, in_a_row
-from mpidist.bench.nccl_kernels import COPY, KERNEL
-from mpidist.bench.nccl_verbs import OURS, RAW, STAGED, Binding, divisible, verb_series
+from mpidist.bench import Report, Row, Series, Times, nccl, verbs
+from mpidist.bench.nccl_device import (
+    COPY,
+    KERNEL,
+    OURS,
+    RAW,
+    STAGED,
+    Binding,
+    DeviceClock,
+    enqueued,
+    in_a_row,
+    verb_series,
+)
+from mpidist.bench.verbs import COALESCED, divisible
 from mpidist.job.start import init
 from tests._ranks.launcher import clean_environment
 from tests.nccl_stub.fixtures import stand_in
@@ -73,8 +83,8 @@ def series_of(report: Report) -> dict[str, set[str]]:
 
 
 def expected_series(ranks: int) -> dict[str, set[str]]:
-    def possible(verbs: tuple[str, ...]) -> list[str]:
-        return [verb for verb in verbs if ranks > 1 or verb != "sendrecv"]
+    def possible(names: tuple[str, ...]) -> list[str]:
+        return [verb for verb in names if ranks > 1 or verb != "sendrecv"]
 
     timed = [f"{verb}, {clock} time" for verb in possible(nccl.CALLS) for clock in nccl.CLOCKS]
     expected = {verb: {OURS, RAW} for verb in (*timed, *possible(nccl.SWEPT))}
@@ -171,7 +181,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         binding = Binding(world)
         names = [each.name for each in verb_series("reduce_scatter", world, binding, 64)]
         assert names == [OURS, RAW]
-        monkeypatch.setattr(nccl_verbs, "reduce_scatter", lambda *args, **options: None)
+        monkeypatch.setitem(verbs._CALLS, "reduce_scatter", lambda *args, **options: None)
         with pytest.raises(RuntimeError, match=r"by mpidist expected 1\.0, got \[0\."):
             verb_series("reduce_scatter", world, binding, 64)
 
@@ -207,7 +217,7 @@ def test_a_share_is_of_the_bandwidth_of_a_copy_of_as_many_bytes() -> None:
 
 @pytest.mark.parametrize(("nbytes", "ranks"), [(1, 3), (1000, 1), (1 << 20, 6)])
 def test_sizes_are_shared_evenly(nbytes: int, ranks: int) -> None:
-    count = divisible(nbytes, ranks) // 4
+    count = divisible(nbytes, COALESCED * ranks) // 4
     assert count % ranks == 0
     assert count % 8 == 0
     assert count * 4 <= max(nbytes, 32 * ranks)

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mpidist.bench.machine import Machine
-from mpidist.bench.plot import plot_report
-from mpidist.bench.report import Report
-from mpidist.bench.table import render_table
+from mpidist.bench.rendering import plot_report, render_table
+from mpidist.bench.report import Machine, Report
 from mpidist.testing import run_ranks
 from tests.bench.reports import REPORT, row
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mpidist import cli
+from mpidist.bench.harness import BenchmarkError
 from mpidist.bench.model import Errors, Model, Network, Node, NodeFit, Point, leave_one_out
-from mpidist.bench.options import BenchmarkError
 from mpidist.bench.predictions import Layout, make_plan
 from mpidist.bench.report import ORDINARY, REGISTERED, Report
 from tests.bench.reports import MACHINE, row

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from mpidist.bench.sizes import read_size, sweep
+from mpidist.bench.harness import read_size, sweep
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,18 @@
-"""What the benchmarks' command lines have in common, and how they refuse to run."""
+"""What the benchmarks have in common: options, sizes, one operation over several sizes."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mpidist._formatting import format_bytes
 from mpidist._optional import require
-from mpidist.bench.sizes import read_size
-from mpidist.bench.times import Effort
+from mpidist.bench.report import Row, bus_factor
+from mpidist.bench.times import Effort, Series, measure
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
@@ -22,9 +23,48 @@ __all__ = [
     "check_files",
     "effort",
     "positive",
+    "read_size",
     "require_ranks",
+    "rows_over",
+    "sweep",
     "tell_progress",
 ]
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+
+
+def read_size(text: str) -> int:
+    """Return the number of bytes that a word of the command line means.
+
+    Parameters
+    ----------
+    text : str
+        A whole number, of bytes or with a unit that is a power of 1024: ``4``, ``64K``, ``1MiB``.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is none.
+    """
+    found = re.fullmatch(r"([1-9]\d*) ?([KMG]?)i?B?", text, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; expected a number of bytes such as 4, 64K or 16MiB"
+        )
+    return int(found[1]) << _UNITS[found[2].upper()]
+
+
+def sweep(first: str, last: str, factor: int) -> tuple[int, ...]:
+    """Return the sizes from the first to the last, each `factor` times the one before."""
+    sizes, stop = [read_size(first)], read_size(last)
+    while sizes[-1] * factor <= stop:
+        sizes.append(sizes[-1] * factor)
+    return tuple(sizes)
 
 
 class BenchmarkError(Exception):
@@ -179,3 +219,47 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def rows_over(
+    sizes: Sequence[int],
+    make: Callable[[int], Sequence[Series]],
+    world: ProcessGroup,
+    *,
+    operation: str,
+    options: argparse.Namespace,
+) -> list[Row]:
+    """Measure what `make` returns for each size.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        In bytes.
+    make : callable
+        ``make(nbytes)`` returns the series to measure at a size; collective over `world`.
+    world : ProcessGroup
+        The ranks taking part.
+    operation : str
+        For the rows.
+    options : Namespace
+        With what `add_effort` adds.
+
+    Returns
+    -------
+    list of Row
+        One per size and series, the same on all ranks.
+
+    Notes
+    -----
+    Collective over `world`; blocks. Tells the first rank's standard error how far it is.
+    """
+    factor = bus_factor(operation, world.size)
+    rows = []
+    for nbytes in sizes:
+        times = measure(make(nbytes), world, effort=effort(options))
+        tell_progress(world, operation, nbytes)
+        rows += [
+            Row(operation=operation, series=name, nbytes=nbytes, times=each, bus_factor=factor)
+            for name, each in times.items()
+        ]
+    return rows
