@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -271,7 +271,7 @@ def _raise_together(problem: str, group: ProcessGroup) -> None:
 _job: list[Session] = []
 
 
-def begin_job_trace(directory: str, world: ProcessGroup) -> None:
+def begin_job_trace(directory: str, world: ProcessGroup, attend: Callable[[Session], bool]) -> None:
     """Begin to record from `mpidist.init` to the exit.
 
     Parameters
@@ -280,6 +280,8 @@ def begin_job_trace(directory: str, world: ProcessGroup) -> None:
         Where the trace is written, under a name of its own.
     world : ProcessGroup
         All ranks.
+    attend : callable
+        Has the exit end the session; returns False if the exit has no hooks.
 
     Raises
     ------
@@ -291,8 +293,6 @@ def begin_job_trace(directory: str, world: ProcessGroup) -> None:
     Collective over `world`; blocks. Does nothing for a second world of the process. Where the exit
     has no hooks, since pytest or IPython handle exceptions, the ranks leave their parts behind.
     """
-    from mpidist.job import hooks
-
     if _job:
         return
     started = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -301,6 +301,6 @@ def begin_job_trace(directory: str, world: ProcessGroup) -> None:
     name = broadcast_object(own, world)
     session = Session.begin(Path(directory, name), world)
     _job.append(session)
-    if not hooks.attend(session):
+    if not attend(session):
         # Exit handlers run in reverse order: before mpi4py's, which finalises MPI.
         atexit.register(session.end if world.size == 1 else session.abandon)

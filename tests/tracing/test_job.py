@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from mpidist.group import ProcessGroup
-from mpidist.job import hooks
 from mpidist.testing import run_ranks
 from mpidist.tracing import session as session_module
 from mpidist.tracing.parts import Part
@@ -79,10 +78,9 @@ def test_jobs_of_the_same_second_and_process_number_have_traces_of_their_own(
             return datetime(2026, 1, 2, tzinfo=timezone.utc)
 
     monkeypatch.setattr(session_module, "datetime", Frozen)
-    monkeypatch.setattr(hooks, "attend", lambda _: True)
 
     def begin(group: ProcessGroup) -> Session:
-        begin_job_trace(str(tmp_path), group)
+        begin_job_trace(str(tmp_path), group, lambda _: True)
         return session_module._job.pop()
 
     sessions = [run_ranks(1, begin)[0] for _ in range(2)]
