@@ -125,7 +125,7 @@ def launcher_evidence() -> Evidence | None:
         The variable that promises the most ranks: a job step of Slurm with several tasks counts
         although the PMI of a single task stands beside it.
     """
-    found = []
+    evidence_list = []
     for launcher, variable in (
         ("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE"),
         ("a PMI launcher (MPICH's mpirun, srun --mpi=pmi2)", "PMI_SIZE"),
@@ -134,10 +134,10 @@ def launcher_evidence() -> Evidence | None:
         size = _integer(variable)
         # A Slurm step of one task is the batch script itself, or a lone process: no evidence.
         if size is not None and (size > 1 or launcher != "srun"):
-            found.append(Evidence(launcher, variable, size))
-    if not found and "PMIX_RANK" in os.environ:
-        found.append(Evidence("a PMIx launcher", "PMIX_RANK", None))
-    return max(found, key=lambda evidence: evidence.size or 0, default=None)
+            evidence_list.append(Evidence(launcher, variable, size))
+    if not evidence_list and "PMIX_RANK" in os.environ:
+        evidence_list.append(Evidence("a PMIx launcher", "PMIX_RANK", None))
+    return max(evidence_list, key=lambda evidence: evidence.size or 0, default=None)
 
 
 def store_evidence() -> Evidence | None:

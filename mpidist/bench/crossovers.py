@@ -76,13 +76,13 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         )
     finally:
         world.crossovers = in_use
-    found = find(rows)
+    measured = find(rows)
     notes = [
-        f"{name}: {_tell(getattr(found, name))}" for name in ("small", "registered", "scratch")
+        f"{name}: {_tell(getattr(measured, name))}" for name in ("small", "registered", "scratch")
     ]
     failures: list[str] = []
     if options.save is not None:
-        if problem := _save(options.save, found, world):
+        if problem := _save(options.save, measured, world):
             failures.append(problem)
         else:
             notes.append(f"kept in {options.save} for {world.size} ranks and more")
@@ -97,11 +97,11 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     )
 
 
-def _save(path: Path, found: Crossovers, world: ProcessGroup) -> str:
+def _save(path: Path, crossovers: Crossovers, world: ProcessGroup) -> str:
     """Keep the result, on rank 0; return why it could not be done, or nothing."""
     if world.rank == 0:
         try:
-            write(path, machine_name(library_name(load_mpi())), world.size, found)
+            write(path, machine_name(library_name(load_mpi())), world.size, crossovers)
         except OSError as error:
             return f"not kept in {path}: {error}"
     return ""

@@ -51,12 +51,12 @@ def read_size(text: str) -> int:
     argparse.ArgumentTypeError
         If it is none.
     """
-    found = re.fullmatch(r"([1-9]\d*) ?([KMG]?)i?B?", text, re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(r"([1-9]\d*) ?([KMG]?)i?B?", text, re.IGNORECASE)
+    if match is None:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no size; expected a number of bytes such as 4, 64K or 16MiB"
         )
-    return int(found[1]) << _UNITS[found[2].upper()]
+    return int(match[1]) << _UNITS[match[2].upper()]
 
 
 def sweep(first: str, last: str, factor: int) -> tuple[int, ...]:

@@ -170,14 +170,14 @@ class NodeFit:
     def fit(cls, ranks: int, points: Sequence[Point]) -> NodeFit:
         """Fit to times of at least two sizes; the knee is the measured size that fits best."""
         sizes = np.array([point.nbytes for point in points], float)
-        found: list[tuple[float, NodeFit]] = []
+        fits: list[tuple[float, NodeFit]] = []
         for knee in [*np.unique(sizes)[1:-1], float("inf")]:
             beyond = np.maximum(sizes - knee, 0)
             columns = np.stack([np.ones_like(sizes), sizes, beyond], axis=1)
             meetings, near, more = _least_squares(columns, points)
             fit = cls(ranks, meetings, near, near + more, float(knee))
-            found.append((_badness(fit, points), fit))
-        return min(found, key=lambda pair: pair[0])[1]
+            fits.append((_badness(fit, points), fit))
+        return min(fits, key=lambda pair: pair[0])[1]
 
     def time(self, nbytes: float) -> float:
         """Return seconds."""

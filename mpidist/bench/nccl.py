@@ -143,14 +143,14 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         "sweep": partial(_sweep, world, nccl, options, notes),
         "overlap": partial(_overlap, world, options, notes),
     }
-    found = {part: make() for part, make in parts.items() if part in options.parts}
-    rows = [row for some in found.values() for row in some]
+    measured = {part: make() for part, make in parts.items() if part in options.parts}
+    rows = [row for some in measured.values() for row in some]
     return Report(
         benchmark="nccl",
         machine=machine,
         rows=rows,
         comparisons=_COMPARISONS,
-        targets=[*_added(found.get("calls", ())), *_shares(found.get("kernels", ()))],
+        targets=[*_added(measured.get("calls", ())), *_shares(measured.get("kernels", ()))],
         legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
         notes=tuple(dict.fromkeys(notes)),
     )

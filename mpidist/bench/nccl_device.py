@@ -126,8 +126,8 @@ def cache_bytes() -> int:
 
 def _properties() -> dict[str, Any]:
     cuda = device_module().cuda
-    found: dict[str, Any] = cuda.runtime.getDeviceProperties(cuda.Device().id)
-    return found
+    properties: dict[str, Any] = cuda.runtime.getDeviceProperties(cuda.Device().id)
+    return properties
 
 
 def _cuda(number: int) -> str:
@@ -137,10 +137,10 @@ def _cuda(number: int) -> str:
 def _driver() -> str:
     """Return the version of the kernel's driver; of no version where it does not say."""
     try:
-        found = re.search(r"\s(\d+\.[\d.]+)\s", _DRIVER.read_text(encoding="utf-8"))
+        match = re.search(r"\s(\d+\.[\d.]+)\s", _DRIVER.read_text(encoding="utf-8"))
     except OSError:
-        found = None
-    return found[1] if found else "of unknown version"
+        match = None
+    return match[1] if match else "of unknown version"
 
 
 class Binding:

@@ -219,7 +219,7 @@ def make_plan(
 
 def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dict[int, list[Point]]:
     """Return the times of all_reduces on one node, by number of ranks."""
-    found: dict[int, list[Point]] = {}
+    by_ranks: dict[int, list[Point]] = {}
     in_turns: dict[int, list[Point]] = {}
     for name, report in reports.items():
         machine = report.machine
@@ -237,8 +237,8 @@ def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dic
                 "nothing about a core for each; left out if there is another report"
             )
         else:
-            found.setdefault(machine.ranks, []).extend(points)
-    usable = {ranks: points for ranks, points in found.items() if len(points) > 1}
+            by_ranks.setdefault(machine.ranks, []).extend(points)
+    usable = {ranks: points for ranks, points in by_ranks.items() if len(points) > 1}
     usable = usable or {ranks: points for ranks, points in in_turns.items() if len(points) > 1}
     if not usable:
         raise BenchmarkError(

@@ -132,7 +132,7 @@ def _number(count: int, thing: str) -> str:
 
 def _caches() -> tuple[str, ...]:
     """Return level, size and sharers of each data cache of the first core."""
-    found = []
+    caches = []
     for directory in sorted(_CPU.glob("cache/index*")):
         level, kind, size, shared = (
             (directory / name).read_text(encoding="utf-8").strip()
@@ -140,8 +140,8 @@ def _caches() -> tuple[str, ...]:
         )
         cores = _count(shared)
         if kind != "Instruction":
-            found.append(f"L{level} {size} per {f'{cores} cores' if cores > 1 else 'core'}")
-    return tuple(found)
+            caches.append(f"L{level} {size} per {f'{cores} cores' if cores > 1 else 'core'}")
+    return tuple(caches)
 
 
 def _count(cores: str) -> int:

@@ -247,7 +247,7 @@ CASES = (
 def reads_of_ranks(world: ProcessGroup, model: Model, directory: Path) -> list[Target]:
     """Save on all ranks, load in other layouts, and count; collective."""
     whole = model.whole()
-    found = []
+    targets = []
     for number, after in enumerate(LAYOUTS):
         path = directory / f"ranks-{number}"
         case = Case(world.size, world.size, DIM0, after)
@@ -256,14 +256,14 @@ def reads_of_ranks(world: ProcessGroup, model: Model, directory: Path) -> list[T
         _load(world, model, whole, case, path, counter)
         asked = int(all_reduce(np.array(counter.asked), world, op=SUM))
         copies = world.num_nodes if after == REPLICATED else 1
-        found.append(_target(f"read, {case.words}", asked, copies * model.nbytes))
-    return found
+        targets.append(_target(f"read, {case.words}", asked, copies * model.nbytes))
+    return targets
 
 
 def reads_of_simulated_ranks(model: Model, directory: Path) -> list[Target]:
     """Do the same with threads that take themselves for nodes; in this process alone."""
     whole = model.whole()
-    found = []
+    targets = []
     for number, case in enumerate(CASES):
         path = directory / f"simulated-{number}"
         _simulated(case.saved, partial(_save, model=model, whole=whole, case=case, path=path))
@@ -272,8 +272,8 @@ def reads_of_simulated_ranks(model: Model, directory: Path) -> list[Target]:
         counter.counting(partial(_simulated, case.loaded, there))
         copies = case.loaded if case.after == REPLICATED else 1
         words = f"read, {case.words}, simulated, a node each"
-        found.append(_target(words, counter.asked, copies * model.nbytes))
-    return found
+        targets.append(_target(words, counter.asked, copies * model.nbytes))
+    return targets
 
 
 def _target(what: str, asked: int, needed: int) -> Target:

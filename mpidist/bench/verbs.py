@@ -187,9 +187,9 @@ def checked(
     arrays.out.fill(0)
     arrays.x.fill(world.rank + 1)
     call()
-    found = to_host(arrays.out)
-    if not (found == arrays.expected).all():
-        raise RuntimeError(f"bench: by {name} expected {arrays.expected}, got {found}")
+    result = to_host(arrays.out)
+    if not (result == arrays.expected).all():
+        raise RuntimeError(f"bench: by {name} expected {arrays.expected}, got {result}")
     for array in (arrays.x, arrays.out):
         array.fill(0)
     return Series(name, call, before=partial(arrays.x.fill, 0) if rewrite else None, clock=clock)

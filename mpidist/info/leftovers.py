@@ -168,7 +168,7 @@ def clean(directory: Path) -> list[Candidate]:
     directory : Path
         Where ranks share memory.
     """
-    found = []
+    candidates = []
     with _told_of_no_opener():
         for path in sorted(directory.glob("*")):
             maker = maker_of(path.name)
@@ -176,8 +176,8 @@ def clean(directory: Path) -> list[Candidate]:
                 status = path.lstat()
                 if maker is not None and stat.S_ISREG(status.st_mode):
                     kept = _remove(path, status)
-                    found.append(Candidate(path.name, maker, status.st_blocks * 512, kept))
-    return found
+                    candidates.append(Candidate(path.name, maker, status.st_blocks * 512, kept))
+    return candidates
 
 
 def describe(files: Sequence[Candidate], place: str) -> str:

@@ -103,13 +103,13 @@ _OPENBLAS = ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "ope
 
 def installed() -> dict[str, str]:
     """Return the versions of the packages that matter here and are installed."""
-    found = {"mpidist": __version__}
+    versions = {"mpidist": __version__}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def blas() -> Blas:

@@ -125,20 +125,22 @@ def _mpirun(library: str) -> str:
     places = [Path(library).parents[1] / "bin"] if library else []
     # Not resolved: inside a virtual environment the interpreter is a link to one elsewhere.
     places.append(Path(sys.executable).parent)
-    found = (str(place / "mpirun") for place in places if os.access(place / "mpirun", os.X_OK))
-    return next(found, "")
+    mpiruns = (str(place / "mpirun") for place in places if os.access(place / "mpirun", os.X_OK))
+    return next(mpiruns, "")
 
 
 def _crossovers(library: Library | None, ranks: int) -> CrossoverFacts:
     sizes: dict[str, int] = {}
     try:
-        found = found_crossovers(library.name if library else "")
+        crossovers = found_crossovers(library.name if library else "")
     except (ValueError, OSError) as error:
         return CrossoverFacts(ranks=ranks, sizes=sizes, source="", problem=str(error))
     # Those of the user's file are of one library each.
-    if library is not None or found.table:
-        sizes = dataclasses.asdict(choose(found.table, ranks))
-    return CrossoverFacts(ranks=ranks, sizes=sizes, source=found.source, problem=found.problem)
+    if library is not None or crossovers.table:
+        sizes = dataclasses.asdict(choose(crossovers.table, ranks))
+    return CrossoverFacts(
+        ranks=ranks, sizes=sizes, source=crossovers.source, problem=crossovers.problem
+    )
 
 
 def main(how: str, seconds: float) -> int:

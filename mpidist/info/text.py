@@ -116,16 +116,19 @@ def _launcher(launch: Launch) -> str:
 
 
 def _crossovers(job: JobFacts) -> str:
-    found = job.crossovers
-    if found.problem and not found.sizes:
-        return f"unusable: {found.problem}"
-    if not found.sizes:
+    crossovers = job.crossovers
+    if crossovers.problem and not crossovers.sizes:
+        return f"unusable: {crossovers.problem}"
+    if not crossovers.sizes:
         return "unknown: they are kept for each MPI library"
     sizes = ", ".join(
         f"{name} {'never' if size == NEVER else format_bytes(size)}"
-        for name, size in found.sizes.items()
+        for name, size in crossovers.sizes.items()
     )
-    source = found.source and f"{found.source}, for {format_count(found.ranks, 'rank')} on a node"
+    source = (
+        crossovers.source
+        and f"{crossovers.source}, for {format_count(crossovers.ranks, 'rank')} on a node"
+    )
     return f"{sizes} ({source or 'default'})"
 
 

@@ -158,16 +158,16 @@ def _lanes(parts: Sequence[Part]) -> list[_Lane]:
 
 def _arrivals(lanes: Sequence[_Lane]) -> dict[tuple[int, int], _Arrival]:
     """Find out who came last to each collective."""
-    found: dict[tuple[int, int], _Arrival] = {}
+    arrivals: dict[tuple[int, int], _Arrival] = {}
     for lane in lanes:
         for row in lane.rows():
             if row.identity and row.kind in ("blocking", "immediate"):
                 key = (row.identity, row.number)
-                if key in found:
-                    found[key].add(lane.rank, row.began)
+                if key in arrivals:
+                    arrivals[key].add(lane.rank, row.began)
                 else:
-                    found[key] = _Arrival(_verb(row), lane.rank, row.began)
-    return found
+                    arrivals[key] = _Arrival(_verb(row), lane.rank, row.began)
+    return arrivals
 
 
 def _verb(row: Row) -> str:
@@ -348,11 +348,11 @@ def bytes_of(what: str) -> int | None:
     >>> bytes_of("barrier") is None
     True
     """
-    found = _ARRAY.search(what)
-    if found is None:
+    match = _ARRAY.search(what)
+    if match is None:
         return None
-    itemsize = _itemsize(found[1])
-    shape = [int(length) for length in found[2].split(",") if length.strip()]
+    itemsize = _itemsize(match[1])
+    shape = [int(length) for length in match[2].split(",") if length.strip()]
     return None if itemsize is None else itemsize * prod(shape)
 
 

@@ -271,7 +271,9 @@ def _raise_together(problem: str, group: ProcessGroup) -> None:
 _job: list[Session] = []
 
 
-def begin_job_trace(directory: str, world: ProcessGroup, attend: Callable[[Session], bool]) -> None:
+def begin_job_trace(
+    directory: str, world: ProcessGroup, at_exit: Callable[[Session], bool]
+) -> None:
     """Begin to record from `mpidist.init` to the exit.
 
     Parameters
@@ -280,7 +282,7 @@ def begin_job_trace(directory: str, world: ProcessGroup, attend: Callable[[Sessi
         Where the trace is written, under a name of its own.
     world : ProcessGroup
         All ranks.
-    attend : callable
+    at_exit : callable
         Has the exit end the session; returns False if the exit has no hooks.
 
     Raises
@@ -301,6 +303,6 @@ def begin_job_trace(directory: str, world: ProcessGroup, attend: Callable[[Sessi
     name = broadcast_object(own, world)
     session = Session.begin(Path(directory, name), world)
     _job.append(session)
-    if not attend(session):
+    if not at_exit(session):
         # Exit handlers run in reverse order: before mpi4py's, which finalises MPI.
         atexit.register(session.end if world.size == 1 else session.abandon)

@@ -253,17 +253,17 @@ def _union(spans: Iterable[tuple[float, float]]) -> Spans:
 
 
 def _common(a: Spans, b: Spans) -> Spans:
-    found: Spans = []
+    spans: Spans = []
     i = j = 0
     while i < len(a) and j < len(b):
         began, ended = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
         if began < ended:
-            found.append((began, ended))
+            spans.append((began, ended))
         if a[i][1] < b[j][1]:
             i += 1
         else:
             j += 1
-    return found
+    return spans
 
 
 def _length(spans: Spans) -> float:
@@ -287,11 +287,11 @@ def _calls(events: Iterable[Any]) -> list[CallTime]:
         if category in _BUSY:
             seconds[key] += event["dur"] / 1e6
             waiting[key] += _waited(event)
-    found = [
+    times = [
         CallTime(*key, calls[key], seconds[key], waiting[key], _sum(nbytes[key]))
         for key in {**seconds, **calls}
     ]
-    return sorted(found, key=lambda call: -call.seconds)
+    return sorted(times, key=lambda call: -call.seconds)
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:
@@ -329,13 +329,13 @@ def _steps(events: Mapping[int, Sequence[Any]], notes: list[str]) -> list[StepTi
 
 def _step_spans(events: Sequence[Any]) -> Spans:
     """Return the steps of one rank; a step inside a step counts as a part of it."""
-    found: Spans = []
+    spans: Spans = []
     for event in events:
         if event["ph"] == "X" and event["cat"] == "region" and event["name"] == STEP:
             began, ended = _span(event)
-            if not found or began >= found[-1][1]:
-                found.append((began, ended))
-    return found
+            if not spans or began >= spans[-1][1]:
+                spans.append((began, ended))
+    return spans
 
 
 def _waits(events: Sequence[Any], steps: Spans) -> list[dict[int, float]]:
@@ -367,7 +367,7 @@ def _lateness(steps: Sequence[StepTime]) -> list[Lateness]:
     for step in steps:
         if step.last is not None:
             times[step.last].append(step.behind)
-    found = [
+    lateness = [
         Lateness(rank, len(each), sum(each) / len(each), max(each)) for rank, each in times.items()
     ]
-    return sorted(found, key=lambda each: (-each.steps, -each.mean))
+    return sorted(lateness, key=lambda each: (-each.steps, -each.mean))

@@ -141,8 +141,8 @@ def read_records(path: Path) -> list[Record]:
         In order. What is null there is NaN. Lines that are no whole record are left out: headers,
         and what was cut off.
     """
-    found = (_record(values) for _, _, values in _lines(path) if values is not None)
-    return [record for record in found if record is not None]
+    records = (_record(values) for _, _, values in _lines(path) if values is not None)
+    return [record for record in records if record is not None]
 
 
 _KINDS = ("train", "held-out")

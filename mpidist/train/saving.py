@@ -149,8 +149,8 @@ class Checkpoints:
         """
 
         def look() -> int | None:
-            found = checkpoint.latest(self.directory)
-            return None if found is None else found.step
+            newest = checkpoint.latest(self.directory)
+            return None if newest is None else newest.step
 
         return self._by_rank_0(look)
 
@@ -290,22 +290,22 @@ class Checkpoints:
         steps: list[int | str] = [step]
         if fall_back and step == "latest":
             steps += self._by_rank_0(
-                lambda: [found.step for found in reversed(checkpoint.list(self.directory))][1:]
+                lambda: [loaded.step for loaded in reversed(checkpoint.list(self.directory))][1:]
             )
         damage: list[CheckpointError] = []
         for candidate in steps:
             try:
-                found = checkpoint.load(self.directory, run.state(), self._group, step=candidate)
+                loaded = checkpoint.load(self.directory, run.state(), self._group, step=candidate)
             except (CheckpointCorruptError, CheckpointMissingShardError) as error:
                 damage.append(error)
             else:
-                self._by_rank_0(lambda: self._go_back(found, damage))  # noqa: B023  # called here
-                return found
+                self._by_rank_0(lambda: self._go_back(loaded, damage))  # noqa: B023  # called here
+                return loaded
         raise damage[0]
 
-    def _go_back(self, found: checkpoint.Checkpoint, damage: Sequence[CheckpointError]) -> None:
+    def _go_back(self, loaded: checkpoint.Checkpoint, damage: Sequence[CheckpointError]) -> None:
         """Set aside what is later than a step, on rank 0, and say so."""
-        later = [each for each in checkpoint.list(self.directory) if each.step > found.step]
+        later = [each for each in checkpoint.list(self.directory) if each.step > loaded.step]
         if not later:
             return
         names = ", ".join(set_aside(each.directory).name for each in later)
@@ -313,7 +313,7 @@ class Checkpoints:
         self._group.log.warning(
             "GOING BACK to step %d of %s%s; later steps are set aside as %s: remove them when you "
             "need them no more",
-            found.step,
+            loaded.step,
             self.directory,
             why,
             names,
@@ -359,9 +359,9 @@ class Checkpoints:
         self.wait()
 
         def clear() -> None:
-            complete = [found.directory for found in checkpoint.list(self.directory)]
-            for found in (*partial(self.directory), *complete):
-                remove(found)
+            complete = [each.directory for each in checkpoint.list(self.directory)]
+            for each in (*partial(self.directory), *complete):
+                remove(each)
 
         self._by_rank_0(clear)
 

@@ -226,8 +226,8 @@ class Recorder:
             Whether its arrays lie on a device.
         """
         text, identity = group
-        found = self._text(what, DETAILS_NBYTES) or self._text(_DETAILS.sub("...", what))
-        packed = found | text << TEXT_BITS | kind << 2 * TEXT_BITS
+        start = self._text(what, DETAILS_NBYTES) or self._text(_DETAILS.sub("...", what))
+        packed = start | text << TEXT_BITS | kind << 2 * TEXT_BITS
         call = crc32((what if alike is None else alike).encode())
         return Name(packed, identity, call | ON_DEVICE * on_device)
 
@@ -295,19 +295,19 @@ class Recorder:
         """Return in words what a sink has collected."""
         from mpidist.observe.recorder.recording import Event, decode
 
-        found = []
+        events = []
         for kind, what, group, number, site, began, ended in sink:
             record = decode(self._memory, (what, group, 0, number, site, began, ended, 0))
-            found.append(Event(kind, record, began, ended))
-        return found
+            events.append(Event(kind, record, began, ended))
+        return events
 
     # -- texts ---------------------------------------------------------------------------------
 
     def _text(self, text: str, room: int = TEXTS_NBYTES) -> int:
         """Return where a text stands; 0 when it would end beyond the room for such texts."""
-        found = self._offsets.get(text)
-        if found is not None:
-            return found
+        start = self._offsets.get(text)
+        if start is not None:
+            return start
         data = text.encode(errors="replace")
         with self._writing:  # threads may use groups of their own at once
             start = self.words[Head.TEXTS]
@@ -340,13 +340,13 @@ class Recorder:
     def _is_inside(self, code: CodeType) -> bool:
         # By identity: hashing a code object takes longer than all the rest. Holding it keeps the
         # identity from being given to another.
-        found = self._inside.get(id(code))
-        if found is None:
+        inside = self._inside.get(id(code))
+        if inside is None:
             if len(self._inside) >= _REMEMBERED:
                 self._inside.clear()
                 self._sites.clear()
-            found = self._inside[id(code)] = (is_inside(code.co_filename), code)
-        return found[0]
+            inside = self._inside[id(code)] = (is_inside(code.co_filename), code)
+        return inside[0]
 
     # -- the helper thread ---------------------------------------------------------------------
 

@@ -125,24 +125,24 @@ class Recording:
 
     def records(self) -> list[Record]:
         """Return what is kept, the oldest first."""
-        memory, found = self._memory, []
+        memory, records = self._memory, []
         for slot in range(RING):
             fields = RECORD.unpack_from(memory, place(slot))
             # See [Note: reading while another writes].
             if fields[SEQUENCE] and fields == RECORD.unpack_from(memory, place(slot)):
-                found.append(decode(memory, fields))
-        return sorted(found, key=lambda record: record.sequence)
+                records.append(decode(memory, fields))
+        return sorted(records, key=lambda record: record.sequence)
 
     def find(self, key: tuple[int, int]) -> Record | None:
         """Return the newest record of a collective, if it is still there."""
-        memory, found = self._memory, None
+        memory, newest = self._memory, None
         for slot in range(RING):
             fields = RECORD.unpack_from(memory, place(slot))
             if (fields[GROUP], fields[NUMBER]) == key and fields[SEQUENCE]:
                 record = decode(memory, fields)
-                if record.is_of(key) and (found is None or record.sequence > found.sequence):
-                    found = record
-        return found
+                if record.is_of(key) and (newest is None or record.sequence > newest.sequence):
+                    newest = record
+        return newest
 
     def site_of(self, sequence: int) -> Site:
         """Return from where an operation was called; unknown if its record is gone."""

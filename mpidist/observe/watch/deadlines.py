@@ -108,12 +108,12 @@ class ProcessDeadline:
         self, timers: Sequence[tuple[Any, float]], seconds: float
     ) -> list[Callable[[], object]]:
         """Return what starts timers, without any module that may be gone at the very end."""
-        found: list[Callable[[], object]] = []
+        starts: list[Callable[[], object]] = []
         for timer, delay in timers:
             whole, part = divmod(min(max(seconds, 0.001), _LONGEST) + delay, 1.0)
             times = _Times(seconds=int(whole), nanoseconds=int(part * 1e9))
-            found.append(partial(self._libc.timer_settime, timer, 0, ctypes.byref(times), None))
-        return found
+            starts.append(partial(self._libc.timer_settime, timer, 0, ctypes.byref(times), None))
+        return starts
 
     def start_anew_at_finalization(self, seconds: float) -> None:
         """Begin again, without the signal, when the interpreter has ended all but MPI.

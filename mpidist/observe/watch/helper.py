@@ -120,8 +120,8 @@ class Helper:
 
     def _round(self) -> None:
         """Wait for a moment, and do what there is to do."""
-        found = [watch.listener for watch in self._served()]
-        listeners = {each.fileno(): each for each in found if each is not None}
+        opened = [watch.listener for watch in self._served()]
+        listeners = {each.fileno(): each for each in opened if each is not None}
         poll = select.poll()  # not select, which takes descriptors below 1024 only
         for descriptor in (self._reader, *listeners):
             poll.register(descriptor, select.POLLIN)

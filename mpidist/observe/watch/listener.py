@@ -170,8 +170,8 @@ def _addresses_of_name() -> list[str]:
 
     def resolve() -> None:
         with contextlib.suppress(OSError):
-            found = socket.getaddrinfo(os.uname().nodename, None, type=socket.SOCK_STREAM)
-            answers.put([str(address[0]) for *_, address in found])
+            addresses = socket.getaddrinfo(os.uname().nodename, None, type=socket.SOCK_STREAM)
+            answers.put([str(address[0]) for *_, address in addresses])
 
     act_in_thread(resolve, "mpidist-resolver")
     try:

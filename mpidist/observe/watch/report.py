@@ -202,15 +202,15 @@ def _first_difference(states: States, members: Sequence[int], key: Key | None) -
     """
     if key is None:
         return None
-    found: dict[int, list[Record]] = {}
+    records_of: dict[int, list[Record]] = {}
     for rank in members:
         for record in states[rank].records if rank in states else ():
             if record.number <= key[1] and record.is_of((key[0], record.number)):
-                found.setdefault(record.number, []).append(record)
+                records_of.setdefault(record.number, []).append(record)
     # Where it is over on all ranks it was found, and keeps nobody waiting.
     different = [
         number
-        for number, records in found.items()
+        for number, records in records_of.items()
         if len({r.call for r in records}) > 1 and any(not r.ended for r in records)
     ]
     return (key[0], min(different)) if different else None
@@ -324,7 +324,7 @@ def _now_at(state: RankState) -> str:
 
 def _outside(stack: Stack) -> list[Site]:
     """Return the frames outside this package, and outside what it calls of Python's library."""
-    found: list[Site] = []
+    sites: list[Site] = []
     library: list[Site] = []  # whoever calls these comes later
     for site in stack.frames:
         if is_inside(site.file):
@@ -332,9 +332,9 @@ def _outside(stack: Stack) -> list[Site]:
         elif site.file.startswith(_LIBRARY) and "-packages" not in site.file:
             library.append(site)
         else:
-            found += [*library, site]
+            sites += [*library, site]
             library.clear()
-    return found + library
+    return sites + library
 
 
 def _joined(rows: Sequence[tuple[str, ...]], first: Collection[int]) -> list[tuple[str, ...]]:

@@ -273,9 +273,9 @@ def own_stacks() -> str:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
-    found: list[dict[str, Any]] = []
+    stacks: list[dict[str, Any]] = []
     for most in _FRAMES:
-        found = []
+        stacks = []
         for ident, frame in frames:
             if names.get(ident, "").startswith(_OURS):
                 continue
@@ -283,12 +283,12 @@ def own_stacks() -> str:
                 Site(at.f_code.co_filename, line, at.f_code.co_name)
                 for at, line in islice(traceback.walk_stack(frame), most)
             )
-            found.append(asdict(Stack(names.get(ident, str(ident)), sites)))
-        if len(json.dumps(found)) <= _ROOM:
+            stacks.append(asdict(Stack(names.get(ident, str(ident)), sites)))
+        if len(json.dumps(stacks)) <= _ROOM:
             break
-    while found and len(json.dumps(found)) > _ROOM:
-        del found[-max(len(found) // 8, 1) :]
-    return json.dumps(found)
+    while stacks and len(json.dumps(stacks)) > _ROOM:
+        del stacks[-max(len(stacks) // 8, 1) :]
+    return json.dumps(stacks)
 
 
 def _stacks_from_json(stacks: list[dict[str, Any]]) -> tuple[Stack, ...]:

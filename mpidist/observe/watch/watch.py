@@ -182,22 +182,22 @@ class Watch:
             Whether to ask their processes where the threads are, which may take 1.5 s.
         """
         stacks = self._ask() if ask else {}
-        found = {}
+        states = {}
         for rank in self._recordings:
             status = self._status(rank)
             asked = ask and rank not in stacks and self._listens(rank)
             if status is Status.ALIVE and (asked or self._is_held(rank)):
                 status = Status.SILENT
-            found[rank] = self._read(rank, status, stacks.get(rank, ""))
-        return found
+            states[rank] = self._read(rank, status, stacks.get(rank, ""))
+        return states
 
     def all_states(self) -> dict[int, RankState]:
         """Return what is known of all ranks, other nodes asked as well, which may take 6 s."""
         deadline = time.monotonic() + _HEARD
         answers = self._ask_others()
-        found = self.states()
-        found |= self._heard(answers, deadline)
-        return found | self._unknown(found)
+        states = self.states()
+        states |= self._heard(answers, deadline)
+        return states | self._unknown(states)
 
     def _ask_others(self) -> Answers:
         """Ask the other nodes, and return at once how many there are, and their answers."""
@@ -213,7 +213,7 @@ class Watch:
     def _heard(asked: Answers, deadline: float) -> dict[int, RankState]:
         """Return what other nodes have answered by then."""
         answers, count = asked
-        found: dict[int, RankState] = {}
+        states: dict[int, RankState] = {}
         for _ in range(count):
             assert answers is not None, "there are other nodes"
             try:
@@ -222,16 +222,16 @@ class Watch:
                 break
             if answer is not None:
                 told = [RankState.from_json(fields) for fields in json.loads(answer)]
-                found |= {state.rank: state for state in told}
-        return found
+                states |= {state.rank: state for state in told}
+        return states
 
-    def _unknown(self, found: Collection[int]) -> dict[int, RankState]:
+    def _unknown(self, known: Collection[int]) -> dict[int, RankState]:
         """Return what is known of the ranks of which nothing has been heard."""
         status = Status.SILENT if self._doors else Status.UNKNOWN
         return {
             rank: RankState(rank, node, who, status)
             for rank, (node, who) in enumerate(zip(self._nodes, self.who(), strict=True))
-            if rank not in found
+            if rank not in known
         }
 
     def _answer(self) -> bytes:
@@ -271,9 +271,9 @@ class Watch:
         Takes up to 1 s where there are other nodes.
         """
         deadline = time.monotonic() + _ELSEWHERE
-        found = self._heard(self._ask_others(), deadline)
+        states = self._heard(self._ask_others(), deadline)
         digest = digest_of(reason)
-        same = [rank for rank, state in found.items() if state.failed == digest]
+        same = [rank for rank, state in states.items() if state.failed == digest]
         return min((rank for rank in same if rank < self.rank), default=None)
 
     def killed(self) -> list[int]:
@@ -346,8 +346,8 @@ class Watch:
         """
         if any(rank not in self._recordings for rank in members):
             return ""
-        found = {self._recordings[rank].find(key) for rank in members}
-        calls = {None if record is None else record.call for record in found}
+        records = {self._recordings[rank].find(key) for rank in members}
+        calls = {None if record is None else record.call for record in records}
         if None in calls or len(calls) == 1:
             return ""
         if compared and not any(call is not None and call & ON_DEVICE for call in calls):
