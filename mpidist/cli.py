@@ -27,8 +27,8 @@ class Command(Protocol):
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of this command."""
 
-    def run(self, options: argparse.Namespace, *, words: Sequence[str]) -> int:
-        """Do it, and return the exit code; `words` is the command line from its name on."""
+    def run(self, options: argparse.Namespace) -> int:
+        """Do it, and return the exit code; ``options.argv`` is the command line as it was given."""
         ...
 
 
@@ -43,12 +43,12 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
 """Every command with its one line of help."""
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command of the command line.
 
     Parameters
     ----------
-    words : sequence of str, optional
+    argv : sequence of str, optional
         The command and its options. `sys.argv` without the program when omitted.
 
     Returns
@@ -59,12 +59,13 @@ def main(words: Sequence[str] | None = None) -> int:
     Raises
     ------
     SystemExit
-        If the words are no command line (code 2), or ask for help or the version (code 0).
+        If it is no command line (code 2), or ask for help or the version (code 0).
     """
     accept_any_text()
-    words = sys.argv[1:] if words is None else words
-    options = make_parser().parse_args(words)
-    return COMMANDS[options.command][0].run(options, words=words)
+    argv = sys.argv[1:] if argv is None else argv
+    options = make_parser().parse_args(argv)
+    options.argv = argv
+    return COMMANDS[options.command][0].run(options)
 
 
 def make_parser() -> RankArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -31,15 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:  # noqa: ARG001
+def run(options: argparse.Namespace) -> int:
     """Do it.
-
-    Parameters
-    ----------
-    options : Namespace
-        What the parser of `configure` made.
-    words : sequence of str
-        The command line; not used.
 
     Returns
     -------

@@ -78,15 +78,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         add_files(own)
 
 
-def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run a benchmark, and print, write and draw what it found on the first rank.
-
-    Parameters
-    ----------
-    options : Namespace
-        What the parser of `configure` made.
-    words : sequence of str
-        The command line from ``bench`` on, for the report.
 
     Returns
     -------
@@ -111,7 +104,7 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
                 sys.stderr.write(f"{error}\n")
             return 2
         if world.rank == 0:
-            _publish(dataclasses.replace(report, command=_command(words, world)), options)
+            _publish(dataclasses.replace(report, command=_command(options.argv, world)), options)
         return 1 if report.failures else 0
 
 
@@ -141,9 +134,9 @@ def _agree(problem: str, world: ProcessGroup) -> None:
         raise BenchmarkError(told)
 
 
-def _command(words: Sequence[str], world: ProcessGroup) -> tuple[str, ...]:
+def _command(argv: Sequence[str], world: ProcessGroup) -> tuple[str, ...]:
     start = ("mpirun", "-n", str(world.size)) if world.size > 1 else ()
-    return (*start, "python", "-m", "mpidist", *words)
+    return (*start, "python", "-m", "mpidist", *argv)
 
 
 def _publish(report: Report, options: argparse.Namespace) -> None:

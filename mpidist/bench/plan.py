@@ -59,22 +59,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_files(parser)
 
 
-def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Predict, and print, write and draw it.
-
-    Parameters
-    ----------
-    options : Namespace
-        What the parser of `configure` made.
-    words : sequence of str
-        The command line, for the output.
 
     Returns
     -------
     int
         Exit code: 0; 2 if it cannot be done as asked.
     """
-    command = " ".join(["python", "-m", "mpidist", *words])
+    command = " ".join(["python", "-m", "mpidist", *options.argv])
     try:
         _check(options)
         reports = {path.name: _load(path) for path in options.reports}

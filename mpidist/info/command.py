@@ -47,22 +47,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Collect, judge and print, on the first rank.
-
-    Parameters
-    ----------
-    options : Namespace
-        What the parser of `configure` made.
-    words : sequence of str
-        The command line, of which nothing is told.
 
     Returns
     -------
     int
         Exit code: 0; 1 if something is wrong with which no job can run.
     """
-    del words
     if options.clean:
         return _clean()
     answer = ask(options.timeout)

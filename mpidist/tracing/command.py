@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -37,15 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Do it.
-
-    Parameters
-    ----------
-    options : Namespace
-        What the parser of `configure` made.
-    words : sequence of str
-        The command line, for the output.
 
     Returns
     -------
@@ -53,7 +46,7 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
         Exit code: 0; 2 if a file is not what it should be.
     """
     try:
-        text = _summary(options, words) if options.action == "summary" else _merge(options)
+        text = _summary(options) if options.action == "summary" else _merge(options)
     except (OSError, ValueError) as error:
         write_once(f"trace {options.action}: {error}\n")
         return 2
@@ -61,11 +54,13 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
     return 0
 
 
-def _summary(options: argparse.Namespace, words: Sequence[str]) -> str:
+def _summary(options: argparse.Namespace) -> str:
     summary = summarise(load(options.file))
     if options.json:
         return json.dumps(asdict(summary), indent=1) + "\n"
-    return render_summary(summary, " ".join(["python", "-m", "mpidist", *words]), top=options.top)
+    return render_summary(
+        summary, " ".join(["python", "-m", "mpidist", *options.argv]), top=options.top
+    )
 
 
 def _merge(options: argparse.Namespace) -> str:

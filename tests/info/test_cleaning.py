@@ -108,7 +108,7 @@ def test_the_option_does_nothing_else(shared: Path, monkeypatch, capsys) -> None
     monkeypatch.setattr(command, "ask", None)
     parser = command.argparse.ArgumentParser()
     command.configure(parser)
-    assert command.run(parser.parse_args(["--clean"]), words=[]) == 0
+    assert command.run(parser.parse_args(["--clean"])) == 0
     assert f"removed 10 files of MPICH in {shared} of " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parser.parse_args(["--clean", "--json"])

@@ -202,15 +202,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Do it.
-
-    Parameters
-    ----------
-    options : Namespace
-        What the parser of `configure` made.
-    words : sequence of str
-        The command line, of which nothing is told.
 
     Returns
     -------
@@ -218,7 +211,6 @@ def run(options: argparse.Namespace, *, words: Sequence[str]) -> int:
         Exit code: 0; 1 if something is wrong with a checkpoint, or two differ; 2 if it cannot be
         done as asked.
     """
-    del words
     try:
         outcome = _ACTIONS[options.action].act(options)
         if options.json:
