@@ -181,7 +181,7 @@ class ProcessGroup(Operations):
             from mpidist.observe.watch.helper import helper
 
             helper().serve(watch, nodes)
-        watch.meet(nodes, group._cards(watch.card()))
+        watch.connect(nodes, group._cards(watch.endpoint()))
         return cls(backend, name=name, ranks=ranks, layout=layout, identity=identity, **options)
 
     # -- facts ---------------------------------------------------------------------------------

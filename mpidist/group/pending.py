@@ -146,7 +146,7 @@ class GroupWaiter(Waiter):
 
     def describe(self) -> Described:
         """Return the call in words."""
-        site, call = self.group._watch.here(self.record), self.call
+        site, call = self.group._watch.call_site(self.record), self.call
         if call is None:
             return Described(self._verb, site)
         immediate = "i" * (self._verb != call.verb)
@@ -202,11 +202,12 @@ class GroupWaiter(Waiter):
     @property
     def told(self) -> str:
         """The operation, its group and where it was called."""
-        return f"{self.operation} on {self.group}, called at {self.group._watch.here(self.record)}"
+        site = self.group._watch.call_site(self.record)
+        return f"{self.operation} on {self.group}, called at {site}"
 
     def _who(self) -> str:
         """Return words for the ranks that have not come, and for where they are instead."""
-        words = self.group._watch.accuse(self.group.ranks, self._key, self._absent())
+        words = self.group._watch.describe_stall(self.group.ranks, self._key, self._absent())
         return f". {words}" if words else ""
 
     def _absent(self) -> list[int]:
@@ -220,7 +221,7 @@ class GroupWaiter(Waiter):
     def report(self, why: str, *, dump: bool = True, error: DistributedError | None = None) -> None:
         """Tell what all ranks are doing, if no other rank is telling it, because of an error."""
         if error is not None:
-            here = self.group._watch.here(self.record)
+            here = self.group._watch.call_site(self.record)
             group = f"group {self.group.name!r}"
             error._reported = f"{self.operation} on {group}, called at {here}: {why}"
         self.group._watch.report(

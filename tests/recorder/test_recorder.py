@@ -81,7 +81,7 @@ def test_texts_for_which_there_is_no_room_are_unknown_and_harm_nothing() -> None
     journal.begin(known, 1, sys._getframe())
     for number in range(200):
         journal.name(f"{number:0200d}", Kind.BLOCKING)
-    assert recorder.words[Head.TEXTS] <= TEXTS_NBYTES
+    assert recorder.cells[Head.TEXTS] <= TEXTS_NBYTES
     journal.begin(journal.name("one too many" * 20, Kind.BLOCKING), 2, sys._getframe())
     journal.begin(known, 3, sys._getframe())
     assert [record.what for record in recording.records()] == ["known", "?", "known"]
@@ -132,10 +132,10 @@ def test_a_wait_is_recorded_while_it_lasts() -> None:
     journal = Journal(recorder, "g", 1)
     sequence = journal.begin(journal.name("ix", Kind.IMMEDIATE), 1, sys._getframe())
     journal.wait(sequence, sys._getframe())
-    assert recording.words[Head.WAITS_FOR] == sequence
+    assert recording.cells[Head.WAITS_FOR] == sequence
     assert recording.waits_site().file == __file__
     journal.waited()
-    assert recording.words[Head.WAITS_FOR] == 0
+    assert recording.cells[Head.WAITS_FOR] == 0
 
 
 def test_a_sink_collects_what_is_over() -> None:

@@ -77,7 +77,7 @@ def test_one_that_comes_later_speaks_for_itself(monkeypatch) -> None:
 def test_one_that_does_not_come_to_speak_is_not_waited_for(monkeypatch, dead: bool) -> None:
     monkeypatch.setattr(module, "_SPEAKING", 0.2)
     node = Node(3, alive=lambda rank: not (dead and rank == 0))
-    first = node.recordings[0].words
+    first = node.recordings[0].cells
     first[Head.FAILED], first[Head.FAILED_AT] = module.digest_of("a typo"), 1
     node.end({1: "a typo", 2: "a typo"})
     spoken = {rank for ranks in node.speakers for rank in ranks}

@@ -29,7 +29,7 @@ class Served:
         self.thread.start()
 
     @property
-    def door(self) -> tuple[str, int]:
+    def endpoint(self) -> tuple[str, int]:
         return self.listener.address, self.listener.port
 
     def answer(self) -> bytes:
@@ -52,19 +52,19 @@ def served() -> Iterator[Served]:
 
 def test_who_knows_the_secret_gets_the_answer(served: Served) -> None:
     served.listener.open(SECRET)
-    assert ask(*served.door, SECRET) == ANSWER
+    assert ask(*served.endpoint, SECRET) == ANSWER
 
 
 def test_who_does_not_is_not_even_asked_for_an_answer(served: Served) -> None:
     served.listener.open(SECRET)
     with pytest.raises(OSError, match="closed"):
-        ask(*served.door, bytes(32))
+        ask(*served.endpoint, bytes(32))
     assert served.answers == 0
 
 
 def test_before_there_is_a_secret_nobody_is_heard(served: Served) -> None:
     with pytest.raises(OSError, match=r"closed|reset"):
-        ask(*served.door, b"")
+        ask(*served.endpoint, b"")
     assert served.answers == 0
 
 
@@ -92,10 +92,10 @@ def test_silent_strangers_keep_nobody_from_being_answered(served: Served) -> Non
     served.listener.open(SECRET)
     with contextlib.ExitStack() as stack:
         for _ in range(100):
-            stranger = stack.enter_context(socket.create_connection(served.door, timeout=10))
+            stranger = stack.enter_context(socket.create_connection(served.endpoint, timeout=10))
             assert stranger.recv(32)  # its number has come, so that it is served
         began = time.monotonic()
-        assert ask(*served.door, SECRET) == ANSWER
+        assert ask(*served.endpoint, SECRET) == ANSWER
         assert time.monotonic() - began < module._PATIENCE
 
 
@@ -134,7 +134,7 @@ def test_who_sends_a_byte_now_and_then_is_not_waited_for(served: Served, monkeyp
     monkeypatch.setattr(module, "_PATIENCE", 0.5)
     served.listener.open(SECRET)
     began = time.monotonic()
-    with socket.create_connection(served.door) as slow, contextlib.suppress(OSError):
+    with socket.create_connection(served.endpoint) as slow, contextlib.suppress(OSError):
         while time.monotonic() - began < 6:
             slow.send(b"x")
             time.sleep(0.1)
@@ -170,8 +170,8 @@ def test_many_are_asked_and_some_are_silent(served: Served, monkeypatch) -> None
     served.listener.open(SECRET)
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         closed = nobody.getsockname()[1]
-    doors = [served.door] * 3 + [("127.0.0.1", closed)]
-    answers = ask_all(doors, SECRET)
-    got = [answers.get(timeout=10) for _ in doors]
+    endpoints = [served.endpoint] * 3 + [("127.0.0.1", closed)]
+    answers = ask_all(endpoints, SECRET)
+    got = [answers.get(timeout=10) for _ in endpoints]
     assert got.count(ANSWER) == 3
     assert got.count(None) == 1

@@ -13,14 +13,14 @@ from mpidist.observe.recorder import Kind
 from mpidist.observe.recorder.recording import Record, Site
 from mpidist.observe.watch import report
 from mpidist.observe.watch.report import (
-    accuse,
     callers,
     causes,
     cure,
-    place,
+    describe_stall,
+    format_site,
     processes,
-    suspects,
-    tell,
+    render_report,
+    stragglers,
 )
 from mpidist.observe.watch.states import RankState, Stack, Status, Wait
 
@@ -60,12 +60,12 @@ def world(*states: RankState) -> dict[int, RankState]:
 def test_a_rank_that_has_not_come_is_named_with_what_it_did_last() -> None:
     late = record("barrier", number=41, line=29, ended=55)
     states = world(state(0, record()), state(1, record()), state(2, late))
-    told = accuse(states, [0, 1, 2], KEY, [])
+    told = describe_stall(states, [0, 1, 2], KEY, [])
     assert told == (
         "Missing: rank 2 (host1:102), done 55.0 s ago with barrier #41 of group 'world', called at "
         "/elsewhere/train.py:29 in step"
     )
-    assert suspects(states, [0, 1, 2], KEY, []) == [2]
+    assert stragglers(states, [0, 1, 2], KEY, []) == [2]
 
 
 def test_a_difference_that_is_over_on_all_ranks_is_not_blamed_for_a_later_wait() -> None:
@@ -74,13 +74,13 @@ def test_a_difference_that_is_over_on_all_ranks_is_not_blamed_for_a_later_wait()
         state(0, caught[0], record(sequence=2)),
         state(1, caught[1], record("barrier", number=41, ended=45, sequence=2)),
     )
-    assert accuse(states, [0, 1], KEY, []).startswith("Missing: rank 1 ")
-    assert suspects(states, [0, 1], KEY, []) == [1]
+    assert describe_stall(states, [0, 1], KEY, []).startswith("Missing: rank 1 ")
+    assert stragglers(states, [0, 1], KEY, []) == [1]
 
 
 def test_a_rank_in_another_group_is_named_with_that_group() -> None:
     other = record(number=3, group="pipeline", identity=8, began=12)
-    told = accuse(world(state(0, record()), state(1, other)), [0, 1], KEY, [1])
+    told = describe_stall(world(state(0, record()), state(1, other)), [0, 1], KEY, [1])
     assert "rank 1 (host0:101), for 12.0 s in all_reduce SUM float32[3] #3 of group 'pi" in told
 
 
@@ -88,10 +88,10 @@ def test_a_rank_that_waits_for_an_immediate_operation_is_named_with_both_lines()
     pending = record("iall_gather", number=40, kind=Kind.IMMEDIATE, line=20)
     waiting = Wait(sequence=1, site=Site("/elsewhere/train.py", 25, "step"), seconds=9.0)
     states = world(state(0, record()), state(1, pending, wait=waiting))
-    told = accuse(states, [0, 1], KEY, [])
+    told = describe_stall(states, [0, 1], KEY, [])
     assert "waiting at /elsewhere/train.py:25 in step for iall_gather #40" in told
     assert "called at /elsewhere/train.py:20" in told
-    assert "waits 9.0 s" in tell("title", states.values(), [])
+    assert "waits 9.0 s" in render_report("title", states.values(), [])
 
 
 def test_where_a_rank_is_names_the_callers_lines_not_the_packages() -> None:
@@ -99,11 +99,13 @@ def test_where_a_rank_is_names_the_callers_lines_not_the_packages() -> None:
     step, wait = Site("/elsewhere/train.py", 31, "step"), Site(threading.__file__, 5, "wait")
     for frames, expected in [
         ((path, ours, step), "/elsewhere/train.py:31"),
-        ((wait, step), place(wait)),
+        ((wait, step), format_site(wait)),
         ((step, ours, step), "/elsewhere/train.py:31"),
-        ((wait, path), place(wait)),
+        ((wait, path), format_site(wait)),
     ]:
-        row = tell("title", [state(0, record(), stacks=(Stack("MainThread", frames),))], [])
+        row = render_report(
+            "title", [state(0, record(), stacks=(Stack("MainThread", frames),))], []
+        )
         assert row.splitlines()[2].split("  ")[-1].startswith(expected)
 
 
@@ -113,24 +115,24 @@ def test_a_rank_that_is_far_beyond_an_operation_has_come_to_it(status: Status) -
     later = record("ibarrier", number=300, kind=Kind.IMMEDIATE)
     late = record("barrier", number=41, ended=55)
     states = world(state(0, record()), state(1, later, status=status), state(2, late))
-    told = accuse(states, [0, 1, 2], KEY, [])
+    told = describe_stall(states, [0, 1, 2], KEY, [])
     assert told.startswith("Missing: rank 2 (")
     assert "rank 1 (" not in told
     assert told.endswith("Dead: rank 1") == (status is Status.DEAD)
     expected = [2] if status is Status.ALIVE else [1, 2]
-    assert suspects(states, [0, 1, 2], KEY, []) == expected
+    assert stragglers(states, [0, 1, 2], KEY, []) == expected
 
 
 @pytest.mark.parametrize("status", [Status.DEAD, Status.STOPPED])
 def test_a_rank_that_came_and_is_gone_is_named(status: Status) -> None:
     states = world(state(0, record()), state(1, record(), status=status))
-    assert accuse(states, [0, 1], KEY, []) == f"{status.value.capitalize()}: rank 1"
-    assert suspects(states, [0, 1], KEY, []) == [1]
+    assert describe_stall(states, [0, 1], KEY, []) == f"{status.value.capitalize()}: rank 1"
+    assert stragglers(states, [0, 1], KEY, []) == [1]
 
 
 def test_the_status_of_a_missing_rank_is_told() -> None:
     states = world(state(0, record()), state(1, status=Status.SILENT))
-    assert accuse(states, [0, 1], KEY, [1]) == (
+    assert describe_stall(states, [0, 1], KEY, [1]) == (
         "Missing: rank 1 (host0:101, silent), which has called nothing. Silent: rank 1: nothing is "
         "heard from host0"
     )
@@ -175,9 +177,9 @@ def test_different_calls_are_told_the_rarest_first() -> None:
         "rank 2 called broadcast float32[3] root 0 at /elsewhere/train.py:77 in step; "
         "rank 0-1, 3-4 called all_reduce SUM float32[3] at /elsewhere/train.py:31 in step"
     )
-    told = accuse(states, range(5), KEY, [])
+    told = describe_stall(states, range(5), KEY, [])
     assert told.startswith("The ranks called different things: rank 2 called broadcast")
-    assert suspects(states, range(5), KEY, []) == [2]
+    assert stragglers(states, range(5), KEY, []) == [2]
 
 
 def test_a_difference_in_a_collective_that_is_over_is_told_with_its_number() -> None:
@@ -187,41 +189,41 @@ def test_a_difference_in_a_collective_that_is_over_is_told_with_its_number() -> 
         state(1, theirs, record(number=41, sequence=2)),
         state(2, ours, record(sequence=2)),
     )
-    told = accuse(states, range(3), KEY, [1])
+    told = describe_stall(states, range(3), KEY, [1])
     assert told.startswith("The ranks called different things in #40: rank 1 called gather at")
     assert "Missing: rank 1" in told
-    assert suspects(states, range(3), KEY, [1]) == [1]
+    assert stragglers(states, range(3), KEY, [1]) == [1]
 
 
 def test_messages_have_the_number_of_no_collective() -> None:
     message = record("send float32[3] to 1", kind=Kind.MESSAGE)
     states = world(state(0, record()), state(1, message))
-    assert suspects(states, [0, 1], KEY, []) == [1]
+    assert stragglers(states, [0, 1], KEY, []) == [1]
 
 
 def test_many_missing_ranks_are_counted() -> None:
     states = world(state(0, record()), *(state(rank, record(number=1)) for rank in range(1, 9)))
-    told = accuse(states, range(9), KEY, [])
+    told = describe_stall(states, range(9), KEY, [])
     assert told.count("(host") == 4
     assert told.endswith("and 4 more: 5-8")
 
 
 def test_ranks_of_other_nodes_that_are_not_known_are_not_accused_without_evidence() -> None:
     states = world(state(0, record()), state(1, record()))
-    assert accuse(states, range(4), KEY, []) == ""
-    assert accuse(states, range(4), KEY, [3]) == "Missing: rank 3 (on another node)"
+    assert describe_stall(states, range(4), KEY, []) == ""
+    assert describe_stall(states, range(4), KEY, [3]) == "Missing: rank 3 (on another node)"
 
 
 def test_all_have_come_and_called_the_same() -> None:
     states = world(state(0, record()), state(1, record()))
-    assert accuse(states, [0, 1], KEY, []) == ""
-    assert suspects(states, [0, 1], KEY, []) == []
+    assert describe_stall(states, [0, 1], KEY, []) == ""
+    assert stragglers(states, [0, 1], KEY, []) == []
 
 
 def test_the_table_has_a_row_per_rank_and_the_suspects_first() -> None:
     frames = (Site("/elsewhere/load.py", 5, "read"), Site("/elsewhere/train.py", 80, "<module>"))
     late = state(2, record(number=41, ended=55), stacks=(Stack("MainThread", frames),))
-    lines = tell("title", [state(0, record()), state(1, record()), late], [2]).splitlines()
+    lines = render_report("title", [state(0, record()), state(1, record()), late], [2]).splitlines()
     assert lines[0] == "title"
     assert [line.split()[0] for line in lines[1:5]] == ["rank", "2", "0", "1"]
     assert "done 55.0 s ago  /elsewhere/load.py:5 in read" in lines[2]
@@ -233,7 +235,7 @@ def test_the_table_has_a_row_per_rank_and_the_suspects_first() -> None:
 
 def test_of_many_ranks_those_that_do_the_same_share_a_row() -> None:
     states = [state(rank, record(number=41 if rank == 70 else 42)) for rank in range(100)]
-    lines = tell("title", states, [70]).splitlines()
+    lines = render_report("title", states, [70]).splitlines()
     assert len(lines) == 4
     assert lines[2].split()[:3] == ["70", "35", "host35:170"]
     assert lines[3].startswith("  0-69, 71-99  0-49  host0:100, ...")
@@ -248,7 +250,7 @@ def test_a_report_has_room_on_the_screen_whatever_the_ranks_do() -> None:
     ]
     found = causes(world(*states), range(64), KEY, [])
     what_to_do = cure(world(*states), range(64), KEY, [])
-    lines = tell("title", states, range(42), causes=found, cure=what_to_do).splitlines()
+    lines = render_report("title", states, range(42), causes=found, cure=what_to_do).splitlines()
     assert len(lines) < 40
     assert lines[0].startswith("Missing: rank 0 (host0:100), now at /elsewhere/load.py:0 in read")
     assert lines[1:3] == ["  title", f"  Cure: {what_to_do}"]
@@ -278,14 +280,14 @@ def test_a_thousand_ranks_have_a_short_line(per_node: int) -> None:
 
 def test_a_failed_operation_is_told_apart() -> None:
     failed = Record(1, Kind.BLOCKING, "x", "g", 7, 1, Site("", 0, ""), NOW, -(NOW - SECOND), 0)
-    assert "failed 1.0 s ago" in tell("title", [state(0, failed)], [])
+    assert "failed 1.0 s ago" in render_report("title", [state(0, failed)], [])
 
 
 def test_places_are_short(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert place(Site(f"{tmp_path}/a/b.py", 3, "f")) == "a/b.py:3 in f"
-    assert place(Site("/else/b.py", 3, "<module>")) == "/else/b.py:3"
-    assert place(Site("", 0, "")) == "?"
+    assert format_site(Site(f"{tmp_path}/a/b.py", 3, "f")) == "a/b.py:3 in f"
+    assert format_site(Site("/else/b.py", 3, "<module>")) == "/else/b.py:3"
+    assert format_site(Site("", 0, "")) == "?"
 
 
 def test_a_state_survives_json() -> None:

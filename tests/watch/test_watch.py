@@ -230,7 +230,7 @@ def test_a_rank_whose_helper_does_not_run_is_silent() -> None:
         if group.rank == LATE:
             group._watch._words[Head.BEAT] = time.monotonic_ns() - 3 * 10**9
         mpidist.barrier(group)
-        return group._watch.accuse(group.ranks, None, [])
+        return group._watch.describe_stall(group.ranks, None, [])
 
     told = run_ranks(3, one)
     assert told[0] == told[2]

@@ -46,7 +46,7 @@ __all__ = [
     "Sink",
     "caller",
     "is_inside",
-    "place",
+    "record_offset",
 ]
 
 RING = 128
@@ -111,10 +111,10 @@ class Head(IntEnum):
     FAILED = 15  # checksum of the reason for which it ends, see `mpidist.observe.watch.failures`
     FAILED_AT = 16  # when it came to that
     LISTED = 17  # when it looked which others end for the same reason
-    TOLD = 18  # when it had said so
+    SPOKEN = 18  # when it had said so
 
 
-def place(sequence: int) -> int:
+def record_offset(sequence: int) -> int:
     """Return where a record stands."""
     return _RING + sequence % RING * _RECORD_WORDS * 8
 
@@ -173,7 +173,7 @@ class Recorder:
     sink : Sink or None
         While there is one, every operation that is over, and every wait for one, is appended, in
         numbers; `events` turns them into words.
-    words : memoryview
+    cells : memoryview of int64
         The head; see `Head`.
     """
 
@@ -181,18 +181,18 @@ class Recorder:
         if memory is None:
             memory = memoryview(bytearray(NBYTES))
         self._memory = memory
-        self.words = memory.cast("q")
+        self.cells = memory.cast("q")
         self.sink: Sink | None = None
         self._next = itertools.count(1).__next__
         self._sites: dict[tuple[int, int], int] = {}
         self._inside: dict[int, tuple[bool, CodeType]] = {}
         self._offsets: dict[str, int] = {}
         self._writing = threading.Lock()
-        self._places = [place(slot) for slot in range(RING)]
+        self._record_offsets = [record_offset(slot) for slot in range(RING)]
         # A text begins behind the first byte: none begins at 0, which stands for no text.
-        self.words[Head.TEXTS] = 1
-        self.words[Head.PID] = os.getpid()
-        self.words[Head.PID_NAMESPACE] = _pid_namespace()
+        self.cells[Head.TEXTS] = 1
+        self.cells[Head.PID] = os.getpid()
+        self.cells[Head.PID_NAMESPACE] = _pid_namespace()
 
     @staticmethod
     def nbytes() -> int:
@@ -254,41 +254,41 @@ class Recorder:
         """
         sequence = self._next()
         site = self._sites.get((id(frame.f_code), frame.f_lasti)) or self._find_site(frame)
-        at, memory = self._places[sequence % RING], self._memory
+        at, memory = self._record_offsets[sequence % RING], self._memory
         what, group, call = name  # a star in the call takes 0.1 us
         RECORD.pack_into(memory, at, what, group, call, number, site, monotonic_ns(), 0, sequence)
         return sequence
 
     def end(self, sequence: int, *, failed: bool = False) -> None:
         """Record that an operation is over; a time below 0 stands for one that failed."""
-        words = self.words
-        at = self._places[sequence % RING] >> 3
-        if words[at + SEQUENCE] == sequence:
-            words[at + ENDED] = -monotonic_ns() if failed else monotonic_ns()
+        cells = self.cells
+        at = self._record_offsets[sequence % RING] >> 3
+        if cells[at + SEQUENCE] == sequence:
+            cells[at + ENDED] = -monotonic_ns() if failed else monotonic_ns()
             if self.sink is not None:
-                self._tell(at, Kind(words[at + WHAT] >> 2 * TEXT_BITS), words[at + BEGAN])
+                self._tell(at, Kind(cells[at + WHAT] >> 2 * TEXT_BITS), cells[at + BEGAN])
 
     def wait(self, sequence: int, frame: FrameType) -> None:
         """Record that this rank waits for an immediate operation."""
-        words = self.words
-        words[Head.WAITS_SITE] = self._find_site(frame)
-        words[Head.WAITS_SINCE] = monotonic_ns()
-        words[Head.WAITS_FOR] = sequence
+        cells = self.cells
+        cells[Head.WAITS_SITE] = self._find_site(frame)
+        cells[Head.WAITS_SINCE] = monotonic_ns()
+        cells[Head.WAITS_FOR] = sequence
 
     def waited(self) -> None:
         """Record that it does so no more."""
-        words = self.words
-        sequence, words[Head.WAITS_FOR] = words[Head.WAITS_FOR], 0
+        cells = self.cells
+        sequence, cells[Head.WAITS_FOR] = cells[Head.WAITS_FOR], 0
         if self.sink is not None and sequence:
-            at = self._places[sequence % RING] >> 3
-            if words[at + SEQUENCE] == sequence:
-                self._tell(at, Kind.WAIT, words[Head.WAITS_SINCE])
+            at = self._record_offsets[sequence % RING] >> 3
+            if cells[at + SEQUENCE] == sequence:
+                self._tell(at, Kind.WAIT, cells[Head.WAITS_SINCE])
 
     def _tell(self, at: int, kind: Kind, began: int) -> None:
         if self.sink is not None:
-            words = self.words
-            what, group = words[at + WHAT], words[at + GROUP]
-            number, site = words[at + NUMBER], words[at + SITE]
+            cells = self.cells
+            what, group = cells[at + WHAT], cells[at + GROUP]
+            number, site = cells[at + NUMBER], cells[at + SITE]
             self.sink.append((kind, what, group, number, site, began, monotonic_ns()))
 
     def events(self, sink: Iterable[Over]) -> list[Event]:
@@ -310,12 +310,12 @@ class Recorder:
             return start
         data = text.encode(errors="replace")
         with self._writing:  # threads may use groups of their own at once
-            start = self.words[Head.TEXTS]
+            start = self.cells[Head.TEXTS]
             if start + 2 + len(data) > room:
                 return 0
             at = TEXTS + start
             self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
-            self.words[Head.TEXTS] = start + 2 + len(data)
+            self.cells[Head.TEXTS] = start + 2 + len(data)
             self._offsets[text] = start
             return start
 
@@ -354,8 +354,8 @@ class Recorder:
         """Say where this process's threads are; what is too long is cut."""
         data = text.encode(errors="replace")[: NBYTES - STACKS]
         self._memory[STACKS : STACKS + len(data)] = data
-        self.words[Head.STACKS] = len(data)
-        self.words[Head.ANSWERED] = monotonic_ns()
+        self.cells[Head.STACKS] = len(data)
+        self.cells[Head.ANSWERED] = monotonic_ns()
 
 
 def caller(depth: int) -> FrameType:

@@ -18,7 +18,7 @@ from mpidist.observe.recorder.recorder import (
     TEXTS,
     Head,
     Kind,
-    place,
+    record_offset,
 )
 
 __all__ = ["Event", "Record", "Recording", "Site", "decode"]
@@ -121,15 +121,15 @@ class Recording:
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
-        self.words = memory.cast("q")
+        self.cells = memory.cast("q")
 
     def records(self) -> list[Record]:
         """Return what is kept, the oldest first."""
         memory, records = self._memory, []
         for slot in range(RING):
-            fields = RECORD.unpack_from(memory, place(slot))
+            fields = RECORD.unpack_from(memory, record_offset(slot))
             # See [Note: reading while another writes].
-            if fields[SEQUENCE] and fields == RECORD.unpack_from(memory, place(slot)):
+            if fields[SEQUENCE] and fields == RECORD.unpack_from(memory, record_offset(slot)):
                 records.append(decode(memory, fields))
         return sorted(records, key=lambda record: record.sequence)
 
@@ -137,7 +137,7 @@ class Recording:
         """Return the newest record of a collective, if it is still there."""
         memory, newest = self._memory, None
         for slot in range(RING):
-            fields = RECORD.unpack_from(memory, place(slot))
+            fields = RECORD.unpack_from(memory, record_offset(slot))
             if (fields[GROUP], fields[NUMBER]) == key and fields[SEQUENCE]:
                 record = decode(memory, fields)
                 if record.is_of(key) and (newest is None or record.sequence > newest.sequence):
@@ -146,16 +146,16 @@ class Recording:
 
     def site_of(self, sequence: int) -> Site:
         """Return from where an operation was called; unknown if its record is gone."""
-        fields = RECORD.unpack_from(self._memory, place(sequence))
+        fields = RECORD.unpack_from(self._memory, record_offset(sequence))
         return _site(self._memory, fields[SITE] if fields[SEQUENCE] == sequence else 0)
 
     def waits_site(self) -> Site:
         """Return from where this rank last called `Work.wait`."""
-        return _site(self._memory, self.words[Head.WAITS_SITE])
+        return _site(self._memory, self.cells[Head.WAITS_SITE])
 
     def stacks(self) -> str:
         """Return where the threads were when that was last written."""
-        length = self.words[Head.STACKS]
+        length = self.cells[Head.STACKS]
         return bytes(self._memory[STACKS : STACKS + length]).decode(errors="replace")
 
 

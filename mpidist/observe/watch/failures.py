@@ -18,7 +18,7 @@ from zlib import crc32
 from mpidist.errors import CollectiveMismatchError, DistributedError
 from mpidist.observe.recorder import Head, is_inside
 from mpidist.observe.recorder.recording import Recording, Site
-from mpidist.observe.watch.report import place
+from mpidist.observe.watch.report import format_site
 
 __all__ = ["Ending", "Failures", "callers_of", "lines_of", "reason_of", "summary_of"]
 
@@ -81,22 +81,22 @@ class Failures:
 
         Whoever is to speak calls `spoken` afterwards.
         """
-        words = self._recordings[self._rank].words
-        words[Head.FAILED_AT] = monotonic_ns()
-        words[Head.FAILED] = digest = digest_of(reason)
+        cells = self._recordings[self._rank].cells
+        cells[Head.FAILED_AT] = monotonic_ns()
+        cells[Head.FAILED] = digest = digest_of(reason)
         self._wait_for_others()
         deadline = time.monotonic() + _SPEAKING
         while True:
             same = self._same(digest)
-            first = min(same, key=lambda rank: (self._words(rank)[Head.FAILED_AT], rank))
+            first = min(same, key=lambda rank: (self._cells_of(rank)[Head.FAILED_AT], rank))
             if first == self._rank:
-                words[Head.LISTED] = monotonic_ns()
+                cells[Head.LISTED] = monotonic_ns()
                 time.sleep(_POLL)  # one that has taken its time before that has written it now
                 same = self._same(digest)
                 others = len(same) < len(self._all_alive())
                 return Ending(tuple(same), first, others=others, earlier=self._earlier(digest))
-            if self._words(first)[Head.TOLD]:
-                late = words[Head.FAILED_AT] > self._words(first)[Head.LISTED]
+            if self._cells_of(first)[Head.SPOKEN]:
+                late = cells[Head.FAILED_AT] > self._cells_of(first)[Head.LISTED]
                 return Ending((self._rank,) if late else (), first, others=True)
             if time.monotonic() > deadline:
                 return Ending((self._rank,), self._rank, others=True)
@@ -104,7 +104,7 @@ class Failures:
 
     def spoken(self) -> None:
         """Let the others end: it has been said."""
-        self._words(self._rank)[Head.TOLD] = monotonic_ns()
+        self._cells_of(self._rank)[Head.SPOKEN] = monotonic_ns()
 
     def _wait_for_others(self) -> None:
         """Wait until all have come, or nobody comes any more."""
@@ -112,7 +112,7 @@ class Failures:
         count = 0
         while (now := time.monotonic()) < min(last + _PAUSE, began + _LONGEST):
             here = self._all_alive()
-            came = sum(bool(self._words(rank)[Head.FAILED]) for rank in here)
+            came = sum(bool(self._cells_of(rank)[Head.FAILED]) for rank in here)
             if came == len(here):
                 return
             if came > count:
@@ -121,19 +121,19 @@ class Failures:
 
     def _earlier(self, digest: int) -> int:
         """Return how many other reasons were listed before this one."""
-        now = self._words(self._rank)[Head.LISTED]
-        heads = map(self._words, self._recordings)
+        now = self._cells_of(self._rank)[Head.LISTED]
+        heads = map(self._cells_of, self._recordings)
         return len({head[Head.FAILED] for head in heads if 0 < head[Head.LISTED] < now} - {digest})
 
-    def _words(self, rank: int) -> memoryview:
-        return self._recordings[rank].words
+    def _cells_of(self, rank: int) -> memoryview:
+        return self._recordings[rank].cells
 
     def _all_alive(self) -> list[int]:
         return [rank for rank in self._recordings if rank == self._rank or self._alive(rank)]
 
     def _same(self, digest: int) -> list[int]:
         """Return the living ranks with this reason, this one among them."""
-        return [rank for rank in self._all_alive() if self._words(rank)[Head.FAILED] == digest]
+        return [rank for rank in self._all_alive() if self._cells_of(rank)[Head.FAILED] == digest]
 
 
 def digest_of(reason: str) -> int:
@@ -207,7 +207,7 @@ def callers_of(trace: TracebackType | None) -> str:
     """Return the innermost lines of the program that led to an exception, on one line."""
     frames = [frame for frame in _frames(trace) if not is_inside(frame.filename)]
     sites = [Site(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)]
-    return " < ".join(map(place, sites[:_FRAMES]))
+    return " < ".join(map(format_site, sites[:_FRAMES]))
 
 
 def _frames(trace: TracebackType | None) -> traceback.StackSummary:

@@ -222,21 +222,21 @@ def ask(host: str, port: int, secret: bytes) -> bytes:
     return text
 
 
-def ask_all(doors: Sequence[tuple[str, int]], secret: bytes) -> SimpleQueue[bytes | None]:
+def ask_all(endpoints: Sequence[tuple[str, int]], secret: bytes) -> SimpleQueue[bytes | None]:
     """Ask other nodes, and return at once where the answers will be: one for each, None for none.
 
     Finding out where a host is may take longer than any patience, so nobody should wait for all.
     """
     questions: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
     answers: SimpleQueue[bytes | None] = SimpleQueue()
-    askers = min(len(doors), _ASKED_AT_ONCE)
-    for question in [*doors, *(None,) * askers]:
+    askers = min(len(endpoints), _ASKED_AT_ONCE)
+    for question in [*endpoints, *(None,) * askers]:
         questions.put(question)
 
     def work() -> None:
-        while (door := questions.get()) is not None:
+        while (endpoint := questions.get()) is not None:
             try:
-                answers.put(ask(*door, secret))
+                answers.put(ask(*endpoint, secret))
             except OSError:
                 answers.put(None)
 

@@ -16,14 +16,14 @@ from mpidist.observe.recorder.recording import Record, Site
 from mpidist.observe.watch.states import RankState, Stack, Status
 
 __all__ = [
-    "accuse",
     "callers",
     "causes",
     "cure",
-    "place",
+    "describe_stall",
+    "format_site",
     "processes",
-    "suspects",
-    "tell",
+    "render_report",
+    "stragglers",
     "write_dump",
 ]
 
@@ -50,7 +50,7 @@ Key = tuple[int, int]
 States = Mapping[int, RankState]
 
 
-def place(site: Site) -> str:
+def format_site(site: Site) -> str:
     """Return a place as short as it can be found by: file and line, and the function's name."""
     if not site.file:
         return "?"
@@ -63,7 +63,9 @@ def place(site: Site) -> str:
     return f"{file}:{site.line}{inside}"
 
 
-def accuse(states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]) -> str:
+def describe_stall(
+    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+) -> str:
     """Return `causes` as one text, for an error."""
     return ". ".join(causes(states, members, key, missing))
 
@@ -111,7 +113,7 @@ def _silences(states: States, ranks: Iterable[int]) -> list[str]:
     sentences = []
     if held:
         last = states[held[0]].current
-        where = f", after {place(last.site)}" if last is not None and len(held) == 1 else ""
+        where = f", after {format_site(last.site)}" if last is not None and len(held) == 1 else ""
         sentences.append(
             f"Silent: rank {format_ranges(held)}: no thread of it runs: foreign code holds "
             f"Python's lock (the GIL){where}"
@@ -157,10 +159,10 @@ def _cure(rank: int, state: RankState | None) -> str:
     )
 
 
-def suspects(
+def stragglers(
     states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
 ) -> list[int]:
-    """Return the ranks that keep an operation from being complete; see `accuse`."""
+    """Return the ranks that keep an operation from being complete; see `describe_stall`."""
     absent = _absent(states, members, key, missing)
     different = _first_difference(states, members, key)
     calls = _calls(_came(states, members, different))
@@ -228,8 +230,8 @@ def callers(states: States, members: Sequence[int], key: Key) -> str:
     """Return who called what where, as far as is known; the rarest calls first."""
     calls: dict[tuple[int, str], list[int]] = {}
     for rank, record in _came(states, members, key).items():
-        words = f"{record.what} at {place(record.site)}"
-        calls.setdefault((record.call, words), []).append(rank)
+        call = f"{record.what} at {format_site(record.site)}"
+        calls.setdefault((record.call, call), []).append(rank)
     ordered = sorted(calls.items(), key=lambda call: len(call[1]))
     told = [f"rank {format_ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
     return "; ".join([*told, "..."] if len(ordered) > _NAMED else told)
@@ -244,16 +246,16 @@ def _absence(rank: int, state: RankState | None) -> str:
     record = state.current
     if record is None:
         return f"{head}which has called nothing"
-    group, called = f"of group {record.group!r}", f"called at {place(record.site)}"
+    group, called = f"of group {record.group!r}", f"called at {format_site(record.site)}"
     if state.wait is not None and state.wait.sequence == record.sequence:
-        return f"{head}waiting at {place(state.wait.site)} for {record} {group}, {called}"
+        return f"{head}waiting at {format_site(state.wait.site)} for {record} {group}, {called}"
     if not record.ended:
         return f"{head}for {_ago(state, record.began)} in {record} {group}, {called}"
     word = "failed" if record.ended < 0 else "done"
     return f"{head}{word} {_ago(state, record.ended)} ago with {record} {group}, {called}"
 
 
-def tell(
+def render_report(
     title: str,
     states: Iterable[RankState],
     first: Collection[int],
@@ -288,7 +290,7 @@ def tell(
     for state in [state for state in ordered if state.rank in first][:_NAMED]:
         stacks = [stack for stack in state.stacks if _outside(stack)]
         for stack in stacks[:_THREADS]:
-            called = " < ".join(map(place, _outside(stack)[:_FRAMES]))
+            called = " < ".join(map(format_site, _outside(stack)[:_FRAMES]))
             lines.append(f"  rank {state.rank}, {stack.thread}: {called}")
         if len(stacks) > _THREADS:
             lines.append(f"  rank {state.rank} has {len(stacks) - _THREADS} threads more")
@@ -301,7 +303,7 @@ def _row(state: RankState) -> tuple[str, ...]:
     if record is None:
         return (*head, "none", "", "", now)
     name = f"{record} of {record.group}"
-    return (*head, name, place(record.site), _when(state, record), now)
+    return (*head, name, format_site(record.site), _when(state, record), now)
 
 
 def _when(state: RankState, record: Record) -> str:
@@ -318,7 +320,7 @@ def _now_at(state: RankState) -> str:
     for stack in state.stacks:
         if stack.thread == "MainThread":
             frames = _outside(stack)
-            return place(frames[0]) if frames else ""
+            return format_site(frames[0]) if frames else ""
     return ""
 
 

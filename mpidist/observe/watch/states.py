@@ -234,14 +234,14 @@ class RankState:
         stacks: str,
     ) -> RankState:
         """Read a rank of this node; `stacks` is what it wrote of its threads."""
-        words, now = recording.words, monotonic_ns()
-        sequence = words[Head.WAITS_FOR]
+        cells, now = recording.cells, monotonic_ns()
+        sequence = cells[Head.WAITS_FOR]
         wait = None
         if sequence:
-            since = (now - words[Head.WAITS_SINCE]) / 1e9
+            since = (now - cells[Head.WAITS_SINCE]) / 1e9
             wait = Wait(sequence, recording.waits_site(), since)
-        claimed = words[Head.CLAIMED] if words[Head.CLAIMED] > words[Head.REPORTED] else 0
-        if status is Status.ALIVE and words[Head.LEAVING]:
+        claimed = cells[Head.CLAIMED] if cells[Head.CLAIMED] > cells[Head.REPORTED] else 0
+        if status is Status.ALIVE and cells[Head.LEAVING]:
             status = Status.LEAVING
         return cls(
             rank=rank,
@@ -253,7 +253,7 @@ class RankState:
             wait=wait,
             stacks=_read_stacks(stacks),
             claimed=(now - claimed) / 1e9 if claimed else -1.0,
-            failed=words[Head.FAILED],
+            failed=cells[Head.FAILED],
         )
 
 

@@ -19,14 +19,14 @@ from mpidist.observe.recorder.recorder import ON_DEVICE
 from mpidist.observe.recorder.recording import Recording
 from mpidist.observe.watch.failures import Failures, digest_of
 from mpidist.observe.watch.report import (
-    accuse,
     callers,
     causes,
     cure,
-    place,
+    describe_stall,
+    format_site,
     processes,
-    suspects,
-    tell,
+    render_report,
+    stragglers,
     write_dump,
 )
 from mpidist.observe.watch.states import Process, RankState, Status, own_stacks
@@ -38,8 +38,8 @@ __all__ = ["Watch"]
 
 Answers: TypeAlias = "tuple[SimpleQueue[bytes | None] | None, int]"
 
-_CARD = 512
-"""Bytes with which each rank introduces itself."""
+_ENDPOINT_NBYTES = 512
+"""Bytes in which each rank says where its process is, and how it is asked."""
 
 _ANSWER = 1.5
 """Seconds that a process of this node has to say where its threads are."""
@@ -95,17 +95,17 @@ class Watch:
         self.debug = False
         self.listener: Listener | None = None
         self._recordings = {other: Recording(memory) for other, memory in records.items()}
-        self._words = recorder.words
+        self._cells = recorder.cells
         self._reporting = threading.Lock()
         self._secret = b""
         self._nodes: Sequence[int] = [0] * (rank + 1)
         self._hosts = ["?"] * (rank + 1)
         self._pids = [os.getpid()] * (rank + 1)
         self._processes: dict[int, Process] = {}
-        self._doors: list[tuple[str, int]] = []
+        self._endpoints: list[tuple[str, int]] = []
         self.failures = Failures(rank, self._recordings, self._can_speak)
 
-    # -- how the ranks get to know each other --------------------------------------------------
+    # -- where the ranks are --------------------------------------------------
 
     def listen(self, nodes: Sequence[int]) -> None:
         """Promise that `answer` is called from now on, several times a second.
@@ -116,15 +116,15 @@ class Watch:
             The node of each rank. Where there are several, the first rank of each listens for the
             others.
         """
-        self._words[Head.LISTENING] = 1
+        self._cells[Head.LISTENING] = 1
         if max(nodes) and nodes.index(nodes[self.rank]) == self.rank:
             from mpidist.observe.watch.listener import Listener
 
             self.listener = Listener(self._answer)
 
-    def card(self) -> bytes:
-        """Return how this rank introduces itself to the others."""
-        words = {
+    def endpoint(self) -> bytes:
+        """Return where this rank's process is, and how it is asked, serialized for the others."""
+        fields = {
             "host": os.uname().nodename[:200],
             "pid": os.getpid(),
             "address": "" if self.listener is None else self.listener.address,
@@ -132,24 +132,24 @@ class Watch:
             "secret": os.urandom(32).hex(),
             "debug": env.debug(),
         }
-        return json.dumps(words).encode().ljust(_CARD)
+        return json.dumps(fields).encode().ljust(_ENDPOINT_NBYTES)
 
-    def meet(self, nodes: Sequence[int], cards: Sequence[bytes]) -> None:
-        """Take the others' introductions; rank 0's settings count for all.
+    def connect(self, nodes: Sequence[int], endpoints: Sequence[bytes]) -> None:
+        """Take what `endpoint` returned on each rank; rank 0's settings apply to all.
 
-        The cards travel from rank to rank of one job, so that its secret is known to nobody else.
+        Endpoints travel from rank to rank of one job, so that nobody else knows its secret.
         """
-        read = [json.loads(card) for card in cards]
+        read = [json.loads(endpoint) for endpoint in endpoints]
         self._nodes = nodes
-        self._hosts = [card["host"] for card in read]
-        self._pids = [card["pid"] for card in read]
-        self._doors = [(card["address"], card["port"]) for card in read if card["port"]]
+        self._hosts = [each["host"] for each in read]
+        self._pids = [each["pid"] for each in read]
+        self._endpoints = [(each["address"], each["port"]) for each in read if each["port"]]
         self._secret = bytes.fromhex(read[0]["secret"])
         self.debug = read[0]["debug"]
         if self.listener is not None:
             self.listener.open(self._secret)
         for rank, recording in self._recordings.items():
-            same = recording.words[Head.PID_NAMESPACE] == self._words[Head.PID_NAMESPACE]
+            same = recording.cells[Head.PID_NAMESPACE] == self._cells[Head.PID_NAMESPACE]
             if rank != self.rank and same and self._pids[rank] != os.getpid():
                 self._processes[rank] = Process(self._pids[rank])
 
@@ -169,9 +169,9 @@ class Watch:
 
     # -- what they are doing -------------------------------------------------------------------
 
-    def here(self, sequence: int) -> str:
+    def call_site(self, sequence: int) -> str:
         """Return where this rank called an operation."""
-        return place(self._recordings[self.rank].site_of(sequence))
+        return format_site(self._recordings[self.rank].site_of(sequence))
 
     def states(self, *, ask: bool = True) -> dict[int, RankState]:
         """Return what is known of the ranks of this node.
@@ -202,7 +202,7 @@ class Watch:
     def _ask_others(self) -> Answers:
         """Ask the other nodes, and return at once how many there are, and their answers."""
         here = self._nodes[self.rank]
-        far = [door for node, door in enumerate(self._doors) if node != here]
+        far = [endpoint for node, endpoint in enumerate(self._endpoints) if node != here]
         if not far:
             return None, 0
         from mpidist.observe.watch.listener import ask_all
@@ -227,7 +227,7 @@ class Watch:
 
     def _unknown(self, known: Collection[int]) -> dict[int, RankState]:
         """Return what is known of the ranks of which nothing has been heard."""
-        status = Status.SILENT if self._doors else Status.UNKNOWN
+        status = Status.SILENT if self._endpoints else Status.UNKNOWN
         return {
             rank: RankState(rank, node, who, status)
             for rank, (node, who) in enumerate(zip(self._nodes, self.who(), strict=True))
@@ -256,14 +256,14 @@ class Watch:
 
     def _is_held(self, rank: int) -> bool:
         """Whether the helper thread of a rank of this node does not come to run."""
-        last = self._recordings[rank].words[Head.BEAT]
+        last = self._recordings[rank].cells[Head.BEAT]
         return rank != self.rank and 0 < last < monotonic_ns() - _BEAT * 1e9
 
     def _can_speak(self, rank: int) -> bool:
         """Whether a rank of this node may still fail, or say that it has."""
-        words = self._recordings[rank].words
+        cells = self._recordings[rank].cells
         gone = self._status(rank) in (Status.DEAD, Status.STOPPED)
-        return not gone and bool(words[Head.FAILED] or not words[Head.LEAVING])
+        return not gone and bool(cells[Head.FAILED] or not cells[Head.LEAVING])
 
     def fails_elsewhere(self, reason: str) -> int | None:
         """Return the first rank before this one, on another node, that ends for this reason.
@@ -284,23 +284,23 @@ class Watch:
         return [
             rank
             for rank, process in self._processes.items()
-            if not self._recordings[rank].words[Head.LEAVING] and process.ended()
+            if not self._recordings[rank].cells[Head.LEAVING] and process.ended()
         ]
 
     def _listens(self, rank: int) -> bool:
-        return bool(self._recordings[rank].words[Head.LISTENING])
+        return bool(self._recordings[rank].cells[Head.LISTENING])
 
     def _ask(self) -> dict[int, str]:
         """Ask all that listen where their threads are."""
         asked, stacks = monotonic_ns(), {self.rank: own_stacks()}
         waiting = [rank for rank in self._recordings if rank != self.rank and self._listens(rank)]
         for rank in waiting:
-            self._recordings[rank].words[Head.ASKED] = asked
+            self._recordings[rank].cells[Head.ASKED] = asked
         deadline = time.monotonic() + _ANSWER
         while waiting and time.monotonic() < deadline:
             for rank in tuple(waiting):
                 recording = self._recordings[rank]
-                if recording.words[Head.ANSWERED] >= asked:
+                if recording.cells[Head.ANSWERED] >= asked:
                     stacks[rank] = recording.stacks()
                     waiting.remove(rank)
                 elif self._status(rank) in (Status.DEAD, Status.STOPPED):
@@ -311,7 +311,7 @@ class Watch:
 
     # -- reports -------------------------------------------------------------------------------
 
-    def accuse(
+    def describe_stall(
         self, members: Sequence[int], key: tuple[int, int] | None, missing: Sequence[int]
     ) -> str:
         """Return words for who keeps an operation from ending, as far as is known on this node.
@@ -325,10 +325,10 @@ class Watch:
         missing : sequence of int
             Ranks of the world that are known not to have come.
         """
-        return accuse(self.states(ask=False), members, key, missing)
+        return describe_stall(self.states(ask=False), members, key, missing)
 
     def callers(self, members: Sequence[int], key: tuple[int, int]) -> str:
-        """Return who called what where, as far as is known on this node; see `accuse`."""
+        """Return who called what where, as far as is known on this node; see `describe_stall`."""
         return callers(self.states(ask=False), members, key)
 
     def differences(self, members: Sequence[int], key: tuple[int, int], *, compared: bool) -> str:
@@ -339,7 +339,7 @@ class Watch:
         Parameters
         ----------
         members, key
-            As `accuse`.
+            As `describe_stall`.
         compared : bool
             Whether the transport compares the calls on host arrays. It knows better then: only
             calls of which some are on host arrays and some on device arrays never meet there.
@@ -422,18 +422,18 @@ class Watch:
             while self._is_told_elsewhere(states) and time.monotonic() < deadline:
                 time.sleep(_ASKING)
                 states = self.all_states()
-            self._words[Head.REPORTED] = monotonic_ns()
+            self._cells[Head.REPORTED] = monotonic_ns()
             return
         why = causes(states, members, key, missing)
-        top = {*first, *suspects(states, members, key, missing)}
+        top = {*first, *stragglers(states, members, key, missing)}
         what_to_do = cure(states, members, key, missing)
         shown = states.values() if table else ()
-        text = tell(title, shown, top, causes=why, cure=what_to_do)
-        if dump and self._words[Head.LISTENING]:
+        text = render_report(title, shown, top, causes=why, cure=what_to_do)
+        if dump and self._cells[Head.LISTENING]:
             text += f"\n  {write_dump(title, states)}"
         level = logging.ERROR if dump else logging.WARNING
         rank_logger("world", self.rank, len(self._nodes)).log(level, "%s", text)
-        self._words[Head.REPORTED] = monotonic_ns()
+        self._cells[Head.REPORTED] = monotonic_ns()
 
     def _is_told_elsewhere(self, states: Mapping[int, RankState]) -> bool:
         """Whether a rank of another node is writing the report.
@@ -446,49 +446,49 @@ class Watch:
 
     def reported_lately(self) -> bool:
         """Whether this rank has just told what all ranks are doing."""
-        return 0 < monotonic_ns() - self._words[Head.REPORTED] < _FRESH * 1e9
+        return 0 < monotonic_ns() - self._cells[Head.REPORTED] < _FRESH * 1e9
 
     def _claim(self) -> bool:
         """Set out to write a report; False if another rank of this node does, when it is done."""
-        self._words[Head.CLAIMED] = claimed = monotonic_ns()
+        self._cells[Head.CLAIMED] = claimed = monotonic_ns()
         deadline = time.monotonic() + _WRITING
         while time.monotonic() < deadline:
             faster = [rank for rank in self._recordings if self._is_faster(rank, claimed)]
             if not faster:
                 return True
-            self._words[Head.CLAIMED] = 0
+            self._cells[Head.CLAIMED] = 0
             if any(self._is_done(rank) for rank in faster):
                 return False
             time.sleep(_POLL)
-        self._words[Head.CLAIMED] = claimed  # whoever was faster has not come to an end
+        self._cells[Head.CLAIMED] = claimed  # whoever was faster has not come to an end
         return True
 
     def _is_faster(self, rank: int, claimed: int) -> bool:
         """Whether a rank set out before, not long ago, and lives."""
-        words = self._recordings[rank].words
-        theirs, done = words[Head.CLAIMED], self._is_done(rank)
+        cells = self._recordings[rank].cells
+        theirs, done = cells[Head.CLAIMED], self._is_done(rank)
         if rank == self.rank or not theirs or (theirs, rank) > (claimed, self.rank):
             return False
-        last = words[Head.REPORTED] if done else theirs
+        last = cells[Head.REPORTED] if done else theirs
         fresh = claimed - last < (_FRESH if done else _WRITING) * 1e9
         return fresh and (done or self._status(rank) in (Status.ALIVE, Status.LEAVING))
 
     def _is_done(self, rank: int) -> bool:
-        words = self._recordings[rank].words
-        return bool(words[Head.REPORTED] >= words[Head.CLAIMED] > 0)
+        cells = self._recordings[rank].cells
+        return bool(cells[Head.REPORTED] >= cells[Head.CLAIMED] > 0)
 
     # -- the helper thread ---------------------------------------------------------------------
 
     def answer(self) -> None:
         """Show that this thread runs, and write where all are, if somebody has asked."""
-        words = self._words
-        words[Head.BEAT] = monotonic_ns()
-        if words[Head.ASKED] > words[Head.ANSWERED]:
+        cells = self._cells
+        cells[Head.BEAT] = monotonic_ns()
+        if cells[Head.ASKED] > cells[Head.ANSWERED]:
             self._recorder.write_stacks(own_stacks())
 
     def leave(self) -> None:
         """Say that this rank has come to its exit."""
-        self._words[Head.LEAVING] = monotonic_ns()
+        self._cells[Head.LEAVING] = monotonic_ns()
 
     def report_signal(self) -> None:
         """Report because the user has asked for it, by a signal."""
