@@ -36,7 +36,7 @@ def format_ranges(numbers: Iterable[int], *, ordered: bool = False) -> str:
     Parameters
     ----------
     numbers : iterable of int
-        The numbers.
+        Ranks, or numbers of processes.
     ordered : bool, optional
         Whether to keep their order instead of sorting them.
     """
@@ -57,7 +57,7 @@ def columns(
     Parameters
     ----------
     heads : sequence of str
-        One per column.
+        One head per column.
     rows : sequence of sequence of str
         The cells, one per column.
     left : int, optional

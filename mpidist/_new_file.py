@@ -56,12 +56,12 @@ def create_unique(
     Parameters
     ----------
     directory : str or path-like
-        Where; it exists.
+        Directory, which has to exist.
     stem, suffix : str
         How the name begins and ends. Eight random hexadecimal digits stand between them, after a
         hyphen: containers may share host name, second and process number.
     mode : int, optional
-        As of `create`.
+        Permissions, as for `create`.
 
     Returns
     -------

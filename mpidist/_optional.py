@@ -25,7 +25,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     Returns
     -------
     ModuleType
-        The imported module.
+        The module, imported.
 
     Raises
     ------

@@ -28,7 +28,7 @@ def act_in_thread(act: Callable[[], None], name: str) -> None:
     Parameters
     ----------
     act : callable
-        The function.
+        A function without arguments.
     name : str
         Name of the thread; begins with ``mpidist-``.
     """
@@ -45,7 +45,7 @@ def run_in_thread(call: Callable[..., T], *args: Any, name: str) -> Future[T]:
     Parameters
     ----------
     call : callable
-        Called with `args`.
+        The function; it is called with `args`.
     name : str
         Name of the thread; begins with ``mpidist-``.
 

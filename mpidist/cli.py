@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
 
     Raises
     ------

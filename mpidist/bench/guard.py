@@ -29,7 +29,7 @@ class Floor:
     Attributes
     ----------
     series : str
-        Which memory.
+        Registered or ordinary memory.
     nbytes : int
         Of the array that each rank reduces.
     least : float

@@ -44,7 +44,7 @@ def read_size(text: str) -> int:
     Returns
     -------
     int
-        At least 1.
+        Number of bytes, at least 1.
 
     Raises
     ------
@@ -79,11 +79,11 @@ def add_effort(
     Parameters
     ----------
     parser : ArgumentParser
-        Of one benchmark.
+        Parser of one benchmark.
     sizes : sequence of int or None
         Default of ``--sizes`` in bytes; None for a benchmark without sizes.
     seconds : float, optional
-        Default of ``--seconds``.
+        Default of ``--seconds``, for each size.
     """
     if sizes is not None:
         parser.add_argument(
@@ -130,7 +130,7 @@ def check_files(options: argparse.Namespace, command: str) -> None:
     options : Namespace
         What the parser made.
     command : str
-        For the message.
+        With which the message begins.
 
     Raises
     ------
@@ -166,9 +166,9 @@ def require_ranks(world: ProcessGroup, benchmark: str, *, least: int = 2) -> Non
     Parameters
     ----------
     world : ProcessGroup
-        All ranks.
+        All ranks of the job.
     benchmark : str
-        For the message.
+        Name of the benchmark, for the message.
     least : int, optional
         Number of ranks from which on it can run.
 
@@ -234,13 +234,13 @@ def rows_over(
     Parameters
     ----------
     sizes : sequence of int
-        In bytes.
+        Bytes of the whole array.
     make : callable
         ``make(nbytes)`` returns the series to measure at a size; collective over `world`.
     world : ProcessGroup
         The ranks taking part.
     operation : str
-        For the rows.
+        Name of the operation, for the rows.
     options : Namespace
         With what `add_effort` adds.
 

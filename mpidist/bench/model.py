@@ -41,7 +41,7 @@ class Point:
     Attributes
     ----------
     nbytes : int
-        Of the array.
+        Bytes of each rank's array.
     seconds : float
         Median over calls, each the slowest rank's.
     """
@@ -151,7 +151,7 @@ class NodeFit:
     Attributes
     ----------
     ranks : int
-        Of the node.
+        How many ranks of the node take part.
     meetings : float
         Seconds of all that does not depend on the size: two meetings and the call itself.
     near, far : float
@@ -245,7 +245,7 @@ class Model:
     Attributes
     ----------
     node : Node
-        Inside a node.
+        What an all_reduce inside a node takes.
     network : Network or None
         Between nodes; None if only one node is asked for.
     """
@@ -261,9 +261,9 @@ class Model:
         nbytes : float
             Of each rank's array.
         ranks : int
-            On each node.
+            Ranks on each node.
         nodes : int, optional
-            How many.
+            Number of nodes.
 
         Returns
         -------
@@ -298,7 +298,7 @@ def leave_one_out(fit: Callable[[Sequence[Point]], Fit], points: Sequence[Point]
     Returns
     -------
     Errors
-        Of the predictions.
+        Of the predictions, relative to the measured times.
     """
     if len(points) < 4:
         return Errors.among([])

@@ -29,7 +29,7 @@ class Library:
     Attributes
     ----------
     mpi : module
-        ``mpi4py.MPI``.
+        The module ``mpi4py.MPI``.
     comm : mpi4py.MPI.Intracomm
         Of the group's ranks.
     """
@@ -56,7 +56,7 @@ class Gloo:
     torch : module
         ``torch``; ``torch.distributed`` is imported.
     version : str
-        Of torch.
+        Version of torch.
     """
 
     torch: Any
@@ -75,7 +75,7 @@ class TorchCheckpoints:
     Parameters
     ----------
     gloo : Gloo
-        The peer.
+        torch, with its default process group.
     arrays : mapping of str to Array
         The whole arrays, the same on all ranks.
     sharded : bool

@@ -120,7 +120,7 @@ def render_plan(plan: Plan, reports: dict[str, Report], command: str) -> str:
     Parameters
     ----------
     plan : Plan
-        What was found.
+        Fits and predictions, from `make_plan`.
     reports : dict of str to Report
         From which it was made.
     command : str
@@ -129,7 +129,7 @@ def render_plan(plan: Plan, reports: dict[str, Report], command: str) -> str:
     Returns
     -------
     str
-        Lines of text.
+        Lines of text, in blocks.
     """
     sources = [f"{name}: {_source(report)}" for name, report in reports.items()]
     blocks = [

@@ -42,7 +42,7 @@ class Fitted:
     Attributes
     ----------
     fit : NodeFit
-        The numbers.
+        The fitted latency and bandwidths.
     points : tuple of Point
         To which it was fitted, in the order of their sizes.
     errors : Errors
@@ -72,7 +72,7 @@ class Prediction:
     Attributes
     ----------
     layout : Layout
-        Where.
+        On how many nodes and ranks.
     nbytes : int
         Of each rank's array.
     seconds : float
@@ -94,9 +94,9 @@ class Step:
     Attributes
     ----------
     layout : Layout
-        Where.
+        On how many nodes and ranks.
     parameters : int
-        Of the model.
+        Number of the model's parameters.
     alone : float
         Seconds of the step without communication, as measured.
     seconds : float
@@ -122,7 +122,7 @@ class Plan:
     Attributes
     ----------
     model : Model
-        The numbers.
+        Fitted latencies and bandwidths.
     fitted : tuple of Fitted
         One per measured number of ranks.
     network_source : str
@@ -161,7 +161,7 @@ def make_plan(
     layouts : sequence of Layout
         What to predict, beside what was measured.
     series : str
-        Whose all_reduce.
+        Series of ``bench all_reduce`` to which the model is fitted.
     sizes : sequence of int, optional
         Bytes to predict; those that were measured when omitted.
     network : Network, optional
@@ -170,7 +170,7 @@ def make_plan(
     Returns
     -------
     Plan
-        All of it.
+        Fits, predictions and notes.
 
     Raises
     ------

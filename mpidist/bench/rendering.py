@@ -284,7 +284,7 @@ def plot_plan(plan: Plan, reports: Mapping[str, Report], path: Path) -> None:
     Parameters
     ----------
     plan : Plan
-        What to draw.
+        Fits and predictions, from `make_plan`.
     reports : mapping of str to Report
         From which it was made.
     path : Path

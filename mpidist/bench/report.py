@@ -53,13 +53,13 @@ class Machine:
     caches : tuple of str
         Of the first core, with how many cores share each.
     memory_bytes : int
-        Of this node.
+        Memory of this node, in bytes.
     kernel, python, numpy, mpi4py : str
         Versions; mpi4py's is empty where it is not installed.
     mpi : str
         Name and version of the MPI library; empty where the ranks do not stand on MPI.
     ranks, nodes : int
-        Of the job.
+        How many the job has.
     omp_num_threads : str
         ``OMP_NUM_THREADS``; empty where it is not set.
     load : float
@@ -196,7 +196,7 @@ def bus_factor(operation: str, ranks: int) -> float | None:
     operation : str
         A verb; others have no bandwidth.
     ranks : int
-        Number of ranks.
+        Number of ranks taking part.
 
     Returns
     -------
@@ -238,7 +238,7 @@ class Comparison:
     series, reference : str
         Names of what is compared, and with what.
     measure : Measure
-        How.
+        Whether the column is a ratio or a difference of the times.
     """
 
     title: str
@@ -302,7 +302,7 @@ class Target:
     what : str
         Such as ``save, over plain writing``.
     value : float
-        As measured.
+        The measured value, in the unit that `what` names.
     bound : float
         What it is to be.
     most : bool
@@ -332,7 +332,7 @@ class Report:
     benchmark : str
         Its name on the command line.
     machine : Machine
-        Where it ran.
+        Hardware, software and load of the run.
     rows : sequence of Row
         One per operation, size and series, in the order in which they were measured.
     comparisons : sequence of Comparison
@@ -393,7 +393,7 @@ class Report:
         Parameters
         ----------
         text : str
-            A JSON document.
+            A JSON document that `to_json` returned.
 
         Returns
         -------

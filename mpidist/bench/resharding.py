@@ -213,7 +213,7 @@ class Case:
     Attributes
     ----------
     saved, loaded : int
-        Numbers of ranks.
+        Numbers of ranks at the save and at the load.
     before, after : str
         How they hold the arrays; see `LAYOUTS`.
     """

@@ -78,7 +78,7 @@ class Times:
     count : int
         Number of timed calls.
     mean : float
-        Sum over number.
+        Arithmetic mean of the timed calls.
     minimum, p5, p25, median, p75, p95, p99, maximum : float
         The percentiles 0, 5, 25, 50, 75, 95, 99 and 100, interpolated linearly.
     """
@@ -113,7 +113,7 @@ def measure(
     group : ProcessGroup
         The ranks taking part.
     effort : Effort
-        How long.
+        How long to measure, or how many calls.
 
     Returns
     -------

@@ -71,7 +71,7 @@ def prepare(verb: str, world: ProcessGroup, make: Callable[[int], Array], count:
     Parameters
     ----------
     verb : str
-        Such as ``all_gather``.
+        Name of a collective, or ``sendrecv``.
     world : ProcessGroup
         The ranks taking part.
     make : callable
@@ -163,7 +163,7 @@ def checked(
     Parameters
     ----------
     name : str
-        Of the series.
+        Name of the series.
     call : callable
         The call on `arrays`, without arguments.
     arrays : Arrays
@@ -173,7 +173,7 @@ def checked(
     rewrite : bool, optional
         Whether each rank writes its array before each call.
     clock : callable, optional
-        See `Series`.
+        What times a call; see `Series`.
 
     Raises
     ------

@@ -79,7 +79,7 @@ def by_value(values: Sequence[str]) -> str:
     Parameters
     ----------
     values : sequence of str
-        One per rank.
+        One value per rank.
     """
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):

@@ -151,7 +151,7 @@ class RankFacts:
     cupy : Cupy
         What arrays on a GPU are made with.
     nccl : Nccl
-        What carries them.
+        Which NCCL carries device arrays.
     device : int or None
         Which of the GPUs that it sees this rank takes: its number on the node, counted around;
         None if it sees none.
@@ -200,7 +200,7 @@ class SharedMemory:
     Attributes
     ----------
     path : str
-        Where it is.
+        Directory, such as ``/dev/shm``.
     total, free : int
         Bytes; free is what is left while the ranks run.
     """
@@ -217,7 +217,7 @@ class Leftover:
     Attributes
     ----------
     name : str
-        Of the file.
+        Name of the file, without its directory.
     maker : str
         Who gives such names.
     nbytes : int
@@ -245,7 +245,7 @@ class NodeFacts:
     Attributes
     ----------
     host : str
-        Its name.
+        Host name of the node.
     ranks : sequence of int
         Those that share its memory, as MPI sees it.
     system, machine, processor : str
@@ -253,7 +253,7 @@ class NodeFacts:
     cores : int
         As the kernel counts them, usable or not.
     memory : int
-        Bytes.
+        Memory of the node, in bytes.
     direct : bool
         Whether the processor orders memory as the direct path needs.
     shared : SharedMemory or None
@@ -315,7 +315,7 @@ class Failure:
     kind : {"missing", "died", "late"}
         Not there, ended the process, or did not answer.
     reason : str
-        What happened.
+        What happened, in a few words.
     output : sequence of str
         The last lines that it wrote.
     """

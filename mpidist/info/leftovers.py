@@ -186,7 +186,7 @@ def describe(files: Sequence[Candidate], place: str) -> str:
     Parameters
     ----------
     files : sequence of Candidate
-        What `clean` returns.
+        Files that `clean` has removed or kept.
     place : str
         The directory, and the host.
     """

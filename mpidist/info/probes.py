@@ -174,7 +174,7 @@ def describe_library(mpi: Any) -> Library:
     Parameters
     ----------
     mpi : module
-        ``mpi4py.MPI``, initialised.
+        The module ``mpi4py.MPI``, after MPI_Init.
     """
     path = mpi_library(loaded_libraries())
     provided = mpi.Query_thread()

@@ -49,7 +49,7 @@ def job_of_ranks(mpi: Any) -> JobFacts | None:
     Parameters
     ----------
     mpi : module
-        ``mpi4py.MPI``, initialised.
+        The module ``mpi4py.MPI``, after MPI_Init.
     """
     world = mpi.COMM_WORLD
     library = describe_library(mpi)

@@ -27,7 +27,7 @@ def tell(job: JobFacts, problems: Sequence[Problem], *, date: str) -> str:
     Parameters
     ----------
     job : JobFacts
-        What is known.
+        Facts of all ranks and nodes.
     problems : sequence of Problem
         What is wrong with it.
     date : str

@@ -61,9 +61,9 @@ def gradients(
     Parameters
     ----------
     module : Module
-        Any.
+        The module to differentiate.
     x : Array
-        Its input.
+        Input of the module.
     dy : Array, shape of the output, optional
         Gradient by the output. Default: `projection` of the output's shape.
     mode : Mode, optional
@@ -94,7 +94,7 @@ def check_gradients(
     Parameters
     ----------
     module : Module
-        Parameters in float64.
+        Its parameters must be float64.
     x : Array, float64 or integer
         Its input; of an integer input no gradient is checked.
     mode : Mode, optional
@@ -144,7 +144,7 @@ def check_halves(module: Module, inputs: Sequence[Array], *, mode: Mode = _TRAIN
     module : Module
         Any; buffers must not influence the outputs (they do not in training).
     inputs : sequence of Array
-        One per micro-batch.
+        One input per micro-batch.
     mode : Mode, optional
         Of the first micro-batch; later ones are shifted by the samples before them.
 

@@ -52,7 +52,7 @@ def run_ranks(
     *args : Any
         More arguments, the same objects on all ranks.
     mode : Mode, optional
-        How messages move.
+        When messages are delivered; see `Mode`.
     faults : Faults, optional
         What goes wrong; calls and messages are counted from the beginning of `fn`.
     seed : int, optional

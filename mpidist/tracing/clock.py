@@ -115,7 +115,7 @@ def compare_clocks(
     Parameters
     ----------
     group : ProcessGroup
-        The ranks.
+        All ranks of the trace.
     names : sequence of str
         The clock of each rank; the same on all ranks.
     now : callable, optional

@@ -86,7 +86,7 @@ def render_summary(summary: Summary, command: str, *, top: int = 10) -> str:
     Parameters
     ----------
     summary : Summary
-        The figures.
+        Figures that `summarise` returned.
     command : str
         The command line, for the head.
     top : int, optional

@@ -159,7 +159,7 @@ class PartFile:
     path : Path
         The file: a new one, for its owner only, in the place of what stands there.
     events : Events
-        What is written.
+        The events that are written to it.
     facts : mapping of str to object
         What is known at the begin.
 
@@ -264,7 +264,7 @@ class Part:
     Parameters
     ----------
     data : bytes
-        Of its file.
+        Contents of the file.
 
     Attributes
     ----------

@@ -91,7 +91,7 @@ class Session:
     events : Events
         What takes this rank's events.
     file : PartFile
-        Where they go.
+        The file of this rank's events.
 
     Notes
     -----
@@ -281,7 +281,7 @@ def begin_job_trace(
     directory : str
         Where the trace is written, under a name of its own.
     world : ProcessGroup
-        All ranks.
+        All ranks of the job.
     at_exit : callable
         Has the exit end the session; returns False if the exit has no hooks.
 

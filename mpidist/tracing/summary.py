@@ -63,11 +63,11 @@ class CallTime:
     Attributes
     ----------
     operation : str
-        The verb.
+        Name of the verb.
     site : str
-        File and line.
+        File and line of the caller.
     calls : int
-        How many.
+        Number of calls, of all ranks.
     seconds : float
         Of the ranks' main threads, in the calls and in waiting for them.
     waiting : float
@@ -113,7 +113,7 @@ class Lateness:
     Attributes
     ----------
     rank : int
-        Which one.
+        The rank that was last.
     steps : int
         In how many steps it was the one for which another waited longest.
     mean, worst : float
@@ -133,7 +133,7 @@ class Summary:
     Attributes
     ----------
     ranks : list of RankTime
-        By rank.
+        One per rank, in order.
     calls : list of CallTime
         Those that took longest first.
     steps : list of StepTime
@@ -141,7 +141,7 @@ class Summary:
     lateness : list of Lateness
         Those that were last most often first.
     notes : list of str
-        What is missing.
+        What is missing from the trace, in sentences.
     """
 
     ranks: list[RankTime]
@@ -162,7 +162,7 @@ def load(path: Path) -> Any:
     Returns
     -------
     dict
-        The JSON document.
+        The JSON document of the trace.
 
     Raises
     ------
@@ -188,12 +188,12 @@ def summarise(document: Mapping[str, Any]) -> Summary:
     Parameters
     ----------
     document : mapping
-        From `load`.
+        The trace, as `load` returns it.
 
     Returns
     -------
     Summary
-        Its figures.
+        Times of ranks, calls and steps, in seconds.
     """
     about = document["otherData"]
     events: dict[int, list[Any]] = {rank["rank"]: [] for rank in about["ranks"]}

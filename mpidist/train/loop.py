@@ -78,7 +78,7 @@ def make_sampler(train_set: ArrayDataset, plan: Plan, group: ProcessGroup) -> Sh
     Parameters
     ----------
     train_set, plan, group : ArrayDataset, Plan, ProcessGroup
-        As for `train`.
+        The samples, the batch size and seed, and the ranks; as for `train`.
 
     Returns
     -------
@@ -201,13 +201,13 @@ def train_step(
     Parameters
     ----------
     model, optimizer : DDP, Optimizer or ShardedOptimizer
-        As in `train`.
+        The model, made with ``op=SUM``, and its optimizer.
     data : ArrayDataset
-        The samples.
+        Samples and targets, the same on all ranks.
     batch : Batch
-        From the sampler.
+        This rank's share of a step, from the sampler.
     plan : Plan
-        As in `train`.
+        Gives `seed` and `max_norm`.
     metrics : Metrics
         Receives ``"loss"``, ``"accuracy"`` and ``"grad_norm"``.
 
@@ -261,11 +261,11 @@ def evaluate(
     Parameters
     ----------
     model : DDP
-        As in `train`.
+        The model; its output has the classes last.
     data : ArrayDataset
-        The held-out samples.
+        Held-out samples and targets, the same on all ranks.
     plan, group : Plan, ProcessGroup
-        As in `train`.
+        The batch size, and the ranks that share each batch.
     step : int, optional
         Written into the record.
     epoch : float, optional

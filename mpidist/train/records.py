@@ -27,9 +27,9 @@ class Record:
     Attributes
     ----------
     kind : str
-        ``"train"`` or ``"held-out"``.
+        Either ``"train"`` or ``"held-out"``.
     step : int
-        Optimizer steps made.
+        Optimizer steps made so far.
     epoch : float
         The same in passes over the training samples.
     loss : float
@@ -214,7 +214,7 @@ class ProgressBar:
     steps : int
         Steps of the whole run.
     name : str
-        Before the bar.
+        Text in front of the bar.
     show : bool
         Whether to draw it: usually on rank 0 only.
     done : int, optional
@@ -303,11 +303,11 @@ def plot_records(
     Parameters
     ----------
     records : sequence of Record
-        What `train` yielded.
+        Records of one run, in order.
     path : Path
         Where to write; the suffix decides the format, such as ``.png`` or ``.svg``.
     title : str
-        Above the picture.
+        Title above the picture.
     baseline : (str, float), optional
         A loss in nats to compare with, and what it is called.
 

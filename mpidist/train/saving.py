@@ -192,7 +192,7 @@ class Checkpoints:
         Parameters
         ----------
         run : Run
-            Between two steps.
+            The run, between two optimizer steps.
 
         Raises
         ------
@@ -273,7 +273,7 @@ class Checkpoints:
         Returns
         -------
         Checkpoint
-            What was loaded.
+            The checkpoint that was loaded.
 
         Raises
         ------

@@ -217,7 +217,7 @@ class Recorder:
         what : str
             Verb, op, dtype and shape. Where there is no room for it, the text ends at the shape.
         group : (int, int)
-            From `name_group`.
+            What `name_group` returned for the group.
         kind : Kind
             How it is called.
         alike : str, optional
@@ -241,7 +241,7 @@ class Recorder:
         Parameters
         ----------
         name : Name
-            From `name`.
+            What `name` returned for such operations.
         number : int
             Of the operation; for a collective the same on all ranks of its group.
         frame : FrameType

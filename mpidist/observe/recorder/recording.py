@@ -62,7 +62,7 @@ class Record:
     identity, number : int
         Of the group, and of the operation: the same on all ranks of a collective.
     site : Site
-        The caller.
+        Where the program called it.
     began : int
         Nanoseconds of `time.monotonic_ns`, on this node.
     ended : int
@@ -97,7 +97,7 @@ class Event(NamedTuple):
     Attributes
     ----------
     kind : Kind
-        What it is.
+        An operation or a wait.
     record : Record
         The operation; without its sequence number.
     began, ended : int
@@ -116,7 +116,7 @@ class Recording:
     Parameters
     ----------
     memory : memoryview
-        The rank's part.
+        The rank's part of the shared memory.
     """
 
     def __init__(self, memory: memoryview) -> None:

@@ -67,7 +67,7 @@ class ProcessDeadline:
     Parameters
     ----------
     seconds : float
-        From now.
+        From now to the deadline.
     message : str
         Written to the error output.
     signal : int, optional
@@ -143,7 +143,7 @@ class _Last:
     Parameters
     ----------
     actions : sequence of callable
-        The functions.
+        Functions without arguments, called in this order.
     """
 
     def __init__(self, actions: Sequence[Callable[[], object]]) -> None:
@@ -171,7 +171,7 @@ def limit_loading(rank: int, size: int | None, timeout: float) -> ProcessDeadlin
     size : int or None
         The number of ranks that the launcher promises; None where it does not say.
     timeout : float
-        Seconds.
+        Seconds until MPI has to be loaded.
     """
     ranks = f"rank {rank}" if size is None else f"rank {rank} of {size}"
     return ProcessDeadline(
@@ -197,7 +197,7 @@ def limit_finalization(name: str, timeout: float, *, stacks: bool) -> None:
     name : str
         Of this rank, for messages.
     timeout : float
-        Seconds.
+        Seconds that MPI_Finalize may take.
     stacks : bool
         Whether SIGUSR2 is free: from now on it writes the stack without the interpreter.
     """

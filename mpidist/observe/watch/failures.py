@@ -173,7 +173,7 @@ def lines_of(
     Parameters
     ----------
     error : BaseException
-        The exception.
+        The exception that nobody caught.
     trace : TracebackType or None
         Where it came from.
     whole : bool, optional

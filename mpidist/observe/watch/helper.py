@@ -59,7 +59,7 @@ class Helper:
         Parameters
         ----------
         watch : Watch
-            Of a world.
+            The watch of a world.
         nodes : sequence of int
             The node of each of its ranks.
         """

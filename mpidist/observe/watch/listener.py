@@ -61,7 +61,7 @@ class Listener:
     address : str
         Where it listens: the one address by which the other nodes reach this one.
     port : int
-        Its port there.
+        TCP port at that address.
     """
 
     def __init__(self, answer: Callable[[], bytes]) -> None:

@@ -82,7 +82,7 @@ def causes(
     members : sequence of int
         The ranks of the group, in the world.
     key : (int, int), optional
-        Of the collective.
+        Identity of the group and number of the collective.
     missing : sequence of int
         Ranks of the world that are known not to have come.
     """
@@ -276,7 +276,7 @@ def render_report(
     causes : sequence of str, optional
         Sentences, of which each has a line.
     cure : str, optional
-        What to do.
+        What the user can do about it.
     """
     ordered = sorted(states, key=lambda state: (state.rank not in first, state.rank))
     rows = [_row(state) for state in ordered]
@@ -379,7 +379,7 @@ def processes(
     Parameters
     ----------
     nodes, hosts, pids : sequence
-        Of each rank.
+        One per rank: index of the node, host name, process number.
     short : bool, optional
         Whether process numbers, and then hosts, are left out where there are too many for a line.
     """
@@ -403,9 +403,9 @@ def write_dump(title: str, states: Mapping[int, RankState]) -> str:
     Parameters
     ----------
     title : str
-        Of the report.
+        Title of the report.
     states : mapping of int to RankState
-        The ranks.
+        What is known of the ranks, by rank of the world.
 
     Notes
     -----

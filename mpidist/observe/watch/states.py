@@ -107,9 +107,9 @@ class Stack:
     Attributes
     ----------
     thread : str
-        Its name.
+        Name of the thread.
     frames : tuple of Site
-        The innermost first.
+        Its frames, the innermost first.
     """
 
     thread: str
@@ -127,7 +127,7 @@ class Wait:
     site : Site
         Where `Work.wait` was called.
     seconds : float
-        For how long.
+        How long it has waited.
     """
 
     sequence: int
@@ -142,7 +142,7 @@ class RankState:
     Attributes
     ----------
     rank, node : int
-        In the world.
+        Rank of the world, and index of its node.
     process : str
         Host and process number.
     status : Status

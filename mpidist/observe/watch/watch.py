@@ -77,7 +77,7 @@ class Watch:
     rank : int
         This rank, in the world.
     recorder : Recorder
-        Its own.
+        The recorder of this rank.
     records : mapping of int to memoryview
         Of the ranks that can be read here.
 
@@ -339,7 +339,7 @@ class Watch:
         Parameters
         ----------
         members, key
-            As `describe_stall`.
+            See `describe_stall`; here `key` is needed.
         compared : bool
             Whether the transport compares the calls on host arrays. It knows better then: only
             calls of which some are on host arrays and some on device arrays never meet there.

@@ -48,7 +48,7 @@ def values(shape: tuple[int, ...], dtype: DType, *seed: int) -> Array:
     Parameters
     ----------
     shape, dtype : tuple of int, dtype
-        Of the array.
+        Shape and dtype of the array.
     *seed : int
         Which array; one of the numbers is usually the rank it belongs to.
 
@@ -181,9 +181,9 @@ def expect_error(
     Parameters
     ----------
     kind : type
-        Expected class.
+        Class of the expected error.
     call : callable
-        What should fail.
+        The call that should fail.
     where : str
         What it is, for messages.
     *words : str

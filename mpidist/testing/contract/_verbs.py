@@ -77,19 +77,19 @@ class Trial:
     Attributes
     ----------
     verb : Verb
-        What is called.
+        The collective that is called.
     rows : int, tuple of int or None
         Rows of each rank; a tuple is passed as `counts`; None makes 0-d arrays.
     tail : tuple of int
-        The other dimensions.
+        Lengths of the dimensions after the first.
     dtype, op, root
-        Of the call.
+        Arguments of the call.
     layout : callable
         Changes how an input lies in memory (and may change its values).
     landing : callable
         Makes `x` and `out` of the call; see `_landings`.
     seed : int
-        Of the inputs.
+        Seed of the inputs of all ranks.
     """
 
     verb: Verb
