@@ -12,8 +12,6 @@ import numpy as np
 
 from mpidist.errors import UnsupportedOperationError
 
-__all__ = ["seconds", "whole_number"]
-
 
 def seconds(value: Any, what: str, *, least: float | None = None) -> float:
     """Return a duration in seconds.

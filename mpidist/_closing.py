@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["Closing"]
-
 
 class Closing(ABC):
     """Something whose closing waits for what is under way with other ranks.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["columns", "format_bytes", "format_count", "format_number", "format_ranges"]
-
 
 def format_bytes(nbytes: int) -> str:
     """Return a size with three digits, in a unit that is a power of 1024: ``1.5 MiB``."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 
-__all__ = ["create", "create_unique"]
-
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _ATTEMPTS = 100

@@ -7,8 +7,6 @@ from types import ModuleType
 
 from mpidist.errors import BackendUnavailableError
 
-__all__ = ["require"]
-
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import `module`, or say which extra brings it.

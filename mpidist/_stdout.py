@@ -6,8 +6,6 @@ import codecs
 import io
 import sys
 
-__all__ = ["accept_any_text"]
-
 _NAME = "mpidist.any_text"
 
 

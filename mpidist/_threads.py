@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["act_in_thread", "fulfil", "run_in_thread"]
-
 T = TypeVar("T")
 
 

@@ -16,8 +16,6 @@ from mpidist.info import command as info
 from mpidist.tracing import command as trace
 from mpidist.usage import RankArgumentParser
 
-__all__ = ["COMMANDS", "Command", "main", "make_parser"]
-
 
 class Command(Protocol):
     """A module that is a command of its own; the first line of its docstring is its help."""

@@ -10,33 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-__all__ = [
-    "Evidence",
-    "allows_shared_devices",
-    "cache_directory",
-    "crossovers",
-    "cuda_aware_mpi",
-    "debug",
-    "dump_directory",
-    "dump_requested",
-    "gpu_fallback",
-    "inherited_rank",
-    "keep_mpi_from_starting",
-    "launcher_evidence",
-    "launcher_rank",
-    "log_level",
-    "mark_rank",
-    "omp_num_threads",
-    "process_managers",
-    "ranks_per_node",
-    "settings",
-    "slurm_tasks",
-    "slurm_tasks_per_node",
-    "store_evidence",
-    "trace_directory",
-    "visible_devices",
-]
-
 _SETTINGS = (
     "MPIDIST_",
     "MPI4PY_",

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from mpidist.usage import write_once
 
-__all__ = ["configure", "examples", "run"]
-
 
 def examples() -> Mapping[str, str]:
     """Return the text of each example, by the name of its file, in the order of the names."""

@@ -15,8 +15,6 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any
 
-__all__ = ["configure", "logger", "rank_logger", "shows"]
-
 logger = logging.getLogger("mpidist")
 
 _LEVELS = {

@@ -18,8 +18,6 @@ from typing import Any, NoReturn
 
 from mpidist import env
 
-__all__ = ["RankArgumentParser", "write_once"]
-
 _LINGER = 1.0
 """Seconds that a rank stays after it has come to a message that is written once.
 

@@ -32,8 +32,6 @@ from mpidist.bench.times import Series
 from mpidist.bench.verbs import DTYPE, checked, library_call, our_call, prepare
 from mpidist.group import ProcessGroup
 
-__all__ = ["bound_series", "configure", "mpidist_and_library", "run"]
-
 _BLOCK_BYTES = 256 << 10
 """What the bound adds and copies at a time, as the direct path does."""
 

@@ -42,8 +42,6 @@ from mpidist.checkpoint import CheckpointFuture, load, save, save_async
 from mpidist.collectives import all_reduce, barrier, broadcast_object
 from mpidist.group import ProcessGroup
 
-__all__ = ["configure", "run"]
-
 _OURS, _PLAIN, _SHARE, _TORCH, _COPY = "mpidist", "plain", "plain, shared out", "torch", "copy"
 
 _LEGEND = {

@@ -19,8 +19,6 @@ from mpidist.bench.verbs import DTYPE, checked, divisible, library_call, our_cal
 from mpidist.collectives import barrier
 from mpidist.group import ProcessGroup
 
-__all__ = ["VERBS", "configure", "run"]
-
 _LEGEND = {
     REGISTERED: "mpidist on arrays made by group.empty",
     ORDINARY: "mpidist on arrays made by numpy",

@@ -36,8 +36,6 @@ from mpidist.group import ProcessGroup
 from mpidist.job.start import init
 from mpidist.usage import write_once
 
-__all__ = ["BENCHMARKS", "Benchmark", "configure", "run"]
-
 
 class Benchmark(Protocol):
     """A module that measures something."""

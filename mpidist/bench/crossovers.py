@@ -26,8 +26,6 @@ from mpidist.bench.times import Series
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 
-__all__ = ["configure", "find", "run"]
-
 _PATHS = {
     "with arrival": Crossovers(small=SMALL, registered=NEVER, scratch=NEVER),
     "in place": Crossovers(small=0, registered=0, scratch=NEVER),

@@ -30,19 +30,6 @@ from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.parallel import DDP, GradientReducer
 
-__all__ = [
-    "ALONE",
-    "COMPARISONS",
-    "DDP_STEP",
-    "REDUCTION",
-    "Shape",
-    "configure",
-    "make_model",
-    "our_series",
-    "run",
-    "step",
-]
-
 DDP_STEP, ALONE, REDUCTION = "DDP", "alone", "reduction"
 _SUM = "one all_reduce"
 _TORCH_DDP, _TORCH = "torch DDP", "torch alone"

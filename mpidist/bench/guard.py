@@ -19,8 +19,6 @@ from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Mach
 from mpidist.bench.times import Series, measure
 from mpidist.group import ProcessGroup
 
-__all__ = ["FLOORS", "Floor", "configure", "run"]
-
 
 @dataclass(frozen=True, slots=True)
 class Floor:

@@ -16,20 +16,6 @@ from mpidist.bench.times import Effort, Series, measure
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
-__all__ = [
-    "BenchmarkError",
-    "add_effort",
-    "add_files",
-    "check_files",
-    "effort",
-    "positive",
-    "read_size",
-    "require_ranks",
-    "rows_over",
-    "sweep",
-    "tell_progress",
-]
-
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 

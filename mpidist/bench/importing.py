@@ -16,8 +16,6 @@ from mpidist.bench.report import Comparison, Machine, Report, Row
 from mpidist.bench.times import Times
 from mpidist.group import ProcessGroup
 
-__all__ = ["configure", "run"]
-
 _CODE = """
 from time import perf_counter
 start = perf_counter()

@@ -28,8 +28,6 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.backends.algorithms import SHORT
 
-__all__ = ["Errors", "Model", "Network", "Node", "NodeFit", "Point", "leave_one_out"]
-
 _RECORD = 96
 """Bytes by which the nodes compare what their ranks call, before anything is written."""
 

@@ -51,8 +51,6 @@ from mpidist.bench.times import Series, measure
 from mpidist.bench.verbs import COALESCED, divisible
 from mpidist.group import ProcessGroup
 
-__all__ = ["CALLS", "CLOCKS", "PARTS", "SWEPT", "configure", "run"]
-
 PARTS = ("calls", "kernels", "sweep", "overlap")
 
 CALLS = ("all_reduce", "iall_reduce and wait", "broadcast", "all_reduce_coalesced", "sendrecv")

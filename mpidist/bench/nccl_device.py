@@ -37,24 +37,6 @@ from mpidist.optim.kernels import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.parallel import kernels
 
-__all__ = [
-    "COPY",
-    "KERNEL",
-    "OURS",
-    "RAW",
-    "STAGED",
-    "Binding",
-    "DeviceClock",
-    "cache_bytes",
-    "describe_device",
-    "enqueued",
-    "in_a_row",
-    "kernel_rows",
-    "staged_group",
-    "staged_series",
-    "verb_series",
-]
-
 OURS, RAW, STAGED = "mpidist", "NCCL", "host staging"
 
 KERNEL, COPY = "kernel", "copy"

@@ -26,8 +26,6 @@ from mpidist.bench.times import Series
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 
-__all__ = ["configure", "run"]
-
 UNWATCHED = "unwatched"
 
 _CALLS = 20

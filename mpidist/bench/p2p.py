@@ -22,8 +22,6 @@ from mpidist.bench.times import Series
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend, recv, send, sendrecv
 
-__all__ = ["configure", "run"]
-
 _WINDOW = 16
 
 _LEGEND = {

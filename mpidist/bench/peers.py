@@ -17,8 +17,6 @@ from mpidist.collectives import all_gather_object, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
-__all__ = ["Gloo", "Library", "TorchCheckpoints", "find_library", "open_gloo"]
-
 _TIMEOUT = timedelta(seconds=60)
 
 

@@ -24,8 +24,6 @@ from mpidist.bench.rendering import plot_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
 from mpidist.usage import write_once
 
-__all__ = ["configure", "render_plan", "run"]
-
 _FORMAT = 1
 
 

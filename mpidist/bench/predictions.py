@@ -11,8 +11,6 @@ from mpidist.bench.model import Errors, Model, Network, Node, NodeFit, Point, le
 from mpidist.bench.report import ORDINARY, Report
 from mpidist.parallel import BUCKET_BYTES
 
-__all__ = ["Fitted", "Layout", "Plan", "Prediction", "Step", "make_plan"]
-
 BACKWARD = 2 / 3
 """The share of a step's computation that is its backward pass: two products of three."""
 

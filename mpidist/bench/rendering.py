@@ -23,8 +23,6 @@ from mpidist.bench.report import (
     Target,
 )
 
-__all__ = ["plot_plan", "plot_report", "render_table"]
-
 
 def render_table(report: Report) -> str:
     """Lay a report out as text: the machine, one table per operation, and what it says.

@@ -20,21 +20,6 @@ from mpidist.bench.times import Times
 from mpidist.collectives import all_gather_object
 from mpidist.group import ProcessGroup
 
-__all__ = [
-    "BOUND",
-    "GLOO",
-    "LIBRARY",
-    "ORDINARY",
-    "REGISTERED",
-    "Comparison",
-    "Machine",
-    "Measure",
-    "Report",
-    "Row",
-    "Target",
-    "bus_factor",
-]
-
 _CPU = Path("/sys/devices/system/cpu/cpu0")
 
 

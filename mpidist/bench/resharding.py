@@ -26,25 +26,6 @@ from mpidist.checkpoint import load, save
 from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
 
-__all__ = [
-    "CASES",
-    "DIM0",
-    "DIM1",
-    "FLAT",
-    "LAYOUTS",
-    "REPLICATED",
-    "Case",
-    "Counter",
-    "Model",
-    "drop_cache",
-    "memory_of",
-    "peak_over",
-    "read_plain",
-    "reads_of_ranks",
-    "reads_of_simulated_ranks",
-    "write_plain",
-]
-
 REPLICATED, DIM0, DIM1, FLAT = "replicated", "dim 0", "dim 1", "flat ranges"
 
 LAYOUTS = (REPLICATED, DIM0, DIM1, FLAT)

@@ -15,8 +15,6 @@ from mpidist._types import MAX, Array
 from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
 
-__all__ = ["Effort", "Series", "Times", "measure", "take_turns"]
-
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 200
 
 _SHORTEST_BLOCK, _LONGEST_BLOCK = 6, 51

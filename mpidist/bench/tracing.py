@@ -29,8 +29,6 @@ from mpidist.group import ProcessGroup
 from mpidist.observe.regions import STEP, region
 from mpidist.tracing import trace
 
-__all__ = ["configure", "run"]
-
 _TRACED, _PLAIN = "traced", "plain"
 
 

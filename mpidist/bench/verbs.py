@@ -27,19 +27,6 @@ from mpidist.collectives import (
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import sendrecv
 
-__all__ = [
-    "COALESCED",
-    "DTYPE",
-    "Arrays",
-    "checked",
-    "divisible",
-    "library_call",
-    "neighbours",
-    "our_call",
-    "parts",
-    "prepare",
-]
-
 DTYPE = np.dtype(np.float32)
 
 COALESCED = 8

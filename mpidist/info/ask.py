@@ -23,8 +23,6 @@ from mpidist.info.facts import Failure, JobFacts
 from mpidist.info.leftovers import mapped_by
 from mpidist.info.rank import ALONE, WITH_MPI
 
-__all__ = ["REPORTED", "Answer", "ask"]
-
 _WITHOUT_MPI = 20.0
 """Seconds for what needs no MPI; mostly reading Python's modules from a slow disk."""
 

@@ -12,31 +12,6 @@ from dataclasses import dataclass
 from mpidist._formatting import format_bytes, format_count, format_ranges
 from mpidist.info.facts import JobFacts, Launch, NodeFacts
 
-__all__ = [
-    "CHECKS",
-    "Problem",
-    "by_value",
-    "clocks",
-    "crossovers",
-    "differences",
-    "fatal",
-    "find_problems",
-    "hdf5_imports",
-    "leftovers",
-    "lone_ranks",
-    "mpi_starts",
-    "oversubscribed",
-    "processor",
-    "rank_names",
-    "separate_nodes",
-    "shared_gpus",
-    "shared_memory",
-    "threads_of_a_node",
-    "threads_of_a_rank",
-    "unused_gpus",
-    "warning",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:

@@ -26,8 +26,6 @@ from mpidist.info.facts import FORMAT, JobFacts
 from mpidist.info.leftovers import clean, describe
 from mpidist.info.text import tell
 
-__all__ = ["as_fields", "configure", "run"]
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""

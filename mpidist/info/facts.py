@@ -6,24 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = [
-    "FORMAT",
-    "Blas",
-    "CrossoverFacts",
-    "Cupy",
-    "Failure",
-    "Gpu",
-    "Hdf5",
-    "JobFacts",
-    "Launch",
-    "Leftover",
-    "Library",
-    "Nccl",
-    "NodeFacts",
-    "RankFacts",
-    "SharedMemory",
-]
-
 FORMAT = 2
 """Counted up when a name of the JSON form goes or changes its meaning; not when one is added."""
 

@@ -23,8 +23,6 @@ from mpidist._formatting import format_bytes, format_count
 from mpidist.backends.node.shared_memory import PREFIX
 from mpidist.info.facts import Leftover
 
-__all__ = ["Candidate", "clean", "describe", "find_leftovers", "maker_of", "mapped_by"]
-
 # Seen here: MPICH 5 and Open MPI 5. The others are the names that their users report.
 _MAKERS: Mapping[str, str] = {
     "mpich_shm_": "MPICH",

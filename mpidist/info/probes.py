@@ -26,21 +26,6 @@ from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.info.facts import Blas, Cupy, Gpu, Hdf5, Library, Nccl, NodeFacts, SharedMemory
 from mpidist.info.leftovers import find_leftovers
 
-__all__ = [
-    "Driver",
-    "ask_driver",
-    "blas",
-    "cuda_version",
-    "describe_library",
-    "hdf5",
-    "installed",
-    "look_at_cupy",
-    "look_at_nccl",
-    "look_at_node",
-    "nccl_version",
-    "shared_memory",
-]
-
 
 def look_at_node(ranks: Sequence[int]) -> NodeFacts:
     """Return the facts of this node.

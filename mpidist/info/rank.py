@@ -28,8 +28,6 @@ from mpidist.info.leftovers import mapped_by
 from mpidist.info.probes import describe_library, look_at_cupy, look_at_nccl, look_at_node
 from mpidist.job.start import found_crossovers
 
-__all__ = ["ALONE", "WITH_MPI", "job_alone", "job_of_ranks"]
-
 WITH_MPI, ALONE = "with-mpi", "alone"
 
 

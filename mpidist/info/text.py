@@ -10,8 +10,6 @@ from mpidist.backends.crossovers import NEVER
 from mpidist.info.checks import Problem, by_value, rank_names
 from mpidist.info.facts import Hdf5, JobFacts, Launch, Leftover, Library, NodeFacts, RankFacts
 
-__all__ = ["tell"]
-
 _WIDTH = 100
 _LABEL = 14
 

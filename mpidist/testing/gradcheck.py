@@ -15,8 +15,6 @@ from mpidist._types import Array
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Module
 
-__all__ = ["check_gradients", "check_halves", "gradients", "numerical_gradient", "projection"]
-
 _TRAINING = Mode(training=True)
 
 

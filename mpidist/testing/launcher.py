@@ -12,15 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = [
-    "MARK",
-    "clean_environment",
-    "end_job",
-    "find_mpirun",
-    "marked_processes",
-    "vendor_arguments",
-]
-
 MARK = "MPIDIST_TEST_RANKS_DIR"
 """Every process of a job carries this variable; its value is the job's own directory."""
 

@@ -15,8 +15,6 @@ from mpidist.backends.simulated.network import Network
 from mpidist.errors import CollectiveTimeoutError, GroupBrokenError, PeerLostError
 from mpidist.group import ProcessGroup
 
-__all__ = ["run_ranks"]
-
 T = TypeVar("T")
 
 _GRACE = 0.5

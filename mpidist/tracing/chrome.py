@@ -28,8 +28,6 @@ from mpidist._new_file import create_unique
 from mpidist.tracing.clock import Clock, Reading
 from mpidist.tracing.parts import Part, Row
 
-__all__ = ["COMPUTE", "MAIN", "MERGED", "write_trace"]
-
 COMPUTE = "compute"
 """Category and name of the main thread's time in no collective and no wait."""
 

@@ -25,8 +25,6 @@ import numpy as np
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import recv, send
 
-__all__ = ["Clock", "Reading", "clock_name", "closest", "compare_clocks"]
-
 EXCHANGES = 20
 """Questions that are asked; the quickest answer counts."""
 

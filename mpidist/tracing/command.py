@@ -16,8 +16,6 @@ from mpidist.tracing.parts import Part
 from mpidist.tracing.summary import Summary, load, summarise
 from mpidist.usage import write_once
 
-__all__ = ["configure", "render_summary", "run"]
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add what can be done with a trace."""

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from mpidist.observe.recorder.recorder import Over, Sink
     from mpidist.observe.regions import Marks
 
-
-__all__ = ["Events", "Part", "PartFile", "Row", "part_path"]
-
 FORMAT = 1
 
 _SECONDS = 1.0

@@ -21,8 +21,6 @@ from mpidist.tracing.chrome import write_trace
 from mpidist.tracing.clock import Reading, clock_name, compare_clocks
 from mpidist.tracing.parts import Events, Part, PartFile, part_path
 
-__all__ = ["EVENTS", "Session", "begin_job_trace", "trace"]
-
 EVENTS = 100_000
 """Events of each rank that are kept."""
 

@@ -13,8 +13,6 @@ from typing import Any, TypeAlias
 from mpidist.observe.regions import STEP
 from mpidist.tracing.chrome import COMPUTE, MAIN, MERGED
 
-__all__ = ["CallTime", "Lateness", "RankTime", "StepTime", "Summary", "load", "summarise"]
-
 Spans: TypeAlias = "list[tuple[float, float]]"
 """Disjoint spans of time, in order."""
 

@@ -28,8 +28,6 @@ from mpidist.train.records import Record
 from mpidist.train.saving import Checkpoints, Run
 from mpidist.train.stopping import StopSignal
 
-__all__ = ["Plan", "evaluate", "make_sampler", "train", "train_step"]
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -17,8 +17,6 @@ from mpidist._new_file import create
 from mpidist._optional import require
 from mpidist.log import logger
 
-__all__ = ["MetricsFile", "ProgressBar", "Record", "plot_records", "read_records"]
-
 
 @dataclass(frozen=True, slots=True)
 class Record:

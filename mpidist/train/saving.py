@@ -30,8 +30,6 @@ from mpidist.group.group import ProcessGroup, check_group
 from mpidist.optim import Optimizer
 from mpidist.parallel import DDP, ShardedOptimizer
 
-__all__ = ["Checkpoints", "Run", "check_space", "raise_from_rank_0"]
-
 T = TypeVar("T")
 
 

@@ -16,8 +16,6 @@ from mpidist._types import MAX
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 
-__all__ = ["StopSignal"]
-
 _TAKEN: dict[int, Any] = {}
 """The signals that a `StopSignal` handles or ignores now, and the handlers before it."""
 

@@ -18,37 +18,6 @@ from zlib import crc32
 if TYPE_CHECKING:
     from mpidist.observe.recorder.recording import Event
 
-__all__ = [
-    "BEGAN",
-    "CALL",
-    "DETAILS_NBYTES",
-    "ENDED",
-    "GROUP",
-    "GROUPS_NBYTES",
-    "NBYTES",
-    "NUMBER",
-    "ON_DEVICE",
-    "RECORD",
-    "RING",
-    "SEQUENCE",
-    "SITE",
-    "STACKS",
-    "TEXTS",
-    "TEXTS_NBYTES",
-    "TEXT_BITS",
-    "TEXT_MASK",
-    "WHAT",
-    "Head",
-    "Kind",
-    "Name",
-    "Over",
-    "Recorder",
-    "Sink",
-    "caller",
-    "is_inside",
-    "record_offset",
-]
-
 RING = 128
 """Records that are kept."""
 

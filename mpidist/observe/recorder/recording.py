@@ -21,8 +21,6 @@ from mpidist.observe.recorder.recorder import (
     record_offset,
 )
 
-__all__ = ["Event", "Record", "Recording", "Site", "decode"]
-
 
 @dataclass(frozen=True, slots=True)
 class Site:

@@ -21,8 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-__all__ = ["ProcessDeadline", "limit_finalization", "limit_loading", "main_stack"]
-
 _SIGNAL, _THREAD = 0, 2
 """What a timer does, as <signal.h> has it: SIGEV_SIGNAL, SIGEV_THREAD."""
 

@@ -20,8 +20,6 @@ from mpidist.observe.recorder import Head, is_inside
 from mpidist.observe.recorder.recording import Recording, Site
 from mpidist.observe.watch.report import format_site
 
-__all__ = ["Ending", "Failures", "callers_of", "lines_of", "reason_of", "summary_of"]
-
 _PAUSE = 0.15
 """Seconds after which no further rank is waited for, from the last one that has come."""
 

@@ -18,12 +18,6 @@ from collections.abc import Callable, Sequence
 from mpidist._threads import act_in_thread
 from mpidist.observe.watch.watch import Watch
 
-__all__ = [
-    "Helper",
-    "helper",
-]
-
-
 _ROUND = 0.2
 """Seconds between two looks at whether anybody has asked."""
 

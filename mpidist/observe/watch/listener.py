@@ -23,8 +23,6 @@ from queue import Empty, SimpleQueue
 
 from mpidist._threads import act_in_thread
 
-__all__ = ["Listener", "ask", "ask_all"]
-
 _PATIENCE = 5.0
 """Seconds after which a node that does not answer is silent."""
 

@@ -15,18 +15,6 @@ from mpidist.observe.recorder import is_inside
 from mpidist.observe.recorder.recording import Record, Site
 from mpidist.observe.watch.states import RankState, Stack, Status
 
-__all__ = [
-    "callers",
-    "causes",
-    "cure",
-    "describe_stall",
-    "format_site",
-    "processes",
-    "render_report",
-    "stragglers",
-    "write_dump",
-]
-
 _NAMED = 4
 """Ranks whose doings are told one by one in a sentence."""
 

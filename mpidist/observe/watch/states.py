@@ -19,8 +19,6 @@ from typing import Any
 from mpidist.observe.recorder import Head, Kind
 from mpidist.observe.recorder.recording import Record, Recording, Site
 
-__all__ = ["Process", "RankState", "Stack", "Status", "Wait", "own_stacks"]
-
 
 class Status(str, Enum):
     """What is known of a rank."""

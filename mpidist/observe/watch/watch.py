@@ -34,8 +34,6 @@ from mpidist.observe.watch.states import Process, RankState, Status, own_stacks
 if TYPE_CHECKING:
     from mpidist.observe.watch.listener import Listener
 
-__all__ = ["Watch"]
-
 Answers: TypeAlias = "tuple[SimpleQueue[bytes | None] | None, int]"
 
 _ENDPOINT_NBYTES = 512

@@ -15,21 +15,6 @@ from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.testing.contract._values import byte_swapped
 
-__all__ = [
-    "HOST_LANDINGS",
-    "HOST_LAYOUTS",
-    "LANDINGS",
-    "LAYOUTS",
-    "Landing",
-    "Layout",
-    "fortran",
-    "fresh",
-    "in_place",
-    "overlapping",
-    "plain",
-    "strided",
-]
-
 Layout: TypeAlias = Callable[[Array], Array]
 
 Landing: TypeAlias = Callable[[Array, "Array | None"], "tuple[Array, Array | None]"]

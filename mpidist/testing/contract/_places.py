@@ -29,8 +29,6 @@ from mpidist.testing.contract._landings import (
 )
 from mpidist.testing.contract._values import check_that
 
-__all__ = ["HOST", "Case", "DevicePlace", "HostPlace", "Place", "with_peers"]
-
 
 class Place(ABC):
     """Where the arrays of a case lie.

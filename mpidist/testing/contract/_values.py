@@ -14,17 +14,6 @@ from mpidist.arrays.namespaces import HALVES, is_host
 from mpidist.collectives import all_gather
 from mpidist.group import ProcessGroup
 
-__all__ = [
-    "byte_swapped",
-    "check_that",
-    "combined",
-    "expect",
-    "expect_error",
-    "same_bits",
-    "tolerance",
-    "values",
-]
-
 _REDUCERS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.SUM: np.add,
     ReduceOp.MEAN: np.add,

@@ -31,8 +31,6 @@ from mpidist.testing.contract._landings import (
 from mpidist.testing.contract._places import HOST, Place
 from mpidist.testing.contract._values import combined, expect, tolerance, values
 
-__all__ = ["GATHERS", "REDUCTIONS", "VERBS", "Shares", "Trial", "Verb", "attempt", "begin", "call"]
-
 FLOAT64: DType = np.dtype(np.float64)
 
 
