@@ -59,227 +59,155 @@ def _bad(group: ProcessGroup, *numbers: int) -> list[int]:
     return [1] * (group.size - 1) + list(numbers)
 
 
+_unsupported = partial(Mistake, UnsupportedOperationError)
+_wrong_rank = partial(Mistake, InvalidRankError)
+_wrong_size = partial(Mistake, SizeMismatchError)
+
 MISTAKES: dict[str, Mistake] = {
     # not an array, or one of a dtype that nobody carries
-    "list": Mistake(UnsupportedOperationError, "list", lambda g, _: c.all_reduce(LIST, g)),
-    "list sent": Mistake(
-        UnsupportedOperationError, "list", lambda g, _: p.send(LIST, g, dst=(g.rank + 1) % g.size)
+    "list": _unsupported("list", lambda g, _: c.all_reduce(LIST, g)),
+    "list sent": _unsupported("list", lambda g, _: p.send(LIST, g, dst=(g.rank + 1) % g.size)),
+    "objects": _unsupported("object", lambda g, _: c.broadcast(np.array([None]), g)),
+    "text": _unsupported("<U", lambda g, _: c.all_gather(np.array(["a"]), g)),
+    "dates": _unsupported("datetime", lambda g, _: c.gather(np.zeros(1, "M8[s]"), g)),
+    "long double": _unsupported("float128", lambda g, _: c.all_reduce(X.astype(np.longdouble), g)),
+    "records": _unsupported("dtype", lambda g, _: c.all_to_all(np.zeros(g.size, "i4,f4"), g)),
+    "list in a list": _unsupported(
+        "arrays[1]", lambda g, at: c.all_reduce_coalesced([at(X), LIST], g)
     ),
-    "objects": Mistake(
-        UnsupportedOperationError, "object", lambda g, _: c.broadcast(np.array([None]), g)
-    ),
-    "text": Mistake(UnsupportedOperationError, "<U", lambda g, _: c.all_gather(np.array(["a"]), g)),
-    "dates": Mistake(
-        UnsupportedOperationError, "datetime", lambda g, _: c.gather(np.zeros(1, "M8[s]"), g)
-    ),
-    "long double": Mistake(
-        UnsupportedOperationError, "float128", lambda g, _: c.all_reduce(X.astype(np.longdouble), g)
-    ),
-    "records": Mistake(
-        UnsupportedOperationError, "dtype", lambda g, _: c.all_to_all(np.zeros(g.size, "i4,f4"), g)
-    ),
-    "list in a list": Mistake(
-        UnsupportedOperationError,
-        "arrays[1]",
-        lambda g, at: c.all_reduce_coalesced([at(X), LIST], g),
-    ),
-    "masked": Mistake(
-        UnsupportedOperationError, "filled", lambda g, _: c.all_reduce(np.ma.masked_array(X), g)
-    ),
+    "masked": _unsupported("filled", lambda g, _: c.all_reduce(np.ma.masked_array(X), g)),
     # an operation that the dtype does not have
-    "mean of int": Mistake(
-        UnsupportedOperationError, "MEAN", lambda g, at: c.all_reduce(at(X.astype(int)), g, op=MEAN)
+    "mean of int": _unsupported("MEAN", lambda g, at: c.all_reduce(at(X.astype(int)), g, op=MEAN)),
+    "least complex": _unsupported("MIN", lambda g, at: c.reduce(at(X.astype(complex)), g, op=MIN)),
+    "bits of float": _unsupported("BAND", lambda g, at: c.reduce_scatter(at(_rows(g)), g, op=BAND)),
+    "logic of float": _unsupported(
+        "LXOR", lambda g, at: c.all_reduce_coalesced([at(X)], g, op=LXOR)
     ),
-    "least complex": Mistake(
-        UnsupportedOperationError, "MIN", lambda g, at: c.reduce(at(X.astype(complex)), g, op=MIN)
+    "mean of floats and integers": _unsupported(
+        "int", lambda g, at: c.all_reduce_coalesced([at(X), at(X.astype(int))], g, op=MEAN)
     ),
-    "bits of float": Mistake(
-        UnsupportedOperationError, "BAND", lambda g, at: c.reduce_scatter(at(_rows(g)), g, op=BAND)
-    ),
-    "logic of float": Mistake(
-        UnsupportedOperationError, "LXOR", lambda g, at: c.all_reduce_coalesced([at(X)], g, op=LXOR)
-    ),
-    "mean of floats and integers": Mistake(
-        UnsupportedOperationError,
-        "int",
-        lambda g, at: c.all_reduce_coalesced([at(X), at(X.astype(int))], g, op=MEAN),
-    ),
-    "op by name": Mistake(
-        UnsupportedOperationError,
+    "op by name": _unsupported(
         "sum",
         lambda g, at: c.all_reduce(at(X), g, op="sum"),  # type: ignore[arg-type]
     ),
     # roots and peers
-    "root too large": Mistake(
-        InvalidRankError, "root", lambda g, at: c.broadcast(at(X), g, root=g.size)
-    ),
-    "root negative": Mistake(InvalidRankError, "root", lambda g, at: c.reduce(at(X), g, root=-1)),
-    "root of gather": Mistake(
-        InvalidRankError, "root", lambda g, at: c.gather(at(X), g, root=g.size)
-    ),
-    "root of scatter": Mistake(
-        InvalidRankError, "root", lambda g, at: c.scatter(at(X), g, root=-3)
-    ),
-    "root by name": Mistake(
-        InvalidRankError,
+    "root too large": _wrong_rank("root", lambda g, at: c.broadcast(at(X), g, root=g.size)),
+    "root negative": _wrong_rank("root", lambda g, at: c.reduce(at(X), g, root=-1)),
+    "root of gather": _wrong_rank("root", lambda g, at: c.gather(at(X), g, root=g.size)),
+    "root of scatter": _wrong_rank("root", lambda g, at: c.scatter(at(X), g, root=-3)),
+    "root by name": _wrong_rank(
         "'0'",
         lambda g, at: c.broadcast(at(X), g, root="0"),  # type: ignore[arg-type]
     ),
-    "root a float": Mistake(
-        InvalidRankError,
+    "root a float": _wrong_rank(
         "0.0",
         lambda g, at: c.reduce(at(X), g, root=0.0),  # type: ignore[arg-type]
     ),
-    "root a boolean": Mistake(
-        InvalidRankError, "True", lambda g, at: c.broadcast(at(X), g, root=g.size > 0)
-    ),
-    "source a float": Mistake(
-        InvalidRankError,
+    "root a boolean": _wrong_rank("True", lambda g, at: c.broadcast(at(X), g, root=g.size > 0)),
+    "source a float": _wrong_rank(
         "-1.0",
         lambda g, _: p.recv(g, src=-1.0),  # type: ignore[arg-type]
     ),
-    "peer a boolean": Mistake(
-        InvalidRankError, "dst", lambda g, at: p.send(at(X), g, dst=g.rank != 1)
-    ),
-    "root of objects": Mistake(
-        InvalidRankError, "root", lambda g, _: c.broadcast_object(1, g, root=g.size)
-    ),
-    "root of list": Mistake(
-        InvalidRankError, "root", lambda g, at: c.broadcast_coalesced([at(X)], g, root=g.size)
+    "peer a boolean": _wrong_rank("dst", lambda g, at: p.send(at(X), g, dst=g.rank != 1)),
+    "root of objects": _wrong_rank("root", lambda g, _: c.broadcast_object(1, g, root=g.size)),
+    "root of list": _wrong_rank(
+        "root", lambda g, at: c.broadcast_coalesced([at(X)], g, root=g.size)
     ),
     "to myself": Mistake(SelfSendError, "dst", lambda g, at: p.send(at(X), g, dst=g.rank)),
     "from myself": Mistake(SelfSendError, "src", lambda g, _: p.recv(g, src=g.rank)),
-    "to nobody": Mistake(InvalidRankError, "dst", lambda g, at: p.isend(at(X), g, dst=g.size)),
-    "from nobody": Mistake(InvalidRankError, "src", lambda g, _: p.irecv(g, src=-7)),
+    "to nobody": _wrong_rank("dst", lambda g, at: p.isend(at(X), g, dst=g.size)),
+    "from nobody": _wrong_rank("src", lambda g, _: p.irecv(g, src=-7)),
     "batch to myself": Mistake(
         SelfSendError,
         "dst",
         lambda g, at: p.exchange(g, sends=[p.Send(at(X), g.rank)], receives=[]),
     ),
     # shapes
-    "out shape": Mistake(
-        SizeMismatchError, "out", lambda g, at: c.all_reduce(at(X), g, out=at(X[:3].copy()))
+    "out shape": _wrong_size("out", lambda g, at: c.all_reduce(at(X), g, out=at(X[:3].copy()))),
+    "out dtype": _wrong_size(
+        "float32", lambda g, at: c.broadcast(at(X), g, out=at(np.empty((6, 2), np.float32)))
     ),
-    "out dtype": Mistake(
-        SizeMismatchError,
-        "float32",
-        lambda g, at: c.broadcast(at(X), g, out=at(np.empty((6, 2), np.float32))),
+    "out of gather": _wrong_size(
+        "out", lambda g, at: c.all_gather(at(X), g, out=at(np.empty((6 * g.size + 1, 2))))
     ),
-    "out of gather": Mistake(
-        SizeMismatchError,
-        "out",
-        lambda g, at: c.all_gather(at(X), g, out=at(np.empty((6 * g.size + 1, 2)))),
+    "out of scatter": _wrong_size(
+        "out", lambda g, at: c.scatter(at(_rows(g)), g, out=at(np.empty((2, 2))))
     ),
-    "out of scatter": Mistake(
-        SizeMismatchError, "out", lambda g, at: c.scatter(at(_rows(g)), g, out=at(np.empty((2, 2))))
-    ),
-    "outs": Mistake(
-        SizeMismatchError, "outs", lambda g, at: c.all_gather_coalesced([at(X)], g, outs=[])
-    ),
-    "out locked": Mistake(
-        UnsupportedOperationError, "read-only", lambda g, _: c.all_reduce(X, g, out=_locked((6, 2)))
-    ),
-    "outs locked": Mistake(
-        UnsupportedOperationError,
+    "outs": _wrong_size("outs", lambda g, at: c.all_gather_coalesced([at(X)], g, outs=[])),
+    "out locked": _unsupported("read-only", lambda g, _: c.all_reduce(X, g, out=_locked((6, 2)))),
+    "outs locked": _unsupported(
         "outs[1] is read-only",
         lambda g, _: c.all_reduce_coalesced([X, X], g, outs=[X.copy(), _locked((6, 2))]),
     ),
-    "outs locked, broadcast": Mistake(
-        UnsupportedOperationError,
-        "outs[0] is read-only",
-        lambda g, _: c.broadcast_coalesced([X], g, outs=[_locked((6, 2))]),
+    "outs locked, broadcast": _unsupported(
+        "outs[0] is read-only", lambda g, _: c.broadcast_coalesced([X], g, outs=[_locked((6, 2))])
     ),
-    "outs shape": Mistake(
-        SizeMismatchError,
+    "outs shape": _wrong_size(
         "outs[0]",
         lambda g, at: c.reduce_scatter_coalesced([at(_rows(g))], g, outs=[at(np.empty((4, 2)))]),
     ),
-    "outs of lists": Mistake(
-        UnsupportedOperationError,
-        "outs[0]",
-        lambda g, at: c.all_reduce_coalesced([at(X)], g, outs=[LIST]),
+    "outs of lists": _unsupported(
+        "outs[0]", lambda g, at: c.all_reduce_coalesced([at(X)], g, outs=[LIST])
     ),
-    "outs of a scalar": Mistake(
-        UnsupportedOperationError,
-        "read-only",
-        lambda g, _: c.all_reduce_coalesced([np.ones(())], g, outs=[np.float64(1)]),
+    "outs of a scalar": _unsupported(
+        "read-only", lambda g, _: c.all_reduce_coalesced([np.ones(())], g, outs=[np.float64(1)])
     ),
-    "0-d cut": Mistake(
-        SizeMismatchError, "0-d", lambda g, at: c.reduce_scatter(at(np.ones(())), g)
-    ),
-    "0-d scattered": Mistake(SizeMismatchError, "0-d", lambda g, at: c.scatter(at(np.ones(())), g)),
-    "nothing to scatter": Mistake(SizeMismatchError, "root", lambda g, _: c.scatter(None, g)),
+    "0-d cut": _wrong_size("0-d", lambda g, at: c.reduce_scatter(at(np.ones(())), g)),
+    "0-d scattered": _wrong_size("0-d", lambda g, at: c.scatter(at(np.ones(())), g)),
+    "nothing to scatter": _wrong_size("root", lambda g, _: c.scatter(None, g)),
     # counts
-    "too few counts": Mistake(
-        SizeMismatchError, "counts", lambda g, at: c.all_gather(at(X), g, counts=[6] * (g.size - 1))
+    "too few counts": _wrong_size(
+        "counts", lambda g, at: c.all_gather(at(X), g, counts=[6] * (g.size - 1))
     ),
-    "negative count": Mistake(
-        SizeMismatchError, "counts", lambda g, at: c.scatter(at(_rows(g)), g, counts=_bad(g, -1))
+    "negative count": _wrong_size(
+        "counts", lambda g, at: c.scatter(at(_rows(g)), g, counts=_bad(g, -1))
     ),
-    "not my count": Mistake(
-        SizeMismatchError, "counts", lambda g, at: c.all_gather(at(X), g, counts=[5] * g.size)
+    "not my count": _wrong_size(
+        "counts", lambda g, at: c.all_gather(at(X), g, counts=[5] * g.size)
     ),
-    "not my count, gather": Mistake(
-        SizeMismatchError, "counts", lambda g, at: c.gather(at(X), g, counts=[7] * g.size)
+    "not my count, gather": _wrong_size(
+        "counts", lambda g, at: c.gather(at(X), g, counts=[7] * g.size)
     ),
-    "counts of floats": Mistake(
-        SizeMismatchError,
+    "counts of floats": _wrong_size(
         "6.5",
         lambda g, at: c.all_gather(at(X), g, counts=[6.5] * g.size),  # type: ignore[list-item]
     ),
-    "counts of booleans": Mistake(
-        SizeMismatchError,
-        "True",
-        lambda g, at: c.scatter(at(_rows(g)), g, counts=[True] * g.size),
+    "counts of booleans": _wrong_size(
+        "True", lambda g, at: c.scatter(at(_rows(g)), g, counts=[True] * g.size)
     ),
-    "one count": Mistake(
-        SizeMismatchError,
+    "one count": _wrong_size(
         "counts",
         lambda g, at: c.scatter(at(_rows(g)), g, counts=3),  # type: ignore[arg-type]
     ),
-    "wrong sum": Mistake(
-        SizeMismatchError,
-        "counts",
-        lambda g, at: c.reduce_scatter(at(_rows(g)), g, counts=_bad(g, 99)),
+    "wrong sum": _wrong_size(
+        "counts", lambda g, at: c.reduce_scatter(at(_rows(g)), g, counts=_bad(g, 99))
     ),
-    "wrong sum, all_to_all": Mistake(
-        SizeMismatchError,
+    "wrong sum, all_to_all": _wrong_size(
         "counts",
         lambda g, at: c.all_to_all(at(_rows(g)), g, counts=_bad(g, 99), recv_counts=_bad(g, 99)),
     ),
-    "half of the counts": Mistake(
-        SizeMismatchError,
-        "recv_counts",
-        lambda g, at: c.all_to_all(at(_rows(g)), g, counts=[3] * g.size),
+    "half of the counts": _wrong_size(
+        "recv_counts", lambda g, at: c.all_to_all(at(_rows(g)), g, counts=[3] * g.size)
     ),
-    "number of objects": Mistake(
-        SizeMismatchError, "object per rank", lambda g, _: c.scatter_object([1] * (g.size + 1), g)
+    "number of objects": _wrong_size(
+        "object per rank", lambda g, _: c.scatter_object([1] * (g.size + 1), g)
     ),
     # tags
-    "tag negative": Mistake(
-        UnsupportedOperationError,
-        "tag",
-        lambda g, at: p.send(at(X), g, dst=(g.rank + 1) % g.size, tag=-1),
+    "tag negative": _unsupported(
+        "tag", lambda g, at: p.send(at(X), g, dst=(g.rank + 1) % g.size, tag=-1)
     ),
-    "tag a float": Mistake(
-        UnsupportedOperationError,
+    "tag a float": _unsupported(
         "1.5",
         lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=1.5),  # type: ignore[arg-type]
     ),
-    "tag a boolean": Mistake(
-        UnsupportedOperationError,
-        "True",
-        lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=g.size > 0),
+    "tag a boolean": _unsupported(
+        "True", lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=g.size > 0)
     ),
-    "tag too large": Mistake(
-        UnsupportedOperationError,
-        "tag",
-        lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=g.capabilities.max_tag + 1),
+    "tag too large": _unsupported(
+        "tag", lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, tag=g.capabilities.max_tag + 1)
     ),
-    "recv locked": Mistake(
-        UnsupportedOperationError,
-        "read-only",
-        lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, out=_locked((2,))),
+    "recv locked": _unsupported(
+        "read-only", lambda g, _: p.recv(g, src=(g.rank + 1) % g.size, out=_locked((2,)))
     ),
 }
 
