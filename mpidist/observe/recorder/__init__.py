@@ -1,16 +1,16 @@
 """The flight recorder: the last operations of each rank, where the ranks of its node can read them.
 
-It is always on, so it must cost next to nothing: beginning an operation writes eight words to
-memory, ending it one. Nobody is told and nothing is sent; whoever needs to know what a rank was
-doing reads its memory, also after that rank has died.
+It is always on, so it must cost next to nothing: the begin of an operation writes eight integers to
+memory, its end one. Nothing is sent. The other processes of the node read the memory, also after
+the rank has died.
 
-There is room for some hundred texts. A job that calls with other shapes for ever is recorded
-without the shapes when they have filled their part of it; ranks are compared by numbers alone.
+There is space for some hundred texts. A job that keeps calling with new shapes is recorded without
+the shapes once these have filled their part of the space. Ranks are compared by numbers alone.
 
-[Note: reading while another writes] The writer never waits for a reader. A record's number is
-written with the rest of it in one call, and a reader that finds the same bytes twice takes them as
-they are. Where a processor makes writes visible in another order than they were made, a reader may
-see a record of which half is new; that is borne, since nothing but a report depends on it.
+[Note: reading while another writes] The writer never waits for a reader. One call writes a
+record together with its sequence number, and a reader accepts bytes that it has read twice alike.
+On a processor that makes writes visible in another order a reader may see a record of which one
+half is new. That is accepted: nothing but a report depends on it.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ NBYTES, TEXTS_NBYTES = 52 << 10, 32 << 10
 """Bytes of each rank's part, whole pages, and of the texts that the records in it refer to."""
 
 DETAILS_NBYTES, GROUPS_NBYTES = TEXTS_NBYTES // 2, TEXTS_NBYTES * 3 // 4
-"""Where texts with shapes, and names of groups, find no room any more.
+"""Where the space for texts with shapes, and for names of groups, ends.
 
-A job may have any number of either. The rest is for what every job has few of: operations without
-their shapes, and places in the program.
+A job may have any number of either. The rest is for texts of which every job has few: operations
+without their shapes, and call sites.
 """
 
 _HEAD_WORDS, _RECORD_WORDS = 64, 8
@@ -38,17 +38,17 @@ TEXTS = _RING + RING * _RECORD_WORDS * 8
 """Where the texts begin."""
 
 STACKS = TEXTS + TEXTS_NBYTES
-"""Where it is written where the threads are; from here to the end."""
+"""Where the stacks of the threads are written; from here to the end."""
 
 RECORD = struct.Struct("<8q")
 WHAT, GROUP, CALL, NUMBER, SITE, BEGAN, ENDED, SEQUENCE = range(8)
 
 ON_DEVICE = 1 << 32
-"""In the checksum of a call: its arrays lie on a device."""
+"""A bit of a call's checksum: its arrays lie on a device."""
 
 TEXT_BITS = 20
 TEXT_MASK = (1 << TEXT_BITS) - 1
-"""A text is known by where it begins; several of them share a word."""
+"""A text is identified by where it begins, in so many bits: several share an integer."""
 
 
 class Kind(IntEnum):
@@ -61,7 +61,7 @@ class Kind(IntEnum):
 
 
 class Head(IntEnum):
-    """The words of a rank's part that stand for themselves; times by `time.monotonic_ns`."""
+    """Indices of the integers in the head of a rank's part; times are by `time.monotonic_ns`."""
 
     PID = 1
     PID_NAMESPACE = 2
@@ -70,21 +70,21 @@ class Head(IntEnum):
     WAITS_SINCE = 5
     TEXTS = 6  # bytes of texts in use
     LISTENING = 7  # whether a helper thread answers
-    ASKED = 8  # when somebody last asked where the threads are
-    ANSWERED = 9  # when that was last written
-    STACKS = 10  # its length
-    CLAIMED = 11  # when this rank last set out to write a report
-    REPORTED = 12  # when it had written it
-    LEAVING = 13  # when it came to its exit
+    ASKED = 8  # when a rank last asked for the stacks
+    ANSWERED = 9  # when they were last written
+    STACKS = 10  # bytes of the stacks
+    CLAIMED = 11  # when this rank last began to write a report
+    REPORTED = 12  # when it had written the report
+    LEAVING = 13  # when its exit began
     BEAT = 14  # when the helper thread last ran
     FAILED = 15  # checksum of the reason for which it ends, see `mpidist.observe.watch.failures`
-    FAILED_AT = 16  # when it came to that
+    FAILED_AT = 16  # when that was written
     LISTED = 17  # when it looked which others end for the same reason
-    SPOKEN = 18  # when it had said so
+    SPOKEN = 18  # when it had printed the reason for all of them
 
 
 def record_offset(sequence: int) -> int:
-    """Return where a record stands."""
+    """Return the offset of a record in bytes."""
     return _RING + sequence % RING * _RECORD_WORDS * 8
 
 
@@ -93,13 +93,13 @@ Over: TypeAlias = tuple[Kind, int, int, int, int, int, int]
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep  # noqa: PTH100, PTH120
 _OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "testing"))
-"""Parts of this package that use it as anybody does."""
+"""Parts of this package that call it as a program does."""
 
 _DETAILS = re.compile(r"(\[|\(| in parts of | of a list of ).*")
-"""Of what differs without end."""
+"""The part of a text that may differ from call to call: shapes, counts."""
 
 _REMEMBERED = 4096
-"""Functions whose places are remembered."""
+"""Functions whose call sites are cached."""
 
 
 class Name(NamedTuple):
@@ -123,10 +123,10 @@ class Name(NamedTuple):
 
 
 class Sink(Protocol):
-    """Whoever wants to know of every operation; a list will do."""
+    """What receives every operation; a list will do."""
 
     def append(self, over: Over, /) -> None:
-        """Take an operation that is over, or a wait."""
+        """Receive an operation that is over, or a wait."""
 
 
 class Recorder:
@@ -221,39 +221,42 @@ class Recorder:
         int
             The record's sequence number.
         """
-        sequence = self._next()
+        sequence = self._next()  # atomic: threads of one group begin operations at once
+        # A hit costs one lookup, and no walk up the frames to the program.
         site = self._sites.get((id(frame.f_code), frame.f_lasti)) or self._find_site(frame)
         at, memory = self._record_offsets[sequence % RING], self._memory
         what, group, call = name  # a star in the call takes 0.1 us
+        # One call writes the record, its sequence number last: see [Note: reading while another
+        # writes].
         RECORD.pack_into(memory, at, what, group, call, number, site, monotonic_ns(), 0, sequence)
         return sequence
 
     def end(self, sequence: int, *, failed: bool = False) -> None:
         """Record that an operation is over; a time below 0 stands for one that failed."""
-        cells = self.cells
+        cells = self.cells  # as int64, so that an index is an eighth of the offset
         at = self._record_offsets[sequence % RING] >> 3
-        if cells[at + SEQUENCE] == sequence:
+        if cells[at + SEQUENCE] == sequence:  # not overwritten by an operation begun since
             cells[at + ENDED] = -monotonic_ns() if failed else monotonic_ns()
             if self.sink is not None:
-                self._tell(at, Kind(cells[at + WHAT] >> 2 * TEXT_BITS), cells[at + BEGAN])
+                self._emit(at, Kind(cells[at + WHAT] >> 2 * TEXT_BITS), cells[at + BEGAN])
 
     def wait(self, sequence: int, frame: FrameType) -> None:
         """Record that this rank waits for an immediate operation."""
         cells = self.cells
         cells[Head.WAITS_SITE] = self._find_site(frame)
         cells[Head.WAITS_SINCE] = monotonic_ns()
-        cells[Head.WAITS_FOR] = sequence
+        cells[Head.WAITS_FOR] = sequence  # last: a reader takes the others as belonging to it
 
     def waited(self) -> None:
-        """Record that it does so no more."""
+        """Record that the wait is over."""
         cells = self.cells
         sequence, cells[Head.WAITS_FOR] = cells[Head.WAITS_FOR], 0
         if self.sink is not None and sequence:
             at = self._record_offsets[sequence % RING] >> 3
             if cells[at + SEQUENCE] == sequence:
-                self._tell(at, Kind.WAIT, cells[Head.WAITS_SINCE])
+                self._emit(at, Kind.WAIT, cells[Head.WAITS_SINCE])
 
-    def _tell(self, at: int, kind: Kind, began: int) -> None:
+    def _emit(self, at: int, kind: Kind, began: int) -> None:
         if self.sink is not None:
             cells = self.cells
             what, group = cells[at + WHAT], cells[at + GROUP]
@@ -272,15 +275,15 @@ class Recorder:
 
     # -- texts ---------------------------------------------------------------------------------
 
-    def _text(self, text: str, room: int = TEXTS_NBYTES) -> int:
-        """Return where a text stands; 0 when it would end beyond the room for such texts."""
+    def _text(self, text: str, end: int = TEXTS_NBYTES) -> int:
+        """Return the offset of a text; 0 if it would end beyond the space for such texts."""
         start = self._offsets.get(text)
         if start is not None:
             return start
         data = text.encode(errors="replace")
         with self._writing:  # threads may use groups of their own at once
             start = self.cells[Head.TEXTS]
-            if start + 2 + len(data) > room:
+            if start + 2 + len(data) > end:
                 return 0
             at = TEXTS + start
             self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
@@ -289,7 +292,7 @@ class Recorder:
             return start
 
     def _find_site(self, frame: FrameType) -> int:
-        """Return the place outside this package from which a frame was called."""
+        """Return the call site outside this package that led to a frame."""
         user = frame
         while self._is_inside(user.f_code) and user.f_back is not None:
             if user.f_back.f_code.co_filename == "<frozen runpy>":
