@@ -252,7 +252,7 @@ def _launcher_socket() -> str:
 def process_managers() -> tuple[str, ...]:
     """Return the interfaces by which a rank can find the others: ``PMI``, ``PMIx``, or both."""
     variables = {"PMI": ("PMI_FD", "PMI_RANK", "PMI_PORT"), "PMIx": ("PMIX_RANK",)}
-    return tuple(name for name, some in variables.items() if any(v in os.environ for v in some))
+    return tuple(name for name, names in variables.items() if any(v in os.environ for v in names))
 
 
 def slurm_tasks() -> int | None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from mpidist._types import MAX, SUM, Array
 from mpidist.arrays.namespaces import as_bytes
-from mpidist.bench.harness import positive, require_ranks, tell_progress
+from mpidist.bench.harness import positive, report_progress, require_ranks
 from mpidist.bench.peers import Gloo, TorchCheckpoints, open_gloo
 from mpidist.bench.report import Comparison, Machine, Report, Row, Target
 from mpidist.bench.resharding import (
@@ -37,7 +37,7 @@ from mpidist.bench.resharding import (
     reads_of_simulated_ranks,
     write_plain,
 )
-from mpidist.bench.times import Series, Times, take_turns
+from mpidist.bench.times import Series, Times, measure_rounds
 from mpidist.checkpoint import CheckpointFuture, load, save, save_async
 from mpidist.collectives import all_reduce, barrier, broadcast_object
 from mpidist.group import ProcessGroup
@@ -96,7 +96,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             rows += bench.rows
             targets += bench.targets
             notes += bench.notes
-            tell_progress(world, f"checkpoints, {layout},", model.nbytes)
+            report_progress(world, f"checkpoints, {layout},", model.nbytes)
         targets += reads_of_ranks(world, model, directory)
         if world.rank == 0:
             targets += reads_of_simulated_ranks(model, directory)
@@ -144,7 +144,7 @@ class _Bench:
         self.targets: list[Target] = []
         self.notes: list[str] = []
         self._world, self._model, self._layout, self._rounds = world, model, layout, rounds
-        whole = model.whole()
+        whole = model.arrays()
         self._state = model.held(whole, layout, world.rank, world.size)
         self._share = self._bytes_to_write()
         self._ours, self._plain, self._torch = (
@@ -183,7 +183,7 @@ class _Bench:
 
     def loads(self) -> None:
         """Load what `saves` has left, beside reading plain files."""
-        whole = self._model.whole()
+        whole = self._model.arrays()
         target = self._model.held(whole, self._layout, self._world.rank, self._world.size)
         for part in memory_of(target):
             part.fill(0)
@@ -263,7 +263,7 @@ class _Bench:
             os.sync()
 
     def _measure(self, operation: str, series: Sequence[Series]) -> Mapping[str, Times]:
-        times = take_turns(series, self._world, rounds=self._rounds)
+        times = measure_rounds(series, self._world, rounds=self._rounds)
         self.rows += [
             Row(
                 operation=f"{operation}, {self._layout}",

@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
                 sys.stderr.write(f"{error}\n")
             return 2
         if world.rank == 0:
-            _publish(dataclasses.replace(report, command=_command(options.argv, world)), options)
+            _output(dataclasses.replace(report, command=_command(options.argv, world)), options)
         return 1 if report.failures else 0
 
 
@@ -128,8 +128,8 @@ def _absent_peers(options: argparse.Namespace) -> Iterator[str]:
 
 def _agree(problem: str, world: ProcessGroup) -> None:
     """Raise on all ranks if the first one has a problem."""
-    if told := broadcast_object(problem, world):
-        raise BenchmarkError(told)
+    if message := broadcast_object(problem, world):
+        raise BenchmarkError(message)
 
 
 def _command(argv: Sequence[str], world: ProcessGroup) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ def _command(argv: Sequence[str], world: ProcessGroup) -> tuple[str, ...]:
     return (*start, "python", "-m", "mpidist", *argv)
 
 
-def _publish(report: Report, options: argparse.Namespace) -> None:
+def _output(report: Report, options: argparse.Namespace) -> None:
     sys.stdout.write(render_table(report))
     sys.stdout.flush()
     if options.json is not None:

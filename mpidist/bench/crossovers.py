@@ -76,7 +76,8 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         world.crossovers = in_use
     measured = find(rows)
     notes = [
-        f"{name}: {_tell(getattr(measured, name))}" for name in ("small", "registered", "scratch")
+        f"{name}: {_format_size(getattr(measured, name))}"
+        for name in ("small", "registered", "scratch")
     ]
     failures: list[str] = []
     if options.save is not None:
@@ -169,5 +170,5 @@ def find(rows: Sequence[Row]) -> Crossovers:
     )
 
 
-def _tell(nbytes: int) -> str:
+def _format_size(nbytes: int) -> str:
     return "never" if nbytes >= NEVER else f"{format_bytes(nbytes)} ({nbytes})"

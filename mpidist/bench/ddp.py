@@ -22,7 +22,7 @@ import numpy as np
 from mpidist import env, nn
 from mpidist._types import MEAN, Array
 from mpidist.arrays.namespaces import to_device, to_host
-from mpidist.bench.harness import add_effort, effort, positive, require_ranks, tell_progress
+from mpidist.bench.harness import add_effort, effort, positive, report_progress, require_ranks
 from mpidist.bench.peers import Gloo, open_gloo
 from mpidist.bench.report import Comparison, Machine, Measure, Report, Row
 from mpidist.bench.times import Series, Times, measure
@@ -119,7 +119,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             ours = our_series(world, shape, options.batch)
             with ours as series, _theirs(gloo, shape, options) as b:
                 times = measure([*series, *b], world, effort=effort(options))
-            tell_progress(world, "DDP step", shape.nbytes)
+            report_progress(world, "DDP step", shape.nbytes)
             rows += _rows(shape, times)
     return Report(
         benchmark="ddp",
@@ -155,12 +155,12 @@ def _note(rows: dict[str, Row], series: str, **values: float) -> None:
 def _verdict(row: Row) -> str:
     """Say in a sentence what the series adds."""
     millions = row.values["parameters"] / 1e6
-    told = (
+    sentence = (
         f"{millions:.2f} million parameters in {row.values['layers']:.0f} layers: {row.series} "
         f"adds {row.values['added'] * 1e3:.2f} ms"
     )
     ratio = row.values.get("ratio")
-    return told if ratio is None else f"{told}, {ratio:.3f} of what torch DDP adds"
+    return sentence if ratio is None else f"{sentence}, {ratio:.3f} of what torch DDP adds"
 
 
 @contextmanager
@@ -203,9 +203,9 @@ def _communication(
 ) -> Iterator[Callable[[], object]]:
     """Give a call that moves as many bytes as the gradients of a model have."""
     if not device:
-        whole = world.empty(sum(parameter.size for parameter in model.parameters()))
-        whole.fill(0)
-        yield partial(all_reduce, whole, world, out=whole)
+        buffer = world.empty(sum(parameter.size for parameter in model.parameters()))
+        buffer.fill(0)
+        yield partial(all_reduce, buffer, world, out=buffer)
         return
     like = {name: parameter.data for name, parameter in model.named_parameters()}
     with GradientReducer(like, world) as reducer:

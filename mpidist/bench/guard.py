@@ -93,8 +93,8 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             Comparison("reg/library", REGISTERED, LIBRARY),
             Comparison("ord/library", ORDINARY, LIBRARY),
         ),
-        notes=(*(_tell(floor, best[floor]) for floor in FLOORS), *dict.fromkeys(notes)),
-        failures=[_tell(floor, best[floor]) for floor in missed],
+        notes=(*(_sentence(floor, best[floor]) for floor in FLOORS), *dict.fromkeys(notes)),
+        failures=[_sentence(floor, best[floor]) for floor in missed],
     )
 
 
@@ -119,7 +119,7 @@ def _speedup(rows: Sequence[Row], floor: Floor) -> float:
     return latest[LIBRARY] / latest[floor.series] if LIBRARY in latest else 0.0
 
 
-def _tell(floor: Floor, best: float) -> str:
+def _sentence(floor: Floor, best: float) -> str:
     return (
         f"{floor.series} all_reduce of {format_bytes(floor.nbytes)}: {best:.2f} times the "
         f"library's speed, at least {floor.least:g} expected"

@@ -170,7 +170,7 @@ def require_ranks(world: ProcessGroup, benchmark: str, *, least: int = 2) -> Non
         )
 
 
-def tell_progress(world: ProcessGroup, operation: str, nbytes: int) -> None:
+def report_progress(world: ProcessGroup, operation: str, nbytes: int) -> None:
     """Write on the first rank's standard error that a size has been measured."""
     if world.rank == 0:
         sys.stderr.write(f"measured {operation} at {format_bytes(nbytes)}\n")
@@ -243,7 +243,7 @@ def rows_over(
     rows = []
     for nbytes in sizes:
         times = measure(make(nbytes), world, effort=effort(options))
-        tell_progress(world, operation, nbytes)
+        report_progress(world, operation, nbytes)
         rows += [
             Row(operation=operation, series=name, nbytes=nbytes, times=each, bus_factor=factor)
             for name, each in times.items()

@@ -172,8 +172,8 @@ class NodeFit:
         for knee in [*np.unique(sizes)[1:-1], float("inf")]:
             beyond = np.maximum(sizes - knee, 0)
             columns = np.stack([np.ones_like(sizes), sizes, beyond], axis=1)
-            meetings, near, more = _least_squares(columns, points)
-            fit = cls(ranks, meetings, near, near + more, float(knee))
+            meetings, slope, more = _least_squares(columns, points)
+            fit = cls(ranks, meetings, slope, slope + more, float(knee))
             fits.append((_badness(fit, points), fit))
         return min(fits, key=lambda pair: pair[0])[1]
 
@@ -301,9 +301,9 @@ def leave_one_out(fit: Callable[[Sequence[Point]], Fit], points: Sequence[Point]
     if len(points) < 4:
         return Errors.among([])
     errors = []
-    for place in range(1, len(points) - 1):
-        without = fit([*points[:place], *points[place + 1 :]])
-        errors.append(without.time(points[place].nbytes) / points[place].seconds - 1)
+    for left_out in range(1, len(points) - 1):
+        without = fit([*points[:left_out], *points[left_out + 1 :]])
+        errors.append(without.time(points[left_out].nbytes) / points[left_out].seconds - 1)
     return Errors.among(errors)
 
 

@@ -25,9 +25,9 @@ from mpidist.bench.harness import (
     effort,
     positive,
     read_size,
+    report_progress,
     rows_over,
     sweep,
-    tell_progress,
 )
 from mpidist.bench.nccl_device import (
     COPY,
@@ -142,7 +142,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         "overlap": partial(_overlap, world, options, notes),
     }
     measured = {part: make() for part, make in parts.items() if part in options.parts}
-    rows = [row for some in measured.values() for row in some]
+    rows = [row for part_rows in measured.values() for row in part_rows]
     return Report(
         benchmark="nccl",
         machine=machine,
@@ -204,9 +204,11 @@ def _kernels(world: ProcessGroup, options: argparse.Namespace, notes: list[str])
         cache = format_bytes(cache_bytes())
         notes.append(f"the kernels' arrays are not far beyond the device's cache of {cache}")
     notes.append("the finite check and the sum of squares make the host wait for their answer")
-    tell = partial(tell_progress, world)
+    on_measured = partial(report_progress, world)
     number = options.in_a_row
-    return kernel_rows(world, options.kernel_size, number=number, effort=effort(options), tell=tell)
+    return kernel_rows(
+        world, options.kernel_size, number=number, effort=effort(options), on_measured=on_measured
+    )
 
 
 def _overlap(world: ProcessGroup, options: argparse.Namespace, notes: list[str]) -> list[Row]:
@@ -221,7 +223,7 @@ def _overlap(world: ProcessGroup, options: argparse.Namespace, notes: list[str])
     with our_series(world, shape, options.batch, device=True) as series:
         timed = [replace(each, clock=DeviceClock()) for each in series]
         times = measure(timed, world, effort=effort(options))
-    tell_progress(world, "DDP step", shape.nbytes)
+    report_progress(world, "DDP step", shape.nbytes)
     added = times[DDP_STEP].median - times[ALONE].median
     overlap = 1 - added / times[REDUCTION].median
     notes.append(
@@ -250,14 +252,14 @@ def _added(rows: Sequence[Row]) -> list[Target]:
             for name in (OURS, RAW)
         )
         added, nbytes = max((_ADDED.of(ours[n].times, raw[n].times), n) for n in ours)
-        told = [f"{1e6 * each[nbytes].times.median:.2f}" for each in (ours, raw)]
+        microseconds = [f"{1e6 * each[nbytes].times.median:.2f}" for each in (ours, raw)]
         targets.append(
             Target(
                 what=f"{operation}, us over the binding",
                 value=1e6 * added,
                 bound=_MOST_ADDED,
                 most=True,
-                detail=f"{told[0]} us, and {told[1]} us; {format_bytes(nbytes)}",
+                detail=f"{microseconds[0]} us, and {microseconds[1]} us; {format_bytes(nbytes)}",
             )
         )
     return targets

@@ -239,7 +239,7 @@ def kernel_rows(
     *,
     number: int,
     effort: Effort,
-    tell: Callable[[str, int], None],
+    on_measured: Callable[[str, int], None],
 ) -> list[Row]:
     """Measure each kernel on arrays of `nbytes`, in turn with the copy; collective, blocks.
 
@@ -255,7 +255,7 @@ def kernel_rows(
             Row(operation=what, series=name, nbytes=moved, times=each, bus_factor=1.0)
             for name, each in times.items()
         ]
-        tell(what, moved)
+        on_measured(what, moved)
     return rows
 
 

@@ -91,8 +91,8 @@ class TorchCheckpoints:
         if sharded:
             tensor: Any = require("torch.distributed.tensor", extra="torch", purpose=purpose)
             cut = (tensor.init_device_mesh("cpu", (ranks,)), [tensor.Shard(0)])
-            for name, whole in self._state.items():
-                self._state[name] = tensor.distribute_tensor(whole, *cut)
+            for name, array in self._state.items():
+                self._state[name] = tensor.distribute_tensor(array, *cut)
 
     def save(self, path: Path) -> None:
         """Save into a directory; collective, blocks."""

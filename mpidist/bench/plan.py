@@ -203,8 +203,8 @@ def _across(plan: Plan) -> list[str]:
     network = plan.model.network
     if network is None:
         return []
-    told = f"{network.latency * 1e6:.2f} us, {network.bandwidth / 1e9:.2f} GB/s for each node"
-    return [f"network, {plan.network_source}: {told}"]
+    figures = f"{network.latency * 1e6:.2f} us, {network.bandwidth / 1e9:.2f} GB/s for each node"
+    return [f"network, {plan.network_source}: {figures}"]
 
 
 def _compared(plan: Plan) -> str:

@@ -59,7 +59,7 @@ class Fitted:
         """Fit times of at least two sizes."""
         in_order = tuple(sorted(points, key=lambda point: point.nbytes))
         fit = NodeFit.fit(ranks, in_order)
-        left_out = leave_one_out(lambda some: NodeFit.fit(ranks, some), in_order)
+        left_out = leave_one_out(lambda others: NodeFit.fit(ranks, others), in_order)
         return cls(fit, in_order, Errors.of(fit, in_order), left_out)
 
 
@@ -218,7 +218,7 @@ def make_plan(
 def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dict[int, list[Point]]:
     """Return the times of all_reduces on one node, by number of ranks."""
     by_ranks: dict[int, list[Point]] = {}
-    in_turns: dict[int, list[Point]] = {}
+    oversubscribed: dict[int, list[Point]] = {}
     for name, report in reports.items():
         machine = report.machine
         if report.benchmark != "all_reduce":
@@ -229,7 +229,7 @@ def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dic
         rows = [row for row in report.rows if row.series == series]
         points = [Point(row.nbytes, row.times.median) for row in rows]
         if machine.ranks > machine.cores:
-            in_turns.setdefault(machine.ranks, []).extend(points)
+            oversubscribed.setdefault(machine.ranks, []).extend(points)
             notes.append(
                 f"{name}: {machine.ranks} ranks took turns on {machine.cores} cores, which says "
                 "nothing about a core for each; left out if there is another report"
@@ -237,7 +237,9 @@ def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dic
         else:
             by_ranks.setdefault(machine.ranks, []).extend(points)
     usable = {ranks: points for ranks, points in by_ranks.items() if len(points) > 1}
-    usable = usable or {ranks: points for ranks, points in in_turns.items() if len(points) > 1}
+    usable = usable or {
+        ranks: points for ranks, points in oversubscribed.items() if len(points) > 1
+    }
     if not usable:
         raise BenchmarkError(
             f"plan: there is nothing to fit: expected a report with two sizes or more of the "
@@ -262,7 +264,7 @@ def _steps(
     name: str, report: Report, layouts: Sequence[Layout], model: Model, notes: list[str]
 ) -> list[Step]:
     """Predict the steps of the models of one report."""
-    here = Layout(1, report.machine.ranks)
+    measured_on = Layout(1, report.machine.ranks)
     if report.machine.nodes > 1:
         notes.append(f"{name}: left out, since it was measured on several nodes")
         return []
@@ -270,20 +272,20 @@ def _steps(
     for row in report.rows:
         if row.series != "DDP":
             continue
-        alone, whole = (
+        alone, one_call = (
             report.find(row.operation, each, row.nbytes) for each in ("alone", "one all_reduce")
         )
-        if alone is None or whole is None:
+        if alone is None or one_call is None:
             continue
         added = row.times.median - alone.times.median
-        factor = max(added, 0.0) / whole.times.median
+        factor = max(added, 0.0) / one_call.times.median
         parameters = int(row.values["parameters"])
         notes.append(
-            f"{parameters / 1e6:.2f} million parameters: DDP on {here.ranks} ranks adds "
+            f"{parameters / 1e6:.2f} million parameters: DDP on {measured_on.ranks} ranks adds "
             f"{added * 1e3:.2f} ms, {factor:.2f} times one all_reduce of all gradients; on other "
             "layouts it is taken to be as many times the model's all_reduce"
         )
-        for layout in sorted({*layouts, here}):
+        for layout in sorted({*layouts, measured_on}):
             inside = factor * model.node.time(row.nbytes, layout.ranks)
             buckets = max(ceil(row.nbytes / BUCKET_BYTES), 1)
             across = buckets * model.across(
@@ -297,7 +299,7 @@ def _steps(
                     alone=base,
                     seconds=base + inside + across,
                     hidden=base + inside + max(across - BACKWARD * base, 0.0),
-                    measured=row.times.median if layout == here else None,
+                    measured=row.times.median if layout == measured_on else None,
                 )
             )
     return steps

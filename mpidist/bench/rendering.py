@@ -160,11 +160,11 @@ def plot_report(report: Report, path: Path) -> None:
             labels |= dict(zip(names, handles, strict=True))
     machine = report.machine
     where = [f"{machine.ranks} ranks" * (machine.ranks > 1), machine.mpi, machine.processor]
-    words = ", ".join(filter(None, [*where, machine.date]))
+    subtitle = ", ".join(filter(None, [*where, machine.date]))
     figure.legend(
         labels.values(), labels.keys(), loc="outside lower center", ncols=6, frameon=False
     )
-    _save(figure, path, f"mpidist bench {report.benchmark}\n{words}")
+    _save(figure, path, f"mpidist bench {report.benchmark}\n{subtitle}")
 
 
 _Draw = Callable[[Any, Sequence[Row], Mapping[str, Mapping[str, Any]]], None]
@@ -317,21 +317,21 @@ def plot_plan(plan: Plan, reports: Mapping[str, Report], path: Path) -> None:
     _size_axis(axes["off"], sorted({p.nbytes for each in plan.fitted for p in each.points}))
     if plan.steps:
         _draw_steps(axes["steps"], plan.steps)
-        told = axes["steps"].get_legend_handles_labels()
-        figure.legend(*told, fontsize=8, frameon=False, loc="outside lower right", ncols=3)
+        handles = axes["steps"].get_legend_handles_labels()
+        figure.legend(*handles, fontsize=8, frameon=False, loc="outside lower right", ncols=3)
     _save(figure, path, _title(plan, reports))
 
 
 def _title(plan: Plan, reports: Mapping[str, Report]) -> str:
     machine = next(iter(reports.values())).machine
-    words = [f"measured on {machine.processor}, {machine.mpi}, {machine.date}"]
+    parts = [f"measured on {machine.processor}, {machine.mpi}, {machine.date}"]
     network = plan.model.network
     if network is not None:
-        words.append(
+        parts.append(
             f"network, {plan.network_source}: {network.latency * 1e6:.3g} µs, "
             f"{network.bandwidth / 1e9:.3g} GB/s per node"
         )
-    return "mpidist plan: all_reduce of registered float32\n" + "; ".join(words)
+    return "mpidist plan: all_reduce of registered float32\n" + "; ".join(parts)
 
 
 def _draw_all_reduce(axes: Any, plan: Plan) -> None:
@@ -357,7 +357,7 @@ def _draw_all_reduce(axes: Any, plan: Plan) -> None:
     shades = colormaps["plasma"](np.linspace(0.05, 0.8, max(len(others), 1)))
     for layout, shade in zip(others, shades, strict=False):
         times = [model.all_reduce(n, ranks=layout.ranks, nodes=layout.nodes) * 1e6 for n in grid]
-        label = f"{_told(layout)}, extrapolated"
+        label = f"{_layout_label(layout)}, extrapolated"
         axes.plot(grid, times, color=shade, label=label, **_EXTRAPOLATED)
     axes.set(xscale="log", yscale="log", ylabel="time (µs)")
     axes.set_title("all_reduce", fontsize=10)
@@ -371,9 +371,9 @@ def _draw_errors(axes: Any, fitted: Sequence[Fitted]) -> None:
     for each, color in zip(fitted, _cycle(fitted), strict=False):
         at = [point.nbytes for point in each.points]
         off = [(each.fit.time(point.nbytes) / point.seconds - 1) * 100 for point in each.points]
-        words = f"median {each.errors.median:.0%}, worst {each.errors.worst:.0%}"
+        label = f"median {each.errors.median:.0%}, worst {each.errors.worst:.0%}"
         style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 0.8}
-        axes.plot(at, off, label=words, **style)
+        axes.plot(at, off, label=label, **style)
     axes.set(ylabel="model is off (%)")
     axes.margins(y=0.25)
     axes.legend(fontsize=8, frameon=False, ncols=2)
@@ -391,8 +391,8 @@ def _draw_steps(axes: Any, steps: Sequence[Step]) -> None:
             own = [s for s in steps if (s.parameters, s.layout.ranks) == (parameters, ranks)]
             _draw_line(axes, own, {"color": color, "marker": marker, "markersize": 5})
         alone = next(step.alone for step in steps if step.parameters == parameters)
-        words = f"{parameters / 1e6:.3g} million parameters ({alone * 1e3:,.3g} ms alone)"
-        axes.plot([], [], color=color, linewidth=5, label=words)
+        label = f"{parameters / 1e6:.3g} million parameters ({alone * 1e3:,.3g} ms alone)"
+        axes.plot([], [], color=color, linewidth=5, label=label)
     for ranks, marker in zip(on_a_node, "os^vD" * len(on_a_node), strict=False):
         style = {"color": "0.3", "marker": marker, "linestyle": "none", "markersize": 5}
         axes.plot([], [], label=f"{ranks} ranks per node", **style)
@@ -426,7 +426,7 @@ def _cycle(things: Sequence[object]) -> tuple[str, ...]:
     return _COLORS * (len(things) // len(_COLORS) + 1)
 
 
-def _told(layout: Layout) -> str:
+def _layout_label(layout: Layout) -> str:
     return (
         f"{layout.ranks} ranks" if layout.nodes == 1 else f"{layout.nodes} nodes x {layout.ranks}"
     )

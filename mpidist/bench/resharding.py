@@ -63,16 +63,16 @@ class Model:
         """Bytes of all arrays."""
         return self.dtype.itemsize * sum(Box.whole(shape).count for shape in self.shapes.values())
 
-    def whole(self) -> dict[str, Array]:
+    def arrays(self) -> dict[str, Array]:
         """Return fresh arrays, with the same numbers in each process."""
         rng = np.random.default_rng(5)
         return {name: rng.random(shape, np.float32) for name, shape in self.shapes.items()}
 
     def held(
-        self, whole: Mapping[str, Array], layout: str, rank: int, size: int
+        self, arrays: Mapping[str, Array], layout: str, rank: int, size: int
     ) -> dict[str, Array | ShardedArray]:
         """Return what a rank of so many holds in a layout: copies."""
-        return {name: _part(array, layout, rank, size) for name, array in whole.items()}
+        return {name: _part(array, layout, rank, size) for name, array in arrays.items()}
 
 
 def _part(array: Array, layout: str, rank: int, size: int) -> Array | ShardedArray:
@@ -94,7 +94,7 @@ def memory_of(state: Mapping[str, Array | ShardedArray]) -> list[Array]:
         array.pieces.values() if isinstance(array, ShardedArray) else (array,)
         for array in state.values()
     )
-    return [piece for some in pieces for piece in some]
+    return [piece for part in pieces for piece in part]
 
 
 _SELF = Path("/proc/self")
@@ -205,7 +205,7 @@ class Case:
     after: str
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         """What it is, for a table."""
         if self.before == self.after:
             return f"{self.before}, {self.saved} ranks -> {self.loaded}"
@@ -227,33 +227,33 @@ CASES = (
 
 def reads_of_ranks(world: ProcessGroup, model: Model, directory: Path) -> list[Target]:
     """Save on all ranks, load in other layouts, and count; collective."""
-    whole = model.whole()
+    arrays = model.arrays()
     targets = []
     for number, after in enumerate(LAYOUTS):
         path = directory / f"ranks-{number}"
         case = Case(world.size, world.size, DIM0, after)
-        _save(world, model, whole, case, path)
+        _save(world, model, arrays, case, path)
         counter = Counter()
-        _load(world, model, whole, case, path, counter)
+        _load(world, model, arrays, case, path, counter)
         asked = int(all_reduce(np.array(counter.asked), world, op=SUM))
         copies = world.num_nodes if after == REPLICATED else 1
-        targets.append(_target(f"read, {case.words}", asked, copies * model.nbytes))
+        targets.append(_target(f"read, {case.title}", asked, copies * model.nbytes))
     return targets
 
 
 def reads_of_simulated_ranks(model: Model, directory: Path) -> list[Target]:
     """Do the same with threads that take themselves for nodes; in this process alone."""
-    whole = model.whole()
+    arrays = model.arrays()
     targets = []
     for number, case in enumerate(CASES):
         path = directory / f"simulated-{number}"
-        _simulated(case.saved, partial(_save, model=model, whole=whole, case=case, path=path))
+        _simulated(case.saved, partial(_save, model=model, arrays=arrays, case=case, path=path))
         counter, nothing = Counter(), Counter()
-        there = partial(_load, model=model, whole=whole, case=case, path=path, counter=nothing)
+        there = partial(_load, model=model, arrays=arrays, case=case, path=path, counter=nothing)
         counter.counting(partial(_simulated, case.loaded, there))
         copies = case.loaded if case.after == REPLICATED else 1
-        words = f"read, {case.words}, simulated, a node each"
-        targets.append(_target(words, counter.asked, copies * model.nbytes))
+        title = f"read, {case.title}, simulated, a node each"
+        targets.append(_target(title, counter.asked, copies * model.nbytes))
     return targets
 
 
@@ -263,27 +263,27 @@ def _target(what: str, asked: int, needed: int) -> Target:
 
 
 def _save(
-    group: ProcessGroup, model: Model, whole: Mapping[str, Array], case: Case, path: Path
+    group: ProcessGroup, model: Model, arrays: Mapping[str, Array], case: Case, path: Path
 ) -> None:
-    save(path, model.held(whole, case.before, group.rank, group.size), group, step=0)
+    save(path, model.held(arrays, case.before, group.rank, group.size), group, step=0)
 
 
 def _load(
     group: ProcessGroup,
     model: Model,
-    whole: Mapping[str, Array],
+    arrays: Mapping[str, Array],
     case: Case,
     path: Path,
     counter: Counter,
 ) -> None:
-    right = model.held(whole, case.after, group.rank, group.size)
-    state = model.held(whole, case.after, group.rank, group.size)
+    right = model.held(arrays, case.after, group.rank, group.size)
+    state = model.held(arrays, case.after, group.rank, group.size)
     for memory in memory_of(state):
         memory.fill(0)
     barrier(group)
     counter.counting(lambda: load(path, state, group))
     if not all(map(np.array_equal, memory_of(state), memory_of(right))):
-        raise RuntimeError(f"bench checkpoint: {case.words}: load did not give what was saved")
+        raise RuntimeError(f"bench checkpoint: {case.title}: load did not give what was saved")
 
 
 def _simulated(size: int, call: Callable[[ProcessGroup], Any]) -> None:

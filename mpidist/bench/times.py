@@ -137,7 +137,7 @@ def measure(
         return _alternated(series, group, rounds, lambda each: _block(each, group, length))
 
 
-def take_turns(
+def measure_rounds(
     series: Sequence[Series], group: ProcessGroup, *, rounds: int
 ) -> Mapping[str, Times]:
     """Time long calls against each other: each round has one call of each series.

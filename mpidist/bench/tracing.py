@@ -21,7 +21,7 @@ import numpy as np
 
 from mpidist._types import MAX, Array
 from mpidist.bench.ddp import Shape, our_series
-from mpidist.bench.harness import positive, require_ranks, tell_progress
+from mpidist.bench.harness import positive, report_progress, require_ranks
 from mpidist.bench.report import Comparison, Machine, Measure, Report, Row
 from mpidist.bench.times import Times
 from mpidist.collectives import all_reduce, barrier, broadcast_object
@@ -80,7 +80,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             for name in list(kinds)[:: 1 if number % 2 else -1]:
                 with kinds[name]():
                     samples[name].append(_block(step, world, length))
-            tell_progress(world, f"DDP step, round {number + 1},", shape.nbytes)
+            report_progress(world, f"DDP step, round {number + 1},", shape.nbytes)
     if world.rank == 0:
         shutil.rmtree(directory)
     times = {

@@ -132,8 +132,8 @@ def library_call(verb: str, arrays: Arrays, peer: Library) -> Callable[[], Any]:
 
 def divisible(nbytes: int, parts: int) -> int:
     """Return a size near this one, of which every part has the same number of elements."""
-    unit = DTYPE.itemsize * parts
-    return max(nbytes // unit, 1) * unit
+    multiple = DTYPE.itemsize * parts
+    return max(nbytes // multiple, 1) * multiple
 
 
 def checked(

@@ -77,28 +77,28 @@ def ask(seconds: float) -> Answer:
 
 def _run(how: str, seconds: float) -> tuple[dict[str, Any], Failure | None]:
     """Start one process; return what it wrote, or why it wrote nothing."""
-    words = [sys.executable, "-m", "mpidist.info.rank", how, str(seconds)]
+    command = [sys.executable, "-m", "mpidist.info.rank", how, str(seconds)]
     # Not pipes: a daemon that the library starts may hold their other end for ever.
-    with _in_memory("answer") as answer, _in_memory("told") as told:
+    with _in_memory("answer") as answer, _in_memory("output") as output:
         child = subprocess.Popen(  # noqa: S603  # this interpreter, and a module of ours
-            words,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=answer,
-            stderr=told,
+            stderr=output,
             close_fds=False,  # by one of them MPICH's launcher speaks with its rank
         )
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
             _end(child)
-            return {}, _failure("late", f"no answer within {seconds:g} s", _text(told))
+            return {}, _failure("late", f"no answer within {seconds:g} s", _text(output))
         if code < 0:
-            return {}, _failure("died", f"ended by {_signal_name(-code)}", _text(told))
+            return {}, _failure("died", f"ended by {_signal_name(-code)}", _text(output))
         try:
             fields: dict[str, Any] = json.loads(_text(answer))
         except ValueError:
-            return {}, _failure("died", f"ended with exit code {code}", _text(told))
-        sys.stderr.write(_text(told))
+            return {}, _failure("died", f"ended with exit code {code}", _text(output))
+        sys.stderr.write(_text(output))
         _remove(map(Path, fields.pop("made", ())))
         return fields, None
 
@@ -127,8 +127,8 @@ def _remove(files: Iterable[Path]) -> None:
             file.unlink()
 
 
-def _failure(kind: str, reason: str, told: str) -> Failure:
-    lines: Sequence[str] = [line.rstrip() for line in told.splitlines() if line.strip()]
+def _failure(kind: str, reason: str, output: str) -> Failure:
+    lines: Sequence[str] = [line.rstrip() for line in output.splitlines() if line.strip()]
     return Failure(kind=kind, reason=reason, output=lines[-_LINES:])
 
 

@@ -61,7 +61,7 @@ def by_value(values: Sequence[str]) -> str:
         ranks.setdefault(value, []).append(rank)
     if len(ranks) == 1:
         return values[0]
-    return "; ".join(f"{value} ({rank_names(some)})" for value, some in ranks.items())
+    return "; ".join(f"{value} ({rank_names(members)})" for value, members in ranks.items())
 
 
 _INSTALL = (
@@ -349,16 +349,16 @@ def shared_gpus(job: JobFacts) -> Sequence[Problem]:
     """Find several ranks that would take the same GPU."""
     problems = []
     for node in job.nodes:
-        places: dict[str, list[int]] = {}
+        ranks_of: dict[str, list[int]] = {}
         for rank in job.on(node):
             if rank.device is not None:
-                places.setdefault(rank.cupy.visible[rank.device], []).append(rank.rank)
-        most = max(places.items(), key=lambda item: len(item[1]), default=("", []))
+                ranks_of.setdefault(rank.cupy.visible[rank.device], []).append(rank.rank)
+        most = max(ranks_of.items(), key=lambda item: len(item[1]), default=("", []))
         if len(most[1]) < 2:
             continue
         what = (
             f"{node.host}: {rank_names(most[1])} would share the GPU {most[0]}, of "
-            f"{format_count(len(places), 'GPU')} that its ranks see"
+            f"{format_count(len(ranks_of), 'GPU')} that its ranks see"
         )
         cure = (
             "as many ranks on a node as GPUs, and each rank sees all of them (mpirun -n 4, srun "

@@ -24,7 +24,7 @@ from mpidist.info.ask import REPORTED, Answer, ask
 from mpidist.info.checks import Problem, find_problems
 from mpidist.info.facts import FORMAT, JobFacts
 from mpidist.info.leftovers import clean, describe
-from mpidist.info.text import tell
+from mpidist.info.text import render_facts
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         text = json.dumps(as_fields(answer.job, problems, date=date), indent=1) + "\n"
     else:
-        text = tell(answer.job, problems, date=date)
+        text = render_facts(answer.job, problems, date=date)
     sys.stdout.write(text)
     sys.stdout.flush()
     return int(any(problem.fatal for problem in problems))
@@ -81,10 +81,10 @@ def as_fields(job: JobFacts, problems: Sequence[Problem], *, date: str) -> dict[
 
 def _clean() -> int:
     """Remove what dead jobs have left on this node; of several ranks there, each removes some."""
-    place = f"{DIRECTORY} of {platform.node()}"
+    where = f"{DIRECTORY} of {platform.node()}"
     files = clean(DIRECTORY)
     if env.launcher_rank() == 0 or any(not file.kept for file in files):
-        sys.stdout.write(f"{describe(files, place)}\n")
+        sys.stdout.write(f"{describe(files, where)}\n")
     return int(any(file.kept.startswith(("cannot", "nobody")) for file in files))
 
 

@@ -167,7 +167,7 @@ def clean(directory: Path) -> list[Candidate]:
         Where ranks share memory.
     """
     candidates = []
-    with _told_of_no_opener():
+    with _without_lease_signals():
         for path in sorted(directory.glob("*")):
             maker = maker_of(path.name)
             with contextlib.suppress(FileNotFoundError):  # it has gone
@@ -178,7 +178,7 @@ def clean(directory: Path) -> list[Candidate]:
     return candidates
 
 
-def describe(files: Sequence[Candidate], place: str) -> str:
+def describe(files: Sequence[Candidate], where: str) -> str:
     """Return what was removed, and what was kept and why, a line for each kind.
 
     Parameters
@@ -192,11 +192,11 @@ def describe(files: Sequence[Candidate], place: str) -> str:
     for file in files:
         groups.setdefault((file.kept, file.maker), []).append(file)
     lines = []
-    for (kept, maker), some in sorted(groups.items()):
-        size = format_bytes(sum(file.nbytes for file in some))
-        what = f"{format_count(len(some), 'file')} of {maker} in {place}, {size}"
+    for (kept, maker), group in sorted(groups.items()):
+        size = format_bytes(sum(file.nbytes for file in group))
+        what = f"{format_count(len(group), 'file')} of {maker} in {where}, {size}"
         lines.append(f"kept {what}: {kept}" if kept else f"removed {what}")
-    return "\n".join(lines) or f"nothing of MPI libraries is in {place}"
+    return "\n".join(lines) or f"nothing of MPI libraries is in {where}"
 
 
 def _remove(path: Path, status: os.stat_result) -> str:
@@ -219,8 +219,8 @@ def _remove_open(path: Path, descriptor: int) -> str:
     """Do so with a file of which this process has one descriptor."""
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        here, held = path.lstat(), os.fstat(descriptor)
-        if (here.st_dev, here.st_ino) != (held.st_dev, held.st_ino):
+        named, held = path.lstat(), os.fstat(descriptor)
+        if (named.st_dev, named.st_ino) != (held.st_dev, held.st_ino):
             return "replaced meanwhile"
         path.unlink()
     except OSError as error:
@@ -231,7 +231,7 @@ def _remove_open(path: Path, descriptor: int) -> str:
 
 
 @contextlib.contextmanager
-def _told_of_no_opener() -> Iterator[None]:
+def _without_lease_signals() -> Iterator[None]:
     """Ignore the signal that says of a lease that somebody wants the file: it would end us."""
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:

@@ -278,13 +278,13 @@ def look_at_cupy() -> Cupy:
     try:
         import cupy
     except Exception as error:  # noqa: BLE001  # of a library that does not fit, whatever it raises
-        words = f"CuPy cannot be imported: {type(error).__name__}: {error}"
-        return Cupy(version="", runtime="", visible=[], problem=words)
+        reason = f"CuPy cannot be imported: {type(error).__name__}: {error}"
+        return Cupy(version="", runtime="", visible=[], problem=reason)
     problem = problem or why_no_gpu()
     return Cupy(
         version=cupy.__version__,
         runtime=cuda_version(_asked(cupy.cuda.runtime.runtimeGetVersion) or 0),
-        visible=[] if problem else _asked(lambda: _places(cupy.cuda.runtime)) or [],
+        visible=[] if problem else _asked(lambda: _bus_ids(cupy.cuda.runtime)) or [],
         problem=problem or "",
     )
 
@@ -319,7 +319,7 @@ def look_at_nccl(cupy: Cupy) -> Nccl:
     return Nccl(version="", file="", built="", problem=problem)
 
 
-def _places(runtime: Any) -> list[str]:
+def _bus_ids(runtime: Any) -> list[str]:
     return [runtime.deviceGetPCIBusId(index) for index in range(runtime.getDeviceCount())]
 
 

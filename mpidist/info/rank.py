@@ -55,17 +55,17 @@ def job_of_ranks(mpi: Any) -> JobFacts | None:
     ranks = shared.allgather(world.rank)
     # Ranks that MPI has counted are all there, so that none is judged before it has its memory.
     world.Barrier()
-    mine = _look_at_rank(world.rank, ranks, library)
+    own = _look_at_rank(world.rank, ranks, library)
     node = look_at_node(ranks) if shared.rank == 0 else None
-    gathered = world.gather((mine, node), root=0)
+    gathered = world.gather((own, node), root=0)
     # Nobody leaves, and takes its memory along, before all have looked.
     world.Barrier()
     if gathered is None:
         return None
     nodes: list[NodeFacts] = [node for _, node in gathered if node is not None]
-    places = {node.ranks[0]: index for index, node in enumerate(nodes)}
+    indices = {node.ranks[0]: index for index, node in enumerate(nodes)}
     return JobFacts(
-        ranks=[dataclasses.replace(rank, node=places[rank.node]) for rank, _ in gathered],
+        ranks=[dataclasses.replace(rank, node=indices[rank.node]) for rank, _ in gathered],
         nodes=nodes,
         crossovers=_crossovers(library, max(len(node.ranks) for node in nodes)),
         failure=None,
@@ -120,10 +120,14 @@ def _launch(library: Library | None) -> Launch:
 
 def _mpirun(library: str) -> str:
     """Return the launcher that was installed with the library, else the one of this Python."""
-    places = [Path(library).parents[1] / "bin"] if library else []
+    directories = [Path(library).parents[1] / "bin"] if library else []
     # Not resolved: inside a virtual environment the interpreter is a link to one elsewhere.
-    places.append(Path(sys.executable).parent)
-    mpiruns = (str(place / "mpirun") for place in places if os.access(place / "mpirun", os.X_OK))
+    directories.append(Path(sys.executable).parent)
+    mpiruns = (
+        str(directory / "mpirun")
+        for directory in directories
+        if os.access(directory / "mpirun", os.X_OK)
+    )
     return next(mpiruns, "")
 
 

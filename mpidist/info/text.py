@@ -19,7 +19,7 @@ _FEW = 8
 Rows = Iterator[tuple[str, str]]
 
 
-def tell(job: JobFacts, problems: Sequence[Problem], *, date: str) -> str:
+def render_facts(job: JobFacts, problems: Sequence[Problem], *, date: str) -> str:
     """Return the report.
 
     Parameters
@@ -64,12 +64,12 @@ def _section(title: str, rows: Rows) -> Iterator[str]:
     yield ""
 
 
-def _of_ranks(ranks: Iterable[RankFacts], tell_one: Callable[[RankFacts], str]) -> str:
-    return by_value([tell_one(rank) for rank in ranks])
+def _of_ranks(ranks: Iterable[RankFacts], describe: Callable[[RankFacts], str]) -> str:
+    return by_value([describe(rank) for rank in ranks])
 
 
-def _of_libraries(job: JobFacts, tell_one: Callable[[Library], str]) -> str:
-    return _of_ranks(job.ranks, lambda rank: tell_one(rank.library) if rank.library else "none")
+def _of_libraries(job: JobFacts, describe: Callable[[Library], str]) -> str:
+    return _of_ranks(job.ranks, lambda rank: describe(rank.library) if rank.library else "none")
 
 
 def _mpi(job: JobFacts) -> Rows:
@@ -180,9 +180,9 @@ def _node(job: JobFacts, nodes: Sequence[NodeFacts]) -> Rows:
     yield "shared memory", shared + (" on the fullest" if len(nodes) > 1 else "")
     yield "GPUs", gpus
     for node in nodes:
-        place = f"{node.host}: " if len(nodes) > 1 else ""
+        prefix = f"{node.host}: " if len(nodes) > 1 else ""
         for text in _leftovers(node.leftovers):
-            yield "files in it", place + text
+            yield "files in it", prefix + text
 
 
 def _leftovers(files: Sequence[Leftover]) -> Iterator[str]:
@@ -190,10 +190,13 @@ def _leftovers(files: Sequence[Leftover]) -> Iterator[str]:
     groups: dict[tuple[str, str, bool | None], list[Leftover]] = {}
     for file in files:
         groups.setdefault((file.maker, file.owner, file.used), []).append(file)
-    for (maker, owner, used), some in groups.items():
+    for (maker, owner, used), group in groups.items():
         state = {True: "in use", False: "not in use", None: "perhaps in use"}[used]
-        size, age = format_bytes(sum(file.nbytes for file in some)), min(file.age for file in some)
-        yield f"{len(some)} of {maker}, {owner}'s, {state}: {size}, the newest {_age(age)} old"
+        size, age = (
+            format_bytes(sum(file.nbytes for file in group)),
+            min(file.age for file in group),
+        )
+        yield f"{len(group)} of {maker}, {owner}'s, {state}: {size}, the newest {_age(age)} old"
 
 
 def _age(seconds: float) -> str:

@@ -185,7 +185,7 @@ class _Hooks:
             same = "" if len(ending.ranks) == 1 else " the same:"
             text = f"raised{same} {summary_of(error)}"
             if self._next_hook is sys.__excepthook__ and ending.earlier < _TRACEBACKS:
-                lines = lines_of(error, trace, whole=env.debug())
+                lines = lines_of(error, trace, full=env.debug())
         more = "".join(f"\n{self._prefix} {line}" for line in lines)
         self._say(f"{text}; ending the job{more}", ending.ranks)
 

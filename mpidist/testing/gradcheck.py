@@ -108,8 +108,8 @@ def check_gradients(
         Naming the parameter, or "dx", whose gradient is wrong, or the parameter that receives
         another number of contributions than `Context.uses` announced.
     """
-    found = _backward_counted(module, x, mode)
-    weights = projection(found["y"])
+    counted = _backward_counted(module, x, mode)
+    weights = projection(counted["y"])
 
     def value() -> float:
         y, _ = module.forward(x, mode.replayed())
@@ -122,7 +122,7 @@ def check_gradients(
         if array.dtype != np.float64:
             raise AssertionError(f"{name}: central differences need float64, got {array.dtype}")
         expected = numerical_gradient(value, array, eps=eps)
-        got = np.zeros(array.shape) if found[name] is None else found[name]
+        got = np.zeros(array.shape) if counted[name] is None else counted[name]
         error = float(np.abs(got - expected).max(initial=0.0))
         allowed = rtol * max(1.0, float(np.abs(expected).max(initial=0.0)))
         if got.shape != expected.shape or not error <= allowed:
@@ -153,10 +153,10 @@ def check_halves(module: Module, inputs: Sequence[Array], *, mode: Mode = _TRAIN
     """
     modes = _modes(inputs, mode)
     module.zero_grad()
-    whole = []
+    joined = []
     for x, m in zip(inputs, modes, strict=True):
         y, ctx = module.forward(x, m)
-        whole.append(module.backward(ctx, projection(y)).copy())
+        joined.append(module.backward(ctx, projection(y)).copy())
     expected = _snapshot(module)
 
     module.zero_grad()
@@ -168,7 +168,7 @@ def check_halves(module: Module, inputs: Sequence[Array], *, mode: Mode = _TRAIN
         module.backward_weight(wctx)
     got = _snapshot(module)
 
-    for i, (dx, (dx_half, _)) in enumerate(zip(whole, halves, strict=True)):
+    for i, (dx, (dx_half, _)) in enumerate(zip(joined, halves, strict=True)):
         _same_bits(f"dx of micro-batch {i}", dx, dx_half)
     for name, gradient in expected.items():
         _same_bits(name, gradient, got[name])

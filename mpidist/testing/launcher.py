@@ -22,11 +22,11 @@ _OUTER_PYTEST = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
 def find_mpirun() -> Path | None:
     """Return the mpirun beside this interpreter, else the one on PATH, else None."""
     # Not resolved: inside a virtual environment the interpreter is a link to one elsewhere.
-    beside = Path(sys.executable).parent / "mpirun"
-    if os.access(beside, os.X_OK):
-        return beside
-    found = shutil.which("mpirun")
-    return Path(found) if found else None
+    sibling = Path(sys.executable).parent / "mpirun"
+    if os.access(sibling, os.X_OK):
+        return sibling
+    on_path = shutil.which("mpirun")
+    return Path(on_path) if on_path else None
 
 
 def vendor_arguments(mpirun: Path) -> list[str]:
@@ -76,15 +76,15 @@ def marked_processes(value: str, *, name: str = MARK) -> list[int]:
     Open MPI a process group. Where there is no /proc the list is empty.
     """
     wanted = f"{name}={value}".encode()
-    found = []
+    pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             # A zombie has an empty environment, so it does not count as alive.
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except OSError:
             continue
-    return sorted(found)
+    return sorted(pids)
 
 
 def end_job(process: subprocess.Popen[bytes], directory: Path) -> None:

@@ -228,9 +228,9 @@ def _events(
     threads = sorted({row.thread for row in rows} | {0})
     yield from _names(lane, threads)
     for thread in threads:
-        mine = [row for row in rows if row.thread == thread and row.kind not in _FLYING]
+        own = [row for row in rows if row.thread == thread and row.kind not in _FLYING]
         # Only of the main thread it is known that it computes when it does not communicate.
-        spans = _with_compute(mine, lane.began, lane.ended) if thread == 0 else _nested(mine)
+        spans = _with_compute(own, lane.began, lane.ended) if thread == 0 else _nested(own)
         for row in spans:
             event = {
                 "ph": "X",

@@ -96,9 +96,9 @@ def render_summary(summary: Summary, command: str, *, top: int = 10) -> str:
         Lines; times in milliseconds.
     """
     hosts = len({rank.host for rank in summary.ranks})
-    places = "1 host" if hosts == 1 else f"{hosts} hosts"
+    count = "1 host" if hosts == 1 else f"{hosts} hosts"
     blocks = [
-        [f"$ {command}", f"{len(summary.ranks)} ranks on {places}; times in ms"],
+        [f"$ {command}", f"{len(summary.ranks)} ranks on {count}; times in ms"],
         [*_ranks(summary)],
         [*_calls(summary, top)],
         [*_steps(summary, top)],

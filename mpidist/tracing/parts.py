@@ -91,11 +91,11 @@ class Events:
         self.dropped = 0
         self.full_at: int | None = None
         self._recorder = recorder
-        self._room = limit
+        self._left = limit
         self._kept: list[tuple[Any, int]] = []
         self._thread = threading.get_ident()
         self._others: dict[int, int] = {}
-        self._words: dict[tuple[int, int, int], tuple[str, str, str]] = {}
+        self._texts: dict[tuple[int, int, int], tuple[str, str, str]] = {}
 
     def append(self, over: Over) -> None:
         """Take an operation, or a wait, from the recorder."""
@@ -110,11 +110,11 @@ class Events:
         self._take((name, began, ended), ended)
 
     def _take(self, event: Any, ended: int) -> None:
-        if not self._room:
+        if not self._left:
             self.dropped += 1
             return
-        self._room -= 1
-        if not self._room:
+        self._left -= 1
+        if not self._left:
             self.full_at = ended
         thread = threading.get_ident()
         if thread != self._thread:
@@ -134,13 +134,13 @@ class Events:
             name, began, ended = event
             return Row(REGION, name, "", 0, 0, "", began, ended, thread)
         kind, what, identity, number, site, began, ended = event
-        words = self._words.get((what, identity, site))
-        if words is None:
+        texts = self._texts.get((what, identity, site))
+        if texts is None:
             ((_, record, *_),) = self._recorder.events([event])
-            words = record.what, record.group, str(record.site)
-            self._words[what, identity, site] = words
-        name, group, place = words
-        return Row(_KINDS[kind], name, group, identity, number, place, began, ended, thread)
+            texts = record.what, record.group, str(record.site)
+            self._texts[what, identity, site] = texts
+        name, group, file_line = texts
+        return Row(_KINDS[kind], name, group, identity, number, file_line, began, ended, thread)
 
 
 def part_path(trace: Path, rank: int) -> Path:

@@ -261,9 +261,9 @@ def _part_file(
 
 def _raise_together(problem: str, group: ProcessGroup) -> None:
     """Raise on all ranks what has gone wrong on one; collective."""
-    for rank, told in enumerate(all_gather_object(problem, group)):
-        if told:
-            raise OSError(f"trace on {group}: rank {rank}: {told}")
+    for rank, message in enumerate(all_gather_object(problem, group)):
+        if message:
+            raise OSError(f"trace on {group}: rank {rank}: {message}")
 
 
 _job: list[Session] = []

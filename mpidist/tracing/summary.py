@@ -201,7 +201,7 @@ def summarise(document: Mapping[str, Any]) -> Summary:
     steps = _steps(events, notes)
     return Summary(
         ranks=[_rank_time(rank, events[rank["rank"]]) for rank in about["ranks"]],
-        calls=_calls(event for mine in events.values() for event in mine),
+        calls=_calls(event for own in events.values() for event in own),
         steps=steps,
         lateness=_lateness(steps),
         notes=notes,
@@ -302,7 +302,7 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
 
 def _steps(events: Mapping[int, Sequence[Any]], notes: list[str]) -> list[StepTime]:
     """Find the steps that all ranks made, and for whom the others waited in each."""
-    regions = {rank: _step_spans(mine) for rank, mine in events.items()}
+    regions = {rank: _step_spans(own) for rank, own in events.items()}
     counts = {len(spans) for spans in regions.values()}
     if counts == {0}:
         notes.append(
@@ -314,8 +314,8 @@ def _steps(events: Mapping[int, Sequence[Any]], notes: list[str]) -> list[StepTi
             f"the ranks made from {min(counts)} to {max(counts)} steps; the first ones count"
         )
     behind: list[dict[int, float]] = [{} for _ in range(min(counts))]
-    for rank, mine in events.items():
-        for step, waited in enumerate(_waits(mine, regions[rank][: min(counts)])):
+    for rank, own in events.items():
+        for step, waited in enumerate(_waits(own, regions[rank][: min(counts)])):
             for last, seconds in waited.items():
                 behind[step][last] = max(seconds, behind[step].get(last, 0.0))
     lengths = [

@@ -366,13 +366,13 @@ class Checkpoints:
     def _by_rank_0(self, action: Callable[[], T]) -> T:
         """Return on all ranks what rank 0 gets, or raise what it raises."""
         check_same(str(self.directory), self._group)
-        told: tuple[DistributedError | None, T | None] = None, None
+        outcome: tuple[DistributedError | None, T | None] = None, None
         if self._group.rank == 0:
             try:
-                told = None, action()
+                outcome = None, action()
             except DistributedError as error:
-                told = error, None
-        problem, result = broadcast_object(told, self._group)
+                outcome = error, None
+        problem, result = broadcast_object(outcome, self._group)
         if problem is not None:
             raise problem
         return result  # type: ignore[no-any-return]

@@ -73,7 +73,7 @@ def test_targets_stand_in_the_table_and_come_back_from_json() -> None:
 def test_a_model_is_as_large_as_asked_for_and_most_of_it_is_in_large_arrays() -> None:
     model = Model(64)
     assert model.nbytes == pytest.approx(64 << 20, rel=0.01)
-    assert model.nbytes == sum(array.nbytes for array in model.whole().values())
+    assert model.nbytes == sum(array.nbytes for array in model.arrays().values())
     small = [4 * prod(shape) for shape in model.shapes.values() if len(shape) == 1]
     assert len(small) == 128
     assert sum(small) < model.nbytes / 100
@@ -82,7 +82,7 @@ def test_a_model_is_as_large_as_asked_for_and_most_of_it_is_in_large_arrays() ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_parts_of_all_ranks_are_the_model(layout: str) -> None:
     model = Model(1)
-    whole = model.whole()
+    whole = model.arrays()
     ranks = [memory_of(model.held(whole, layout, rank, 3)) for rank in range(3)]
     total = sum(memory.nbytes for parts in ranks for memory in parts)
     assert total == model.nbytes * (3 if layout == REPLICATED else 1)
@@ -100,7 +100,7 @@ def test_the_peer_writes_and_reads_as_many_bytes_as_the_state_has(
     parts = run_ranks(3, shares)
     assert sum(map(len, parts)) == Model(1).nbytes
     if layout == REPLICATED:
-        assert b"".join(parts) == b"".join(a.tobytes() for a in Model(1).whole().values())
+        assert b"".join(parts) == b"".join(a.tobytes() for a in Model(1).arrays().values())
 
 
 def test_plain_files_hold_what_was_written(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from mpidist.info import probes
 from mpidist.info.checks import differences, shared_gpus, unused_gpus
 from mpidist.info.facts import Cupy, Gpu, JobFacts
-from mpidist.info.text import tell
+from mpidist.info.text import render_facts
 from tests.info.made_up import GPU, NO_GPU, RANK, a_job, with_gpus, with_ranks
 
 ROOT = Path(probes.__file__).parents[2]
@@ -187,7 +187,7 @@ def test_the_real_cupy_is_told() -> None:
 
 
 def section(job: JobFacts) -> str:
-    return tell(job, [], date="today").partition("Device arrays\n")[2].partition("\n\n")[0]
+    return render_facts(job, [], date="today").partition("Device arrays\n")[2].partition("\n\n")[0]
 
 
 def test_machines_without_a_gpu_need_three_lines() -> None:
@@ -206,8 +206,9 @@ def test_each_rank_tells_its_gpu() -> None:
         "  device        0 of 2, 0000:00:00.0 (rank 0); 1 of 2, 0000:01:00.0 (rank 1)",
         "  carried       by NCCL",
     ]
-    assert "  GPUs          2 x Abacus H9, 80 GiB, driver 550.54 for CUDA 12.4 and older\n" in tell(
-        job, [], date="today"
+    assert (
+        "  GPUs          2 x Abacus H9, 80 GiB, driver 550.54 for CUDA 12.4 and older\n"
+        in render_facts(job, [], date="today")
     )
 
 

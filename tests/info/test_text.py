@@ -6,12 +6,12 @@ import dataclasses
 
 from mpidist.info.checks import by_value, fatal, rank_names, warning
 from mpidist.info.facts import Failure, JobFacts
-from mpidist.info.text import tell
+from mpidist.info.text import render_facts
 from tests.info.made_up import GPU, LEFTOVER, NODE, a_job, lone, with_ranks
 
 
 def told(job: JobFacts, *problems: object) -> str:
-    return tell(job, problems, date="today")
+    return render_facts(job, problems, date="today")
 
 
 def line(text: str, label: str) -> str:

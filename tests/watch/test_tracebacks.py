@@ -24,7 +24,7 @@ def test_frames_of_the_package_are_left_out() -> None:
     assert len(files) == 1
     assert "test_tracebacks.py" in files[0]
     assert "in mistake" in files[0]
-    whole = lines_of(error, error.__traceback__, whole=True)
+    whole = lines_of(error, error.__traceback__, full=True)
     assert sum(line.startswith("  File ") for line in whole) > 1
     # The message is told before.
     assert not any("out must have shape" in line for line in lines + whole)

@@ -31,10 +31,10 @@ A job may have any number of either. The rest is for texts of which every job ha
 without their shapes, and call sites.
 """
 
-_HEAD_WORDS, _RECORD_WORDS = 64, 8
-_RING = _HEAD_WORDS * 8
+_HEAD_CELLS, _RECORD_CELLS = 64, 8
+_RING = _HEAD_CELLS * 8
 
-TEXTS = _RING + RING * _RECORD_WORDS * 8
+TEXTS = _RING + RING * _RECORD_CELLS * 8
 """Where the texts begin."""
 
 STACKS = TEXTS + TEXTS_NBYTES
@@ -85,7 +85,7 @@ class Head(IntEnum):
 
 def record_offset(sequence: int) -> int:
     """Return the offset of a record in bytes."""
-    return _RING + sequence % RING * _RECORD_WORDS * 8
+    return _RING + sequence % RING * _RECORD_CELLS * 8
 
 
 Over: TypeAlias = tuple[Kind, int, int, int, int, int, int]

@@ -108,8 +108,8 @@ class ProcessDeadline:
         """Return what starts timers, without any module that may be gone at the very end."""
         starts: list[Callable[[], object]] = []
         for timer, delay in timers:
-            whole, part = divmod(min(max(seconds, 0.001), _LONGEST) + delay, 1.0)
-            times = _Times(seconds=int(whole), nanoseconds=int(part * 1e9))
+            full_seconds, part = divmod(min(max(seconds, 0.001), _LONGEST) + delay, 1.0)
+            times = _Times(seconds=int(full_seconds), nanoseconds=int(part * 1e9))
             starts.append(partial(self._libc.timer_settime, timer, 0, ctypes.byref(times), None))
         return starts
 

@@ -109,9 +109,9 @@ class Failures:
         began = last = time.monotonic()
         count = 0
         while (now := time.monotonic()) < min(last + _PAUSE, began + _LONGEST):
-            here = self._all_alive()
-            came = sum(bool(self._cells_of(rank)[Head.FAILED]) for rank in here)
-            if came == len(here):
+            alive = self._all_alive()
+            came = sum(bool(self._cells_of(rank)[Head.FAILED]) for rank in alive)
+            if came == len(alive):
                 return
             if came > count:
                 last, count = now, came
@@ -163,9 +163,7 @@ def reason_of(error: BaseException, trace: TracebackType | None) -> str:
     return f"{_OWN.sub('', message)} {sites}"
 
 
-def lines_of(
-    error: BaseException, trace: TracebackType | None, *, whole: bool = False
-) -> list[str]:
+def lines_of(error: BaseException, trace: TracebackType | None, *, full: bool = False) -> list[str]:
     """Return the traceback, whose last line is left out if it is `summary_of` alone.
 
     Parameters
@@ -178,25 +176,25 @@ def lines_of(
         Whether to keep the frames of this package's own files. They are kept in any case where
         there are no others.
     """
-    told = traceback.TracebackException(type(error), error, trace)
-    if not whole:
-        _leave_out(told, set())
-    lines = "".join(told.format()).splitlines()
+    formatted = traceback.TracebackException(type(error), error, trace)
+    if not full:
+        _leave_out(formatted, set())
+    lines = "".join(formatted.format()).splitlines()
     if lines[-1] == summary_of(error):
         del lines[-1]
     return lines
 
 
-def _leave_out(told: traceback.TracebackException, seen: set[int]) -> None:
+def _leave_out(formatted: traceback.TracebackException, seen: set[int]) -> None:
     """Drop the frames of this package from an exception, and from those that led to it."""
-    if id(told) in seen:
+    if id(formatted) in seen:
         return
-    seen.add(id(told))
-    outside = [frame for frame in told.stack if not is_inside(frame.filename)]
+    seen.add(id(formatted))
+    outside = [frame for frame in formatted.stack if not is_inside(frame.filename)]
     if outside:
-        told.stack = traceback.StackSummary.from_list(outside)
-    group = getattr(told, "exceptions", None) or ()  # from Python 3.11 on
-    for other in (told.__cause__, told.__context__, *group):
+        formatted.stack = traceback.StackSummary.from_list(outside)
+    group = getattr(formatted, "exceptions", None) or ()  # from Python 3.11 on
+    for other in (formatted.__cause__, formatted.__context__, *group):
         if other is not None:
             _leave_out(other, seen)
 

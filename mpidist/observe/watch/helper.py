@@ -40,10 +40,10 @@ class Helper:
         os.set_blocking(self._writer, False)
         self._next_wakeup = -1
         self._pid = os.getpid()
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(after_in_child=self._drop_files)
         threading.Thread(target=self._run, name="mpidist-helper", daemon=True).start()
 
-    def here(self) -> bool:
+    def is_of_this_process(self) -> bool:
         """Whether its thread runs in this process, which may have been forked since."""
         return os.getpid() == self._pid
 
@@ -87,7 +87,7 @@ class Helper:
 
         Others, such as event loops, take the descriptor, and give it up without giving it back.
         """
-        if not self.here():
+        if not self.is_of_this_process():
             return
         taken = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         if taken == self._writer:
@@ -98,7 +98,7 @@ class Helper:
         with contextlib.suppress(BlockingIOError):
             os.write(self._writer, bytes([number]))
 
-    def _forget(self) -> None:
+    def _drop_files(self) -> None:
         """In a child that was forked: its signals and its listeners are not this process's."""
         with contextlib.suppress(ValueError):  # not in the main thread of the main interpreter
             taken = signal.set_wakeup_fd(-1)
@@ -109,7 +109,7 @@ class Helper:
                 watch.listener.close()
 
     def _run(self) -> None:
-        while self.here():
+        while self.is_of_this_process():
             self._round()
 
     def _round(self) -> None:
@@ -153,6 +153,6 @@ _helper: Helper | None = None
 def helper() -> Helper:
     """Return the helper of this process, which starts when it is asked for first."""
     global _helper  # noqa: PLW0603  # one thread per process
-    if _helper is None or not _helper.here():
+    if _helper is None or not _helper.is_of_this_process():
         _helper = Helper()
     return _helper

@@ -43,10 +43,10 @@ def format_site(site: Site) -> str:
     if not site.file:
         return "?"
     try:
-        here = os.getcwd() + os.sep  # noqa: PTH109  # a text is wanted
+        directory = os.getcwd() + os.sep  # noqa: PTH109  # a text is wanted
     except OSError:  # it has been removed
-        here = ""
-    file = site.file.removeprefix(here)
+        directory = ""
+    file = site.file.removeprefix(directory)
     inside = f" in {site.function}" if site.function not in ("", "<module>") else ""
     return f"{file}:{site.line}{inside}"
 
@@ -79,8 +79,8 @@ def causes(
     different = _first_difference(states, members, key)
     if different is not None:
         where = "" if different == key else f" in #{different[1]}"
-        told = callers(states, members, different)
-        sentences.append(f"The ranks called different things{where}: {told}")
+        calls = callers(states, members, different)
+        sentences.append(f"The ranks called different things{where}: {calls}")
     if absent:
         named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
         if len(absent) > _NAMED:
@@ -160,8 +160,8 @@ def stragglers(
 
 def _gone(states: States, members: Sequence[int], absent: Sequence[int]) -> list[int]:
     """Return the ranks that cannot go on, of those that are not missing anyway."""
-    here = [rank for rank in members if rank in states and rank not in absent]
-    return [rank for rank in here if states[rank].status in (Status.DEAD, Status.STOPPED)]
+    present = [rank for rank in members if rank in states and rank not in absent]
+    return [rank for rank in present if states[rank].status in (Status.DEAD, Status.STOPPED)]
 
 
 def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, Record]:
@@ -221,8 +221,10 @@ def callers(states: States, members: Sequence[int], key: Key) -> str:
         call = f"{record.what} at {format_site(record.site)}"
         calls.setdefault((record.call, call), []).append(rank)
     ordered = sorted(calls.items(), key=lambda call: len(call[1]))
-    told = [f"rank {format_ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]]
-    return "; ".join([*told, "..."] if len(ordered) > _NAMED else told)
+    sentences = [
+        f"rank {format_ranges(ranks)} called {call}" for (_, call), ranks in ordered[:_NAMED]
+    ]
+    return "; ".join([*sentences, "..."] if len(ordered) > _NAMED else sentences)
 
 
 def _absence(rank: int, state: RankState | None) -> str:
@@ -375,8 +377,12 @@ def processes(
     for rank, node in enumerate(nodes):
         ranks.setdefault(node, []).append(rank)
     lists = ranks.values()
-    where = [f"rank {format_ranges(some, ordered=True)} on {hosts[some[0]]}" for some in lists]
-    numbers = [f"pid {format_ranges((pids[r] for r in some), ordered=True)}" for some in lists]
+    where = [
+        f"rank {format_ranges(members, ordered=True)} on {hosts[members[0]]}" for members in lists
+    ]
+    numbers = [
+        f"pid {format_ranges((pids[r] for r in members), ordered=True)}" for members in lists
+    ]
     text = ", ".join(f"{on} ({numbered})" for on, numbered in zip(where, numbers, strict=True))
     if not short or len(text) <= _LINE:
         return text

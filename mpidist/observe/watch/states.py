@@ -94,7 +94,7 @@ _FRAMES = 40, 20, 10, 5
 _OURS = "mpidist-"
 """How the names of this package's own threads begin."""
 
-_ROOM = 8000
+_STACKS_SIZE = 8000
 """Characters for the stacks of one rank."""
 
 
@@ -282,9 +282,9 @@ def own_stacks() -> str:
                 for at, line in islice(traceback.walk_stack(frame), most)
             )
             stacks.append(asdict(Stack(names.get(ident, str(ident)), sites)))
-        if len(json.dumps(stacks)) <= _ROOM:
+        if len(json.dumps(stacks)) <= _STACKS_SIZE:
             break
-    while stacks and len(json.dumps(stacks)) > _ROOM:
+    while stacks and len(json.dumps(stacks)) > _STACKS_SIZE:
         del stacks[-max(len(stacks) // 8, 1) :]
     return json.dumps(stacks)
 

@@ -199,8 +199,8 @@ class Watch:
 
     def _ask_others(self) -> Answers:
         """Ask the other nodes, and return at once how many there are, and their answers."""
-        here = self._nodes[self.rank]
-        far = [endpoint for node, endpoint in enumerate(self._endpoints) if node != here]
+        own_node = self._nodes[self.rank]
+        far = [endpoint for node, endpoint in enumerate(self._endpoints) if node != own_node]
         if not far:
             return None, 0
         from mpidist.observe.watch.listener import ask_all
@@ -219,8 +219,8 @@ class Watch:
             except Empty:
                 break
             if answer is not None:
-                told = [RankState.from_json(fields) for fields in json.loads(answer)]
-                states |= {state.rank: state for state in told}
+                answered = [RankState.from_json(fields) for fields in json.loads(answer)]
+                states |= {state.rank: state for state in answered}
         return states
 
     def _unknown(self, known: Collection[int]) -> dict[int, RankState]:
@@ -415,9 +415,9 @@ class Watch:
         if not self._claim():
             return
         states = self.all_states() if ask else self.states(ask=False)
-        if self._is_told_elsewhere(states):
+        if self._is_reported_elsewhere(states):
             deadline = time.monotonic() + _WRITING
-            while self._is_told_elsewhere(states) and time.monotonic() < deadline:
+            while self._is_reported_elsewhere(states) and time.monotonic() < deadline:
                 time.sleep(_ASKING)
                 states = self.all_states()
             self._cells[Head.REPORTED] = monotonic_ns()
@@ -433,7 +433,7 @@ class Watch:
         rank_logger("world", self.rank, len(self._nodes)).log(level, "%s", text)
         self._cells[Head.REPORTED] = monotonic_ns()
 
-    def _is_told_elsewhere(self, states: Mapping[int, RankState]) -> bool:
+    def _is_reported_elsewhere(self, states: Mapping[int, RankState]) -> bool:
         """Whether a rank of another node is writing the report.
 
         The lowest rank writes it: nodes cannot tell who was first, and two that waited for each
