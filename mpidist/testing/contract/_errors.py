@@ -229,26 +229,26 @@ INDIVISIBLE: dict[str, Callable[[Array, ProcessGroup], Any]] = {
 }
 
 
-def mistakes(group: ProcessGroup, place: Place) -> None:
+def mistakes(group: ProcessGroup, device: Place) -> None:
     """Each mistake raises its error on all ranks, says where, and leaves the group usable."""
     who = f"rank {group.rank} of {group.size}"
     for name, mistake in MISTAKES.items():
         if group.size > 1 or name not in PEERS:
             error = expect_error(
-                mistake.error, partial(mistake.call, group, place.put), name, mistake.word, who
+                mistake.error, partial(mistake.call, group, device.put), name, mistake.word, who
             )
             check_that(isinstance(error, ValueError), f"{name}: {error!r} is no ValueError")
     for name, call in INDIVISIBLE.items() if group.size > 1 else ():
-        x = place.put(np.ones(group.size + 1))
+        x = device.put(np.ones(group.size + 1))
         expect_error(SizeMismatchError, partial(call, x, group), name, name, "multiple", who)
     check_that(not group._outstanding, "a mistake has left something under way")
-    after = place.take(c.all_reduce(place.put(np.ones(2)), group))
+    after = device.take(c.all_reduce(device.put(np.ones(2)), group))
     expect(after, np.full(2, float(group.size)), "after the mistakes")
 
 
-def _refuses(group: ProcessGroup, name: str, place: Place) -> None:
+def _refuses(group: ProcessGroup, name: str, device: Place) -> None:
     """Check that a broken group refuses every verb at once."""
-    x = place.put(X)
+    x = device.put(X)
     began = time.monotonic()
     calls: dict[str, Callable[[], Any]] = {
         "barrier": lambda: c.barrier(group),
@@ -267,10 +267,10 @@ def _refuses(group: ProcessGroup, name: str, place: Place) -> None:
 
 
 @with_peers
-def deadlines(group: ProcessGroup, place: Place) -> None:
+def deadlines(group: ProcessGroup, device: Place) -> None:
     """Leave one rank out: the others raise, their group is broken, other groups are not."""
     absent = group.size - 1
-    x, rows, out = (place.put(array) for array in (np.ones(3000), _rows(group), np.ones(3)))
+    x, rows, out = (device.put(array) for array in (np.ones(3000), _rows(group), np.ones(3)))
     waits: dict[str, Callable[[ProcessGroup], Any]] = {
         "barrier": c.barrier,
         "all_reduce": lambda late: c.iall_reduce(x, late).synchronize(),
@@ -279,12 +279,12 @@ def deadlines(group: ProcessGroup, place: Place) -> None:
         "recv": lambda late: p.irecv(late, src=absent, out=out).synchronize(),
         "split": lambda late: late.split(0),
     }
-    if place.on_host:
+    if device.on_host:
         waits["all_reduce"] = lambda late: c.all_reduce(x, late)
         waits["recv"] = lambda late: p.recv(late, src=absent)
     for verb, wait in waits.items():
         late = group.duplicate(f"late {verb}")
-        place.ready(late)
+        device.ready(late)
         late.timeout = DEADLINE
         if group.rank != absent:
             began = time.monotonic()
@@ -298,5 +298,5 @@ def deadlines(group: ProcessGroup, place: Place) -> None:
             took = time.monotonic() - began
             check_that(took < DEADLINE + 2, f"{verb}: the deadline took {took:.2f} s")
             check_that(isinstance(error, TimeoutError), "a missed deadline is no TimeoutError")
-            _refuses(late, late.name, place)
+            _refuses(late, late.name, device)
         c.barrier(group)

@@ -41,13 +41,13 @@ PARTS: tuple[tuple[tuple[int, ...], Any], ...] = (
 
 
 def _lists(
-    size: int, place: Place, *, rows_times: int = 1, zero_d: bool = False
+    size: int, device: Place, *, rows_times: int = 1, zero_d: bool = False
 ) -> list[list[Array]]:
     """Return the list of each rank, on the host."""
     shapes = [
         ((rows_times * shape[0], *shape[1:]), dtype)
         for shape, dtype in PARTS
-        if np.dtype(dtype) in place.dtypes
+        if np.dtype(dtype) in device.dtypes
     ]
     if zero_d:
         shapes.append(((), np.float64))
@@ -65,24 +65,24 @@ class _Wanted(NamedTuple):
 
 
 def _sums(
-    lists: list[list[Array]], op: ReduceOp, group: ProcessGroup, place: Place
+    lists: list[list[Array]], op: ReduceOp, group: ProcessGroup, device: Place
 ) -> list[_Wanted]:
     """Return what each place of the lists comes to."""
-    once = place.capabilities(group).halves_rounded_once
+    once = device.capabilities(group).halves_rounded_once
     columns = [list(column) for column in zip(*lists, strict=True)]
     return [_Wanted(combined(x, op), tolerance(x, op, round_once=once)) for x in columns]
 
 
-def _expect(results: Sequence[Any], wanted: Sequence[_Wanted], where: str, place: Place) -> None:
+def _expect(results: Sequence[Any], wanted: Sequence[_Wanted], where: str, device: Place) -> None:
     check_that(len(results) == len(wanted), f"{where} gave {len(results)} arrays")
     for number, (actual, (expected, within)) in enumerate(zip(results, wanted, strict=True)):
-        expect(place.take(actual), expected, f"{where}, array {number}", within=within)
+        expect(device.take(actual), expected, f"{where}, array {number}", within=within)
 
 
 def _try(
     verb: str,
     group: ProcessGroup,
-    place: Place,
+    device: Place,
     *,
     lists: list[list[Array]],
     wanted: Sequence[_Wanted],
@@ -91,21 +91,21 @@ def _try(
     """Compare the blocking and the immediate form, without and with `outs`."""
     now: Callable[..., list[Array]] = getattr(collectives, f"{verb}_coalesced")
     later: Callable[..., Any] = getattr(collectives, f"i{verb}_coalesced")
-    mine = [place.put(x) for x in lists[group.rank]]
-    outs = [fortran(place.put(np.empty_like(x))) for x, _ in wanted]
-    if place.on_host:
+    own = [device.put(x) for x in lists[group.rank]]
+    outs = [fortran(device.put(np.empty_like(x))) for x, _ in wanted]
+    if device.on_host:
         outs = [byte_swapped(x) if x.size % 2 else x for x in outs]
-    work = later(mine, group, **options)
+    work = later(own, group, **options)
     results = {
-        "": now(mine, group, **options),
-        "into outs": now(mine, group, outs=outs, **options),
+        "": now(own, group, **options),
+        "into outs": now(own, group, outs=outs, **options),
         "immediate": work.wait(),
     }
     check_that(all(a is b for a, b in zip(results["into outs"], outs, strict=True)), "not outs")
-    check_that(place.on_host or work.synchronize(), f"i{verb}_coalesced: no list")
+    check_that(device.on_host or work.synchronize(), f"i{verb}_coalesced: no list")
     check_that(work.done(), f"i{verb}_coalesced: not done after synchronize")
     for how, result in results.items():
-        _expect(result, wanted, f"{verb}_coalesced on {group}, {how}", place)
+        _expect(result, wanted, f"{verb}_coalesced on {group}, {how}", device)
 
 
 def _part(x: Array, group: ProcessGroup) -> Array:
@@ -113,47 +113,47 @@ def _part(x: Array, group: ProcessGroup) -> Array:
     return np.split(x, group.size)[group.rank]
 
 
-def coalesced(group: ProcessGroup, place: Place) -> None:
+def coalesced(group: ProcessGroup, device: Place) -> None:
     """Reduce, send and gather lists of several shapes and dtypes, and the empty list."""
     size = group.size
-    lists = _lists(size, place, zero_d=True)
+    lists = _lists(size, device, zero_d=True)
     for op in (SUM, MAX):
-        wanted = _sums(lists, op, group, place)
-        _try("all_reduce", group, place, lists=lists, wanted=wanted, op=op)
+        wanted = _sums(lists, op, group, device)
+        _try("all_reduce", group, device, lists=lists, wanted=wanted, op=op)
     for root in {0, size - 1}:
         wanted = [_Wanted(x) for x in lists[root]]
-        _try("broadcast", group, place, lists=lists, wanted=wanted, root=root)
+        _try("broadcast", group, device, lists=lists, wanted=wanted, root=root)
     columns = zip(*lists, strict=True)
     wanted = [_Wanted(np.concatenate([np.atleast_1d(x) for x in column])) for column in columns]
-    _try("all_gather", group, place, lists=lists, wanted=wanted)
-    lists = _lists(size, place, rows_times=size)
+    _try("all_gather", group, device, lists=lists, wanted=wanted)
+    lists = _lists(size, device, rows_times=size)
     wanted = [
         _Wanted(_part(x, group), None if within is None else _part(within, group))
-        for x, within in _sums(lists, SUM, group, place)
+        for x, within in _sums(lists, SUM, group, device)
     ]
-    _try("reduce_scatter", group, place, lists=lists, wanted=wanted)
+    _try("reduce_scatter", group, device, lists=lists, wanted=wanted)
     for verb in ("all_reduce", "broadcast", "all_gather", "reduce_scatter"):
         check_that(
             getattr(collectives, f"{verb}_coalesced")([], group) == [], f"{verb} of no array"
         )
 
 
-def coalesced_in_place(group: ProcessGroup, place: Place) -> None:
+def coalesced_in_place(group: ProcessGroup, device: Place) -> None:
     """`outs=arrays`, and outs of the wrong number or shape."""
-    lists = _lists(group.size, place)
-    mine = [place.put(x.copy()) for x in lists[group.rank]]
-    collectives.all_reduce_coalesced(mine, group, outs=mine)
-    _expect(mine, _sums(lists, SUM, group, place), "all_reduce_coalesced in place", place)
-    for outs in (mine[:-1], mine[::-1]):
+    lists = _lists(group.size, device)
+    own = [device.put(x.copy()) for x in lists[group.rank]]
+    collectives.all_reduce_coalesced(own, group, outs=own)
+    _expect(own, _sums(lists, SUM, group, device), "all_reduce_coalesced in place", device)
+    for outs in (own[:-1], own[::-1]):
         expect_error(
             SizeMismatchError,
-            partial(collectives.all_reduce_coalesced, mine, group, outs=outs),
+            partial(collectives.all_reduce_coalesced, own, group, outs=outs),
             "all_reduce_coalesced with other outs",
             "all_reduce_coalesced",
         )
 
 
-def objects(group: ProcessGroup, _place: Place) -> None:
+def objects(group: ProcessGroup, _device: Place) -> None:
     """Objects of any kind and size, different on each rank."""
     rank, size = group.rank, group.size
     everyone = [{"rank": r, "text": "é" * (r * 3000), "none": None, 3: (r,)} for r in range(size)]
@@ -173,7 +173,7 @@ def objects(group: ProcessGroup, _place: Place) -> None:
         expect(x, np.arange(other), "all_gather_object of arrays")
 
 
-def objects_without_pickle(group: ProcessGroup, _place: Place) -> None:
+def objects_without_pickle(group: ProcessGroup, _device: Place) -> None:
     """Raise on all ranks for an object that cannot be pickled, with its own error where it is."""
     rank, size = group.rank, group.size
 
@@ -191,8 +191,8 @@ def objects_without_pickle(group: ProcessGroup, _place: Place) -> None:
             ),
         }
         for verb, call in calls.items():
-            told = f"rank {owner} gave"
-            error = expect_error(UnsupportedOperationError, call, verb, verb, told)
+            message = f"rank {owner} gave"
+            error = expect_error(UnsupportedOperationError, call, verb, verb, message)
             check_that(
                 (error.__cause__ is not None) == (rank == owner), f"{verb}: {error.__cause__!r}"
             )
@@ -212,7 +212,7 @@ def _not_restored() -> None:
     raise ValueError("not restored")
 
 
-def objects_that_cannot_be_restored(group: ProcessGroup, _place: Place) -> None:
+def objects_that_cannot_be_restored(group: ProcessGroup, _device: Place) -> None:
     """Name verb, group and giver of an object that cannot be unpickled, and go on."""
     rank, last = group.rank, group.size - 1
     obj: Any = Unrestorable() if rank == last else rank
@@ -231,15 +231,17 @@ def objects_that_cannot_be_restored(group: ProcessGroup, _place: Place) -> None:
     }
     for verb, (call, receivers) in calls.items():
         if rank in receivers:
-            words = f"{verb} on {group}: the object that rank {last} gave cannot be unpickled here"
-            expect_error(UnsupportedOperationError, call, verb, words, "ValueError: not restored")
+            message = (
+                f"{verb} on {group}: the object that rank {last} gave cannot be unpickled here"
+            )
+            expect_error(UnsupportedOperationError, call, verb, message, "ValueError: not restored")
         else:
             call()
     listed = collectives.all_gather_object(rank, group)
     check_that(listed == list(everybody), f"all_gather_object afterwards: {listed}")
 
 
-def objects_and_arrays(group: ProcessGroup, _place: Place) -> None:
+def objects_and_arrays(group: ProcessGroup, _device: Place) -> None:
     """Unpickle no array of a rank that calls a collective on arrays, whatever its shape."""
     if group.size == 1:
         return
@@ -258,7 +260,7 @@ def objects_and_arrays(group: ProcessGroup, _place: Place) -> None:
         if group.rank == last:
             of_array()
             continue
-        words = f"rank {last} called a collective on arrays instead"
-        expect_error(CollectiveMismatchError, of_object, verb, f"{verb} on {group}", words)
+        message = f"rank {last} called a collective on arrays instead"
+        expect_error(CollectiveMismatchError, of_object, verb, f"{verb} on {group}", message)
     total = collectives.all_reduce(np.array(1), group)
     check_that(total == group.size, f"all_reduce afterwards: {total}")

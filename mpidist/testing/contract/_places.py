@@ -176,8 +176,8 @@ def with_peers(case: Callable[[ProcessGroup, P], None]) -> Callable[[ProcessGrou
     """Make a case do nothing where the group is a single rank, which has nobody to talk to."""
 
     @wraps(case)
-    def run(group: ProcessGroup, place: P) -> None:
+    def run(group: ProcessGroup, device: P) -> None:
         if group.size > 1:
-            case(group, place)
+            case(group, device)
 
     return run

@@ -146,10 +146,10 @@ def _is_nan(x: Array) -> Array:
     return result
 
 
-def check_that(condition: object, words: str) -> None:
+def check_that(condition: object, message: str) -> None:
     """Raise AssertionError with these words unless the condition holds."""
     if not condition:
-        raise AssertionError(words)
+        raise AssertionError(message)
 
 
 def same_bits(x: Array, group: ProcessGroup, where: str) -> None:
@@ -163,7 +163,7 @@ def same_bits(x: Array, group: ProcessGroup, where: str) -> None:
 
 
 def expect_error(
-    kind: type[Exception], call: Callable[[], Any], where: str, *words: str
+    kind: type[Exception], call: Callable[[], Any], where: str, *parts: str
 ) -> Exception:
     """Return the error that `call` raises; AssertionError if it is not of this kind.
 
@@ -181,7 +181,7 @@ def expect_error(
     try:
         result = call()
     except kind as error:
-        missing = [word for word in words if word not in str(error)]
+        missing = [word for word in parts if word not in str(error)]
         if missing:
             raise AssertionError(f"{where}: {missing} not in the message {str(error)!r}") from error
         return error

@@ -124,13 +124,13 @@ class Trial:
         counts = self.counts(rank, size)
         if self.verb.shares is Shares.WHOLE:
             return (counts[0], *self.tail)
-        mine = counts[rank] if self.verb.shares is Shares.OWN else sum(counts)
-        return (mine, *self.tail)
+        own = counts[rank] if self.verb.shares is Shares.OWN else sum(counts)
+        return (own, *self.tail)
 
-    def mine(self, rank: int, size: int, place: Place) -> Array:
+    def mine(self, rank: int, size: int, device: Place) -> Array:
         """Return the input of a rank, for it to keep."""
         x = values(self.shape(rank, size), self.dtype, self.seed, rank)
-        return self.layout(place.put(x))
+        return self.layout(device.put(x))
 
     def keywords(self, group: ProcessGroup, out: Array | None) -> dict[str, Any]:
         """Return the keyword arguments of the call."""
@@ -155,23 +155,23 @@ class Begun(NamedTuple):
     check: Callable[[Any], None]
 
 
-def attempt(trial: Trial, group: ProcessGroup, place: Place) -> Any:
+def attempt(trial: Trial, group: ProcessGroup, device: Place) -> Any:
     """Make a blocking call, check its result and return it; collective."""
-    x, out, check = _prepare(trial, group, place)
+    x, out, check = _prepare(trial, group, device)
     result = trial.verb.now(x, group, **trial.keywords(group, out))
     check(result)
     return result
 
 
-def call(trial: Trial, group: ProcessGroup, place: Place) -> Callable[[], None]:
+def call(trial: Trial, group: ProcessGroup, device: Place) -> Callable[[], None]:
     """Make a blocking call, and return what checks its result; collective."""
-    x, out, check = _prepare(trial, group, place)
+    x, out, check = _prepare(trial, group, device)
     return partial(check, trial.verb.now(x, group, **trial.keywords(group, out)))
 
 
-def begin(trial: Trial, group: ProcessGroup, place: Place) -> Begun:
+def begin(trial: Trial, group: ProcessGroup, device: Place) -> Begun:
     """Make an immediate call; collective."""
-    x, out, check = _prepare(trial, group, place)
+    x, out, check = _prepare(trial, group, device)
     return Begun(trial.verb.later(x, group, **trial.keywords(group, out)), check)
 
 
@@ -215,21 +215,21 @@ def _expected(trial: Trial, inputs: _Inputs, rank: int) -> tuple[Array | None, A
 
 
 def _prepare(
-    trial: Trial, group: ProcessGroup, place: Place
+    trial: Trial, group: ProcessGroup, device: Place
 ) -> tuple[Array, Array | None, Callable[[Any], None]]:
-    offered = place.capabilities(group)
+    offered = device.capabilities(group)
     inputs = _inputs(trial, group.size, round_once=offered.halves_rounded_once)
     expected, within = _expected(trial, inputs, group.rank)
-    x, out = trial.landing(trial.mine(group.rank, group.size, place), expected)
+    x, out = trial.landing(trial.mine(group.rank, group.size, device), expected)
     shared = out is not None and trial.landing in (in_place, overlapping)
     where = f"{trial} on {group}"
 
     def check(result: Any) -> None:
-        expect(place.take(result), expected, where, within=within)
+        expect(device.take(result), expected, where, within=within)
         if out is not None and expected is not None and result is not out:
             raise AssertionError(f"{where}: the result is not `out`")
         if not shared:
-            expect(place.take(x), inputs.arrays[group.rank], f"{where}: the input afterwards")
+            expect(device.take(x), inputs.arrays[group.rank], f"{where}: the input afterwards")
 
     return x, out, check
 
