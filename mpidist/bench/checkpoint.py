@@ -28,7 +28,7 @@ from mpidist.bench.resharding import (
     DIM0,
     REPLICATED,
     Counter,
-    Model,
+    SampleModel,
     drop_cache,
     memory_of,
     peak_over,
@@ -84,7 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure each layout; collective over `world`."""
     require_ranks(world, "checkpoint")
-    machine, model = Machine.of(world), Model(options.mib)
+    machine, model = Machine.of(world), SampleModel(options.mib)
     rows, targets, notes = list[Row](), list[Target](), list[str]()
     peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
     with _directory(world, options.dir) as directory, peer as gloo:
@@ -134,7 +134,7 @@ class _Bench:
     def __init__(
         self,
         world: ProcessGroup,
-        model: Model,
+        model: SampleModel,
         layout: str,
         directory: Path,
         gloo: Gloo | str,

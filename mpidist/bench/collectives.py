@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
-from mpidist.bench.peers import Library, find_library
+from mpidist.bench.peers import LibraryPeer, find_library
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Machine, Report, Row
 from mpidist.bench.times import Series
 from mpidist.bench.verbs import DTYPE, checked, divisible, library_call, our_call, prepare
@@ -65,7 +65,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     )
 
 
-def _series(verb: str, world: ProcessGroup, peer: Library | None, nbytes: int) -> list[Series]:
+def _series(verb: str, world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
     """Return one series per memory and peer, each of which has given the right result once."""
     if verb == "barrier":
         series = [Series(ORDINARY, partial(barrier, world))]

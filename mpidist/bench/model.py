@@ -86,7 +86,7 @@ class Errors:
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
+class NetworkModel:
     """Messages between nodes.
 
     Attributes
@@ -101,7 +101,7 @@ class Network:
     bandwidth: float
 
     @classmethod
-    def fit(cls, points: Sequence[Point]) -> Network:
+    def fit(cls, points: Sequence[Point]) -> NetworkModel:
         """Fit to the times of single messages of at least two sizes."""
         columns = np.array([[1.0, point.nbytes] for point in points])
         latency, per_byte = _least_squares(columns, points)
@@ -207,7 +207,7 @@ class NodeFit:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class NodeModel:
     """All fits of one kind of node, by number of ranks.
 
     Attributes
@@ -237,19 +237,19 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class CostModel:
     """What an all_reduce costs on any number of nodes.
 
     Attributes
     ----------
-    node : Node
+    node : NodeModel
         What an all_reduce inside a node takes.
-    network : Network or None
+    network : NetworkModel or None
         Between nodes; None if only one node is asked for.
     """
 
-    node: Node
-    network: Network | None = None
+    node: NodeModel
+    network: NetworkModel | None = None
 
     def all_reduce(self, nbytes: float, *, ranks: int, nodes: int = 1) -> float:
         """Return the seconds of an all_reduce of registered arrays.

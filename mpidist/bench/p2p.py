@@ -16,7 +16,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
-from mpidist.bench.peers import Library, find_library
+from mpidist.bench.peers import LibraryPeer, find_library
 from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Machine, Report, Row
 from mpidist.bench.times import Series
 from mpidist.group import ProcessGroup
@@ -55,7 +55,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     )
 
 
-def _ping_pong(world: ProcessGroup, peer: Library | None, nbytes: int) -> list[Series]:
+def _ping_pong(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
     x, y = _written(nbytes), _written(nbytes)
     series = [_between(ORDINARY, world, _mpidist_ping(world, x, y), 2)]
     if peer is not None:
@@ -75,7 +75,7 @@ def _mpidist_ping(world: ProcessGroup, x: Array, y: Array) -> Callable[[], Any]:
     return call
 
 
-def _library_ping(peer: Library, x: Array, y: Array) -> Callable[[], Any]:
+def _library_ping(peer: LibraryPeer, x: Array, y: Array) -> Callable[[], Any]:
     comm = peer.comm
 
     def call() -> None:
@@ -89,7 +89,7 @@ def _library_ping(peer: Library, x: Array, y: Array) -> Callable[[], Any]:
     return call
 
 
-def _window(world: ProcessGroup, peer: Library | None, nbytes: int) -> list[Series]:
+def _window(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
     arrays, answer = [_written(nbytes) for _ in range(_WINDOW)], _written(1)
     series = [_between(ORDINARY, world, _mpidist_window(world, arrays, answer), _WINDOW)]
     if peer is not None:
@@ -111,7 +111,7 @@ def _mpidist_window(world: ProcessGroup, arrays: list[Array], answer: Array) -> 
     return call
 
 
-def _library_window(peer: Library, arrays: list[Array], answer: Array) -> Callable[[], Any]:
+def _library_window(peer: LibraryPeer, arrays: list[Array], answer: Array) -> Callable[[], Any]:
     comm, wait_all = peer.comm, peer.mpi.Request.Waitall
 
     def call() -> None:
@@ -125,7 +125,7 @@ def _library_window(peer: Library, arrays: list[Array], answer: Array) -> Callab
     return call
 
 
-def _neighbours(world: ProcessGroup, peer: Library | None, nbytes: int) -> list[Series]:
+def _neighbours(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
     x, y = _written(nbytes), _written(nbytes)
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     series = [Series(ORDINARY, partial(sendrecv, x, world, dst=to, src=source, out=y))]
@@ -135,7 +135,7 @@ def _neighbours(world: ProcessGroup, peer: Library | None, nbytes: int) -> list[
     return series
 
 
-_OPERATIONS: Mapping[str, Callable[[ProcessGroup, Library | None, int], list[Series]]] = {
+_OPERATIONS: Mapping[str, Callable[[ProcessGroup, LibraryPeer | None, int], list[Series]]] = {
     "ping-pong": _ping_pong,
     "window": _window,
     "sendrecv": _neighbours,

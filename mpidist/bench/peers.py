@@ -21,7 +21,7 @@ _TIMEOUT = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, slots=True)
-class Library:
+class LibraryPeer:
     """The MPI library on which a group stands.
 
     Attributes
@@ -36,10 +36,10 @@ class Library:
     comm: Any
 
 
-def find_library(group: ProcessGroup, notes: list[str]) -> Library | None:
+def find_library(group: ProcessGroup, notes: list[str]) -> LibraryPeer | None:
     """Return the MPI library of a group, or None and a note where it stands on none."""
     try:
-        return Library(load_mpi(), group.mpi_comm)
+        return LibraryPeer(load_mpi(), group.mpi_comm)
     except BackendUnavailableError as error:
         notes.append(f"the MPI library is missing: {error}")
         return None

@@ -18,8 +18,8 @@ from typing import Any
 
 from mpidist._formatting import columns, format_bytes, format_number
 from mpidist.bench.harness import BenchmarkError, add_files, check_files, positive, read_size
-from mpidist.bench.model import Errors, Network
-from mpidist.bench.predictions import BACKWARD, Fitted, Layout, Plan, make_plan
+from mpidist.bench.model import Errors, NetworkModel
+from mpidist.bench.predictions import BACKWARD, Fitted, JobLayout, JobPlan, make_plan
 from mpidist.bench.rendering import plot_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
 from mpidist.usage import write_once
@@ -102,22 +102,22 @@ def _load(path: Path) -> Report:
         raise BenchmarkError(f"plan: {path}: {error}") from error
 
 
-def _network(options: argparse.Namespace) -> Network | None:
-    return None if options.latency is None else Network(options.latency, options.bandwidth)
+def _network(options: argparse.Namespace) -> NetworkModel | None:
+    return None if options.latency is None else NetworkModel(options.latency, options.bandwidth)
 
 
-def _layouts(options: argparse.Namespace, reports: dict[str, Report]) -> list[Layout]:
+def _layouts(options: argparse.Namespace, reports: dict[str, Report]) -> list[JobLayout]:
     measured = {r.machine.ranks for r in reports.values() if r.benchmark == "all_reduce"}
     ranks = options.ranks or sorted(measured)
-    return [Layout(nodes, each) for nodes, each in product(options.nodes, ranks)]
+    return [JobLayout(nodes, each) for nodes, each in product(options.nodes, ranks)]
 
 
-def render_plan(plan: Plan, reports: dict[str, Report], command: str) -> str:
+def render_plan(plan: JobPlan, reports: dict[str, Report], command: str) -> str:
     """Lay a plan out as text: the numbers, the model beside the measurements, the predictions.
 
     Parameters
     ----------
-    plan : Plan
+    plan : JobPlan
         Fits and predictions, from `make_plan`.
     reports : dict of str to Report
         From which it was made.
@@ -199,7 +199,7 @@ def _off(errors: Errors) -> str:
     return f"{errors.median:.0%}, at worst {errors.worst:.0%}"
 
 
-def _across(plan: Plan) -> list[str]:
+def _across(plan: JobPlan) -> list[str]:
     network = plan.model.network
     if network is None:
         return []
@@ -207,7 +207,7 @@ def _across(plan: Plan) -> list[str]:
     return [f"network, {plan.network_source}: {figures}"]
 
 
-def _compared(plan: Plan) -> str:
+def _compared(plan: JobPlan) -> str:
     lines = []
     for each in plan.predictions:
         if each.measured is None:
@@ -218,7 +218,7 @@ def _compared(plan: Plan) -> str:
     return _table(lines, ["nodes x ranks", "size", "measured us", "model us", "off"])
 
 
-def _predicted(plan: Plan) -> str:
+def _predicted(plan: JobPlan) -> str:
     times = {
         (each.layout, each.nbytes): format_number(each.seconds * 1e6)
         for each in plan.predictions
@@ -232,7 +232,7 @@ def _predicted(plan: Plan) -> str:
     return _table(lines, ["time in us, nodes x ranks", *map(str, layouts)])
 
 
-def _stepped(plan: Plan) -> str:
+def _stepped(plan: JobPlan) -> str:
     lines = []
     for step in plan.steps:
         measured = "extrapolated" if step.measured is None else format_number(step.measured * 1e3)
@@ -247,7 +247,7 @@ def _table(lines: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
     return "\n".join(columns(heads, lines, ruled=True))
 
 
-def _to_json(plan: Plan, command: str) -> str:
+def _to_json(plan: JobPlan, command: str) -> str:
     """Return everything as JSON: seconds, bytes, and what was measured."""
     document: dict[str, Any] = {"format": _FORMAT, "command": command}
     document |= dataclasses.asdict(plan)

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from math import ceil
 
 from mpidist.bench.harness import BenchmarkError
-from mpidist.bench.model import Errors, Model, Network, Node, NodeFit, Point, leave_one_out
+from mpidist.bench.model import (
+    CostModel,
+    Errors,
+    NetworkModel,
+    NodeFit,
+    NodeModel,
+    Point,
+    leave_one_out,
+)
 from mpidist.bench.report import ORDINARY, Report
 from mpidist.parallel import BUCKET_BYTES
 
@@ -16,7 +24,7 @@ BACKWARD = 2 / 3
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Layout:
+class JobLayout:
     """How many nodes, and how many ranks on each.
 
     Attributes
@@ -69,7 +77,7 @@ class Prediction:
 
     Attributes
     ----------
-    layout : Layout
+    layout : JobLayout
         On how many nodes and ranks.
     nbytes : int
         Of each rank's array.
@@ -79,7 +87,7 @@ class Prediction:
         The median that was measured in this layout at this size; None where nothing was.
     """
 
-    layout: Layout
+    layout: JobLayout
     nbytes: int
     seconds: float
     measured: float | None = None
@@ -91,7 +99,7 @@ class Step:
 
     Attributes
     ----------
-    layout : Layout
+    layout : JobLayout
         On how many nodes and ranks.
     parameters : int
         Number of the model's parameters.
@@ -105,7 +113,7 @@ class Step:
         The median that was measured in this layout; None where nothing was.
     """
 
-    layout: Layout
+    layout: JobLayout
     parameters: int
     alone: float
     seconds: float
@@ -114,12 +122,12 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class JobPlan:
     """Everything that `make_plan` found.
 
     Attributes
     ----------
-    model : Model
+    model : CostModel
         Fitted latencies and bandwidths.
     fitted : tuple of Fitted
         One per measured number of ranks.
@@ -133,7 +141,7 @@ class Plan:
         What has to be known about it, for people.
     """
 
-    model: Model
+    model: CostModel
     fitted: tuple[Fitted, ...]
     network_source: str
     predictions: tuple[Prediction, ...]
@@ -143,12 +151,12 @@ class Plan:
 
 def make_plan(
     reports: Mapping[str, Report],
-    layouts: Sequence[Layout],
+    layouts: Sequence[JobLayout],
     *,
     series: str,
     sizes: Sequence[int] = (),
-    network: Network | None = None,
-) -> Plan:
+    network: NetworkModel | None = None,
+) -> JobPlan:
     """Fit a model to reports, and predict.
 
     Parameters
@@ -156,13 +164,13 @@ def make_plan(
     reports : mapping of str to Report
         By name, for messages: at least one of ``bench all_reduce`` on one node; any of ``bench
         ddp`` on one node, and one of ``bench p2p`` between nodes.
-    layouts : sequence of Layout
+    layouts : sequence of JobLayout
         What to predict, beside what was measured.
     series : str
         Series of ``bench all_reduce`` to which the model is fitted.
     sizes : sequence of int, optional
         Bytes to predict; those that were measured when omitted.
-    network : Network, optional
+    network : NetworkModel, optional
         Between nodes; overrides what a report of ``bench p2p`` says.
 
     Returns
@@ -188,9 +196,9 @@ def make_plan(
             "plan: several nodes need a network; give --latency SECONDS and --bandwidth BYTES/S, "
             "or the report of bench p2p with one rank on each of two nodes"
         )
-    model = Model(Node(tuple(each.fit for each in fitted)), network)
+    model = CostModel(NodeModel(tuple(each.fit for each in fitted)), network)
     measured = {
-        (Layout(1, each.fit.ranks), point.nbytes): point.seconds
+        (JobLayout(1, each.fit.ranks), point.nbytes): point.seconds
         for each in fitted
         for point in each.points
     }
@@ -212,7 +220,7 @@ def make_plan(
         if report.benchmark == "ddp"
         for step in _steps(name, report, wanted, model, notes)
     )
-    return Plan(model, fitted, source, predictions, steps, tuple(notes))
+    return JobPlan(model, fitted, source, predictions, steps, tuple(notes))
 
 
 def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dict[int, list[Point]]:
@@ -249,7 +257,7 @@ def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dic
     return dict(sorted(usable.items()))
 
 
-def _network(name: str, report: Report) -> Network:
+def _network(name: str, report: Report) -> NetworkModel:
     """Fit a network to messages between two nodes."""
     if report.machine.nodes < 2:
         raise BenchmarkError(
@@ -257,14 +265,14 @@ def _network(name: str, report: Report) -> Network:
             "bench p2p with one rank on each of two nodes, or give --latency and --bandwidth"
         )
     rows = [row for row in report.rows if (row.operation, row.series) == ("ping-pong", ORDINARY)]
-    return Network.fit([Point(row.nbytes, row.times.median) for row in rows])
+    return NetworkModel.fit([Point(row.nbytes, row.times.median) for row in rows])
 
 
 def _steps(
-    name: str, report: Report, layouts: Sequence[Layout], model: Model, notes: list[str]
+    name: str, report: Report, layouts: Sequence[JobLayout], model: CostModel, notes: list[str]
 ) -> list[Step]:
     """Predict the steps of the models of one report."""
-    measured_on = Layout(1, report.machine.ranks)
+    measured_on = JobLayout(1, report.machine.ranks)
     if report.machine.nodes > 1:
         notes.append(f"{name}: left out, since it was measured on several nodes")
         return []

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpidist._formatting import columns, format_bytes, format_number
 from mpidist._optional import require
-from mpidist.bench.predictions import Fitted, Layout, Plan, Step
+from mpidist.bench.predictions import Fitted, JobLayout, JobPlan, Step
 from mpidist.bench.report import (
     BOUND,
     GLOO,
@@ -276,12 +276,12 @@ _EXTRAPOLATED: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.3}
 _POINTS: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "zorder": 5}
 
 
-def plot_plan(plan: Plan, reports: Mapping[str, Report], path: Path) -> None:
+def plot_plan(plan: JobPlan, reports: Mapping[str, Report], path: Path) -> None:
     """Draw a plan into a file.
 
     Parameters
     ----------
-    plan : Plan
+    plan : JobPlan
         Fits and predictions, from `make_plan`.
     reports : mapping of str to Report
         From which it was made.
@@ -322,7 +322,7 @@ def plot_plan(plan: Plan, reports: Mapping[str, Report], path: Path) -> None:
     _save(figure, path, _title(plan, reports))
 
 
-def _title(plan: Plan, reports: Mapping[str, Report]) -> str:
+def _title(plan: JobPlan, reports: Mapping[str, Report]) -> str:
     machine = next(iter(reports.values())).machine
     parts = [f"measured on {machine.processor}, {machine.mpi}, {machine.date}"]
     network = plan.model.network
@@ -334,7 +334,7 @@ def _title(plan: Plan, reports: Mapping[str, Report]) -> str:
     return "mpidist plan: all_reduce of registered float32\n" + "; ".join(parts)
 
 
-def _draw_all_reduce(axes: Any, plan: Plan) -> None:
+def _draw_all_reduce(axes: Any, plan: JobPlan) -> None:
     from matplotlib import colormaps
 
     model = plan.model
@@ -348,7 +348,7 @@ def _draw_all_reduce(axes: Any, plan: Plan) -> None:
         )
         times = [model.all_reduce(n, ranks=ranks) * 1e6 for n in grid]
         axes.plot(grid, times, color=color, linewidth=1.6, label=f"{ranks} ranks, model")
-    measured = {Layout(1, each.fit.ranks) for each in plan.fitted}
+    measured = {JobLayout(1, each.fit.ranks) for each in plan.fitted}
     others = [
         layout
         for layout in dict.fromkeys(each.layout for each in plan.predictions)
@@ -426,7 +426,7 @@ def _cycle(things: Sequence[object]) -> tuple[str, ...]:
     return _COLORS * (len(things) // len(_COLORS) + 1)
 
 
-def _layout_label(layout: Layout) -> str:
+def _layout_label(layout: JobLayout) -> str:
     return (
         f"{layout.ranks} ranks" if layout.nodes == 1 else f"{layout.nodes} nodes x {layout.ranks}"
     )

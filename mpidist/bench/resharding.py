@@ -35,7 +35,7 @@ _LARGE, _WIDTH, _SMALL = 8, 4096, 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class SampleModel:
     """Eight large matrices of float32, 4,096 columns wide, and two vectors of 1,024 per MiB.
 
     Attributes
@@ -188,7 +188,7 @@ _MOST = 1.05
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Resharding:
     """A save by some ranks, and a load by others.
 
     Attributes
@@ -213,25 +213,25 @@ class Case:
 
 
 CASES = (
-    Case(4, 3, DIM0, DIM0),
-    Case(4, 8, DIM0, DIM0),
-    Case(4, 6, DIM0, DIM0),
-    Case(4, 4, DIM0, DIM1),
-    Case(4, 3, DIM1, DIM0),
-    Case(4, 3, FLAT, FLAT),
-    Case(4, 3, REPLICATED, DIM0),
-    Case(4, 3, DIM0, REPLICATED),
+    Resharding(4, 3, DIM0, DIM0),
+    Resharding(4, 8, DIM0, DIM0),
+    Resharding(4, 6, DIM0, DIM0),
+    Resharding(4, 4, DIM0, DIM1),
+    Resharding(4, 3, DIM1, DIM0),
+    Resharding(4, 3, FLAT, FLAT),
+    Resharding(4, 3, REPLICATED, DIM0),
+    Resharding(4, 3, DIM0, REPLICATED),
 )
 """For simulated ranks, each on a node of its own."""
 
 
-def reads_of_ranks(world: ProcessGroup, model: Model, directory: Path) -> list[Target]:
+def reads_of_ranks(world: ProcessGroup, model: SampleModel, directory: Path) -> list[Target]:
     """Save on all ranks, load in other layouts, and count; collective."""
     arrays = model.arrays()
     targets = []
     for number, after in enumerate(LAYOUTS):
         path = directory / f"ranks-{number}"
-        case = Case(world.size, world.size, DIM0, after)
+        case = Resharding(world.size, world.size, DIM0, after)
         _save(world, model, arrays, case, path)
         counter = Counter()
         _load(world, model, arrays, case, path, counter)
@@ -241,7 +241,7 @@ def reads_of_ranks(world: ProcessGroup, model: Model, directory: Path) -> list[T
     return targets
 
 
-def reads_of_simulated_ranks(model: Model, directory: Path) -> list[Target]:
+def reads_of_simulated_ranks(model: SampleModel, directory: Path) -> list[Target]:
     """Do the same with threads that take themselves for nodes; in this process alone."""
     arrays = model.arrays()
     targets = []
@@ -263,16 +263,20 @@ def _target(what: str, asked: int, needed: int) -> Target:
 
 
 def _save(
-    group: ProcessGroup, model: Model, arrays: Mapping[str, Array], case: Case, path: Path
+    group: ProcessGroup,
+    model: SampleModel,
+    arrays: Mapping[str, Array],
+    case: Resharding,
+    path: Path,
 ) -> None:
     save(path, model.held(arrays, case.before, group.rank, group.size), group, step=0)
 
 
 def _load(
     group: ProcessGroup,
-    model: Model,
+    model: SampleModel,
     arrays: Mapping[str, Array],
-    case: Case,
+    case: Resharding,
     path: Path,
     counter: Counter,
 ) -> None:

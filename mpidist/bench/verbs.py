@@ -12,7 +12,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.boxes import part_slices
 from mpidist.arrays.namespaces import array_namespace, to_host
-from mpidist.bench.peers import Library
+from mpidist.bench.peers import LibraryPeer
 from mpidist.bench.times import Series
 from mpidist.collectives import (
     all_gather,
@@ -116,7 +116,7 @@ def our_call(verb: str, arrays: Arrays, world: ProcessGroup) -> Callable[[], Any
     return partial(_CALLS[verb], x, world, out=given)
 
 
-def library_call(verb: str, arrays: Arrays, peer: Library) -> Callable[[], Any]:
+def library_call(verb: str, arrays: Arrays, peer: LibraryPeer) -> Callable[[], Any]:
     """Return the call of the MPI library, through mpi4py's buffer interface."""
     comm, in_place, x, out = peer.comm, peer.mpi.IN_PLACE, arrays.x, arrays.out
     calls: dict[str, Callable[[], Any]] = {

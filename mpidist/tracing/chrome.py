@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from mpidist._new_file import create_unique
 from mpidist.tracing.clock import Clock, Reading
-from mpidist.tracing.parts import Part, Row
+from mpidist.tracing.parts import TracePart, TraceRow
 
 COMPUTE = "compute"
 """Category and name of the main thread's time in no collective and no wait."""
@@ -65,7 +65,7 @@ class _Arrival:
 class _Lane:
     """A rank's part, on the clock of all."""
 
-    part: Part
+    part: TracePart
     clock: Clock
     began: int
     ended: int
@@ -75,7 +75,7 @@ class _Lane:
         rank: int = self.part.facts["rank"]
         return rank
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[TraceRow]:
         """Give the rows within the trace, on the clock of all."""
         translate = self.clock.translate
         for row in self.part.rows():
@@ -85,12 +85,12 @@ class _Lane:
                 yield row._replace(began=began, ended=ended)
 
 
-def write_trace(parts: Iterable[Part], path: Path) -> None:
+def write_trace(parts: Iterable[TracePart], path: Path) -> None:
     """Write the trace of all ranks.
 
     Parameters
     ----------
-    parts : iterable of Part
+    parts : iterable of TracePart
         One of each rank; of a job that ended badly some may be missing, or end early.
     path : Path
         The file; compressed if its name ends with ``.gz``. It appears when it is complete.
@@ -137,7 +137,7 @@ def _open(descriptor: int, *, compressed: bool) -> Iterator[IO[str]]:
             yield file
 
 
-def _lanes(parts: Sequence[Part]) -> list[_Lane]:
+def _lanes(parts: Sequence[TracePart]) -> list[_Lane]:
     clocks = {parts[0].facts["clock"]: Clock()}
     for part in parts:
         readings = [Reading(*each) for each in part.facts.get("readings", ())]
@@ -168,7 +168,7 @@ def _arrivals(lanes: Sequence[_Lane]) -> dict[tuple[int, int], _Arrival]:
     return arrivals
 
 
-def _verb(row: Row) -> str:
+def _verb(row: TraceRow) -> str:
     return row.what.partition(" ")[0]
 
 
@@ -245,7 +245,7 @@ def _events(
     yield from _pairs(flying, lane, arrivals, origin)
 
 
-def _name(row: Row) -> str:
+def _name(row: TraceRow) -> str:
     if row.kind in _BUSY:
         return f"wait {_verb(row)}" if row.kind == "wait" else _verb(row)
     return row.what
@@ -265,7 +265,7 @@ def _names(lane: _Lane, threads: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def _pairs(
-    rows: Sequence[Row],
+    rows: Sequence[TraceRow],
     lane: _Lane,
     arrivals: dict[tuple[int, int], _Arrival],
     origin: int,
@@ -289,7 +289,7 @@ def _pairs(
         yield event
 
 
-def _nested(rows: Iterable[Row]) -> Iterator[Row]:
+def _nested(rows: Iterable[TraceRow]) -> Iterator[TraceRow]:
     """Cut off what ends after the event around it, as a region can that a generator has left."""
     around: list[int] = []
     for row in rows:
@@ -300,11 +300,11 @@ def _nested(rows: Iterable[Row]) -> Iterator[Row]:
         yield row._replace(ended=ended)
 
 
-def _with_compute(rows: Iterable[Row], began: int, ended: int) -> Iterator[Row]:
+def _with_compute(rows: Iterable[TraceRow], began: int, ended: int) -> Iterator[TraceRow]:
     """Fill what no collective and no wait takes; each filling lies within one region."""
-    around: list[Row] = []
+    around: list[TraceRow] = []
     done = began
-    end = Row("", "", "", 0, 0, "", ended, ended, 0)
+    end = TraceRow("", "", "", 0, 0, "", ended, ended, 0)
     for row in (*_nested(rows), end):
         while around and around[-1].ended <= row.began:
             yield from _filling(done, around[-1].ended, around)
@@ -316,12 +316,12 @@ def _with_compute(rows: Iterable[Row], began: int, ended: int) -> Iterator[Row]:
             around.append(row)
 
 
-def _filling(began: int, ended: int, around: Sequence[Row]) -> Iterator[Row]:
+def _filling(began: int, ended: int, around: Sequence[TraceRow]) -> Iterator[TraceRow]:
     if began < ended and not any(row.kind in _BUSY for row in around):
-        yield Row(COMPUTE, COMPUTE, "", 0, 0, "", began, ended, 0)
+        yield TraceRow(COMPUTE, COMPUTE, "", 0, 0, "", began, ended, 0)
 
 
-def _args(row: Row, arrivals: dict[tuple[int, int], _Arrival]) -> dict[str, Any]:
+def _args(row: TraceRow, arrivals: dict[tuple[int, int], _Arrival]) -> dict[str, Any]:
     """Say what is known of an operation: of a collective also for whom it waited, and how long."""
     args: dict[str, Any] = {"what": row.what, "group": row.group, "site": row.site}
     args["number"] = row.number

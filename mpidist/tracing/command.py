@@ -12,7 +12,7 @@ from statistics import median
 
 from mpidist._formatting import columns
 from mpidist.tracing.chrome import write_trace
-from mpidist.tracing.parts import Part
+from mpidist.tracing.parts import TracePart
 from mpidist.tracing.summary import Summary, load, summarise
 from mpidist.usage import write_once
 
@@ -68,7 +68,7 @@ def _merge(options: argparse.Namespace) -> str:
         if directory.suffix != ".parts":
             raise ValueError(f"{directory} does not end with .parts; say with --out where to write")
         out = directory.with_suffix("")
-    parts = [Part.of(path.read_bytes()) for path in sorted(directory.glob("rank-*.jsonl.gz"))]
+    parts = [TracePart.of(path.read_bytes()) for path in sorted(directory.glob("rank-*.jsonl.gz"))]
     usable = [part for part in parts if "began" in part.facts]
     if not usable:
         raise ValueError(f"{directory} holds no rank's part of a trace")

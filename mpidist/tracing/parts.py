@@ -34,7 +34,7 @@ _KINDS = ("blocking", "immediate", "message", "wait")
 REGION = "region"
 
 
-class Row(NamedTuple):
+class TraceRow(NamedTuple):
     """One event of a part.
 
     Attributes
@@ -122,17 +122,17 @@ class Events:
         else:
             self._kept.append((event, 0))
 
-    def drain(self) -> list[Row]:
+    def drain(self) -> list[TraceRow]:
         """Return what has come since the last call; from one thread at a time."""
         kept = self._kept[:]
         # Others may have been appended meanwhile.
         del self._kept[: len(kept)]
         return [self._row(event, thread) for event, thread in kept]
 
-    def _row(self, event: Any, thread: int) -> Row:
+    def _row(self, event: Any, thread: int) -> TraceRow:
         if len(event) == 3:
             name, began, ended = event
-            return Row(REGION, name, "", 0, 0, "", began, ended, thread)
+            return TraceRow(REGION, name, "", 0, 0, "", began, ended, thread)
         kind, what, identity, number, site, began, ended = event
         texts = self._texts.get((what, identity, site))
         if texts is None:
@@ -140,7 +140,9 @@ class Events:
             texts = record.what, record.group, str(record.site)
             self._texts[what, identity, site] = texts
         name, group, file_line = texts
-        return Row(_KINDS[kind], name, group, identity, number, file_line, began, ended, thread)
+        return TraceRow(
+            _KINDS[kind], name, group, identity, number, file_line, began, ended, thread
+        )
 
 
 def part_path(trace: Path, rank: int) -> Path:
@@ -255,7 +257,7 @@ def _packed(lines: Iterable[Any]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TracePart:
     """One rank's part, as it was written.
 
     Parameters
@@ -275,7 +277,7 @@ class Part:
     facts: dict[str, Any]
 
     @classmethod
-    def of(cls, data: bytes) -> Part:
+    def of(cls, data: bytes) -> TracePart:
         """Read what a `PartFile` has written, whole or cut off.
 
         Raises
@@ -291,12 +293,12 @@ class Part:
             raise ValueError(f"this is no part of a trace of format {FORMAT}")
         return cls(data, facts)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[TraceRow]:
         """Give the events in the order in which they ended."""
         for line in _lines(self.data):
             if line.startswith("["):
                 for row in json.loads(line):
-                    yield Row(*row)
+                    yield TraceRow(*row)
 
 
 def _lines(data: bytes) -> Iterator[str]:

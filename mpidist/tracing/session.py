@@ -19,7 +19,7 @@ from mpidist.observe.regions import listener
 from mpidist.point_to_point import recv, send
 from mpidist.tracing.chrome import write_trace
 from mpidist.tracing.clock import Reading, clock_name, compare_clocks
-from mpidist.tracing.parts import Events, Part, PartFile, part_path
+from mpidist.tracing.parts import Events, PartFile, TracePart, part_path
 
 EVENTS = 100_000
 """Events of each rank that are kept."""
@@ -177,7 +177,7 @@ class Session:
             return ""
         others = [recv(group, src=rank).tobytes() for rank in range(1, group.size)]
         try:
-            write_trace([Part.of(each) for each in (data, *others)], self._path)
+            write_trace([TracePart.of(each) for each in (data, *others)], self._path)
         except OSError as error:
             return str(error)
         return ""

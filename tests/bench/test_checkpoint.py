@@ -18,9 +18,9 @@ from mpidist.bench.resharding import (
     FLAT,
     LAYOUTS,
     REPLICATED,
-    Case,
     Counter,
-    Model,
+    Resharding,
+    SampleModel,
     drop_cache,
     memory_of,
     peak_over,
@@ -42,7 +42,7 @@ TIMES = {name: Times.of([seconds] * 3) for name, seconds in [("mpidist", 0.5), (
 
 
 def bench_of(world: ProcessGroup, directory: Path, layout: str = REPLICATED) -> checkpoint._Bench:
-    return checkpoint._Bench(world, Model(1), layout, directory, "no torch", 1)
+    return checkpoint._Bench(world, SampleModel(1), layout, directory, "no torch", 1)
 
 
 @pytest.mark.parametrize(("most", "value", "reached"), [(False, 0.8, True), (True, 1.25, False)])
@@ -54,7 +54,7 @@ def test_a_ratio_is_of_speeds_or_of_times(
     (target,) = bench.targets
     assert target.value == pytest.approx(value)
     assert target.reached == reached
-    speed = Model(1).nbytes / 0.4 / 1e9
+    speed = SampleModel(1).nbytes / 0.4 / 1e9
     assert target.detail.endswith(f"plain 0.4000 s, {speed:.2f} GB/s")
 
 
@@ -71,7 +71,7 @@ def test_targets_stand_in_the_table_and_come_back_from_json() -> None:
 
 
 def test_a_model_is_as_large_as_asked_for_and_most_of_it_is_in_large_arrays() -> None:
-    model = Model(64)
+    model = SampleModel(64)
     assert model.nbytes == pytest.approx(64 << 20, rel=0.01)
     assert model.nbytes == sum(array.nbytes for array in model.arrays().values())
     small = [4 * prod(shape) for shape in model.shapes.values() if len(shape) == 1]
@@ -81,7 +81,7 @@ def test_a_model_is_as_large_as_asked_for_and_most_of_it_is_in_large_arrays() ->
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_parts_of_all_ranks_are_the_model(layout: str) -> None:
-    model = Model(1)
+    model = SampleModel(1)
     whole = model.arrays()
     ranks = [memory_of(model.held(whole, layout, rank, 3)) for rank in range(3)]
     total = sum(memory.nbytes for parts in ranks for memory in parts)
@@ -98,9 +98,9 @@ def test_the_peer_writes_and_reads_as_many_bytes_as_the_state_has(
         return bench_of(world, tmp_path, layout)._share.tobytes()
 
     parts = run_ranks(3, shares)
-    assert sum(map(len, parts)) == Model(1).nbytes
+    assert sum(map(len, parts)) == SampleModel(1).nbytes
     if layout == REPLICATED:
-        assert b"".join(parts) == b"".join(a.tobytes() for a in Model(1).arrays().values())
+        assert b"".join(parts) == b"".join(a.tobytes() for a in SampleModel(1).arrays().values())
 
 
 def test_plain_files_hold_what_was_written(tmp_path: Path) -> None:
@@ -148,15 +148,15 @@ def test_the_peak_is_the_most_that_was_held_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("case", "nodes"),
-    [(Case(4, 3, DIM0, DIM0), 1), (Case(2, 3, FLAT, REPLICATED), 3)],
+    [(Resharding(4, 3, DIM0, DIM0), 1), (Resharding(2, 3, FLAT, REPLICATED), 3)],
     ids=str,
 )
 def test_simulated_ranks_need_each_byte_once_for_each_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case, nodes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Resharding, nodes: int
 ) -> None:
     monkeypatch.setattr(resharding, "CASES", (case,))
-    (target,) = reads_of_simulated_ranks(Model(1), tmp_path)
-    needed = nodes * Model(1).nbytes
+    (target,) = reads_of_simulated_ranks(SampleModel(1), tmp_path)
+    needed = nodes * SampleModel(1).nbytes
     assert target.detail.endswith(f"{needed / 2**20:.2f} MiB needed")
     assert 1 <= target.value < 3
     assert target.bound == 1.05
@@ -168,7 +168,7 @@ def test_arrays_that_were_not_loaded_are_noticed(
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     monkeypatch.setattr(resharding, "load", nothing)
     with pytest.raises(RuntimeError, match="did not give what was saved"):
-        run_ranks(1, lambda world: reads_of_ranks(world, Model(1), tmp_path))
+        run_ranks(1, lambda world: reads_of_ranks(world, SampleModel(1), tmp_path))
 
 
 @pytest.mark.any_mpi
@@ -186,7 +186,7 @@ def test_the_whole_benchmark_on_ranks(
     for layout in (REPLICATED, DIM0):
         rows = [row for row in report.rows if row.operation == f"save, {layout}"]
         assert [row.series for row in rows] == ["mpidist", "plain"]
-        assert all(row.nbytes == Model(1).nbytes for row in rows)
+        assert all(row.nbytes == SampleModel(1).nbytes for row in rows)
         assert f"load, {layout}: speed over plain reading" in text
     if world.rank == 0:
         assert len(report.targets) == 8 + len(LAYOUTS) + len(resharding.CASES)

@@ -11,8 +11,16 @@ import pytest
 
 from mpidist import cli
 from mpidist.bench.harness import BenchmarkError
-from mpidist.bench.model import Errors, Model, Network, Node, NodeFit, Point, leave_one_out
-from mpidist.bench.predictions import Layout, make_plan
+from mpidist.bench.model import (
+    CostModel,
+    Errors,
+    NetworkModel,
+    NodeFit,
+    NodeModel,
+    Point,
+    leave_one_out,
+)
+from mpidist.bench.predictions import JobLayout, make_plan
 from mpidist.bench.report import ORDINARY, REGISTERED, Report
 from tests.bench.reports import MACHINE, row
 
@@ -20,7 +28,7 @@ MEASURED = Path(__file__).parent / "measured"
 SIZES = [4 << (2 * step) for step in range(13)]
 KNEE = 4 << 20
 TRUTH = NodeFit(ranks=4, meetings=5e-6, near=0.1e-9, far=0.4e-9, knee=KNEE)
-NETWORK = Network(latency=3e-6, bandwidth=10e9)
+NETWORK = NetworkModel(latency=3e-6, bandwidth=10e9)
 
 
 def points(fit, *, noise=0.0):
@@ -36,7 +44,7 @@ def report(benchmark="all_reduce", *, rows=None, **machine):
 
 
 def test_a_network_is_found_again():
-    found = Network.fit(points(NETWORK))
+    found = NetworkModel.fit(points(NETWORK))
     assert found.latency == pytest.approx(3e-6)
     assert found.bandwidth == pytest.approx(10e9)
 
@@ -80,12 +88,12 @@ def test_a_measured_run_is_foretold_without_each_of_its_sizes():
 
 def test_ranks_between_below_and_above_those_measured():
     two = dataclasses.replace(TRUTH, ranks=2, meetings=3e-6, near=0.06e-9, knee=2 * KNEE)
-    node = Node((two, TRUTH))
+    node = NodeModel((two, TRUTH))
     assert node.time(1000, 1) == 0
     assert node.time(1000, 2) == two.time(1000)
     assert node.time(1000, 3) == pytest.approx((two.time(1000) + TRUTH.time(1000)) / 2)
     assert node.time(1000, 8) == pytest.approx(2 * TRUTH.time(1000))
-    assert Node((TRUTH,)).time(1000, 2) == TRUTH.time(1000)
+    assert NodeModel((TRUTH,)).time(1000, 2) == TRUTH.time(1000)
     assert TRUTH.scaled(8).knee == KNEE / 2
 
 
@@ -105,7 +113,7 @@ def test_messages_are_counted_as_the_algorithms_send_them(nodes, nbytes, message
 
 
 def test_a_job_of_several_nodes_is_its_nodes_and_their_slices():
-    model = Model(Node((TRUTH,)), NETWORK)
+    model = CostModel(NodeModel((TRUTH,)), NETWORK)
     inside = model.all_reduce(1 << 20, ranks=4)
     assert inside == TRUTH.time(1 << 20)
     together = model.all_reduce(1 << 20, ranks=4, nodes=3)
@@ -114,19 +122,19 @@ def test_a_job_of_several_nodes_is_its_nodes_and_their_slices():
     agree = NETWORK.all_reduce(96, 3, sharing=4, combine=0)
     assert together == pytest.approx(inside + slices + agree)
     with pytest.raises(ValueError, match="network"):
-        Model(Node((TRUTH,))).all_reduce(8, ranks=4, nodes=2)
+        CostModel(NodeModel((TRUTH,))).all_reduce(8, ranks=4, nodes=2)
 
 
 def test_a_plan_tells_apart_what_was_measured():
-    layouts = [Layout(1, 4), Layout(2, 4)]
+    layouts = [JobLayout(1, 4), JobLayout(2, 4)]
     plan = make_plan({"four": report()}, layouts, series=REGISTERED, network=NETWORK)
     assert [f.fit.ranks for f in plan.fitted] == [4]
     measured = [p for p in plan.predictions if p.measured is not None]
-    assert {p.layout for p in measured} == {Layout(1, 4)}
+    assert {p.layout for p in measured} == {JobLayout(1, 4)}
     assert [p.nbytes for p in measured] == SIZES
     assert all(p.seconds == pytest.approx(p.measured) for p in measured)
     others = [p for p in plan.predictions if p.measured is None]
-    assert {p.layout for p in others} == {Layout(2, 4)}
+    assert {p.layout for p in others} == {JobLayout(2, 4)}
 
 
 def test_ranks_that_took_turns_are_left_out_if_others_did_not():
@@ -141,12 +149,12 @@ def test_ranks_that_took_turns_are_left_out_if_others_did_not():
 def test_a_network_is_fitted_to_messages_between_nodes():
     messages = [row(ORDINARY, p.nbytes, p.seconds, operation="ping-pong") for p in points(NETWORK)]
     p2p = report("p2p", rows=messages, ranks=2, nodes=2)
-    plan = make_plan({"four": report(), "p2p": p2p}, [Layout(2, 4)], series=REGISTERED)
+    plan = make_plan({"four": report(), "p2p": p2p}, [JobLayout(2, 4)], series=REGISTERED)
     assert plan.model.network.latency == pytest.approx(3e-6)
     assert plan.network_source == "fitted to p2p"
     inside = {"four": report(), "p2p": dataclasses.replace(p2p, machine=MACHINE)}
     with pytest.raises(BenchmarkError, match="inside one node"):
-        make_plan(inside, [Layout(2, 4)], series=REGISTERED)
+        make_plan(inside, [JobLayout(2, 4)], series=REGISTERED)
 
 
 def ddp_report():
@@ -157,7 +165,7 @@ def ddp_report():
 
 
 def test_steps_take_what_was_added_and_the_network():
-    layouts = [Layout(1, 4), Layout(4, 4)]
+    layouts = [JobLayout(1, 4), JobLayout(4, 4)]
     both = {"sums": report(), "steps": ddp_report()}
     plan = make_plan(both, layouts, series=REGISTERED, network=NETWORK)
     here, apart = plan.steps
@@ -174,7 +182,7 @@ def test_steps_take_what_was_added_and_the_network():
     [
         ({}, [], "nothing to fit"),
         ({"apart": report(nodes=2)}, [], "nothing to fit"),
-        ({"four": report()}, [Layout(2, 4)], "--latency SECONDS and --bandwidth"),
+        ({"four": report()}, [JobLayout(2, 4)], "--latency SECONDS and --bandwidth"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(reports, layouts, words):

@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from mpidist.tracing.chrome import write_trace
-from mpidist.tracing.parts import FORMAT, Part, Row, _packed
+from mpidist.tracing.parts import FORMAT, TracePart, TraceRow, _packed
 from mpidist.tracing.summary import load
 
 MS = 1_000_000
 
 
-def row(kind: str, what: str, began: float, ended: float, number: int = 0, **more: Any) -> Row:
+def row(kind: str, what: str, began: float, ended: float, number: int = 0, **more: Any) -> TraceRow:
     """Make a row; of group 7 unless said otherwise."""
     identity = more.pop("identity", 0 if kind == "region" else 7)
     site = more.pop("site", "train.py:1")
     thread = more.pop("thread", 0)
     assert not more
     times = round(began * MS), round(ended * MS)
-    return Row(kind, what, "world", identity, number, site, *times, thread)
+    return TraceRow(kind, what, "world", identity, number, site, *times, thread)
 
 
 def part(
-    rank: int, rows: list[Row], *, ended: float | None = 100, size: int = 2, **facts: Any
-) -> Part:
+    rank: int, rows: list[TraceRow], *, ended: float | None = 100, size: int = 2, **facts: Any
+) -> TracePart:
     """Make the part of a rank that was recorded from 0 ms on."""
     known = {
         "format": FORMAT,
@@ -41,10 +41,10 @@ def part(
         "complete": True,
     }
     facts = {key: value for key, value in (known | facts).items() if value is not None}
-    return Part.of(_packed([facts, rows]))
+    return TracePart.of(_packed([facts, rows]))
 
 
-def trace_of(parts: list[Part], directory: Path, name: str = "trace.json") -> dict[str, Any]:
+def trace_of(parts: list[TracePart], directory: Path, name: str = "trace.json") -> dict[str, Any]:
     """Write the trace of some parts, and read it."""
     path = directory / name
     write_trace(parts, path)

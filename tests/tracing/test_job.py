@@ -13,7 +13,7 @@ import pytest
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
 from mpidist.tracing import session as session_module
-from mpidist.tracing.parts import Part
+from mpidist.tracing.parts import TracePart
 from mpidist.tracing.session import Session, begin_job_trace
 from mpidist.tracing.summary import load, summarise
 from tests._ranks.launcher import clean_environment
@@ -55,7 +55,7 @@ def the_trace(directory: Path) -> Any:
 
 def parts_left(directory: Path) -> dict[int, list[str]]:
     (parts,) = directory.iterdir()
-    found = [Part.of(path.read_bytes()) for path in parts.iterdir()]
+    found = [TracePart.of(path.read_bytes()) for path in parts.iterdir()]
     return {part.facts["rank"]: [row.what for row in part.rows()] for part in found}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from mpidist.observe.recorder import Kind, Recorder
 from mpidist.tracing import parts
-from mpidist.tracing.parts import Events, Part, PartFile, Row, part_path
+from mpidist.tracing.parts import Events, PartFile, TracePart, TraceRow, part_path
 
 
 class Recorded:
@@ -58,7 +58,7 @@ def test_events_become_rows_in_their_order(recorded: Recorded) -> None:
     assert (first.what, first.group, first.identity, first.thread) == ("barrier", "world", 7, 0)
     assert first.site.startswith(f"{__file__}:")
     assert before <= first.began <= first.ended <= rows[1].began <= time.monotonic_ns()
-    assert rows[4] == Row("region", "step", "", 0, 0, "", 1, 99, 0)
+    assert rows[4] == TraceRow("region", "step", "", 0, 0, "", 1, 99, 0)
     assert events.drain() == []
 
 
@@ -103,7 +103,7 @@ def test_a_file_holds_what_was_known_and_what_came(tmp_path: Path) -> None:
     file.note({"began": 5})
     events.mark("a", 1, 2)
     file.close()
-    part = Part.of(file.path.read_bytes())
+    part = TracePart.of(file.path.read_bytes())
     assert part.facts == {"format": 1, "rank": 3, "began": 5}
     assert [row.what for row in part.rows()] == ["a"]
     file.remove()
@@ -117,9 +117,9 @@ def test_the_events_of_a_second_are_in_the_file_without_being_asked_for(
     file, events = make(tmp_path / "part")
     events.mark("a", 1, 2)
     deadline = time.monotonic() + 10
-    while not [*Part.of(file.path.read_bytes()).rows()] and time.monotonic() < deadline:
+    while not [*TracePart.of(file.path.read_bytes()).rows()] and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [row.what for row in Part.of(file.path.read_bytes()).rows()] == ["a"]
+    assert [row.what for row in TracePart.of(file.path.read_bytes()).rows()] == ["a"]
     file.close()
 
 
@@ -134,7 +134,7 @@ def test_a_file_that_was_cut_off_anywhere_gives_whole_rows(tmp_path: Path) -> No
     lengths = []
     for end in range(len(data) + 1):
         try:
-            rows = [*Part.of(data[:end]).rows()]
+            rows = [*TracePart.of(data[:end]).rows()]
         except ValueError:
             assert not lengths, "the first lines are cut off"
             continue
@@ -160,9 +160,9 @@ def test_two_jobs_of_one_name_write_no_common_file(tmp_path: Path) -> None:
     (one, first), (other, second) = (make(tmp_path / "t.parts" / "part") for _ in range(2))
     first.mark("first", 1, 2)
     second.mark("second", 1, 2)
-    assert [row.what for row in Part.of(one.finish()).rows()] == ["first"]
+    assert [row.what for row in TracePart.of(one.finish()).rows()] == ["first"]
     written = other.finish()
-    assert [row.what for row in Part.of(written).rows()] == ["second"]
+    assert [row.what for row in TracePart.of(written).rows()] == ["second"]
     one.remove()
     assert other.path.read_bytes() == written, "removed only what is its own"
     other.remove()
@@ -177,9 +177,9 @@ def test_a_part_is_for_its_owner_and_follows_no_link(tmp_path: Path) -> None:
     file.close()
     assert target.read_text() == "precious"
     assert path.lstat().st_mode & 0o777 == 0o600
-    assert Part.of(path.read_bytes()).facts["rank"] == 3
+    assert TracePart.of(path.read_bytes()).facts["rank"] == 3
 
 
 def test_another_file_is_refused() -> None:
     with pytest.raises(ValueError, match="no part of a trace"):
-        Part.of(b"something else")
+        TracePart.of(b"something else")

@@ -18,7 +18,7 @@ from mpidist.optim import SGD
 from mpidist.parallel import DDP
 from mpidist.testing import run_ranks
 from mpidist.tracing import session
-from mpidist.tracing.parts import Part
+from mpidist.tracing.parts import TracePart
 from mpidist.tracing.summary import load, summarise
 from tests.tracing.format import check_trace
 
@@ -134,7 +134,7 @@ def test_an_error_leaves_the_parts_of_the_ranks_behind(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError, match="boom"):
         run_ranks(2, body)
-    found = [Part.of(p.read_bytes()) for p in sorted((tmp_path / "t.json.parts").iterdir())]
+    found = [TracePart.of(p.read_bytes()) for p in sorted((tmp_path / "t.json.parts").iterdir())]
     assert [part.facts["rank"] for part in found] == [0, 1]
     assert [[row.what for row in part.rows()] for part in found] == [["barrier"]] * 2
     assert not path.exists()

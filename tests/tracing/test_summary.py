@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from mpidist import cli
-from mpidist.tracing.parts import Part, Row
+from mpidist.tracing.parts import TracePart, TraceRow
 from mpidist.tracing.summary import CallTime, Lateness, StepTime, Summary, load, summarise
 from tests.tracing.parts import part, row, trace_of
 
 SUM = "all_reduce SUM float32[1000]"
 
 
-def steps(late: dict[int, list[float]], count: int, ranks: int) -> list[Part]:
+def steps(late: dict[int, list[float]], count: int, ranks: int) -> list[TracePart]:
     """Make steps of 100 ms: 10 ms, what the rank is late, a sum that ends at 80 ms."""
     parts = []
     for rank in range(ranks):
-        rows: list[Row] = []
+        rows: list[TraceRow] = []
         for step in range(count):
             begin = 100 * step
             arrival = begin + 10 + late.get(rank, [0.0] * count)[step]
@@ -30,7 +30,7 @@ def steps(late: dict[int, list[float]], count: int, ranks: int) -> list[Part]:
     return parts
 
 
-def summary_of(parts: list[Part], directory: Path) -> Summary:
+def summary_of(parts: list[TracePart], directory: Path) -> Summary:
     return summarise(trace_of(parts, directory))
 
 
@@ -186,7 +186,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "No such file" in capsys.readouterr().err
 
 
-def left_behind(directory: Path, parts: list[Part]) -> Path:
+def left_behind(directory: Path, parts: list[TracePart]) -> Path:
     where = directory / "run.json.parts"
     where.mkdir()
     for each in parts:

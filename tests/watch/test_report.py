@@ -10,7 +10,7 @@ from zlib import crc32
 import pytest
 
 from mpidist.observe.recorder import Kind
-from mpidist.observe.recorder.recording import Record, Site
+from mpidist.observe.recorder.recording import OperationRecord, Site
 from mpidist.observe.watch import report
 from mpidist.observe.watch.report import (
     callers,
@@ -40,15 +40,17 @@ def record(
     ended: float | None = None,
     sequence: int = 1,
     kind: Kind = Kind.BLOCKING,
-) -> Record:
+) -> OperationRecord:
     over = 0 if ended is None else NOW - int(ended * SECOND)
     site = Site("/elsewhere/train.py", line, "step")
     began_ns = NOW - int(began * SECOND)
     call = crc32(what.encode())
-    return Record(sequence, kind, what, group, identity, number, site, began_ns, over, call)
+    return OperationRecord(
+        sequence, kind, what, group, identity, number, site, began_ns, over, call
+    )
 
 
-def state(rank: int, *records: Record, **more: object) -> RankState:
+def state(rank: int, *records: OperationRecord, **more: object) -> RankState:
     fields = {"status": Status.ALIVE, "records": records, "now": NOW} | more
     return RankState(rank, rank // 2, f"host{rank // 2}:{100 + rank}", **fields)
 
@@ -279,7 +281,9 @@ def test_a_thousand_ranks_have_a_short_line(per_node: int) -> None:
 
 
 def test_a_failed_operation_is_told_apart() -> None:
-    failed = Record(1, Kind.BLOCKING, "x", "g", 7, 1, Site("", 0, ""), NOW, -(NOW - SECOND), 0)
+    failed = OperationRecord(
+        1, Kind.BLOCKING, "x", "g", 7, 1, Site("", 0, ""), NOW, -(NOW - SECOND), 0
+    )
     assert "failed 1.0 s ago" in render_report("title", [state(0, failed)], [])
 
 

@@ -46,7 +46,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class OperationRecord:
     """One operation of a rank.
 
     Attributes
@@ -96,14 +96,14 @@ class Event(NamedTuple):
     ----------
     kind : Kind
         An operation or a wait.
-    record : Record
+    record : OperationRecord
         The operation; without its sequence number.
     began, ended : int
         Nanoseconds of `time.monotonic_ns`: of the operation, or of the wait.
     """
 
     kind: Kind
-    record: Record
+    record: OperationRecord
     began: int
     ended: int
 
@@ -121,7 +121,7 @@ class Recording:
         self._memory = memory
         self.cells = memory.cast("q")
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[OperationRecord]:
         """Return what is kept, the oldest first."""
         memory, records = self._memory, []
         for slot in range(RING):
@@ -131,7 +131,7 @@ class Recording:
                 records.append(decode(memory, fields))
         return sorted(records, key=lambda record: record.sequence)
 
-    def find(self, key: tuple[int, int]) -> Record | None:
+    def find(self, key: tuple[int, int]) -> OperationRecord | None:
         """Return the newest record of a collective, if it is still there."""
         memory, newest = self._memory, None
         for slot in range(RING):
@@ -157,10 +157,10 @@ class Recording:
         return bytes(self._memory[STACKS : STACKS + length]).decode(errors="replace")
 
 
-def decode(memory: memoryview, fields: tuple[int, ...]) -> Record:
+def decode(memory: memoryview, fields: tuple[int, ...]) -> OperationRecord:
     """Return in words what the numbers of a record say."""
     what, identity, call, number, site, began, ended, sequence = fields
-    return Record(
+    return OperationRecord(
         sequence=sequence,
         kind=Kind(what >> 2 * TEXT_BITS),
         what=_read_text(memory, what & TEXT_MASK) or "?",

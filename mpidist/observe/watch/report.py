@@ -12,7 +12,7 @@ from mpidist import env
 from mpidist._formatting import columns, format_ranges
 from mpidist._new_file import create_unique
 from mpidist.observe.recorder import is_inside
-from mpidist.observe.recorder.recording import Record, Site
+from mpidist.observe.recorder.recording import OperationRecord, Site
 from mpidist.observe.watch.states import RankState, Stack, Status
 
 _NAMED = 4
@@ -164,7 +164,7 @@ def _gone(states: States, members: Sequence[int], absent: Sequence[int]) -> list
     return [rank for rank in present if states[rank].status in (Status.DEAD, Status.STOPPED)]
 
 
-def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, Record]:
+def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, OperationRecord]:
     """Return the record of a collective of each rank that has come to it."""
     if key is None:
         return {}
@@ -192,7 +192,7 @@ def _first_difference(states: States, members: Sequence[int], key: Key | None) -
     """
     if key is None:
         return None
-    records_of: dict[int, list[Record]] = {}
+    records_of: dict[int, list[OperationRecord]] = {}
     for rank in members:
         for record in states[rank].records if rank in states else ():
             if record.number <= key[1] and record.is_of((key[0], record.number)):
@@ -206,7 +206,7 @@ def _first_difference(states: States, members: Sequence[int], key: Key | None) -
     return (key[0], min(different)) if different else None
 
 
-def _calls(came: Mapping[int, Record]) -> dict[int, list[int]]:
+def _calls(came: Mapping[int, OperationRecord]) -> dict[int, list[int]]:
     """Return who called the same, the fewest first: they are the likeliest to be wrong."""
     calls: dict[int, list[int]] = {}
     for rank, record in came.items():
@@ -296,7 +296,7 @@ def _row(state: RankState) -> tuple[str, ...]:
     return (*head, name, format_site(record.site), _when(state, record), now)
 
 
-def _when(state: RankState, record: Record) -> str:
+def _when(state: RankState, record: OperationRecord) -> str:
     if state.wait is not None and state.wait.sequence == record.sequence:
         return f"waits {state.wait.seconds:.1f} s"
     if not record.ended:

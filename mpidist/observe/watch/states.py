@@ -17,7 +17,7 @@ from time import monotonic_ns
 from typing import Any
 
 from mpidist.observe.recorder import Head, Kind
-from mpidist.observe.recorder.recording import Record, Recording, Site
+from mpidist.observe.recorder.recording import OperationRecord, Recording, Site
 
 
 class Status(str, Enum):
@@ -145,7 +145,7 @@ class RankState:
         Host and process number.
     status : Status
         Whether it is alive.
-    records : tuple of Record
+    records : tuple of OperationRecord
         Its last operations, the oldest first.
     now : int
         `time.monotonic_ns` on its node, when they were read.
@@ -164,7 +164,7 @@ class RankState:
     node: int
     process: str
     status: Status = Status.UNKNOWN
-    records: tuple[Record, ...] = ()
+    records: tuple[OperationRecord, ...] = ()
     now: int = 0
     wait: Wait | None = None
     stacks: tuple[Stack, ...] = ()
@@ -172,7 +172,7 @@ class RankState:
     failed: int = 0
 
     @property
-    def current(self) -> Record | None:
+    def current(self) -> OperationRecord | None:
         """The operation at which the rank is, or its last one."""
         if self.wait is not None:
             for record in self.records:
@@ -182,7 +182,7 @@ class RankState:
         records = under_way or self.records
         return records[-1] if records else None
 
-    def came_to(self, key: tuple[int, int]) -> Record | None:
+    def came_to(self, key: tuple[int, int]) -> OperationRecord | None:
         """Return this rank's record of a collective, if it has come to it."""
         for record in reversed(self.records):
             if record.is_of(key):
@@ -206,7 +206,7 @@ class RankState:
     def from_json(cls, fields: dict[str, Any]) -> RankState:
         """Return what `as_json` gave."""
         records = [
-            Record(**{**r, "kind": Kind(r["kind"]), "site": Site(**r["site"])})
+            OperationRecord(**{**r, "kind": Kind(r["kind"]), "site": Site(**r["site"])})
             for r in fields["records"]
         ]
         wait = fields["wait"]
