@@ -33,9 +33,9 @@ from mpidist.bench.verbs import (
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.job.start import init
-from mpidist.optim.kernels import apply_rule
+from mpidist.optim.fused import apply_rule
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
-from mpidist.parallel import kernels
+from mpidist.parallel import gradient_kernels
 
 OURS, RAW, STAGED = "mpidist", "NCCL", "host staging"
 
@@ -267,11 +267,15 @@ def _works(count: int) -> Iterator[_Work]:
     x = _zeros(count)
     half = _zeros(count, np.float16)
     both = x.nbytes + half.nbytes
-    yield "cast to float16", both, partial(kernels.cast, x, half)
-    yield "cast from float16", both, partial(kernels.cast, half, x)
-    yield "scale", 2 * x.nbytes, partial(kernels.scaled, x, 0.5)
-    yield "finite check and unscale", 2 * x.nbytes, partial(kernels.all_finite_divided, [x], 0.5)
-    yield "sum of squares", x.nbytes, partial(kernels.sum_of_squares, [x])
+    yield "cast to float16", both, partial(gradient_kernels.cast, x, half)
+    yield "cast from float16", both, partial(gradient_kernels.cast, half, x)
+    yield "scale", 2 * x.nbytes, partial(gradient_kernels.scaled, x, 0.5)
+    yield (
+        "finite check and unscale",
+        2 * x.nbytes,
+        partial(gradient_kernels.all_finite_divided, [x], 0.5),
+    )
+    yield "sum of squares", x.nbytes, partial(gradient_kernels.sum_of_squares, [x])
     yield _packing(count)
 
 

@@ -214,11 +214,11 @@ def _trace(directory: str | None, world: ProcessGroup) -> None:
     """Begin the trace of the job, if one is wanted; collective."""
     if directory is None:
         return
-    from mpidist.job import hooks
+    from mpidist.job import end
     from mpidist.tracing.session import begin_job_trace
 
     try:
-        begin_job_trace(directory, world, hooks.attend)
+        begin_job_trace(directory, world, end.end_trace_at_exit)
     except OSError as error:
         raise LaunchError(f"init: there can be no MPIDIST_TRACE={directory}: {error}") from error
 
