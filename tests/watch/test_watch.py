@@ -228,7 +228,7 @@ def test_a_rank_whose_helper_does_not_run_is_silent() -> None:
     def one(group: mpidist.ProcessGroup) -> str:
         mpidist.barrier(group)
         if group.rank == LATE:
-            group._watch._words[Head.BEAT] = time.monotonic_ns() - 3 * 10**9
+            group._watch._cells[Head.BEAT] = time.monotonic_ns() - 3 * 10**9
         mpidist.barrier(group)
         return group._watch.describe_stall(group.ranks, None, [])
 
