@@ -167,7 +167,7 @@ class MpiBackend(Backend):
         self.node_memory: NodeMemory = NodeMemory(
             self,
             self._topology,
-            _NodeExchange(self, self._local),
+            _CommExchange(self, self._local),
             lane_of=partial(self.lane, Traffic.SEQUENCED),
             compare=lambda: SumComparison(self._add, self.size),
         )
@@ -385,7 +385,7 @@ class MpiBackend(Backend):
             self.inside = None
 
 
-class _NodeExchange:
+class _CommExchange:
     """How the ranks of a node exchange a few bytes; see `NodeExchange`.
 
     Only buffer calls: the first pickled collective of a communicator duplicates it with Python's

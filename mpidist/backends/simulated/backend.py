@@ -18,8 +18,7 @@ from mpidist.backends.node.memory import NodeMemory
 from mpidist.backends.node.signatures import CallSignature, Route
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.simulated.faults import JobAborted
-from mpidist.backends.simulated.matching import Place
-from mpidist.backends.simulated.network import ExchangeWork, Meeting, Network
+from mpidist.backends.simulated.network import ExchangeWork, Member, Network, Rendezvous
 from mpidist.backends.verbs import Collective
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Message, Waiter, Work
@@ -28,37 +27,37 @@ __all__ = ["SimulatedBackend"]
 
 
 class ThreadComparison:
-    """Compares by what the ranks, threads of one process, lay down for each other.
+    """Compares the signatures that the ranks, threads of one process, give each other.
 
     Parameters
     ----------
     network : Network
         Shared by all ranks.
-    place : Place
-        Group and rank.
+    member : Member
+        This rank of the group.
     """
 
-    def __init__(self, network: Network, place: Place) -> None:
+    def __init__(self, network: Network, member: Member) -> None:
         self._network = network
-        self._place = place
-        self._meetings: dict[int, Meeting] = {}
+        self._member = member
+        self._rendezvous: dict[int, Rendezvous] = {}
 
     def arrive(self, number: int, signature: CallSignature) -> None:
-        """Make known that this rank has come to an operation with this record."""
-        key = (self._place.context, self._place.members, "call", number)
-        self._meetings[number] = self._network.offer(key, self._place, signature)
+        """Publish that this rank has called an operation with this signature."""
+        key = (self._member.context, self._member.members, "call", number)
+        self._rendezvous[number] = self._network.offer(key, self._member, signature)
 
     def all_arrived(self, number: int) -> bool:
-        """Whether all ranks have come to it."""
-        return self._meetings[number].full()
+        """Whether all ranks have called it."""
+        return self._rendezvous[number].full()
 
     def missing(self, number: int) -> list[int]:
-        """Return the ranks that have not come."""
-        return self._meetings[number].missing(self._place)
+        """Return the ranks that have not called it."""
+        return self._rendezvous[number].missing(self._member)
 
     def equal(self, number: int, signature: CallSignature) -> bool:
-        """Whether all came with the same."""
-        signatures = self._meetings[number].values.values()
+        """Whether the signatures are equal."""
+        signatures = self._rendezvous[number].values.values()
         same = all(other.digest == signature.digest for other in signatures)
         balanced = sum(other.balance or 0 for other in signatures) % 2**64 == 0
         if same and balanced:
@@ -66,35 +65,35 @@ class ThreadComparison:
         return same and balanced
 
     def breaks(self, number: int) -> bool:
-        """Whether any rank has begun what cannot be taken back."""
+        """Whether a part of the call is under way on any rank."""
         return any(signature.breaks for signature in self._close(number).values.values())
 
-    def _close(self, number: int) -> Meeting:
-        self._network.leave(self._place.members[self._place.rank])
-        return self._meetings.pop(number)
+    def _close(self, number: int) -> Rendezvous:
+        self._network.leave(self._member.members[self._member.rank])
+        return self._rendezvous.pop(number)
 
 
-class _NodeExchange:
+class _ThreadExchange:
     """How the ranks of a simulated node exchange a few bytes; see `NodeExchange`.
 
     Parameters
     ----------
     network : Network
         Shared by all ranks.
-    place : Place
+    member : Member
         The group, and this rank in it.
     topology : NodeTopology
         The nodes of the group.
     """
 
-    def __init__(self, network: Network, place: Place, topology: NodeTopology) -> None:
+    def __init__(self, network: Network, member: Member, topology: NodeTopology) -> None:
         self.rank = topology.rank
         self.size = len(topology.local)
-        members = tuple(place.members[rank] for rank in topology.local)
+        members = tuple(member.members[rank] for rank in topology.local)
         self._network = network
-        self._group = place
-        self._node = Place(place.context, topology.rank, members)
-        self._exchanges: Counter[Place] = Counter()
+        self._group = member
+        self._node = Member(member.context, topology.rank, members)
+        self._exchanges: Counter[Member] = Counter()
         self._waiter: Waiter | None = None
 
     @contextmanager
@@ -105,14 +104,14 @@ class _NodeExchange:
         finally:
             self._waiter = None
 
-    def _gather(self, place: Place, value: Any) -> list[Any]:
+    def _gather(self, member: Member, value: Any) -> list[Any]:
         """Return the values of all members of a place, in order."""
-        self._exchanges[place] += 1
+        self._exchanges[member] += 1
         assert self._waiter is not None, "only in `blocking`"
-        names = range(len(place.members))
-        key = (place.context, place.members, "exchange", self._exchanges[place])
-        meeting = self._network.meet(key, place, value, names=names, waiter=self._waiter)
-        return [meeting.values[member] for member in place.members]
+        names = range(len(member.members))
+        key = (member.context, member.members, "exchange", self._exchanges[member])
+        rendezvous = self._network.gather(key, member, value, names=names, waiter=self._waiter)
+        return [rendezvous.values[other] for other in member.members]
 
     def share(self, nbytes: int) -> memoryview:
         self._exchanges[self._node] += 1
@@ -158,7 +157,7 @@ class Compared(Work[None]):
         return alike and over
 
     def missing(self) -> Sequence[int]:
-        """Return the ranks that have not come."""
+        """Return the ranks that have not called it."""
         return self._comparison.missing()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -176,7 +175,7 @@ class SimulatedBackend(Backend):
     rank : int
         This rank.
     context : hashable, optional
-        Keeps the messages of different groups apart.
+        Identifies the group among those of the network.
     members : sequence of int, optional
         The ranks of the world in this group; all when omitted.
     """
@@ -192,22 +191,22 @@ class SimulatedBackend(Backend):
         context: Hashable = (),
         members: Sequence[int] | None = None,
     ) -> None:
-        self._place = Place(
+        self._member = Member(
             context, rank, tuple(range(network.size) if members is None else members)
         )
-        super().__init__(rank, len(self._place.members), Capabilities())
+        super().__init__(rank, len(self._member.members), Capabilities())
         self._network = network
-        self._world_rank = self._place.members[rank]
+        self._world_rank = self._member.members[rank]
         self._splits = 0
-        nodes = [member // network.ranks_per_node for member in self._place.members]
+        nodes = [member // network.ranks_per_node for member in self._member.members]
         topology = NodeTopology.of(nodes, rank)
         self._local_size = max(map(len, topology.nodes))
         self.node_memory: NodeMemory = NodeMemory(
             self,
             topology,
-            _NodeExchange(network, self._place, topology),
+            _ThreadExchange(network, self._member, topology),
             lane_of=partial(self.lane, Traffic.SEQUENCED),
-            compare=lambda: ThreadComparison(network, self._place),
+            compare=lambda: ThreadComparison(network, self._member),
             direct=network.node_memory,
         )
         self.sums = self.node_memory.sums
@@ -216,7 +215,7 @@ class SimulatedBackend(Backend):
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> ExchangeWork:
         """Start moving messages; see `Backend.exchange`."""
-        return self._network.exchange(self._place, sends, receives)
+        return self._network.exchange(self._member, sends, receives)
 
     def run(self, collective: Collective, *, waiter: Waiter) -> None:
         """Perform a collective when all ranks have made the same call."""
@@ -233,7 +232,7 @@ class SimulatedBackend(Backend):
         begun = self.size > 1
         comparison = self._sequencer.compare(waiter, Route.MESSAGES, begun=begun)
         under_way = self.transfer(collective, waiter)
-        # `progress` drives both together, so that the end of one lets go of both.
+        # `progress` drives both together, so that both are released when one ends.
         self.engine.running.pop(under_way, None)
         compared = Compared(comparison, under_way)
         self.engine.running[compared] = None
@@ -243,35 +242,37 @@ class SimulatedBackend(Backend):
         """Make one transport per color; collective over all ranks, blocks."""
         self._sequencer.arrive(waiter, Route.ARRIVAL)
         self._splits += 1
-        meeting = self._network.meet(
-            (self._place.context, "split", self._splits),
-            self._place,
+        rendezvous = self._network.gather(
+            (self._member.context, "split", self._splits),
+            self._member,
             (color, key, self.rank),
             names=range(self.size),
             waiter=waiter,
         )
         if color is None:
             return None
-        same = sorted((key, rank) for other, key, rank in meeting.values.values() if other == color)
-        return self._child([rank for _, rank in same], (meeting.number, color))
+        same = sorted(
+            (key, rank) for other, key, rank in rendezvous.values.values() if other == color
+        )
+        return self._child([rank for _, rank in same], (rendezvous.number, color))
 
     def create(self, ranks: Sequence[int], *, waiter: Waiter) -> SimulatedBackend:
         """Make the transport of these ranks; collective over them only, blocks."""
         # The same ranks may make several groups; their calls match in order.
         key = tuple(ranks)
         self._created[key] += 1
-        members = tuple(self._place.members[rank] for rank in ranks)
-        meeting = self._network.meet(
-            (self._place.context, key, self._created[key]),
-            Place((), key.index(self.rank), members),
+        members = tuple(self._member.members[rank] for rank in ranks)
+        rendezvous = self._network.gather(
+            (self._member.context, key, self._created[key]),
+            Member((), key.index(self.rank), members),
             None,
             names=ranks,
             waiter=waiter,
         )
-        return self._child(ranks, meeting.number)
+        return self._child(ranks, rendezvous.number)
 
     def _child(self, ranks: Sequence[int], context: Hashable) -> SimulatedBackend:
-        members = [self._place.members[rank] for rank in ranks]
+        members = [self._member.members[rank] for rank in ranks]
         rank = members.index(self._world_rank)
         return SimulatedBackend(self._network, rank, context=context, members=members)
 
@@ -285,13 +286,13 @@ class SimulatedBackend(Backend):
         return self._local_size
 
     def poll(self) -> None:
-        """Take this rank's turns; a short wait where nothing has happened."""
+        """Do what is pending on this rank; a short wait where nothing has happened."""
         self._network.poll(self._world_rank)
 
     def lost(self, collective: tuple[int, int] | None = None) -> Mapping[int, str]:
         """Return the members whose death was announced."""
         lost = dict(self._network.lost)
-        return {rank: lost[who] for rank, who in enumerate(self._place.members) if who in lost}
+        return {rank: lost[who] for rank, who in enumerate(self._member.members) if who in lost}
 
     def close(self) -> None:
         """Release the memory that the ranks share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import mmap
 import random
@@ -10,15 +11,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
+from mpidist._types import Array
+from mpidist.arrays.namespaces import as_bytes
 from mpidist.backends.simulated.faults import Faults, JobAborted, Mode, RankDied
-from mpidist.backends.simulated.matching import Matcher, Parcel, Place, Slot
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work
 from mpidist.errors import TransportError
 
-__all__ = ["ExchangeWork", "Meeting", "Network"]
+__all__ = ["ExchangeWork", "Member", "Network", "Rendezvous"]
+
+T = TypeVar("T", "Parcel", "PostedReceive")
 
 _FIRST_NAP, _LONGEST_NAP = 20e-6, 500e-6
 """Seconds that a poll which finds nothing waits for news; doubled from the first to the longest."""
@@ -35,9 +41,9 @@ class ExchangeWork(Work[tuple[int, ...]]):
         self.error: TransportError | None = None
 
     def done(self) -> bool:
-        """Take this rank's turns, and return whether all messages have been moved."""
+        """Do what is pending on this rank, and return whether all messages have been moved."""
         if self.pending:
-            self._network.take_turns(self.world_rank)
+            self._network.run_pending(self.world_rank)
         if self.error is not None:
             raise self.error
         return not self.pending
@@ -52,29 +58,131 @@ class ExchangeWork(Work[tuple[int, ...]]):
         return tuple(self.sources)
 
 
-class _Bell:
-    """Wakes one rank; whoever waits here lets go of the interpreter's lock."""
+class Member(NamedTuple):
+    """A rank of one of the groups.
+
+    Attributes
+    ----------
+    context : hashable
+        Identifies the group.
+    rank : int
+        The rank in the group.
+    members : tuple of int
+        The world rank of every member.
+    """
+
+    context: Hashable
+    rank: int
+    members: tuple[int, ...]
+
+
+class _Address(NamedTuple):
+    """By what messages match receives: a rank of one group, and a lane."""
+
+    context: Hashable
+    rank: int
+    lane: int
+
+
+class Parcel:
+    """One message on its way; `work` is the sender's until its array is no longer needed."""
+
+    __slots__ = ("address", "data", "members", "source", "work")
+
+    def __init__(self, sender: Member, message: Message, work: ExchangeWork) -> None:
+        self.address = _Address(sender.context, message.peer, message.lane)
+        self.members = sender.members
+        self.source = sender.rank
+        self.data = as_bytes(message.array)
+        self.work: ExchangeWork | None = work
+
+
+class PostedReceive:
+    """One posted receive; its source is the `index`-th of its work's."""
+
+    __slots__ = ("address", "buffer", "index", "source", "work")
+
+    def __init__(self, receiver: Member, message: Message, work: ExchangeWork, index: int) -> None:
+        self.address = _Address(receiver.context, receiver.rank, message.lane)
+        self.buffer: Array = as_bytes(message.array)
+        self.source = message.peer
+        self.work = work
+        self.index = index
+
+    def take(self, parcel: Parcel) -> None:
+        """Copy the bytes of a message, or note that it is too long."""
+        self.work.sources[self.index] = parcel.source
+        if parcel.data.size > self.buffer.size:
+            # Too late for an error of arguments: the other rank has sent it and goes on.
+            self.work.error = TransportError(
+                f"receive on rank {parcel.address.rank}: the message of rank {parcel.source} has "
+                f"{parcel.data.size} bytes, the array that takes it {self.buffer.size}; "
+                "the ranks' arguments must fit together",
+                code=errno.EMSGSIZE,
+            )
+            return
+        np.copyto(self.buffer[: parcel.data.size], parcel.data)
+
+
+class Matcher:
+    """The messages that wait for their receive, and the receives that wait for their message."""
+
+    def __init__(self) -> None:
+        self._arrived: dict[_Address, list[Parcel]] = {}
+        self._posted: dict[_Address, list[PostedReceive]] = {}
+
+    def post(self, receive: PostedReceive) -> Parcel | None:
+        """Return the first message that fits a new receive; else the receive waits."""
+        wanted = receive.source
+        found = _take(self._arrived, receive.address, lambda p: wanted in (ANY_SOURCE, p.source))
+        if found is None:
+            self._posted.setdefault(receive.address, []).append(receive)
+        return found
+
+    def arrive(self, parcel: Parcel) -> PostedReceive | None:
+        """Return the first receive that fits a new message; else the message waits."""
+        source = parcel.source
+        found = _take(self._posted, parcel.address, lambda s: s.source in (ANY_SOURCE, source))
+        if found is None:
+            self._arrived.setdefault(parcel.address, []).append(parcel)
+        return found
+
+
+def _take(table: dict[_Address, list[T]], address: _Address, fits: Callable[[T], bool]) -> T | None:
+    """Remove and return the first entry that fits."""
+    entries = table.get(address, [])
+    for index, entry in enumerate(entries):
+        if fits(entry):
+            del entries[index]
+            if not entries:
+                del table[address]
+            return entry
+    return None
+
+
+class _Wakeup:
+    """Wakes one rank; waiting here releases the interpreter's lock."""
 
     def __init__(self) -> None:
         self._silent = threading.Lock()
         self._silent.acquire()
         self._nap = _FIRST_NAP
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake the rank, or keep it from its next nap; only with the network's lock held."""
         if self._silent.locked():
             self._silent.release()
 
     def nap(self) -> None:
-        """Return at the next ring, or after a while that grows as long as nobody rings."""
+        """Return at the next `wake`, or after a time that grows as long as there is none."""
         if self._silent.acquire(timeout=self._nap):
             self._nap = _FIRST_NAP
         else:
             self._nap = min(2 * self._nap, _LONGEST_NAP)
 
 
-class Meeting:
-    """A place where the members of a group lay down a value each and read those of all."""
+class Rendezvous:
+    """An all-gather under way: each member of a group gives a value, and reads those of all."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -82,13 +190,13 @@ class Meeting:
         self.number = 0
 
     def full(self) -> bool:
-        """Whether all have come."""
+        """Whether all values are there."""
         return len(self.values) == self.size
 
-    def missing(self, place: Place) -> list[int]:
-        """Return the ranks of a group that have not come."""
+    def missing(self, member: Member) -> list[int]:
+        """Return the ranks of a group that have given no value."""
         here = tuple(self.values)
-        return [rank for rank, member in enumerate(place.members) if member not in here]
+        return [rank for rank, other in enumerate(member.members) if other not in here]
 
 
 class Network:
@@ -129,16 +237,16 @@ class Network:
         """Ranks of the world whose end was announced, and how they ended."""
         self._seed = seed
         self._lock = threading.RLock()
-        self._bells = [_Bell() for _ in range(size)]
+        self._wakeups = [_Wakeup() for _ in range(size)]
         self._busy = [0] * size
-        self._turns: list[deque[Callable[[], None]]] = [deque() for _ in range(size)]
+        self._pending: list[deque[Callable[[], None]]] = [deque() for _ in range(size)]
         self._matcher = Matcher()
         self._late: list[tuple[float, int, Callable[[], None]]] = []
         self._last_due: dict[tuple[int, int], float] = {}
         self._sent: Counter[tuple[int, int]] = Counter()
         self._calls = [0] * size
         self._died: set[int] = set()
-        self._meetings: dict[Hashable, Meeting] = {}
+        self._rendezvous: dict[Hashable, Rendezvous] = {}
         self._memories: dict[Hashable, tuple[memoryview, list[int]]] = {}
         self._numbers = count(1)
         self._aborted: JobAborted | None = None
@@ -156,17 +264,17 @@ class Network:
         """Make every call of every rank raise `JobAborted` from now on."""
         with self._lock:
             self._aborted = self._aborted or JobAborted(code)
-            self._ring_all()
+            self._wake_all()
 
     def lose(self, rank: int, words: str) -> None:
         """Let `Backend.lost` report from now on that a rank of the world is gone."""
         with self._lock:
             self.lost[rank] = words
-            self._ring_all()
+            self._wake_all()
 
-    def _ring_all(self) -> None:
-        for bell in self._bells:
-            bell.ring()
+    def _wake_all(self) -> None:
+        for wakeup in self._wakeups:
+            wakeup.wake()
 
     def _check(self, rank: int) -> None:
         if rank in self._died:
@@ -187,64 +295,64 @@ class Network:
 
     # -- waiting -------------------------------------------------------------------------------
 
-    def take_turns(self, rank: int) -> None:
-        """Do what is this rank's turn to do, and deliver what has been delayed long enough."""
+    def run_pending(self, rank: int) -> None:
+        """Do what is pending on this rank, and deliver what has been delayed long enough."""
         self._check(rank)
         if self._late:
             with self._lock:
                 while self._late and self._late[0][0] <= monotonic():
                     heapq.heappop(self._late)[2]()
-        turns = self._turns[rank]
-        if turns:
+        pending = self._pending[rank]
+        if pending:
             with self._lock:
-                while turns:
-                    turns.popleft()()
+                while pending:
+                    pending.popleft()()
 
     def poll(self, rank: int) -> None:
-        """Take turns, and let other threads run where nothing is left to do but wait."""
-        self.take_turns(rank)
-        # Whoever waits for a counter in node memory is not busy with messages, but must let go of
-        # the interpreter's lock as well.
+        """Do what is pending, and let other threads run where nothing is left to do but wait."""
+        self.run_pending(rank)
+        # A rank that waits for a counter in node memory is not busy with messages, but has to
+        # release the interpreter's lock as well.
         if self._busy[rank] or self.node_memory:
-            self._bells[rank].nap()
-            self.take_turns(rank)
+            self._wakeups[rank].nap()
+            self.run_pending(rank)
 
-    def meet(
-        self, key: Hashable, place: Place, value: Any, *, names: Sequence[int], waiter: Waiter
-    ) -> Meeting:
-        """Wait until all members of a place have laid down their values under one key.
+    def gather(
+        self, key: Hashable, member: Member, value: Any, *, names: Sequence[int], waiter: Waiter
+    ) -> Rendezvous:
+        """Wait until all members of a group have given their values under one key.
 
         `names` are the numbers by which the waiter knows the members.
         """
-        rank = place.members[place.rank]
-        meeting = self.offer(key, place, value)
+        rank = member.members[member.rank]
+        rendezvous = self.offer(key, member, value)
 
         def missing() -> list[int]:
-            return [names[member] for member in meeting.missing(place)]
+            return [names[index] for index in rendezvous.missing(member)]
 
         try:
-            waiter.wait_for(meeting.full, missing=missing)
+            waiter.wait_for(rendezvous.full, missing=missing)
         finally:
             self.leave(rank)
-        return meeting
+        return rendezvous
 
-    def offer(self, key: Hashable, place: Place, value: Any) -> Meeting:
-        """Lay down a value under a key, and return at once; `leave` when all have been read."""
-        rank = place.members[place.rank]
+    def offer(self, key: Hashable, member: Member, value: Any) -> Rendezvous:
+        """Give a value under a key, and return at once; `leave` when all have been read."""
+        rank = member.members[member.rank]
         with self._lock:
             self._enter(rank)
-            meeting = self._meetings.setdefault(key, Meeting(len(place.members)))
-            meeting.values[rank] = value
+            rendezvous = self._rendezvous.setdefault(key, Rendezvous(len(member.members)))
+            rendezvous.values[rank] = value
             self._busy[rank] += 1
-            if meeting.full():
-                del self._meetings[key]
-                meeting.number = next(self._numbers)
-                for member in place.members:
-                    self._bells[member].ring()
-        return meeting
+            if rendezvous.full():
+                del self._rendezvous[key]
+                rendezvous.number = next(self._numbers)
+                for other in member.members:
+                    self._wakeups[other].wake()
+        return rendezvous
 
     def leave(self, rank: int) -> None:
-        """Wait for a meeting no more."""
+        """Wait for a rendezvous no more."""
         with self._lock:
             self._busy[rank] -= 1
 
@@ -261,12 +369,12 @@ class Network:
     # -- messages ------------------------------------------------------------------------------
 
     def exchange(
-        self, place: Place, sends: Sequence[Message], receives: Sequence[Message]
+        self, member: Member, sends: Sequence[Message], receives: Sequence[Message]
     ) -> ExchangeWork:
         """Post receives and send messages for one rank of a group."""
-        rank = place.members[place.rank]
+        rank = member.members[member.rank]
         work = ExchangeWork(self, rank, len(sends), len(receives))
-        parcels = [Parcel(place, message, work) for message in sends]
+        parcels = [Parcel(member, message, work) for message in sends]
         if self._mode is Mode.EAGER:
             for parcel in parcels:
                 parcel.data = parcel.data.copy()
@@ -274,10 +382,10 @@ class Network:
             self._enter(rank)
             self._busy[rank] += bool(work.pending)
             for index, message in enumerate(receives):
-                slot = Slot(place, message, work, index)
-                waiting = self._matcher.post(slot)
+                receive = PostedReceive(member, message, work, index)
+                waiting = self._matcher.post(receive)
                 if waiting is not None:
-                    self._match(waiting, slot)
+                    self._match(waiting, receive)
             for parcel in parcels:
                 if self._mode is Mode.EAGER:
                     self._sent_off(parcel)
@@ -293,7 +401,7 @@ class Network:
 
         def arrive() -> None:
             if self._mode is Mode.POLLED:
-                self._hand_turn(dest, lambda: self._arrive(parcel))
+                self._hand_over(dest, lambda: self._arrive(parcel))
             else:
                 self._arrive(parcel)
 
@@ -306,33 +414,33 @@ class Network:
         heapq.heappush(self._late, (due, next(self._numbers), arrive))
 
     def _arrive(self, parcel: Parcel) -> None:
-        slot = self._matcher.arrive(parcel)
-        if slot is not None:
-            self._match(parcel, slot)
+        receive = self._matcher.arrive(parcel)
+        if receive is not None:
+            self._match(parcel, receive)
 
-    def _match(self, parcel: Parcel, slot: Slot) -> None:
-        """Move a message that has met its receive."""
+    def _match(self, parcel: Parcel, receive: PostedReceive) -> None:
+        """Move a message to its receive."""
         if self._mode is not Mode.POLLED:
-            slot.take(parcel)
+            receive.take(parcel)
             self._sent_off(parcel)
-            self._finish(slot.work)
+            self._finish(receive.work)
             return
-        dest = slot.work.world_rank
+        dest = receive.work.world_rank
 
         def take() -> None:
-            slot.take(parcel)
-            self._finish(slot.work)
+            receive.take(parcel)
+            self._finish(receive.work)
 
         def send() -> None:
             parcel.data = parcel.data.copy()
             self._sent_off(parcel)
-            self._hand_turn(dest, take)
+            self._hand_over(dest, take)
 
-        self._hand_turn(parcel.members[parcel.source], send)
+        self._hand_over(parcel.members[parcel.source], send)
 
-    def _hand_turn(self, rank: int, action: Callable[[], None]) -> None:
-        self._turns[rank].append(action)
-        self._bells[rank].ring()
+    def _hand_over(self, rank: int, action: Callable[[], None]) -> None:
+        self._pending[rank].append(action)
+        self._wakeups[rank].wake()
 
     def _sent_off(self, parcel: Parcel) -> None:
         """Release the sender's array."""
@@ -345,4 +453,4 @@ class Network:
         work.pending -= 1
         if not work.pending:
             self._busy[work.world_rank] -= 1
-            self._bells[work.world_rank].ring()
+            self._wakeups[work.world_rank].wake()
