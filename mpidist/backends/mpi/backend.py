@@ -196,7 +196,7 @@ class MpiBackend(Backend):
         """Start sending and receiving; long messages travel in several."""
         comm = self._comm
         with _translated(self._mpi, "exchange"):
-            # The first request of each receive tells its source, so that these come first.
+            # The first request of each receive has its source, so these are the first ones.
             started = [
                 [comm.Irecv(chunk, _peer(self._mpi, m.peer), m.lane) for chunk in _chunks(m.array)]
                 for m in receives
@@ -226,9 +226,9 @@ class MpiBackend(Backend):
                 operation=waiter.operation,
             )
 
-    def _agree(self, mine: bool) -> bool:  # noqa: FBT001  # a value, not a switch
+    def _agree(self, yes: bool) -> bool:  # noqa: FBT001  # a value, not a switch
         """Whether it is so on all ranks; collective."""
-        every = np.array(mine)
+        every = np.array(yes)
         self._comm.Allreduce(self._mpi.IN_PLACE, every, self._mpi.LAND)
         return bool(every)
 
@@ -244,10 +244,10 @@ class MpiBackend(Backend):
 
     def create(self, ranks: Sequence[int], *, waiter: Waiter) -> MpiBackend:
         """Make the transport of these ranks; collective over them only, blocks."""
-        # The library's call would wait for ever for a member that does not come. So the members
-        # meet with the deadline first; the lane is the same for all who mean the same group.
-        meeting = algorithms.Lane(self, self.lane(Traffic.CREATE, hash(tuple(ranks))), ranks)
-        waiter.wait_for(self.start(algorithms.dissemination_barrier(meeting)).done)
+        # The library's call would wait for ever for a member that does not call. So the members
+        # pass a barrier with the deadline first; all who make the same group use the same lane.
+        lane = algorithms.Lane(self, self.lane(Traffic.CREATE, hash(tuple(ranks))), ranks)
+        waiter.wait_for(self.start(algorithms.dissemination_barrier(lane)).done)
         members = self._comm.Get_group().Incl(list(ranks))
         with self._within(waiter):
             # The members agree on a communicator in the library: all get it, or none.
@@ -300,7 +300,7 @@ class MpiBackend(Backend):
         return self._comm
 
     def follow(self, group: int, begun: list[int]) -> None:
-        """Tell at this rank's end how many collectives of a group it has begun."""
+        """Count the collectives of a group in this rank's exit notice."""
         if self._notices is not None and group:
             self._notices.begun[group] = begun
 
@@ -323,14 +323,14 @@ class MpiBackend(Backend):
             waiter.wait_for(self.start(steps).done)
 
     def begin(self, collective: Collective, waiter: Waiter) -> Work[Any]:
-        """Start a collective in shared memory or by messages, which begins when all have come."""
+        """Start a collective in shared memory or by messages, which begins when all ranks have."""
         steps = self.node_memory.steps(collective, waiter)
         if steps is not None:
             return self.start(steps)
         return self.transfer(collective, waiter)
 
     def transfer(self, collective: Collective, waiter: Waiter) -> Work[Any]:
-        """Start a collective by messages, which begins when all ranks have come with the same call.
+        """Start a collective by messages, which begins when all ranks have made the same call.
 
         Notes
         -----
@@ -352,7 +352,7 @@ class MpiBackend(Backend):
         return algorithms.Lane(self, self.lane(Traffic.SEQUENCED, number))
 
     def _call(self, call: LibraryCall, waiter: Waiter) -> None:
-        """Make a blocking call of the library, to which all have come."""
+        """Make a blocking call of the library, which all ranks have called for."""
         # As `_within`, without the microseconds that two context managers cost.
         self.inside = (waiter, time.monotonic())
         try:
@@ -364,14 +364,14 @@ class MpiBackend(Backend):
         if call.after is not None:
             call.after()
 
-    def _add(self, words: Array) -> Work[Any]:
-        """Start adding up words of all ranks in place."""
+    def _add(self, addends: Array) -> Work[Any]:
+        """Start adding up the numbers of all ranks in place."""
         with _translated(self._mpi, "arrival"):
-            request = self._comm.Iallreduce(self._mpi.IN_PLACE, words, self._mpi.SUM)
-        return _Requests(self._mpi, [request], keep=words)
+            request = self._comm.Iallreduce(self._mpi.IN_PLACE, addends, self._mpi.SUM)
+        return _Requests(self._mpi, [request], keep=addends)
 
     def _arrive(self, waiter: Waiter, route: Route = Route.LIBRARY) -> None:
-        """Wait, with the deadline, until all ranks have come to this operation, and compare it."""
+        """Wait, with the deadline, until all ranks have called this operation, and compare it."""
         self._sequencer.arrive(waiter, route)
 
     @contextlib.contextmanager

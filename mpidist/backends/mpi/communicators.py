@@ -58,8 +58,8 @@ def make(
             problem = error
         if agree(bool(made)):
             return made[0]
-        for each in made:
-            undo(each)
+        for one in made:
+            undo(one)
         gc.collect()  # dropped groups refer to themselves
         # In an order that may differ between ranks: releasing is collective by the standard, which
         # expects it to be local all the same (MPI 4.0, section 7.4.3), and both libraries do so.

@@ -375,8 +375,8 @@ class NodeSums:
         if array is not None:
             return RegisteredSum(sequencer, context, array, op, waiter)
         small = x.nbytes <= self._sizes.small
-        beside_counters = small and x.nbytes <= SMALL_NBYTES
-        buffers = self._small_buffers if beside_counters else self._make_scratch(waiter)
+        small_enough = small and x.nbytes <= SMALL_NBYTES
+        buffers = self._small_buffers if small_enough else self._make_scratch(waiter)
         if buffers is None:
             return None
         if small:
