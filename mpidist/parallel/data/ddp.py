@@ -134,7 +134,10 @@ class DDP(Closing):
         self.group = self._reducer.group
         self.op = op
         self._buffers = BufferSync(buffers, self.group) if buffers else None
-        self._silent = _layers_without_parameters(module)
+        # A layer without a gradient would let a bucket in flight wait for the next one that has.
+        self._progress_between_layers = after_backward(
+            _layers_without_parameters(module), self._reducer.progress
+        )
         self._pending: _StepWork | None = None
         self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
         self._syncing = True
@@ -262,7 +265,7 @@ class DDP(Closing):
             if self._buffers is not None:
                 self._buffers.start()
             self._gradients.expect(ctx.uses)
-            with region("backward"), after_backward(self._silent, self._reducer.progress):
+            with region("backward"), self._progress_between_layers:
                 dx = self.module.backward(ctx, dy)
             self._reducer.check_complete("DDP.backward")
             self._order.start()
