@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
+from textwrap import dedent
+from typing import Any
 
+import numpy as np
 import pytest
 
+from mpidist.errors import CollectiveMismatchError
+from mpidist.testing import run_ranks
 from tests.docs.pages import ROOT
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+FUTURE = "from __future__ import annotations"
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md"])
@@ -51,6 +60,41 @@ def test_every_file_that_is_named_exists() -> None:
     assert [span for span in spans if not any((home / span).exists() for home in homes)] == []
 
 
+def test_every_function_is_in_the_file_that_is_named_for_it() -> None:
+    rows = re.findall(r"^\| .*\? \| (.*) \|$", ARCHITECTURE, re.MULTILINE)
+    assert len(rows) > 10
+    for span in re.findall(r"`([\w/]+\.py)`: ([^;|\n]*)", "\n".join(rows)):
+        tree = ast.parse((ROOT / "mpidist" / span[0]).read_text(encoding="utf-8"))
+        made = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert set(re.findall(r"`(\w+)\(\)`", span[1])) <= made, span
+
+
 def test_the_map_has_every_package() -> None:
     packages = {path.parent.name for path in (ROOT / "mpidist").glob("*/__init__.py")}
     assert {name for name in packages if f"`{name}/`" not in ARCHITECTURE} == set()
+
+
+def test_the_verb_of_the_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of the page is run in the modules that it is said to belong to."""
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n( *# mpidist/.*?)```", CONTRIBUTING, re.DOTALL):
+        code = dedent(block)
+        file = code.splitlines()[0].removeprefix("# ").removesuffix(".py")
+        module = importlib.import_module(file.replace("/", "."))
+        scope = {**vars(module), **names}
+        exec(compile(f"{FUTURE}\n{code}", file, "exec", dont_inherit=True), scope)
+        made = {node.name for node in ast.parse(code).body if hasattr(node, "name")}
+        names |= {name: scope[name] for name in made}
+        for name in made:
+            monkeypatch.setattr(module, name, names[name], raising=False)
+
+    def passed(group: Any) -> list[int]:
+        x = np.full((2, 3), group.rank)
+        with pytest.raises(CollectiveMismatchError, match="shift int64"):
+            names["shift"](x[: 1 + (group.rank == 1)], group)
+        return [
+            int(names["shift"](x, group)[0, 0]),
+            int(names["ishift"](x, group, out=x).wait()[0, 0]),
+        ]
+
+    assert run_ranks(3, passed) == [[2, 2], [0, 0], [1, 1]]
