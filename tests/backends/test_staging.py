@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.backends.device import cuda_aware, lift
-from mpidist.backends.device.staging import Staging
+from mpidist.backends.device import cuda_aware, pinned
+from mpidist.backends.device.staging import HostStaging
 from mpidist.backends.simulated.backend import SimulatedBackend
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
@@ -33,7 +33,7 @@ def on_devices(
 
     def staged(group: ProcessGroup) -> Any:
         sys.modules["cupy"].cuda.Device(group.rank % 4).use()
-        group._backend.device = Staging(group._backend, aware=group.rank in aware)
+        group._backend.device = HostStaging(group._backend, aware=group.rank in aware)
         return fn(group)
 
     return run_ranks(size, staged)
@@ -41,7 +41,7 @@ def on_devices(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lift, "_CHUNK", ITEMS * 8)
+    monkeypatch.setattr(pinned, "_CHUNK", ITEMS * 8)
 
 
 def array(values: Any) -> Any:
@@ -83,11 +83,11 @@ def test_any_number_of_chunks(count: int) -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_the_next_chunk_is_on_its_way_while_one_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[tuple[str, int]] = []
-    fetch, transfer = lift.Lift.fetch, SimulatedBackend.transfer
+    to_host, transfer = pinned.PinnedBuffers.to_host, SimulatedBackend.transfer
 
     def fetched(its: Any, copies: Any) -> Any:
-        happened.append(("fetch", len(copies)))
-        return fetch(its, copies)
+        happened.append(("to_host", len(copies)))
+        return to_host(its, copies)
 
     def transferred(backend: Any, call: Any, waiter: Any) -> Any:
         happened.append((call.verb, call.x.size))
@@ -98,13 +98,13 @@ def test_the_next_chunk_is_on_its_way_while_one_is_summed(monkeypatch: pytest.Mo
         mpidist.all_reduce(x, group)
         # What is asked for first is to connect; only the second one is looked at.
         del happened[:]
-        monkeypatch.setattr(lift.Lift, "fetch", fetched)
+        monkeypatch.setattr(pinned.PinnedBuffers, "to_host", fetched)
         monkeypatch.setattr(SimulatedBackend, "transfer", transferred)
         return mpidist.all_reduce(x, group).get()
 
     on_devices(1, body)
     sums = [("all_reduce", ITEMS), ("all_reduce", ITEMS), ("all_reduce", 1)]
-    assert happened == [("fetch", 1), ("fetch", 1), sums[0], ("fetch", 1), sums[1], sums[2]]
+    assert happened == [("to_host", 1), ("to_host", 1), sums[0], ("to_host", 1), sums[1], sums[2]]
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -240,13 +240,13 @@ def test_mpi_gets_device_arrays_where_it_says_that_it_takes_them(
 ) -> None:
     """The library here takes the stand-in's arrays, whose memory is the host's."""
     copies: list[int] = []
-    fetch = lift.Lift.fetch
+    to_host = pinned.PinnedBuffers.to_host
 
     def fetched(its: Any, some: Any) -> Any:
         copies.append(len(some))
-        return fetch(its, some)
+        return to_host(its, some)
 
-    monkeypatch.setattr(lift.Lift, "fetch", fetched)
+    monkeypatch.setattr(pinned.PinnedBuffers, "to_host", fetched)
     monkeypatch.setenv("MPIDIST_CUDA_AWARE_MPI", "1")
     monkeypatch.setattr(cuda_aware, "ask_mpi", lambda mpi, path: (True, "for the test"))
     with mpidist.init() as world:

@@ -19,7 +19,7 @@ from mpidist.backends.base import Backend
 from mpidist.backends.device.nccl.link import Link
 from mpidist.backends.device.nccl.streams import Side
 from mpidist.backends.device.nccl.work import NcclWork
-from mpidist.backends.device.staging import Staging
+from mpidist.backends.device.staging import HostStaging
 from mpidist.backends.verbs import (
     AllReduce,
     AllToAll,
@@ -201,7 +201,7 @@ def waits_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
 
 def goes_by_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Copy to the host and back, and say nothing of it."""
-    world._backend.device = Staging(world._backend)
+    world._backend.device = HostStaging(world._backend)
 
 
 def leaves_results_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpidist import env
 from mpidist.backends.base import Backend
-from mpidist.backends.device.staging import Staging
+from mpidist.backends.device.staging import HostStaging
 from mpidist.backends.loaded import loaded_libraries, mpi_library
 from mpidist.errors import BackendUnavailableError
 
@@ -82,7 +82,7 @@ def is_wanted(mpi: Any) -> bool:
     )
 
 
-def stage(host: Backend) -> Staging:
+def stage(host: Backend) -> HostStaging:
     """Make what carries device arrays without NCCL, with the library's help if it is wanted.
 
     Parameters
@@ -96,7 +96,7 @@ def stage(host: Backend) -> Staging:
         As `is_wanted` says.
     """
     if host.name != "mpi":
-        return Staging(host)
+        return HostStaging(host)
     from mpidist.backends.mpi.library import load_mpi
 
-    return Staging(host, aware=is_wanted(load_mpi()))
+    return HostStaging(host, aware=is_wanted(load_mpi()))

@@ -21,7 +21,14 @@ from mpidist._types import MAX, Array
 from mpidist.arrays.namespaces import is_device
 from mpidist.backends.base import Backend, Traffic
 from mpidist.backends.device.base import DeviceBackend, DeviceWork
-from mpidist.backends.device.lift import Copy, Lift, Piece, Reached, StagedCalls, pinned_like
+from mpidist.backends.device.pinned import (
+    Copy,
+    EventWork,
+    Piece,
+    PinnedBuffers,
+    StagedCalls,
+    pinned_like,
+)
 from mpidist.backends.verbs import AllReduce, Broadcast, Collective
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Message, Steps, Waiter, Work
@@ -31,7 +38,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 
-__all__ = ["Staging"]
+__all__ = ["HostStaging"]
 
 
 class _Staged(DeviceWork):
@@ -88,7 +95,7 @@ class _Staged(DeviceWork):
         return self._steps.missing()
 
 
-class Staging(DeviceBackend):
+class HostStaging(DeviceBackend):
     """Carries the device arrays of a group by way of its host transport.
 
     Parameters
@@ -116,7 +123,7 @@ class Staging(DeviceBackend):
         self._host = host
         self._aware = aware
         self._own: Backend | None = None
-        self._lift: Lift | None = None
+        self._pinned_buffers: PinnedBuffers | None = None
         self._last: Work[None] | None = None
         # What failed stays: the host transport may still write into its memory.
         self._under_way: list[_Staged] = []
@@ -148,42 +155,45 @@ class Staging(DeviceBackend):
 
     def begin(self, collective: Collective, waiter: Waiter) -> DeviceWork:
         """Start a collective behind what is on the current stream; the host goes on."""
-        own, lift = self._ready(collective.arrays, waiter)
+        own, pinned = self._ready(collective.arrays, waiter)
         pieces: list[Piece] = []
         for call in collective.together:
             if isinstance(call, Broadcast) and self._aware:
                 pieces.append(Piece(call, [], []))
             else:
-                pieces += call.by(StagedCalls(own.rank, lift, len(pieces)))
-        over = lift.event()
-        events = lift.here(), over
-        steps = _in_pieces(own, lift, pieces, events, behind=self._last, waiter=waiter)
+                pieces += call.by(StagedCalls(own.rank, pinned, len(pieces)))
+        over = pinned.event()
+        events = pinned.record_event(), over
+        steps = _in_pieces(own, pinned, pieces, events, behind=self._last, waiter=waiter)
         self._last = own.start(steps)
-        return self._hold(_Staged(self._last, over, waiter, cuda=lift.cuda, keep=pieces))
+        return self._hold(_Staged(self._last, over, waiter, cuda=pinned.cuda, keep=pieces))
 
     def exchange(
         self, sends: Sequence[Message], receives: Sequence[Message], waiter: Waiter
     ) -> DeviceWork:
         """Start messages; blocks until what is sent is there, so that they start in this order."""
-        own, lift = self._ready([m.array for m in (*sends, *receives)], waiter)
+        own, pinned = self._ready([m.array for m in (*sends, *receives)], waiter)
         lane = own.lane(Traffic.PAYLOAD, 0)
-        fetched = [Copy(m.array, self._room(m.array)) for m in sends]
-        brought = [Copy(m.array, self._room(m.array)) for m in receives]
-        lift.stream.wait_event(lift.here())
-        waiter.wait_for(lift.fetch([] if self._aware else fetched).done)
+        fetched = [Copy(m.array, self._host_buffer(m.array)) for m in sends]
+        brought = [Copy(m.array, self._host_buffer(m.array)) for m in receives]
+        pinned.stream.wait_event(pinned.record_event())
+        waiter.wait_for(pinned.to_host([] if self._aware else fetched).done)
         moving = own.exchange(
-            [Message(room, m.peer, lane) for (_, room), m in zip(fetched, sends, strict=True)],
-            [Message(room, m.peer, lane) for (_, room), m in zip(brought, receives, strict=True)],
+            [Message(buffer, m.peer, lane) for (_, buffer), m in zip(fetched, sends, strict=True)],
+            [
+                Message(buffer, m.peer, lane)
+                for (_, buffer), m in zip(brought, receives, strict=True)
+            ],
         )
-        over = lift.event()
+        over = pinned.event()
 
         def arrive() -> Steps:
             yield moving
-            lift.bring([] if self._aware else brought)
-            over.record(lift.stream)
+            pinned.to_device([] if self._aware else brought)
+            over.record(pinned.stream)
 
         keep = (fetched, brought)
-        return self._hold(_Staged(own.start(arrive()), over, waiter, cuda=lift.cuda, keep=keep))
+        return self._hold(_Staged(own.start(arrive()), over, waiter, cuda=pinned.cuda, keep=keep))
 
     def _hold(self, work: _Staged) -> _Staged:
         """Keep an operation until it is over, whoever else lets go of it."""
@@ -202,46 +212,46 @@ class Staging(DeviceBackend):
             del self._under_way[0]
         return True
 
-    def _room(self, x: Array) -> Array:
+    def _host_buffer(self, x: Array) -> Array:
         """Return the memory that the host transport sends from, or receives into."""
         return x if self._aware else pinned_like(x)
 
     def fence(self) -> Callable[[], bool]:
         """Return what tells whether all that is on the current stream by now has been done."""
-        assert self._lift is not None, "something has been started"
-        return Reached(self._lift.here()).done
+        assert self._pinned_buffers is not None, "something has been started"
+        return EventWork(self._pinned_buffers.record_event()).done
 
     def split(
         self, color: int | None, key: int, host: Backend | None, waiter: Waiter
-    ) -> Staging | None:
+    ) -> HostStaging | None:
         """Make the staging of the host's new transport; local."""
-        return None if host is None else Staging(host, aware=self._aware)
+        return None if host is None else HostStaging(host, aware=self._aware)
 
-    def create(self, host: Backend) -> Staging:
+    def create(self, host: Backend) -> HostStaging:
         """Make the staging of the host's new transport; local."""
-        return Staging(host, aware=self._aware)
+        return HostStaging(host, aware=self._aware)
 
     @property
     def chosen(self) -> int | None:
         """The device of the first array; None before that."""
-        return None if self._lift is None else self._lift.device
+        return None if self._pinned_buffers is None else self._pinned_buffers.device
 
     def close(self) -> None:
         """Release the transport on which staged operations ran."""
         if self._own is not None:
             self._own.close()
-        self._own = self._lift = self._last = None
+        self._own = self._pinned_buffers = self._last = None
 
-    def _ready(self, args: Iterable[Any], waiter: Waiter) -> tuple[Backend, Lift]:
+    def _ready(self, args: Iterable[Any], waiter: Waiter) -> tuple[Backend, PinnedBuffers]:
         """Return what `prepare` has made, and what the first device array makes."""
         if self._own is None:
             raise UnsupportedOperationError(
                 f"{waiter.operation}: the ranks of this group are not connected for device arrays "
                 "yet, which takes all of them: call a collective on one first, such as all_reduce"
             )
-        if self._lift is None:
-            self._lift = Lift(next(x for x in args if is_device(x)))
-        return self._own, self._lift
+        if self._pinned_buffers is None:
+            self._pinned_buffers = PinnedBuffers(next(x for x in args if is_device(x)))
+        return self._own, self._pinned_buffers
 
 
 class _Over(Work[None]):
@@ -269,7 +279,7 @@ class _Over(Work[None]):
 
 def _in_pieces(
     own: Backend,
-    lift: Lift,
+    pinned: PinnedBuffers,
     pieces: Sequence[Piece],
     events: tuple[Any, Any],
     *,
@@ -280,7 +290,7 @@ def _in_pieces(
 
     Parameters
     ----------
-    own, lift : Backend, Lift
+    own, pinned : Backend, PinnedBuffers
         What calls, and what copies.
     pieces : sequence of Piece
         At least one.
@@ -294,15 +304,15 @@ def _in_pieces(
     before, over = events
     if behind is not None:
         yield _Over(behind)
-    lift.stream.wait_event(before)
-    fetching = lift.fetch(pieces[0].fetched)
+    pinned.stream.wait_event(before)
+    fetching = pinned.to_host(pieces[0].fetched)
     for index, piece in enumerate(pieces):
         fetched = fetching
         # The next copy is on its way while the ranks sum; its buffer is free, since the copy out
         # of it is before this one on the stream.
         if index + 1 < len(pieces):
-            fetching = lift.fetch(pieces[index + 1].fetched)
+            fetching = pinned.to_host(pieces[index + 1].fetched)
         yield fetched
         yield own.transfer(piece.call, waiter)
-        lift.bring(piece.brought)
-    over.record(lift.stream)
+        pinned.to_device(piece.brought)
+    over.record(pinned.stream)

@@ -1,4 +1,4 @@
-"""How the device arrays of one rank come to pinned memory of the host and back.
+"""Copies of device arrays to pinned memory of the host and back.
 
 [Note: two buffers] While the ranks sum one chunk, the device writes the next one into the other
 buffer, after it has read the one before out of it. All copies are on one stream, and that order
@@ -28,7 +28,7 @@ from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import Work
 from mpidist.errors import UnsupportedOperationError
 
-__all__ = ["Copy", "Lift", "Piece", "Reached", "StagedCalls", "pinned_like"]
+__all__ = ["Copy", "EventWork", "Piece", "PinnedBuffers", "StagedCalls", "pinned_like"]
 
 _CHUNK = 8 << 20
 """Bytes of a chunk. At 25 GB/s one takes 0.3 ms on its way to the host, so that starting a copy and
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
     call : Collective
         What the host transport performs; its arrays are pinned memory.
     fetched, brought : sequence of Copy
-        From the device before it, and to the device after it.
+        The copies to the host before the call, and to the device after it.
     """
 
     call: Collective
@@ -58,14 +58,14 @@ class Piece(NamedTuple):
     brought: Sequence[Copy]
 
 
-class Reached(Work[None]):
-    """Complete when the device has come to an event."""
+class EventWork(Work[None]):
+    """Complete when the device has reached an event."""
 
     def __init__(self, event: Any) -> None:
         self._event = event
 
     def done(self) -> bool:
-        """Return whether it has."""
+        """Return whether the device has reached the event."""
         over: bool = self._event.done
         return over
 
@@ -74,8 +74,8 @@ class Reached(Work[None]):
         wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
-class Lift:
-    """What one rank needs on its device: a stream for the copies, and the two buffers.
+class PinnedBuffers:
+    """The two pinned buffers of a rank, and the stream on which its device copies.
 
     Parameters
     ----------
@@ -95,26 +95,26 @@ class Lift:
 
     def event(self) -> Any:
         """Return an event, not recorded yet."""
-        # Whoever drives this may be at work on another device just now, and an event has one.
+        # The calling thread may use another device just now, and an event belongs to one.
         with self.cuda.Device(self.device):
             return self.cuda.Event(disable_timing=True)
 
-    def here(self) -> Any:
-        """Return an event behind what is on the current stream."""
+    def record_event(self) -> Any:
+        """Return an event recorded on the current stream."""
         event = self.event()
         event.record()
         return event
 
-    def fetch(self, copies: Sequence[Copy]) -> Work[None]:
-        """Ask for copies to the host; return what is complete when they are."""
+    def to_host(self, copies: Sequence[Copy]) -> Work[None]:
+        """Start copies to the host; return work that is complete when they are."""
         event = self.event()
         for device, host in copies:
             device.get(stream=self.stream, out=host, blocking=False)  # type: ignore[attr-defined]
         event.record(self.stream)
-        return Reached(event)
+        return EventWork(event)
 
-    def bring(self, copies: Sequence[Copy]) -> None:
-        """Ask for copies to the device."""
+    def to_device(self, copies: Sequence[Copy]) -> None:
+        """Start copies to the device."""
         for device, host in copies:
             device.set(host, stream=self.stream)  # type: ignore[attr-defined]
 
@@ -128,15 +128,15 @@ class StagedCalls:
     ----------
     rank : int
         This rank.
-    lift : Lift
-        Whose buffers are used in turn.
+    pinned : PinnedBuffers
+        The buffers, used in turn.
     first : int
-        StagedCalls of other collectives before these.
+        Index of the first buffer: the number of chunks before these.
     """
 
-    def __init__(self, rank: int, lift: Lift, first: int) -> None:
+    def __init__(self, rank: int, pinned: PinnedBuffers, first: int) -> None:
         self._rank = rank
-        self._lift = lift
+        self._pinned_buffers = pinned
         self._first = first
 
     def _chunks(self, x: Array) -> Iterator[tuple[slice, Copy]]:
@@ -145,7 +145,7 @@ class StagedCalls:
         # One call at least, also for nothing: all ranks make the same calls.
         for index, start in enumerate(range(0, max(x.size, 1), step), self._first):
             part = slice(start, start + step)
-            yield part, Copy(x[part], self._lift.buffer(index, x[part]))
+            yield part, Copy(x[part], self._pinned_buffers.buffer(index, x[part]))
 
     def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> list[Piece]:
         """Combine chunk by chunk."""
@@ -228,5 +228,5 @@ def _pinned(x: Array) -> Copy:
 
 def pinned_like(x: Array) -> Array:
     """Return an array like `x` in memory of the host that the device copies from and to."""
-    # Of nothing no memory is asked for.
+    # Never ask for 0 bytes of pinned memory.
     return pinned_empty(max(x.nbytes, 1))[: x.nbytes].view(x.dtype)
