@@ -92,6 +92,11 @@ def classes() -> dict[str, list[str]]:
 
 def names() -> Iterator[str]:
     """Yield each name that the package gives: to modules, classes, functions and variables."""
+    # Those of the language, such as __enter__, are not the package's.
+    return (name for name in _names() if not name.startswith("__"))
+
+
+def _names() -> Iterator[str]:
     for file, tree in trees().items():
         yield module_of(file).rpartition(".")[2]
         for node in ast.walk(tree):
