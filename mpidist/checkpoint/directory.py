@@ -83,7 +83,7 @@ def check_same(what: str, group: ProcessGroup) -> None:
     Raises
     ------
     CollectiveMismatchError
-        On every rank, with the same words, which name the first rank that differs from rank 0.
+        On every rank, with the same message, which names the first rank that differs from rank 0.
 
     Notes
     -----
@@ -231,8 +231,8 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
     Returns
     -------
     list of Checkpoint
-        By step; none if the directory is not there. They exist; `verify` tells whether their files
-        are whole.
+        By step; none if the directory is not there. Their manifests exist; `verify` checks
+        their files.
 
     Raises
     ------

@@ -13,7 +13,7 @@ import pytest
 from mpidist import checkpoint
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.shards import ShardedArray
-from mpidist.checkpoint.saving.writing import HostBox, Staging
+from mpidist.checkpoint.saving.writing import HostBox, Stager
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
 
@@ -62,7 +62,7 @@ def whole(name: str, array: Any) -> HostBox:
 
 
 def test_copies_are_made_into_the_memory_of_the_last_ones() -> None:
-    staging, x = Staging(), np.arange(1000.0)
+    staging, x = Stager(), np.arange(1000.0)
     first = staging.copy([whole("x", x), whole("y", x[::-1])])
     x += 1
     np.testing.assert_array_equal(first[0].data, x - 1)
@@ -78,7 +78,7 @@ def test_copies_are_made_into_the_memory_of_the_last_ones() -> None:
 def test_what_comes_from_a_device_goes_into_pinned_memory(
     pinned: list[np.ndarray[Any, Any]],
 ) -> None:
-    staging, x = Staging(), np.arange(10, dtype=np.float32)
+    staging, x = Stager(), np.arange(10, dtype=np.float32)
     device: Any = DeviceArray(x)
     copies = {p.name: p.data for p in staging.copy([whole("a", device), whole("b", x)])}
     assert [np.shares_memory(copies["a"], memory) for memory in pinned] == [True]

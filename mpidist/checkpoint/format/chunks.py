@@ -117,11 +117,11 @@ class ChunkGrid:
             Number of the first chunk, how many they are, and what they cover.
         """
         if numbers is self.numbers:
-            yield from self._whole(nbytes)
+            yield from self._all_joined(nbytes)
         else:
             yield from self._joined(numbers, nbytes)
 
-    def _whole(self, nbytes: int) -> Sequence[tuple[int, int, Box]]:
+    def _all_joined(self, nbytes: int) -> Sequence[tuple[int, int, Box]]:
         """Return all chunks joined; kept, since many arrays have the same few shapes."""
         if self._all is None or self._all[0] != nbytes:
             self._all = (nbytes, [*self._joined(self.numbers, nbytes)])
@@ -134,8 +134,8 @@ class ChunkGrid:
         most = max(nbytes // max(prod(self.chunk) * self.itemsize, 1), 1)
         for together in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
             start, stop = int(together[0]), int(together[-1]) + 1
-            for some in boxes_of_range(self.counts, start, stop):
-                for part in boxes_of_at_most(some, most):
+            for box in boxes_of_range(self.counts, start, stop):
+                for part in boxes_of_at_most(box, most):
                     yield start, part.count, self.span(part.offsets, part.sizes)
                     start += part.count
 

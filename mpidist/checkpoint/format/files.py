@@ -3,7 +3,7 @@
 HDF5 gives each contiguous dataset one place in its file. Here it is asked to choose the places and
 to write the structure, so that any tool that knows HDF5 opens the file. The bytes are written and
 read at these places by the operating system's calls: h5py holds one lock for all threads and all
-files while it moves them. A file that all ranks write together (`shared_file`) is the exception.
+files while it moves them. A file that all ranks write together (`parallel_file`) is the exception.
 
 A file is written under a temporary name, so that a kill or a loss of power at any instant leaves
 the old or the new one.
@@ -43,7 +43,7 @@ def temporary(path: Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is something at a path; OSError if that cannot be told.
+    """Return whether there is something at a path; raise OSError if that cannot be determined.
 
     Not `Path.exists`, which takes what it cannot see for something that is not there.
     """
@@ -168,7 +168,7 @@ def rename_synced(part: Path, path: Path, *, warn: bool = True) -> None:
         pass
     else:
         raise FileExistsError(errno.EEXIST, "Another process has made this file", str(path))
-    os.replace(part, path)  # noqa: PTH105  # beside os.fsync: the calls that must come in this order
+    os.replace(part, path)  # noqa: PTH105  # as os.fsync: the order of these calls matters
     sync_directory(path.parent, warn=warn)
 
 
@@ -270,7 +270,7 @@ def errors_of_the_system(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def shared_file(path: Path, comm: Any) -> Iterator[SharedFile]:
+def parallel_file(path: Path, comm: Any) -> Iterator[ParallelFile]:
     """Open a file made by `create_file`, to be written by all ranks of an mpi4py communicator.
 
     Needs `has_mpi`.
@@ -291,11 +291,11 @@ def shared_file(path: Path, comm: Any) -> Iterator[SharedFile]:
         errors_of_the_system(path),
         h5py.File(path, "r+", locking=LOCKING, driver="mpio", comm=comm) as file,
     ):
-        yield SharedFile(file)
+        yield ParallelFile(file)
 
 
-class SharedFile:
-    """A file that several ranks write; see `shared_file`."""
+class ParallelFile:
+    """A file that several ranks write; see `parallel_file`."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

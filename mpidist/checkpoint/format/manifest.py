@@ -252,7 +252,7 @@ ALIGNMENT = 1 << 20
 """Bytes from which on a box has a dataset of its own, which begins at a multiple of them."""
 
 ID_DATASET = "mpidist id"
-"""Dataset of a file with the manifest's id, ASCII, which tells files of different saves apart."""
+"""Dataset of a file with the manifest's id, ASCII, which distinguishes files of different saves."""
 
 FORMAT, VERSION = "mpidist checkpoint", 1
 MANIFEST = "manifest.json"

@@ -33,7 +33,7 @@ MOST_IN_VIEW = 4096
 
 
 def create_view(path: Path, manifest: Manifest) -> None:
-    """Make the file that presents whole arrays as virtual datasets of all files beside it.
+    """Make the file that shows whole arrays as virtual datasets of the files in its directory.
 
     Raises
     ------

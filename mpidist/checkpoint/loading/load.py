@@ -74,7 +74,7 @@ def load(
         What to load, under the names of `save`; what the checkpoint has besides is left. Arrays and
         pieces of `ShardedArray` are filled where they are; objects are given what is theirs by
         ``load_state_dict``, in the order of their names. All arrays of an object must be there, and
-        no others; of its values it is given those that are there: a `DDP` goes on from a module,
+        no others; of its values it is given those that are there: a `DDP` continues from a module,
         and a module from a `DDP`. Values are returned.
     group : ProcessGroup
         The ranks that load; as many as there are.
@@ -105,7 +105,7 @@ def load(
     UnsupportedOperationError
         If the state has something that cannot be kept.
 
-    All of them on every rank, with the same words.
+    All of them on every rank, with the same message.
 
     Notes
     -----
@@ -118,7 +118,7 @@ def load(
     """
     saver = saver_of(group)
     saver.drain(0)
-    checkpoint = _found(path, step, saver, f"load of {path} on group {group.name!r}")
+    checkpoint = _find_together(path, step, saver, f"load of {path} on group {group.name!r}")
     manifest = checkpoint.manifest
     what = f"load of {checkpoint.directory} on group {group.name!r}"
     flat = FlatState()
@@ -254,7 +254,9 @@ class _Targets:
             array[...] = array_namespace(array).asarray(memory)
 
 
-def _found(path: str | os.PathLike[str], step: int | str, saver: Saver, what: str) -> Checkpoint:
+def _find_together(
+    path: str | os.PathLike[str], step: int | str, saver: Saver, what: str
+) -> Checkpoint:
     """Let rank 0 find a checkpoint, and give its manifest to all."""
     group, root = saver.group, Path()
 
@@ -359,7 +361,7 @@ def _all_or_none(action: Callable[[], None], group: ProcessGroup, what: str) -> 
         action()
     except DistributedError as error:
         problem = (type(error).__name__, str(error))
-    except Exception as error:  # noqa: BLE001  # told to all ranks, which would wait else
+    except Exception as error:  # noqa: BLE001  # reported to all ranks, which would wait otherwise
         problem = (CheckpointError.__name__, f"{type(error).__name__}: {error}")
     if not all_reduce(np.array(problem is not None, np.int32), group, op=MAX):
         return
@@ -479,7 +481,7 @@ def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers)
             raise problem
         return  # another rank raises
     buffers = readers.buffers() if shared else None
-    if shared and buffers is None:  # nobody to share with, or no memory: each for itself
+    if shared and buffers is None:  # no other rank, or no shared memory: each rank reads for itself
         own, shared = read_items(manifest, requests[readers.rank]), []
     try:
         _fill_alone(files, manifest, targets, own)

@@ -143,7 +143,7 @@ def _touched(
         for number in array.index.meeting(box):
             stored = array.boxes[number].box
             common = stored.intersect(box)
-            assert common is not None, "they meet"
+            assert common is not None, "they overlap"
             covered = ChunkGrid.of(stored.sizes, itemsize).covering(common.relative_to(stored))
             chunks = touched.setdefault(number, {})
             for index in readers:

@@ -1,10 +1,10 @@
 """The end of a save: all ranks learn whether all have written, and rank 0 writes the manifest.
 
 [Note: commit] A checkpoint exists if its manifest does. Every rank writes its file under a
-temporary name, syncs it, renames it and syncs the directory, and then tells rank 0 what lies where.
-Only when rank 0 has heard that from all does it write the manifest, in the same way, and tell all.
-So there is no instant at which a manifest names something that is not on disk, and a rank that
-fails, or dies, leaves a directory without a manifest, which is no checkpoint.
+temporary name, syncs it, renames it and syncs the directory, and then reports to rank 0 what lies
+where. When rank 0 has the reports of all ranks, it writes the manifest in the same way, and answers
+all of them. So there is no instant at which a manifest names something that is not on disk, and a
+rank that fails, or dies, leaves a directory without a manifest, which is no checkpoint.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Save:
     directory : Path
         The directory of the step.
     coordinator : (Manifest, GlobalPlan) or None
-        On rank 0, all of the manifest but files and arrays, and who writes what.
+        On rank 0, the manifest without files and arrays, and the plan of all ranks.
     written : Future of Written
         What becomes of this rank's file.
     viewed : bool
@@ -116,7 +116,7 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
     Raises
     ------
     CheckpointError
-        On every rank, with the same words, if a rank could not write.
+        On every rank, with the same message, if a rank could not write.
 
     Notes
     -----
@@ -194,7 +194,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
 
 
 def _report(written: Future[Written], rank: int) -> JSON:
-    """Return what a rank tells rank 0 of its file."""
+    """Return what a rank reports to rank 0 about its file."""
     problem = _failure(written, rank)
     if problem is not None:
         return {"problem": problem}

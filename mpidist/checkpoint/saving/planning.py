@@ -394,7 +394,7 @@ class Planner:
         Raises
         ------
         DistributedError
-            On every rank, with the same words, if there is something wrong on any of them.
+            On every rank, with the same message, if something is wrong on any of them.
 
         Notes
         -----
@@ -519,7 +519,7 @@ class Planner:
         identity = uuid.uuid4().hex
         try:
             if problems:
-                raise problems[0]  # noqa: TRY301  # it gets the same words around it
+                raise problems[0]  # noqa: TRY301  # its message is completed below
             plan = make_global_plan(local)
             _create(directory, identity)
         except DistributedError as error:

@@ -26,7 +26,7 @@ from mpidist.checkpoint.saving.planning import GlobalPlan, Planner, SavePlan, vi
 from mpidist.checkpoint.saving.single_file import SINGLE_FILE, check_single_file, write_together
 from mpidist.checkpoint.saving.writing import (
     HostBox,
-    Staging,
+    Stager,
     WriterThread,
     Written,
     begin_write,
@@ -68,7 +68,7 @@ def save(
     step : int
         From 0 to 2**63 - 1.
     metadata : JSON value, optional
-        What else shall be known of it; rank 0's is kept.
+        Anything else to store with it; that of rank 0 is kept.
     single_file : bool, optional
         Whether all ranks write one file together, ``arrays.h5``, with each array whole in a dataset
         of its name. For an h5py built with MPI, and groups on MPI. It loads like any other.
@@ -81,10 +81,10 @@ def save(
     Raises
     ------
     CheckpointError
-        On every rank, with the same words, if there is a complete checkpoint of this step, or if
+        On every rank, with the same message, if there is a complete checkpoint of this step, or if
         any rank could not write. Earlier checkpoints are as they were.
     CheckpointAsyncError
-        On every rank, if an earlier `save_async` failed and nobody has been told.
+        On every rank, if an earlier `save_async` failed and its error has not been raised yet.
     CollectiveMismatchError, SizeMismatchError, UnsupportedOperationError
         On every rank, before anything is written: if the ranks differ, the boxes of an array do not
         cover it, or something cannot be kept.
@@ -115,26 +115,25 @@ def save_async(
     metadata: JSON = None,
     in_flight: int = 1,
 ) -> CheckpointFuture:
-    """Copy a state, and save the copy while the program goes on.
+    """Copy a state, and save the copy while the program continues.
 
     Parameters
     ----------
     path, state, group, step, metadata : as for `save`
         What is saved, and where to.
     in_flight : int, optional
-        Most saves that may be under way, this one included; the call waits for earlier ones first.
+        How many saves may be in progress, this one included; the call first waits for earlier ones.
 
     Returns
     -------
     CheckpointFuture
-        To ask, or to wait, for the end. It may be dropped: the next save of the group, its
-        `progress` and its `close`, and the end of the job take it on.
+        Tells whether the save has ended, and waits for it. It may be dropped: the next save of the
+        group, its `progress` and `close`, and the end of the job drive the save to its end.
 
     Raises
     ------
     Same as `save`
-        What concerns writing comes later: from the future, or the next save, as
-        CheckpointAsyncError.
+        Errors of writing are raised later, by the future or the next save, as CheckpointAsyncError.
 
     Notes
     -----
@@ -170,7 +169,7 @@ def _begin(
     with region("checkpoint plan"):
         file = SINGLE_FILE if single_file else ""
         plan = saver.planner.plan(state, metadata, path, step, file=file, check=check)
-    take = saver.staging.copy if in_flight else _in_place
+    take = saver.stager.copy if in_flight else _in_place
     arrays = plan.flat.arrays
     boxes = [
         HostBox.of(item.name, item.box, view_of(arrays[item.name], item)) for item in plan.local
@@ -185,7 +184,7 @@ def _begin(
         else:
             written = submit(_write, plan, taken, {**attributes, "rank": group.rank})
     if in_flight and taken.exception() is None:
-        written.add_done_callback(lambda _: saver.staging.release(taken.result()))
+        written.add_done_callback(lambda _: saver.stager.release(taken.result()))
     save = Save(plan.directory, plan.coordinator, written, viewed=not single_file)
     future = CheckpointFuture(saver, save, asynchronous=bool(in_flight))
     saver.pending.append(future)
@@ -277,8 +276,8 @@ class CheckpointFuture:
         Parameters
         ----------
         timeout : float, optional
-            Seconds after which this rank gives up waiting. The save goes on then, and may be waited
-            for again. When omitted, each of its steps has the group's.
+            Seconds after which this rank stops waiting. The save continues, and `wait` may be
+            called again. When omitted, each of its steps has the group's.
 
         Returns
         -------
@@ -288,7 +287,7 @@ class CheckpointFuture:
         Raises
         ------
         CheckpointAsyncError, CheckpointError
-            If a rank could not write; on every rank, with the same words, from `save_async` and
+            If a rank could not write; on every rank, with the same message, from `save_async` and
             from `save`.
         CheckpointError
             On this rank, if it is not over after `timeout`.
@@ -325,12 +324,12 @@ class CheckpointFuture:
         try:
             self._current = next(self._steps, None)
             self._over = self._current is None
-        except Exception as error:  # noqa: BLE001  # raised by whoever waits, also later
+        except Exception as error:  # noqa: BLE001  # raised by `wait`, perhaps later
             self._over = True
             failed = isinstance(error, CheckpointError) and self._asynchronous
             self._error = CheckpointAsyncError(str(error)) if failed else error
         except BaseException as error:
-            # Steps that have raised look like steps that have come to their end.
+            # A generator that has raised looks like one that has ended.
             self._over = True
             message = f"save of {self.directory} was interrupted by {type(error).__name__}"
             self._error = CheckpointError(f"{message}; nobody knows whether it is complete")
@@ -349,7 +348,7 @@ class Saver:
         self.group = group.duplicate(f"{group.name}/checkpoint")
         self.planner = Planner(self.group)
         self.thread = WriterThread("mpidist checkpoint")
-        self.staging = Staging()
+        self.stager = Stager()
         self.pending: deque[CheckpointFuture] = deque()
         self._failed: deque[CheckpointFuture] = deque()
 

@@ -68,7 +68,7 @@ def write_together(
     Returns
     -------
     Written
-        When the file is closed on all ranks and synced on this one; on rank 0, which tells of the
+        When the file is closed on all ranks and synced on this one; on rank 0, which reports the
         file itself, when it also has its name.
 
     Raises
@@ -128,7 +128,7 @@ def _fill(
     group: ProcessGroup,
 ) -> None:
     """Write, close and sync the file."""
-    with files.shared_file(path, group.mpi_comm) as file:
+    with files.parallel_file(path, group.mpi_comm) as file:
         if group.rank == 0:
             identity = _identity(attributes)
             file.write(ID_DATASET, Box.whole(identity.shape), identity)

@@ -1,8 +1,8 @@
 """The file of one rank: its boxes are laid out, written, synced, and given their name.
 
 The order of a file is known before a byte is written, on any rank (`lay_out`). The bytes come from
-memory (`HostBox`), perhaps from a copy (`Staging`), so that the program goes on meanwhile
-(`WriterThread`).
+memory (`HostBox`), or from a copy (`Stager`), so that the program can continue while a
+`WriterThread` writes.
 """
 
 from __future__ import annotations
@@ -191,8 +191,7 @@ class Written:
     file : StoredFile or None
         The file; None if another rank reports it.
     boxes : list of (str, StoredBox)
-        What lies in it, by name of the array; `StoredBox.file` is set by who assembles the
-        manifest.
+        Its boxes by name of the array; `StoredBox.file` is set when the manifest is assembled.
     """
 
     file: StoredFile | None
@@ -372,7 +371,7 @@ def _in_thread(call: Callable[..., None], *args: object) -> Iterator[None]:
     future.result()
 
 
-class Staging:
+class Stager:
     """Memory for copies of boxes, used again: fresh pages cost more than the copy into them.
 
     Arrays of the host are copied to ordinary memory, arrays of a device to pinned memory, which the

@@ -91,8 +91,7 @@ def _path(parser: argparse.ArgumentParser, name: str = "path", metavar: str = "P
     parser.add_argument(name, type=Path, metavar=metavar, help=text)
 
 
-def add_verify(parser: argparse.ArgumentParser) -> None:
-    """Add what `verify` is told."""
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     _path(parser)
     _add_step(parser)
 
@@ -103,28 +102,24 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_list(parser: argparse.ArgumentParser) -> None:
-    """Add what `list` is told."""
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="directory of checkpoints")
 
 
-def add_show(parser: argparse.ArgumentParser) -> None:
-    """Add what `show` is told."""
-    add_verify(parser)
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _verify_arguments(parser)
     parser.add_argument(
         "--boxes", action="store_true", help="also where each part of an array lies"
     )
 
 
-def add_diff(parser: argparse.ArgumentParser) -> None:
-    """Add what `diff` is told."""
+def _diff_arguments(parser: argparse.ArgumentParser) -> None:
     _path(parser, "first", "FIRST")
     _path(parser, "second", "SECOND")
     _add_step(parser)
 
 
-def add_reshard(parser: argparse.ArgumentParser) -> None:
-    """Add what `reshard` is told."""
+def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
     _path(parser)
     parser.add_argument(
         "destination", type=Path, metavar="NEW", help="directory of checkpoints, made if missing"
@@ -135,9 +130,8 @@ def add_reshard(parser: argparse.ArgumentParser) -> None:
     _add_step(parser)
 
 
-def add_prune(parser: argparse.ArgumentParser) -> None:
-    """Add what `prune` is told."""
-    add_list(parser)
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    _list_arguments(parser)
     parser.add_argument(
         "--keep",
         type=_at_least(1),
@@ -156,15 +150,13 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_export(parser: argparse.ArgumentParser) -> None:
-    """Add what `export` is told."""
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _path(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
     _add_step(parser)
 
 
-def add_import(parser: argparse.ArgumentParser) -> None:
-    """Add what `import` is told."""
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
     parser.add_argument(
         "path", type=Path, metavar="PATH", help="directory of checkpoints, made if missing"
@@ -366,29 +358,31 @@ class _Action(NamedTuple):
 
 _ACTIONS: Mapping[str, _Action] = {
     "list": _Action(
-        _list, "say which checkpoints are there, complete or in part", add_list, long=False
+        _list, "say which checkpoints are there, complete or in part", _list_arguments, long=False
     ),
     "show": _Action(
-        _show, "say what is in one: arrays, values, metadata, versions", add_show, long=False
+        _show, "say what is in one: arrays, values, metadata, versions", _show_arguments, long=False
     ),
     "verify": _Action(
-        _verify, "read all of one, and say all that is wrong with it", add_verify, long=True
+        _verify, "read all of one, and say all that is wrong with it", _verify_arguments, long=True
     ),
-    "diff": _Action(_diff, "say in what two of them differ", add_diff, long=True),
+    "diff": _Action(_diff, "say in what two of them differ", _diff_arguments, long=True),
     "reshard": _Action(
         _reshard,
         "write one anew, split over another number of ranks",
-        add_reshard,
+        _reshard_arguments,
         long=True,
     ),
     "prune": _Action(
         _prune,
         "remove all but the newest ones, and what killed saves have left",
-        add_prune,
+        _prune_arguments,
         long=False,
     ),
-    "export": _Action(_export, "write one as a file of safetensors or npz", add_export, long=True),
+    "export": _Action(
+        _export, "write one as a file of safetensors or npz", _export_arguments, long=True
+    ),
     "import": _Action(
-        _import, "make a file of safetensors or npz a checkpoint", add_import, long=True
+        _import, "make a file of safetensors or npz a checkpoint", _import_arguments, long=True
     ),
 }

@@ -57,7 +57,7 @@ def compare(
     first, second : Checkpoint
         Saved by any numbers of ranks, at any steps: neither counts.
     progress : callable, optional
-        Is told now and then how many more bytes are done, of `first.nbytes`.
+        Called now and then with how many more bytes are done, of `first.nbytes`.
 
     Returns
     -------

@@ -57,7 +57,7 @@ def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = ignore
     checkpoint : Checkpoint
         What to export: arrays, values, metadata and step.
     progress : callable, optional
-        Is told now and then how many more bytes are done, of `checkpoint.nbytes`.
+        Called now and then with how many more bytes are done, of `checkpoint.nbytes`.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def import_from(
     step : int, optional
         Of the checkpoint; that of the file when omitted, if mpidist has exported it.
     progress : callable, optional
-        Is told now and then how many more bytes are done.
+        Called now and then with how many more bytes are done.
 
     Returns
     -------

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,7 +29,7 @@ from mpidist.checkpoint.directory import Checkpoint
 from mpidist.checkpoint.format.files import naming, rename_synced, write_at
 from mpidist.checkpoint.format.manifest import JSON, StoredArray, decode, encode
 from mpidist.checkpoint.loading.reading import contiguous_ranges
-from mpidist.checkpoint.tools.resharding import Progress, Reader, Source
+from mpidist.checkpoint.tools.resharding import ArraySource, Progress, Reader
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointIncompatibleError,
@@ -42,7 +43,7 @@ class Foreign:
 
     Attributes
     ----------
-    sources : mapping of str to Source
+    sources : mapping of str to ArraySource
         Its arrays, by name, to be read while the file is open.
     values : mapping of str to JSON value
         What is no array, if mpidist has exported it.
@@ -52,7 +53,7 @@ class Foreign:
         The step of the exported checkpoint, if mpidist wrote the file.
     """
 
-    sources: Mapping[str, Source]
+    sources: Mapping[str, ArraySource]
     values: Mapping[str, JSON] = field(default_factory=dict)
     metadata: JSON = None
     step: int | None = None
@@ -74,7 +75,7 @@ def description(checkpoint: Checkpoint, **more: JSON) -> str:
     )
 
 
-def described(text: str | bytes, sources: Mapping[str, Source], path: Path) -> Foreign:
+def described(text: str | bytes, sources: Mapping[str, ArraySource], path: Path) -> Foreign:
     """Return what a file holds that has such a description."""
     try:
         content = json.loads(text)
@@ -233,12 +234,12 @@ class _Archive:
             self._file = None
 
     def description(self) -> bytes | None:
-        """Return what mpidist has written beside the arrays, if it has."""
+        """Return what mpidist has written about the arrays, if it has."""
         return (
             self._archive.read(_DESCRIPTION) if _DESCRIPTION in self._archive.namelist() else None
         )
 
-    def sources(self, halves: frozenset[str]) -> Mapping[str, _Entry]:
+    def sources(self, halves: frozenset[str]) -> Mapping[str, ArraySource]:
         """Return the arrays by name."""
         entries = {}
         for info in self._archive.infolist():
@@ -256,8 +257,13 @@ class _Archive:
                     "keep; what is pickled is never read"
                 )
             half = name in halves and native == np.uint16
-            entries[name] = _Entry(self, name, header.shape, BFLOAT16 if half else header.dtype)
+            dtype = BFLOAT16 if half else header.dtype
+            entries[name] = ArraySource(header.shape, dtype, partial(self._read, name, dtype))
         return entries
+
+    def _read(self, name: str, dtype: DType, box: Box) -> Array:
+        part = np.asarray(self.array(name)[box.slices])
+        return part.view(BFLOAT16) if dtype == BFLOAT16 else part
 
     def array(self, name: str) -> Array:
         """Return an array, as a map of the temporary file; the one before is gone."""
@@ -291,21 +297,6 @@ def _read_header(file: IO[bytes]) -> _Header:
     else:
         raise ValueError(f"version {version} of npy, which only tables have")
     return _Header(*header, file.tell())
-
-
-class _Entry:
-    """An array of such a file: a `Source`."""
-
-    def __init__(self, archive: _Archive, name: str, shape: tuple[int, ...], dtype: DType) -> None:
-        self._archive = archive
-        self._name = name
-        self.shape = shape
-        self.dtype = dtype
-
-    def read(self, box: Box) -> Array:
-        """Return the elements of a part."""
-        part = np.asarray(self._archive.array(self._name)[box.slices])
-        return part.view(BFLOAT16) if self.dtype == BFLOAT16 else part
 
 
 _KEY = "mpidist"
@@ -391,12 +382,19 @@ def open_safetensors(path: Path) -> Iterator[Foreign]:
             f"{path} is no file of safetensors, or is damaged: {error}"
         ) from error
     with opened as file:
-        sources = {name: _Tensor(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        unknown = [f"{name} ({s.kind})" for name, s in sources.items() if s.kind not in _TO_DTYPE]
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        kinds = {name: str(tensor.get_dtype()) for name, tensor in tensors.items()}
+        unknown = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _TO_DTYPE]
         if unknown:
             raise CheckpointIncompatibleError(
                 f"{path}: a checkpoint cannot keep {', '.join(unknown[:5])}; convert it first"
             )
+        sources = {
+            name: ArraySource(
+                tuple(tensor.get_shape()), _TO_DTYPE[kinds[name]], partial(_elements, tensor)
+            )
+            for name, tensor in tensors.items()
+        }
         texts = file.metadata() or {}
         if _KEY in texts:
             yield described(texts[_KEY], sources, path)
@@ -404,20 +402,6 @@ def open_safetensors(path: Path) -> Iterator[Foreign]:
             yield Foreign(sources, metadata=texts or None)
 
 
-class _Tensor:
-    """An array of such a file: a `Source`."""
-
-    def __init__(self, tensor: Any) -> None:
-        self._tensor = tensor
-        self.kind = str(tensor.get_dtype())
-        self.shape = tuple(tensor.get_shape())
-
-    @property
-    def dtype(self) -> DType:
-        """Of the array."""
-        return _TO_DTYPE[self.kind]
-
-    def read(self, box: Box) -> Array:
-        """Return the elements of a part."""
-        part: Array = np.asarray(self._tensor[box.slices])
-        return part
+def _elements(tensor: Any, box: Box) -> Array:
+    part: Array = np.asarray(tensor[box.slices])
+    return part

@@ -38,7 +38,7 @@ class StepStatus(NamedTuple):
         When its manifest was written, in seconds since 1970: as the manifest says, or, where that
         is damaged, as the file system does.
     problem : CheckpointError or None
-        What is wrong, as far as manifest and sizes of files tell; None if it is whole.
+        What is wrong with the manifest or the sizes of files; None if nothing is.
     """
 
     directory: Path
@@ -76,8 +76,8 @@ def prune(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -> l
     Notes
     -----
     Local: to be called on one rank. Reads the manifests, each once in a process, and asks for the
-    sizes of all files. The manifest goes first, so that whoever is killed here leaves no checkpoint
-    that looks complete.
+    sizes of all files. The manifest is removed first, so that a kill leaves no checkpoint that
+    looks complete.
     """
     directories = prunable(path, keep=keep, stale=stale)
     for directory in directories:

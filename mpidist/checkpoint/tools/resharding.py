@@ -6,8 +6,9 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -42,11 +43,11 @@ from mpidist.checkpoint.saving.writing import BoxSource, file_name, write_file
 from mpidist.errors import CheckpointError, DistributedError, InvalidWorldSizeError
 
 Progress: TypeAlias = Callable[[int], object]
-"""Is told how many more bytes are done."""
+"""Called with how many more bytes are done."""
 
 
 def ignore_progress(nbytes: int) -> None:
-    """Take no notice of progress."""
+    """Do nothing."""
 
 
 def reshard(
@@ -72,7 +73,7 @@ def reshard(
     step : int or "latest", optional
         Which one; the newest complete one when omitted.
     progress : callable, optional
-        Is told now and then how many more bytes are done, of `Checkpoint.nbytes`.
+        Called now and then with how many more bytes are done, of `Checkpoint.nbytes`.
 
     Returns
     -------
@@ -113,22 +114,23 @@ def reshard(
         )
 
 
-class Source(Protocol):
-    """An array of which any part can be had, and which need not be in memory."""
+@dataclass(frozen=True)
+class ArraySource:
+    """An array of which any box can be read, and which need not be in memory.
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the array."""
-        ...
+    Attributes
+    ----------
+    shape : tuple of int
+        Length of each dimension.
+    dtype : dtype
+        Its dtype, in any byte order.
+    read : callable
+        Returns the elements of a box, with the box's sizes.
+    """
 
-    @property
-    def dtype(self) -> DType:
-        """Of the array; its bytes may be in any order."""
-        ...
-
-    def read(self, box: Box) -> Array:
-        """Return the elements of a part, of the sizes of `box`."""
-        ...
+    shape: tuple[int, ...]
+    dtype: DType
+    read: Callable[[Box], Array]
 
 
 class Reader:
@@ -181,41 +183,17 @@ class Reader:
         for item in read_items(self._manifest, [BoxRequest(name, box)]):
             yield item, self._files.load([item], [self._memory])[0]
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, ArraySource]:
         """Return all arrays, to be read while this is open."""
-        arrays = self._manifest.arrays.items()
-        return {name: StoredSource(self, name, array.shape, array.dtype) for name, array in arrays}
-
-
-class StoredSource:
-    """An array of a checkpoint: a `Source`.
-
-    Parameters
-    ----------
-    reader : Reader
-        Of the checkpoint; it has to be open while this is read.
-    name : str
-        Of the array.
-    shape : tuple of int
-        Of the array.
-    dtype : dtype
-        Of the array.
-    """
-
-    def __init__(self, reader: Reader, name: str, shape: tuple[int, ...], dtype: DType) -> None:
-        self._reader = reader
-        self._name = name
-        self.shape = shape
-        self.dtype = dtype
-
-    def read(self, box: Box) -> Array:
-        """Return the elements of a part."""
-        return self._reader.read(self._name, box)
+        return {
+            name: ArraySource(array.shape, array.dtype, partial(self.read, name))
+            for name, array in self._manifest.arrays.items()
+        }
 
 
 def build(
     path: str | os.PathLike[str],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, ArraySource],
     values: Mapping[str, JSON],
     *,
     step: int,
@@ -230,7 +208,7 @@ def build(
     ----------
     path : path
         The directory of checkpoints to write to.
-    sources : mapping of str to Source
+    sources : mapping of str to ArraySource
         The arrays by name; each is read part by part.
     values : mapping of str to JSON value
         Everything that is not an array, by name.
@@ -241,7 +219,7 @@ def build(
     metadata, crossovers : JSON value, optional
         As the manifest shall have them.
     progress : callable, optional
-        Is told how many more bytes are written.
+        Called with how many more bytes are written.
 
     Returns
     -------
@@ -295,7 +273,7 @@ def _write(
     directory: Path,
     header: Manifest,
     plan: GlobalPlan,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, ArraySource],
     progress: Progress,
 ) -> None:
     reports = []
@@ -317,12 +295,12 @@ def _write(
 class StreamedBox(BoxSource):
     """A box of an array that is read, digested and written some chunks at a time."""
 
-    source: Source
+    source: ArraySource
     progress: Progress
     _digests: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def of(cls, item: WriteItem, source: Source, progress: Progress) -> StreamedBox:
+    def of(cls, item: WriteItem, source: ArraySource, progress: Progress) -> StreamedBox:
         """Return the box of an item of a plan."""
         return cls(item.name, item.box, source.dtype.newbyteorder("="), source, progress)
 

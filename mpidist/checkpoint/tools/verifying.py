@@ -45,15 +45,15 @@ def inspect(paths: Sequence[Path]) -> list[Contents | str]:
     """
     answers: list[Contents | str] = []
     while len(answers) < len(paths):
-        told, end = _ask(paths[len(answers) :])
-        answers += told
+        replies, end = _ask(paths[len(answers) :])
+        answers += replies
         if len(answers) < len(paths):
             answers.append(end)
     return answers
 
 
 def _ask(paths: Sequence[Path]) -> tuple[list[Contents | str], str]:
-    """Return what a process has told before it ended, and how it ended."""
+    """Return what a process has answered before it ended, and how it ended."""
     seconds = _SECONDS + len(paths)
     try:
         child = subprocess.run(  # noqa: S603  # this interpreter, and a text of ours
@@ -118,7 +118,7 @@ def verify(
     step : int or "latest", optional
         Which one; the newest complete one when omitted.
     progress : callable, optional
-        Is told now and then how many more bytes are done, of `Checkpoint.nbytes`.
+        Called now and then with how many more bytes are done, of `Checkpoint.nbytes`.
 
     Returns
     -------

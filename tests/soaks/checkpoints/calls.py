@@ -24,7 +24,7 @@ _NO_FILES = frozenset({"fspath", "getpid", "kill", "strerror", "urandom"})
 
 _BY_HDF5 = (
     (files, "create_file"),
-    (files, "shared_file"),
+    (files, "parallel_file"),
     (view, "create_view"),
     (view, "contents"),
 )
