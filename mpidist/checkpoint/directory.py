@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from mpidist._new_file import create
 from mpidist.checkpoint.format.files import (
     exists,
     naming,
@@ -316,7 +315,7 @@ def create_directory(directory: Path, identity: str) -> None:
     claim = temporary(directory / MANIFEST)
     try:
         with naming(claim):
-            descriptor = create(claim, mode=0o666)
+            descriptor = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 write_at(descriptor, np.frombuffer(identity.encode(), np.uint8), 0)
             finally:

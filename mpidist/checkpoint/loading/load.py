@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 import mpidist.errors
-from mpidist._types import MAX, Array
+from mpidist._types import Array
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.namespaces import array_namespace, is_host
 from mpidist.arrays.shards import ShardedArray
@@ -41,7 +41,7 @@ from mpidist.checkpoint.loading.reading import (
 )
 from mpidist.checkpoint.saving.save import Saver, saver_of
 from mpidist.checkpoint.state import FlatState, State, flatten, restore
-from mpidist.collectives import all_gather, all_gather_object, all_reduce, broadcast_object
+from mpidist.collectives import all_gather, all_gather_object, broadcast_object
 from mpidist.errors import (
     CheckpointError,
     CheckpointIncompatibleError,
@@ -363,13 +363,18 @@ def _all_or_none(action: Callable[[], None], group: ProcessGroup, what: str) -> 
         problem = (type(error).__name__, str(error))
     except Exception as error:  # noqa: BLE001  # reported to all ranks, which would wait otherwise
         problem = (CheckpointError.__name__, f"{type(error).__name__}: {error}")
-    if not all_reduce(np.array(problem is not None, np.int32), group, op=MAX):
+    if not _any_failed(group, failed=problem is not None):
         return
     problems = all_gather_object(problem, group)
     rank, (name, message) = next((r, p) for r, p in enumerate(problems) if p is not None)
     known = name in mpidist.errors.__all__ and name != TransportError.__name__  # it takes a code
     kind: type[DistributedError] = getattr(mpidist.errors, name) if known else CheckpointError
     raise kind(f"{what}: rank {rank}: {message}")
+
+
+def _any_failed(group: ProcessGroup, *, failed: bool) -> bool:
+    """Return whether any rank has failed; one all_gather of a byte."""
+    return bool(all_gather(np.array([failed], np.uint8), group).any())
 
 
 class Readers:
@@ -416,10 +421,8 @@ class Readers:
         return self._group.shared((2, self.size, BUFFER), np.uint8)
 
     def barrier(self, *, failed: bool) -> bool:
-        """Wait for all of them, and return whether any has failed; one small all_reduce."""
-        if self._group is None:
-            return failed
-        return bool(all_reduce(np.array(failed, np.int32), self._group, op=MAX))
+        """Wait for all of them, and return whether any has failed."""
+        return failed if self._group is None else _any_failed(self._group, failed=failed)
 
 
 def batches(items: Sequence[ReadItem], size: int) -> list[list[list[ReadItem]]]:

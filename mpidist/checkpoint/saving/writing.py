@@ -175,7 +175,7 @@ def lay_out(
         else:
             name = f"packed/{name_of(box.dtype)}"
             positions.append((name, packed.get(name, 0)))
-            packed[name] = packed.get(name, 0) + box.box.count
+            packed[name] = packed.get(name, 0) + box.nbytes // box.dtype.itemsize
             dtypes[name] = box.dtype
     for name, count in packed.items():
         datasets[name] = ((count,), dtypes[name])
