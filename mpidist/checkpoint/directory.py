@@ -20,6 +20,7 @@ from mpidist.checkpoint.format.files import (
     exists,
     naming,
     read_regular,
+    rename_synced,
     sync_directory,
     temporary,
     write_at,
@@ -353,6 +354,39 @@ _LOST = (
     "another process has removed {}, or saves the same step there; let each run have a directory "
     "of its own"
 )
+
+
+def commit(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest, all other files being on disk: from then on the checkpoint exists.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; there is none then, unless the disk does not even take it back.
+    CheckpointError
+        If it is larger than what is read, or the directory belongs to another save by now.
+    """
+    sync_directory(directory.parent)
+    path = directory / MANIFEST
+    part = temporary(path)
+    data = np.frombuffer(manifest.to_bytes(), np.uint8)
+    if data.nbytes > MOST_BYTES:
+        raise CheckpointError(
+            f"the manifest would have {data.nbytes} bytes, and at most {MOST_BYTES} are read; save "
+            "fewer or larger pieces"
+        )
+    with naming(part, data.nbytes), claimed(directory, manifest.id) as descriptor:
+        os.ftruncate(descriptor, 0)
+        write_at(descriptor, data, 0)
+        os.fsync(descriptor)
+    try:
+        rename_synced(part, path)
+    except FileExistsError:  # another save's, which is complete
+        raise
+    except OSError:
+        with suppress(OSError):  # the first one says more
+            path.replace(part)
+        raise
 
 
 def clear(directory: Path, identity: str) -> str:

@@ -232,7 +232,7 @@ def small_sizes(chunk: int, run: int, own: int) -> Iterator[None]:
         "format.chunks": {"_CHUNK": chunk, "_RUN": run},
         "format.manifest": {"ALIGNMENT": own},
         "format.files": {"ALIGNMENT": own},
-        "saving.planning": {"ALIGNMENT": own},
+        "saving.plan": {"ALIGNMENT": own},
         "saving.writing": {"ALIGNMENT": own, "_BLOCK": 4 * own},
         "loading.reading": {"MAX_READ": most},
         "loading.load": {"MAX_READ": most, "BUFFER": 2 * most},

@@ -334,7 +334,7 @@ def test_a_save_that_was_interrupted_is_not_taken_for_complete(tmp_path, monkeyp
     def body(group):
         future = checkpoint.save_async(tmp_path, some_state(group, 1), group, step=1)
         with monkeypatch.context() as patch:
-            patch.setattr("mpidist.checkpoint.saving.commit.commit", interrupt)
+            patch.setattr("mpidist.checkpoint.saving.save.commit", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 future.wait()
         assert future.done()
@@ -350,7 +350,7 @@ def test_what_fails_on_rank_0_at_the_end_is_told_to_all(tmp_path, monkeypatch):
     def no_memory(*_):
         raise MemoryError("no room for a manifest")
 
-    monkeypatch.setattr("mpidist.checkpoint.saving.commit.assemble", no_memory)
+    monkeypatch.setattr("mpidist.checkpoint.saving.save.assemble", no_memory)
 
     def body(group):
         future = checkpoint.save_async(tmp_path, some_state(group, 1), group, step=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mpidist import checkpoint
-from mpidist.checkpoint.saving import commit
+from mpidist.checkpoint import directory
 from mpidist.checkpoint.saving import save as saving
 from mpidist.errors import CheckpointError
 from mpidist.testing import run_ranks
@@ -73,7 +73,7 @@ def test_a_disk_that_fails_for_good_after_the_manifest_got_its_name(tmp_path):
 
 def test_a_manifest_that_stays_keeps_its_files(tmp_path, monkeypatch):
     """The disk takes no change of the manifest, once it is there, and all others."""
-    rename_synced, unlink = commit.rename_synced, os.unlink
+    rename_synced, unlink = directory.rename_synced, os.unlink
 
     def no_sync(part, path):
         rename_synced(part, path)
@@ -90,7 +90,7 @@ def test_a_manifest_that_stays_keeps_its_files(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="it may be there, and complete"):
             checkpoint.save(tmp_path, state, group, step=1)
 
-    monkeypatch.setattr(commit, "rename_synced", no_sync)
+    monkeypatch.setattr(directory, "rename_synced", no_sync)
     monkeypatch.setattr(os, "unlink", no_unlink)
     old = getattr(pathlib, "_NormalAccessor", None)
     if old is not None:  # Python 3.10's has kept the function for itself
@@ -119,13 +119,13 @@ def test_calls_are_those_of_the_rank_whose_thread_makes_them(tmp_path):
 
 
 def test_an_error_that_is_taken_for_success_is_found(tmp_path, monkeypatch):
-    original = commit.commit
+    original = saving.commit
 
     def careless(directory, manifest):
         with contextlib.suppress(OSError):
             original(directory, manifest)
 
-    monkeypatch.setattr(commit, "commit", careless)
+    monkeypatch.setattr(saving, "commit", careless)
     fault = Fault(Call(0, "os.fsync", MANIFEST + ".tmp"), 0, "instead", failures.ERRORS[0])
     with pytest.raises(AssertionError, match="the newest step differ"):
         attempt(tmp_path, fault)

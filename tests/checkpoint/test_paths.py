@@ -65,7 +65,7 @@ def test_a_save_stays_where_it_began(
     first, second = two
     monkeypatch.chdir(first)
     if fails:
-        monkeypatch.setattr("mpidist.checkpoint.saving.commit.commit", _no_space)
+        monkeypatch.setattr("mpidist.checkpoint.saving.save.commit", _no_space)
 
     def body(group: ProcessGroup) -> None:
         future = checkpoint.save_async("run", {"x": np.zeros(3)}, group, step=1)

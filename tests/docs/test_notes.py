@@ -20,7 +20,7 @@ strip = runpy.run_path(str(DOCS / "_ext" / "notes.py"))["strip"]
             "It is read-only; see [Note: one copy] in\n`mpidist.parallel.sharded.flat_parameters`.",
             "It is read-only.",
         ),
-        ("Dies.\n\nSee [Note: commit] in `mpidist.checkpoint.saving.commit`.", "Dies."),
+        ("Dies.\n\nSee [Note: commit] in `mpidist.checkpoint.saving.save`.", "Dies."),
         ("Starts buckets ([Note: order of\nbuckets]), in order.", "Starts buckets, in order."),
     ],
 )

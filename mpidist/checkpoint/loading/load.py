@@ -302,9 +302,12 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
     needed = flat.values.keys() - (flat.inside - flat.objects)
     needed |= {name for name in flat.values if name.rpartition("/")[0] in flat.lists}
     targets = _Targets()
-    targets.former = former_names(
-        [*flat.arrays, *flat.values], {*manifest.arrays, *manifest.values}
+    names, saved_names = (
+        flat.arrays.keys() | flat.values.keys(),
+        {*manifest.arrays, *manifest.values},
     )
+    if not names <= saved_names:  # perhaps the names had other parts when it was saved
+        targets.former = former_names([*flat.arrays, *flat.values], saved_names)
     known = manifest.values.keys() | targets.former.keys()
     problems = [f"{name}: not in it" for name in sorted(needed - known)]
     for name, array in flat.arrays.items():

@@ -7,37 +7,50 @@ since the save before, all ranks use the plan of that one again.
 
 from __future__ import annotations
 
-import heapq
 import json
 import os
 import platform
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
 
 from mpidist import __version__
 from mpidist._types import Array
-from mpidist.arrays.boxes import Box, split_evenly
 from mpidist.arrays.shards import ShardedArray
 from mpidist.checkpoint.directory import clear, create_directory, step_directory, step_of
 from mpidist.checkpoint.format.files import hdf5_versions
-from mpidist.checkpoint.format.manifest import ALIGNMENT, JSON, Manifest, dtype_of, name_of
-from mpidist.checkpoint.format.parsing import check_cover
-from mpidist.checkpoint.saving.writing import is_being_written
-from mpidist.checkpoint.state import FlatState, State, as_json, check_nesting, flatten
+from mpidist.checkpoint.format.manifest import (
+    JSON,
+    Manifest,
+    StoredArray,
+    StoredBox,
+    StoredDataset,
+    StoredFile,
+    dtype_of,
+    name_of,
+)
+from mpidist.checkpoint.saving.plan import (
+    ArrayMetadata,
+    GlobalPlan,
+    LocalMetadata,
+    LocalPlan,
+    WriteItem,
+    make_global_plan,
+)
+from mpidist.checkpoint.saving.writing import BoxSpec, Written, file_name, is_being_written, lay_out
+from mpidist.checkpoint.state import FlatState, State, as_json, flatten
 from mpidist.collectives import all_gather, broadcast_object, gather_object, scatter_object
 from mpidist.errors import (
     CheckpointError,
     CollectiveMismatchError,
     DistributedError,
-    SizeMismatchError,
     UnsupportedOperationError,
 )
 from mpidist.group import ProcessGroup
@@ -50,215 +63,16 @@ def versions() -> Mapping[str, str]:
     return {"mpidist": __version__, "numpy": np.__version__, "python": python} | hdf5_versions()
 
 
-class ArrayMetadata(NamedTuple):
-    """The name of an array's dtype, and its global shape: the same on all ranks."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class WriteItem(NamedTuple):
-    """A box of an array that a rank writes.
-
-    Attributes
-    ----------
-    name : str
-        The array's name.
-    held : Box
-        The box of the array that this rank has in memory.
-    box : Box
-        The box to write, inside `held`.
-    """
-
-    name: str
-    held: Box
-    box: Box
-
-
-LocalPlan: TypeAlias = list[WriteItem]
-"""What one rank writes."""
-
-
-@dataclass(frozen=True)
-class LocalMetadata:
-    """What one rank holds.
-
-    Attributes
-    ----------
-    arrays : dict of str to ArrayMetadata
-        Arrays of which it holds all.
-    sharded : dict of str to (ArrayMetadata, tuple of Box)
-        Arrays of which it holds some boxes, perhaps none.
-    values : dict of str to JSON value
-        What is no array.
-    """
-
-    arrays: dict[str, ArrayMetadata] = field(default_factory=dict)
-    sharded: dict[str, tuple[ArrayMetadata, tuple[Box, ...]]] = field(default_factory=dict)
-    values: dict[str, JSON] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, flat: FlatState) -> LocalMetadata:
-        """Return the metadata of a rank with this state."""
-        local = cls(values=flat.values)
-        for name, array in flat.arrays.items():
-            metadata = ArrayMetadata(name_of(array.dtype), tuple(array.shape))
-            if isinstance(array, ShardedArray):
-                local.sharded[name] = (metadata, tuple(array.pieces))
-            else:
-                local.arrays[name] = metadata
-        return local
-
-    def boxes(self) -> Iterator[tuple[str, ArrayMetadata, Sequence[Box]]]:
-        """Yield each array's name and metadata, and the boxes that this rank holds."""
-        for name, metadata in self.arrays.items():
-            yield name, metadata, (Box.whole(metadata.shape),)
-        for name, (metadata, boxes) in self.sharded.items():
-            yield name, metadata, boxes
-
-
-@dataclass(frozen=True)
-class GlobalPlan:
-    """What a save consists of; on the coordinator.
-
-    Attributes
-    ----------
-    arrays : dict of str to ArrayMetadata
-        Every array.
-    values : dict of str to JSON value
-        Every value.
-    local_plans : list of LocalPlan
-        What each rank writes, by rank.
-    """
-
-    arrays: dict[str, ArrayMetadata]
-    values: dict[str, JSON]
-    local_plans: list[LocalPlan]
-
-
-def make_global_plan(local: Sequence[LocalMetadata]) -> GlobalPlan:
-    """Divide the work of a save among the ranks, given what each holds, by rank.
-
-    Returns
-    -------
-    GlobalPlan
-        Each element of each array is written by one of the ranks that hold it. A box that several
-        ranks hold is cut, or given to the one of them that has least to write.
-
-    Raises
-    ------
-    CollectiveMismatchError
-        If ranks differ about a dtype, a shape or a value.
-    SizeMismatchError
-        If boxes of an array overlap without being the same, or elements are in none.
-    """
-    values = _same_values(local)
-    arrays, holders = _holders(local)
-    loads = [0] * len(local)
-    plans: list[LocalPlan] = [[] for _ in local]
-    replicated = []
-    for name, boxes in holders.items():
-        itemsize = dtype_of(arrays[name].dtype).itemsize
-        for box, ranks in boxes.items():
-            if len(ranks) == 1:
-                loads[ranks[0]] += box.count * itemsize
-                plans[ranks[0]].append(WriteItem(name, box, box))
-            else:
-                replicated.append((box.count * itemsize, name, box, ranks))
-    replicated.sort(key=lambda entry: -entry[0])  # the large ones first: small ones level the loads
-    lightest = _Lightest(loads)
-    for nbytes, name, box, ranks in replicated:
-        for part in _cut(box, max(min(len(ranks), nbytes // ALIGNMENT), 1)):
-            rank = lightest.add(ranks, nbytes * part.count // max(box.count, 1))
-            plans[rank].append(WriteItem(name, box, part))
-    for plan in plans:
-        plan.sort(key=lambda item: (item.name, item.box.offsets))
-    return GlobalPlan(arrays, values, plans)
-
-
-class _Lightest:
-    """The rank that has least to write, found by a heap of (bytes, rank)."""
-
-    def __init__(self, loads: Sequence[int]) -> None:
-        self._loads = list(loads)
-        self._heap = [(load, rank) for rank, load in enumerate(loads)]
-        heapq.heapify(self._heap)
-
-    def add(self, ranks: Sequence[int], nbytes: int) -> int:
-        """Add bytes to the one of these ranks that has least, and return it."""
-        if len(ranks) < len(self._loads):
-            rank = min(ranks, key=lambda rank: (self._loads[rank], rank))
+def describe(flat: FlatState) -> LocalMetadata:
+    """Return the metadata of a rank with this state."""
+    local = LocalMetadata(values=flat.values)
+    for name, array in flat.arrays.items():
+        metadata = ArrayMetadata(name_of(array.dtype), tuple(array.shape))
+        if isinstance(array, ShardedArray):
+            local.sharded[name] = (metadata, tuple(array.pieces))
         else:
-            while self._loads[self._heap[0][1]] != self._heap[0][0]:
-                heapq.heappop(self._heap)  # the rank has been given more since
-            rank = self._heap[0][1]
-        self._loads[rank] += nbytes
-        heapq.heappush(self._heap, (self._loads[rank], rank))
-        return rank
-
-
-def _holders(
-    local: Sequence[LocalMetadata],
-) -> tuple[dict[str, ArrayMetadata], dict[str, dict[Box, list[int]]]]:
-    """Return the metadata of each array, and which ranks hold which boxes of it."""
-    known: dict[str, tuple[ArrayMetadata, int]] = {}
-    holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for rank, metadata in enumerate(local):
-        for name, array, boxes in metadata.boxes():
-            other, first = known.setdefault(name, (array, rank))
-            if other != array:
-                raise CollectiveMismatchError(
-                    f"{name!r} is {array.dtype}{list(array.shape)} on rank {rank} and "
-                    f"{other.dtype}{list(other.shape)} on rank {first}; an array of one name must "
-                    "have one dtype and one global shape on all ranks (ShardedArray, if each rank "
-                    "holds a part)"
-                )
-            for box in boxes:
-                holders[name][box].append(rank)
-    check_nesting(known)
-    for name, (array, _) in known.items():
-        try:
-            check_cover(array.shape, list(holders[name]))
-        except SizeMismatchError as error:
-            raise SizeMismatchError(
-                f"{name!r}: {error}; the boxes of all ranks together must be the whole array, and "
-                "those that meet must be the same"
-            ) from None
-    return {name: array for name, (array, _) in known.items()}, holders
-
-
-def _same_values(local: Sequence[LocalMetadata]) -> dict[str, JSON]:
-    values: dict[str, JSON] = {}
-    first: dict[str, int] = {}
-    for rank, metadata in enumerate(local):
-        for name, value in metadata.values.items():
-            if first.setdefault(name, rank) == rank:
-                values[name] = value
-            elif _json(values[name]) != _json(value):  # as text NaN equals NaN, and 1 is not 1.0
-                raise CollectiveMismatchError(
-                    f"{name!r} is {_short(value)} on rank {rank} and {_short(values[name])} on "
-                    f"rank {first[name]}; give what differs a name of its own on each rank"
-                )
-    return values
-
-
-def _json(value: JSON) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-def _short(value: JSON) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _cut(box: Box, parts: int) -> list[Box]:
-    """Cut a box into parts along the first dimension that is long enough, or the longest."""
-    if parts == 1:
-        return [box]
-    long = [d for d, size in enumerate(box.sizes) if size >= parts]
-    dimension = long[0] if long else max(range(len(box.sizes)), key=box.sizes.__getitem__)
-    lengths = split_evenly(box.sizes[dimension], parts)
-    return [box.along(dimension, start, size) for start, size in lengths if size]
+            local.arrays[name] = metadata
+    return local
 
 
 def view_of(array: Array | ShardedArray, item: WriteItem) -> Array:
@@ -305,8 +119,8 @@ class _Held(NamedTuple):
 
     @classmethod
     def of(cls, flat: FlatState, metadata: JSON = None) -> _Held:
-        local = LocalMetadata.of(flat)
-        return cls(flat, metadata, local, _digest(_json(local.values)))
+        local = describe(flat)
+        return cls(flat, metadata, local, _digest(json.dumps(local.values, sort_keys=True)))
 
     @property
     def without_values(self) -> LocalMetadata:
@@ -554,3 +368,57 @@ def _create(directory: Path, identity: str) -> None:
         raise CheckpointError(f"rank 0: {error}") from error
     except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
         raise CheckpointError(f"rank 0 cannot make it: {type(error).__name__}: {error}") from error
+
+
+def report_of(written: Written) -> JSON:
+    """Return what `assemble` has to know of a file."""
+    boxes = [(name, box.as_json()) for name, box in written.boxes]
+    if written.file is None:
+        return {"boxes": boxes}
+    datasets = {name: (d.byte, d.shape) for name, d in written.file.datasets.items()}
+    return {"file": (written.file.name, written.file.size, datasets), "boxes": boxes}
+
+
+def foresee(header: Manifest, plan: GlobalPlan) -> Manifest:
+    """Return the manifest that `assemble` will return, without bytes, sizes and digests.
+
+    It has all that a view needs, before a file is written.
+    """
+    files = []
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in plan.arrays}
+    dtypes = {name: dtype_of(array.dtype) for name, array in plan.arrays.items()}
+    for rank, items in enumerate(plan.local_plans):
+        specs = (BoxSpec(item.name, item.box, dtypes[item.name]) for item in items)
+        ordered, datasets, positions = lay_out(specs)
+        shapes = {name: StoredDataset(0, shape) for name, (shape, _) in datasets.items()}
+        files.append(StoredFile(file_name(rank), 0, shapes))
+        for spec, (dataset, first) in zip(ordered, positions, strict=True):
+            boxes[spec.name].append(StoredBox(spec.box, rank, dataset, first, b""))
+    return replace(header, files=tuple(files), arrays=_arrays(plan.arrays, boxes))
+
+
+def assemble(
+    header: Manifest, metadata: Mapping[str, ArrayMetadata], reports: Sequence[JSON]
+) -> Manifest:
+    """Return the header completed by files and arrays, from what `report_of` says of each file."""
+    files: list[StoredFile] = []
+    boxes: dict[str, list[StoredBox]] = {name: [] for name in metadata}
+    for report in reports:
+        if "file" in report:
+            name, size, datasets = report["file"]
+            stored = {key: StoredDataset(byte, tuple(shp)) for key, (byte, shp) in datasets.items()}
+            files.append(StoredFile(name, size, stored))
+        for array, entry in report["boxes"]:
+            boxes[array].append(StoredBox.from_json(entry | {"file": len(files) - 1}))
+    arrays = _arrays(metadata, boxes)
+    created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return replace(header, created=created, files=tuple(files), arrays=arrays)
+
+
+def _arrays(
+    metadata: Mapping[str, ArrayMetadata], boxes: Mapping[str, Sequence[StoredBox]]
+) -> dict[str, StoredArray]:
+    return {
+        name: StoredArray(dtype_of(array.dtype), array.shape, tuple(boxes[name]))
+        for name, array in metadata.items()
+    }

@@ -1,28 +1,50 @@
 """`save` and `save_async`, and the saves that a group has in flight.
 
-All ranks plan a save together, each writes its file alone, and rank 0 commits: see [Note: commit]
-in `mpidist.checkpoint.saving.commit`.
+All ranks plan a save together, each writes its file alone, and rank 0 commits.
+
+[Note: commit] A checkpoint exists if its manifest does. Every rank writes its file under a
+temporary name, syncs it, renames it and syncs the directory, and then reports to rank 0 what lies
+where. When rank 0 has the reports of all ranks, it writes the manifest in the same way, and answers
+all of them. So there is no instant at which a manifest names something that is not on disk, and a
+rank that fails, or dies, leaves a directory without a manifest, which is no checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from mpidist._arguments import seconds
+from mpidist._types import Array
 from mpidist.arrays.namespaces import to_host
-from mpidist.checkpoint.directory import Checkpoint
+from mpidist.checkpoint.directory import Checkpoint, clear, commit
 from mpidist.checkpoint.format import view
-from mpidist.checkpoint.format.files import hdf5_versions
-from mpidist.checkpoint.format.manifest import JSON, Manifest
-from mpidist.checkpoint.saving.commit import Pending, Save, foresee, steps_of
-from mpidist.checkpoint.saving.planning import GlobalPlan, Planner, SavePlan, view_of
+from mpidist.checkpoint.format.files import (
+    hdf5_versions,
+)
+from mpidist.checkpoint.format.manifest import (
+    JSON,
+    Manifest,
+)
+from mpidist.checkpoint.saving.plan import GlobalPlan
+from mpidist.checkpoint.saving.planning import (
+    Planner,
+    SavePlan,
+    assemble,
+    foresee,
+    report_of,
+    view_of,
+)
 from mpidist.checkpoint.saving.single_file import SINGLE_FILE, check_single_file, write_together
 from mpidist.checkpoint.saving.writing import (
     HostBox,
@@ -41,6 +63,7 @@ from mpidist.errors import CheckpointAsyncError, CheckpointError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.job.end import end_companions_at_exit
 from mpidist.observe.regions import region
+from mpidist.point_to_point import irecv, isend
 
 
 def save(
@@ -100,7 +123,7 @@ def save(
     HDF5 has no deadline while it opens or closes a single file: a rank that dies ends the job only
     where the launcher sees to it, as mpirun does.
 
-    See [Note: commit] in `mpidist.checkpoint.saving.commit`.
+    See [Note: commit] in `mpidist.checkpoint.saving.save`.
     """
     save = _begin(path, state, group, step, metadata, in_flight=0, single_file=single_file)
     return save.wait()
@@ -391,3 +414,144 @@ def saver_of(group: ProcessGroup) -> Saver:
     """Return the saves of a group; collective when first called."""
     check_group(group, "checkpoint")
     return group.companion("checkpoint", lambda: Saver(group))
+
+
+_REPORT, _VERDICT = 1, 2
+"""Tags of the messages to and from rank 0."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """What a save is, and how far it has come on this rank.
+
+    Attributes
+    ----------
+    directory : Path
+        The directory of the step.
+    coordinator : (Manifest, GlobalPlan) or None
+        On rank 0, the manifest without files and arrays, and the plan of all ranks.
+    written : Future of Written
+        What becomes of this rank's file.
+    viewed : bool
+        Whether rank 0 makes the view with its file.
+    """
+
+    directory: Path
+    coordinator: tuple[Manifest, GlobalPlan] | None
+    written: Future[Written]
+    viewed: bool = False
+
+
+class Pending(Protocol):
+    """What may take its time."""
+
+    def done(self) -> bool:
+        """Return whether it is over; may drive it."""
+        ...
+
+    def wait(self) -> object:
+        """Return when it is over."""
+
+
+class _InThread:
+    """What another thread is doing."""
+
+    def __init__(self, future: Future[Any], what: str, timeout: float) -> None:
+        self._future = future
+        self._what = what
+        self._timeout = timeout
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> None:
+        wait([self._future], self._timeout)
+        if not self._future.done():
+            raise CheckpointError(
+                f"{self._what} has not ended within {self._timeout:g} s; the disk is slow or "
+                "hangs. A longer timeout of the group gives it more time"
+            )
+
+
+def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
+    """Take a save from the writing of this rank's file to its commit.
+
+    Yields
+    ------
+    Pending
+        What has to be over before the next step.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, with the same message, if a rank could not write.
+
+    Notes
+    -----
+    Nothing here depends on when the ranks ask: rank 0 gets one message from each rank and sends one
+    to each, on tags of their own.
+    """
+    yield _InThread(save.written, f"writing {save.directory}", group.timeout)
+    own = _report(save.written, group.rank)
+    if group.rank:
+        sent = isend(_packed(own), group, dst=0, tag=_REPORT)
+        answer = irecv(group, src=0, tag=_VERDICT)
+        yield sent
+        yield answer
+        problem = _unpacked(answer.wait())
+    else:
+        receives = [irecv(group, src=rank, tag=_REPORT) for rank in range(1, group.size)]
+        yield from receives
+        reports = [own, *(_unpacked(receive.wait()) for receive in receives)]
+        problem = _first_problem(reports)
+        if problem is None:
+            problem = _failure(call_now(_conclude, save, reports), 0)
+        if problem is not None:
+            assert save.coordinator is not None, "rank 0 planned it"
+            problem = f"{problem}. {clear(save.directory, save.coordinator[0].id)}"
+        verdict = _packed(problem)
+        yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
+    if problem is not None:
+        raise CheckpointError(
+            f"save of {save.directory} on group {group.name!r}: {problem}, and earlier ones are as "
+            "they were"
+        )
+
+
+def _conclude(save: Save, reports: Sequence[JSON]) -> None:
+    """Do on rank 0 what is left, all files being on disk."""
+    assert save.coordinator is not None, "rank 0 planned it"
+    header, plan = save.coordinator
+    manifest = assemble(header, plan.arrays, reports)
+    if not save.viewed:
+        view.create_view(save.directory / view.VIEW, manifest)
+    commit(save.directory, manifest)
+
+
+def _report(written: Future[Written], rank: int) -> JSON:
+    """Return what a rank reports to rank 0 about its file."""
+    problem = _failure(written, rank)
+    if problem is not None:
+        return {"problem": problem}
+    return report_of(written.result())
+
+
+def _failure(future: Future[Any], rank: int) -> str | None:
+    error = future.exception()
+    if error is None:
+        return None
+    unseen = isinstance(error, FileNotFoundError)  # rank 0 has made the directory
+    cure = "; all ranks must see the directory that rank 0 has made" if unseen else ""
+    return f"rank {rank} failed: {type(error).__name__}: {error}{cure}"
+
+
+def _first_problem(reports: Sequence[JSON]) -> str | None:
+    return next((report["problem"] for report in reports if "problem" in report), None)
+
+
+def _packed(value: JSON) -> Array:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _unpacked(data: Array) -> JSON:
+    return json.loads(data.tobytes())

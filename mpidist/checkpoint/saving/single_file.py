@@ -28,7 +28,7 @@ from mpidist.checkpoint.format.manifest import (
     StoredFile,
     dtype_of,
 )
-from mpidist.checkpoint.saving.planning import ArrayMetadata
+from mpidist.checkpoint.saving.plan import ArrayMetadata
 from mpidist.checkpoint.saving.writing import HostBox, Written, call_now
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError

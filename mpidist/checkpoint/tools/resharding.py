@@ -15,7 +15,14 @@ import numpy as np
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.namespaces import as_bytes
-from mpidist.checkpoint.directory import Checkpoint, clear, create_directory, find, step_directory
+from mpidist.checkpoint.directory import (
+    Checkpoint,
+    clear,
+    commit,
+    create_directory,
+    find,
+    step_directory,
+)
 from mpidist.checkpoint.format import view
 from mpidist.checkpoint.format.chunks import ChunkGrid, digests_of
 from mpidist.checkpoint.format.manifest import JSON, Manifest, name_of
@@ -30,15 +37,14 @@ from mpidist.checkpoint.loading.reading import (
     read_items,
     scatter,
 )
-from mpidist.checkpoint.saving.commit import assemble, commit, report_of
-from mpidist.checkpoint.saving.planning import (
+from mpidist.checkpoint.saving.plan import (
     ArrayMetadata,
     GlobalPlan,
     LocalMetadata,
     WriteItem,
     make_global_plan,
-    versions,
 )
+from mpidist.checkpoint.saving.planning import assemble, report_of, versions
 from mpidist.checkpoint.saving.writing import BoxSource, file_name, write_file
 from mpidist.errors import CheckpointError, DistributedError, InvalidWorldSizeError
 
