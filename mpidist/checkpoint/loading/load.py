@@ -21,7 +21,7 @@ import xxhash
 
 import mpidist.errors
 from mpidist._types import Array
-from mpidist.arrays.boxes import Box
+from mpidist.arrays.boxes import Box, round_up
 from mpidist.arrays.namespaces import array_namespace, is_host
 from mpidist.arrays.shards import ShardedArray
 from mpidist.checkpoint.directory import Checkpoint, absolute, check_same, find, manifest_of
@@ -461,7 +461,7 @@ def _batched(items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:
 
 def aligned_size(item: ReadItem) -> int:
     """Return the bytes that an item takes in a buffer; each begins where any dtype may."""
-    return -(-item.nbytes // 16) * 16
+    return round_up(item.nbytes, 16)
 
 
 def _views(buffer: Array, batch: Sequence[ReadItem]) -> Iterator[Array]:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.arrays.boxes import Box
+from mpidist.arrays.boxes import Box, round_up
 from mpidist.arrays.namespaces import as_bytes, is_host, pinned_empty, to_host
 from mpidist.checkpoint.format import files
 from mpidist.checkpoint.format.chunks import digests_of
@@ -398,7 +398,7 @@ class Stager:
         for pool, on_host in ((self._ordinary, True), (self._pinned, False)):
             originals = [box for box in boxes if is_host(box.data) == on_host]
             if originals:
-                memory = pool.take(sum(self._aligned(box.nbytes) for box in originals))
+                memory = pool.take(sum(round_up(box.nbytes, self._ALIGNMENT) for box in originals))
                 used.append((pool, memory))
                 copies += self._copied(originals, memory)
         self._used[id(copies)] = used
@@ -414,10 +414,7 @@ class Stager:
         for box in boxes:
             out: Array = np.ndarray(box.data.shape, box.dtype, memory, offset)
             yield HostBox.of(box.name, box.box, to_host(box.data, out=out))
-            offset += self._aligned(box.nbytes)
-
-    def _aligned(self, nbytes: int) -> int:
-        return -(-nbytes // self._ALIGNMENT) * self._ALIGNMENT
+            offset += round_up(box.nbytes, self._ALIGNMENT)
 
 
 class _MemoryPool:
