@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work", "then"]
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 ANY_SOURCE = -1
 """The `peer` of a receive that takes the next message from any rank."""
@@ -83,6 +84,72 @@ class Work(ABC, Generic[T]):
     def missing(self) -> Sequence[int]:
         """Return the ranks for which it waits, where they are known; else none."""
         return ()
+
+    @staticmethod
+    def all(works: Sequence[Work[T]]) -> Work[list[T]]:
+        """Return what is complete when all of these are; its result is the list of theirs."""
+        return _AllWork(works)
+
+    def then(self, finish: Callable[[T], U]) -> Work[U]:
+        """Return the same operation with another result: what `finish` makes of this one's.
+
+        It is called by the first `wait`.
+        """
+        return _ThenWork(self, finish)
+
+
+class _AllWork(Work[list[T]]):
+    """Complete when several operations are."""
+
+    def __init__(self, works: Sequence[Work[T]]) -> None:
+        self._works = works
+
+    def done(self) -> bool:
+        """Poll all of them, so that all make progress."""
+        states = [work.done() for work in self._works]
+        return all(states)
+
+    def wait(self, timeout: float | None = None) -> list[T]:
+        """Wait for one after the other."""
+        return [work.wait(timeout) for work in self._works]
+
+    def synchronize(self, timeout: float | None = None) -> list[T]:
+        """Block the host until all are complete."""
+        return [work.synchronize(timeout) for work in self._works]
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks for which any of them waits."""
+        return sorted({rank for work in self._works for rank in work.missing()})
+
+
+class _ThenWork(Work[U], Generic[T, U]):
+    """An operation whose result is made of another's."""
+
+    def __init__(self, work: Work[T], finish: Callable[[T], U]) -> None:
+        self._work = work
+        self._finish = finish
+        self._result: list[U] = []
+
+    def _made(self, result: T) -> U:
+        if not self._result:
+            self._result.append(self._finish(result))
+        return self._result[0]
+
+    def done(self) -> bool:
+        """Poll it."""
+        return self._work.done()
+
+    def wait(self, timeout: float | None = None) -> U:
+        """Wait for it, and return what is made of its result."""
+        return self._made(self._work.wait(timeout))
+
+    def synchronize(self, timeout: float | None = None) -> U:
+        """Block the host until it is complete, and return what is made of its result."""
+        return self._made(self._work.synchronize(timeout))
+
+    def missing(self) -> Sequence[int]:
+        """Return the ranks for which it waits."""
+        return self._work.missing()
 
 
 class Message(NamedTuple):

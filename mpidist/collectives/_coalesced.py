@@ -26,6 +26,7 @@ from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, pla
 from mpidist.collectives._rows import cut_rows, rows_of
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Timeout
 
 __all__ = [
     "all_gather_coalesced",
@@ -43,30 +44,6 @@ _NAMED = 4
 """Arrays of a list that are described one by one."""
 
 
-class _Together(Work[list[Array]]):
-    """Several operations whose results lie in one list."""
-
-    def __init__(self, works: Sequence[Work[None]], outs: list[Array]) -> None:
-        self._works = works
-        self._outs = outs
-
-    def done(self) -> bool:
-        """Return whether all are complete."""
-        return all(work.done() for work in self._works)
-
-    def wait(self, timeout: float | None = None) -> list[Array]:
-        """Wait for all."""
-        for work in self._works:
-            work.wait(timeout)
-        return self._outs
-
-    def synchronize(self, timeout: float | None = None) -> list[Array]:
-        """Block the host until all are complete."""
-        for work in self._works:
-            work.synchronize(timeout)
-        return self._outs
-
-
 def _start(
     arrays: Sequence[Array],
     outs: _Results,
@@ -74,6 +51,7 @@ def _start(
     group: ProcessGroup,
     *,
     parts: tuple[int, int],
+    timeout: Timeout,
 ) -> Work[list[Array]]:
     """Start the collectives of a list.
 
@@ -89,6 +67,8 @@ def _start(
         The ranks taking part.
     parts : tuple of int
         How many ranks' parts each input, and each result, consists of.
+    timeout : float or datetime.timedelta, optional
+        Seconds for each collective.
     """
     results, targets = outs
     plans: list[Planned[Any]] = []
@@ -110,7 +90,7 @@ def _start(
     breaks = len(plans) > 1
     # None is started before all are known to be good.
     calls = [(replace(call, listed=listed, breaks=breaks), finish) for call, finish in plans]
-    return _Together([group.start(*each) for each in calls], results)
+    return Work.all([group.start(*each, timeout) for each in calls]).then(lambda _: results)
 
 
 def _together(plans: Sequence[Planned[Array]]) -> Planned[list[Array]]:
@@ -206,6 +186,7 @@ def all_reduce_coalesced(
     *,
     op: ReduceOp = SUM,
     outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> list[Array]:
     """`all_reduce` each array of a list.
 
@@ -219,6 +200,8 @@ def all_reduce_coalesced(
         How to combine.
     outs : sequence of Array, optional
         Where to write the results; ``outs=arrays`` is in place. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -235,7 +218,7 @@ def all_reduce_coalesced(
     Collective over `group`; blocks. One all_reduce per dtype of the host's arrays, and one
     group of NCCL's calls for those of a device.
     """
-    return iall_reduce_coalesced(arrays, group, op=op, outs=outs).wait()
+    return iall_reduce_coalesced(arrays, group, op=op, outs=outs, timeout=timeout).wait()
 
 
 def iall_reduce_coalesced(
@@ -244,6 +227,7 @@ def iall_reduce_coalesced(
     *,
     op: ReduceOp = SUM,
     outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start an `all_reduce_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "all_reduce_coalesced", group)
@@ -254,6 +238,7 @@ def iall_reduce_coalesced(
         lambda x, out: plan_all_reduce(x, group, op, out),
         group,
         parts=(1, 1),
+        timeout=timeout,
     )
 
 
@@ -263,6 +248,7 @@ def broadcast_coalesced(
     *,
     root: int = 0,
     outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> list[Array]:
     """`broadcast` each array of a list.
 
@@ -276,6 +262,8 @@ def broadcast_coalesced(
         Whose values.
     outs : sequence of Array, optional
         Where to write the results; ``outs=arrays`` is in place. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -292,7 +280,7 @@ def broadcast_coalesced(
     Collective over `group`; blocks. One broadcast per dtype of the host's arrays, and one
     group of NCCL's calls for those of a device.
     """
-    return ibroadcast_coalesced(arrays, group, root=root, outs=outs).wait()
+    return ibroadcast_coalesced(arrays, group, root=root, outs=outs, timeout=timeout).wait()
 
 
 def ibroadcast_coalesced(
@@ -301,6 +289,7 @@ def ibroadcast_coalesced(
     *,
     root: int = 0,
     outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start a `broadcast_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "broadcast_coalesced", group)
@@ -311,11 +300,16 @@ def ibroadcast_coalesced(
         lambda x, out: plan_broadcast(x, group, root, out),
         group,
         parts=(1, 1),
+        timeout=timeout,
     )
 
 
 def all_gather_coalesced(
-    arrays: Sequence[Array], group: ProcessGroup, *, outs: Sequence[Array] | None = None
+    arrays: Sequence[Array],
+    group: ProcessGroup,
+    *,
+    outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> list[Array]:
     """`all_gather` each array of a list.
 
@@ -327,6 +321,8 @@ def all_gather_coalesced(
         The ranks taking part.
     outs : sequence of Array, shapes (size * n_i, ...), optional
         Where to write the results. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -343,11 +339,15 @@ def all_gather_coalesced(
     Collective over `group`; blocks. One all_gather per dtype of the host's arrays, and one
     group of NCCL's calls for those of a device.
     """
-    return iall_gather_coalesced(arrays, group, outs=outs).wait()
+    return iall_gather_coalesced(arrays, group, outs=outs, timeout=timeout).wait()
 
 
 def iall_gather_coalesced(
-    arrays: Sequence[Array], group: ProcessGroup, *, outs: Sequence[Array] | None = None
+    arrays: Sequence[Array],
+    group: ProcessGroup,
+    *,
+    outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start an `all_gather_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "all_gather_coalesced", group)
@@ -359,6 +359,7 @@ def iall_gather_coalesced(
         lambda x, out: plan_all_gather(x, group, out, None),
         group,
         parts=(1, group.size),
+        timeout=timeout,
     )
 
 
@@ -368,6 +369,7 @@ def reduce_scatter_coalesced(
     *,
     op: ReduceOp = SUM,
     outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> list[Array]:
     """`reduce_scatter` each array of a list.
 
@@ -381,6 +383,8 @@ def reduce_scatter_coalesced(
         How to combine.
     outs : sequence of Array, shapes (n_i, ...), optional
         Where to write the results. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -397,7 +401,7 @@ def reduce_scatter_coalesced(
     Collective over `group`; blocks. One reduce_scatter per dtype of the host's arrays, and one
     group of NCCL's calls for those of a device.
     """
-    return ireduce_scatter_coalesced(arrays, group, op=op, outs=outs).wait()
+    return ireduce_scatter_coalesced(arrays, group, op=op, outs=outs, timeout=timeout).wait()
 
 
 def ireduce_scatter_coalesced(
@@ -406,6 +410,7 @@ def ireduce_scatter_coalesced(
     *,
     op: ReduceOp = SUM,
     outs: Sequence[Array] | None = None,
+    timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start a `reduce_scatter_coalesced`; host inputs are packed, and may be changed."""
     arrays = _checked(arrays, "reduce_scatter_coalesced", group)
@@ -420,4 +425,5 @@ def ireduce_scatter_coalesced(
         lambda x, out: plan_reduce_scatter(x, group, op, out, None),
         group,
         parts=(group.size, 1),
+        timeout=timeout,
     )

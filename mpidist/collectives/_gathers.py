@@ -17,6 +17,7 @@ from mpidist.collectives._checks import (
 )
 from mpidist.collectives._rows import contributed_rows, elements_in, rows_of
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Timeout
 
 __all__ = [
     "all_gather",
@@ -58,6 +59,7 @@ def all_gather(
     *,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Lay `x` of all ranks side by side along the first dimension; all get the result.
 
@@ -71,6 +73,8 @@ def all_gather(
         Where to write the result. If `x` is this rank's part of `out`, it stays where it is.
     counts : sequence of int, optional
         Rows of each rank, the same list on all, where they differ.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -89,7 +93,7 @@ def all_gather(
     Collective over `group`; blocks. A ring: p - 1 messages, the bytes of all parts but one.
     """
     plan = plan_all_gather(x, group, out, counts)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def iall_gather(
@@ -98,10 +102,11 @@ def iall_gather(
     *,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array]:
     """Start an `all_gather`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_gather(x, group, out, counts)
-    return group.start(*plan)
+    return group.start(*plan, timeout)
 
 
 def plan_gather(
@@ -131,6 +136,7 @@ def gather(
     root: int = 0,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Array | None:
     """Lay `x` of all ranks side by side along the first dimension; one rank gets the result.
 
@@ -147,6 +153,8 @@ def gather(
         Ignored elsewhere.
     counts : sequence of int, optional
         Rows of each rank, the same list on all, where they differ.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -163,7 +171,7 @@ def gather(
     Collective over `group`; blocks. 1 message of the bytes of `x` per rank; the root receives all.
     """
     plan = plan_gather(x, group, root, out, counts)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def igather(
@@ -173,7 +181,8 @@ def igather(
     root: int = 0,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array | None]:
     """Start a `gather`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_gather(x, group, root, out, counts)
-    return group.start(*plan)
+    return group.start(*plan, timeout)

@@ -7,12 +7,18 @@ from mpidist.arrays.namespaces import is_device
 from mpidist.collectives._reductions import all_reduce, broadcast
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
+from mpidist.group.operations import Timeout
 
 __all__ = ["gpu_all_reduce", "gpu_broadcast"]
 
 
 def gpu_all_reduce(
-    x: Array, group: ProcessGroup, *, op: ReduceOp = SUM, out: Array | None = None
+    x: Array,
+    group: ProcessGroup,
+    *,
+    op: ReduceOp = SUM,
+    out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Combine a device array of all ranks, element by element, and never a host array.
 
@@ -29,6 +35,8 @@ def gpu_all_reduce(
         How to combine.
     out : cupy.ndarray, shape and dtype of `x`, optional
         Where to write the result; ``out=x`` is in place. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -50,11 +58,16 @@ def gpu_all_reduce(
     group on a device, which connects the ranks. By way of the host it blocks until the sum is made.
     """
     _check_on_device("gpu_all_reduce", group, x=x, out=out)
-    return all_reduce(x, group, op=op, out=out)
+    return all_reduce(x, group, op=op, out=out, timeout=timeout)
 
 
 def gpu_broadcast(
-    x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None
+    x: Array,
+    group: ProcessGroup,
+    *,
+    root: int = 0,
+    out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Give a device array of one rank to all, and never a host array.
 
@@ -70,6 +83,8 @@ def gpu_broadcast(
         The rank whose array is given.
     out : cupy.ndarray, shape and dtype of `x`, optional
         Where to write it; ``out=x`` is in place. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -90,7 +105,7 @@ def gpu_broadcast(
     Collective over `group`; blocks as `gpu_all_reduce` does.
     """
     _check_on_device("gpu_broadcast", group, x=x, out=out)
-    return broadcast(x, group, root=root, out=out)
+    return broadcast(x, group, root=root, out=out, timeout=timeout)
 
 
 def _check_on_device(verb: str, group: ProcessGroup, **arrays: Array | None) -> None:

@@ -24,6 +24,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.group.group import ProcessGroup, check_group
+from mpidist.group.operations import Timeout
 
 __all__ = [
     "all_gather_object",
@@ -130,8 +131,8 @@ def _refuse(ranks: Sequence[int], packed: _Packed, verb: str, group: ProcessGrou
     ) from packed.error
 
 
-def _lengths(packed: _Packed, verb: str, group: ProcessGroup) -> list[int]:
-    headers = all_gather(_header(packed.length), group)
+def _lengths(packed: _Packed, verb: str, group: ProcessGroup, timeout: Timeout) -> list[int]:
+    headers = all_gather(_header(packed.length), group, timeout=timeout)
     lengths: list[int] = _numbers(headers, verb, group)[:, 0].tolist()
     failed = [rank for rank, length in enumerate(lengths) if length == _FAILED]
     if failed:
@@ -139,7 +140,9 @@ def _lengths(packed: _Packed, verb: str, group: ProcessGroup) -> list[int]:
     return lengths
 
 
-def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
+def broadcast_object(
+    obj: Any, group: ProcessGroup, *, root: int = 0, timeout: Timeout = None
+) -> Any:
     """Give an object of one rank to all.
 
     Parameters
@@ -150,6 +153,8 @@ def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
         The ranks taking part.
     root : int, optional
         Whose object.
+    timeout : float or datetime.timedelta, optional
+        Seconds for each of the two collectives; the group's when omitted.
 
     Returns
     -------
@@ -172,16 +177,16 @@ def broadcast_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> Any:
     root = check_rank(root, "broadcast_object", group)
     here = group.rank == root
     packed = _pack([obj] if here else [])
-    header = broadcast(_header(packed.length if here else 0), group, root=root)
+    header = broadcast(_header(packed.length if here else 0), group, root=root, timeout=timeout)
     length = int(_numbers(header, "broadcast_object", group, root)[0, 0])
     if length == _FAILED:
         _refuse([root], packed, "broadcast_object", group)
     data = packed.pieces[0] if here else np.empty(length, np.uint8)
-    data = broadcast(data, group, root=root)
+    data = broadcast(data, group, root=root, timeout=timeout)
     return obj if here else unpickled(data, root, "broadcast_object", group)
 
 
-def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
+def all_gather_object(obj: Any, group: ProcessGroup, *, timeout: Timeout = None) -> list[Any]:
     """Give the objects of all ranks to all.
 
     Parameters
@@ -190,6 +195,8 @@ def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
         Anything that can be pickled.
     group : ProcessGroup
         The ranks taking part.
+    timeout : float or datetime.timedelta, optional
+        Seconds for each of the two collectives; the group's when omitted.
 
     Returns
     -------
@@ -211,12 +218,14 @@ def all_gather_object(obj: Any, group: ProcessGroup) -> list[Any]:
     """
     check_group(group, "all_gather_object")
     packed = _pack([obj])
-    counts = _lengths(packed, "all_gather_object", group)
-    whole = all_gather(packed.pieces[0], group, counts=counts)
+    counts = _lengths(packed, "all_gather_object", group, timeout)
+    whole = all_gather(packed.pieces[0], group, counts=counts, timeout=timeout)
     return _cut(whole, counts, "all_gather_object", group)
 
 
-def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] | None:
+def gather_object(
+    obj: Any, group: ProcessGroup, *, root: int = 0, timeout: Timeout = None
+) -> list[Any] | None:
     """Give the objects of all ranks to one.
 
     Parameters
@@ -227,6 +236,8 @@ def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] 
         The ranks taking part.
     root : int, optional
         Who gets them.
+    timeout : float or datetime.timedelta, optional
+        Seconds for each of the two collectives; the group's when omitted.
 
     Returns
     -------
@@ -248,12 +259,14 @@ def gather_object(obj: Any, group: ProcessGroup, *, root: int = 0) -> list[Any] 
     """
     root = check_rank(root, "gather_object", group)
     packed = _pack([obj])
-    counts = _lengths(packed, "gather_object", group)
-    whole = gather(packed.pieces[0], group, root=root, counts=counts)
+    counts = _lengths(packed, "gather_object", group, timeout)
+    whole = gather(packed.pieces[0], group, root=root, counts=counts, timeout=timeout)
     return None if whole is None else _cut(whole, counts, "gather_object", group)
 
 
-def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int = 0) -> Any:
+def scatter_object(
+    objs: Sequence[Any] | None, group: ProcessGroup, *, root: int = 0, timeout: Timeout = None
+) -> Any:
     """Give one object of a list to each rank.
 
     Parameters
@@ -264,6 +277,8 @@ def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int
         The ranks taking part.
     root : int, optional
         Whose list.
+    timeout : float or datetime.timedelta, optional
+        Seconds for each of the two collectives; the group's when omitted.
 
     Returns
     -------
@@ -292,7 +307,7 @@ def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int
     # The first number tells all ranks how many objects the root has, so that all can raise.
     number = len(pieces) if packed.error is None else _FAILED
     lengths = [piece.size for piece in pieces] if number == group.size else [0] * group.size
-    header = broadcast(_header(number, *lengths), group, root=root)
+    header = broadcast(_header(number, *lengths), group, root=root, timeout=timeout)
     number, *counts = _numbers(header, "scatter_object", group, root)[0].tolist()
     if number == _FAILED:
         _refuse([root], packed, "scatter_object", group)
@@ -303,5 +318,5 @@ def scatter_object(objs: Sequence[Any] | None, group: ProcessGroup, *, root: int
         )
     mine = np.empty(counts[group.rank], np.uint8)
     whole = np.concatenate(pieces) if here else None
-    mine = scatter(whole, group, root=root, out=mine, counts=counts)
+    mine = scatter(whole, group, root=root, out=mine, counts=counts, timeout=timeout)
     return unpickled(mine, root, "scatter_object", group)

@@ -27,6 +27,7 @@ from mpidist.collectives._checks import (
 )
 from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.group.group import ProcessGroup, check_group
+from mpidist.group.operations import Timeout
 
 __all__ = [
     "all_reduce",
@@ -46,13 +47,15 @@ __all__ = [
 ]
 
 
-def barrier(group: ProcessGroup) -> None:
+def barrier(group: ProcessGroup, *, timeout: Timeout = None) -> None:
     """Return when all ranks have called it.
 
     Parameters
     ----------
     group : ProcessGroup
         The ranks taking part.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Raises
     ------
@@ -64,13 +67,13 @@ def barrier(group: ProcessGroup) -> None:
     Collective over `group`; blocks. ceil(log2 p) messages of 1 byte per rank.
     """
     check_group(group, "barrier")
-    group.run(Barrier(), nothing)
+    group.run(Barrier(), nothing, timeout)
 
 
-def ibarrier(group: ProcessGroup) -> Work[None]:
+def ibarrier(group: ProcessGroup, *, timeout: Timeout = None) -> Work[None]:
     """Start a `barrier`; the Work is complete when all ranks have called it."""
     check_group(group, "ibarrier")
-    return group.start(Barrier(), nothing)
+    return group.start(Barrier(), nothing, timeout)
 
 
 def plan_all_reduce(
@@ -89,7 +92,12 @@ def plan_all_reduce(
 
 
 def all_reduce(
-    x: Array, group: ProcessGroup, *, op: ReduceOp = SUM, out: Array | None = None
+    x: Array,
+    group: ProcessGroup,
+    *,
+    op: ReduceOp = SUM,
+    out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Combine `x` of all ranks, element by element; all get the result.
 
@@ -103,6 +111,8 @@ def all_reduce(
         How to combine.
     out : Array, shape and dtype of `x`, optional
         Where to write the result; ``out=x`` is in place. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -126,21 +136,26 @@ def all_reduce(
     and rounded once.
     """
     try:
-        if out is x and group.repeat_sum(x, op):
+        if out is x and timeout is None and group.repeat_sum(x, op):
             return x
     except (AttributeError, TypeError):
         check_reduction(check_array(x, "all_reduce", group), op, "all_reduce", group)
         raise
     plan = plan_all_reduce(x, group, op, out)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def iall_reduce(
-    x: Array, group: ProcessGroup, *, op: ReduceOp = SUM, out: Array | None = None
+    x: Array,
+    group: ProcessGroup,
+    *,
+    op: ReduceOp = SUM,
+    out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array]:
     """Start an `all_reduce`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_reduce(x, group, op, out)
-    return group.start(*plan)
+    return group.start(*plan, timeout)
 
 
 def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Planned[Array]:
@@ -155,7 +170,14 @@ def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) 
     return Broadcast(flat, root, shape=x.shape), finish
 
 
-def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None) -> Array:
+def broadcast(
+    x: Array,
+    group: ProcessGroup,
+    *,
+    root: int = 0,
+    out: Array | None = None,
+    timeout: Timeout = None,
+) -> Array:
     """Give `x` of one rank to all.
 
     Parameters
@@ -168,6 +190,8 @@ def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None
         Whose values.
     out : Array, shape and dtype of `x`, optional
         Where to write them; ``out=x`` is in place. Allocated when omitted.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -188,15 +212,20 @@ def broadcast(x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None
     Collective over `group`; blocks. A binomial tree: at most ceil(log2 p) times `x` per rank.
     """
     plan = plan_broadcast(x, group, root, out)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def ibroadcast(
-    x: Array, group: ProcessGroup, *, root: int = 0, out: Array | None = None
+    x: Array,
+    group: ProcessGroup,
+    *,
+    root: int = 0,
+    out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array]:
     """Start a `broadcast`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_broadcast(x, group, root, out)
-    return group.start(*plan)
+    return group.start(*plan, timeout)
 
 
 def plan_reduce(
@@ -221,6 +250,7 @@ def reduce(
     root: int = 0,
     op: ReduceOp = SUM,
     out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Array | None:
     """Combine `x` of all ranks, element by element; one rank gets the result.
 
@@ -236,6 +266,8 @@ def reduce(
         How to combine.
     out : Array, shape and dtype of `x`, optional
         Where `root` writes the result; ``out=x`` is in place. Ignored elsewhere.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -252,7 +284,7 @@ def reduce(
     Collective over `group`; blocks. At most about the bytes of `x` sent per rank.
     """
     plan = plan_reduce(x, group, root, op, out)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def ireduce(
@@ -262,10 +294,11 @@ def ireduce(
     root: int = 0,
     op: ReduceOp = SUM,
     out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array | None]:
     """Start a `reduce`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_reduce(x, group, root, op, out)
-    return group.start(*plan)
+    return group.start(*plan, timeout)
 
 
 def plan_reduce_scatter(
@@ -295,6 +328,7 @@ def reduce_scatter(
     op: ReduceOp = SUM,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Combine `x` of all ranks, element by element; each keeps its rows of the result.
 
@@ -310,6 +344,8 @@ def reduce_scatter(
         Where to write the result. Allocated when omitted.
     counts : sequence of int, optional
         Rows for each rank, the same list on all, where they differ.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -330,7 +366,7 @@ def reduce_scatter(
     Collective over `group`; blocks. p - 1 messages, (p - 1) / p of the bytes of `x`.
     """
     plan = plan_reduce_scatter(x, group, op, out, counts)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def ireduce_scatter(
@@ -340,7 +376,8 @@ def ireduce_scatter(
     op: ReduceOp = SUM,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array]:
     """Start a `reduce_scatter`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_reduce_scatter(x, group, op, out, counts)
-    return group.start(*plan)
+    return group.start(*plan, timeout)

@@ -18,6 +18,7 @@ from mpidist.collectives._checks import (
 from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Timeout
 
 __all__ = ["all_to_all", "iall_to_all", "iscatter", "plan_all_to_all", "plan_scatter", "scatter"]
 
@@ -77,6 +78,7 @@ def scatter(
     root: int = 0,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Cut `x` of one rank into rows for all.
 
@@ -93,6 +95,8 @@ def scatter(
         Where to write this rank's rows. Allocated when omitted.
     counts : sequence of int, optional
         Rows for each rank, the same list on all, where they differ.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -113,7 +117,7 @@ def scatter(
     Collective over `group`; blocks. The root sends p - 1 messages, the others none.
     """
     plan = plan_scatter(x, group, root, out, counts)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def iscatter(
@@ -123,10 +127,11 @@ def iscatter(
     root: int = 0,
     out: Array | None = None,
     counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array]:
     """Start a `scatter`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_scatter(x, group, root, out, counts)
-    return group.start(*plan)
+    return group.start(*plan, timeout)
 
 
 def plan_all_to_all(
@@ -166,6 +171,7 @@ def all_to_all(
     out: Array | None = None,
     counts: Sequence[int] | None = None,
     recv_counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Send block `i` of the rows of `x` to rank `i`, and lay what comes side by side.
 
@@ -179,6 +185,8 @@ def all_to_all(
         Where to write the result; ``out=x`` is allowed and costs a copy. Allocated when omitted.
     counts, recv_counts : sequence of int, optional
         Rows for, and from, each rank, where they differ; give both or neither.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -197,7 +205,7 @@ def all_to_all(
     Collective over `group`; blocks. p - 1 messages, the bytes of all blocks but one.
     """
     plan = plan_all_to_all(x, group, out, counts, recv_counts)
-    return group.run(*plan)
+    return group.run(*plan, timeout)
 
 
 def iall_to_all(
@@ -207,7 +215,8 @@ def iall_to_all(
     out: Array | None = None,
     counts: Sequence[int] | None = None,
     recv_counts: Sequence[int] | None = None,
+    timeout: Timeout = None,
 ) -> Work[Array]:
     """Start an `all_to_all`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_to_all(x, group, out, counts, recv_counts)
-    return group.start(*plan)
+    return group.start(*plan, timeout)

@@ -88,7 +88,8 @@ class ProcessGroup(Operations):
     """A group of ranks that call the same collectives.
 
     Made by `mpidist.init`, `split`, `new_group` and `duplicate`; closed by `close`, or at the end
-    of a ``with`` block. A group is used by one thread at a time.
+    of a ``with`` block. Its collectives are called by one thread at a time, in the same order on
+    all ranks; its messages by any thread, also meanwhile.
 
     Attributes
     ----------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING
 
 from mpidist._types import ReduceOp
@@ -9,8 +12,11 @@ from mpidist.backends.verbs import AllReduce, Collective
 from mpidist.observe.recorder import Kind, Name, Recorder
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from mpidist._types import Array
     from mpidist.backends.node.sums import Sum
+    from mpidist.observe.recorder.recording import Site
 
 __all__ = ["Journal"]
 
@@ -39,6 +45,41 @@ class Journal:
         self._recorder = recorder
         self._group = recorder.name_group(name, identity)
         self._names: dict[object, Name] = {}
+        # By thread; in most programs there are none, and the recorder's own methods serve.
+        self._sites: dict[int, int] = {}
+        self._changing_sites = Lock()
+
+    @contextmanager
+    def called_at(self, site: Site) -> Iterator[None]:
+        """Record what this thread begins, and waits for, as called at a site."""
+        thread, number = get_ident(), self._recorder.site(site)
+        with self._changing_sites:
+            before = self._sites.get(thread)
+            self._sites[thread] = number
+            self.begin, self.wait = self._begin_at, self._wait_at
+        try:
+            yield
+        finally:
+            with self._changing_sites:
+                if before is None:
+                    del self._sites[thread]
+                else:
+                    self._sites[thread] = before
+                if not self._sites:
+                    self.begin, self.wait = self._recorder.begin, self._recorder.wait
+
+    def _begin_at(self, name: Name, number: int, frame: FrameType) -> int:
+        site = self._sites.get(get_ident())
+        if site is None:  # of another thread
+            return self._recorder.begin(name, number, frame)
+        return self._recorder.begin_at(name, number, site)
+
+    def _wait_at(self, sequence: int, frame: FrameType) -> None:
+        site = self._sites.get(get_ident())
+        if site is None:
+            self._recorder.wait(sequence, frame)
+        else:
+            self._recorder.wait_at(sequence, site)
 
     def name(self, what: str, kind: Kind, alike: str | None = None) -> Name:
         """Return how operations of this name are recorded; see `Recorder.name`."""

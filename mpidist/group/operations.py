@@ -5,10 +5,14 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
+from itertools import count
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
+from mpidist._arguments import seconds
 from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import is_device
@@ -30,11 +34,15 @@ from mpidist.observe.recorder import Kind, caller
 if TYPE_CHECKING:
     from types import FrameType
 
+    from mpidist.observe.recorder.recording import Site
     from mpidist.observe.watch import Watch
 
-__all__ = ["Companion", "Operations", "abandon_groups", "broken_groups", "companions"]
+__all__ = ["Companion", "Operations", "Timeout", "abandon_groups", "broken_groups", "companions"]
 
 T = TypeVar("T")
+
+Timeout: TypeAlias = "float | timedelta | None"
+"""Seconds for one call; None stands for those of the group."""
 
 _MANY = 32
 """Operations on host arrays that may be outstanding before a call polls them.
@@ -137,7 +145,10 @@ class Operations(Closing):
         self._messages = 0
         self._collectives = [0]
         backend.follow(identity, self._collectives)
-        self._payloads = 0
+        self._payloads = count(1)
+        self._counting = Lock()
+        # The thread that is inside of a collective; 0 where none is.
+        self._inside = 0
         self._reason: str | None = None
         self._closed_with: list[Operations] = []
         self._companions: dict[str, Companion] = {}
@@ -155,6 +166,25 @@ class Operations(Closing):
         """Return name, rank and size, as messages show them."""
         return f"group {self.name!r}, rank {self.rank} of {self.size}"
 
+    def called_at(self, site: Site) -> AbstractContextManager[None]:
+        """Let records and errors say that a line of the user has called what this thread calls.
+
+        For adapters whose own code calls the verbs, where the user's line is not on the stack: one
+        that a framework's thread or hook calls.
+
+        Parameters
+        ----------
+        site : Site
+            File, line and function, from `mpidist.observe.recorder.site_of` for one; never a frame,
+            which would keep the user's arrays alive.
+
+        Returns
+        -------
+        context manager
+            Around the calls, of this thread on this group.
+        """
+        return self._journal.called_at(site)
+
     @property
     def operations(self) -> int:
         """How many operations this rank has begun on the group."""
@@ -162,10 +192,20 @@ class Operations(Closing):
 
     # -- operations ----------------------------------------------------------------------------
 
-    def run(self, call: Collective, finish: Callable[[], T]) -> T:
-        """Perform a collective and return its result."""
+    def run(self, call: Collective, finish: Callable[[], T], timeout: Timeout = None) -> T:
+        """Perform a collective and return its result.
+
+        Parameters
+        ----------
+        call, finish : Collective, callable
+            What is performed, and what returns the verb's result when it is complete.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
+        """
+        if timeout is not None:
+            timeout = self._seconds(timeout, call.verb)
         if self._backend.device is not None and call.on_device:
-            inner, waiter = self._begin_on_device(call, Kind.BLOCKING)
+            inner, waiter = self._begin_on_device(call, Kind.BLOCKING, timeout)
             inner.when_over(partial(self._journal.end, waiter.record))
             try:
                 inner.order()
@@ -177,7 +217,8 @@ class Operations(Closing):
         journal = self._journal
         name = journal.name_collective(Kind.BLOCKING, call)
         record = journal.begin(name, number, caller(2))
-        waiter = self._waiter(call.verb, record, name.call, call)
+        waiter = self._waiter(call.verb, record, name.call, call).limit(timeout)
+        self._inside = get_ident()
         try:
             if self._watch.debug:
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)
@@ -185,6 +226,8 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
+        finally:
+            self._inside = 0
         journal.end(record)
         return finish()
 
@@ -198,7 +241,7 @@ class Operations(Closing):
         """
         sums = self._backend.sums
         # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
-        if self._reason is not None or self._watch.debug:
+        if self._reason is not None or self._watch.debug or self._inside:
             return False
         if self._backend.device is not None and is_device(x):
             return self._repeat_on_device(self._backend.device, x, op)
@@ -211,12 +254,14 @@ class Operations(Closing):
         journal = self._journal
         name = prepared.name or journal.name_sum(prepared, x, op)
         record = journal.begin(name, number, caller(2))
-
+        self._inside = get_ident()
         try:
             prepared.run(x, x, partial(self._sum_waiter, x, op, record))
         except BaseException as error:
             self._failed(error, self._waiter("all_reduce", record))
             raise
+        finally:
+            self._inside = 0
         journal.end(record)
         return True
 
@@ -247,17 +292,21 @@ class Operations(Closing):
         work.order()
         return True
 
-    def start(self, call: Collective, finish: Callable[[], T]) -> GroupWork[T]:
-        """Start a collective and return at once."""
+    def start(
+        self, call: Collective, finish: Callable[[], T], timeout: Timeout = None
+    ) -> GroupWork[T]:
+        """Start a collective and return at once; see `run`."""
+        if timeout is not None:
+            timeout = self._seconds(timeout, f"i{call.verb}")
         if self._backend.device is not None and call.on_device:
-            begun, waiter = self._begin_on_device(call, Kind.IMMEDIATE)
+            begun, waiter = self._begin_on_device(call, Kind.IMMEDIATE, timeout)
             self._release(2)
             return DeviceGroupWork(waiter, begun, finish)
         verb = f"i{call.verb}"
         number = self._count(verb)
         name = self._journal.name_collective(Kind.IMMEDIATE, call)
         record = self._journal.begin(name, number, caller(2))
-        waiter = self._waiter(verb, record, name.call, call)
+        waiter = self._waiter(verb, record, name.call, call).limit(timeout)
         try:
             if self._watch.debug:
                 inner = self._backend.begin_compared(call, waiter.describe())
@@ -270,7 +319,9 @@ class Operations(Closing):
             self._release_many()
         return GroupWork(waiter, inner, finish)
 
-    def _begin_on_device(self, call: Collective, kind: Kind) -> tuple[DeviceWork, GroupWaiter]:
+    def _begin_on_device(
+        self, call: Collective, kind: Kind, timeout: float | None
+    ) -> tuple[DeviceWork, GroupWaiter]:
         """Put a collective on device arrays behind the current stream, and return at once."""
         device = self._backend.device
         assert device is not None, "asked before"
@@ -278,7 +329,8 @@ class Operations(Closing):
         number = self._count(verb)
         name = self._journal.name_collective(kind, call)
         record = self._journal.begin(name, number, caller(3))
-        waiter = self._waiter(verb, record, name.call, call)
+        waiter = self._waiter(verb, record, name.call, call).limit(timeout)
+        self._inside = get_ident()
         try:
             if self._watch.debug:
                 # Also the immediate form meets here: what the device has begun cannot be undone.
@@ -292,18 +344,24 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
+        finally:
+            self._inside = 0
         if not device.compares_calls:
             waiter.call = None  # whoever waits long for the device need not hold the arrays
         return begun, waiter
 
     def start_messages(
-        self, sends: Sequence[Message], receives: Sequence[Message], finish: Callable[[], T]
+        self,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        finish: Callable[[], T],
+        timeout: Timeout = None,
     ) -> DeviceGroupWork[T]:
         """Put messages of device arrays behind the current stream, and return at once."""
         device = self._backend.device
         assert device is not None, "the arrays were checked"
         peers = Peers(frozenset(message.peer for message in (*sends, *receives)))
-        waiter = self._message_waiter("exchange", "on the device", peers, caller(3))
+        waiter = self._message_waiter("exchange", "on the device", peers, caller(3), timeout)
         try:
             inner = device.exchange(sends, receives, waiter)
         except UnsupportedOperationError:
@@ -323,12 +381,15 @@ class Operations(Closing):
         """
         outstanding, unfinished = self._outstanding, 0
         while unfinished < min(most, len(outstanding)):
-            work = next(iter(outstanding))
-            if work._complete():
-                unfinished = 0
-            else:
-                outstanding.move_to_end(work)
-                unfinished += 1
+            try:
+                work = next(iter(outstanding))
+                if work._complete():
+                    unfinished = 0
+                else:
+                    outstanding.move_to_end(work)
+                    unfinished += 1
+            except (StopIteration, RuntimeError, KeyError):
+                return  # another thread has begun or ended one: it looks after the others
 
     def _release_many(self) -> None:
         """Do so when many are outstanding, and again when half as many more have begun.
@@ -354,6 +415,7 @@ class Operations(Closing):
         *,
         peers: Peers,
         words: str = "",
+        timeout: Timeout = None,
     ) -> GroupWork[T]:
         """Start an operation of several phases among some ranks and return at once.
 
@@ -367,8 +429,10 @@ class Operations(Closing):
             The ranks that it depends on.
         words : str, optional
             What else there is to say of it.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this operation; the group's when omitted.
         """
-        waiter = self._message_waiter(verb, words, peers, caller(2))
+        waiter = self._message_waiter(verb, words, peers, caller(2), timeout)
         try:
             inner = self._backend.start(steps(self._backend))
         except BaseException as error:
@@ -380,13 +444,13 @@ class Operations(Closing):
 
     def next_payload(self) -> int:
         """Return the number of the next lane for a message that follows its envelope."""
-        self._payloads += 1
-        return self._payloads
+        return next(self._payloads)
 
     def _count(self, verb: str) -> int:
         """Return the number of the collective that begins; the same on all ranks."""
-        if self._reason is not None:
+        if self._reason is not None or self._inside:
             self._check_usable(verb)
+            self._check_thread(verb)
         self._collectives[0] = number = self._collectives[0] + 1
         return number
 
@@ -403,13 +467,32 @@ class Operations(Closing):
         collective = (self._identity, self._collectives[0] if number is None else number)
         return GroupWaiter(self, verb, record, collective=collective, digest=digest, call=call)
 
-    def _message_waiter(self, verb: str, words: str, peers: Peers, frame: FrameType) -> GroupWaiter:
+    def _message_waiter(
+        self, verb: str, words: str, peers: Peers, frame: FrameType, timeout: Timeout = None
+    ) -> GroupWaiter:
         """Count an operation among some ranks, record it, and return what waits for it."""
+        if timeout is not None:
+            timeout = self._seconds(timeout, verb)
         self._check_usable(verb)
-        self._messages += 1
+        with self._counting:
+            self._messages = number = self._messages + 1
         name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
-        record = self._journal.begin(name, self._messages, frame)
-        return GroupWaiter(self, verb, record, number=self._messages, peers=peers)
+        record = self._journal.begin(name, number, frame)
+        return GroupWaiter(self, verb, record, number=number, peers=peers).limit(timeout)
+
+    def _seconds(self, timeout: float | timedelta, verb: str) -> float:
+        """Return the deadline of a call as a number."""
+        return seconds(timeout, f"{verb} on {self}: timeout", least=0.0)
+
+    def _check_thread(self, verb: str) -> None:
+        """Raise if another thread is inside of a collective of this group."""
+        if self._inside not in (0, get_ident()):
+            raise UnsupportedOperationError(
+                f"{verb} on {self}: another thread of this process is inside of a collective of "
+                "this group. The collectives of a group are called by one thread at a time, in the "
+                "same order on all ranks: make a group for each thread, group.duplicate(name). "
+                "Messages may be sent and received by any thread"
+            )
 
     @contextmanager
     def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
@@ -421,6 +504,7 @@ class Operations(Closing):
             name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
             record = self._journal.begin(name, number, frame)
             waiter = self._waiter(what, record, name.call)
+            self._inside = get_ident()
         else:
             waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
         try:
@@ -430,6 +514,9 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
+        finally:
+            if among is None:
+                self._inside = 0
         self._journal.end(waiter.record)
 
     def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:

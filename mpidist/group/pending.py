@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpidist._arguments import seconds
@@ -97,6 +98,7 @@ class GroupWaiter(Waiter):
         "collective",
         "digest",
         "group",
+        "own_timeout",
         "peers",
         "record",
         "timeout",
@@ -121,6 +123,7 @@ class GroupWaiter(Waiter):
         self.record = record
         self.collective = collective
         self.peers = peers
+        self.own_timeout: float | None = None
         self.timeout = group.timeout
         self._missing: Callable[[], Sequence[int]] | None = None
         self._verb = verb
@@ -131,6 +134,12 @@ class GroupWaiter(Waiter):
         """What is being waited for, for messages."""
         number = self._number if self.collective is None else self.collective[1]
         return f"{self._verb} #{number}"
+
+    def limit(self, timeout: float | None) -> GroupWaiter:
+        """Let this operation have another deadline than the group's, if it is to have one."""
+        if timeout is not None:
+            self.timeout = self.own_timeout = timeout
+        return self
 
     # -- the signature of a collective -----------------------------------------------------------
 
@@ -306,6 +315,8 @@ class GroupWork(Work[T]):
         self._over = False
         self._error: BaseException | None = None
         self._result: list[T] = []
+        # Any thread that waits on the group polls what the others have started.
+        self._polled = Lock()
         self._group._outstanding[self] = None
         self._group._backend.engine.held.add(self)
 
@@ -313,6 +324,14 @@ class GroupWork(Work[T]):
         """Poll the transport's part, and finish when it is over."""
         if self._over:
             return True
+        if not self._polled.acquire(blocking=False):
+            return self._over
+        try:
+            return self._over or self._poll()
+        finally:
+            self._polled.release()
+
+    def _poll(self) -> bool:
         try:
             if not self._inner.done():
                 return False
@@ -350,7 +369,7 @@ class GroupWork(Work[T]):
         self._over, self._error = True, error
         self._waiter.call = None  # it has the caller's arrays
         group = self._group
-        del group._outstanding[self]
+        group._outstanding.pop(self, None)
         group._journal.end(self._waiter.record, failed=error is not None)
         if broken and error is not None:
             group._break(error)
@@ -400,6 +419,8 @@ class GroupWork(Work[T]):
 
     def _wait(self, timeout: float | None) -> None:
         waiter, journal = self._waiter, self._group._journal
+        if timeout is None:
+            timeout = waiter.own_timeout
         waiter.timeout = self._group.timeout if timeout is None else timeout
         journal.wait(waiter.record, caller(2))
         try:

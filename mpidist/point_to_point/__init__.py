@@ -22,6 +22,7 @@ from mpidist.arrays.namespaces import array_namespace, is_device
 from mpidist.backends.work import ANY_SOURCE, Work
 from mpidist.collectives._objects import pickled, unpickled
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Timeout
 from mpidist.point_to_point._batches import exchange_on_device, prepare_batch
 from mpidist.point_to_point._messages import (
     Receive,
@@ -47,12 +48,14 @@ __all__ = [
 ]
 
 
-def isend(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> Work[None]:
+def isend(
+    x: Array, group: ProcessGroup, *, dst: int, tag: int = 0, timeout: Timeout = None
+) -> Work[None]:
     """Start a `send`; `x` belongs to it until the Work is complete."""
-    return prepare_send(Send(x, dst, tag), group)()
+    return prepare_send(Send(x, dst, tag), group, timeout)()
 
 
-def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
+def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0, timeout: Timeout = None) -> None:
     """Send an array to one rank.
 
     Parameters
@@ -65,6 +68,8 @@ def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
         Who receives it.
     tag : int, optional
         Only a receive with the same tag takes it.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Raises
     ------
@@ -78,18 +83,32 @@ def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
     Blocks until `x` may be changed, which may be before, or only when, the receive begins. One
     message up to about 4 KiB, two above.
     """
-    isend(x, group, dst=dst, tag=tag).wait()
+    isend(x, group, dst=dst, tag=tag, timeout=timeout).wait()
 
 
-def irecv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> ReceiveWork:
+def irecv(
+    group: ProcessGroup,
+    *,
+    src: int,
+    tag: int = 0,
+    out: Array | None = None,
+    timeout: Timeout = None,
+) -> ReceiveWork:
     """Start a `recv`; `out` belongs to it until the Work is complete.
 
     The Work's `source` says who sent the message.
     """
-    return prepare_receive(Receive(src, tag, out), group)()
+    return prepare_receive(Receive(src, tag, out), group, timeout)()
 
 
-def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = None) -> Array:
+def recv(
+    group: ProcessGroup,
+    *,
+    src: int,
+    tag: int = 0,
+    out: Array | None = None,
+    timeout: Timeout = None,
+) -> Array:
     """Receive an array from one rank.
 
     Parameters
@@ -103,6 +122,8 @@ def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = Non
     out : Array, optional
         Where to write it; its shape and dtype must be those of the message. Without it any shape
         is taken, into a fresh array.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -124,7 +145,7 @@ def recv(group: ProcessGroup, *, src: int, tag: int = 0, out: Array | None = Non
     -----
     Blocks. Messages from one rank with one tag are received in the order in which they were sent.
     """
-    return irecv(group, src=src, tag=tag, out=out).wait()
+    return irecv(group, src=src, tag=tag, out=out, timeout=timeout).wait()
 
 
 def sendrecv(
@@ -135,6 +156,7 @@ def sendrecv(
     src: int,
     tag: int = 0,
     out: Array | None = None,
+    timeout: Timeout = None,
 ) -> Array:
     """Send to one rank and receive from one at the same time.
 
@@ -151,6 +173,8 @@ def sendrecv(
     out : Array, optional
         Where to write what is received. When omitted, a host array of any shape is taken, and a
         device array like `x`.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -169,13 +193,17 @@ def sendrecv(
     if out is None and is_device(x):
         out = array_namespace(x).empty_like(x)
     (received,) = exchange(
-        group, sends=[Send(x, dst, tag)], receives=[Receive(src, tag, out)]
+        group, sends=[Send(x, dst, tag)], receives=[Receive(src, tag, out)], timeout=timeout
     ).wait()
     return received
 
 
 def exchange(
-    group: ProcessGroup, *, sends: Sequence[Send], receives: Sequence[Receive]
+    group: ProcessGroup,
+    *,
+    sends: Sequence[Send],
+    receives: Sequence[Receive],
+    timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start several sends and receives at once.
 
@@ -187,6 +215,8 @@ def exchange(
         What is sent.
     receives : sequence of Receive
         What is received.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -203,11 +233,13 @@ def exchange(
     Immediate. Any set of messages is free of deadlock if each send meets a receive.
     """
     if any(is_device(each.out) for each in receives) or any(is_device(each.x) for each in sends):
-        return exchange_on_device(group, sends, receives)
-    return prepare_batch(group, sends, receives)()
+        return exchange_on_device(group, sends, receives, timeout)
+    return prepare_batch(group, sends, receives, timeout)()
 
 
-def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> None:
+def send_object(
+    obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0, timeout: Timeout = None
+) -> None:
     """Send any object that can be pickled to one rank; see `send`.
 
     Parameters
@@ -220,6 +252,8 @@ def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> Non
         Who receives it.
     tag : int, optional
         Only a receive with the same tag takes it.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Raises
     ------
@@ -229,10 +263,10 @@ def send_object(obj: Any, group: ProcessGroup, *, dst: int, tag: int = 0) -> Non
         As `send`.
     """
     message = Send(pickled(obj, "send_object", group), dst, tag)
-    prepare_send(message, group, is_object=True)().wait()
+    prepare_send(message, group, timeout, is_object=True)().wait()
 
 
-def recv_object(group: ProcessGroup, *, src: int, tag: int = 0) -> Any:
+def recv_object(group: ProcessGroup, *, src: int, tag: int = 0, timeout: Timeout = None) -> Any:
     """Receive an object that `send_object` sent; see `recv`.
 
     Parameters
@@ -243,6 +277,8 @@ def recv_object(group: ProcessGroup, *, src: int, tag: int = 0) -> Any:
         Who sends it; `ANY_SOURCE` takes the next message of any rank.
     tag : int, optional
         Only a message with the same tag is taken.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
 
     Returns
     -------
@@ -259,6 +295,6 @@ def recv_object(group: ProcessGroup, *, src: int, tag: int = 0) -> Any:
     InvalidRankError, SelfSendError, CollectiveTimeoutError
         As `recv`.
     """
-    work = prepare_receive(Receive(src, tag), group, is_object=True)()
+    work = prepare_receive(Receive(src, tag), group, timeout, is_object=True)()
     data = work.wait()
     return unpickled(data, work.source, "recv_object", group)

@@ -19,6 +19,7 @@ from mpidist.collectives._checks import (
 )
 from mpidist.errors import SelfSendError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Timeout
 from mpidist.group.pending import Peers
 from mpidist.point_to_point.messages import Receipt, receive_steps, send_steps
 
@@ -158,13 +159,13 @@ def device_receive(receive: Receive, group: ProcessGroup) -> tuple[Message, Call
 
 
 def prepare_send(
-    message: Send, group: ProcessGroup, *, is_object: bool = False
+    message: Send, group: ProcessGroup, timeout: Timeout, *, is_object: bool = False
 ) -> Callable[[], Work[None]]:
     """Check the arguments of `send` or `send_object`, and return what starts it."""
     verb = "send_object" if is_object else "send"
     if is_device(message.x):
         leaving = device_send(message, group)
-        return lambda: group.start_messages([leaving], [], nothing)
+        return lambda: group.start_messages([leaving], [], nothing, timeout)
     x = as_native(check_array(message.x, verb, group))
     dst = _check_peer(message.dst, verb, "dst", group)
     tag = _check_tag(message.tag, verb, group)
@@ -176,20 +177,21 @@ def prepare_send(
             lambda backend: send_steps(backend, x, dst, tag, number, is_object=is_object),
             nothing,
             peers=Peers(frozenset({dst})),
+            timeout=timeout,
         )
 
     return start
 
 
 def prepare_receive(
-    receive: Receive, group: ProcessGroup, *, is_object: bool = False
+    receive: Receive, group: ProcessGroup, timeout: Timeout, *, is_object: bool = False
 ) -> Callable[[], ReceiveWork]:
     """Check the arguments of `recv` or `recv_object`, and return what starts it."""
     verb = "recv_object" if is_object else "recv"
     if is_device(receive.out):
         arriving, finish = device_receive(receive, group)
         receipt = Receipt(source=arriving.peer)
-        return lambda: ReceiveWork(group.start_messages([], [arriving], finish), receipt)
+        return lambda: ReceiveWork(group.start_messages([], [arriving], finish, timeout), receipt)
     src = ANY_SOURCE
     if not _is_any(receive.src):
         src = _check_peer(receive.src, verb, "src", group)
@@ -210,6 +212,7 @@ def prepare_receive(
             ),
             lambda: receipt.array if receive.out is None else receive.out,
             peers=_senders(src, group),
+            timeout=timeout,
         )
         return ReceiveWork(work, receipt)
 

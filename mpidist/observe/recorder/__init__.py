@@ -15,6 +15,24 @@ half is new. That is accepted: nothing but a report depends on it.
 
 from __future__ import annotations
 
-from mpidist.observe.recorder.recorder import Head, Kind, Name, Recorder, caller, is_inside
+from mpidist.observe.recorder.recorder import (
+    Head,
+    Kind,
+    Name,
+    Recorder,
+    add_inside,
+    caller,
+    is_inside,
+    site_of,
+)
 
-__all__ = ["Head", "Kind", "Name", "Recorder", "caller", "is_inside"]
+__all__ = [
+    "Head",
+    "Kind",
+    "Name",
+    "Recorder",
+    "add_inside",
+    "caller",
+    "is_inside",
+    "site_of",
+]

@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Iterable
 from enum import IntEnum
 from time import monotonic_ns
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 from zlib import crc32
 
 if TYPE_CHECKING:
-    from mpidist.observe.recorder.recording import Event
+    from mpidist.observe.recorder.recording import Event, Site
 
 RING = 128
 """Records that are kept."""
@@ -95,6 +96,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__fil
 _OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "testing"))
 """Parts of this package that call it as a program does."""
 
+_ADDED: list[str] = []
+"""Directories of adapters, whose files count as this package's own."""
+
 _DETAILS = re.compile(r"(\[|\(| in parts of | of a list of ).*")
 """The part of a text that may differ from call to call: shapes, counts."""
 
@@ -157,6 +161,7 @@ class Recorder:
         self._inside: dict[int, tuple[bool, CodeType]] = {}
         self._offsets: dict[str, int] = {}
         self._writing = threading.Lock()
+        _RECORDERS.add(self)
         self._record_offsets = [record_offset(slot) for slot in range(RING)]
         # A text begins behind the first byte: none begins at 0, which stands for no text.
         self.cells[Head.TEXTS] = 1
@@ -231,6 +236,14 @@ class Recorder:
         RECORD.pack_into(memory, at, what, group, call, number, site, monotonic_ns(), 0, sequence)
         return sequence
 
+    def begin_at(self, name: Name, number: int, site: int) -> int:
+        """Record that an operation begins which was called at a site from `site`; see `begin`."""
+        sequence = self._next()
+        at, memory = self._record_offsets[sequence % RING], self._memory
+        what, group, call = name
+        RECORD.pack_into(memory, at, what, group, call, number, site, monotonic_ns(), 0, sequence)
+        return sequence
+
     def end(self, sequence: int, *, failed: bool = False) -> None:
         """Record that an operation is over; a time below 0 stands for one that failed."""
         cells = self.cells  # as int64, so that an index is an eighth of the offset
@@ -242,8 +255,12 @@ class Recorder:
 
     def wait(self, sequence: int, frame: FrameType) -> None:
         """Record that this rank waits for an immediate operation."""
+        self.wait_at(sequence, self._find_site(frame))
+
+    def wait_at(self, sequence: int, site: int) -> None:
+        """Record that it waits at a site from `site`."""
         cells = self.cells
-        cells[Head.WAITS_SITE] = self._find_site(frame)
+        cells[Head.WAITS_SITE] = site
         cells[Head.WAITS_SINCE] = monotonic_ns()
         cells[Head.WAITS_FOR] = sequence  # last: a reader takes the others as belonging to it
 
@@ -291,6 +308,10 @@ class Recorder:
             self._offsets[text] = start
             return start
 
+    def site(self, site: Site) -> int:
+        """Return the number under which a place in a program is recorded."""
+        return self._text(f"{site.file}\n{site.function}") | site.line << TEXT_BITS
+
     def _find_site(self, frame: FrameType) -> int:
         """Return the call site outside this package that led to a frame."""
         user = frame
@@ -315,10 +336,13 @@ class Recorder:
         inside = self._inside.get(id(code))
         if inside is None:
             if len(self._inside) >= _REMEMBERED:
-                self._inside.clear()
-                self._sites.clear()
+                self._forget_sites()
             inside = self._inside[id(code)] = (is_inside(code.co_filename), code)
         return inside[0]
+
+    def _forget_sites(self) -> None:
+        self._inside.clear()
+        self._sites.clear()
 
     # -- the helper thread ---------------------------------------------------------------------
 
@@ -328,6 +352,9 @@ class Recorder:
         self._memory[STACKS : STACKS + len(data)] = data
         self.cells[Head.STACKS] = len(data)
         self.cells[Head.ANSWERED] = monotonic_ns()
+
+
+_RECORDERS: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
 
 def caller(depth: int) -> FrameType:
@@ -343,7 +370,40 @@ def caller(depth: int) -> FrameType:
 
 def is_inside(file: str) -> bool:
     """Whether a file is one of this package's own, rather than one that calls it."""
-    return file.startswith(_PACKAGE) and not file.startswith(_OUTSIDE)
+    if file.startswith(_PACKAGE):
+        return not file.startswith(_OUTSIDE)
+    return bool(_ADDED) and file.startswith(tuple(_ADDED))
+
+
+def add_inside(directory: str) -> None:
+    """Let the files of a directory count as this package's own, from now on.
+
+    For adapters, such as one that a framework calls: records and errors name the line of the user
+    that called the adapter, not one of its own.
+
+    Parameters
+    ----------
+    directory : str
+        Path of the directory; those below it count, too.
+    """
+    path = os.path.join(os.path.abspath(directory), "")  # noqa: PTH100, PTH118  # as above
+    if path not in _ADDED:
+        _ADDED.append(path)
+        for recorder in tuple(_RECORDERS):
+            recorder._forget_sites()
+
+
+def site_of(frame: FrameType) -> Site:
+    """Return the line of the user from which a frame was called, without holding the frame.
+
+    A frame keeps all local variables of its function alive, arrays included; a `Site` keeps none.
+    """
+    from mpidist.observe.recorder.recording import Site
+
+    user = frame
+    while is_inside(user.f_code.co_filename) and user.f_back is not None:
+        user = user.f_back
+    return Site(user.f_code.co_filename, user.f_lineno or 0, user.f_code.co_name)
 
 
 def _pid_namespace() -> int:
