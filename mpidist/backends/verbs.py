@@ -219,6 +219,10 @@ class Barrier(Collective):
         """Call the library's barrier."""
         return library.barrier()
 
+    def key(self) -> Hashable:
+        """Return verb and list: there is no more."""
+        return self.verb, self.listed
+
 
 @dataclass(slots=True, eq=False)
 class Broadcast(Collective):

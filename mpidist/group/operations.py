@@ -217,7 +217,9 @@ class Operations(Closing):
         journal = self._journal
         name = journal.name_collective(Kind.BLOCKING, call)
         record = journal.begin(name, number, caller(2))
-        waiter = self._waiter(call.verb, record, name.call, call).limit(timeout)
+        waiter = self._waiter(call.verb, record, name.call, call)
+        if timeout is not None:
+            waiter.limit(timeout)
         self._inside = get_ident()
         try:
             if self._watch.debug:
@@ -306,7 +308,9 @@ class Operations(Closing):
         number = self._count(verb)
         name = self._journal.name_collective(Kind.IMMEDIATE, call)
         record = self._journal.begin(name, number, caller(2))
-        waiter = self._waiter(verb, record, name.call, call).limit(timeout)
+        waiter = self._waiter(verb, record, name.call, call)
+        if timeout is not None:
+            waiter.limit(timeout)
         try:
             if self._watch.debug:
                 inner = self._backend.begin_compared(call, waiter.describe())
@@ -329,7 +333,9 @@ class Operations(Closing):
         number = self._count(verb)
         name = self._journal.name_collective(kind, call)
         record = self._journal.begin(name, number, caller(3))
-        waiter = self._waiter(verb, record, name.call, call).limit(timeout)
+        waiter = self._waiter(verb, record, name.call, call)
+        if timeout is not None:
+            waiter.limit(timeout)
         self._inside = get_ident()
         try:
             if self._watch.debug:
@@ -478,7 +484,10 @@ class Operations(Closing):
             self._messages = number = self._messages + 1
         name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
         record = self._journal.begin(name, number, frame)
-        return GroupWaiter(self, verb, record, number=number, peers=peers).limit(timeout)
+        waiter = GroupWaiter(self, verb, record, number=number, peers=peers)
+        if timeout is not None:
+            waiter.limit(timeout)
+        return waiter
 
     def _seconds(self, timeout: float | timedelta, verb: str) -> float:
         """Return the deadline of a call as a number."""

@@ -135,11 +135,9 @@ class GroupWaiter(Waiter):
         number = self._number if self.collective is None else self.collective[1]
         return f"{self._verb} #{number}"
 
-    def limit(self, timeout: float | None) -> GroupWaiter:
-        """Let this operation have another deadline than the group's, if it is to have one."""
-        if timeout is not None:
-            self.timeout = self.own_timeout = timeout
-        return self
+    def limit(self, timeout: float) -> None:
+        """Let this operation have another deadline than the group's."""
+        self.timeout = self.own_timeout = timeout
 
     # -- the signature of a collective -----------------------------------------------------------
 
