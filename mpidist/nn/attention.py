@@ -30,7 +30,7 @@ class CausalSelfAttention(Module):
     rng : numpy.random.Generator or int
         Draws the initial values.
     dtype : dtype, optional
-        float16, float32 or float64: dtype of the parameters.
+        Of the parameters: float16, float32 or float64.
 
     Raises
     ------

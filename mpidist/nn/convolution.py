@@ -41,7 +41,7 @@ class Conv2d(Module):
     bias : bool, optional
         Whether there is a bias per output channel.
     dtype : dtype, optional
-        float16, float32 or float64: dtype of the parameters.
+        Of the parameters: float16, float32 or float64.
 
     Raises
     ------

@@ -37,7 +37,7 @@ class Linear(Module):
     bias : bool, optional
         Whether there is a bias.
     dtype : dtype, optional
-        float16, float32 or float64: dtype of the parameters.
+        Of the parameters: float16, float32 or float64.
 
     Raises
     ------
@@ -113,7 +113,7 @@ class Embedding(Module):
     std : float, optional
         Standard deviation of the initial values.
     dtype : dtype, optional
-        float16, float32 or float64: dtype of the table.
+        Of the table: float16, float32 or float64.
 
     Raises
     ------
@@ -200,7 +200,7 @@ class PositionEmbedding(Module):
     std : float, optional
         Standard deviation of the initial values.
     dtype : dtype, optional
-        float16, float32 or float64: dtype of the table.
+        Of the table: float16, float32 or float64.
 
     Raises
     ------

@@ -140,7 +140,7 @@ class LayerNorm(Module):
     eps : float, optional
         Added to the variance.
     dtype : dtype, optional
-        float16, float32 or float64: dtype of the parameters.
+        Of the parameters: float16, float32 or float64.
 
     Raises
     ------
