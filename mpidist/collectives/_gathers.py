@@ -1,4 +1,4 @@
-"""Collectives that lay the rows of all ranks side by side: gathers."""
+"""Collectives that concatenate the rows of all ranks: gathers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def all_gather(
     counts: Sequence[int] | None = None,
     timeout: Timeout = None,
 ) -> Array:
-    """Lay `x` of all ranks side by side along the first dimension; all get the result.
+    """Concatenate `x` of all ranks along the first dimension; all get the result.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def gather(
     counts: Sequence[int] | None = None,
     timeout: Timeout = None,
 ) -> Array | None:
-    """Lay `x` of all ranks side by side along the first dimension; one rank gets the result.
+    """Concatenate `x` of all ranks along the first dimension; one rank gets the result.
 
     Parameters
     ----------

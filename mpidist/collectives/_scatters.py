@@ -173,7 +173,7 @@ def all_to_all(
     recv_counts: Sequence[int] | None = None,
     timeout: Timeout = None,
 ) -> Array:
-    """Send block `i` of the rows of `x` to rank `i`, and lay what comes side by side.
+    """Send block `i` of the rows of `x` to rank `i`, and concatenate the received blocks.
 
     Parameters
     ----------
