@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
-from mpidist.nn._init import Rng
+from mpidist.nn.initial_values import Rng
 from mpidist.nn.layers import Linear
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses

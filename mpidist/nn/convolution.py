@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
-from mpidist.nn._init import Rng, fan_in_uniform, parameter_dtype
-from mpidist.nn._windows import Extent, Window, channels_first, channels_last
+from mpidist.nn.initial_values import Rng, fan_in_uniform, parameter_dtype
 from mpidist.nn.layers import column_sums
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses
 from mpidist.nn.parameter import Parameter
+from mpidist.nn.windows import Extent, Window, channels_first, channels_last
 
 __all__ = ["Conv2d"]
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace, is_device, is_host
-from mpidist.nn._init import Rng, fan_in_uniform, normal, parameter_dtype
+from mpidist.nn.initial_values import Rng, fan_in_uniform, normal, parameter_dtype
 from mpidist.nn.layer_kernels import rows_at, sum_rows_at
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, check_gradient, count_uses

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from mpidist._types import Array, DType
 from mpidist.arrays.namespaces import array_namespace
-from mpidist.nn._init import parameter_dtype
-from mpidist.nn._windows import channels_first, channels_last
+from mpidist.nn.initial_values import parameter_dtype
 from mpidist.nn.layers import column_sums
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
+from mpidist.nn.windows import channels_first, channels_last
 
 __all__ = ["BatchNorm2d", "LayerNorm"]
 

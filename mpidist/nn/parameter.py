@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.arrays.shards import Part
 
-__all__ = ["Parameter"]
+__all__ = ["HasParameters", "Parameter", "Parameters", "named_list"]
 
 
 class Parameter:
@@ -368,3 +368,59 @@ class Parameter:
                 f"{operation}: parameter '{self.name}' is still counting contributions "
                 f"({self._remaining} to come); call release() first"
             )
+
+
+@runtime_checkable
+class HasParameters(Protocol):
+    """A `Module`, or what wraps one, such as `DDP`."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield (qualified name, parameter), each once."""
+
+
+Parameters: TypeAlias = HasParameters | Iterable[Parameter | tuple[str, Parameter]]
+
+
+def named_list(parameters: Parameters, caller: str) -> list[tuple[str, Parameter]]:
+    """Return the parameters with their names.
+
+    Parameters
+    ----------
+    parameters : Module, DDP, or iterable of Parameter or of (str, Parameter)
+        A mapping of names to parameters, too.
+    caller : str
+        The first words of an error.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, with what to write.
+    """
+    entries: Any = parameters
+    if isinstance(parameters, HasParameters):
+        entries = parameters.named_parameters()
+    elif isinstance(parameters, Mapping):
+        entries = parameters.items()
+    expected = f"{caller}: expected a model, model.parameters() or model.named_parameters(), got "
+    try:
+        entries = iter(entries)
+    except TypeError:
+        raise TypeError(expected + _described(parameters)) from None
+    named = []
+    for entry in entries:
+        name, parameter = entry if _is_pair(entry) else (getattr(entry, "name", ""), entry)
+        if not isinstance(parameter, Parameter):
+            raise TypeError(f"{expected}{type(parameters).__name__} of {type(parameter).__name__}")
+        named.append((name, parameter))
+    return named
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _described(parameters: object) -> str:
+    if callable(parameters):
+        return f"{getattr(parameters, '__name__', parameters)}; call it"
+    kind = type(parameters).__name__
+    return f"one {kind}; put it into a list" if isinstance(parameters, Parameter) else kind

@@ -8,9 +8,9 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
-from mpidist.nn._windows import Extent, Window, channels_first, channels_last
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
+from mpidist.nn.windows import Extent, Window, channels_first, channels_last
 
 __all__ = ["AvgPool2d", "MaxPool2d"]
 

@@ -58,7 +58,7 @@ class FusedUpdates:
 
     [Note: mirrored buckets] One kernel can update many parameters if values, gradients and state
     lie in the same order. The gradients' order is the buckets', which is found in the first
-    backward (`mpidist.parallel.data.ddp`). So at the first step with a bucket, values and
+    backward (`mpidist.parallel.data.broadcasts`). So at the first step with a bucket, values and
     state move into flat arrays that are laid out as it is: `Parameter.data` and the state's arrays
     are other arrays from then on. A gradient that lies in no bucket has a kernel of its own.
 

@@ -12,8 +12,7 @@ from mpidist._types import Array
 from mpidist.arrays.namespaces import HALVES, array_namespace, beside, is_device
 from mpidist.arrays.shards import check_held, copy_in
 from mpidist.nn.names import with_present_names
-from mpidist.nn.parameter import Parameter
-from mpidist.nn.parameters import HasParameters, Parameters, named_list
+from mpidist.nn.parameter import HasParameters, Parameter, Parameters, named_list
 from mpidist.observe.regions import region
 from mpidist.optim.fused import FusedUpdates
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule

@@ -10,7 +10,7 @@ from mpidist._types import Array
 from mpidist.arrays.namespaces import HALVES
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
-from mpidist.nn.parameters import Parameters
+from mpidist.nn.parameter import Parameters
 from mpidist.parallel import gradient_kernels
 from mpidist.parallel.gradient_kernels import gradient_arrays
 

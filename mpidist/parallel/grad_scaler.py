@@ -11,7 +11,7 @@ from mpidist._types import LAND, Array
 from mpidist.arrays.namespaces import HALVES, is_device
 from mpidist.collectives import all_reduce
 from mpidist.group.group import ProcessGroup, check_group
-from mpidist.nn.parameters import Parameters
+from mpidist.nn.parameter import Parameters
 from mpidist.parallel import gradient_kernels
 from mpidist.parallel.gradient_kernels import gradient_arrays
 

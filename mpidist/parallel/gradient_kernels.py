@@ -15,7 +15,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import HALVES, array_namespace, is_device
-from mpidist.nn.parameters import Parameters, named_list
+from mpidist.nn.parameter import Parameters, named_list
 
 __all__ = ["all_finite_divided", "cast", "gradient_arrays", "scale", "scaled", "sum_of_squares"]
 

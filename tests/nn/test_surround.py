@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpidist.nn import Dropout, Linear, Mode, ReLU, Residual, Sequential
-from mpidist.nn.module import after_backward, surround
+from mpidist.nn.surround import after_backward, surround
 
 TRAIN = Mode(training=True)
 

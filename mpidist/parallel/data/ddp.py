@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
-
-import numpy as np
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.backends.work import Work
-from mpidist.collectives import ibroadcast
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module, after_backward
-from mpidist.nn.names import former_names
+from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
+from mpidist.nn.surround import after_backward
 from mpidist.observe.regions import region
+from mpidist.parallel.data.broadcasts import BucketOrder, BufferSync, broadcast_in_place
 from mpidist.parallel.data.buckets import BucketSizes
-from mpidist.parallel.data.buffers import BufferSync, broadcast_in_place
 from mpidist.parallel.data.compression import Compression, Hook
 from mpidist.parallel.data.reducer import ExchangeFactory, GradientReducer, ParameterGradients
 
@@ -90,9 +87,10 @@ class DDP(Closing):
 
     A parameter that no rank used keeps ``grad is None``, and the optimizer skips it; one that some
     ranks used is averaged, the others counting as zeros. Buffers, such as running statistics, are
-    rank 0's on every rank after each step; see [Note: buffers] in `mpidist.parallel.data.buffers`.
-    The first backward outside `no_sync` shows the order in which the buckets are laid out from then
-    on, once for all; see [Note: order of arrival] below.
+    rank 0's on every rank after each step; see [Note: buffers] in
+    `mpidist.parallel.data.broadcasts`. The first backward outside `no_sync` shows the order in
+    which the buckets are laid out from then on, once for all; see [Note: order of arrival] in
+    `mpidist.parallel.data.broadcasts`.
 
     For a model on a device (`Module.to`), the buckets are there and travel over NCCL, concurrently
     with the stream on which backward runs. `backward` then returns when the reduction has been put
@@ -138,6 +136,7 @@ class DDP(Closing):
         self._progress_between_layers = after_backward(
             _layers_without_parameters(module), self._reducer.progress
         )
+        self._broadcasts: list[BufferSync | BucketOrder] = []  # those of the step in flight
         self._pending: _StepWork | None = None
         self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
         self._syncing = True
@@ -262,13 +261,15 @@ class DDP(Closing):
             with region("backward"):
                 return self.module.backward(ctx, dy), _NoWork()
         try:
+            self._broadcasts = []
             if self._buffers is not None:
-                self._buffers.start()
+                self._start(self._buffers)
             self._gradients.expect(ctx.uses)
             with region("backward"), self._progress_between_layers:
                 dx = self.module.backward(ctx, dy)
             self._reducer.check_complete("DDP.backward")
-            self._order.start()
+            if self._order.order is None:
+                self._start(self._order)
         except BaseException as error:
             self._abandon(error)
             raise
@@ -382,6 +383,10 @@ class DDP(Closing):
             self._pending.wait()
         self._reducer.close()
 
+    def _start(self, broadcast: BufferSync | BucketOrder) -> None:
+        broadcast.start()
+        self._broadcasts.append(broadcast)
+
     def _abandon(self, error: BaseException) -> None:
         self._gradients.release()
         self._failure = repr(error)
@@ -409,8 +414,7 @@ class _StepWork(Work[None]):
         ddp = self._ddp
         if ddp._pending is not self:
             return True
-        buffers_done = ddp._buffers is None or ddp._buffers.done()
-        if ddp._order.done() and buffers_done and ddp._reducer.done():
+        if all(broadcast.done() for broadcast in ddp._broadcasts) and ddp._reducer.done():
             self.wait()
         return ddp._pending is not self
 
@@ -424,12 +428,12 @@ class _StepWork(Work[None]):
 
     def _finish(self, timeout: float | None) -> None:
         ddp = self._ddp
-        ddp._order.wait(timeout)
+        for broadcast in ddp._broadcasts:
+            broadcast.wait(timeout)
         used = ddp._reducer.wait(timeout)
-        if ddp._buffers is not None:
-            ddp._buffers.finish(timeout)
         ddp._gradients.take_over(used)
-        ddp._order.apply()
+        for broadcast in ddp._broadcasts:
+            broadcast.apply()
         ddp._pending, ddp._reduced = None, True
 
 
@@ -445,98 +449,6 @@ class _NoWork(Work[None]):
 
 def _without_order(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != BUCKET_ORDER}
-
-
-class BucketOrder:
-    """The order of the buckets: that in which rank 0's gradients arrived in the first step.
-
-    [Note: order of arrival] The reverse of the order of the parameters is a guess at the order in
-    which backward completes gradients. The first backward of a `DDP` outside `no_sync` shows the
-    real one: rank 0's is broadcast along with the gradients, and when they are waited for the
-    buckets are laid out anew in that order, in the same memory. What `Parameter.grad` returned
-    before that, inside `no_sync`, must not be used any more; what it returns afterwards stays the
-    same array. PyTorch does so, too. With a hook of the user's, which may keep something per
-    bucket, the first layout stays. With a `ShardedOptimizer` each bucket keeps its gradients, and
-    only the order in which buckets start changes.
-
-    Parameters
-    ----------
-    reducer : GradientReducer
-        The reducer whose buckets are laid out.
-    gradients : ParameterGradients
-        Who moves the gradients from one layout to the next.
-    fixed : bool
-        Whether the first layout stays.
-
-    Attributes
-    ----------
-    order : tuple of str or None
-        The names in that order; None before it is known.
-
-    References
-    ----------
-    Li et al. (2020), PyTorch Distributed: Experiences on Accelerating Data Parallel Training,
-    section 3.2.3.
-    """
-
-    def __init__(
-        self, reducer: GradientReducer, gradients: ParameterGradients, *, fixed: bool
-    ) -> None:
-        self.order: tuple[str, ...] | None = None
-        self._names = tuple(reducer.grads)
-        self._reducer = reducer
-        self._gradients = gradients
-        self._fixed = fixed
-        self._broadcast: Work[Any] | None = None
-
-    def start(self) -> None:
-        """Send rank 0's order to all, if it is not known; 8 bytes per name; does not block."""
-        if self._fixed or self.order is not None:
-            return
-        index = {name: i for i, name in enumerate(self._names)}
-        positions = np.array([index[name] for name in self._reducer.arrivals()], np.int64)
-        self._broadcast = ibroadcast(positions, self._reducer.group, root=0, out=positions)
-
-    def done(self) -> bool:
-        """Whether the broadcast is complete."""
-        return self._broadcast is None or self._broadcast.done()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait for the broadcast."""
-        if self._broadcast is not None:
-            self._broadcast.wait(timeout)
-
-    def apply(self) -> None:
-        """Lay the buckets out in the order that was broadcast, if one was."""
-        if self._broadcast is not None:
-            positions = self._broadcast.wait()
-            self._broadcast = None
-            self.lay_out([self._names[position] for position in positions.tolist()])
-
-    def lay_out(self, order: Sequence[str] | None) -> None:
-        """Lay the buckets out in this order for good; None: as at first, until one is found."""
-        if self._fixed:
-            return
-        if order is not None:
-            order = self._present(order)
-        self._gradients.relayout(self._names[::-1] if order is None else order)
-        self.order = None if order is None else tuple(order)
-
-    def check(self, order: Any) -> None:
-        """Raise ValueError unless it is None or holds every name once."""
-        if order is None:
-            return
-        known = isinstance(order, (list, tuple)) and all(isinstance(name, str) for name in order)
-        if not known or sorted(self._present(order)) != sorted(self._names):
-            raise ValueError(
-                "load_state_dict: the order of the gradients' buckets must hold the name of every "
-                f"parameter once, or be None, got {order!r}; nothing was changed"
-            )
-
-    def _present(self, order: Sequence[str]) -> list[str]:
-        """Exchange names of which a wrapper was a part when they were saved."""
-        present = {old: new for new, old in former_names(self._names, order).items()}
-        return [present.get(name, name) for name in order]
 
 
 def _layers_without_parameters(module: Module) -> list[Module]:

@@ -10,7 +10,7 @@ from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
-from mpidist.parallel.data.buffers import broadcast_in_place
+from mpidist.parallel.data.broadcasts import broadcast_in_place
 
 __all__ = ["NaiveDataParallel"]
 
