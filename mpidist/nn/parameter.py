@@ -106,7 +106,7 @@ class Parameter:
         self._data: Array | None = data
         self._shape = tuple(data.shape)
         self._dtype: np.dtype[Any] = data.dtype
-        # Tells the kind of memory while there are no values.
+        # The kind of memory, host or device, is still known while there are no values.
         self._empty: Array = array_namespace(data).empty(0, data.dtype)
 
     def seal(self) -> None:
@@ -239,6 +239,7 @@ class Parameter:
             return
         self._accumulate(g)
         if self._remaining is not None:
+            # The last one closes the parameter: from here on its memory may be on its way.
             self._remaining -= 1
             if self._remaining == 0 and self._on_ready is not None:
                 self._on_ready(self)
@@ -345,6 +346,7 @@ class Parameter:
                 )
             array_namespace(grad).add(grad, g, out=grad, casting="same_kind")
             return
+        # A layer that wrote into first_grad() itself has nothing left to copy.
         if g is not memory:
             memory[...] = g
         self._has_grad = True

@@ -129,7 +129,7 @@ class Optimizer:
         lr = _checked_rate(f"{type(self).__name__}.step {self._steps}", self.lr)
         on_device: dict[str, tuple[Array, int]] = {}
         for name, p in self._params.items():
-            grad = p.grad
+            grad = p.grad  # once: it checks that no reduction is under way
             if grad is None:
                 continue
             data, state = p.data, self._state[name]

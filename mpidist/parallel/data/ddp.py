@@ -253,6 +253,7 @@ class DDP(Closing):
         Collective over the group; does not block. Inside `no_sync` it is local.
         """
         self._check_idle()
+        # A mean of equal gradients is the same again; a sum would count them once per rank.
         if self._reduced and self.op is not MEAN:
             self._gradients.check_zeroed()
         self._gradients.check_owned(ctx.uses)
@@ -261,6 +262,7 @@ class DDP(Closing):
             with region("backward"):
                 return self.module.backward(ctx, dy), _NoWork()
         try:
+            # Buffers first: their broadcast has the whole of backward to arrive.
             self._broadcasts = []
             if self._buffers is not None:
                 self._start(self._buffers)

@@ -177,6 +177,7 @@ class GradientReducer(Closing):
         self._arrived.append(name)
         if not bucket.missing:
             self._launch_complete()
+        # MPI moves messages only while it is called, and backward calls nothing else of it.
         self.progress()
 
     def progress(self) -> None:
@@ -266,6 +267,7 @@ class GradientReducer(Closing):
         used = self._used()
         for bucket in self._buckets:
             bucket.work, bucket.missing = None, set(bucket.grads)
+        # Ready for the next step: all gradients are missing again.
         self._arrived.clear()
         self._skipped.clear()
         self._launched = self._landed = 0
@@ -326,6 +328,7 @@ class GradientReducer(Closing):
         assigned = assign_buckets({name: self.grads[name] for name in reversed(order)}, self._sizes)
         if [set(names) for names in assigned] == [set(names) for names in self._assigned]:
             return
+        # The new layout lies in the same memory, so the values have to be kept meanwhile.
         before = {name: grad.copy() for name, grad in self.grads.items()}
         self._lay_out(before, assigned)
         for name, grad in before.items():
@@ -409,6 +412,7 @@ class ParameterGradients:
             parameter.expect(count, self._on_ready)
             if not count:
                 idle.append(parameter)
+        # Only now, since a complete bucket starts at once, and all must be counting by then.
         for parameter in idle:
             # It may hold what earlier micro-batches gave it.
             none = parameter.unreduced_grad() is None
@@ -426,6 +430,7 @@ class ParameterGradients:
         """Give the parameters that some rank used what has been reduced."""
         for parameter, name in self._names.items():
             parameter.release()
+            # Some other rank used it: the reduction is this rank's first contribution.
             if parameter.unreduced_grad() is None and name in used:
                 parameter.add_grad(self._reducer.grads[name])
 
