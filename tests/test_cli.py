@@ -68,7 +68,7 @@ def test_the_console_script_is_the_command_line() -> None:
     found = re.search(r'^\[project\.scripts\]\nmpidist = "([\w.]+):(\w+)"$', project, re.MULTILINE)
     assert found is not None
     assert getattr(importlib.import_module(found[1]), found[2]) is cli.main
-    assert 'version = { attr = "mpidist.__version__" }' in project
+    assert 'version = { attr = "mpidist._version.__version__" }' in project
 
 
 AS_A_RANK = """

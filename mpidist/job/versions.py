@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mpidist import __version__
+from mpidist._version import __version__
 from mpidist.errors import LaunchError
 
 __all__ = ["LAYOUT", "compare_versions"]

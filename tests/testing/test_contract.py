@@ -16,9 +16,8 @@ from mpidist._types import MIN
 from mpidist.arrays.namespaces import HALVES
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend
-from mpidist.backends.device.nccl.link import Link
+from mpidist.backends.device.nccl.link import Link, NcclWork
 from mpidist.backends.device.nccl.streams import Side
-from mpidist.backends.device.nccl.work import NcclWork
 from mpidist.backends.device.staging import HostStaging
 from mpidist.backends.verbs import (
     AllReduce,

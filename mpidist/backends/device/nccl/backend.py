@@ -15,11 +15,10 @@ from mpidist.backends.device.nccl import calls
 from mpidist.backends.device.nccl.communicator import NcclCommunicator
 from mpidist.backends.device.nccl.dtypes import REDUCTIONS
 from mpidist.backends.device.nccl.identity import check_devices, gather_facts, own_facts
-from mpidist.backends.device.nccl.link import Link
+from mpidist.backends.device.nccl.link import Link, NcclWork
 from mpidist.backends.device.nccl.plans import Operation, Plans
 from mpidist.backends.device.nccl.streams import Side
 from mpidist.backends.device.nccl.unique_id import NcclUniqueId
-from mpidist.backends.device.nccl.work import NcclWork
 from mpidist.backends.verbs import Collective
 from mpidist.backends.work import Message, Waiter
 from mpidist.errors import TransportError, UnsupportedOperationError

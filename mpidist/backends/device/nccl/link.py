@@ -11,15 +11,15 @@ from typing import Any
 
 from mpidist._threads import run_in_thread
 from mpidist.arrays.namespaces import device_module
+from mpidist.backends.device.base import DeviceWork
 from mpidist.backends.device.nccl import calls
 from mpidist.backends.device.nccl.communicator import NcclCommunicator
-from mpidist.backends.device.nccl.streams import Side
+from mpidist.backends.device.nccl.streams import Side, order_behind
 from mpidist.backends.device.nccl.watchdog import watchdog
-from mpidist.backends.device.nccl.work import NcclWork
 from mpidist.backends.work import Waiter
 from mpidist.errors import DistributedError, GroupBrokenError, TransportError
 
-__all__ = ["Link"]
+__all__ = ["Link", "NcclWork"]
 
 _GOODBYE, _ANSWER = 10.0, 1.0
 """Seconds that NCCL gets to end or to release a communicator, and to say whether it is well."""
@@ -213,3 +213,67 @@ class Link:
             return
         # What is under way is a broken group's, and others may not even come to it.
         self._leave(communicator.destroy if self.idle() else communicator.abort)
+
+
+class NcclWork(DeviceWork):
+    """An operation of NCCL under way.
+
+    Parameters
+    ----------
+    link : Link
+        The connection of the ranks that perform it.
+    event : cupy.cuda.Event
+        Recorded behind it.
+    held : tuple
+        The arrays that it reads and writes.
+    waiter : callable
+        Returns what waits for it; called only if something is wrong.
+    """
+
+    def __init__(
+        self, link: Link, event: Any, held: tuple[Any, ...], waiter: Callable[[], Waiter]
+    ) -> None:
+        self.event = event
+        self.waiter = waiter
+        self._began = time.monotonic()
+        self._link = link
+        self._held = held
+        self._over = False
+        self._then: Callable[[], None] | None = None
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call this when it is seen to be over."""
+        self._then = then
+
+    def done(self) -> bool:
+        """Return whether the device is done with it."""
+        if not self._over:
+            self._link.check()
+            self._over = bool(self.event.done)
+            if self._over:
+                self._held = ()
+                self._link.release(self, self.event)
+                if self._then is not None:
+                    self._then()
+                # What NCCL has given up is over for the device, too.
+                self._link.look(self.waiter)
+        return self._over
+
+    def reached(self) -> bool:
+        """Whether the device is done with it, without any consequences; from any thread."""
+        # In this order: when it is over, its event may be another operation's already.
+        return bool(self.event.done) or self._over
+
+    def overdue(self) -> bool:
+        """Whether its deadline is over; from any thread."""
+        return time.monotonic() - self._began > self.waiter().timeout
+
+    def order(self) -> None:
+        """Let the current stream go on only behind this operation."""
+        self._link.check()
+        if not self._over:
+            order_behind(self.event)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Order the current stream; groups bring the deadline."""
+        self.order()
