@@ -13,7 +13,8 @@ import pytest
 import mpidist
 from mpidist.group import ProcessGroup
 from mpidist.observe.recorder import Kind, add_inside, caller
-from mpidist.observe.recorder.recording import Recording, Site
+from mpidist.observe.recorder.recorder import Site
+from mpidist.observe.recorder.recording import Recording
 from mpidist.testing import run_ranks
 
 MESSAGES = 60

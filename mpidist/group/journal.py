@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mpidist._types import Array
     from mpidist.backends.node.sums import Sum
-    from mpidist.observe.recorder.recording import Site
+    from mpidist.observe.recorder.recorder import Site
 
 __all__ = ["Journal"]
 

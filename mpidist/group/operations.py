@@ -34,7 +34,7 @@ from mpidist.observe.recorder import Kind, caller
 if TYPE_CHECKING:
     from types import FrameType
 
-    from mpidist.observe.recorder.recording import Site
+    from mpidist.observe.recorder.recorder import Site
     from mpidist.observe.watch import Watch
 
 __all__ = ["Companion", "Operations", "Timeout", "abandon_groups", "broken_groups", "companions"]

@@ -136,7 +136,9 @@ class Events:
         kind, what, identity, number, site, began, ended = event
         texts = self._texts.get((what, identity, site))
         if texts is None:
-            ((_, record, *_),) = self._recorder.events([event])
+            from mpidist.observe.recorder.recording import decode_events
+
+            ((_, record, *_),) = decode_events(self._recorder.memory, [event])
             texts = record.what, record.group, str(record.site)
             self._texts[what, identity, site] = texts
         name, group, file_line = texts

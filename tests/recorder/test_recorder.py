@@ -14,7 +14,7 @@ from mpidist.backends.verbs import AllGather
 from mpidist.group.journal import Journal
 from mpidist.observe.recorder import Head, Kind, Recorder
 from mpidist.observe.recorder.recorder import RING, TEXTS_NBYTES
-from mpidist.observe.recorder.recording import Recording
+from mpidist.observe.recorder.recording import Recording, decode_events
 from mpidist.testing import run_ranks
 
 
@@ -151,7 +151,7 @@ def test_a_sink_collects_what_is_over() -> None:
     journal.waited()
     recorder.sink = None
     journal.end(journal.begin(blocking, 4, sys._getframe()))
-    events = recorder.events(sink)
+    events = decode_events(recorder.memory, sink)
     told = [(event.kind, event.record.what, event.record.number) for event in events]
     assert told == [(Kind.BLOCKING, "x", 2), (Kind.IMMEDIATE, "iy", 3), (Kind.WAIT, "iy", 3)]
     assert all(0 < event.began <= event.ended for event in events)
@@ -193,7 +193,7 @@ def test_sites_lie_outside_the_package() -> None:
             mpidist.send(x, group, dst=1)
         else:
             mpidist.recv(group, src=0)
-        recording = Recording(group._backend.recorder._memory)
+        recording = Recording(group._backend.recorder.memory)
         return [f"{r.site.file} {r.site.function}" for r in recording.records()[-7:]]
 
     for sites in run_ranks(2, calls):
@@ -225,7 +225,7 @@ def test_sites_lie_outside_the_package() -> None:
 def test_what_is_recorded_is_the_same_on_all_ranks(call, expected) -> None:
     def one(group: mpidist.ProcessGroup) -> list[str]:
         call(np.ones((4, 6), np.float32), group)
-        return [record.what for record in Recording(group._backend.recorder._memory).records()]
+        return [record.what for record in Recording(group._backend.recorder.memory).records()]
 
     for whats in run_ranks(2, one):
         assert expected in whats

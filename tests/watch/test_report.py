@@ -10,7 +10,8 @@ from zlib import crc32
 import pytest
 
 from mpidist.observe.recorder import Kind
-from mpidist.observe.recorder.recording import OperationRecord, Site
+from mpidist.observe.recorder.recorder import Site
+from mpidist.observe.recorder.recording import OperationRecord
 from mpidist.observe.watch import report
 from mpidist.observe.watch.report import (
     callers,

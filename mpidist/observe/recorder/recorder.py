@@ -9,15 +9,12 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from time import monotonic_ns
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 from zlib import crc32
-
-if TYPE_CHECKING:
-    from mpidist.observe.recorder.recording import Event, Site
 
 RING = 128
 """Records that are kept."""
@@ -106,6 +103,29 @@ _REMEMBERED = 4096
 """Functions whose call sites are cached."""
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in a program.
+
+    Attributes
+    ----------
+    file : str
+        Path; nothing where it is not known.
+    line : int
+        Number of the line.
+    function : str
+        Name of the function.
+    """
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        """Return file and line, as editors take them."""
+        return f"{self.file}:{self.line}" if self.file else "?"
+
+
 class Name(NamedTuple):
     """How operations of one name are recorded, in numbers.
 
@@ -145,7 +165,9 @@ class Recorder:
     ----------
     sink : Sink or None
         While there is one, every operation that is over, and every wait for one, is appended, in
-        numbers; `events` turns them into words.
+        numbers; `mpidist.observe.recorder.recording.decode_events` turns them into words.
+    memory : memoryview
+        Everything that is recorded, as bytes.
     cells : memoryview of int64
         The head; see `Head`.
     """
@@ -153,7 +175,7 @@ class Recorder:
     def __init__(self, memory: memoryview | None = None) -> None:
         if memory is None:
             memory = memoryview(bytearray(NBYTES))
-        self._memory = memory
+        self.memory = memory
         self.cells = memory.cast("q")
         self.sink: Sink | None = None
         self._next = itertools.count(1).__next__
@@ -229,7 +251,7 @@ class Recorder:
         sequence = self._next()  # atomic: threads of one group begin operations at once
         # A hit costs one lookup, and no walk up the frames to the program.
         site = self._sites.get((id(frame.f_code), frame.f_lasti)) or self._find_site(frame)
-        at, memory = self._record_offsets[sequence % RING], self._memory
+        at, memory = self._record_offsets[sequence % RING], self.memory
         what, group, call = name  # a star in the call takes 0.1 us
         # One call writes the record, its sequence number last: see [Note: reading while another
         # writes].
@@ -239,7 +261,7 @@ class Recorder:
     def begin_at(self, name: Name, number: int, site: int) -> int:
         """Record that an operation begins which was called at a site from `site`; see `begin`."""
         sequence = self._next()
-        at, memory = self._record_offsets[sequence % RING], self._memory
+        at, memory = self._record_offsets[sequence % RING], self.memory
         what, group, call = name
         RECORD.pack_into(memory, at, what, group, call, number, site, monotonic_ns(), 0, sequence)
         return sequence
@@ -280,16 +302,6 @@ class Recorder:
             number, site = cells[at + NUMBER], cells[at + SITE]
             self.sink.append((kind, what, group, number, site, began, monotonic_ns()))
 
-    def events(self, sink: Iterable[Over]) -> list[Event]:
-        """Return in words what a sink has collected."""
-        from mpidist.observe.recorder.recording import Event, decode
-
-        events = []
-        for kind, what, group, number, site, began, ended in sink:
-            record = decode(self._memory, (what, group, 0, number, site, began, ended, 0))
-            events.append(Event(kind, record, began, ended))
-        return events
-
     # -- texts ---------------------------------------------------------------------------------
 
     def _text(self, text: str, end: int = TEXTS_NBYTES) -> int:
@@ -303,7 +315,7 @@ class Recorder:
             if start + 2 + len(data) > end:
                 return 0
             at = TEXTS + start
-            self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
+            self.memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
             self.cells[Head.TEXTS] = start + 2 + len(data)
             self._offsets[text] = start
             return start
@@ -349,7 +361,7 @@ class Recorder:
     def write_stacks(self, text: str) -> None:
         """Say where this process's threads are; what is too long is cut."""
         data = text.encode(errors="replace")[: NBYTES - STACKS]
-        self._memory[STACKS : STACKS + len(data)] = data
+        self.memory[STACKS : STACKS + len(data)] = data
         self.cells[Head.STACKS] = len(data)
         self.cells[Head.ANSWERED] = monotonic_ns()
 
@@ -398,8 +410,6 @@ def site_of(frame: FrameType) -> Site:
 
     A frame keeps all local variables of its function alive, arrays included; a `Site` keeps none.
     """
-    from mpidist.observe.recorder.recording import Site
-
     user = frame
     while is_inside(user.f_code.co_filename) and user.f_back is not None:
         user = user.f_back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,31 +19,10 @@ from mpidist.observe.recorder.recorder import (
     TEXTS,
     Head,
     Kind,
+    Over,
+    Site,
     record_offset,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A place in a program.
-
-    Attributes
-    ----------
-    file : str
-        Path; nothing where it is not known.
-    line : int
-        Number of the line.
-    function : str
-        Name of the function.
-    """
-
-    file: str
-    line: int
-    function: str
-
-    def __str__(self) -> str:
-        """Return file and line, as editors take them."""
-        return f"{self.file}:{self.line}" if self.file else "?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +135,15 @@ class Recording:
         """Return where the threads were when that was last written."""
         length = self.cells[Head.STACKS]
         return bytes(self._memory[STACKS : STACKS + length]).decode(errors="replace")
+
+
+def decode_events(memory: memoryview, sink: Iterable[Over]) -> list[Event]:
+    """Return in words what a recorder's sink has collected, given the recorder's memory."""
+    events = []
+    for kind, what, group, number, site, began, ended in sink:
+        record = decode(memory, (what, group, 0, number, site, began, ended, 0))
+        events.append(Event(kind, record, began, ended))
+    return events
 
 
 def decode(memory: memoryview, fields: tuple[int, ...]) -> OperationRecord:

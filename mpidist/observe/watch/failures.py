@@ -17,7 +17,8 @@ from zlib import crc32
 
 from mpidist.errors import CollectiveMismatchError, DistributedError
 from mpidist.observe.recorder import Head, is_inside
-from mpidist.observe.recorder.recording import Recording, Site
+from mpidist.observe.recorder.recorder import Site
+from mpidist.observe.recorder.recording import Recording
 from mpidist.observe.watch.report import format_site
 
 _PAUSE = 0.15

@@ -12,7 +12,8 @@ from mpidist import env
 from mpidist._formatting import columns, format_ranges
 from mpidist._new_file import create_unique
 from mpidist.observe.recorder import is_inside
-from mpidist.observe.recorder.recording import OperationRecord, Site
+from mpidist.observe.recorder.recorder import Site
+from mpidist.observe.recorder.recording import OperationRecord
 from mpidist.observe.watch.states import RankState, Stack, Status
 
 _NAMED = 4

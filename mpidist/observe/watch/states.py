@@ -17,7 +17,8 @@ from time import monotonic_ns
 from typing import Any
 
 from mpidist.observe.recorder import Head, Kind
-from mpidist.observe.recorder.recording import OperationRecord, Recording, Site
+from mpidist.observe.recorder.recorder import Site
+from mpidist.observe.recorder.recording import OperationRecord, Recording
 
 
 class Status(str, Enum):
