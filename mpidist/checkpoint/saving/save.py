@@ -26,7 +26,7 @@ import numpy as np
 
 from mpidist._arguments import seconds
 from mpidist._types import Array
-from mpidist.arrays.namespaces import to_host
+from mpidist.arrays.namespaces import is_host, to_host
 from mpidist.checkpoint.directory import Checkpoint, clear, commit
 from mpidist.checkpoint.format import view
 from mpidist.checkpoint.format.files import (
@@ -217,7 +217,10 @@ def _begin(
 
 def _in_place(boxes: Sequence[HostBox]) -> list[HostBox]:
     """Return boxes where they are; only those on a device are copied."""
-    return [HostBox.of(box.name, box.box, to_host(box.data)) for box in boxes]
+    return [
+        box if is_host(box.data) else HostBox.of(box.name, box.box, to_host(box.data))
+        for box in boxes
+    ]
 
 
 def _write(plan: SavePlan, taken: Future[list[HostBox]], attributes: Mapping[str, Any]) -> Written:

@@ -43,7 +43,7 @@ blocks: one for the elements of a box, and one for small boxes."""
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which takes three times as long to make: there may be many
 class BoxSpec:
     """A box of an array, without its elements.
 
@@ -84,7 +84,7 @@ class BoxSource(BoxSpec, ABC):
         """Return the digests of its chunks; called after all blocks were taken."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HostBox(BoxSource):
     """A box of an array in host memory.
 

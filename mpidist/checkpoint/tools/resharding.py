@@ -297,7 +297,7 @@ def _write(
     commit(directory, manifest)
 
 
-@dataclass(frozen=True)
+@dataclass
 class StreamedBox(BoxSource):
     """A box of an array that is read, digested and written some chunks at a time."""
 
