@@ -125,7 +125,7 @@ def test_a_caller_says_which_line_of_the_user_this_is() -> None:
             mpidist.iall_reduce(np.ones(3), group).wait()
             in_threads(1, lambda _: mpidist.send(np.ones(1), group, dst=1 - group.rank))
         mpidist.recv(group, src=1 - group.rank)
-        records = Recording(group._backend.recorder._memory).records()
+        records = Recording(group._backend.recorder.memory).records()
         sites = {record.what.split()[0]: record.site for record in records}
         assert sites["iall_reduce"] == HERE
         assert sites["send"].file == sites["recv"].file == __file__
@@ -162,7 +162,7 @@ def test_the_files_of_an_adapter_count_as_inside(tmp_path: Path) -> None:
         namespace["call"](begin)  # type: ignore[operator]
         add_inside(str(adapter))
         namespace["call"](begin)  # type: ignore[operator]
-        records = Recording(recorder._memory).records()
+        records = Recording(recorder.memory).records()
         return [record.site.file for record in records if record.what == "x"]
 
     assert run_ranks(1, body) == [[path, __file__]]
