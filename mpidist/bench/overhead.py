@@ -97,7 +97,7 @@ def _unwatched(world: ProcessGroup, nbytes: int, notes: list[str]) -> list[Serie
         try:
             prepared.run(x, x, lambda: patience)
         except BaseException as error:
-            world._break(error)
+            world._state.break_by(error)
             raise
         return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -23,12 +22,11 @@ from mpidist.backends.work import Message, Steps
 from mpidist.errors import (
     BackendUnavailableError,
     CollectiveMismatchError,
-    GroupBrokenError,
     LaunchError,
     UnsupportedOperationError,
 )
-from mpidist.group.journal import Journal
 from mpidist.group.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers
+from mpidist.group.state import GroupState
 from mpidist.observe.recorder import Kind, caller
 
 if TYPE_CHECKING:
@@ -37,23 +35,12 @@ if TYPE_CHECKING:
     from mpidist.observe.recorder.recorder import Site
     from mpidist.observe.watch import Watch
 
-__all__ = ["Companion", "Operations", "Timeout", "abandon_groups", "broken_groups", "companions"]
+__all__ = ["Companion", "Operations", "Timeout", "abandon_groups", "companions"]
 
 T = TypeVar("T")
 
 Timeout: TypeAlias = "float | timedelta | None"
 """Seconds for one call; None stands for those of the group."""
-
-_MANY = 32
-"""Operations on host arrays that may be outstanding before a call polls them.
-
-A poll costs about a tenth of a small operation: programs that wait for theirs should not pay it.
-"""
-
-_BROKEN: list[Operations] = []
-# The buffers of a broken group may still be written by the transport. They live here, with their
-# group, until the process ends, and the exit handler sees that the job has to be aborted.
-
 
 _GROUPS: weakref.WeakSet[Operations] = weakref.WeakSet()
 
@@ -69,13 +56,8 @@ def abandon_groups(transport: str, reason: str) -> None:
         Why, for the error that every verb raises from now on.
     """
     for group in tuple(_GROUPS):
-        if group._backend.name == transport and group._reason is None:
-            group._reason = reason
-
-
-def broken_groups() -> Sequence[Operations]:
-    """Return the groups that an error has broken in this process."""
-    return tuple(_BROKEN)
+        if group._backend.name == transport and group._state.reason is None:
+            group._state.reason = reason
 
 
 class Companion(Protocol):
@@ -128,20 +110,24 @@ class Operations(Closing):
         warn_after: float,
         identity: int,
     ) -> None:
-        self.rank = backend.rank
-        self.size = backend.size
-        self.ranks = tuple(ranks)
+        self._state = state = GroupState(
+            backend,
+            watch,
+            ranks,
+            name=name,
+            timeout=timeout,
+            warn_after=warn_after,
+            identity=identity,
+        )
+        self.rank = state.rank
+        self.size = state.size
+        self.ranks = state.ranks
         self.name = name
-        self.timeout = timeout
-        self.warn_after = warn_after
         self._backend = backend
         self._watch = watch
-        self._journal = Journal(backend.recorder, name, identity)
+        self._journal = state.journal
         self._identity = identity
-        # In the order in which `_release` polls them.
-        self._outstanding: OrderedDict[GroupWork[Any], None] = OrderedDict()
-        self._limit = _MANY
-        self._unseen: GroupWork[Any] | None = None
+        self._outstanding = state.outstanding
         self._messages = 0
         self._collectives = [0]
         backend.follow(identity, self._collectives)
@@ -149,7 +135,6 @@ class Operations(Closing):
         self._counting = Lock()
         # The thread that is inside of a collective; 0 where none is.
         self._inside = 0
-        self._reason: str | None = None
         self._closed_with: list[Operations] = []
         self._companions: dict[str, Companion] = {}
         _GROUPS.add(self)
@@ -164,7 +149,25 @@ class Operations(Closing):
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""
-        return f"group {self.name!r}, rank {self.rank} of {self.size}"
+        return repr(self._state)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds after which a wait fails and the group is broken."""
+        return self._state.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._state.timeout = seconds
+
+    @property
+    def warn_after(self) -> float:
+        """Seconds after which a wait logs a warning, and again at each doubling."""
+        return self._state.warn_after
+
+    @warn_after.setter
+    def warn_after(self, seconds: float) -> None:
+        self._state.warn_after = seconds
 
     def called_at(self, site: Site) -> AbstractContextManager[None]:
         """Let records and errors say that a line of the user has called what this thread calls.
@@ -243,7 +246,7 @@ class Operations(Closing):
         """
         sums = self._backend.sums
         # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
-        if self._reason is not None or self._watch.debug or self._inside:
+        if self._state.reason is not None or self._watch.debug or self._inside:
             return False
         if self._backend.device is not None and is_device(x):
             return self._repeat_on_device(self._backend.device, x, op)
@@ -302,7 +305,7 @@ class Operations(Closing):
             timeout = self._seconds(timeout, f"i{call.verb}")
         if self._backend.device is not None and call.on_device:
             begun, waiter = self._begin_on_device(call, Kind.IMMEDIATE, timeout)
-            self._release(2)
+            self._state.release(2)
             return DeviceGroupWork(waiter, begun, finish)
         verb = f"i{call.verb}"
         number = self._count(verb)
@@ -319,8 +322,7 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
-        if len(self._outstanding) >= self._limit:
-            self._release_many()
+        self._state.release_many()
         return GroupWork(waiter, inner, finish)
 
     def _begin_on_device(
@@ -377,41 +379,8 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
-        self._release(2)
+        self._state.release(2)
         return DeviceGroupWork(waiter, inner, finish)
-
-    def _release(self, most: int) -> None:
-        """Release finished operations, which hold their arrays: nobody may ever wait for them.
-
-        Polls them in turn, also those behind one that lasts, until `most` in a row are not over.
-        """
-        outstanding, unfinished = self._outstanding, 0
-        while unfinished < min(most, len(outstanding)):
-            try:
-                work = next(iter(outstanding))
-                if work._complete():
-                    unfinished = 0
-                else:
-                    outstanding.move_to_end(work)
-                    unfinished += 1
-            except (StopIteration, RuntimeError, KeyError):
-                return  # another thread has begun or ended one: it looks after the others
-
-    def _release_many(self) -> None:
-        """Do so when many are outstanding, and again when half as many more have begun.
-
-        That makes two polls of an unfinished one for each that begins, and none in a program that
-        waits for its operations.
-        """
-        self._backend.progress()
-        self._release(_MANY)
-        self._limit = max(_MANY, len(self._outstanding) + _MANY // 2)
-
-    def _drive(self) -> None:
-        """Make progress while this rank waits; local, never blocks."""
-        self._backend.progress()
-        if self._outstanding:
-            self._release(1)
 
     def start_steps(
         self,
@@ -444,8 +413,7 @@ class Operations(Closing):
         except BaseException as error:
             self._failed(error, waiter)
             raise
-        if len(self._outstanding) >= self._limit:
-            self._release_many()
+        self._state.release_many()
         return GroupWork(waiter, inner, finish)
 
     def next_payload(self) -> int:
@@ -454,8 +422,8 @@ class Operations(Closing):
 
     def _count(self, verb: str) -> int:
         """Return the number of the collective that begins; the same on all ranks."""
-        if self._reason is not None or self._inside:
-            self._check_usable(verb)
+        if self._state.reason is not None or self._inside:
+            self._state.check_usable(verb)
             self._check_thread(verb)
         self._collectives[0] = number = self._collectives[0] + 1
         return number
@@ -471,7 +439,9 @@ class Operations(Closing):
     ) -> GroupWaiter:
         """Return what waits for a collective, the one that was begun last when it has no number."""
         collective = (self._identity, self._collectives[0] if number is None else number)
-        return GroupWaiter(self, verb, record, collective=collective, digest=digest, call=call)
+        return GroupWaiter(
+            self._state, verb, record, collective=collective, digest=digest, call=call
+        )
 
     def _message_waiter(
         self, verb: str, words: str, peers: Peers, frame: FrameType, timeout: Timeout = None
@@ -479,12 +449,12 @@ class Operations(Closing):
         """Count an operation among some ranks, record it, and return what waits for it."""
         if timeout is not None:
             timeout = self._seconds(timeout, verb)
-        self._check_usable(verb)
+        self._state.check_usable(verb)
         with self._counting:
             self._messages = number = self._messages + 1
         name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
         record = self._journal.begin(name, number, frame)
-        waiter = GroupWaiter(self, verb, record, number=number, peers=peers)
+        waiter = GroupWaiter(self._state, verb, record, number=number, peers=peers)
         if timeout is not None:
             waiter.limit(timeout)
         return waiter
@@ -534,16 +504,11 @@ class Operations(Closing):
         # Of the latter all ranks know, and nothing has begun.
         usable = isinstance(error, BackendUnavailableError)
         if isinstance(error, CollectiveMismatchError):
-            self._name(error, waiter)
+            self._state.add_operation(error, waiter.operation)
             usable = error.usable
         if not usable:
             # Also an interrupt: the other ranks have gone on to the next operation.
-            self._break(error)
-
-    def _name(self, error: CollectiveMismatchError, waiter: GroupWaiter) -> None:
-        """Add operation and group to an error of the transport."""
-        if self._reason is None:
-            error.args = (f"{waiter.operation} on {self}: {error}",)
+            self._state.break_by(error)
 
     def companion(self, name: str, make: Callable[[], C]) -> C:
         """Return what a subsystem keeps with this group, made when it is asked for first.
@@ -561,12 +526,7 @@ class Operations(Closing):
         MPI makes no progress by itself: a loop that computes for long while operations are
         outstanding calls this now and then.
         """
-        self._check_usable("progress")
-        self._backend.progress()
-        if self._backend.device is not None:
-            self._backend.device.idle()
-        for work in tuple(self._outstanding):
-            work._complete()
+        self._state.progress()
         for companion in tuple(self._companions.values()):
             companion.progress()
 
@@ -586,10 +546,10 @@ class Operations(Closing):
         Local, but waits for the group's outstanding operations and saves, if it has any. Closing
         twice is allowed; a broken group is not waited for.
         """
-        if self._reason is not None:
+        if self._state.reason is not None:
             return
         failed = self._finish()
-        if self._backend.device is not None and self._reason is None:
+        if self._backend.device is not None and self._state.reason is None:
             try:
                 with self._performing("close", among=[self.rank]) as waiter:
                     waiter.wait_for(self._backend.device.idle)
@@ -597,8 +557,8 @@ class Operations(Closing):
                 failed = failed or error
         for group in self._closed_with:
             group.close()
-        if self._reason is None:
-            self._reason = "it was closed"
+        if self._state.reason is None:
+            self._state.reason = "it was closed"
             if self._backend.device is not None:
                 self._backend.device.close()
             self._backend.close()
@@ -615,25 +575,11 @@ class Operations(Closing):
                 companion.close()
             except Exception as error:  # noqa: BLE001  # raised by `close`, when all are over
                 failed = failed or error
-        while self._outstanding and self._reason is None:
+        while self._outstanding and self._state.reason is None:
             try:
                 next(iter(self._outstanding)).synchronize()
             except Exception as error:  # noqa: BLE001  # as above
                 failed = failed or error
-        if self._unseen is not None:
-            failed, self._unseen = failed or self._unseen._error, None
+        if self._state.unseen is not None:
+            failed, self._state.unseen = failed or self._state.unseen.error, None
         return failed
-
-    def _check_usable(self, operation: str) -> None:
-        if self._reason is not None:
-            raise GroupBrokenError(
-                f"{operation} on {self}: the group cannot be used any more: {self._reason}"
-            )
-
-    def _break(self, error: BaseException) -> None:
-        """Make the group unusable: `error` has left its ranks at different places."""
-        if self._reason is None:
-            self._reason = str(error) or type(error).__name__
-            _BROKEN.append(self)
-            if self._backend.device is not None:
-                self._backend.device.abandon(error)

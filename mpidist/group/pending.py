@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mpidist._arguments import seconds
 from mpidist.backends.device.base import DeviceWork
@@ -21,10 +21,8 @@ from mpidist.errors import (
     SizeMismatchError,
     TransportError,
 )
+from mpidist.group.state import GroupState, PendingWork
 from mpidist.observe.recorder import caller
-
-if TYPE_CHECKING:
-    from mpidist.group.operations import Operations
 
 __all__ = [
     "EVERYBODY",
@@ -67,8 +65,8 @@ class GroupWaiter(Waiter):
 
     Parameters
     ----------
-    group : Operations
-        Whose operation it is.
+    state : GroupState
+        Of the group whose operation it is.
     verb : str
         For messages.
     record : int
@@ -97,16 +95,16 @@ class GroupWaiter(Waiter):
         "call",
         "collective",
         "digest",
-        "group",
         "own_timeout",
         "peers",
         "record",
+        "state",
         "timeout",
     )
 
     def __init__(
         self,
-        group: Operations,
+        state: GroupState,
         verb: str,
         record: int,
         *,
@@ -116,7 +114,7 @@ class GroupWaiter(Waiter):
         digest: int = 0,
         call: Collective | None = None,
     ) -> None:
-        self.group = group
+        self.state = state
         self.digest = digest
         self.call = call
         self.breaks = call is not None and call.breaks
@@ -124,7 +122,7 @@ class GroupWaiter(Waiter):
         self.collective = collective
         self.peers = peers
         self.own_timeout: float | None = None
-        self.timeout = group.timeout
+        self.timeout = state.timeout
         self._missing: Callable[[], Sequence[int]] | None = None
         self._verb = verb
         self._number = number
@@ -149,11 +147,11 @@ class GroupWaiter(Waiter):
     @property
     def balance(self) -> int | None:
         """What has to add up to 0 over all ranks, where something has to."""
-        return None if self.call is None else self.call.balance(self.group.rank)
+        return None if self.call is None else self.call.balance(self.state.rank)
 
     def describe(self) -> Described:
         """Return the call in words."""
-        site, call = self.group._watch.call_site(self.record), self.call
+        site, call = self.state.watch.call_site(self.record), self.call
         if call is None:
             return Described(self._verb, site)
         immediate = "i" * (self._verb != call.verb)
@@ -165,21 +163,21 @@ class GroupWaiter(Waiter):
         self, ready: Callable[[], bool], *, missing: Callable[[], Sequence[int]] | None = None
     ) -> None:
         """Wait as `Waiter` says; a missed deadline and a lost rank break the group."""
-        group = self.group
+        state = self.state
         self._missing = missing
-        self._next_warning, self._next_look = group.warn_after, 0.0
+        self._next_warning, self._next_look = state.warn_after, 0.0
         self._lost_since: float | None = None
         try:
             wait_until(
                 ready,
                 timeout=self.timeout,
-                progress=group._drive,
+                progress=state.drive,
                 patrol=self._patrol,
             )
         except WaitTimeout:
             raise self.expire() from None
         except (TransportError, PeerLostError) as error:
-            group._break(error)
+            state.break_by(error)
             raise
         finally:
             # It may hold the operation, which holds this: its arrays would wait for the collector.
@@ -192,14 +190,14 @@ class GroupWaiter(Waiter):
             "broken: let this error end the job, and look at what the missing ranks were "
             "doing; init(timeout=...) sets the deadline"
         )
-        self.group._break(error)
+        self.state.break_by(error)
         self.report(f"not complete after {self.timeout:g} s", error=error)
         return error
 
     @property
     def hopeless(self) -> bool:
         """Whether the group is broken."""
-        return self.group._reason is not None
+        return self.state.reason is not None
 
     @property
     def _key(self) -> tuple[int, int] | None:
@@ -209,17 +207,17 @@ class GroupWaiter(Waiter):
     @property
     def told(self) -> str:
         """The operation, its group and where it was called."""
-        site = self.group._watch.call_site(self.record)
-        return f"{self.operation} on {self.group}, called at {site}"
+        site = self.state.watch.call_site(self.record)
+        return f"{self.operation} on {self.state}, called at {site}"
 
     def _who(self) -> str:
         """Return words for the ranks that have not come, and for where they are instead."""
-        words = self.group._watch.describe_stall(self.group.ranks, self._key, self._absent())
+        words = self.state.watch.describe_stall(self.state.ranks, self._key, self._absent())
         return f". {words}" if words else ""
 
     def _absent(self) -> list[int]:
         """Return the ranks of the world that are known not to have come."""
-        members = self.group.ranks
+        members = self.state.ranks
         missing = self._missing() if self._missing is not None else ()
         if not missing and self.collective is None:
             missing = sorted(self.peers.ranks or ())
@@ -228,12 +226,12 @@ class GroupWaiter(Waiter):
     def report(self, why: str, *, dump: bool = True, error: DistributedError | None = None) -> None:
         """Tell what all ranks are doing, if no other rank is telling it, because of an error."""
         if error is not None:
-            here = self.group._watch.call_site(self.record)
-            group = f"group {self.group.name!r}"
+            here = self.state.watch.call_site(self.record)
+            group = f"group {self.state.name!r}"
             error._reported = f"{self.operation} on {group}, called at {here}: {why}"
-        self.group._watch.report(
+        self.state.watch.report(
             f"{self.told}: {why}",
-            members=self.group.ranks,
+            members=self.state.ranks,
             key=self._key,
             missing=self._absent(),
             dump=dump,
@@ -244,9 +242,9 @@ class GroupWaiter(Waiter):
         if self._key is None or waited < self._next_look:
             return
         self._next_look = min(2 * waited, waited + _LONGEST_PAUSE)
-        group = self.group
-        told = group._watch.differences(
-            group.ranks, self._key, compared=group._backend.compares_calls
+        state = self.state
+        told = state.watch.differences(
+            state.ranks, self._key, compared=state.backend.compares_calls
         )
         if told:
             error = CollectiveMismatchError(
@@ -254,24 +252,24 @@ class GroupWaiter(Waiter):
                 "let this error end the job; all ranks must make the same calls in the same order"
             )
             error.usable = False
-            self.group._break(error)
+            self.state.break_by(error)
             self.report("will never be complete", error=error)
             raise error
 
     def _lost(self) -> dict[int, str]:
         """Return the ranks on which this depends that are gone, and how they went."""
-        group, needed = self.group, self.peers.ranks
-        killed = set(group._watch.killed())
+        state, needed = self.state, self.peers.ranks
+        killed = set(state.watch.killed())
         gone = {
             rank: "was killed: its process has ended without a word"
-            for rank, world in enumerate(group.ranks)
+            for rank, world in enumerate(state.ranks)
             if world in killed
-        } | dict(group._backend.lost(self.collective))
+        } | dict(state.backend.lost(self.collective))
         return {rank: words for rank, words in gone.items() if needed is None or rank in needed}
 
     def _patrol(self, waited: float) -> None:
         if self.hopeless:  # an operation that was driven meanwhile has broken the group
-            self.group._check_usable(self.operation)
+            self.state.check_usable(self.operation)
         self._look_for_differences(waited)
         if waited >= self._next_warning:
             self._next_warning *= 2
@@ -292,7 +290,7 @@ class GroupWaiter(Waiter):
             raise error
 
 
-class GroupWork(Work[T]):
+class GroupWork(PendingWork[T]):
     """An operation under way on a group; see `Work`.
 
     Parameters
@@ -307,18 +305,18 @@ class GroupWork(Work[T]):
 
     def __init__(self, waiter: GroupWaiter, inner: Work[Any], finish: Callable[[], T]) -> None:
         self._waiter = waiter
-        self._group = waiter.group
+        self.state = waiter.state
         self._inner = inner
         self._finish = finish
         self._over = False
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._result: list[T] = []
         # Any thread that waits on the group polls what the others have started.
         self._polled = Lock()
-        self._group._outstanding[self] = None
-        self._group._backend.engine.held.add(self)
+        self.state.outstanding[self] = None
+        self.state.backend.engine.held.add(self)
 
-    def _complete(self) -> bool:
+    def complete(self) -> bool:
         """Poll the transport's part, and finish when it is over."""
         if self._over:
             return True
@@ -345,12 +343,12 @@ class GroupWork(Work[T]):
     def _fail(self, error: BaseException) -> None:
         """Be over with an error of the transport's part, in the words of the group."""
         if isinstance(error, CollectiveMismatchError):
-            self._group._name(error, self._waiter)
+            self.state.add_operation(error, self._waiter.operation)
             self._end(error, broken=not error.usable)
         elif isinstance(error, SizeMismatchError):
             self._end(error)
-        elif isinstance(error, TransportError) and str(self._group) not in str(error):
-            words = f"{self._waiter.operation} on {self._group}: {error}"
+        elif isinstance(error, TransportError) and str(self.state) not in str(error):
+            words = f"{self._waiter.operation} on {self.state}: {error}"
             told = TransportError(words, error.code)
             told.__cause__ = error
             self._end(told, broken=True)
@@ -364,25 +362,25 @@ class GroupWork(Work[T]):
 
     def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
         """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
-        self._over, self._error = True, error
+        self._over, self.error = True, error
         self._waiter.call = None  # it has the caller's arrays
-        group = self._group
-        group._outstanding.pop(self, None)
-        group._journal.end(self._waiter.record, failed=error is not None)
+        state = self.state
+        state.outstanding.pop(self, None)
+        state.journal.end(self._waiter.record, failed=error is not None)
         if broken and error is not None:
-            group._break(error)
+            state.break_by(error)
             return
-        if error is not None and group._unseen is None:
-            group._unseen = self  # for `close`, should nobody wait for it
-        engine = group._backend.engine
+        if error is not None and state.unseen is None:
+            state.unseen = self  # for `close`, should nobody wait for it
+        engine = state.backend.engine
         engine.held.discard(self)
         engine.running.pop(self._inner, None)  # else it stays there until somebody waits
         del self._inner
 
     def _raise(self, error: BaseException) -> NoReturn:
         """Raise the error with which it ended: `close` need not."""
-        if self._group._unseen is self:
-            self._group._unseen = None
+        if self.state.unseen is self:
+            self.state.unseen = None
         raise error
 
     def missing(self) -> Sequence[int]:
@@ -392,12 +390,12 @@ class GroupWork(Work[T]):
     def done(self) -> bool:
         """Make progress on the whole group, and return whether this operation is complete."""
         if not self._over:
-            self._group._check_usable(self._waiter.operation)
-            self._group._backend.progress()
-        if not self._complete():
+            self.state.check_usable(self._waiter.operation)
+            self.state.backend.progress()
+        if not self.complete():
             return False
-        if self._error is not None:
-            self._raise(self._error)
+        if self.error is not None:
+            self._raise(self.error)
         return True
 
     def wait(self, timeout: float | None = None) -> T:
@@ -405,24 +403,24 @@ class GroupWork(Work[T]):
         if timeout is not None:
             timeout = self._seconds(timeout)
         if not self._over:
-            self._group._check_usable(self._waiter.operation)
+            self.state.check_usable(self._waiter.operation)
             self._wait(timeout)
-        if self._error is not None:
-            self._raise(self._error)
+        if self.error is not None:
+            self._raise(self.error)
         return self._result[0]
 
     def _seconds(self, timeout: Any) -> float:
         """Return the timeout of a wait as a number; what is over is asked with `done`."""
-        return seconds(timeout, f"{self._waiter.operation} on {self._group}: timeout", least=0.0)
+        return seconds(timeout, f"{self._waiter.operation} on {self.state}: timeout", least=0.0)
 
     def _wait(self, timeout: float | None) -> None:
-        waiter, journal = self._waiter, self._group._journal
+        waiter, journal = self._waiter, self.state.journal
         if timeout is None:
             timeout = waiter.own_timeout
-        waiter.timeout = self._group.timeout if timeout is None else timeout
+        waiter.timeout = self.state.timeout if timeout is None else timeout
         journal.wait(waiter.record, caller(2))
         try:
-            waiter.wait_for(self._complete, missing=self.missing)
+            waiter.wait_for(self.complete, missing=self.missing)
         except (CollectiveTimeoutError, CollectiveMismatchError, PeerLostError) as error:
             self._end(error, broken=True)
         finally:
@@ -448,13 +446,13 @@ class DeviceGroupWork(GroupWork[T]):
         if timeout is not None:
             self._seconds(timeout)
         if not self._over:
-            self._group._check_usable(self._waiter.operation)
+            self.state.check_usable(self._waiter.operation)
             try:
                 self._inner.order()
             except Exception as error:  # noqa: BLE001  # kept, and raised below
                 self._fail(error)
-        if self._error is not None:
-            self._raise(self._error)
+        if self.error is not None:
+            self._raise(self.error)
         if not self._result:
             super()._arrived()
         return self._result[0]
@@ -462,13 +460,13 @@ class DeviceGroupWork(GroupWork[T]):
     def synchronize(self, timeout: float | None = None) -> T:
         """Block the host until the result is there, and return it."""
         result = self.wait(timeout)
-        device = self._group._backend.device
+        device = self.state.backend.device
         assert device is not None, "it carried this operation"
         # Behind the operation there may be copies that make the result the caller's.
         arrived = device.fence()
         if not self._over:
             self._wait(None if timeout is None else self._seconds(timeout))
-            if self._error is not None:
-                self._raise(self._error)
+            if self.error is not None:
+                self._raise(self.error)
         self._waiter.wait_for(arrived)
         return result

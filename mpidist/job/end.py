@@ -35,8 +35,9 @@ from mpidist.errors import (
     PeerLostError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.group.operations import Operations, broken_groups, companions
+from mpidist.group.operations import Operations, companions
 from mpidist.group.pending import GroupWork
+from mpidist.group.state import GroupState, broken_states
 from mpidist.log import shows
 from mpidist.observe.watch import Watch
 from mpidist.observe.watch.deadlines import limit_finalization, limit_loading, main_stack
@@ -199,7 +200,7 @@ class _Hooks:
             return
         for group in tuple(self._groups):
             group._watch.leave()
-        broken = [group for group in broken_groups() if group._backend.name == self._job.name]
+        broken = [state for state in broken_states() if state.backend.name == self._job.name]
         if broken:
             text = f"ends with a broken group ({broken[0].name!r}); ending the job"
             self._say_together("broken", text)
@@ -223,7 +224,7 @@ class _Hooks:
 
     def end_companions(self) -> None:
         """Wait for what subsystems have under way, such as the last save; an exit handler."""
-        if os.getpid() != self._pid or self._job.ended() or broken_groups():
+        if os.getpid() != self._pid or self._job.ended() or broken_states():
             return
         for _, companion in companions():
             try:
@@ -251,8 +252,9 @@ class _Hooks:
         """
         held = self._job.held()
         before = len(held)
-        groups: set[Operations] = set(self._groups)
-        groups.update(work._group for work in tuple(held) if isinstance(work, GroupWork))
+        # The program may have dropped a group whose operations are still under way.
+        groups: set[Operations | GroupState] = set(self._groups)
+        groups.update(work.state for work in tuple(held) if isinstance(work, GroupWork))
         for group in groups:
             with contextlib.suppress(Exception):
                 group.progress()

@@ -216,7 +216,9 @@ def test_a_dropped_message_never_comes(mode: Mode, number: int) -> None:
             assert done == [tag != number - 1 or lost_is_done for tag in range(3)]
         while not received.wait(0.001):
             group.progress()
-        group._break(CollectiveTimeoutError("the test is over"))  # close() must not wait for it
+        group._state.break_by(
+            CollectiveTimeoutError("the test is over")
+        )  # close() must not wait for it
         return []
 
     faults = Faults(drops=(Drop(0, 1, number),))
