@@ -174,7 +174,7 @@ class Collective(ABC):
         """Return what makes a difference to `describe`, quickly: it is part of every call."""
         arrays = self.arrays
         x = arrays[0] if arrays else None
-        like = None if x is None else (x.dtype, x.size, type(x) is np.ndarray or is_host(x))
+        like = None if x is None else _key_of(x)
         return self.verb, like, self.arguments, self.shape, self.rows, self.listed
 
     def describe(self) -> str:
@@ -249,6 +249,10 @@ class Broadcast(Collective):
     def arguments(self) -> Arguments:
         """Return the root."""
         return None, self.root, None
+
+    def key(self) -> Hashable:
+        """As of any, at less cost."""
+        return self.verb, _key_of(self.x), self.root, self.shape, self.listed
 
     def steps(self, lane: Lane) -> Steps:
         """Pass it down a tree."""
@@ -337,6 +341,10 @@ class AllReduce(Collective):
     def arguments(self) -> Arguments:
         """Return the op."""
         return self.op, None, None
+
+    def key(self) -> Hashable:
+        """As of any, at less cost."""
+        return self.verb, _key_of(self.x), self.op, self.shape, self.listed
 
     def steps(self, lane: Lane) -> Steps:
         """Choose the algorithm by size and dtype."""
@@ -627,6 +635,11 @@ class Together(Collective):
         """Return all, as flat arrays, and the list of which they are."""
         calls = [f"{call.describe_call(None, None)} on the device" for call in self.calls]
         return f"{' + '.join(calls)} of a list of {self.listed}"
+
+
+def _key_of(x: Array) -> Hashable:
+    """Return what of an array makes a difference to how it is described."""
+    return x.dtype, x.size, type(x) is np.ndarray or is_host(x)
 
 
 def _present(*arrays: Array | None) -> tuple[Array, ...]:
