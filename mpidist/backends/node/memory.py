@@ -117,7 +117,8 @@ class NodeMemory:
             if summed is not None:
                 summed.run(x, out, lambda: waiter)
                 return True
-        steps = self.steps(collective, waiter)
+        array = None if self._direct is None else collective.registrable
+        steps = None if array is None else self._plan(collective, array, waiter)
         if steps is None:
             return False
         for step in steps:
@@ -127,7 +128,13 @@ class NodeMemory:
     def steps(self, collective: Collective, waiter: Waiter) -> ConditionSteps[None] | None:
         """Return the steps of a collective on registered arrays, or None if it goes another way."""
         x = None if self._direct is None else collective.registrable
-        if self._direct is None or x is None or x.nbytes < self._crossovers.registered:
+        return None if x is None else self._plan(collective, x, waiter)
+
+    def _plan(
+        self, collective: Collective, x: Array, waiter: Waiter
+    ) -> ConditionSteps[None] | None:
+        """Return the steps of a collective on `x`, or None if it is not registered or short."""
+        if self._direct is None or x.nbytes < self._crossovers.registered:
             return None
         array = self.registered.find(x)
         return None if array is None else self._direct.plan(collective, waiter, array)
