@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from mpidist._types import Array, DType, ReduceOp
-from mpidist.arrays.namespaces import REDUCTIONS
+from mpidist._types import Array
 from mpidist.backends import algorithms
+from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.crossovers import Crossovers, choose
 from mpidist.backends.node.comparison import compare
 from mpidist.backends.verbs import Collective
@@ -31,31 +30,6 @@ if TYPE_CHECKING:
     from mpidist.backends.node.sums import NodeSums
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a transport can do; anything else is refused before the first byte moves.
-
-    Attributes
-    ----------
-    reductions : frozenset of (ReduceOp, dtype)
-        The pairs that its reductions take.
-    max_tag : int
-        Largest tag of a message; -1 where messages have none.
-    any_source : bool
-        Whether a receive may take a message from any rank.
-    unknown_shapes : bool
-        Whether a receive may learn shape and dtype from the message.
-    halves_rounded_once : bool
-        Whether float16 and bfloat16 are summed in float32 and rounded at the end only.
-    """
-
-    reductions: frozenset[tuple[ReduceOp, DType]] = REDUCTIONS
-    max_tag: int = 2**15 - 1
-    any_source: bool = True
-    unknown_shapes: bool = True
-    halves_rounded_once: bool = True
 
 
 class Traffic(IntEnum):
@@ -95,7 +69,7 @@ class Backend(ABC):
     node_memory: NodeMemory | None = None
     """What this rank shares with the others of its node, where the transport has such a layer."""
 
-    device: DeviceBackend | None = None
+    device: DeviceBackend[Backend] | None = None
     """What carries device arrays between the same ranks; see `mpidist.backends.device.hybrid`."""
 
     no_device: str = "it was started for host arrays only; init() looks for GPUs"

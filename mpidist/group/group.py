@@ -15,7 +15,8 @@ import numpy as np
 from mpidist._arguments import whole_number
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import device_empty, is_host
-from mpidist.backends.base import Backend, Capabilities
+from mpidist.backends.base import Backend
+from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.verbs import AllGather
 from mpidist.errors import (
@@ -210,7 +211,7 @@ class ProcessGroup(Operations):
         """Name of the transport; ``"hybrid"`` where it carries device arrays, too."""
         return self._backend.name if self._backend.device is None else "hybrid"
 
-    def transport_of(self, x: Array) -> Backend | DeviceBackend:
+    def transport_of(self, x: Array) -> Backend | DeviceBackend[Backend]:
         """Return what carries an array that has been checked."""
         device = self._backend.device
         return self._backend if device is None or is_host(x) else device

@@ -276,7 +276,7 @@ class Operations(Closing):
         name = self._journal.name_collective(Kind.BLOCKING, call)
         return self._waiter(call.verb, record, name.call, call)
 
-    def _repeat_on_device(self, device: DeviceBackend, x: Array, op: ReduceOp) -> bool:
+    def _repeat_on_device(self, device: DeviceBackend[Backend], x: Array, op: ReduceOp) -> bool:
         """Perform an all_reduce of a device array in place if it needs no preparation."""
         name = self._journal.name_device_sum(x, op)
         number, record = self._collectives[0] + 1, 0

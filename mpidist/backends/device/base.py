@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.backends.verbs import Collective
@@ -18,7 +18,10 @@ from mpidist.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:
     from mpidist._types import Array, ReduceOp
-    from mpidist.backends.base import Backend, Capabilities
+    from mpidist.backends.capabilities import Capabilities
+
+H = TypeVar("H")
+"""The transport of host arrays that it belongs to."""
 
 __all__ = ["DeviceBackend", "DeviceWork"]
 
@@ -35,7 +38,7 @@ class DeviceWork(Work[None]):
         """Call this when the operation is seen to be over."""
 
 
-class DeviceBackend(ABC):
+class DeviceBackend(ABC, Generic[H]):
     """Moves device arrays between the ranks of one group.
 
     Attributes
@@ -65,7 +68,7 @@ class DeviceBackend(ABC):
         self._kept = [(reached, held) for reached, held in self._kept if not reached()]
         self._kept.append((self.fence(), what))
 
-    def abandon(self, error: BaseException) -> None:  # noqa: B027  # optional
+    def abandon(self, error: BaseException) -> None:  # optional
         """End what is under way: the group is broken, by this error."""
 
     @abstractmethod
@@ -104,12 +107,12 @@ class DeviceBackend(ABC):
 
     @abstractmethod
     def split(
-        self, color: int | None, key: int, host: Backend | None, waiter: Waiter
-    ) -> DeviceBackend | None:
+        self, color: int | None, key: int, host: H | None, waiter: Waiter
+    ) -> DeviceBackend[H] | None:
         """Make the transport that belongs to the host's new one; collective over all, blocks."""
 
     @abstractmethod
-    def create(self, host: Backend) -> DeviceBackend:
+    def create(self, host: H) -> DeviceBackend[H]:
         """Make the transport that belongs to the host's new one of some ranks; does not block."""
 
     @property

@@ -95,7 +95,7 @@ class _Staged(DeviceWork):
         return self._steps.missing()
 
 
-class HostStaging(DeviceBackend):
+class HostStaging(DeviceBackend[Backend]):
     """Carries the device arrays of a group by way of its host transport.
 
     Parameters

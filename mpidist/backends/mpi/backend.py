@@ -22,7 +22,8 @@ from mpidist import env
 from mpidist._types import Array
 from mpidist.arrays.namespaces import as_bytes
 from mpidist.backends import algorithms
-from mpidist.backends.base import Backend, Capabilities, Traffic
+from mpidist.backends.base import Backend, Traffic
+from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.job import ExitNotices
 from mpidist.backends.mpi import communicators
 from mpidist.backends.mpi.calls import LibraryCall, LibraryCalls

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from mpidist._types import Array
-from mpidist.backends.base import Backend, Capabilities, Traffic
+from mpidist.backends.base import Backend, Traffic
+from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.node.memory import NodeMemory
 from mpidist.backends.node.signatures import CallSignature, Route
 from mpidist.backends.node.topology import NodeTopology

@@ -17,7 +17,7 @@ import numpy as np
 from mpidist import collectives
 from mpidist._types import Array, DType
 from mpidist.arrays.namespaces import DTYPES
-from mpidist.backends.base import Capabilities
+from mpidist.backends.capabilities import Capabilities
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract._landings import (
     HOST_LANDINGS,

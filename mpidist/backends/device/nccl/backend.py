@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from mpidist._threads import run_in_thread
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import device_module
-from mpidist.backends.base import Backend, Capabilities
+from mpidist.backends.base import Backend
+from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.device.base import DeviceBackend
 from mpidist.backends.device.nccl import calls
 from mpidist.backends.device.nccl.communicator import NcclCommunicator
@@ -53,7 +54,7 @@ def _begin_all(operations: Sequence[Operation], communicator: NcclCommunicator) 
             operation.call(communicator)
 
 
-class NcclBackend(DeviceBackend):
+class NcclBackend(DeviceBackend[Backend]):
     """Device arrays of one group over NCCL.
 
     The first operation connects the ranks, on the device that is current then.
