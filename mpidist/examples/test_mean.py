@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.testing import Death, Faults, Mode, run_ranks
+from mpidist.testing import Death, DeliveryMode, Faults, run_ranks
 
 
 def global_mean(x, group):
@@ -13,7 +13,7 @@ def global_mean(x, group):
     return sums[0] / sums[1]
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", DeliveryMode)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_uneven_shares(size, mode):
     def rank(group):

@@ -6,19 +6,21 @@ Simulated ranks (`run_ranks`) with injected faults, and the cases that every tra
 
 from __future__ import annotations
 
-from mpidist.backends.simulated.faults import Death, Drop, Faults, Mode
+from mpidist.backends.simulated.faults import Death, DeliveryMode, Drop, Faults
 from mpidist.testing.contract import BackendContract, DeviceContract, DevicePlace
 from mpidist.testing.gradcheck import check_gradients, check_halves
 from mpidist.testing.ranks import run_ranks
 
+Mode = DeliveryMode  # its name in version 0.1.0
+
 __all__ = [
     "BackendContract",
     "Death",
+    "DeliveryMode",
     "DeviceContract",
     "DevicePlace",
     "Drop",
     "Faults",
-    "Mode",
     "check_gradients",
     "check_halves",
     "run_ranks",

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from mpidist.backends.simulated.backend import SimulatedBackend
-from mpidist.backends.simulated.faults import Faults, JobAborted, Mode, RankDied
+from mpidist.backends.simulated.faults import DeliveryMode, Faults, JobAborted, RankDied
 from mpidist.backends.simulated.network import Network
 from mpidist.errors import CollectiveTimeoutError, GroupBrokenError, PeerLostError
 from mpidist.group import ProcessGroup
@@ -31,7 +31,7 @@ def run_ranks(
     size: int,
     fn: Callable[..., T],
     *args: Any,
-    mode: Mode = Mode.EAGER,
+    mode: DeliveryMode = DeliveryMode.EAGER,
     faults: Faults | None = None,
     seed: int = 0,
     ranks_per_node: int | None = None,
@@ -49,8 +49,8 @@ def run_ranks(
         it returns.
     *args : Any
         More arguments, the same objects on all ranks.
-    mode : Mode, optional
-        When messages are delivered; see `Mode`.
+    mode : DeliveryMode, optional
+        When messages are delivered; see `DeliveryMode`.
     faults : Faults, optional
         What goes wrong; calls and messages are counted from the beginning of `fn`.
     seed : int, optional

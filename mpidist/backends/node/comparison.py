@@ -26,8 +26,8 @@ from mpidist.errors import CollectiveMismatchError
 
 __all__ = [
     "Add",
-    "Comparison",
     "CounterComparison",
+    "SignatureComparison",
     "SumComparison",
     "compare",
     "difference",
@@ -40,7 +40,7 @@ Add: TypeAlias = Callable[[Array], Work[Any]]
 _MASK = 2**64 - 1
 
 
-class Comparison(Protocol):
+class SignatureComparison(Protocol):
     """The arrivals of one group, by the number of the operation."""
 
     def arrive(self, number: int, signature: CallSignature) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.backends.algorithms import Exchanger, Lane
 from mpidist.backends.crossovers import Crossovers
-from mpidist.backends.node.comparison import Comparison, refuse
+from mpidist.backends.node.comparison import SignatureComparison, refuse
 from mpidist.backends.node.counters import ArrivalCounters, supported
 from mpidist.backends.node.direct_path import DirectPath
 from mpidist.backends.node.registered_memory import Block, Registry
@@ -69,7 +69,7 @@ class NodeMemory:
         exchange: NodeExchange,
         *,
         lane_of: Callable[[int], int],
-        compare: Callable[[], Comparison],
+        compare: Callable[[], SignatureComparison],
         direct: bool = True,
     ) -> None:
         self.registered = Registry()

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeAlias, TypeVar
 
-from mpidist.backends.node.comparison import Comparison, CounterComparison
+from mpidist.backends.node.comparison import CounterComparison, SignatureComparison
 from mpidist.backends.node.counters import RING, ArrivalCounters
 from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.signatures import (
@@ -58,7 +58,7 @@ class Sequencer:
         Of the ranks of this node; of this rank alone where the ranks share no memory.
     topology : NodeTopology
         The ranks that share the counters.
-    comparison : Comparison or None
+    comparison : SignatureComparison or None
         How the ranks of the group compare their calls; None if all of them share the
         counters.
     refuse : callable
@@ -75,7 +75,7 @@ class Sequencer:
         self,
         counters: ArrivalCounters,
         topology: NodeTopology,
-        comparison: Comparison | None,
+        comparison: SignatureComparison | None,
         refuse: Refuse,
     ) -> None:
         self.counters = counters

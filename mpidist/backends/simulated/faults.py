@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["Death", "Drop", "Faults", "JobAborted", "Mode", "RankDied"]
+__all__ = ["Death", "DeliveryMode", "Drop", "Faults", "JobAborted", "RankDied"]
 
 
-class Mode(Enum):
+class DeliveryMode(Enum):
     """How a message moves.
 
     Attributes

@@ -17,7 +17,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import as_bytes
-from mpidist.backends.simulated.faults import Faults, JobAborted, Mode, RankDied
+from mpidist.backends.simulated.faults import DeliveryMode, Faults, JobAborted, RankDied
 from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work
 from mpidist.errors import TransportError
@@ -206,7 +206,7 @@ class Network:
     ----------
     size : int
         Number of ranks.
-    mode : Mode, optional
+    mode : DeliveryMode, optional
         How messages move.
     faults : Faults, optional
         What goes wrong.
@@ -222,7 +222,7 @@ class Network:
         self,
         size: int,
         *,
-        mode: Mode = Mode.EAGER,
+        mode: DeliveryMode = DeliveryMode.EAGER,
         faults: Faults | None = None,
         seed: int = 0,
         ranks_per_node: int | None = None,
@@ -375,7 +375,7 @@ class Network:
         rank = member.members[member.rank]
         work = ExchangeWork(self, rank, len(sends), len(receives))
         parcels = [Parcel(member, message, work) for message in sends]
-        if self._mode is Mode.EAGER:
+        if self._mode is DeliveryMode.EAGER:
             for parcel in parcels:
                 parcel.data = parcel.data.copy()
         with self._lock:
@@ -387,7 +387,7 @@ class Network:
                 if waiting is not None:
                     self._match(waiting, receive)
             for parcel in parcels:
-                if self._mode is Mode.EAGER:
+                if self._mode is DeliveryMode.EAGER:
                     self._sent_off(parcel)
                 self._dispatch(parcel)
         return work
@@ -400,7 +400,7 @@ class Network:
             return
 
         def arrive() -> None:
-            if self._mode is Mode.POLLED:
+            if self._mode is DeliveryMode.POLLED:
                 self._hand_over(dest, lambda: self._arrive(parcel))
             else:
                 self._arrive(parcel)
@@ -420,7 +420,7 @@ class Network:
 
     def _match(self, parcel: Parcel, receive: PostedReceive) -> None:
         """Move a message to its receive."""
-        if self._mode is not Mode.POLLED:
+        if self._mode is not DeliveryMode.POLLED:
             receive.take(parcel)
             self._sent_off(parcel)
             self._finish(receive.work)
