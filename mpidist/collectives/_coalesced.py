@@ -20,10 +20,16 @@ from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace, is_device, is_host
 from mpidist.backends.verbs import Barrier, Planned, Together
 from mpidist.backends.work import Work
-from mpidist.collectives._checks import check_array, check_out, native_dtype, nothing
+from mpidist.collectives._checks import (
+    check_array,
+    check_out,
+    cut_rows,
+    native_dtype,
+    nothing,
+    rows_of,
+)
 from mpidist.collectives._gathers import plan_all_gather
 from mpidist.collectives._reductions import plan_all_reduce, plan_broadcast, plan_reduce_scatter
-from mpidist.collectives._rows import cut_rows, rows_of
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout

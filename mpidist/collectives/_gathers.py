@@ -10,12 +10,14 @@ from mpidist.backends.work import Work
 from mpidist.collectives._checks import (
     check_array,
     check_rank,
+    contributed_rows,
+    elements_in,
     flat_source,
     land,
     nothing,
+    rows_of,
     separate,
 )
-from mpidist.collectives._rows import contributed_rows, elements_in, rows_of
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout
 

@@ -18,6 +18,8 @@ from mpidist.collectives._checks import (
     check_array,
     check_rank,
     check_reduction,
+    cut_rows,
+    elements_in,
     flat_source,
     is_plain,
     land,
@@ -25,7 +27,6 @@ from mpidist.collectives._checks import (
     overlap,
     separate,
 )
-from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.group.operations import Timeout
 

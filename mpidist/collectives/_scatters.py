@@ -11,11 +11,12 @@ from mpidist.collectives._checks import (
     check_array,
     check_counts,
     check_rank,
+    cut_rows,
+    elements_in,
     flat_source,
     land,
     overlap,
 )
-from mpidist.collectives._rows import cut_rows, elements_in
 from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout

@@ -23,11 +23,12 @@ from mpidist.backends.work import ANY_SOURCE, Work
 from mpidist.collectives._objects import pickled, unpickled
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout
-from mpidist.point_to_point._batches import exchange_on_device, prepare_batch
 from mpidist.point_to_point._messages import (
     Receive,
     ReceiveWork,
     Send,
+    exchange_on_device,
+    prepare_batch,
     prepare_receive,
     prepare_send,
 )

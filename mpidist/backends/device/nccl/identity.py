@@ -19,7 +19,7 @@ from mpidist.errors import BackendUnavailableError, LaunchError
 
 __all__ = ["check_devices", "gather_facts", "own_facts"]
 
-_ROOM, _WORDS = 1024, 400
+_TEXT_BYTES, _WORDS = 1024, 400
 """Bytes of what a rank says, and letters of a reason in it."""
 
 _SHARED_SINCE = 23003
@@ -51,9 +51,9 @@ def own_facts(node: int) -> dict[str, Any]:
 def gather_facts(mine: dict[str, Any], host: Backend, waiter: Waiter) -> list[dict[str, Any]]:
     """Return what every rank says; collective, blocks."""
     text = json.dumps(mine).encode()
-    said = np.frombuffer(text.ljust(_ROOM), np.uint8)
-    heard = np.empty((host.size, _ROOM), np.uint8)
-    host.run(AllGather(said, heard.reshape(-1), (_ROOM,) * host.size), waiter=waiter)
+    said = np.frombuffer(text.ljust(_TEXT_BYTES), np.uint8)
+    heard = np.empty((host.size, _TEXT_BYTES), np.uint8)
+    host.run(AllGather(said, heard.reshape(-1), (_TEXT_BYTES,) * host.size), waiter=waiter)
     return [json.loads(row.tobytes()) for row in heard]
 
 
