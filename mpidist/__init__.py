@@ -15,8 +15,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mpidist._version import __version__ as __version__
-
 if TYPE_CHECKING:
     from mpidist._types import (
         BAND,
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
         SUM,
         ReduceOp,
     )
+    from mpidist._version import __version__ as __version__
     from mpidist.arrays.boxes import Box
     from mpidist.arrays.shards import ShardedArray
     from mpidist.backends.availability import is_mpi_available, is_nccl_available
@@ -220,6 +219,8 @@ def __getattr__(name: str) -> Any:
 
     Importing all of them takes a quarter of the time that importing numpy does.
     """
+    if name == "__version__":
+        return import_module("mpidist._version").__version__
     if name in _PARTS:
         return import_module(f"mpidist.{name}")
     if name in __all__:
