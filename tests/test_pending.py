@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 import weakref
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import mpidist
+from mpidist.group.operations import abandon_groups
 from mpidist.testing import Death, Faults, run_ranks
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -253,3 +255,20 @@ def test_a_wait_ends_with_the_reason_if_the_group_breaks_meanwhile():
 
     for text in run_ranks(3, body):
         assert "the ranks called different things" in text
+
+
+def test_a_work_of_a_group_that_was_dropped_is_given_up_with_its_transport():
+    """As in a child that was forked, and after MPI.Finalize: its use would end the process."""
+    both = threading.Barrier(2)
+
+    def body(group):
+        work = mpidist.irecv(group.duplicate("dropped"), src=1 - group.rank)
+        gc.collect()
+        if both.wait(10) == 0:
+            abandon_groups("simulated", "there is no transport any more")
+        both.wait(10)
+        for ask in (work.wait, work.done):
+            with pytest.raises(mpidist.GroupBrokenError, match="no transport any more"):
+                ask()
+
+    run_ranks(2, body, timeout=10)

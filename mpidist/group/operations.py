@@ -42,7 +42,8 @@ T = TypeVar("T")
 Timeout: TypeAlias = "float | timedelta | None"
 """Seconds for one call; None stands for those of the group."""
 
-_GROUPS: weakref.WeakSet[Operations] = weakref.WeakSet()
+_STATES: weakref.WeakSet[GroupState] = weakref.WeakSet()
+"""Of the groups, and of those of which the program has kept an operation only."""
 
 
 def abandon_groups(transport: str, reason: str) -> None:
@@ -55,9 +56,9 @@ def abandon_groups(transport: str, reason: str) -> None:
     reason : str
         Why, for the error that every verb raises from now on.
     """
-    for group in tuple(_GROUPS):
-        if group._backend.name == transport and group._state.reason is None:
-            group._state.reason = reason
+    for state in tuple(_STATES):
+        if state.backend.name == transport and state.reason is None:
+            state.reason = reason
 
 
 class Companion(Protocol):
@@ -137,7 +138,7 @@ class Operations(Closing):
         self._inside = 0
         self._closed_with: list[Operations] = []
         self._companions: dict[str, Companion] = {}
-        _GROUPS.add(self)
+        _STATES.add(state)
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         """Refuse to be copied or pickled."""

@@ -362,7 +362,8 @@ class GroupWork(PendingWork[T]):
 
     def _end(self, error: BaseException | None = None, *, broken: bool = False) -> None:
         """Be over; the arrays of a broken group are held for ever, see `Engine.held`."""
-        self._over, self.error = True, error
+        # In this order: what is over has its result or its error, whichever thread asks.
+        self.error, self._over = error, True
         self._waiter.call = None  # it has the caller's arrays
         state = self.state
         state.outstanding.pop(self, None)
