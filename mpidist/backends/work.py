@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from mpidist._types import Array
@@ -86,9 +86,9 @@ class Work(ABC, Generic[T]):
         return ()
 
     @staticmethod
-    def all(works: Sequence[Work[T]]) -> Work[list[T]]:
+    def all(works: Iterable[Work[T]]) -> Work[list[T]]:
         """Return what is complete when all of these are; its result is the list of theirs."""
-        return _AllWork(works)
+        return _AllWork(tuple(works))
 
     def then(self, finish: Callable[[T], U]) -> Work[U]:
         """Return the same operation with another result: what `finish` makes of this one's.

@@ -140,3 +140,12 @@ def test_two_threads_drive_one_operation() -> None:
     thread.join(10)
     assert work.done()
     assert not engine.running
+
+
+def test_works_of_a_generator_are_all_waited_for_each_time() -> None:
+    steps = [phases([], []), phases([], [])]
+    both = Work.all(StepsWork(each) for each in steps).then(len)
+    assert both.done()
+    assert both.wait() == 2
+    done = Work.all(map(StepsWork, [phases([Fake(9)], [])]))
+    assert [done.done(), done.done()] == [False, False]
