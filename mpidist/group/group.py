@@ -530,12 +530,14 @@ class ProcessGroup(Operations):
         Parameters
         ----------
         x : Array
-            Any contiguous array in it, such as the one that `register` returned.
+            Any contiguous array in it, such as the one that `register` returned; every rank gives
+            one.
 
         Raises
         ------
         BackendUnavailableError
-            If the array of any rank is not in registered memory; on all ranks, and nothing changes.
+            If the array of any rank is not in registered memory, or the arrays are in memory of
+            different calls of `register`; on all ranks, and nothing changes.
 
         Notes
         -----

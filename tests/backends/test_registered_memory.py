@@ -101,9 +101,13 @@ def check_all_or_none(group: ProcessGroup) -> None:
     x = group.empty(COUNT)
     with pytest.raises(BackendUnavailableError, match="not in registered memory"):
         group.unregister(x if group.rank else np.zeros(3))
-    assert len(registry_of(group)._blocks) == blocks + 1
-    x[...] = 1
-    assert mpidist.all_reduce(x, group, out=x)[0] == group.size
+    y = group.empty(COUNT)
+    with pytest.raises(BackendUnavailableError, match="not in that of the others"):
+        group.unregister(x if group.rank else y)
+    assert len(registry_of(group)._blocks) == blocks + 2
+    for each in (x, y):
+        each[...] = 1
+        assert mpidist.all_reduce(each, group, out=each)[0] == group.size
 
 
 CHECKS = [check_second_views, check_foreign_memory, check_all_or_none]

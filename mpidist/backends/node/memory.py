@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.backends.algorithms import Exchanger, Lane
+from mpidist.backends.algorithms import Exchanger, Lane, ring_all_gather
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.node.comparison import SignatureComparison, refuse
 from mpidist.backends.node.counters import ArrivalCounters, supported
@@ -187,16 +187,21 @@ class NodeMemory:
         """Forget what `register` has registered; see `Backend.unregister`."""
         # When all ranks have arrived, no operation on this memory is under way any more.
         self.sequencer.arrive(waiter, Route.LIBRARY)
-        number = self.registered.block_of(x.reshape(-1))
-        with self._exchange.blocking(waiter):
-            known = self._exchange.agree(number is not None)
-        if number is not None and known:
-            self.registered.remove(number)
-        elif self._direct is not None:
+        if self._direct is None:
+            return
+        transport, lane = self._transport, self._lane_of(self.sequencer.begun)
+        numbers = np.zeros(transport.size, np.int64)
+        numbers[transport.rank] = self.registered.block_of(x.reshape(-1)) or 0
+        ones = (1,) * transport.size
+        for step in ring_all_gather(Lane(transport, lane), None, numbers, ones):
+            waiter.wait_for(step.done, missing=step.missing)
+        if not numbers.all() or (numbers != numbers[0]).any():
             raise BackendUnavailableError(
-                "unregister: the array of some rank is not in registered memory. Nothing has been "
-                "changed on any rank, and the group can still be used"
+                "unregister: the array of some rank is not in registered memory, or not in that "
+                "of the others' arrays. Nothing has been changed on any rank, and the group can "
+                "still be used"
             )
+        self.registered.remove(int(numbers[0]))
 
     def share(self, nbytes: int, waiter: Waiter) -> Array | None:
         """Make one piece of memory for all ranks of the group; see `Backend.share`."""

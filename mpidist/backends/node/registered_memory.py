@@ -165,7 +165,9 @@ class Registry:
         views = tuple(np.frombuffer(part, np.uint8) for part in parts)
         self._blocks[number] = Block(number, views)
         for address, offset, nbytes in mappings:
-            insort(self._ranges, _Range(address, address + nbytes, offset, number))
+            # Made first: the garbage collector may call `remove` meanwhile, for a new list.
+            entry = _Range(address, address + nbytes, offset, number)
+            insort(self._ranges, entry)
         return number
 
     def remove(self, number: int) -> None:
