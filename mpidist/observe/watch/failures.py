@@ -173,7 +173,7 @@ def lines_of(error: BaseException, trace: TracebackType | None, *, full: bool = 
         The exception that nobody caught.
     trace : TracebackType or None
         Where it came from.
-    whole : bool, optional
+    full : bool, optional
         Whether to keep the frames of this package's own files. They are kept in any case where
         there are no others.
     """
