@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import mpidist
 from mpidist.backends.verbs import AllGather
 from mpidist.group.journal import Journal
-from mpidist.observe.recorder import Head, Kind, Recorder
+from mpidist.observe.recorder import Head, Kind, Recorder, is_inside
 from mpidist.observe.recorder.recorder import RING, TEXTS_NBYTES
 from mpidist.observe.recorder.recording import Recording, decode_events
 from mpidist.testing import run_ranks
@@ -198,6 +199,14 @@ def test_sites_lie_outside_the_package() -> None:
 
     for sites in run_ranks(2, calls):
         assert sites == [f"{__file__} calls"] * len(sites)
+
+
+@pytest.mark.parametrize("part", ["bench/verbs.py", "examples/02_ddp.py", "testing/ranks.py"])
+def test_programs_of_the_package_call_it_as_others_do(part: str) -> None:
+    package = Path(mpidist.__file__).parent
+    assert (package / part).is_file()
+    assert not is_inside(str(package / part))
+    assert is_inside(str(package / "group" / "group.py"))
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ Over: TypeAlias = tuple[Kind, int, int, int, int, int, int]
 """An operation that is over, or a wait: kind, what, group, number, site, began, ended."""
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep  # noqa: PTH100, PTH120
-_OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "testing"))
+_OUTSIDE = tuple(_PACKAGE + part + os.sep for part in ("bench", "examples", "testing"))
 """Parts of this package that call it as a program does."""
 
 _ADDED: list[str] = []
