@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mpidist._threads import act_in_thread
 from mpidist.collectives import all_gather_object, barrier, broadcast_object
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.observe.regions import listener
@@ -190,11 +192,16 @@ class Session:
         Waits at most 2 seconds for the file system: the job is ending.
         """
         self._stop()
-        from concurrent.futures import wait  # loaded by jobs that fail, and not at every import
+        # Nothing is imported here: a job that fails may have as many files open as it may have.
+        closed = threading.Event()
 
-        from mpidist._threads import run_in_thread
+        def close() -> None:
+            with suppress(OSError):
+                self._file.close()
+            closed.set()
 
-        wait([run_in_thread(self._file.close, name="mpidist-trace")], _PATIENCE)
+        act_in_thread(close, "mpidist-trace")
+        closed.wait(_PATIENCE)
 
     @property
     def parts(self) -> Path:

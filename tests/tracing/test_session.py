@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -124,12 +125,16 @@ def test_a_full_trace_stops_and_says_so(tmp_path: Path) -> None:
     assert all(rank.wall < 0.2 for rank in summary.ranks), "what is not recorded is not compute"
 
 
-def test_an_error_leaves_the_parts_of_the_ranks_behind(tmp_path: Path) -> None:
+def test_an_error_leaves_the_parts_of_the_ranks_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no module can be loaded any more, since the process has too many files open."""
     path = tmp_path / "t.json"
 
     def body(group: ProcessGroup) -> None:
         with mpidist.trace(path, group):
             mpidist.barrier(group)
+            monkeypatch.setitem(sys.modules, "concurrent.futures", None)
             raise KeyError("boom")
 
     with pytest.raises(KeyError, match="boom"):
