@@ -185,10 +185,13 @@ class GroupWaiter(Waiter):
 
     def expire(self) -> CollectiveTimeoutError:
         """Break the group and report, as `Waiter` says."""
+        setting = (
+            "init(timeout=...)" if self.timeout == self.state.timeout else "the call's own timeout"
+        )
         error = CollectiveTimeoutError(
             f"{self.told}: not complete after {self.timeout:g} s{self._who()}. The group is "
             "broken: let this error end the job, and look at what the missing ranks were "
-            "doing; init(timeout=...) sets the deadline"
+            f"doing; {setting} sets the deadline"
         )
         self.state.break_by(error)
         self.report(f"not complete after {self.timeout:g} s", error=error)
