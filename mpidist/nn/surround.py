@@ -85,13 +85,13 @@ def _shadow(
 ) -> Callable[..., Any]:
     """Return what is called instead of a pass; `inside` holds the pass that is being run."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         method = methods[name]
         if inside:
-            return method(*args)
+            return method(*args, **kwargs)
         inside.add(name)
         try:
-            return around(name, lambda: method(*args))
+            return around(name, lambda: method(*args, **kwargs))
         finally:
             inside.clear()
 

@@ -52,6 +52,22 @@ def test_each_pass_is_surrounded_once(which):
     assert not {"forward", "backward"} & vars(layer).keys()
 
 
+def test_passes_take_arguments_by_name():
+    model, events = _model(), []
+    x = np.ones((2, 3), np.float32)
+    with surround(model, _recorder(events)), surround(model.layers[0], _recorder(events)):
+        y, ctx = model.forward(x=x, mode=TRAIN)
+        dx, wctx = model.backward_input(ctx=ctx, dy=y)
+        model.backward_weight(wctx=wctx)
+        assert np.array_equal(model.layers[0].backward(ctx=ctx.saved[0], dy=y), y @ _weight(model))
+    assert dx.shape == x.shape
+    assert events.count(">backward") == events.count("<backward") == 1
+
+
+def _weight(model):
+    return model.layers[0].weight.data
+
+
 def test_several_surround_one_module_the_last_one_outermost():
     layer, events = ReLU(), []
     x = np.ones((1, 2), np.float32)

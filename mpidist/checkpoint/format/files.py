@@ -328,7 +328,7 @@ def has_mpi() -> bool:
 
 
 def hdf5_versions() -> dict[str, str]:
-    """Return the hdf5_versions of h5py and HDF5."""
+    """Return the versions of h5py and HDF5."""
     import h5py
 
     return {"h5py": h5py.version.version, "hdf5": h5py.version.hdf5_version}

@@ -432,7 +432,7 @@ class Files:
         return arrays
 
     def _ranges(self, item: ReadItem) -> Iterable[tuple[int, int]]:
-        """Return where the bytes of a item lie side by side: byte in the file, and length."""
+        """Return where the bytes of an item lie side by side: byte in the file, and length."""
         if item.length == item.nbytes:
             return ((item.byte, item.nbytes),)
         return file_ranges(self._manifest, item.name, item.number, item.region)

@@ -189,7 +189,7 @@ class Planner:
         file: str = "",
         check: Callable[[], None],
     ) -> SavePlan:
-        """GlobalPlan a save with all ranks.
+        """Plan a save with all ranks.
 
         Parameters
         ----------

@@ -180,7 +180,7 @@ def _begin(
     in_flight: int,
     single_file: bool = False,
 ) -> CheckpointFuture:
-    """GlobalPlan a save and start it; with in_flight 0 in this thread, without a copy."""
+    """Plan a save and start it; with in_flight 0 in this thread, without a copy."""
     saver = saver_of(group)
     saver.drain(max(in_flight - 1, 0))
 
