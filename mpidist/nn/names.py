@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["former_names", "with_present_names"]
 
 _WRAPPER = re.compile(r"(?<![^./])inner\.")
+_PART = re.compile(r"[./]")
 
 
 def former_names(present: Collection[str], saved: Collection[str]) -> dict[str, str]:
@@ -24,8 +25,8 @@ def former_names(present: Collection[str], saved: Collection[str]) -> dict[str, 
     Returns
     -------
     dict of str to str
-        For each present name that was not saved, the saved one that differs from it by ``inner``
-        only, if there is exactly one.
+        For each present name that was not saved, the saved one that has one or more ``inner`` in
+        addition and differs in nothing else, if there is exactly one.
     """
     missing = [name for name in present if name not in saved]
     if not missing:
@@ -36,7 +37,7 @@ def former_names(present: Collection[str], saved: Collection[str]) -> dict[str, 
     return {
         names[0]: old[short][0]
         for short, names in new.items()
-        if len(names) == 1 and len(old.get(short, ())) == 1
+        if len(names) == 1 and len(old.get(short, ())) == 1 and _is_within(names[0], old[short][0])
     }
 
 
@@ -47,6 +48,16 @@ def with_present_names(state: Mapping[str, Any], present: Collection[str]) -> Ma
         return state
     present_of = {old: new for new, old in former.items()}
     return {present_of.get(name, name): value for name, value in state.items()}
+
+
+def _is_within(name: str, saved: str) -> bool:
+    """Return whether the parts of a name are among those of a saved one, in their order.
+
+    A wrapper that is part of names today, as of `Residual`, was part of them before: without it
+    another model was saved.
+    """
+    parts = iter(_PART.split(saved))
+    return all(part in parts for part in _PART.split(name))
 
 
 def _by_short_name(names: Iterable[str]) -> dict[str, list[str]]:

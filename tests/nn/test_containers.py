@@ -175,6 +175,15 @@ def test_names_that_could_be_two_are_not_exchanged():
     assert former_names(["winner.w"], ["w.w"]) == {}
 
 
+def test_a_plain_model_does_not_load_as_a_residual_one():
+    assert former_names(["0.inner.w"], ["0.w"]) == {}
+    assert former_names(["0.inner.w"], ["0.inner.inner.w"]) == {"0.inner.w": "0.inner.inner.w"}
+    assert former_names(["a.inner.b.w"], ["inner.a.b.w"]) == {}
+    residual = Sequential(Residual(Linear(3, 3, rng=0)))
+    with pytest.raises(ValueError, match=r"0\.inner\.weight: missing"):
+        residual.load_state_dict(Sequential(Linear(3, 3, rng=1)).state_dict())
+
+
 # -- parts ---------------------------------------------------------------------------------------
 
 
