@@ -144,8 +144,8 @@ class _Bench:
         self.targets: list[Target] = []
         self.notes: list[str] = []
         self._world, self._model, self._layout, self._rounds = world, model, layout, rounds
-        whole = model.arrays()
-        self._state = model.held(whole, layout, world.rank, world.size)
+        arrays = model.arrays()
+        self._state = model.held(arrays, layout, world.rank, world.size)
         self._share = self._bytes_to_write()
         self._ours, self._plain, self._torch = (
             directory / f"{name}-{layout.replace(' ', '')}" for name in (_OURS, _PLAIN, _TORCH)
@@ -153,7 +153,7 @@ class _Bench:
         self._dcp = None
         if not isinstance(gloo, str):
             sharded = layout == DIM0
-            self._dcp = TorchCheckpoints(gloo, whole, sharded=sharded, ranks=world.size)
+            self._dcp = TorchCheckpoints(gloo, arrays, sharded=sharded, ranks=world.size)
         self._future: CheckpointFuture | None = None
 
     def _bytes_to_write(self) -> Array:
@@ -183,14 +183,14 @@ class _Bench:
 
     def loads(self) -> None:
         """Load what `saves` has left, beside reading plain files."""
-        whole = self._model.arrays()
-        target = self._model.held(whole, self._layout, self._world.rank, self._world.size)
+        arrays = self._model.arrays()
+        target = self._model.held(arrays, self._layout, self._world.rank, self._world.size)
         for part in memory_of(target):
             part.fill(0)
         files = [self._plain / f"{rank}" for rank in range(self._world.size)]
-        mine = files[self._world.rank]
+        own_file = files[self._world.rank]
         memory = {file: np.ones(file.stat().st_size, np.uint8) for file in files}
-        everything = files if self._layout == REPLICATED else [mine]
+        everything = files if self._layout == REPLICATED else [own_file]
         calls: dict[str, tuple[Path, Callable[[], object]]] = {
             _OURS: (self._ours, lambda: load(self._ours, target, self._world)),
             _PLAIN: (
@@ -199,7 +199,7 @@ class _Bench:
             ),
         }
         if self._layout == REPLICATED:
-            calls[_SHARE] = (self._plain, lambda: read_plain((mine, memory[mine])))
+            calls[_SHARE] = (self._plain, lambda: read_plain((own_file, memory[own_file])))
         if self._dcp is not None:
             calls[_TORCH] = (self._torch, partial(self._dcp.load, self._torch))
         counters = {name: Counter() for name in calls}
@@ -228,8 +228,8 @@ class _Bench:
         ]
         times = self._measure("save_async, until it returns", blocking)
         self._compare("save_async", "time over copying", times, _COPY, 1.2, most=True)
-        whole = [Series(_OURS, self._save_async_and_wait, before=before)]
-        self._measure("save_async, until it is on disk", whole)
+        until_written = [Series(_OURS, self._save_async_and_wait, before=before)]
+        self._measure("save_async, until it is on disk", until_written)
         self._empty(self._ours)
 
     def memory(self) -> None:
@@ -269,17 +269,17 @@ class _Bench:
                 operation=f"{operation}, {self._layout}",
                 series=name,
                 nbytes=self._model.nbytes,
-                times=each,
-                values={"bytes_per_second": self._model.nbytes / each.median},
+                times=measured,
+                values={"bytes_per_second": self._model.nbytes / measured.median},
             )
-            for name, each in times.items()
+            for name, measured in times.items()
         ]
         return times
 
     def _compare(
         self,
         operation: str,
-        words: str,
+        comparison: str,
         times: Mapping[str, Times],
         reference: str,
         bound: float,
@@ -288,7 +288,7 @@ class _Bench:
     ) -> None:
         ours, theirs = times[_OURS].median, times[reference].median
         value = ours / theirs if most else theirs / ours
-        what = f"{operation}, {self._layout}: {words}"
+        what = f"{operation}, {self._layout}: {comparison}"
         detail = f"{self._speed(ours)}; {reference} {self._speed(theirs)}"
         self.targets.append(Target(what=what, value=value, bound=bound, most=most, detail=detail))
 

@@ -135,8 +135,10 @@ def _rows(shape: Shape, times: Mapping[str, Times]) -> list[Row]:
     values = {"parameters": float(shape.parameters)}
     values |= {"layers": float(shape.layers), "width": float(shape.width)}
     rows = {
-        name: Row(operation="DDP step", series=name, nbytes=shape.nbytes, times=each, values=values)
-        for name, each in times.items()
+        name: Row(
+            operation="DDP step", series=name, nbytes=shape.nbytes, times=measured, values=values
+        )
+        for name, measured in times.items()
     }
     for comparison in COMPARISONS:
         if comparison.series in rows:

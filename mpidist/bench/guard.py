@@ -108,8 +108,8 @@ def _rows(
     times = measure(series, world, effort=effort(options))
     operation = f"all_reduce, attempt {attempt}"
     return [
-        Row(operation=operation, series=name, nbytes=nbytes, times=each)
-        for name, each in times.items()
+        Row(operation=operation, series=name, nbytes=nbytes, times=measured)
+        for name, measured in times.items()
     ]
 
 

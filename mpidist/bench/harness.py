@@ -16,7 +16,7 @@ from mpidist.bench.times import Effort, Series, measure
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
 def read_size(text: str) -> int:
@@ -42,7 +42,7 @@ def read_size(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no size; expected a number of bytes such as 4, 64K or 16MiB"
         )
-    return int(match[1]) << _UNITS[match[2].upper()]
+    return int(match[1]) << _SHIFTS[match[2].upper()]
 
 
 def sweep(first: str, last: str, factor: int) -> tuple[int, ...]:
@@ -245,7 +245,7 @@ def rows_over(
         times = measure(make(nbytes), world, effort=effort(options))
         report_progress(world, operation, nbytes)
         rows += [
-            Row(operation=operation, series=name, nbytes=nbytes, times=each, bus_factor=factor)
-            for name, each in times.items()
+            Row(operation=operation, series=name, nbytes=nbytes, times=measured, bus_factor=factor)
+            for name, measured in times.items()
         ]
     return rows

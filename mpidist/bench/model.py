@@ -172,8 +172,8 @@ class NodeFit:
         for knee in [*np.unique(sizes)[1:-1], float("inf")]:
             beyond = np.maximum(sizes - knee, 0)
             columns = np.stack([np.ones_like(sizes), sizes, beyond], axis=1)
-            meetings, slope, more = _least_squares(columns, points)
-            fit = cls(ranks, meetings, slope, slope + more, float(knee))
+            fixed, slope, more = _least_squares(columns, points)
+            fit = cls(ranks, fixed, slope, slope + more, float(knee))
             fits.append((_badness(fit, points), fit))
         return min(fits, key=lambda pair: pair[0])[1]
 

@@ -166,7 +166,7 @@ def _calls(
 ) -> list[Row]:
     def make(verb: str, clock: str, nbytes: int) -> list[Series]:
         series = verb_series(verb, world, nccl, nbytes)
-        series = [in_a_row(each, options.in_a_row) for each in series]
+        series = [in_a_row(one_series, options.in_a_row) for one_series in series]
         return [*map(enqueued, series)] if clock == "host" else series
 
     notes.append(f"all_reduce_coalesced has {COALESCED} arrays, which are the size together")
@@ -186,7 +186,7 @@ def _sweep(
         series = verb_series(verb, world, nccl, nbytes)
         if verb == "all_reduce" and staged is not None:
             series.append(staged_series(staged, nbytes))
-        return [in_a_row(each, number) for each in series]
+        return [in_a_row(one_series, number) for one_series in series]
 
     sizes = list(
         dict.fromkeys(divisible(nbytes, COALESCED * world.size) for nbytes in options.sizes)
@@ -194,8 +194,8 @@ def _sweep(
     rows = []
     with staged_group(world) as staged:
         for verb in _possible(SWEPT, world, notes):
-            each = partial(make, verb, staged)
-            rows += rows_over(sizes, each, world, operation=verb, options=options)
+            series_of = partial(make, verb, staged)
+            rows += rows_over(sizes, series_of, world, operation=verb, options=options)
     return rows
 
 
@@ -221,7 +221,7 @@ def _overlap(world: ProcessGroup, options: argparse.Namespace, notes: list[str])
         return []
     shape = Shape.of(options.millions * 1e6)
     with our_series(world, shape, options.batch, device=True) as series:
-        timed = [replace(each, clock=DeviceClock()) for each in series]
+        timed = [replace(one_series, clock=DeviceClock()) for one_series in series]
         times = measure(timed, world, effort=effort(options))
     report_progress(world, "DDP step", shape.nbytes)
     added = times[DDP_STEP].median - times[ALONE].median
@@ -236,10 +236,10 @@ def _overlap(world: ProcessGroup, options: argparse.Namespace, notes: list[str])
             operation="DDP step",
             series=name,
             nbytes=shape.nbytes,
-            times=each,
+            times=measured,
             values=values | {"overlap": overlap} if name == DDP_STEP else values,
         )
-        for name, each in times.items()
+        for name, measured in times.items()
     ]
 
 
@@ -252,7 +252,7 @@ def _added(rows: Sequence[Row]) -> list[Target]:
             for name in (OURS, RAW)
         )
         added, nbytes = max((_ADDED.of(ours[n].times, raw[n].times), n) for n in ours)
-        microseconds = [f"{1e6 * each[nbytes].times.median:.2f}" for each in (ours, raw)]
+        microseconds = [f"{1e6 * by_nbytes[nbytes].times.median:.2f}" for by_nbytes in (ours, raw)]
         targets.append(
             Target(
                 what=f"{operation}, us over the binding",

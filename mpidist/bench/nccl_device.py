@@ -147,8 +147,8 @@ class Binding:
 
         def call() -> None:
             self._begin()
-            for each in several:
-                each()
+            for call_one in several:
+                call_one()
             self._end()
 
         return call
@@ -250,10 +250,12 @@ def kernel_rows(
     clock, rows = DeviceClock(), list[Row]()
     for what, moved, call in _works(nbytes // DTYPE.itemsize):
         series = [Series(KERNEL, call, clock=clock), Series(COPY, _copy(moved), clock=clock)]
-        times = measure([in_a_row(each, number) for each in series], world, effort=effort)
+        times = measure(
+            [in_a_row(one_series, number) for one_series in series], world, effort=effort
+        )
         rows += [
-            Row(operation=what, series=name, nbytes=moved, times=each, bus_factor=1.0)
-            for name, each in times.items()
+            Row(operation=what, series=name, nbytes=moved, times=measured, bus_factor=1.0)
+            for name, measured in times.items()
         ]
         on_measured(what, moved)
     return rows

@@ -44,8 +44,10 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
 
     def make(nbytes: int) -> list[Series]:
         series = mpidist_and_library(world, nbytes, notes)
-        series = [each for each in series if each.name in (ORDINARY, LIBRARY)]
-        return [_in_a_row(each) for each in (*series, *_unwatched(world, nbytes, notes))]
+        series = [one_series for one_series in series if one_series.name in (ORDINARY, LIBRARY)]
+        return [
+            _in_a_row(one_series) for one_series in (*series, *_unwatched(world, nbytes, notes))
+        ]
 
     return Report(
         benchmark="overhead",

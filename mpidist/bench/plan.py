@@ -109,7 +109,7 @@ def _network(options: argparse.Namespace) -> NetworkModel | None:
 def _layouts(options: argparse.Namespace, reports: dict[str, Report]) -> list[JobLayout]:
     measured = {r.machine.ranks for r in reports.values() if r.benchmark == "all_reduce"}
     ranks = options.ranks or sorted(measured)
-    return [JobLayout(nodes, each) for nodes, each in product(options.nodes, ranks)]
+    return [JobLayout(nodes, per_node) for nodes, per_node in product(options.nodes, ranks)]
 
 
 def render_plan(plan: JobPlan, reports: dict[str, Report], command: str) -> str:
@@ -135,7 +135,7 @@ def render_plan(plan: JobPlan, reports: dict[str, Report], command: str) -> str:
         ["Fitted: time = meetings + bytes / bandwidth", _fits(plan.fitted), _FITS, *_across(plan)],
         ["Measured, all_reduce: the model beside the medians", _compared(plan)],
     ]
-    if any(each.measured is None for each in plan.predictions):
+    if any(prediction.measured is None for prediction in plan.predictions):
         blocks.append(["Extrapolated, all_reduce: nobody has measured these", _predicted(plan)])
     if plan.steps:
         blocks.append(["DDP step, ms", _stepped(plan), _STEPS])
@@ -171,8 +171,8 @@ def _fits(fitted: Sequence[Fitted]) -> str:
         "left-out off by",
     ]
     lines = []
-    for each in fitted:
-        fit = each.fit
+    for node in fitted:
+        fit = node.fit
         bounded = fit.knee < float("inf")
         lines.append(
             [
@@ -181,8 +181,8 @@ def _fits(fitted: Sequence[Fitted]) -> str:
                 format_number(_rate(fit.near)),
                 format_bytes(int(fit.knee)) if bounded else "any size",
                 format_number(_rate(fit.far)) if bounded else "",
-                _off(each.errors),
-                _off(each.left_out),
+                _off(node.errors),
+                _off(node.left_out),
             ]
         )
     return _table(lines, heads)
@@ -209,20 +209,22 @@ def _across(plan: JobPlan) -> list[str]:
 
 def _compared(plan: JobPlan) -> str:
     lines = []
-    for each in plan.predictions:
-        if each.measured is None:
+    for prediction in plan.predictions:
+        if prediction.measured is None:
             continue
-        times = [format_number(1e6 * seconds) for seconds in (each.measured, each.seconds)]
-        off = f"{each.seconds / each.measured - 1:+.0%}"
-        lines.append([str(each.layout), format_bytes(each.nbytes), *times, off])
+        times = [
+            format_number(1e6 * seconds) for seconds in (prediction.measured, prediction.seconds)
+        ]
+        off = f"{prediction.seconds / prediction.measured - 1:+.0%}"
+        lines.append([str(prediction.layout), format_bytes(prediction.nbytes), *times, off])
     return _table(lines, ["nodes x ranks", "size", "measured us", "model us", "off"])
 
 
 def _predicted(plan: JobPlan) -> str:
     times = {
-        (each.layout, each.nbytes): format_number(each.seconds * 1e6)
-        for each in plan.predictions
-        if each.measured is None
+        (prediction.layout, prediction.nbytes): format_number(prediction.seconds * 1e6)
+        for prediction in plan.predictions
+        if prediction.measured is None
     }
     layouts = list(dict.fromkeys(layout for layout, _ in times))
     lines = [
@@ -236,7 +238,9 @@ def _stepped(plan: JobPlan) -> str:
     lines = []
     for step in plan.steps:
         measured = "extrapolated" if step.measured is None else format_number(step.measured * 1e3)
-        times = [format_number(each * 1e3) for each in (step.alone, step.seconds, step.hidden)]
+        times = [
+            format_number(seconds * 1e3) for seconds in (step.alone, step.seconds, step.hidden)
+        ]
         lines.append([f"{step.parameters / 1e6:.2f}", str(step.layout), *times, measured])
     return _table(
         lines, ["million parameters", "nodes x ranks", "alone", "model", "hidden", "measured"]
@@ -251,8 +255,8 @@ def _to_json(plan: JobPlan, command: str) -> str:
     """Return everything as JSON: seconds, bytes, and what was measured."""
     document: dict[str, Any] = {"format": _FORMAT, "command": command}
     document |= dataclasses.asdict(plan)
-    for written, each in zip(document["predictions"], plan.predictions, strict=True):
-        written["extrapolated"] = each.measured is None
+    for written, prediction in zip(document["predictions"], plan.predictions, strict=True):
+        written["extrapolated"] = prediction.measured is None
     for written, step in zip(document["steps"], plan.steps, strict=True):
         written["extrapolated"] = step.measured is None
     return json.dumps(_finite(document), indent=1) + "\n"
@@ -261,9 +265,9 @@ def _to_json(plan: JobPlan, command: str) -> str:
 def _finite(value: Any) -> Any:
     """Return a document in which infinity and NaN, which JSON does not know, are null."""
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     if isinstance(value, float) and (value != value or abs(value) == float("inf")):  # noqa: PLR0124
         return None
     return value

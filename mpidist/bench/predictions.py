@@ -196,11 +196,11 @@ def make_plan(
             "plan: several nodes need a network; give --latency SECONDS and --bandwidth BYTES/S, "
             "or the report of bench p2p with one rank on each of two nodes"
         )
-    model = CostModel(NodeModel(tuple(each.fit for each in fitted)), network)
+    model = CostModel(NodeModel(tuple(node.fit for node in fitted)), network)
     measured = {
-        (JobLayout(1, each.fit.ranks), point.nbytes): point.seconds
-        for each in fitted
-        for point in each.points
+        (JobLayout(1, node.fit.ranks), point.nbytes): point.seconds
+        for node in fitted
+        for point in node.points
     }
     wanted = sorted({*layouts, *(layout for layout, _ in measured)})
     at = sorted({*sizes} or {nbytes for _, nbytes in measured})
@@ -281,7 +281,7 @@ def _steps(
         if row.series != "DDP":
             continue
         alone, one_call = (
-            report.find(row.operation, each, row.nbytes) for each in ("alone", "one all_reduce")
+            report.find(row.operation, series, row.nbytes) for series in ("alone", "one all_reduce")
         )
         if alone is None or one_call is None:
             continue

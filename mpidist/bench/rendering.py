@@ -154,8 +154,8 @@ def plot_report(report: Report, path: Path) -> None:
     styles = _styles(report)
     labels: dict[str, Any] = {}
     for line, drawn in zip(figure.subplots(rows, columns, squeeze=False), panels, strict=True):
-        for axes, (draw, each) in zip(line, drawn, strict=True):
-            draw(axes, each, styles)
+        for axes, (draw, panel_rows) in zip(line, drawn, strict=True):
+            draw(axes, panel_rows, styles)
             handles, names = axes.get_legend_handles_labels()
             labels |= dict(zip(names, handles, strict=True))
     machine = report.machine
@@ -197,11 +197,11 @@ def _styles(report: Report) -> Mapping[str, Mapping[str, Any]]:
 def _draw_times(axes: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> None:
     _draw_lines(axes, rows, styles, lambda row: row.times.median * 1e6)
     for name in dict.fromkeys(row.series for row in rows):
-        each = [row for row in rows if row.series == name]
+        series_rows = [row for row in rows if row.series == name]
         axes.fill_between(
-            [row.nbytes for row in each],
-            [row.times.median * 1e6 for row in each],
-            [row.times.p95 * 1e6 for row in each],
+            [row.nbytes for row in series_rows],
+            [row.times.median * 1e6 for row in series_rows],
+            [row.times.p95 * 1e6 for row in series_rows],
             color=styles[name]["color"],
             alpha=0.13,
             linewidth=0,
@@ -223,8 +223,13 @@ def _draw_lines(
     value: Callable[[Row], float],
 ) -> None:
     for name in dict.fromkeys(row.series for row in rows):
-        each = [row for row in rows if row.series == name]
-        axes.plot([row.nbytes for row in each], list(map(value, each)), label=name, **styles[name])
+        series_rows = [row for row in rows if row.series == name]
+        axes.plot(
+            [row.nbytes for row in series_rows],
+            list(map(value, series_rows)),
+            label=name,
+            **styles[name],
+        )
     axes.set(xscale="log", yscale="log")
     _size_axis(axes, sorted({row.nbytes for row in rows}))
     axes.tick_params(axis="x", labelrotation=30)
@@ -314,7 +319,7 @@ def plot_plan(plan: JobPlan, reports: Mapping[str, Report], path: Path) -> None:
     axes["off"].sharex(axes["time"])
     _draw_all_reduce(axes["time"], plan)
     _draw_errors(axes["off"], plan.fitted)
-    _size_axis(axes["off"], sorted({p.nbytes for each in plan.fitted for p in each.points}))
+    _size_axis(axes["off"], sorted({p.nbytes for node in plan.fitted for p in node.points}))
     if plan.steps:
         _draw_steps(axes["steps"], plan.steps)
         handles = axes["steps"].get_legend_handles_labels()
@@ -338,20 +343,20 @@ def _draw_all_reduce(axes: Any, plan: JobPlan) -> None:
     from matplotlib import colormaps
 
     model = plan.model
-    sizes = np.array([point.nbytes for each in plan.fitted for point in each.points])
+    sizes = np.array([point.nbytes for node in plan.fitted for point in node.points])
     grid = np.geomspace(sizes.min(), sizes.max(), 200)
-    for each, color in zip(plan.fitted, _cycle(plan.fitted), strict=False):
-        ranks = each.fit.ranks
-        points = [(point.nbytes, point.seconds * 1e6) for point in each.points]
+    for node, color in zip(plan.fitted, _cycle(plan.fitted), strict=False):
+        ranks = node.fit.ranks
+        points = [(point.nbytes, point.seconds * 1e6) for point in node.points]
         axes.plot(
             *zip(*points, strict=True), **_POINTS, color=color, label=f"{ranks} ranks, measured"
         )
         times = [model.all_reduce(n, ranks=ranks) * 1e6 for n in grid]
         axes.plot(grid, times, color=color, linewidth=1.6, label=f"{ranks} ranks, model")
-    measured = {JobLayout(1, each.fit.ranks) for each in plan.fitted}
+    measured = {JobLayout(1, node.fit.ranks) for node in plan.fitted}
     others = [
         layout
-        for layout in dict.fromkeys(each.layout for each in plan.predictions)
+        for layout in dict.fromkeys(prediction.layout for prediction in plan.predictions)
         if layout not in measured
     ]
     shades = colormaps["plasma"](np.linspace(0.05, 0.8, max(len(others), 1)))
@@ -368,10 +373,10 @@ def _draw_all_reduce(axes: Any, plan: JobPlan) -> None:
 
 def _draw_errors(axes: Any, fitted: Sequence[Fitted]) -> None:
     axes.axhline(0, color="0.3", linewidth=0.8)
-    for each, color in zip(fitted, _cycle(fitted), strict=False):
-        at = [point.nbytes for point in each.points]
-        off = [(each.fit.time(point.nbytes) / point.seconds - 1) * 100 for point in each.points]
-        label = f"median {each.errors.median:.0%}, worst {each.errors.worst:.0%}"
+    for node, color in zip(fitted, _cycle(fitted), strict=False):
+        at = [point.nbytes for point in node.points]
+        off = [(node.fit.time(point.nbytes) / point.seconds - 1) * 100 for point in node.points]
+        label = f"median {node.errors.median:.0%}, worst {node.errors.worst:.0%}"
         style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 0.8}
         axes.plot(at, off, label=label, **style)
     axes.set(ylabel="model is off (%)")

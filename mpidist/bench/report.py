@@ -400,9 +400,9 @@ class Report:
         return cls(
             benchmark=document["benchmark"],
             machine=Machine(**machine | {"caches": tuple(machine["caches"])}),
-            rows=tuple(_row(each) for each in document["rows"]),
-            comparisons=tuple(_comparison(each) for each in document["comparisons"]),
-            targets=tuple(_target(each) for each in document.get("targets", ())),
+            rows=tuple(_row(row) for row in document["rows"]),
+            comparisons=tuple(_comparison(comparison) for comparison in document["comparisons"]),
+            targets=tuple(_target(target) for target in document.get("targets", ())),
             legend=document["legend"],
             notes=tuple(document["notes"]),
             failures=tuple(document["failures"]),

@@ -134,7 +134,9 @@ def measure(
     """
     with _no_garbage_collection():
         length, rounds = _extent(series, group, effort)
-        return _alternated(series, group, rounds, lambda each: _block(each, group, length))
+        return _alternated(
+            series, group, rounds, lambda one_series: _block(one_series, group, length)
+        )
 
 
 def measure_rounds(
@@ -163,7 +165,7 @@ def measure_rounds(
     """
     with _no_garbage_collection():
         return _alternated(
-            series, group, rounds + 1, lambda each: _calls(each, group, 1), uncounted=1
+            series, group, rounds + 1, lambda one_series: _calls(one_series, group, 1), uncounted=1
         )
 
 
@@ -176,10 +178,10 @@ def _alternated(
     uncounted: int = 0,
 ) -> Mapping[str, Times]:
     """Time all series in each round, in every second one backwards; leave out the first ones."""
-    samples: dict[str, list[Array]] = {each.name: [] for each in series}
+    samples: dict[str, list[Array]] = {one_series.name: [] for one_series in series}
     for number in range(rounds):
-        for each in series if number % 2 == 0 else series[::-1]:
-            samples[each.name].append(times_of(each))
+        for one_series in series if number % 2 == 0 else series[::-1]:
+            samples[one_series.name].append(times_of(one_series))
     return {
         name: Times.of(all_reduce(np.concatenate(times[uncounted:]), group, op=MAX))
         for name, times in samples.items()
@@ -188,9 +190,12 @@ def _alternated(
 
 def _extent(series: Sequence[Series], group: ProcessGroup, effort: Effort) -> tuple[int, int]:
     """Warm up, and return how many calls a block has and how many rounds there are."""
-    for each in series:
-        _block(each, group, 2)
-    medians = [np.median(_block(each, group, _SHORTEST_BLOCK)) * each.operations for each in series]
+    for one_series in series:
+        _block(one_series, group, 2)
+    medians = [
+        np.median(_block(one_series, group, _SHORTEST_BLOCK)) * one_series.operations
+        for one_series in series
+    ]
     times = all_reduce(np.array(medians), group, op=MAX)
     fitting = int(_BLOCK_SECONDS / max(times.max(), 1e-9))
     length = min(max(fitting, _SHORTEST_BLOCK), _LONGEST_BLOCK)

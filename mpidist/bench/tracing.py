@@ -92,8 +92,8 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         benchmark="trace",
         machine=machine,
         rows=[
-            Row(operation="DDP step", series=name, nbytes=shape.nbytes, times=each)
-            for name, each in times.items()
+            Row(operation="DDP step", series=name, nbytes=shape.nbytes, times=measured)
+            for name, measured in times.items()
         ],
         comparisons=(Comparison("added", _TRACED, _PLAIN, Measure.ADDED),),
         legend={
