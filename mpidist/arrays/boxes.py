@@ -342,13 +342,13 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     >>> boxes_of_range((3, 4), 2, 12)
     [Box(offsets=(0, 2), sizes=(1, 2)), Box(offsets=(1, 0), sizes=(2, 4))]
     """
-    whole = Box.whole(shape)
-    if not 0 <= start <= stop <= whole.count:
+    full = Box.whole(shape)
+    if not 0 <= start <= stop <= full.count:
         raise SizeMismatchError(
-            f"boxes_of_range: an array of shape {whole.sizes} has {whole.count} elements; "
+            f"boxes_of_range: an array of shape {full.sizes} has {full.count} elements; "
             f"the range from {start} to {stop} does not lie inside"
         )
-    return list(_cut(whole.sizes, start, stop))
+    return list(_cut(full.sizes, start, stop))
 
 
 def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:

@@ -41,12 +41,12 @@ __all__ = [
     "array_namespace",
     "as_bytes",
     "as_native",
-    "beside",
     "device_empty",
     "device_module",
     "is_array",
     "is_device",
     "is_host",
+    "like_device",
     "pinned_empty",
     "reduce_in_rank_order",
     "to_device",
@@ -204,7 +204,7 @@ def to_device(x: Array) -> Array:
     return copied
 
 
-def beside(array: Array, values: Any) -> Any:
+def like_device(array: Array, values: Any) -> Any:
     """Return values in the kind of memory that an array lies in, so that they can be copied in.
 
     Parameters

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box, boxes_of_range, overlapping
-from mpidist.arrays.namespaces import beside
+from mpidist.arrays.namespaces import like_device
 from mpidist.errors import SizeMismatchError
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def copy_in(held: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         if isinstance(target, ShardedArray):
             for box, piece in target.pieces.items():
                 for common, values in _overlap(box, state[key]):
-                    piece[common.relative_to(box).slices] = beside(piece, values)
+                    piece[common.relative_to(box).slices] = like_device(piece, values)
 
 
 def _overlap(box: Box, source: ShardedArray | Array) -> list[tuple[Box, Array]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays.namespaces import HALVES, array_namespace, beside, is_device
+from mpidist.arrays.namespaces import HALVES, array_namespace, is_device, like_device
 from mpidist.arrays.shards import check_held, copy_in
 from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import HasParameters, Parameter, Parameters, named_list
@@ -184,7 +184,7 @@ class Optimizer:
             self._updates[name] = int(state[f"{name}/updates"])
             for slot, array in slots.items():
                 if self._params[name].part is None:
-                    array[...] = beside(array, state[f"{name}/{slot}"])
+                    array[...] = like_device(array, state[f"{name}/{slot}"])
         copy_in(own, state)
 
     def _check_shapes(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import SUM, Array
-from mpidist.arrays.namespaces import beside, is_device
+from mpidist.arrays.namespaces import is_device, like_device
 from mpidist.data import ArrayDataset, Batch, ShardedSampler
 from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
@@ -355,7 +355,7 @@ def _take(model: DDP, data: ArrayDataset, batch: Batch) -> tuple[Array, Array]:
     """Return this rank's samples where the model's parameters are."""
     x, target = data.take(batch.indices)
     for parameter in model.module.parameters():
-        return beside(parameter.data, x), beside(parameter.data, target)
+        return like_device(parameter.data, x), like_device(parameter.data, target)
     return x, target
 
 

@@ -303,10 +303,10 @@ class Checkpoints:
 
     def _go_back(self, loaded: checkpoint.Checkpoint, damage: Sequence[CheckpointError]) -> None:
         """Set aside what is later than a step, on rank 0, and say so."""
-        later = [each for each in checkpoint.list(self.directory) if each.step > loaded.step]
+        later = [saved for saved in checkpoint.list(self.directory) if saved.step > loaded.step]
         if not later:
             return
-        names = ", ".join(set_aside(each.directory).name for each in later)
+        names = ", ".join(set_aside(saved.directory).name for saved in later)
         why = f" because the newest one is damaged ({damage[0]})" if damage else ""
         self._group.log.warning(
             "GOING BACK to step %d of %s%s; later steps are set aside as %s: remove them when you "
@@ -357,9 +357,9 @@ class Checkpoints:
         self.wait()
 
         def clear() -> None:
-            complete = [each.directory for each in checkpoint.list(self.directory)]
-            for each in (*partial(self.directory), *complete):
-                remove(each)
+            complete = [saved.directory for saved in checkpoint.list(self.directory)]
+            for directory in (*partial(self.directory), *complete):
+                remove(directory)
 
         self._by_rank_0(clear)
 

@@ -52,7 +52,7 @@ def add_gradients(params: Mapping[str, Parameter], step: int, *, without: str = 
         p.zero_grad()
         grad = rng.normal(size=p.shape).astype(p.dtype)
         if name != without:
-            p.add_grad(mpidist.arrays.namespaces.beside(p.data, grad))
+            p.add_grad(mpidist.arrays.namespaces.like_device(p.data, grad))
 
 
 def check_same(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays.namespaces import beside, to_host
+from mpidist.arrays.namespaces import like_device, to_host
 from mpidist.group import ProcessGroup
 from mpidist.nn import (
     GELU,
@@ -201,8 +201,10 @@ def train_rank(
                 last = i == case.micro_batches - 1
                 with nullcontext() if last else ddp.no_sync():
                     mode = Mode(True, seed=5, step=step, sample_offset=int(a))
-                    y, ctx = ddp.forward(beside(here, x[a:b]), mode)
-                    _, dy = cross_entropy(y, beside(here, target[a:b]), denominator=denominator)
+                    y, ctx = ddp.forward(like_device(here, x[a:b]), mode)
+                    _, dy = cross_entropy(
+                        y, like_device(here, target[a:b]), denominator=denominator
+                    )
                     ddp.backward(ctx, dy)
             digests.append(digest(model))
             opt.step()
