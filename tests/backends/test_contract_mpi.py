@@ -13,7 +13,7 @@ from mpidist.group import ProcessGroup
 from mpidist.point_to_point import sendrecv
 from mpidist.testing import BackendContract
 from mpidist.testing.contract import Run
-from mpidist.testing.contract._places import HOST
+from mpidist.testing.contract._memory import HOST
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from mpidist.testing.contract import (
     _point_to_point,
     _streams,
 )
-from mpidist.testing.contract._places import HOST, Case, DevicePlace, HostPlace, Place
+from mpidist.testing.contract._memory import HOST, Case, DevicePlace, HostPlace, Place
 from mpidist.testing.contract._verbs import VERBS
 
 __all__ = ["BackendContract", "DeviceContract", "DevicePlace", "HostPlace", "Place", "Run"]

@@ -14,7 +14,7 @@ from mpidist.arrays.namespaces import BFLOAT16, HALVES
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract._landings import fortran, fresh, given, in_place
-from mpidist.testing.contract._places import Place
+from mpidist.testing.contract._memory import Place
 from mpidist.testing.contract._values import (
     byte_swapped,
     check_that,
@@ -262,15 +262,15 @@ def roots(group: ProcessGroup, device: Place) -> None:
 def uneven(group: ProcessGroup, device: Place) -> None:
     """Rows that differ between the ranks, some of them none."""
     for verb in VERBS.values():
-        if verb.shares is Shares.WHOLE:
+        if verb.shares is Shares.SAME:
             continue
-        some = Trial(verb, root=group.size - 1)
+        trial = Trial(verb, root=group.size - 1)
         for rows in ((2, 0, 1, 3, 1), (0, 700, 1), (0, 0, 5, 0, 0, 0, 0, 0), (0,)):
-            attempt(replace(some, rows=rows), group, device)
-            begun = begin(replace(some, rows=rows, dtype=np.dtype(np.float16)), group, device)
+            attempt(replace(trial, rows=rows), group, device)
+            begun = begin(replace(trial, rows=rows, dtype=np.dtype(np.float16)), group, device)
             begun.check(begun.work.wait())
         for landing in device.landings:
-            attempt(replace(some, rows=(2, 0, 1), landing=landing), group, device)
+            attempt(replace(trial, rows=(2, 0, 1), landing=landing), group, device)
 
 
 def not_a_number(group: ProcessGroup, device: Place) -> None:

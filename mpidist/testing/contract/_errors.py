@@ -22,7 +22,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.testing.contract._places import Place, with_peers
+from mpidist.testing.contract._memory import Place, with_peers
 from mpidist.testing.contract._values import check_that, expect, expect_error
 
 X = np.ones((6, 2))

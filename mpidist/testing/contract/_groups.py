@@ -12,7 +12,7 @@ from mpidist._types import MAX
 from mpidist.errors import GroupBrokenError, InvalidRankError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import Receive, Send
-from mpidist.testing.contract._places import Place, with_peers
+from mpidist.testing.contract._memory import Place, with_peers
 from mpidist.testing.contract._values import check_that, expect, expect_error
 from mpidist.testing.contract._verbs import VERBS, Trial, attempt
 
@@ -150,17 +150,18 @@ def nodes(group: ProcessGroup, device: Place) -> None:
     check_that(group.local_size == len(same), f"local_size {group.local_size}")
     check_that(same.index(group.rank) == group.local_rank, f"local_rank {group.local_rank}")
     check_that({node for node, _ in facts} == set(range(group.num_nodes)), f"nodes {facts}")
-    mine = group.node_group()
-    _works(mine, tuple(group.ranks[rank] for rank in same), device)
-    check_that(group.node_group() is mine, "a second node_group is another one")
+    node_group = group.node_group()
+    _works(node_group, tuple(group.ranks[rank] for rank in same), device)
+    check_that(group.node_group() is node_group, "a second node_group is another one")
     smallest = min([node for node, _ in facts].count(node) for node in range(group.num_nodes))
-    cross = group.cross_group()
-    check_that((cross is None) == (group.local_rank >= smallest), f"cross_group {cross}")
-    if cross is not None:
+    cross_group = group.cross_group()
+    is_none = group.local_rank >= smallest
+    check_that((cross_group is None) == is_none, f"cross_group {cross_group}")
+    if cross_group is not None:
         column = [
             group.ranks[rank] for rank, (_, local) in enumerate(facts) if local == group.local_rank
         ]
-        _works(cross, tuple(column), device)
+        _works(cross_group, tuple(column), device)
 
 
 def closing(group: ProcessGroup, device: Place) -> None:

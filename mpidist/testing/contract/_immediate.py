@@ -14,7 +14,7 @@ from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import Receive, Send
-from mpidist.testing.contract._places import Place
+from mpidist.testing.contract._memory import Place
 from mpidist.testing.contract._values import check_that, expect
 from mpidist.testing.contract._verbs import VERBS, Trial, begin
 

@@ -18,7 +18,7 @@ from mpidist.errors import (
 )
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract._landings import fortran
-from mpidist.testing.contract._places import Place
+from mpidist.testing.contract._memory import Place
 from mpidist.testing.contract._values import (
     byte_swapped,
     check_that,

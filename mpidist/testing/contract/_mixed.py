@@ -14,7 +14,7 @@ from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import Receive, Send
 from mpidist.testing.contract._landings import fresh, given
-from mpidist.testing.contract._places import HOST, Place, with_peers
+from mpidist.testing.contract._memory import HOST, Place, with_peers
 from mpidist.testing.contract._values import check_that, expect, expect_error
 from mpidist.testing.contract._verbs import VERBS, Begun, Trial, attempt, begin, call
 

@@ -26,7 +26,7 @@ from mpidist.group import ProcessGroup
 from mpidist.point_to_point import ANY_SOURCE, Receive, Send
 from mpidist.testing.contract._landings import fortran, strided
 from mpidist.testing.contract._lists import Unrestorable
-from mpidist.testing.contract._places import Place, with_peers
+from mpidist.testing.contract._memory import Place, with_peers
 from mpidist.testing.contract._values import (
     byte_swapped,
     check_that,
@@ -79,8 +79,8 @@ def into_arrays(group: ProcessGroup, device: Place) -> None:
     after, before = _neighbours(group)
     device.ready(group)
     for number in SIZES:
-        mine, wanted = (values((number, 2), FLOAT64, rank) for rank in (group.rank, before))
-        x, plain = device.put(mine), device.put(np.empty_like(wanted))
+        own, wanted = (values((number, 2), FLOAT64, rank) for rank in (group.rank, before))
+        x, plain = device.put(own), device.put(np.empty_like(wanted))
         outs = [plain, strided(plain), fortran(plain)]
         outs += [byte_swapped(plain)] if device.on_host else []
         for out in outs:

@@ -17,7 +17,7 @@ from mpidist._types import MAX, Array
 from mpidist.backends.work import Work
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import Receive, Send
-from mpidist.testing.contract._places import DevicePlace, with_peers
+from mpidist.testing.contract._memory import DevicePlace, with_peers
 from mpidist.testing.contract._values import check_that, expect
 
 COUNT = 5000

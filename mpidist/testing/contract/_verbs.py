@@ -28,7 +28,7 @@ from mpidist.testing.contract._landings import (
     overlapping,
     plain,
 )
-from mpidist.testing.contract._places import HOST, Place
+from mpidist.testing.contract._memory import HOST, Place
 from mpidist.testing.contract._values import combined, expect, tolerance, values
 
 FLOAT64: DType = np.dtype(np.float64)
@@ -37,7 +37,7 @@ FLOAT64: DType = np.dtype(np.float64)
 class Shares(Enum):
     """What a rank's rows are: the same whole array, its own rows, or a block for each rank."""
 
-    WHOLE = "whole"
+    SAME = "same"
     OWN = "own"
     CUT = "cut"
 
@@ -122,12 +122,12 @@ class Trial:
         if self.rows is None:
             return ()
         counts = self.counts(rank, size)
-        if self.verb.shares is Shares.WHOLE:
+        if self.verb.shares is Shares.SAME:
             return (counts[0], *self.tail)
         own = counts[rank] if self.verb.shares is Shares.OWN else sum(counts)
         return (own, *self.tail)
 
-    def mine(self, rank: int, size: int, device: Place) -> Array:
+    def own_input(self, rank: int, size: int, device: Place) -> Array:
         """Return the input of a rank, for it to keep."""
         x = values(self.shape(rank, size), self.dtype, self.seed, rank)
         return self.layout(device.put(x))
@@ -139,7 +139,7 @@ class Trial:
             keywords["root"] = self.root
         if self.verb.reduces:
             keywords["op"] = self.op
-        if isinstance(self.rows, tuple) and self.verb.shares is not Shares.WHOLE:
+        if isinstance(self.rows, tuple) and self.verb.shares is not Shares.SAME:
             keywords["counts"] = self.counts(group.rank, group.size)
             if self.verb.name == "all_to_all":
                 keywords["recv_counts"] = [
@@ -195,7 +195,7 @@ def _inputs(trial: Trial, size: int, *, round_once: bool) -> _Inputs:
 
 @lru_cache(maxsize=16)
 def _make_inputs(trial: Trial, size: int, *, round_once: bool) -> _Inputs:
-    arrays = tuple(trial.mine(rank, size, HOST) for rank in range(size))
+    arrays = tuple(trial.own_input(rank, size, HOST) for rank in range(size))
     if not trial.verb.reduces:
         return _Inputs(arrays, arrays[0], None)
     bound = tolerance(arrays, trial.op, round_once=round_once)
@@ -220,7 +220,7 @@ def _prepare(
     offered = device.capabilities(group)
     inputs = _inputs(trial, group.size, round_once=offered.halves_rounded_once)
     expected, within = _expected(trial, inputs, group.rank)
-    x, out = trial.landing(trial.mine(group.rank, group.size, device), expected)
+    x, out = trial.landing(trial.own_input(group.rank, group.size, device), expected)
     shared = out is not None and trial.landing in (in_place, overlapping)
     where = f"{trial} on {group}"
 
@@ -268,9 +268,9 @@ def _all_to_all(trial: Trial, inputs: _Inputs, rank: int) -> Array:
 VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in (
-        Verb("broadcast", Shares.WHOLE, _broadcast, rooted=True),
-        Verb("reduce", Shares.WHOLE, _combine, rooted=True, reduces=True, root_only=True),
-        Verb("all_reduce", Shares.WHOLE, _combine, reduces=True),
+        Verb("broadcast", Shares.SAME, _broadcast, rooted=True),
+        Verb("reduce", Shares.SAME, _combine, rooted=True, reduces=True, root_only=True),
+        Verb("all_reduce", Shares.SAME, _combine, reduces=True),
         Verb("gather", Shares.OWN, _join, rooted=True, root_only=True),
         Verb("all_gather", Shares.OWN, _join),
         Verb("scatter", Shares.CUT, _scatter, rooted=True),
