@@ -212,10 +212,10 @@ def recursive_doubling_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp
     position = lane.rank // 2 if paired else lane.rank - pairs
     distance = 1
     while distance < power:
-        place = position ^ distance
-        peer = 2 * place if place < pairs else place + pairs
+        partner = position ^ distance
+        peer = 2 * partner if partner < pairs else partner + pairs
         yield lane.exchange([(out, peer)], [(other, peer)])
-        lower, higher = (out, other) if position < place else (other, out)
+        lower, higher = (out, other) if position < partner else (other, out)
         # A fresh array: the operand order must not depend on which of the two is `out`.
         combined = np.empty_like(out)
         reduce_in_rank_order([lower, higher], plain, combined)
@@ -245,10 +245,10 @@ def ring_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
     arriving = np.empty(max(counts), out.dtype)
     for step in range(lane.size - 1):
         leaving = slices[(lane.rank - step) % lane.size]
-        mine = slices[(lane.rank - step - 1) % lane.size]
-        heard = arriving[: mine.size]
+        own = slices[(lane.rank - step - 1) % lane.size]
+        heard = arriving[: own.size]
         yield lane.exchange([(leaving, after)], [(heard, before)])
-        reduce_in_rank_order([mine, heard], plain, mine)
+        reduce_in_rank_order([own, heard], plain, own)
     complete = slices[after]
     if op is MEAN:
         quietly(np.divide, complete, lane.size, complete)
@@ -261,10 +261,10 @@ def rank_order_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Ste
     Cost: 2 (p - 1) messages, 2 (p - 1) / p n bytes; the slices of all ranks take n bytes.
     """
     counts = _even_counts(x.size, lane.size)
-    mine = _parts(out, counts)[lane.rank]
-    result = np.empty_like(mine)
+    own = _parts(out, counts)[lane.rank]
+    result = np.empty_like(own)
     yield from pairwise_reduce_scatter(lane, x, result, counts, op)
-    mine[...] = result
+    own[...] = result
     yield from ring_all_gather(lane, None, out, counts)
 
 
@@ -289,9 +289,9 @@ def reduce(lane: Lane, x: Array, out: Array | None, op: ReduceOp, root: int) -> 
         yield from tree_reduce(lane, x, out, op, root)
         return
     counts = _even_counts(x.size, lane.size)
-    mine = np.empty(counts[lane.rank], x.dtype)
-    yield from pairwise_reduce_scatter(lane, x, mine, counts, op)
-    yield from linear_gather(lane, mine, out, counts, root)
+    own = np.empty(counts[lane.rank], x.dtype)
+    yield from pairwise_reduce_scatter(lane, x, own, counts, op)
+    yield from linear_gather(lane, own, out, counts, root)
 
 
 def linear_gather(

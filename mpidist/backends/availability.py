@@ -38,7 +38,7 @@ def is_mpi_available() -> bool:
         return True
     if not _is_installed("mpi4py"):
         return False
-    _, problem = _told_by("import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI")
+    _, problem = _output_of("import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI")
     return not problem
 
 
@@ -112,7 +112,7 @@ def _cupy_finds_no_gpu(cupy: ModuleType) -> str | None:
         if cupy.cuda.is_available():
             return None
     except Exception as error:  # noqa: BLE001  # of a library that does not fit, whatever it raises
-        return f"CuPy cannot be asked for GPUs: {_words(error)}"
+        return f"CuPy cannot be asked for GPUs: {_describe(error)}"
     return (
         f"{_name(cupy)} finds no GPU: see whether nvidia-smi shows one, whether the driver "
         "is new enough for this CuPy, and what CUDA_VISIBLE_DEVICES says"
@@ -131,7 +131,7 @@ def _cupy_has_no_nccl(cupy: ModuleType) -> str | None:
                 nccl.get_version()
                 return None
         except Exception as error:  # noqa: BLE001  # as above
-            return f"NCCL cannot be asked for its version: {_words(error)}"
+            return f"NCCL cannot be asked for its version: {_describe(error)}"
     return f"{_name(cupy)} finds no NCCL (libnccl.so.2): {_EXTRA}"
 
 
@@ -140,17 +140,17 @@ def _another_process_says() -> str | None:
     # mpidist may be a checkout that only this process's path has.
     from pathlib import Path
 
-    told, problem = _told_by(_TRY_CUPY, str(Path(__file__).parents[2]))
-    return f"CuPy cannot be imported: {problem}" if problem else told.rpartition("\n")[2] or None
+    output, problem = _output_of(_TRY_CUPY, str(Path(__file__).parents[2]))
+    return f"CuPy cannot be imported: {problem}" if problem else output.rpartition("\n")[2] or None
 
 
-def _told_by(attempt: str, *words: str) -> tuple[str, str]:
+def _output_of(attempt: str, *arguments: str) -> tuple[str, str]:
     """Return what another process writes, and the last line of its errors if it fails."""
     import subprocess
 
     try:
         tried = subprocess.run(  # noqa: S603  # this interpreter, and a text of ours
-            [sys.executable, "-c", attempt, *words],
+            [sys.executable, "-c", attempt, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
@@ -159,7 +159,7 @@ def _told_by(attempt: str, *words: str) -> tuple[str, str]:
             errors="replace",
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return "", _words(error)
+        return "", _describe(error)
     if tried.returncode == 0:
         return tried.stdout, ""
     lines = tried.stderr.strip().splitlines()
@@ -189,5 +189,5 @@ def _name(cupy: ModuleType) -> str:
     return f"CuPy {getattr(cupy, '__version__', 'of unknown version')}"
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -19,10 +19,10 @@ __all__ = [
     "combining",
     "even_slices",
     "in_blocks",
-    "quiet",
     "quietly",
     "reduce_into",
     "reduce_into_all",
+    "silent_context",
 ]
 
 CACHE_LINE = 64
@@ -36,8 +36,8 @@ Combine: TypeAlias = Callable[[list[Array], Array], None]
 """Combines arrays in their order into another, which may be the first of them."""
 
 
-def quiet() -> contextvars.Context:
-    """Return a context in which numpy says nothing of infinities and NaN.
+def silent_context() -> contextvars.Context:
+    """Return a context in which numpy does not warn about infinities and NaN.
 
     They are results here, as in every MPI library, whatever the error state of the user: a rank
     that raised in the middle of a collective would leave the others waiting. Since numpy 2.0 the
@@ -49,12 +49,12 @@ def quiet() -> contextvars.Context:
     return context
 
 
-_QUIET = quiet()
+_SILENT_CONTEXT = silent_context()
 
 
 def quietly(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in such a context, also where another thread does so just now."""
-    return _QUIET.copy().run(function, *args)
+    """Call a function in such a context; several threads may do so at once."""
+    return _SILENT_CONTEXT.copy().run(function, *args)
 
 
 def combination(op: ReduceOp, dtype: DType) -> Combine:
@@ -98,10 +98,10 @@ def combining(parts: list[Array], op: ReduceOp) -> tuple[Any, ...]:
 
 def even_slices(count: int, itemsize: int, size: int) -> list[slice]:
     """Cut so many elements into one slice per rank, each beginning on a cache line."""
-    unit = CACHE_LINE // gcd(CACHE_LINE, itemsize)
+    per_line = CACHE_LINE // gcd(CACHE_LINE, itemsize)
     return [
-        slice(min(start * unit, count), min((start + length) * unit, count))
-        for start, length in split_evenly(-(-count // unit), size)
+        slice(min(start * per_line, count), min((start + length) * per_line, count))
+        for start, length in split_evenly(-(-count // per_line), size)
     ]
 
 

@@ -73,11 +73,13 @@ def write(path: Path, machine: str, ranks: int, crossovers: Crossovers) -> None:
     """
     try:
         entries = _load(path)
-        mine = dict(_table(entries.get(machine, {})))
+        by_ranks = dict(_table(entries.get(machine, {})))
     except (TypeError, AttributeError, ValueError):
-        entries, mine = {}, {}
-    mine[ranks] = crossovers
-    entries[machine] = {str(number): dataclasses.asdict(each) for number, each in mine.items()}
+        entries, by_ranks = {}, {}
+    by_ranks[ranks] = crossovers
+    entries[machine] = {
+        str(number): dataclasses.asdict(sizes) for number, sizes in by_ranks.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(entries, indent=2, sort_keys=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:

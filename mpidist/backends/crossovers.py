@@ -45,8 +45,8 @@ class Crossovers:
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
-        whole = all(isinstance(size, int) and 0 <= size <= NEVER for size in sizes.values())
-        if not whole or self.small > SMALL:
+        valid = all(isinstance(size, int) and 0 <= size <= NEVER for size in sizes.values())
+        if not valid or self.small > SMALL:
             raise ValueError(
                 f"crossovers must be sizes in bytes, small at most {SMALL}; got {sizes}"
             )

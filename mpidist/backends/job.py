@@ -89,7 +89,7 @@ class JobTransport(Protocol):
     def ended(self) -> bool:
         """Whether the transport cannot be used any more, since the program has ended it."""
 
-    def when_ended(self, tell: Callable[[], None]) -> None:
+    def when_ended(self, callback: Callable[[], None]) -> None:
         """Call a function, once, before the program ends the transport."""
 
     def alive(self) -> Sequence[Running]:
@@ -245,5 +245,5 @@ class ExitNotices:
 
     def _complete(self, others: set[int]) -> bool:
         """Whether all notices are here, and this rank's own need no more progress."""
-        here = any(others <= self.received().keys() for _ in range(_PROBES))
-        return here and all(sent() for sent in self._sent)
+        arrived = any(others <= self.received().keys() for _ in range(_PROBES))
+        return arrived and all(sent() for sent in self._sent)

@@ -179,25 +179,25 @@ class Collective(ABC):
 
     def describe(self) -> str:
         """Return what has to be the same on all ranks, such as ``"all_reduce SUM float32[10]"``."""
-        words = [self.describe_call(self.shape, self.rows)]
+        parts = [self.describe_call(self.shape, self.rows)]
         if self.listed:
-            words.append(f"of a list of {self.listed}")
+            parts.append(f"of a list of {self.listed}")
         if self.on_device:
-            words.append("on the device")
-        return " ".join(words)
+            parts.append("on the device")
+        return " ".join(parts)
 
     def describe_call(self, shape: tuple[int, ...] | None, rows: tuple[int, ...] | None) -> str:
         """Return verb, op, dtype, lengths and root."""
         op, root, counts = self.arguments
-        words = [self.verb]
+        parts = [self.verb]
         if op is not None:
-            words.append(op.name)
+            parts.append(op.name)
         if self.arrays:
             x = self.arrays[0]
-            words.append(f"{x.dtype}{_lengths(x, counts, shape, rows)}")
+            parts.append(f"{x.dtype}{_lengths(x, counts, shape, rows)}")
         if root is not None:
-            words.append(f"root {root}")
-        return " ".join(words)
+            parts.append(f"root {root}")
+        return " ".join(parts)
 
 
 @dataclass(slots=True, eq=False)

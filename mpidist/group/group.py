@@ -183,7 +183,7 @@ class ProcessGroup(Operations):
             from mpidist.observe.watch.helper import helper
 
             helper().serve(watch, nodes)
-        watch.connect(nodes, group._cards(watch.endpoint()))
+        watch.connect(nodes, group._gather_bytes(watch.endpoint()))
         return cls(backend, name=name, ranks=ranks, layout=layout, identity=identity, **options)
 
     # -- facts ---------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class ProcessGroup(Operations):
                 f"{self._backend.no_device}. Copy it to the host (cupy.asnumpy) first, or "
                 "set MPIDIST_ENABLE_GPU_FALLBACK=1 on all ranks before init, which does so for you"
             )
-        device.check_place(x, f"{verb} on {self}: {name}")
+        device.check_device(x, f"{verb} on {self}: {name}")
 
     def keep(self, x: Array) -> None:
         """Hold a device array until what is on the current stream by now is done with it."""
@@ -377,20 +377,20 @@ class ProcessGroup(Operations):
         return ProcessGroup(backend, ranks=ranks, layout=self._layout, identity=identity, **options)
 
     def _introduce(self, number: int) -> tuple[list[int], int]:
-        """Return a number of each rank, and an identity on which all agree."""
+        """Return the number of each rank, and an identity drawn by rank 0; collective, blocks."""
         numbers = np.empty((self.size, 2), np.int64)
-        mine = np.array([number, int.from_bytes(os.urandom(7), "little")], np.int64)
-        counts = (mine.size,) * self.size
-        self.run(AllGather(mine, numbers.reshape(-1), counts), lambda: None)
+        own = np.array([number, int.from_bytes(os.urandom(7), "little")], np.int64)
+        counts = (own.size,) * self.size
+        self.run(AllGather(own, numbers.reshape(-1), counts), lambda: None)
         return numbers[:, 0].tolist(), int(numbers[0, 1])
 
-    def _cards(self, mine: bytes) -> list[bytes]:
-        """Return a few bytes of each rank, of the same length on all."""
-        cards = np.empty((self.size, len(mine)), np.uint8)
-        counts = (len(mine),) * self.size
-        card = np.frombuffer(mine, np.uint8)
-        self.run(AllGather(card, cards.reshape(-1), counts), lambda: None)
-        return [card.tobytes() for card in cards]
+    def _gather_bytes(self, own: bytes) -> list[bytes]:
+        """Return the bytes of every rank, which have one length on all; collective, blocks."""
+        rows = np.empty((self.size, len(own)), np.uint8)
+        counts = (len(own),) * self.size
+        sent = np.frombuffer(own, np.uint8)
+        self.run(AllGather(sent, rows.reshape(-1), counts), lambda: None)
+        return [row.tobytes() for row in rows]
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -562,9 +562,9 @@ class ProcessGroup(Operations):
         nbytes = prod(shape) * dtype.itemsize
         with self._performing(f"{operation} {dtype}{list(shape)}") as waiter:
             # A block has parts of one size: with another stride, ranks would overlap.
-            mine, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
-            self._backend.run(AllGather(mine, sizes, (1,) * self.size), waiter=waiter)
-            if (sizes != mine).any():
+            own, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
+            self._backend.run(AllGather(own, sizes, (1,) * self.size), waiter=waiter)
+            if (sizes != own).any():
                 raise CollectiveMismatchError(
                     "the ranks ask for arrays of different sizes, and nothing has been made; all "
                     f"must give the same shape and dtype, here {shape} and {dtype}. Bytes by rank: "

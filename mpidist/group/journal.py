@@ -91,12 +91,12 @@ class Journal:
     def name_collective(self, kind: Kind, collective: Collective) -> Name:
         """Return how a collective is recorded; see `Collective.describe`."""
         key = (kind, collective.key())
-        found = self._names.get(key)
-        if found is None:
+        name = self._names.get(key)
+        if name is None:
             what = "i" * (kind is Kind.IMMEDIATE) + collective.describe()
             name = self._recorder.name(what, self._group, kind, on_device=collective.on_device)
-            found = self._remember(key, name)
-        return found
+            self._remember(key, name)
+        return name
 
     def _remember(self, key: object, name: Name) -> Name:
         if len(self._names) >= _REMEMBERED:
@@ -113,9 +113,9 @@ class Journal:
     def name_device_sum(self, x: Array, op: ReduceOp) -> Name:
         """Return the name of an all_reduce in place of a device array."""
         key = (x.dtype, x.shape, op)
-        found = self._names.get(key)
-        if found is None:
+        name = self._names.get(key)
+        if name is None:
             call = AllReduce(x, x, op, shape=x.shape)
-            found = self.name_collective(Kind.BLOCKING, call)
-            self._remember(key, found)
-        return found
+            name = self.name_collective(Kind.BLOCKING, call)
+            self._remember(key, name)
+        return name

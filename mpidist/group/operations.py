@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mpidist.observe.recorder.recorder import Site
     from mpidist.observe.watch import Watch
 
-__all__ = ["Companion", "Operations", "Timeout", "abandon_groups", "companions"]
+__all__ = ["Operations", "Service", "Timeout", "abandon_groups", "services"]
 
 T = TypeVar("T")
 
@@ -61,8 +61,8 @@ def abandon_groups(transport: str, reason: str) -> None:
             state.reason = reason
 
 
-class Companion(Protocol):
-    """What a subsystem keeps with a group, and has under way on it."""
+class Service(Protocol):
+    """What a subsystem keeps with a group: its state and its operations under way."""
 
     def progress(self) -> None:
         """Drive what is under way; must not block."""
@@ -71,14 +71,14 @@ class Companion(Protocol):
         """Wait for what is under way, and release what is held."""
 
 
-C = TypeVar("C", bound=Companion)
+C = TypeVar("C", bound=Service)
 
-_COMPANIONS: list[tuple[Operations, Companion]] = []
+_SERVICES: list[tuple[Operations, Service]] = []
 
 
-def companions() -> Sequence[tuple[Operations, Companion]]:
-    """Return what must come to an end before this process does, and the groups it is kept with."""
-    return tuple(_COMPANIONS)
+def services() -> Sequence[tuple[Operations, Service]]:
+    """Return the open services of this process, each with its group."""
+    return tuple(_SERVICES)
 
 
 class Operations(Closing):
@@ -137,7 +137,7 @@ class Operations(Closing):
         # The thread that is inside of a collective; 0 where none is.
         self._inside = 0
         self._closed_with: list[Operations] = []
-        self._companions: dict[str, Companion] = {}
+        self._services: dict[str, Service] = {}
         _STATES.add(state)
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
@@ -342,7 +342,7 @@ class Operations(Closing):
         self._inside = get_ident()
         try:
             if self._watch.debug:
-                # Also the immediate form meets here: what the device has begun cannot be undone.
+                # Compared now in both forms: what the device has begun cannot be undone.
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)
             device.prepare(waiter)
             begun = device.begin(call, waiter)
@@ -390,7 +390,7 @@ class Operations(Closing):
         finish: Callable[[], T],
         *,
         peers: Peers,
-        words: str = "",
+        detail: str = "",
         timeout: Timeout = None,
     ) -> GroupWork[T]:
         """Start an operation of several phases among some ranks and return at once.
@@ -403,12 +403,12 @@ class Operations(Closing):
             Return the operation's steps, and its result when they are over.
         peers : Peers
             The ranks that it depends on.
-        words : str, optional
-            What else there is to say of it.
+        detail : str, optional
+            Follows the verb in the records, such as the peers and the dtype.
         timeout : float or datetime.timedelta, optional
             Seconds for this operation; the group's when omitted.
         """
-        waiter = self._message_waiter(verb, words, peers, caller(2), timeout)
+        waiter = self._message_waiter(verb, detail, peers, caller(2), timeout)
         try:
             inner = self._backend.start(steps(self._backend))
         except BaseException as error:
@@ -445,7 +445,7 @@ class Operations(Closing):
         )
 
     def _message_waiter(
-        self, verb: str, words: str, peers: Peers, frame: FrameType, timeout: Timeout = None
+        self, verb: str, detail: str, peers: Peers, frame: FrameType, timeout: Timeout = None
     ) -> GroupWaiter:
         """Count an operation among some ranks, record it, and return what waits for it."""
         if timeout is not None:
@@ -453,7 +453,7 @@ class Operations(Closing):
         self._state.check_usable(verb)
         with self._counting:
             self._messages = number = self._messages + 1
-        name = self._journal.name(f"{verb} {words}".strip(), Kind.MESSAGE)
+        name = self._journal.name(f"{verb} {detail}".strip(), Kind.MESSAGE)
         record = self._journal.begin(name, number, frame)
         waiter = GroupWaiter(self._state, verb, record, number=number, peers=peers)
         if timeout is not None:
@@ -511,15 +511,15 @@ class Operations(Closing):
             # Also an interrupt: the other ranks have gone on to the next operation.
             self._state.break_by(error)
 
-    def companion(self, name: str, make: Callable[[], C]) -> C:
-        """Return what a subsystem keeps with this group, made when it is asked for first.
+    def service(self, name: str, make: Callable[[], C]) -> C:
+        """Return the service of this name, which the first call makes.
 
         It is driven by `progress`, and closed before the group; collective if making it is.
         """
-        if name not in self._companions:
-            self._companions[name] = made = make()
-            _COMPANIONS.append((self, made))
-        return cast("C", self._companions[name])
+        if name not in self._services:
+            self._services[name] = made = make()
+            _SERVICES.append((self, made))
+        return cast("C", self._services[name])
 
     def progress(self) -> None:
         """Drive what is under way as far as it can go now; local, never blocks.
@@ -528,8 +528,8 @@ class Operations(Closing):
         outstanding calls this now and then.
         """
         self._state.progress()
-        for companion in tuple(self._companions.values()):
-            companion.progress()
+        for service in tuple(self._services.values()):
+            service.progress()
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -569,11 +569,11 @@ class Operations(Closing):
     def _finish(self) -> BaseException | None:
         """Finish what is under way, and return the first error that nobody has seen."""
         failed: BaseException | None = None
-        while self._companions:
-            _, companion = self._companions.popitem()
-            _COMPANIONS.remove((self, companion))
+        while self._services:
+            _, service = self._services.popitem()
+            _SERVICES.remove((self, service))
             try:
-                companion.close()
+                service.close()
             except Exception as error:  # noqa: BLE001  # raised by `close`, when all are over
                 failed = failed or error
         while self._outstanding and self._state.reason is None:

@@ -214,12 +214,12 @@ class GroupWaiter(Waiter):
         return f"{self.operation} on {self.state}, called at {site}"
 
     def _who(self) -> str:
-        """Return words for the ranks that have not come, and for where they are instead."""
-        words = self.state.watch.describe_stall(self.state.ranks, self._key, self._absent())
-        return f". {words}" if words else ""
+        """Describe the ranks that have not arrived, and where they are instead."""
+        stall = self.state.watch.describe_stall(self.state.ranks, self._key, self._absent())
+        return f". {stall}" if stall else ""
 
     def _absent(self) -> list[int]:
-        """Return the ranks of the world that are known not to have come."""
+        """Return the ranks of the world that are known not to have arrived."""
         members = self.state.ranks
         missing = self._missing() if self._missing is not None else ()
         if not missing and self.collective is None:
@@ -227,11 +227,11 @@ class GroupWaiter(Waiter):
         return [members[rank] for rank in missing]
 
     def report(self, why: str, *, dump: bool = True, error: DistributedError | None = None) -> None:
-        """Tell what all ranks are doing, if no other rank is telling it, because of an error."""
+        """Report what all ranks are doing, because of an error, unless another rank reports it."""
         if error is not None:
-            here = self.state.watch.call_site(self.record)
+            site = self.state.watch.call_site(self.record)
             group = f"group {self.state.name!r}"
-            error._reported = f"{self.operation} on {group}, called at {here}: {why}"
+            error._reported = f"{self.operation} on {group}, called at {site}: {why}"
         self.state.watch.report(
             f"{self.told}: {why}",
             members=self.state.ranks,
@@ -241,18 +241,19 @@ class GroupWaiter(Waiter):
         )
 
     def _look_for_differences(self, waited: float) -> None:
-        """Raise if all have come with different calls, of which some meet nowhere."""
+        """Raise if all ranks have arrived, with calls some of which can never complete."""
         if self._key is None or waited < self._next_look:
             return
         self._next_look = min(2 * waited, waited + _LONGEST_PAUSE)
         state = self.state
-        told = state.watch.differences(
+        differences = state.watch.differences(
             state.ranks, self._key, compared=state.backend.compares_calls
         )
-        if told:
+        if differences:
             error = CollectiveMismatchError(
-                f"{self.told}: the ranks called different things: {told}. The group is broken: "
-                "let this error end the job; all ranks must make the same calls in the same order"
+                f"{self.told}: the ranks called different things: {differences}. The group is "
+                "broken: let this error end the job; all ranks must make the same calls in the "
+                "same order"
             )
             error.usable = False
             self.state.break_by(error)
@@ -268,7 +269,7 @@ class GroupWaiter(Waiter):
             for rank, world in enumerate(state.ranks)
             if world in killed
         } | dict(state.backend.lost(self.collective))
-        return {rank: words for rank, words in gone.items() if needed is None or rank in needed}
+        return {rank: reason for rank, reason in gone.items() if needed is None or rank in needed}
 
     def _patrol(self, waited: float) -> None:
         if self.hopeless:  # an operation that was driven meanwhile has broken the group
@@ -284,12 +285,12 @@ class GroupWaiter(Waiter):
         if self._lost_since is None:
             self._lost_since = waited
         if waited - self._lost_since >= GRACE:
-            told = "; ".join(f"rank {rank} {words}" for rank, words in sorted(lost.items()))
+            reasons = "; ".join(f"rank {rank} {reason}" for rank, reason in sorted(lost.items()))
             error = PeerLostError(
-                f"{self.told}: {told}. The group is broken: let this error end the job; every "
+                f"{self.told}: {reasons}. The group is broken: let this error end the job; every "
                 "rank must call the same collectives"
             )
-            self.report(told, error=error)
+            self.report(reasons, error=error)
             raise error
 
 
@@ -344,17 +345,17 @@ class GroupWork(PendingWork[T]):
         return True
 
     def _fail(self, error: BaseException) -> None:
-        """Be over with an error of the transport's part, in the words of the group."""
+        """End with an error of the transport, to which the group's name is added."""
         if isinstance(error, CollectiveMismatchError):
             self.state.add_operation(error, self._waiter.operation)
             self._end(error, broken=not error.usable)
         elif isinstance(error, SizeMismatchError):
             self._end(error)
         elif isinstance(error, TransportError) and str(self.state) not in str(error):
-            words = f"{self._waiter.operation} on {self.state}: {error}"
-            told = TransportError(words, error.code)
-            told.__cause__ = error
-            self._end(told, broken=True)
+            message = f"{self._waiter.operation} on {self.state}: {error}"
+            located = TransportError(message, error.code)
+            located.__cause__ = error
+            self._end(located, broken=True)
         else:
             self._end(error, broken=True)
 

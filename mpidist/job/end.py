@@ -35,7 +35,7 @@ from mpidist.errors import (
     PeerLostError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.group.operations import Operations, companions
+from mpidist.group.operations import Operations, services
 from mpidist.group.pending import GroupWork
 from mpidist.group.state import GroupState, broken_states
 from mpidist.log import shows
@@ -47,7 +47,7 @@ from mpidist.observe.watch.helper import helper
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
 
-__all__ = ["end_companions_at_exit", "end_trace_at_exit", "loading", "starting", "track"]
+__all__ = ["end_services_at_exit", "end_trace_at_exit", "loading", "starting", "track"]
 
 _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
@@ -113,8 +113,8 @@ class _Hooks:
     def join(self, world: JobWorld, timeout: float) -> ExitNotices:
         """Return the exit notices among the ranks of a world; collective over it."""
         # Those of an earlier world of the same ranks serve again: mailboxes are never released.
-        found = self._notices.get(world.ranks)
-        notices = found[0] if found else ExitNotices(world.mailbox(), world.ranks, self._job.nap)
+        kept = self._notices.get(world.ranks)
+        notices = kept[0] if kept else ExitNotices(world.mailbox(), world.ranks, self._job.nap)
         self._notices[world.ranks] = notices, timeout
         return notices
 
@@ -222,13 +222,13 @@ class _Hooks:
         self.leaving = (time.monotonic(), self.timeout)
         limit_finalization(self._prefix, self.timeout, stacks=self._reports_signals)
 
-    def end_companions(self) -> None:
+    def end_services(self) -> None:
         """Wait for what subsystems have under way, such as the last save; an exit handler."""
         if os.getpid() != self._pid or self._job.ended() or broken_states():
             return
-        for _, companion in companions():
+        for _, service in services():
             try:
-                companion.close()
+                service.close()
             except Exception as error:  # noqa: BLE001  # whatever it is, it must not be lost
                 self._say(f"could not bring to its end what it had begun: {error}; ending the job")
                 self._abort(1)
@@ -439,14 +439,14 @@ def track(group: ProcessGroup) -> None:
         _installed.track(group)
 
 
-def end_companions_at_exit() -> None:
-    """Let the job wait for what subsystems have under way before it ends.
+def end_services_at_exit() -> None:
+    """Make the job wait for its services, such as the last save, before it ends.
 
-    To be called when what they need has been imported: exit handlers run in reverse order, so that
-    this one finds it in working order.
+    Call it after the modules that they need have been imported: exit handlers run in reverse
+    order, so that these modules still work.
     """
     if _installed is not None:
-        atexit.register(_installed.end_companions)
+        atexit.register(_installed.end_services)
     elif not _someone_else_handles_exceptions():
         atexit.register(_end_alone, os.getpid())
 
@@ -455,10 +455,10 @@ def _end_alone(pid: int) -> None:
     """Do the same in a job of one rank, in which nothing else is installed."""
     if os.getpid() != pid:  # a child that was forked has no thread that writes
         return
-    for group, companion in companions():
+    for group, service in services():
         try:
             if group.size == 1:  # simulated ranks wait for each other, and have ended
-                companion.close()
+                service.close()
         except Exception as error:  # noqa: BLE001  # whatever it is, it must not be lost
             _flush()
             _write(f"mpidist: could not bring to its end what was begun on {group}: {error}")

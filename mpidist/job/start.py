@@ -231,13 +231,13 @@ def _agreed(world: ProcessGroup, library: str) -> tuple[Mapping[int, Crossovers]
     problem = None
     if world.rank == 0:
         try:
-            found = found_crossovers(library)
+            measured = found_crossovers(library)
         except (ValueError, OSError) as error:
             problem = str(error)
         else:
-            table = found.table
-            if found.problem:
-                world.log.warning("init: %s. The default crossovers are used", found.problem)
+            table = measured.table
+            if measured.problem:
+                world.log.warning("init: %s. The default crossovers are used", measured.problem)
     found_by_first = (table, problem, env.trace_directory())
     table, problem, directory = broadcast_object(found_by_first, world, root=0)
     if problem is not None:

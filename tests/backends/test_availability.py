@@ -137,7 +137,7 @@ def test_hidden_gpus_are_not_seen(
 
 def test_no_driver_costs_no_process(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "_has_driver", lambda: False)
-    monkeypatch.setattr(availability, "_told_by", None)
+    monkeypatch.setattr(availability, "_output_of", None)
     assert "there is no NVIDIA driver" in (availability.why_no_nccl() or "")
 
 

@@ -405,13 +405,13 @@ def test_a_meeting_is_waited_for():
 def test_the_next_operation_does_not_begin_before_the_board_says_that_one_is_done():
     seen = []
 
-    class Words:
-        def __setitem__(self, place, number):
+    class Values:
+        def __setitem__(self, index, number):
             # Another thread may begin, and end, the next operation from here on.
             seen.append((number, counters.finished))
 
     counters = ArrivalCounters(bytearray(ArrivalCounters.nbytes(2)), 0, 2)
-    counters._words = Words()
+    counters._values = Values()
     counters.finish(1)
     assert seen == [(1, 0)]
     assert counters.finished == 1

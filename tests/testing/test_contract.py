@@ -173,7 +173,7 @@ def test_a_wrong_transport_is_found(spoil: Callable[[Backend], None]) -> None:
 
 def forgets_the_event_before(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Begin before what is on the current stream has been done."""
-    patch.setattr(Side, "follow", lambda side: None)
+    patch.setattr(Side, "wait_for_current", lambda side: None)
 
 
 def forgets_the_event_after(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:

@@ -120,31 +120,31 @@ class DeviceBackend(ABC, Generic[H]):
     def chosen(self) -> int | None:
         """The device of this rank's arrays; None until the first operation chooses it."""
 
-    def check_place(self, x: Array, words: str) -> None:
+    def check_device(self, x: Array, what: str) -> None:
         """Raise unless an array lies on this rank's device, and that is this thread's current one.
 
         Parameters
         ----------
         x : Array
             On any device.
-        words : str
-            What it is, for messages.
+        what : str
+            The operation, its group and the name of the array, for messages.
         """
         current: int = array_namespace(x).cuda.Device().id
-        here = current if self.chosen is None else self.chosen
+        device = current if self.chosen is None else self.chosen
         lies: int = x.device.id  # type: ignore[attr-defined]  # cupy's
-        if lies != here:
+        if lies != device:
             raise UnsupportedOperationError(
-                f"{words} lies on device {lies}, and this rank's is device {here}; copy it there "
-                f"(with cupy.cuda.Device({here}): cupy.array(x)), or choose the device by "
+                f"{what} lies on device {lies}, and this rank's is device {device}; copy it there "
+                f"(with cupy.cuda.Device({device}): cupy.array(x)), or choose the device by "
                 "cupy.cuda.Device(i).use() before the group's first operation"
             )
-        if current != here:
+        if current != device:
             # What an operation makes lies on the current device, and its streams are that one's.
             raise UnsupportedOperationError(
-                f"{words} lies on device {here}, as it has to, but the current device of this "
-                f"thread is {current}: call it inside of 'with cupy.cuda.Device({here}):', or let "
-                f"the thread begin with cupy.cuda.Device({here}).use()"
+                f"{what} lies on device {device}, as it has to, but the current device of this "
+                f"thread is {current}: call it inside of 'with cupy.cuda.Device({device}):', or "
+                f"let the thread begin with cupy.cuda.Device({device}).use()"
             )
 
     @abstractmethod

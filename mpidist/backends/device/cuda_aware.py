@@ -48,8 +48,8 @@ def ask_mpi(mpi: Any, path: str) -> tuple[bool | None, str]:
         query = None
     if query is not None:
         answer = bool(query())
-        words = f"; memory kinds {kinds}" if kinds else ""
-        return answer, f"MPIX_Query_cuda_support{words}"
+        suffix = f"; memory kinds {kinds}" if kinds else ""
+        return answer, f"MPIX_Query_cuda_support{suffix}"
     if kinds:
         return "cuda" in kinds.replace(":", ",").split(","), f"memory kinds {kinds}"
     return None, ""

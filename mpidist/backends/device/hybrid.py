@@ -1,7 +1,7 @@
 """One group for host and device arrays: each travels where it lies.
 
-A host transport gets a companion for device arrays, `Backend.device`; which of the two carries a
-collective is decided by its arrays. The companion is there on all ranks, or on none.
+A host transport has a second one for device arrays, `Backend.device`; the arrays of a collective
+decide which of the two carries it. Either all ranks have the second one, or none.
 """
 
 from __future__ import annotations

@@ -51,9 +51,9 @@ class MpiJob:
         """Whether MPI has been finalised."""
         return bool(self._mpi.Is_finalized())
 
-    def when_ended(self, tell: Callable[[], None]) -> None:
+    def when_ended(self, callback: Callable[[], None]) -> None:
         """Call a function, once, when the program finalises MPI."""
-        _call_at_finalize(self._mpi, tell)
+        _call_at_finalize(self._mpi, callback)
 
     def alive(self) -> Sequence[MpiBackend]:
         """Return the open groups of this process."""
@@ -69,9 +69,9 @@ class MpiJob:
 
 
 @cache
-def _call_at_finalize(mpi: Any, tell: Callable[[], None]) -> None:
+def _call_at_finalize(mpi: Any, callback: Callable[[], None]) -> None:
     def ended(*_: Any) -> None:
-        tell()
+        callback()
 
     # The library deletes what is attached here before anything else that it finalises.
     mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=ended), ended)
@@ -141,11 +141,11 @@ class _Mailbox:
 
     def receive(self) -> Array | None:
         """Return the next message of any rank, or None if there is none yet."""
-        found = self._comm.Improbe()
-        if found is None:
+        matched = self._comm.Improbe()
+        if matched is None:
             return None
         header = np.empty(2, np.int64)
-        found.Recv(header)
+        matched.Recv(header)
         rank, length = header.tolist()
         message: Array = np.empty(length, np.int64)
         self._comm.Recv(message, source=rank)

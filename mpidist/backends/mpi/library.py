@@ -64,9 +64,9 @@ def abort_job(mpi: Any, code: int) -> NoReturn:
 
 def world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
     """Return the rank in MPI's world of each rank."""
-    here, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
-    ranks = tuple(mpi.Group.Translate_ranks(here, None, world))
-    here.Free()
+    group, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
+    ranks = tuple(mpi.Group.Translate_ranks(group, None, world))
+    group.Free()
     world.Free()
     return ranks
 
@@ -79,7 +79,7 @@ def _unlink_library_memory() -> None:
     """
     with contextlib.suppress(OSError):
         maps = Path("/proc/self/maps").read_bytes().splitlines()
-        found = {line.split(None, 5)[5] for line in maps if _LIBRARY_FILE.encode() in line}
-        for name in found:
+        paths = {line.split(None, 5)[5] for line in maps if _LIBRARY_FILE.encode() in line}
+        for name in paths:
             with contextlib.suppress(OSError):
                 Path(os.fsdecode(name)).unlink()

@@ -110,8 +110,8 @@ class SumComparison:
 
     def arrive(self, number: int, signature: CallSignature) -> None:
         """Start the all-reduce; at the call, so that its order is the same on all ranks."""
-        words = (*_hashes(signature.digest), int(signature.breaks), signature.balance or 0)
-        sums = np.array(words, np.uint64)
+        numbers = (*_hashes(signature.digest), int(signature.breaks), signature.balance or 0)
+        sums = np.array(numbers, np.uint64)
         fence()  # other ranks may read what this one has written to shared memory from now on
         self._sums[number] = sums, self._add(sums)
 
@@ -216,8 +216,8 @@ def refuse(
 
 def _exchange(lane: algorithms.Lane, described: Described, calls: Array, rank: int) -> Steps:
     """Write this rank's description into its row, and all-gather the rows."""
-    *words, balance = described
-    parts = zip(words, _LONGEST, strict=True)
+    *texts, balance = described
+    parts = zip(texts, _LONGEST, strict=True)
     lines = [str(balance).encode(), *(part.encode(errors="replace")[:most] for part, most in parts)]
     text = b"\n".join(lines)
     calls[rank, : len(text)] = np.frombuffer(text, np.uint8)
@@ -245,12 +245,12 @@ def difference(calls: Sequence[Described], *, usable: bool = True) -> Collective
     differ = len({call.what for call in calls}) > 1
     ranks: dict[str, list[int]] = {}
     for rank, call in enumerate(calls):
-        words = f" called {call.what}" if differ else f": {call.how},"
-        words += f" at {call.site}"
-        ranks.setdefault(words, []).append(rank)
+        description = f" called {call.what}" if differ else f": {call.how},"
+        description += f" at {call.site}"
+        ranks.setdefault(description, []).append(rank)
     # The fewest first: they are the likeliest to be wrong.
     ordered = sorted(ranks.items(), key=lambda item: len(item[1]))
-    lines = [f"rank {format_ranges(who)}{words}" for words, who in ordered[:_NAMED]]
+    lines = [f"rank {format_ranges(who)}{description}" for description, who in ordered[:_NAMED]]
     if len(ordered) > _NAMED:
         lines.append(f"and {len(ordered) - _NAMED} other calls")
     head = "the ranks called different things" if differ else _ALIKE.format(calls[0].what)

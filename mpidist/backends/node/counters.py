@@ -67,7 +67,7 @@ class ArrivalCounters:
 
     def __init__(self, memory: Any, rank: int, size: int) -> None:
         self._bytes = memoryview(memory).cast("B")
-        self._words = self._bytes.cast("Q")
+        self._values = self._bytes.cast("Q")
         self._starts = tuple(other * self._PART // 8 for other in range(size))
         self._others = tuple(s for other, s in enumerate(self._starts) if other != rank)
         self._own = self._starts[rank]
@@ -89,11 +89,11 @@ class ArrivalCounters:
         """Publish this rank's arrival at operation `number`, after all earlier writes (release)."""
         slot = number % RING
         if self._written[slot] is not signature:
-            self._slots[slot][...] = signature.words
+            self._slots[slot][...] = signature.values
             self._written[slot] = signature
         with _FENCE:
             pass
-        self._words[self._numbers[slot]] = number
+        self._values[self._numbers[slot]] = number
 
     def all_arrived(self, number: int) -> bool:
         """Whether the other ranks have arrived at operation `number`."""
@@ -104,18 +104,18 @@ class ArrivalCounters:
         # One body, not three methods: this is part of every blocking sum.
         slot = number % RING
         if self._written[slot] is not signature:
-            self._slots[slot][...] = signature.words
+            self._slots[slot][...] = signature.values
             self._written[slot] = signature
-        words, digest = self._words, signature.digest
+        values, digest = self._values, signature.digest
         with _FENCE:
             pass
-        words[self._numbers[slot]] = number
+        values[self._numbers[slot]] = number
         offset = 8 * slot + 15  # of the slot's number; constants of the class take longer to find
         for start in self._others:
             index = start + offset
-            if words[index] < number and not _soon_reaches(words, index, number):
+            if values[index] < number and not _soon_reaches(values, index, number):
                 return False
-            if words[index - 1] != digest:
+            if values[index - 1] != digest:
                 return False
         return True
 
@@ -123,33 +123,35 @@ class ArrivalCounters:
         """Return the ranks of the node that have not arrived at operation `number`."""
         offset = self._SLOT * (1 + number % RING) + _NUMBER
         return [
-            rank for rank, start in enumerate(self._starts) if self._words[start + offset] != number
+            rank
+            for rank, start in enumerate(self._starts)
+            if self._values[start + offset] != number
         ]
 
     def same(self, number: int, signature: CallSignature) -> bool:
         """Whether all arrived with this signature."""
-        words, offset = self._words, self._SLOT * (1 + number % RING) + _DIGEST
+        values, offset = self._values, self._SLOT * (1 + number % RING) + _DIGEST
         digest = signature.digest
         for start in self._others:  # noqa: SIM110  # part of every operation
-            if words[start + offset] != digest:
+            if values[start + offset] != digest:
                 return False
         return True
 
     def balanced(self, number: int) -> bool:
         """Whether the balances of all ranks add up to 0."""
         offset = self._SLOT * (1 + number % RING) + _BALANCE
-        return sum(self._words[start + offset] for start in self._starts) % 2**64 == 0
+        return sum(self._values[start + offset] for start in self._starts) % 2**64 == 0
 
     def breaks(self, number: int) -> bool:
         """Whether any rank made a call of which a part is under way."""
         offset = self._SLOT * (1 + number % RING) + _BREAKS
-        return any(self._words[start + offset] for start in self._starts)
+        return any(self._values[start + offset] for start in self._starts)
 
     def finish(self, number: int) -> None:
         """Publish that this rank has finished operation `number` and all before it (release)."""
         with _FENCE:
             pass
-        self._words[self._own] = number
+        self._values[self._own] = number
         # Last: where another thread drives this operation, the next one may be over as soon as this
         # is finished here, and the number in shared memory must not go back.
         self.finished = number
@@ -164,11 +166,11 @@ class ArrivalCounters:
 
     def least_finished(self) -> int:
         """Return the number of the last operation that all ranks have finished."""
-        return min(self._words[start] for start in self._starts)
+        return min(self._values[start] for start in self._starts)
 
     def unfinished(self, number: int) -> list[int]:
         """Return the ranks of the node that have not finished operation `number`."""
-        return [rank for rank, start in enumerate(self._starts) if self._words[start] < number]
+        return [rank for rank, start in enumerate(self._starts) if self._values[start] < number]
 
     # -- phases inside an operation, counted over all operations ---------------------------------
 
@@ -176,7 +178,7 @@ class ArrivalCounters:
         """Publish that this rank has reached a phase, after all earlier writes (release)."""
         with _FENCE:
             pass
-        self._words[self._own + 1] = phase
+        self._values[self._own + 1] = phase
 
     def all_reached(self, phase: int) -> bool:
         """Whether the other ranks have reached a phase."""
@@ -188,24 +190,24 @@ class ArrivalCounters:
 
     def not_reached(self, phase: int) -> list[int]:
         """Return the ranks of the node that have not reached a phase."""
-        return [rank for rank, start in enumerate(self._starts) if self._words[start + 1] < phase]
+        return [rank for rank, start in enumerate(self._starts) if self._values[start + 1] < phase]
 
     # -- memory ----------------------------------------------------------------------------------
 
     def _all_at(self, offset: int, number: int) -> bool:
         """Whether this word of all others is at least `number`."""
-        words = self._words
+        values = self._values
         for start in self._others:  # noqa: SIM110  # this is polled
-            if words[start + offset] < number:
+            if values[start + offset] < number:
                 return False
         return True
 
     def _soon_at(self, offset: int, number: int) -> bool:
         """Whether it is, or becomes so soon."""
-        words = self._words
+        values = self._values
         for start in self._others:
             index = start + offset
-            if words[index] < number and not _soon_reaches(words, index, number):
+            if values[index] < number and not _soon_reaches(values, index, number):
                 return False
         return True
 
@@ -215,12 +217,12 @@ class ArrivalCounters:
         return [self._bytes[start : start + 2 * SMALL_NBYTES] for start in starts]
 
 
-def _soon_reaches(words: memoryview, index: int, number: int) -> bool:
+def _soon_reaches(values: memoryview, index: int, number: int) -> bool:
     """Whether a word reaches a number within a few microseconds."""
     for polls in range(_POLLS):
         if polls >= _SPINS:
             sched_yield()
-        if words[index] >= number:
+        if values[index] >= number:
             return True
     return False
 

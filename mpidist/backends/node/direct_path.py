@@ -27,10 +27,10 @@ from mpidist.backends.combine import (
     combination,
     even_slices,
     in_blocks,
-    quiet,
     quietly,
     reduce_into,
     reduce_into_all,
+    silent_context,
 )
 from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.sequencer import ConditionSteps, Sequencer, conditions
@@ -59,13 +59,13 @@ class NodeContext:
         The ranks of each node.
     transport : Exchanger
         Carries messages between nodes.
-    quiet : Context
+    silent_context : Context
         The context in which blocking sums combine numbers, with numpy's warnings off.
     """
 
     topology: NodeTopology
     transport: Exchanger
-    quiet: Context
+    silent_context: Context
 
     @property
     def single_node(self) -> bool:
@@ -277,7 +277,7 @@ class DirectPath:
         lane_of: Callable[[int], int],
     ) -> None:
         self.sequencer = sequencer
-        self.context = NodeContext(sequencer.topology, transport, quiet())
+        self.context = NodeContext(sequencer.topology, transport, silent_context())
         self._lane_of = lane_of
 
     def plan(

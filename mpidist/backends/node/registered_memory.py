@@ -120,7 +120,7 @@ class Registry:
     def __init__(self) -> None:
         self._blocks: dict[int, Block] = {}
         self._ranges: list[_Range] = []
-        self._found: dict[int, tuple[weakref.ref[Array], RegisteredArray]] = {}
+        self._cache: dict[int, tuple[weakref.ref[Array], RegisteredArray]] = {}
         self._made = 0
 
     def add(self, parts: Sequence[Any], rank: int, nbytes: int) -> Array:
@@ -174,13 +174,13 @@ class Registry:
         """Forget a block; its memory goes when nothing else refers to it."""
         self._blocks.pop(number, None)
         self._ranges = [entry for entry in self._ranges if entry.number != number]
-        for key, (_, array) in tuple(self._found.items()):
+        for key, (_, array) in tuple(self._cache.items()):
             if array.block_number == number:
-                self._found.pop(key, None)
+                self._cache.pop(key, None)
 
     def find(self, x: Array) -> RegisteredArray | None:
         """Return the registered array at which a flat array lies, or None."""
-        known = self._found.get(id(x))
+        known = self._cache.get(id(x))
         if known is not None:
             reference, array = known
             # Another array may have got the identity of one that is gone, and an array's dtype
@@ -197,8 +197,8 @@ class Registry:
             return None
         number, offset = where
         array = self._blocks[number].array(offset, x.dtype, x.size)
-        key, found = id(x), self._found
-        found[key] = (weakref.ref(x, lambda _: found.pop(key, None)), array)
+        key, cache = id(x), self._cache
+        cache[key] = (weakref.ref(x, lambda _: cache.pop(key, None)), array)
         return array
 
     def block_of(self, x: Array) -> int | None:

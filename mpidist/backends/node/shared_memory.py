@@ -338,7 +338,7 @@ def mappings_of(descriptor: int, nbytes: int) -> list[tuple[int, int, int]]:
     """
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    found = []
+    mappings = []
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         addresses, rights, offset, where, inode, *_ = line.split(maxsplit=5)
         if (where, int(inode)) != (device, status.st_ino) or rights[1::2] != "ws":
@@ -346,8 +346,8 @@ def mappings_of(descriptor: int, nbytes: int) -> list[tuple[int, int, int]]:
         start, stop = (int(address, 16) for address in addresses.split("-"))
         count = min(stop - start, nbytes - int(offset, 16))
         if count > 0:
-            found.append((start, int(offset, 16), count))
-    return found
+            mappings.append((start, int(offset, 16), count))
+    return mappings
 
 
 def _own_address(descriptor: int, nbytes: int) -> bytes:

@@ -106,7 +106,7 @@ class CallSignature(NamedTuple):
 
     Attributes
     ----------
-    words : Array, shape (7,), uint64
+    values : Array, shape (7,), uint64
         Five numbers that have to be the same on all ranks, the balance, and the digest.
     digest : int
         A hash of the five.
@@ -114,7 +114,7 @@ class CallSignature(NamedTuple):
         What has to add up to 0 over all ranks, where something has to.
     """
 
-    words: Array
+    values: Array
     digest: int
     balance: int | None
 
@@ -123,13 +123,13 @@ class CallSignature(NamedTuple):
         """Make the signature of five numbers."""
         # Python salts the hashes of texts, not those of whole numbers: all ranks get the same.
         digest = hash(tuple(map(int, numbers))) & (2**64 - 1)
-        words = np.array([*numbers, balance or 0, digest], np.uint64)
-        return cls(words, digest, balance)
+        values = np.array([*numbers, balance or 0, digest], np.uint64)
+        return cls(values, digest, balance)
 
     @property
     def breaks(self) -> bool:
         """Whether a difference breaks the group; see `ComparedCall`."""
-        return bool(self.words[_BREAKS])
+        return bool(self.values[_BREAKS])
 
 
 def signature_of(
@@ -164,7 +164,7 @@ def _signature(digest: int, route: Route, breaks: bool, balance: int | None) -> 
 def describe_with_route(call: ComparedCall, signature: CallSignature) -> Described:
     """Return the description of a call, with its route as its signature says."""
     described = call.describe()
-    _, route, block, offset = signature.words[:4].tolist()
+    _, route, block, offset = signature.values[:4].tolist()
     if block:
         how = f"at byte {offset} of registered block {block}"
     else:

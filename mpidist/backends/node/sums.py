@@ -89,7 +89,7 @@ class SmallSum:
     ) -> None:
         self._sequencer = sequencer
         self._buffers = buffers
-        self._run: Callable[..., None] = context.quiet.run
+        self._run: Callable[..., None] = context.silent_context.run
         self._signature = signature_of(call, Route.ARRIVAL)
         halves = [buffers.arrays(half, x.dtype, x.size) for half in (0, 1)]
         self._own = [parts[context.topology.rank] for parts in halves]
@@ -126,7 +126,7 @@ class RegisteredSum:
         call: ComparedCall,
     ) -> None:
         self._sequencer = sequencer
-        self._run = context.quiet.run
+        self._run = context.silent_context.run
         self._work = prepare_all_reduce(context, array, op)
         self._signature = signature_of(call, Route.REGISTERED, array)
 
@@ -159,7 +159,7 @@ class ScratchSum:
         call: ComparedCall,
     ) -> None:
         self._sequencer = sequencer
-        self._run = context.quiet.run
+        self._run = context.silent_context.run
         self._buffers = buffers
         self._combine = combination(op, x.dtype)
         self._signature = signature_of(call, Route.SCRATCH)
@@ -346,12 +346,12 @@ class NodeSums:
         if shape != x.shape:
             # Arrays of another shape, though as long, are another call; `find` never asks for them.
             key = (key, shape)
-        found = sums.get(key)
-        if found is None:
-            found = self._make(x, op, array, waiter)
-            if found is not None:
-                _remember(sums, key, found)
-        return found
+        prepared = sums.get(key)
+        if prepared is None:
+            prepared = self._make(x, op, array, waiter)
+            if prepared is not None:
+                _remember(sums, key, prepared)
+        return prepared
 
     def _choose(
         self, x: Array, out: Array, op: ReduceOp

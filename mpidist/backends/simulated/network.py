@@ -134,18 +134,18 @@ class Matcher:
     def post(self, receive: PostedReceive) -> Parcel | None:
         """Return the first message that fits a new receive; else the receive waits."""
         wanted = receive.source
-        found = _take(self._arrived, receive.address, lambda p: wanted in (ANY_SOURCE, p.source))
-        if found is None:
+        parcel = _take(self._arrived, receive.address, lambda p: wanted in (ANY_SOURCE, p.source))
+        if parcel is None:
             self._posted.setdefault(receive.address, []).append(receive)
-        return found
+        return parcel
 
     def arrive(self, parcel: Parcel) -> PostedReceive | None:
         """Return the first receive that fits a new message; else the message waits."""
         source = parcel.source
-        found = _take(self._posted, parcel.address, lambda s: s.source in (ANY_SOURCE, source))
-        if found is None:
+        receive = _take(self._posted, parcel.address, lambda s: s.source in (ANY_SOURCE, source))
+        if receive is None:
             self._arrived.setdefault(parcel.address, []).append(parcel)
-        return found
+        return receive
 
 
 def _take(table: dict[_Address, list[T]], address: _Address, fits: Callable[[T], bool]) -> T | None:
@@ -195,8 +195,8 @@ class Rendezvous:
 
     def missing(self, member: Member) -> list[int]:
         """Return the ranks of a group that have given no value."""
-        here = tuple(self.values)
-        return [rank for rank, other in enumerate(member.members) if other not in here]
+        given = tuple(self.values)
+        return [rank for rank, other in enumerate(member.members) if other not in given]
 
 
 class Network:
@@ -266,10 +266,10 @@ class Network:
             self._aborted = self._aborted or JobAborted(code)
             self._wake_all()
 
-    def lose(self, rank: int, words: str) -> None:
+    def lose(self, rank: int, reason: str) -> None:
         """Let `Backend.lost` report from now on that a rank of the world is gone."""
         with self._lock:
-            self.lost[rank] = words
+            self.lost[rank] = reason
             self._wake_all()
 
     def _wake_all(self) -> None:
@@ -282,7 +282,7 @@ class Network:
         if self._aborted is not None:
             raise JobAborted(self._aborted.code)
 
-    def _enter(self, rank: int) -> None:
+    def _count_call(self, rank: int) -> None:
         """Count a call, and die if it is the one."""
         self._check(rank)
         self._calls[rank] += 1
@@ -340,7 +340,7 @@ class Network:
         """Give a value under a key, and return at once; `leave` when all have been read."""
         rank = member.members[member.rank]
         with self._lock:
-            self._enter(rank)
+            self._count_call(rank)
             rendezvous = self._rendezvous.setdefault(key, Rendezvous(len(member.members)))
             rendezvous.values[rank] = value
             self._busy[rank] += 1
@@ -379,7 +379,7 @@ class Network:
             for parcel in parcels:
                 parcel.data = parcel.data.copy()
         with self._lock:
-            self._enter(rank)
+            self._count_call(rank)
             self._busy[rank] += bool(work.pending)
             for index, message in enumerate(receives):
                 receive = PostedReceive(member, message, work, index)

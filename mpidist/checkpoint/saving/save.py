@@ -61,7 +61,7 @@ from mpidist.checkpoint.state import State
 from mpidist.collectives import broadcast_object
 from mpidist.errors import CheckpointAsyncError, CheckpointError
 from mpidist.group.group import ProcessGroup, check_group
-from mpidist.job.end import end_companions_at_exit
+from mpidist.job.end import end_services_at_exit
 from mpidist.observe.regions import region
 from mpidist.point_to_point import irecv, isend
 
@@ -370,7 +370,7 @@ class Saver:
 
     def __init__(self, group: ProcessGroup) -> None:
         hdf5_versions()  # imports h5py, whose exit handler takes parts of it away
-        end_companions_at_exit()
+        end_services_at_exit()
         self.group = group.duplicate(f"{group.name}/checkpoint")
         self.planner = Planner(self.group)
         self.thread = WriterThread("mpidist checkpoint")
@@ -416,7 +416,7 @@ class Saver:
 def saver_of(group: ProcessGroup) -> Saver:
     """Return the saves of a group; collective when first called."""
     check_group(group, "checkpoint")
-    return group.companion("checkpoint", lambda: Saver(group))
+    return group.service("checkpoint", lambda: Saver(group))
 
 
 _REPORT, _VERDICT = 1, 2

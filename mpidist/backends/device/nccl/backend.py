@@ -152,7 +152,7 @@ class NcclBackend(DeviceBackend[Backend]):
 
     def begin(self, collective: Collective, waiter: Waiter) -> NcclWork:
         """Start a collective; see `DeviceBackend.begin`."""
-        operations = [each.by(self._plans) for each in collective.together]
+        operations = [member.by(self._plans) for member in collective.together]
         return self._perform(operations, collective.arrays, waiter)
 
     def exchange(

@@ -94,8 +94,8 @@ def _binding() -> ModuleType:
 
 def version() -> int:
     """Return the version of the library that is loaded, such as 22803 for 2.28.3."""
-    found: int = _binding().get_version()
-    return found
+    number: int = _binding().get_version()
+    return number
 
 
 def vendor_errors() -> tuple[type[Exception], ...]:
@@ -118,10 +118,10 @@ def translate(what: str, error: BaseException) -> TransportError:
 
 
 def _status_of(error: BaseException) -> int:
-    found = getattr(error, "status", None)
-    if found is None and error.args and isinstance(error.args[0], int):
-        found = error.args[0]
-    return _INTERNAL if found is None else int(found)
+    status = getattr(error, "status", None)
+    if status is None and error.args and isinstance(error.args[0], int):
+        status = error.args[0]
+    return _INTERNAL if status is None else int(status)
 
 
 @contextmanager
@@ -142,11 +142,11 @@ def new_unique_id() -> bytes:
 def connect(size: int, rank: int, unique_id: bytes) -> Any:
     """Make a communicator on the current device; collective over its ranks, blocks."""
     binding = _binding()
-    told: Any = bytes(unique_id)  # of a subclass, Cython takes none
+    encoded: Any = bytes(unique_id)  # of a subclass, Cython takes none
     if int(device_module().__version__.partition(".")[0]) < _BYTES_SINCE:
-        told = tuple(np.frombuffer(unique_id, np.int8).tolist())
+        encoded = tuple(np.frombuffer(unique_id, np.int8).tolist())
     with _translated(f"ncclCommInitRank of rank {rank} of {size}"):
-        return binding.NcclCommunicator(size, told, rank)
+        return binding.NcclCommunicator(size, encoded, rank)
 
 
 def can_split() -> bool:

@@ -101,12 +101,12 @@ class NcclCommunicator:
         self._handle.broadcast(at, at, x.size * wire.items, wire.code, root, self._stream)
 
     def all_gather(self, out: Any) -> None:
-        """Lay the parts of all ranks side by side in `out`, where this rank's is already."""
+        """Gather the parts of all ranks into `out`, which has this rank's part already."""
         wire = wire_of_bytes(out.dtype)
         count = out.size // self.size
         start = out.data.ptr
-        mine = start + self.rank * count * out.dtype.itemsize
-        self._handle.allGather(mine, start, count * wire.items, wire.code, self._stream)
+        own_part = start + self.rank * count * out.dtype.itemsize
+        self._handle.allGather(own_part, start, count * wire.items, wire.code, self._stream)
 
     def reduce_scatter(self, x: Any, out: Any, wire: Wire, op: ReduceOp) -> None:
         """Combine `x` of all ranks and keep this rank's part, of the size of `out`."""

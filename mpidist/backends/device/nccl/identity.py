@@ -19,15 +19,15 @@ from mpidist.errors import BackendUnavailableError, LaunchError
 
 __all__ = ["check_devices", "gather_facts", "own_facts"]
 
-_TEXT_BYTES, _WORDS = 1024, 400
-"""Bytes of what a rank says, and letters of a reason in it."""
+_TEXT_BYTES, _REASON_LETTERS = 1024, 400
+"""Bytes of the facts of a rank as JSON, and letters of a reason in them."""
 
 _SHARED_SINCE = 23003
 """The NCCL that lets several ranks use one GPU, if the environment says so: 2.30.3."""
 
 
 def own_facts(node: int) -> dict[str, Any]:
-    """Return what the other ranks have to know of this one.
+    """Return what the other ranks must know about this rank, for `check_devices`.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def own_facts(node: int) -> dict[str, Any]:
     """
     reason = why_no_nccl()
     if reason is not None:
-        return {"lacks": reason[:_WORDS]}
+        return {"lacks": reason[:_REASON_LETTERS]}
     cuda = device_module().cuda
     device = cuda.Device().id
     return {
@@ -48,13 +48,13 @@ def own_facts(node: int) -> dict[str, Any]:
     }
 
 
-def gather_facts(mine: dict[str, Any], host: Backend, waiter: Waiter) -> list[dict[str, Any]]:
-    """Return what every rank says; collective, blocks."""
-    text = json.dumps(mine).encode()
-    said = np.frombuffer(text.ljust(_TEXT_BYTES), np.uint8)
-    heard = np.empty((host.size, _TEXT_BYTES), np.uint8)
-    host.run(AllGather(said, heard.reshape(-1), (_TEXT_BYTES,) * host.size), waiter=waiter)
-    return [json.loads(row.tobytes()) for row in heard]
+def gather_facts(own: dict[str, Any], host: Backend, waiter: Waiter) -> list[dict[str, Any]]:
+    """Return the facts of every rank; collective, blocks."""
+    text = json.dumps(own).encode()
+    sent = np.frombuffer(text.ljust(_TEXT_BYTES), np.uint8)
+    rows = np.empty((host.size, _TEXT_BYTES), np.uint8)
+    host.run(AllGather(sent, rows.reshape(-1), (_TEXT_BYTES,) * host.size), waiter=waiter)
+    return [json.loads(row.tobytes()) for row in rows]
 
 
 def check_devices(facts: Sequence[dict[str, Any]]) -> None:
@@ -72,9 +72,9 @@ def check_devices(facts: Sequence[dict[str, Any]]) -> None:
             raise BackendUnavailableError(f"NCCL: on rank {rank}, {fact['lacks']}")
     versions = {fact["nccl"] for fact in facts}
     if len(versions) > 1:
-        told = ", ".join(f"rank {rank} {fact['nccl']}" for rank, fact in enumerate(facts))
+        releases = ", ".join(f"rank {rank} {fact['nccl']}" for rank, fact in enumerate(facts))
         raise BackendUnavailableError(
-            f"NCCL: the ranks have different releases of the library: {told}; use one "
+            f"NCCL: the ranks have different releases of the library: {releases}; use one "
             "environment on all nodes"
         )
     allowed = all(fact["shared"] for fact in facts) and min(versions) >= _SHARED_SINCE

@@ -68,7 +68,7 @@ class Link:
         something for each other, and waits in the call for both to come: the watchdog ends that.
         """
         self.check()
-        self.side.follow()
+        self.side.wait_for_current()
         self._inside = (waiter, time.monotonic())
         try:
             call(*args)
@@ -150,7 +150,7 @@ class Link:
         elif under_way:
             # Those that the device is done with wait for somebody to see it, who may be waiting
             # for the device.
-            work = next((each for each in under_way if not each.reached()), under_way[0])
+            work = next((work for work in under_way if not work.reached()), under_way[0])
             try:
                 self.look(work.waiter)
             except DistributedError as error:
@@ -165,9 +165,9 @@ class Link:
 
         What has not happened there never will.
         """
-        told = self.under_way[0].waiter().told if self.under_way else "NCCL"
-        words = f"{told}: device {self.device} has failed: {type(error).__name__}: {error}"
-        self.fail(TransportError(words, calls.DEVICE_FAILED))
+        operation = self.under_way[0].waiter().told if self.under_way else "NCCL"
+        message = f"{operation}: device {self.device} has failed: {type(error).__name__}: {error}"
+        self.fail(TransportError(message, calls.DEVICE_FAILED))
 
     def look(self, waiter: Callable[[], Waiter]) -> None:
         """Raise what NCCL has found by itself since the communicator was made, if anything.
@@ -179,8 +179,8 @@ class Link:
         """
         problem = self._problem()
         if problem is not None:
-            told = f"{waiter().told}: {problem}; let this error end the job"
-            self.fail(TransportError(told, problem.code))
+            message = f"{waiter().told}: {problem}; let this error end the job"
+            self.fail(TransportError(message, problem.code))
         self.check()
 
     def _problem(self) -> TransportError | None:
@@ -207,7 +207,7 @@ class Link:
 
     def close(self) -> None:
         """Release the communicator; nothing is under way any more."""
-        watchdog().forget(self)
+        watchdog().unwatch(self)
         communicator, self.communicator = self.communicator, None
         if communicator is None or self._failure is not None:
             return

@@ -1,10 +1,10 @@
 """The order of a group's operations on its device: a side stream, and events both ways.
 
 The caller computes on the stream that is current, NCCL works on the side stream. An operation
-begins behind what is on the current stream when it is called (`Side.follow`), and whoever wants its
-result puts the current stream behind its event (`order_behind`). The memory of an array goes back
-to CuPy's pool at once when the last reference is dropped, and may be given to the next computation
-while NCCL still reads it: so a work holds its arrays until its event has happened.
+begins behind what is on the current stream when it is called (`Side.wait_for_current`), and a
+reader of its result puts the current stream behind its event (`order_behind`). The memory of an
+array goes back to CuPy's pool as soon as the last reference is dropped, and may be given to the
+next computation while NCCL still reads it: so a work holds its arrays until its event has happened.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Side:
         device: int = self._cuda.runtime.getDevice()
         return device
 
-    def follow(self) -> None:
-        """Let what comes next on the side stream begin behind what is on the current stream."""
+    def wait_for_current(self) -> None:
+        """Make the side stream wait for the work that is on the current stream now."""
         # One event serves all: a wait is for what it recorded when the wait was put there.
         self._ready.record()
         self.stream.wait_event(self._ready)

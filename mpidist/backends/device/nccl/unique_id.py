@@ -45,8 +45,8 @@ class NcclUniqueId(bytes):
     @classmethod
     def share(cls, host: Backend, waiter: Waiter) -> NcclUniqueId:
         """Make one on rank 0 of a transport, and give it to all its ranks; collective, blocks."""
-        told = np.zeros(calls.UNIQUE_ID_NBYTES, np.uint8)
+        data = np.zeros(calls.UNIQUE_ID_NBYTES, np.uint8)
         if host.rank == 0:
-            told[:] = np.frombuffer(cls.new(), np.uint8)
-        host.run(Broadcast(told, 0), waiter=waiter)
-        return cls(told.tobytes())
+            data[:] = np.frombuffer(cls.new(), np.uint8)
+        host.run(Broadcast(data, 0), waiter=waiter)
+        return cls(data.tobytes())

@@ -43,7 +43,7 @@ class Watchdog:
         atexit.register(self._on_exit)
 
     def watch(self, communicator: _Watched) -> None:
-        """Look after a communicator until `forget`."""
+        """Watch a communicator until `unwatch`."""
         with self._changed:
             self._watched.append(communicator)
             if self._thread is None:
@@ -52,8 +52,8 @@ class Watchdog:
                 )
                 self._thread.start()
 
-    def forget(self, communicator: _Watched) -> None:
-        """Look after it no more."""
+    def unwatch(self, communicator: _Watched) -> None:
+        """Stop watching a communicator."""
         with self._changed:
             if communicator in self._watched:
                 self._watched.remove(communicator)
@@ -67,20 +67,20 @@ class Watchdog:
                     return
                 watched = tuple(self._watched)
                 self._changed.wait(_ROUND)
-            for each in watched:
+            for communicator in watched:
                 try:
-                    each.patrol()
+                    communicator.patrol()
                 except Exception as error:  # noqa: BLE001  # of a device that has failed
                     # The others still need this thread.
-                    self.forget(each)
-                    each.give_up(error)
+                    self.unwatch(communicator)
+                    communicator.give_up(error)
 
     def _on_exit(self) -> None:
         if os.getpid() != self._pid:  # a child that was forked can neither use nor release them
             return
-        for each in tuple(self._watched):
+        for communicator in tuple(self._watched):
             try:
-                each.end()
+                communicator.end()
             except Exception as error:  # noqa: BLE001  # of a device that has failed; see `_run`
                 sys.stderr.write(f"mpidist: at the exit, NCCL could not be released: {error}\n")
 
