@@ -142,10 +142,10 @@ def check_out(
     """
     plain = check_writable(out, verb, group, name=name)
     if is_host(plain) != is_host(like):
-        here, there = ("host", "device") if is_host(plain) else ("device", "host")
+        out_memory, x_memory = ("host", "device") if is_host(plain) else ("device", "host")
         raise UnsupportedOperationError(
-            f"{verb} on {group}: {name} lies on the {here} and x on the {there}; nothing is moved "
-            "between them silently: pass both on one side"
+            f"{verb} on {group}: {name} lies on the {out_memory} and x on the {x_memory}; nothing "
+            "is moved between them silently: pass both on one side"
         )
     native = native_dtype(like)
     same = plain.dtype == native or plain.dtype.newbyteorder("=") == native
@@ -277,11 +277,11 @@ def contributed_rows(
     x: Array, group: ProcessGroup, counts: Sequence[int] | None, verb: str
 ) -> tuple[int, ...]:
     """Return the rows that each rank contributes, checked against this rank's."""
-    mine = rows_of(x)[0]
+    own_rows = rows_of(x)[0]
     if counts is None:
-        return (mine,) * group.size
+        return (own_rows,) * group.size
     numbers = check_counts(counts, verb, group)
-    if numbers[group.rank] != mine:
+    if numbers[group.rank] != own_rows:
         raise SizeMismatchError(
             f"{verb} on {group}: counts says {numbers[group.rank]} rows for this rank, "
             f"x has shape {x.shape}"

@@ -79,13 +79,13 @@ def _start(
     results, targets = outs
     plans: list[Planned[Any]] = []
     listed = _describe_list(arrays)
-    for dtype, places in _by_dtype(arrays).items():
-        rows = _rows(arrays, places, parts[0])
+    for dtype, indices in _by_dtype(arrays).items():
+        rows = _rows(arrays, indices, parts[0])
         packed = np.empty((parts[0], FlatBuffer.length_of(_shapes(rows[0]))), dtype)
         for row, inputs in zip(packed, rows, strict=True):
             FlatBuffer(_shapes(inputs), dtype, storage=row).pack(inputs)
         call, finish = plan(packed, packed if parts == (1, 1) else None)
-        unpack = partial(_unpack, finish, _rows(targets, places, parts[1]))
+        unpack = partial(_unpack, finish, _rows(targets, indices, parts[1]))
         plans.append((call, unpack))
     devices = [plan(x, out) for x, out in zip(arrays, targets, strict=True) if is_device(x)]
     if devices:
@@ -96,7 +96,7 @@ def _start(
     breaks = len(plans) > 1
     # None is started before all are known to be good.
     calls = [(replace(call, listed=listed, breaks=breaks), finish) for call, finish in plans]
-    return Work.all([group.start(*each, timeout) for each in calls]).then(lambda _: results)
+    return Work.all([group.start(*planned, timeout) for planned in calls]).then(lambda _: results)
 
 
 def _together(plans: Sequence[Planned[Array]]) -> Planned[list[Array]]:
@@ -118,15 +118,15 @@ def _describe_kinds(arrays: tuple[tuple[DType, tuple[int, ...]], ...]) -> str:
     return f"{len(kinds)} arrays: {', '.join(kinds[:_NAMED])}, ... (checksum {checksum:08x})"
 
 
-def _rows(arrays: Sequence[Array], places: Sequence[int], parts: int) -> list[dict[str, Array]]:
+def _rows(arrays: Sequence[Array], indices: Sequence[int], parts: int) -> list[dict[str, Array]]:
     """Return each rank's part of the arrays at these places: views of their rows."""
     if parts == 1:
-        return [{str(place): arrays[place] for place in places}]
-    counts = {place: len(arrays[place]) // parts for place in places}
+        return [{str(index): arrays[index] for index in indices}]
+    counts = {index: len(arrays[index]) // parts for index in indices}
     return [
         {
-            str(place): arrays[place][part * count : (part + 1) * count]
-            for place, count in counts.items()
+            str(index): arrays[index][part * count : (part + 1) * count]
+            for index, count in counts.items()
         }
         for part in range(parts)
     ]
@@ -144,11 +144,11 @@ def _unpack(finish: Callable[[], Array], rows: Sequence[dict[str, Array]]) -> No
 
 
 def _by_dtype(arrays: Sequence[Array]) -> dict[DType, list[int]]:
-    places: dict[DType, list[int]] = {}
-    for place, x in enumerate(arrays):
+    by_dtype: dict[DType, list[int]] = {}
+    for index, x in enumerate(arrays):
         if is_host(x):
-            places.setdefault(native_dtype(x), []).append(place)
-    return places
+            by_dtype.setdefault(native_dtype(x), []).append(index)
+    return by_dtype
 
 
 class _Results(NamedTuple):
@@ -176,14 +176,14 @@ def _results(
             f"got {len(outs)}"
         )
     targets = [
-        check_out(out, shape, x, verb=verb, group=group, name=f"outs[{place}]")
-        for place, (out, (shape, x)) in enumerate(zip(outs, wanted, strict=True))
+        check_out(out, shape, x, verb=verb, group=group, name=f"outs[{index}]")
+        for index, (out, (shape, x)) in enumerate(zip(outs, wanted, strict=True))
     ]
     return _Results(list(outs), targets)
 
 
 def _checked(arrays: Sequence[Array], verb: str, group: ProcessGroup) -> list[Array]:
-    return [check_array(x, verb, group, name=f"arrays[{place}]") for place, x in enumerate(arrays)]
+    return [check_array(x, verb, group, name=f"arrays[{index}]") for index, x in enumerate(arrays)]
 
 
 def all_reduce_coalesced(

@@ -40,10 +40,10 @@ def plan_all_gather(
     shape = (sum(rows), *rows_of(x)[1:])
     flat, finish = land(out, shape, x, verb="all_gather", group=group)
     elements = elements_in(rows, shape)
-    mine = _own_part(flat, elements, group)
-    source = separate(flat_source(x), mine, out)
-    if source is not mine:
-        mine[...] = source
+    own = _own_part(flat, elements, group)
+    source = separate(flat_source(x), own, out)
+    if source is not own:
+        own[...] = source
     # Always in place: MPI wants either all ranks to be, or none, and a rank cannot know whether
     # the `x` of the others are parts of their `out`, nor tell it of an empty x of its own.
     return AllGather(None, flat, elements, shape=shape[1:], rows=rows), finish
@@ -124,9 +124,9 @@ def plan_gather(
     if group.rank != root:
         return Gather(source, None, elements, root, shape=shape[1:], rows=rows), nothing
     flat, finish = land(out, shape, x, verb="gather", group=group)
-    mine = _own_part(flat, elements, group)
-    source = separate(source, mine, out)
-    if source is not mine:
+    own = _own_part(flat, elements, group)
+    source = separate(source, own, out)
+    if source is not own:
         source = separate(source, flat, out)
     return Gather(source, flat, elements, root, shape=shape[1:], rows=rows), finish
 

@@ -175,15 +175,15 @@ def broadcast_object(
     Collective over `group`; blocks. A broadcast of the length and one of the bytes.
     """
     root = check_rank(root, "broadcast_object", group)
-    here = group.rank == root
-    packed = _pack([obj] if here else [])
-    header = broadcast(_header(packed.length if here else 0), group, root=root, timeout=timeout)
+    is_root = group.rank == root
+    packed = _pack([obj] if is_root else [])
+    header = broadcast(_header(packed.length if is_root else 0), group, root=root, timeout=timeout)
     length = int(_numbers(header, "broadcast_object", group, root)[0, 0])
     if length == _FAILED:
         _refuse([root], packed, "broadcast_object", group)
-    data = packed.pieces[0] if here else np.empty(length, np.uint8)
+    data = packed.pieces[0] if is_root else np.empty(length, np.uint8)
     data = broadcast(data, group, root=root, timeout=timeout)
-    return obj if here else unpickled(data, root, "broadcast_object", group)
+    return obj if is_root else unpickled(data, root, "broadcast_object", group)
 
 
 def all_gather_object(obj: Any, group: ProcessGroup, *, timeout: Timeout = None) -> list[Any]:
@@ -219,8 +219,8 @@ def all_gather_object(obj: Any, group: ProcessGroup, *, timeout: Timeout = None)
     check_group(group, "all_gather_object")
     packed = _pack([obj])
     counts = _lengths(packed, "all_gather_object", group, timeout)
-    whole = all_gather(packed.pieces[0], group, counts=counts, timeout=timeout)
-    return _cut(whole, counts, "all_gather_object", group)
+    gathered = all_gather(packed.pieces[0], group, counts=counts, timeout=timeout)
+    return _cut(gathered, counts, "all_gather_object", group)
 
 
 def gather_object(
@@ -260,8 +260,8 @@ def gather_object(
     root = check_rank(root, "gather_object", group)
     packed = _pack([obj])
     counts = _lengths(packed, "gather_object", group, timeout)
-    whole = gather(packed.pieces[0], group, root=root, counts=counts, timeout=timeout)
-    return None if whole is None else _cut(whole, counts, "gather_object", group)
+    gathered = gather(packed.pieces[0], group, root=root, counts=counts, timeout=timeout)
+    return None if gathered is None else _cut(gathered, counts, "gather_object", group)
 
 
 def scatter_object(
@@ -301,8 +301,8 @@ def scatter_object(
     Collective over `group`; blocks. A broadcast of the lengths and a scatter of the bytes.
     """
     root = check_rank(root, "scatter_object", group)
-    here = group.rank == root
-    packed = _pack((() if objs is None else objs) if here else ())
+    is_root = group.rank == root
+    packed = _pack((() if objs is None else objs) if is_root else ())
     pieces = packed.pieces
     # The first number tells all ranks how many objects the root has, so that all can raise.
     number = len(pieces) if packed.error is None else _FAILED
@@ -316,7 +316,7 @@ def scatter_object(
             f"scatter_object on {group}: rank {root} must give one object per rank, "
             f"{group.size} in all; got {number}"
         )
-    mine = np.empty(counts[group.rank], np.uint8)
-    whole = np.concatenate(pieces) if here else None
-    mine = scatter(whole, group, root=root, out=mine, counts=counts, timeout=timeout)
-    return unpickled(mine, root, "scatter_object", group)
+    own = np.empty(counts[group.rank], np.uint8)
+    joined = np.concatenate(pieces) if is_root else None
+    own = scatter(joined, group, root=root, out=own, counts=counts, timeout=timeout)
+    return unpickled(own, root, "scatter_object", group)

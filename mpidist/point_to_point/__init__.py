@@ -231,9 +231,10 @@ def exchange(
 
     Notes
     -----
-    Immediate. Any set of messages is free of deadlock if each send meets a receive.
+    Immediate. Any set of messages is free of deadlock if each send has a receive.
     """
-    if any(is_device(each.out) for each in receives) or any(is_device(each.x) for each in sends):
+    arrays = (*(receive.out for receive in receives), *(message.x for message in sends))
+    if any(map(is_device, arrays)):
         return exchange_on_device(group, sends, receives, timeout)
     return prepare_batch(group, sends, receives, timeout)()
 

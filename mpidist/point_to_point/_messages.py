@@ -224,7 +224,7 @@ def exchange_on_device(
     """Start messages of which some are of device arrays: NCCL has to get these at once."""
     leaving = [device_send(message, group) for message in sends if is_device(message.x)]
     order = sorted(range(len(receives)), key=lambda index: not is_device(receives[index].out))
-    arriving = [device_receive(each, group) for each in receives if is_device(each.out)]
+    arriving = [device_receive(receive, group) for receive in receives if is_device(receive.out)]
     host = prepare_batch(
         group,
         [message for message in sends if not is_device(message.x)],
@@ -232,8 +232,8 @@ def exchange_on_device(
         timeout,
     )
     landings = [message for message, _ in arriving]
-    finish = [each for _, each in arriving]
-    device = group.start_messages(leaving, landings, lambda: [each() for each in finish], timeout)
+    finish = [end for _, end in arriving]
+    device = group.start_messages(leaving, landings, lambda: [end() for end in finish], timeout)
 
     def in_order(results: list[list[Array]]) -> list[Array]:
         received = dict(zip(order, (x for result in results for x in result), strict=True))
