@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 def format_bytes(nbytes: int) -> str:
     """Return a size with three digits, in a unit that is a power of 1024: ``1.5 MiB``."""
-    size, unit = float(nbytes), "B"
+    size, suffix = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
             break
-        size, unit = size / 1024, larger
-    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+        size, suffix = size / 1024, larger
+    return f"{size:.3g} {suffix}" if size < 1000 else f"{size:.0f} {suffix}"
 
 
 def format_count(number: int, thing: str) -> str:

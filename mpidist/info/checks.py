@@ -240,12 +240,12 @@ def threads_of_a_node(job: JobFacts) -> Sequence[Problem]:
         most = max((rank.blas.threads or 1 for rank in ranks), default=1)
         if threads <= usable or most == 1:
             continue
-        each = max(1, usable // len(node.ranks))
+        per_rank = max(1, usable // len(node.ranks))
         what = (
             f"{node.host}: {format_count(len(ranks), 'rank')} with up to {most} BLAS threads each, "
             f"{threads} in all, on {format_count(usable, 'core')}"
         )
-        cure = f"export OMP_NUM_THREADS={each} before the launcher"
+        cure = f"export OMP_NUM_THREADS={per_rank} before the launcher"
         if "OPENBLAS_NUM_THREADS" in job.first.settings:
             cure += "; OPENBLAS_NUM_THREADS is set, and counts more"
         problems.append(warning("threads_of_a_node", what, cure))

@@ -332,8 +332,8 @@ class JobFacts:
     def from_fields(cls, fields: Mapping[str, Any], failure: Failure | None) -> JobFacts:
         """Make it of what `dataclasses.asdict` gave, read from JSON."""
         return cls(
-            ranks=[_rank(each) for each in fields["ranks"]],
-            nodes=[_node(each) for each in fields["nodes"]],
+            ranks=[_rank(rank) for rank in fields["ranks"]],
+            nodes=[_node(node) for node in fields["nodes"]],
             crossovers=CrossoverFacts(**fields["crossovers"]),
             failure=failure,
         )
@@ -369,8 +369,8 @@ def _node(fields: Mapping[str, Any]) -> NodeFacts:
     shared = fields["shared"]
     inner = {
         "shared": None if shared is None else SharedMemory(**shared),
-        "gpus": [Gpu(**each) for each in fields["gpus"]],
-        "leftovers": [Leftover(**each) for each in fields["leftovers"]],
+        "gpus": [Gpu(**gpu) for gpu in fields["gpus"]],
+        "leftovers": [Leftover(**leftover) for leftover in fields["leftovers"]],
     }
     return NodeFacts(**{**fields, **inner})
 

@@ -154,14 +154,14 @@ def _kind(node: NodeFacts) -> tuple[str, str, str, str]:
 
 
 def _gpus(node: NodeFacts) -> str:
-    each = [f"{gpu.name}, {format_bytes(gpu.memory)}" for gpu in node.gpus]
-    return ", ".join(f"{each.count(gpu)} x {gpu}" for gpu in dict.fromkeys(each)) or "none"
+    models = [f"{gpu.name}, {format_bytes(gpu.memory)}" for gpu in node.gpus]
+    return ", ".join(f"{models.count(gpu)} x {gpu}" for gpu in dict.fromkeys(models)) or "none"
 
 
 def _cores(job: JobFacts, node: NodeFacts) -> str:
     ranks = job.on(node)
-    each = sorted({len(rank.cores) for rank in ranks})
-    spread = f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}"
+    counts = sorted({len(rank.cores) for rank in ranks})
+    spread = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     usable = job.usable(node)
     if len(ranks) == 1:
         return f"{node.cores}, {usable} usable"
@@ -200,9 +200,9 @@ def _leftovers(files: Sequence[Leftover]) -> Iterator[str]:
 
 
 def _age(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+    for name, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
+            return f"{seconds / length:.0f} {name}"
     return f"{seconds:.0f} s"
 
 

@@ -140,7 +140,7 @@ def _open(descriptor: int, *, compressed: bool) -> Iterator[IO[str]]:
 def _lanes(parts: Sequence[TracePart]) -> list[_Lane]:
     clocks = {parts[0].facts["clock"]: Clock()}
     for part in parts:
-        readings = [Reading(*each) for each in part.facts.get("readings", ())]
+        readings = [Reading(*fields) for fields in part.facts.get("readings", ())]
         if readings:
             clocks[part.facts["clock"]] = Clock(*readings)
     lanes = []
@@ -284,7 +284,7 @@ def _pairs(
         end = {"ph": "e", **common, "ts": _microseconds(row.ended - origin)}
         timed.append((row.began, 2 * count, begin | {"args": _args(row, arrivals)}))
         timed.append((row.ended, 2 * count + 1, end))
-    timed.sort(key=lambda each: each[:2])
+    timed.sort(key=lambda entry: entry[:2])
     for _, _, event in timed:
         yield event
 

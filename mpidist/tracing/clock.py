@@ -73,7 +73,8 @@ class Clock(NamedTuple):
     @property
     def uncertainty(self) -> int:
         """By how many nanoseconds a time can be wrong, if the clocks drift evenly."""
-        return max((each.uncertainty for each in (self.first, self.last) if each), default=0)
+        readings = (self.first, self.last)
+        return max((reading.uncertainty for reading in readings if reading), default=0)
 
 
 def closest(exchanges: Iterable[tuple[int, int, int]]) -> Reading:

@@ -113,13 +113,13 @@ def _ranks(summary: Summary) -> Iterator[str]:
         heads,
         [
             (
-                str(each.rank),
-                *map(_ms, (each.wall, each.compute, each.communication, each.waiting)),
-                _ms(each.in_flight),
-                "" if each.hidden is None else f"{each.hidden:.0%}",
-                each.host,
+                str(rank.rank),
+                *map(_ms, (rank.wall, rank.compute, rank.communication, rank.waiting)),
+                _ms(rank.in_flight),
+                "" if rank.hidden is None else f"{rank.hidden:.0%}",
+                rank.host,
             )
-            for each in summary.ranks
+            for rank in summary.ranks
         ],
         left=1,
     )
@@ -132,26 +132,26 @@ def _calls(summary: Summary, top: int) -> Iterator[str]:
     if not summary.calls:
         return
     yield "Operations, sum over the ranks"
-    shown = [each for each in summary.calls if each.seconds][:top]
+    shown = [call for call in summary.calls if call.seconds][:top]
     yield from columns(
         ("time", "waiting", "calls", "per call", "MiB", "operation", "called at"),
         [
             (
-                _ms(each.seconds),
-                _ms(each.waiting),
-                str(each.calls),
-                _ms(each.seconds / each.calls) if each.calls else "",
-                "" if each.nbytes is None else f"{each.nbytes / 2**20:.2f}",
-                each.operation,
-                _short(each.site),
+                _ms(call.seconds),
+                _ms(call.waiting),
+                str(call.calls),
+                _ms(call.seconds / call.calls) if call.calls else "",
+                "" if call.nbytes is None else f"{call.nbytes / 2**20:.2f}",
+                call.operation,
+                _short(call.site),
             )
-            for each in shown
+            for call in shown
         ],
         left=2,
     )
     others = summary.calls[len(shown) :]
     if others:
-        yield f"and {len(others)} more, {_ms(sum(each.seconds for each in others))} in all"
+        yield f"and {len(others)} more, {_ms(sum(call.seconds for call in others))} in all"
 
 
 def _steps(summary: Summary, top: int) -> Iterator[str]:
@@ -163,8 +163,8 @@ def _steps(summary: Summary, top: int) -> Iterator[str]:
     yield from columns(
         ("rank", "last in", "behind by, mean", "worst"),
         [
-            (str(each.rank), f"{each.steps} of {len(steps)}", _ms(each.mean), _ms(each.worst))
-            for each in summary.lateness
+            (str(late.rank), f"{late.steps} of {len(steps)}", _ms(late.mean), _ms(late.worst))
+            for late in summary.lateness
         ],
     )
     yield "last: the rank for which another one waited longest in the step, and how long."

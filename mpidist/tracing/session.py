@@ -179,7 +179,7 @@ class Session:
             return ""
         others = [recv(group, src=rank).tobytes() for rank in range(1, group.size)]
         try:
-            write_trace([TracePart.of(each) for each in (data, *others)], self._path)
+            write_trace([TracePart.of(part) for part in (data, *others)], self._path)
         except OSError as error:
             return str(error)
         return ""

@@ -322,7 +322,7 @@ def _steps(events: Mapping[int, Sequence[Any]], notes: list[str]) -> list[StepTi
         max(ended - began for began, ended in spans)
         for spans in zip(*(regions[rank][: min(counts)] for rank in events), strict=True)
     ]
-    return [_step(*each) for each in zip(range(min(counts)), lengths, behind, strict=True)]
+    return [_step(*measured) for measured in zip(range(min(counts)), lengths, behind, strict=True)]
 
 
 def _step_spans(events: Sequence[Any]) -> Spans:
@@ -366,6 +366,7 @@ def _lateness(steps: Sequence[StepTime]) -> list[Lateness]:
         if step.last is not None:
             times[step.last].append(step.behind)
     lateness = [
-        Lateness(rank, len(each), sum(each) / len(each), max(each)) for rank, each in times.items()
+        Lateness(rank, len(delays), sum(delays) / len(delays), max(delays))
+        for rank, delays in times.items()
     ]
-    return sorted(lateness, key=lambda each: (-each.steps, -each.mean))
+    return sorted(lateness, key=lambda entry: (-entry.steps, -entry.mean))

@@ -115,7 +115,7 @@ class Helper:
     def _round(self) -> None:
         """Wait for a moment, and do what there is to do."""
         opened = [watch.listener for watch in self._served()]
-        listeners = {each.fileno(): each for each in opened if each is not None}
+        listeners = {listener.fileno(): listener for listener in opened if listener is not None}
         poll = select.poll()  # not select, which takes descriptors below 1024 only
         for descriptor in (self._reader, *listeners):
             poll.register(descriptor, select.POLLIN)

@@ -139,9 +139,11 @@ class Watch:
         """
         read = [json.loads(endpoint) for endpoint in endpoints]
         self._nodes = nodes
-        self._hosts = [each["host"] for each in read]
-        self._pids = [each["pid"] for each in read]
-        self._endpoints = [(each["address"], each["port"]) for each in read if each["port"]]
+        self._hosts = [endpoint["host"] for endpoint in read]
+        self._pids = [endpoint["pid"] for endpoint in read]
+        self._endpoints = [
+            (endpoint["address"], endpoint["port"]) for endpoint in read if endpoint["port"]
+        ]
         self._secret = bytes.fromhex(read[0]["secret"])
         self.debug = read[0]["debug"]
         if self.listener is not None:
