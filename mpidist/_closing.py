@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Closing(ABC):
     """Something whose closing waits for what is under way with other ranks.
 
-    After an error it is left as it is, since others may not come to it.
+    After an error it is left as it is, since other ranks may not call it.
     """
 
     @abstractmethod

@@ -86,7 +86,7 @@ class Lane:
         return (self.rank + distance) % self.size, (self.rank - distance) % self.size
 
     def partners(self) -> Iterator[tuple[int, int]]:
-        """Yield whom to send to and whom to hear from, in rounds in which all meet all."""
+        """Yield the destination and the source of each round; each other rank is either once."""
         return map(self.neighbours, range(1, self.size))
 
     def exchange(
@@ -116,7 +116,7 @@ def _even_counts(length: int, size: int) -> list[int]:
 
 
 def dissemination_barrier(lane: Lane) -> Steps:
-    """Wait for all: in round k tell the rank 2**k ahead, hear from the one 2**k behind.
+    """Wait for all: in round k send to the rank 2**k ahead, receive from the one 2**k behind.
 
     Cost: ceil(log2 p) messages of 1 byte.
 
@@ -351,7 +351,7 @@ def _pass_round(lane: Lane, parts: Sequence[Array], own: int) -> Steps:
 def pairwise_reduce_scatter(
     lane: Lane, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
 ) -> Steps:
-    """Send each rank its part and combine those that come here in rank order.
+    """Send each rank its part and combine the parts received in rank order.
 
     Cost: p - 1 messages, the bytes of all parts but one; p - 1 parts of memory.
 

@@ -195,7 +195,7 @@ class Backend(ABC):
         return None if memory is None else memory.allocate(nbytes, waiter)
 
     def register(self, descriptor: int, nbytes: int, *, waiter: Waiter) -> Array:
-        """Register memory that somebody else made; collective, blocks.
+        """Register shared memory that exists already; collective, blocks.
 
         Parameters
         ----------
@@ -277,7 +277,7 @@ class Backend(ABC):
         return self.start(self._comparing(described))
 
     def begin_compared(self, collective: Collective, described: Described) -> Work[None]:
-        """Start a collective that begins when all ranks have come to it with the same call.
+        """Start a collective that begins when all ranks have arrived at it with the same call.
 
         Notes
         -----

@@ -34,7 +34,7 @@ def processor() -> str:
 
 
 def machine_name(library: str) -> str:
-    """Return what tells one kind of machine from another.
+    """Return what distinguishes one kind of machine from another.
 
     Host names do not: the nodes of a cluster are many and alike, and its login node, which sees
     the same home directory, is another kind.

@@ -293,7 +293,7 @@ class Engine:
 
 
 def _finished(work: Work[Any]) -> bool:
-    # An operation that failed keeps its error for whoever waits for it.
+    # An operation that failed keeps its error, for `wait` to raise.
     try:
         return work.done()
     except Exception:  # noqa: BLE001
@@ -330,7 +330,7 @@ class Waiter(ABC):
         return None
 
     def describe(self) -> Described:
-        """Return the call in words."""
+        """Return the description of the call."""
         raise NotImplementedError
 
     @property
@@ -345,7 +345,7 @@ class Waiter(ABC):
 
     @property
     def hopeless(self) -> bool:
-        """Whether an error has ended what it waits with, so that others may not come."""
+        """Whether an error has broken the group, so that other ranks may not arrive."""
         return False
 
     @abstractmethod
@@ -359,7 +359,7 @@ class Waiter(ABC):
         ready : callable
             Whether the wait is over.
         missing : callable, optional
-            Returns the ranks that have not come, where that is known.
+            Returns the ranks that have not arrived, where that is known.
         """
 
     def expire(self) -> CollectiveTimeoutError:

@@ -245,7 +245,7 @@ def kernel_rows(
 
     So many calls are made in a row that the device does not wait for the host between them.
     Sizes of the rows are the bytes that have to be read and written; bandwidths are these over the
-    time. `tell` is told each kernel's name and bytes when it has been measured.
+    time. `on_measured` is called with the name and the bytes of each kernel.
     """
     clock, rows = DeviceClock(), list[Row]()
     for what, moved, call in _works(nbytes // DTYPE.itemsize):

@@ -9,7 +9,7 @@ Arrays stay where they are: of host arrays the result is a host array, of device
 device (`ProcessGroup.device_capabilities` says what these can). What a blocking verb returns of
 device arrays is ready for what the caller puts on the current stream next, and so it is after
 `Work.wait`; the host goes on at once, and `Work.synchronize` makes it wait. The first device
-collective of a group connects its ranks, and blocks until all have come, in either form. A
+collective of a group connects its ranks, and blocks until all have arrived, in either form. A
 `barrier` is one of the hosts.
 """
 

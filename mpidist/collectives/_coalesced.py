@@ -91,7 +91,7 @@ def _start(
     if devices:
         plans.append(_together(devices))
     if not plans:
-        # Nothing moves, but the others may have come with a longer list.
+        # Nothing moves, but the others may have called with a longer list.
         plans.append((Barrier(), nothing))
     breaks = len(plans) > 1
     # None is started before all are known to be good.
@@ -105,7 +105,7 @@ def _together(plans: Sequence[Planned[Array]]) -> Planned[list[Array]]:
 
 
 def _describe_list(arrays: Sequence[Array]) -> str:
-    """Return words for the arrays of a list that differ if any dtype, shape or the order does."""
+    """Describe the arrays of a list that differ if any dtype, shape or the order does."""
     return _describe_kinds(tuple((native_dtype(x), x.shape) for x in arrays))
 
 
@@ -137,7 +137,7 @@ def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
 
 
 def _unpack(finish: Callable[[], Array], rows: Sequence[dict[str, Array]]) -> None:
-    """Copy a packed result to the arrays; called when it has come, also if nobody waits."""
+    """Copy a packed result to the arrays; called when it has arrived, also if no thread waits."""
     packed = finish().reshape(len(rows), -1)
     for row, outs in zip(packed, rows, strict=True):
         FlatBuffer(_shapes(outs), packed.dtype, storage=row).unpack(outs)

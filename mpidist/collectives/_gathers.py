@@ -88,7 +88,7 @@ def all_gather(
     SizeMismatchError
         If `counts` or `out` do not fit.
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----

@@ -107,7 +107,7 @@ class _Packed(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Bytes of the first, or `_FAILED`: the others wait, and are told so."""
+        """Bytes of the first, or `_FAILED`, which tells the waiting ranks of the error."""
         return _FAILED if self.error is not None else int(self.pieces[0].size)
 
 
@@ -210,7 +210,7 @@ def all_gather_object(obj: Any, group: ProcessGroup, *, timeout: Timeout = None)
     CollectiveMismatchError
         If another rank calls a collective on arrays instead.
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----

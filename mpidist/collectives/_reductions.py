@@ -61,7 +61,7 @@ def barrier(group: ProcessGroup, *, timeout: Timeout = None) -> None:
     Raises
     ------
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----
@@ -127,7 +127,7 @@ def all_reduce(
     SizeMismatchError
         If `out` does not fit.
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----
@@ -206,7 +206,7 @@ def broadcast(
     SizeMismatchError
         If `out` does not fit.
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----
@@ -360,7 +360,7 @@ def reduce_scatter(
     SizeMismatchError
         If the rows of `x` cannot be shared out so, or `out` does not fit.
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----

@@ -111,7 +111,7 @@ def scatter(
     SizeMismatchError
         If the rows cannot be shared out so, or `out` does not fit.
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----
@@ -199,7 +199,7 @@ def all_to_all(
     SizeMismatchError
         If the rows cannot be shared out so, or `out` does not fit.
     CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+        If a rank does not arrive within the group's timeout.
 
     Notes
     -----

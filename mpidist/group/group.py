@@ -273,7 +273,7 @@ class ProcessGroup(Operations):
         Parameters
         ----------
         color : int or None
-            Ranks with the same color meet in one group; None takes part in none.
+            Ranks with the same color form a group; None takes part in none.
         key : int, optional
             Order in the new group; ties keep the order of this one.
         name : str, optional
@@ -320,7 +320,7 @@ class ProcessGroup(Operations):
 
         Notes
         -----
-        Collective over `ranks` only, which block until all of them have come.
+        Collective over `ranks` only, which block until all of them have arrived.
         """
         ranks = self._check_members(ranks)
         if self.rank not in ranks:
@@ -333,7 +333,7 @@ class ProcessGroup(Operations):
         return self._child(backend, label)
 
     def duplicate(self, name: str) -> ProcessGroup:
-        """Make another group of the same ranks, whose operations never meet this one's.
+        """Make another group of the same ranks, whose operations never match this one's.
 
         Collective over the group; blocks. A subsystem that communicates by itself uses one.
         """

@@ -356,7 +356,7 @@ class Operations(Closing):
         finally:
             self._inside = 0
         if not device.compares_calls:
-            waiter.call = None  # whoever waits long for the device need not hold the arrays
+            waiter.call = None  # a long wait for the device need not hold the arrays
         return begun, waiter
 
     def start_messages(
@@ -539,7 +539,7 @@ class Operations(Closing):
         Raises
         ------
         DistributedError
-            If an operation that nobody waited for failed, now or before; the group is closed all
+            If an operation failed, now or before, that no wait reported; the group is closed all
             the same.
 
         Notes
@@ -567,7 +567,7 @@ class Operations(Closing):
             raise failed
 
     def _finish(self) -> BaseException | None:
-        """Finish what is under way, and return the first error that nobody has seen."""
+        """Finish what is under way, and return the first error that was not raised yet."""
         failed: BaseException | None = None
         while self._services:
             _, service = self._services.popitem()

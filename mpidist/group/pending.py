@@ -150,7 +150,7 @@ class GroupWaiter(Waiter):
         return None if self.call is None else self.call.balance(self.state.rank)
 
     def describe(self) -> Described:
-        """Return the call in words."""
+        """Return the description of the call."""
         site, call = self.state.watch.call_site(self.record), self.call
         if call is None:
             return Described(self._verb, site)
@@ -300,7 +300,7 @@ class GroupWork(PendingWork[T]):
     Parameters
     ----------
     waiter : GroupWaiter
-        What waits for it; its group holds it until it is complete, also if nobody else does.
+        What waits for it; its group holds it until it is complete, also if the program does not.
     inner : Work
         The transport's part.
     finish : callable
@@ -321,7 +321,7 @@ class GroupWork(PendingWork[T]):
         self.state.backend.engine.held.add(self)
 
     def complete(self) -> bool:
-        """Poll the transport's part, and finish when it is over."""
+        """Poll the transport's part, and finish when it has ended."""
         if self._over:
             return True
         if not self._polled.acquire(blocking=False):
@@ -360,7 +360,7 @@ class GroupWork(PendingWork[T]):
             self._end(error, broken=True)
 
     def _arrived(self) -> None:
-        """Take the result, once: the transport's part is over."""
+        """Take the result, once, after the transport's part has ended."""
         self._result.append(self._finish())
         del self._finish
 
@@ -376,10 +376,10 @@ class GroupWork(PendingWork[T]):
             state.break_by(error)
             return
         if error is not None and state.unseen is None:
-            state.unseen = self  # for `close`, should nobody wait for it
+            state.unseen = self  # for `close`, if no wait raises its error
         engine = state.backend.engine
         engine.held.discard(self)
-        engine.running.pop(self._inner, None)  # else it stays there until somebody waits
+        engine.running.pop(self._inner, None)  # else it stays there until the next wait
         del self._inner
 
     def _raise(self, error: BaseException) -> NoReturn:

@@ -75,7 +75,7 @@ class GroupState:
     outstanding : OrderedDict of PendingWork to None
         The operations under way, in the order in which `release` polls them.
     unseen : PendingWork or None
-        An operation that failed and for which nobody has waited.
+        An operation that failed and that no wait has reported.
     reason : str or None
         Why the group cannot be used any more.
     """
@@ -113,7 +113,7 @@ class GroupState:
     # -- what is pending -------------------------------------------------------------------------
 
     def release(self, most: int) -> None:
-        """Release finished operations, which hold their arrays: nobody may ever wait for them.
+        """Release finished operations, which hold their arrays: a program need not wait for them.
 
         Polls them in turn, also those behind one that lasts, until `most` in a row are not over.
         """

@@ -1,4 +1,4 @@
-"""How a job ends: nobody hangs because one rank raised, left, or was lost.
+"""How a job ends: no rank hangs because one rank raised, left, or was lost.
 
 The hooks are the only state of the process that mpidist sets, and `mpidist.init` sets it once:
 `sys.excepthook`, `threading.excepthook`, one exit handler, and a handler of SIGUSR2 with the
@@ -53,17 +53,17 @@ _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
 
 _FLUSH = 0.2
-"""Seconds between the last words of a rank and the end of the job.
+"""Seconds between the last output of a rank and the end of the job.
 
 Ranks that check the same arguments raise together: each can show its traceback. And a launcher that
-is told to end the job need not read any more what ranks have written.
+is asked to end the job need not read any more what ranks have written.
 """
 
 _TRACEBACKS = 4
 """Different exceptions of one node of which the tracebacks are shown; of more, the messages."""
 
 _HUNG = (CollectiveMismatchError, CollectiveTimeoutError, PeerLostError)
-"""Of which the records of all ranks tell more than the traceback does."""
+"""Errors whose cause the records of all ranks show better than the traceback."""
 
 _SPARE = 8 << 20
 """Bytes of address space that a rank gives up when it has to say why it ends.
@@ -263,7 +263,7 @@ class _Hooks:
     def _check_deadlines(self) -> None:
         """End the job if a call of the library outlasts its deadline; called by the helper thread.
 
-        All ranks had come to a collective, so one of them has been lost since, or is in another
+        All ranks had arrived at a collective, so one of them has been lost since, or is in another
         call. This one cannot be ended in any other way.
         """
         if self._ending:
@@ -466,7 +466,7 @@ def _end_alone(pid: int) -> None:
 
 
 def end_trace_at_exit(trace: Session) -> bool:
-    """End a trace when all ranks have come to their exit, or abandon it when the job is aborted.
+    """End a trace when all ranks have reached their exit, or abandon it when the job is aborted.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def init(
         Its ranks are the group's; duplicated. ``MPI.COMM_WORLD`` when omitted.
     timeout : float or datetime.timedelta, optional
         Seconds after which a wait fails and the group is broken. The first is for all ranks to call
-        `init`; the last, for all processes to end when all have come to their exits.
+        `init`; the last, for all processes to end when all have reached their exits.
     warn_after : float or datetime.timedelta, optional
         Seconds after which a wait logs a warning, and again at each doubling.
 

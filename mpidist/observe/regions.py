@@ -15,10 +15,10 @@ STEP = "step"
 
 
 class Marks(Protocol):
-    """Who wants to know of regions."""
+    """A listener to regions."""
 
     def mark(self, name: str, began: int, ended: int) -> None:
-        """Take a region that is over; times in nanoseconds of `time.monotonic_ns`."""
+        """Receive a region that has ended; times in nanoseconds of `time.monotonic_ns`."""
 
 
 listener: ContextVar[Marks | None] = ContextVar("mpidist_listener", default=None)
@@ -56,7 +56,7 @@ def region(name: str) -> AbstractContextManager[None]:
 
 
 class _Region:
-    """A region while somebody listens."""
+    """A region while there is a listener."""
 
     __slots__ = ("_began", "_marks", "_name")
 

@@ -53,7 +53,7 @@ class Envelope(NamedTuple):
     content: Array | None
 
     def __str__(self) -> str:
-        """Return words for what was sent."""
+        """Describe what was sent."""
         if self.is_object:
             return "an object"
         return f"an array of shape {self.shape} and dtype {self.dtype}"

@@ -18,7 +18,7 @@ from mpidist.usage import write_once
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add what can be done with a trace."""
+    """Add the subcommands for traces."""
     choices = parser.add_subparsers(title="what to do", dest="action", required=True)
     text = "where each rank's time went, and for whom the others waited"
     summary = choices.add_parser("summary", help=text, description=text)

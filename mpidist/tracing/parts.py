@@ -123,7 +123,7 @@ class Events:
             self._kept.append((event, 0))
 
     def drain(self) -> list[TraceRow]:
-        """Return what has come since the last call; from one thread at a time."""
+        """Return what was recorded since the last call; from one thread at a time."""
         kept = self._kept[:]
         # Others may have been appended meanwhile.
         del self._kept[: len(kept)]

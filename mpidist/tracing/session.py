@@ -63,7 +63,7 @@ def trace(
     -----
     Collective over `group`; blocks at the begin and at the end. Where ranks are on several hosts
     their clocks are compared at both, see [Note: clocks] in `mpidist.tracing.clock`. Every second
-    a thread of each rank writes what has come since into a file beside `path`, in a directory
+    a thread of each rank writes what is new into a file beside `path`, in a directory
     ``<path>.parts``, which is deleted at the end. It stays when the block ends by an error, or the
     rank is killed: then ``python -m mpidist trace merge`` makes the trace of it. A trace replaces
     an earlier one of the same path, and what that one has left in this directory: jobs that run at
@@ -185,7 +185,7 @@ class Session:
         return ""
 
     def abandon(self) -> None:
-        """Leave this rank's part behind, since the others may not come; local.
+        """Leave this rank's part behind, since the others may not arrive; local.
 
         Notes
         -----

@@ -37,7 +37,7 @@ class RankTime:
     communication : float
         In blocking collectives and in waits.
     waiting : float
-        The part of it in which another rank had not come yet.
+        The part of it in which another rank had not arrived yet.
     in_flight : float
         While an immediate operation or a message was under way.
     hidden : float or None
@@ -69,7 +69,7 @@ class CallTime:
     seconds : float
         Of the ranks' main threads, in the calls and in waiting for them.
     waiting : float
-        The part of them in which another rank had not come yet.
+        The part of them in which another rank had not arrived yet.
     nbytes : int or None
         Of all arrays together, where they are known.
     """

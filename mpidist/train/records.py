@@ -173,7 +173,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 
 def _keep(path: Path, step: int) -> None:
-    """Drop the lines of later steps; whoever is killed leaves the old file or the new one."""
+    """Drop the lines of later steps; a kill leaves the old file or the new one."""
     if not path.exists():
         return
     damaged = []

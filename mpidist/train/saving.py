@@ -256,7 +256,7 @@ class Checkpoints:
         """Put a run where it was when its newest checkpoint was saved, or an earlier one.
 
         Later steps than the loaded one are set aside: their directories get other names, such as
-        ``step-000100.aside-1``, so that the run can come to these steps again, and a job after this
+        ``step-000100.aside-1``, so that the run can reach these steps again, and a job after this
         one does not go on from them. One line in the log says so.
 
         Parameters

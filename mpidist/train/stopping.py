@@ -36,7 +36,7 @@ def _unblock() -> None:
 def _give_up() -> None:
     """In a child that was forked: let signals act as if there had never been a `StopSignal`.
 
-    A worker has to end when it is told to (``multiprocessing.Process.terminate`` sends SIGTERM).
+    A worker has to end when asked to (``multiprocessing.Process.terminate`` sends SIGTERM).
     """
     while _TAKEN:
         number, handler = _TAKEN.popitem()
@@ -148,7 +148,7 @@ class StopSignal:
         self.request(number)
 
     def request(self, number: int = signal.SIGTERM) -> None:
-        """Ask for a stop, as if a signal had come to this rank.
+        """Ask for a stop, as if this rank had received a signal.
 
         Parameters
         ----------

@@ -103,7 +103,7 @@ class DeviceBackend(ABC, Generic[H]):
 
     @abstractmethod
     def fence(self) -> Callable[[], bool]:
-        """Return what tells whether all that is on the current stream by now has been done."""
+        """Return a function that says whether the current stream has done its work up to now."""
 
     @abstractmethod
     def split(

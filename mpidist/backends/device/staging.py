@@ -196,18 +196,18 @@ class HostStaging(DeviceBackend[Backend]):
         return self._hold(_Staged(own.start(arrive()), over, waiter, cuda=pinned.cuda, keep=keep))
 
     def _hold(self, work: _Staged) -> _Staged:
-        """Keep an operation until it is over, whoever else lets go of it."""
+        """Hold an operation until it has ended, so that the caller may drop it."""
         self.idle()
         self._under_way.append(work)
         return work
 
     def idle(self) -> bool:
-        """Let go of what is over; return whether nothing is under way."""
+        """Release finished operations; return whether none is pending."""
         while self._under_way:
             try:
                 if not self._under_way[0].done():
                     return False
-            except Exception:  # noqa: BLE001  # whoever waits for it gets it
+            except Exception:  # noqa: BLE001  # its `wait` raises it
                 self._failed.append(self._under_way[0])
             del self._under_way[0]
         return True
@@ -217,7 +217,7 @@ class HostStaging(DeviceBackend[Backend]):
         return x if self._aware else pinned_like(x)
 
     def fence(self) -> Callable[[], bool]:
-        """Return what tells whether all that is on the current stream by now has been done."""
+        """Return a function that says whether the current stream has done its work up to now."""
         assert self._pinned_buffers is not None, "something has been started"
         return EventWork(self._pinned_buffers.record_event()).done
 
@@ -257,7 +257,7 @@ class HostStaging(DeviceBackend[Backend]):
 class _Over(Work[None]):
     """Complete when an operation is over, also if the ranks had called different things in it.
 
-    Nothing has been changed then, and it is told to whoever waits for it.
+    Nothing has been changed then, and its `wait` raises the difference.
     """
 
     def __init__(self, work: Work[None]) -> None:

@@ -21,7 +21,7 @@ _CURE = (
 
 
 def library_name(mpi: Any) -> str:
-    """Return name and version of the MPI library, the first words of what it says of itself."""
+    """Return name and version of the MPI library, the beginning of its description of itself."""
     text: str = mpi.Get_library_version()
     name = text.splitlines()[0].partition(",")[0]
     return " ".join(name.replace("Version:", " ").replace("\0", "").split())

@@ -168,7 +168,7 @@ class NodeMemory:
         return None if parts is None else self.registered.add(parts, self._topology.rank, nbytes)
 
     def register(self, descriptor: int, nbytes: int, waiter: Waiter) -> Array:
-        """Register memory that somebody else made; see `Backend.register`."""
+        """Register shared memory that exists already; see `Backend.register`."""
         exchange = self._exchange
         self.sequencer.arrive(waiter, Route.LIBRARY)
         with exchange.blocking(waiter):

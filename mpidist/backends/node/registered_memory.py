@@ -124,7 +124,7 @@ class Registry:
         self._made = 0
 
     def add(self, parts: Sequence[Any], rank: int, nbytes: int) -> Array:
-        """Register memory that nobody else uses yet, and return this rank's part of it.
+        """Register memory that is not in use yet, and return this rank's part of it.
 
         Parameters
         ----------

@@ -138,7 +138,7 @@ class SharedFile:
         return f"{status.st_dev}:{status.st_ino}:{self.path}".encode()
 
     def unlink(self) -> None:
-        """Let nobody open it any more by its name: it has none."""
+        """Do nothing: it has no name by which another process could open it."""
 
 
 class NamedFile(SharedFile):
@@ -157,7 +157,7 @@ class NamedFile(SharedFile):
             raise
 
     def unlink(self) -> None:
-        """Let nobody open it any more by its name."""
+        """Remove its name, so that no other process can open it."""
         Path(self.path).unlink(missing_ok=True)
 
 

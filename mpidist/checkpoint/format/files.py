@@ -283,7 +283,7 @@ def parallel_file(path: Path, comm: Any) -> Iterator[ParallelFile]:
     Notes
     -----
     Collective, its end as well, however the block ends; what is done in the block is not. HDF5 has
-    no deadline: a rank that does not come keeps the others waiting until the job ends.
+    no deadline: a rank that does not arrive keeps the others waiting until the job ends.
     """
     import h5py
 

@@ -270,7 +270,7 @@ class CheckpointFuture:
 
     @property
     def failed(self) -> bool:
-        """Whether it is over, and there is no checkpoint."""
+        """Whether it has ended without a checkpoint."""
         return self._error is not None
 
     def done(self) -> bool:
@@ -379,7 +379,7 @@ class Saver:
         self._failed: deque[CheckpointFuture] = deque()
 
     def note_end(self, future: CheckpointFuture) -> None:
-        """Note that a save is over."""
+        """Note that a save has ended."""
         self.pending.remove(future)
         end_write(future.directory, complete=not future.failed)
         if future.failed:

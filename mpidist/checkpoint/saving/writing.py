@@ -448,7 +448,7 @@ def begin_write(directory: Path) -> None:
 
 
 def end_write(directory: Path, *, complete: bool) -> None:
-    """Note that a save is over, and whether there is a checkpoint."""
+    """Note that a save has ended, and whether there is a checkpoint."""
     with _lock:
         _writing[directory] -= 1
         if not _writing[directory]:

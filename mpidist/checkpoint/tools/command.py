@@ -178,7 +178,7 @@ class _Outcome(NamedTuple):
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add what can be done with checkpoints."""
+    """Add the subcommands for checkpoints."""
     parser.description = __doc__
     choices = parser.add_subparsers(title="what to do", dest="action", required=True)
     for name, (_, text, arguments, long) in _ACTIONS.items():

@@ -34,7 +34,7 @@ from mpidist.errors import (
 
 
 class Format(NamedTuple):
-    """What can be done with a format."""
+    """The operations of a format."""
 
     write: Callable[[Checkpoint, Path, IO[bytes], Progress], None]
     open: Callable[[Path], AbstractContextManager[Foreign]]

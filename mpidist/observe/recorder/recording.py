@@ -138,7 +138,7 @@ class Recording:
 
 
 def decode_events(memory: memoryview, sink: Iterable[Over]) -> list[Event]:
-    """Return in words what a recorder's sink has collected, given the recorder's memory."""
+    """Decode what a recorder's sink has collected, given the recorder's memory."""
     events = []
     for kind, what, group, number, site, began, ended in sink:
         record = decode(memory, (what, group, 0, number, site, began, ended, 0))
@@ -147,7 +147,7 @@ def decode_events(memory: memoryview, sink: Iterable[Over]) -> list[Event]:
 
 
 def decode(memory: memoryview, fields: tuple[int, ...]) -> OperationRecord:
-    """Return in words what the numbers of a record say."""
+    """Decode the numbers of a record."""
     what, identity, call, number, site, began, ended, sequence = fields
     return OperationRecord(
         sequence=sequence,

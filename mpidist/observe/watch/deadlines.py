@@ -213,7 +213,7 @@ def limit_finalization(name: str, timeout: float, *, stacks: bool) -> None:
 
 
 def main_stack() -> str:
-    """Return where the main thread is, as a traceback tells it; begins with a colon."""
+    """Return where the main thread is, as a traceback would; begins with a colon."""
     number = threading.main_thread().ident
     frame = None if number is None else sys._current_frames().get(number)
     return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()

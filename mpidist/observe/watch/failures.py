@@ -1,4 +1,4 @@
-"""Exceptions that nobody caught: in words, and from one rank for all that end alike.
+"""Uncaught exceptions as text: one rank writes for all that end alike.
 
 Each rank writes a checksum of its reason, and when, into its part of the recorder's memory, and
 waits for a moment. The first of those with the same reason speaks, the others wait until it has.
@@ -22,10 +22,10 @@ from mpidist.observe.recorder.recording import Recording
 from mpidist.observe.watch.report import format_site
 
 _PAUSE = 0.15
-"""Seconds after which no further rank is waited for, from the last one that has come."""
+"""Seconds after which no further rank is waited for, from the arrival of the last one."""
 
 _LONGEST = 1.0
-"""Seconds after which it is not, however many come."""
+"""Seconds after which it is not, however many arrive."""
 
 _SPEAKING = 3.0
 """Seconds that the first rank has to say it."""
@@ -106,7 +106,7 @@ class Failures:
         self._cells_of(self._rank)[Head.SPOKEN] = monotonic_ns()
 
     def _wait_for_others(self) -> None:
-        """Wait until all have come, or nobody comes any more."""
+        """Wait until all have arrived, or no more arrive."""
         began = last = time.monotonic()
         count = 0
         while (now := time.monotonic()) < min(last + _PAUSE, began + _LONGEST):
@@ -170,7 +170,7 @@ def lines_of(error: BaseException, trace: TracebackType | None, *, full: bool = 
     Parameters
     ----------
     error : BaseException
-        The exception that nobody caught.
+        The uncaught exception.
     trace : TracebackType or None
         Where it came from.
     full : bool, optional

@@ -134,7 +134,7 @@ class Helper:
         if self._next_wakeup >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._next_wakeup, numbers)
-        # One report at a time, however many signals come.
+        # One report at a time, however many signals arrive.
         if signal.SIGUSR2 in numbers and self._reporting.acquire(blocking=False):
             # In a thread of its own: this one has to answer meanwhile.
             act_in_thread(self._report, "mpidist-report")

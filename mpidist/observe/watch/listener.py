@@ -78,7 +78,7 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening."""
-        listening = getattr(self, "_socket", None)  # it may not have come to that
+        listening = getattr(self, "_socket", None)  # the constructor may have failed before
         if listening is not None:
             try:  # noqa: SIM105  # no name of this module: it may have been emptied
                 listening.close()
@@ -88,7 +88,7 @@ class Listener:
     __del__ = close
 
     def fileno(self) -> int:
-        """Return the descriptor that is ready when somebody asks."""
+        """Return the descriptor that is ready when a request arrives."""
         return self._socket.fileno()
 
     def serve(self) -> None:
@@ -108,7 +108,7 @@ class Listener:
         act_in_thread(lambda: self._serve(connection), "mpidist-listener")
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):  # whoever asked will call this node silent
+        with connection, contextlib.suppress(OSError):  # the asker will report this node as silent
             try:
                 theirs = self._prove(connection)
             finally:

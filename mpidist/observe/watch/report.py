@@ -1,4 +1,4 @@
-"""Reports in words: who is missing, and what every rank was doing."""
+"""Reports: which ranks are missing, and what every rank was doing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpidist.observe.recorder.recording import OperationRecord
 from mpidist.observe.watch.states import RankState, Stack, Status
 
 _NAMED = 4
-"""Ranks whose doings are told one by one in a sentence."""
+"""Ranks that a sentence lists one by one."""
 
 _ROWS = 8
 """Ranks of which each has a line; of more, those that do the same share one."""
@@ -28,7 +28,7 @@ _LINES = 12
 _FRAMES = 6
 
 _THREADS = 3
-"""Threads of a rank of which it is told where they are."""
+"""Threads of a rank whose stacks are shown."""
 
 _LINE = 400
 """Characters of the line that says where the ranks of a job are."""
@@ -73,7 +73,7 @@ def causes(
     key : (int, int), optional
         Identity of the group and number of the collective.
     missing : sequence of int
-        Ranks of the world that are known not to have come.
+        Ranks of the world that are known not to have arrived.
     """
     absent = _absent(states, members, key, missing)
     sentences = []
@@ -166,7 +166,7 @@ def _gone(states: States, members: Sequence[int], absent: Sequence[int]) -> list
 
 
 def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, OperationRecord]:
-    """Return the record of a collective of each rank that has come to it."""
+    """Return the record of a collective of each rank that has arrived at it."""
     if key is None:
         return {}
     known = {rank: states[rank].came_to(key) for rank in members if rank in states}
@@ -176,7 +176,7 @@ def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, 
 def _absent(
     states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
 ) -> list[int]:
-    """Return the ranks that have not come, as far as is known."""
+    """Return the ranks that have not arrived, as far as is known."""
     came: set[int] = set()
     known: set[int] = set()
     if key is not None:
@@ -261,9 +261,9 @@ def render_report(
     title : str
         What does not end, or why there is a report.
     states : iterable of RankState
-        The ranks to be told of.
+        The ranks to report.
     first : collection of int
-        Those that come first, with their stacks.
+        Those listed first, with their stacks.
     causes : sequence of str, optional
         Sentences, of which each has a line.
     cure : str, optional
@@ -318,7 +318,7 @@ def _now_at(state: RankState) -> str:
 def _outside(stack: Stack) -> list[Site]:
     """Return the frames outside this package, and outside what it calls of Python's library."""
     sites: list[Site] = []
-    library: list[Site] = []  # whoever calls these comes later
+    library: list[Site] = []  # their callers follow
     for site in stack.frames:
         if is_inside(site.file):
             library.clear()

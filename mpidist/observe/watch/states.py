@@ -184,14 +184,14 @@ class RankState:
         return records[-1] if records else None
 
     def came_to(self, key: tuple[int, int]) -> OperationRecord | None:
-        """Return this rank's record of a collective, if it has come to it."""
+        """Return this rank's record of a collective, if it has arrived at it."""
         for record in reversed(self.records):
             if record.is_of(key):
                 return record
         return None
 
     def has_passed(self, key: tuple[int, int]) -> bool:
-        """Whether it has come to a later collective of the group: then to this one, too."""
+        """Whether it has called a later collective of the group: then it called this one, too."""
         group, number = key
         return any(r.number > number and r.is_of((group, r.number)) for r in self.records)
 

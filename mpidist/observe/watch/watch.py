@@ -1,4 +1,4 @@
-"""What is known of the ranks of a job, and who tells it."""
+"""What is known of the ranks of a job, and which rank reports it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _WRITING = 8.0
 """Seconds that a rank which has set out to write a report has for it."""
 
 _FRESH = 3.0
-"""Seconds during which nobody repeats a report."""
+"""Seconds during which no rank repeats a report."""
 
 _ASKING = 0.5
 """Seconds between two questions to another node whether it has written its report."""
@@ -135,7 +135,7 @@ class Watch:
     def connect(self, nodes: Sequence[int], endpoints: Sequence[bytes]) -> None:
         """Take what `endpoint` returned on each rank; rank 0's settings apply to all.
 
-        Endpoints travel from rank to rank of one job, so that nobody else knows its secret.
+        Endpoints travel from rank to rank of one job, so that no other process knows its secret.
         """
         read = [json.loads(endpoint) for endpoint in endpoints]
         self._nodes = nodes
@@ -255,7 +255,7 @@ class Watch:
         return Status.ALIVE if self._pids[rank] == os.getpid() else Status.UNKNOWN
 
     def _is_held(self, rank: int) -> bool:
-        """Whether the helper thread of a rank of this node does not come to run."""
+        """Whether the helper thread of a rank of this node does not get to run."""
         last = self._recordings[rank].cells[Head.BEAT]
         return rank != self.rank and 0 < last < monotonic_ns() - _BEAT * 1e9
 
@@ -323,7 +323,7 @@ class Watch:
         key : (int, int), optional
             The group's identity and the number of the collective.
         missing : sequence of int
-            Ranks of the world that are known not to have come.
+            Ranks of the world that are known not to have arrived.
         """
         return describe_stall(self.states(ask=False), members, key, missing)
 
@@ -332,7 +332,7 @@ class Watch:
         return callers(self.states(ask=False), members, key)
 
     def differences(self, members: Sequence[int], key: tuple[int, int], *, compared: bool) -> str:
-        """Return who called what where if all have come to a collective with different calls.
+        """Return who called what where if all have arrived at a collective with different calls.
 
         Nothing if they have called the same, or as long as it is not known of all of them.
 
@@ -342,7 +342,7 @@ class Watch:
             See `describe_stall`; here `key` is needed.
         compared : bool
             Whether the transport compares the calls on host arrays. It knows better then: only
-            calls of which some are on host arrays and some on device arrays never meet there.
+            calls of which some are on host arrays and some on device arrays never match there.
         """
         if any(rank not in self._recordings for rank in members):
             return ""
@@ -377,7 +377,7 @@ class Watch:
         key : (int, int), optional
             Of the collective that does not end.
         missing : sequence of int, optional
-            Ranks of the world that are known not to have come.
+            Ranks of the world that are known not to have arrived.
         first : sequence of int, optional
             Other ranks of the world that stand at the top.
         ask : bool, optional
@@ -438,8 +438,8 @@ class Watch:
     def _is_reported_elsewhere(self, states: Mapping[int, RankState]) -> bool:
         """Whether a rank of another node is writing the report.
 
-        The lowest rank writes it: nodes cannot tell who was first, and two that waited for each
-        other would tell nothing.
+        The lowest rank writes it: nodes cannot know who was first, and two that waited for each
+        other would report nothing.
         """
         far = [state for rank, state in states.items() if rank not in self._recordings]
         return any(state.rank < self.rank and 0 <= state.claimed < _WRITING for state in far)
@@ -460,7 +460,7 @@ class Watch:
             if any(self._is_done(rank) for rank in faster):
                 return False
             time.sleep(_POLL)
-        self._cells[Head.CLAIMED] = claimed  # whoever was faster has not come to an end
+        self._cells[Head.CLAIMED] = claimed  # the process that claimed it first has not finished
         return True
 
     def _is_faster(self, rank: int, claimed: int) -> bool:
@@ -487,7 +487,7 @@ class Watch:
             self._recorder.write_stacks(own_stacks())
 
     def leave(self) -> None:
-        """Say that this rank has come to its exit."""
+        """Say that this rank has reached its exit."""
         self._cells[Head.LEAVING] = monotonic_ns()
 
     def report_signal(self) -> None:

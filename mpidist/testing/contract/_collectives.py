@@ -32,7 +32,7 @@ FLOAT64: DType = np.dtype(np.float64)
 
 
 def barriers(group: ProcessGroup, _device: Place) -> None:
-    """Nobody leaves a barrier before the last has come."""
+    """Nobody leaves a barrier before the last has arrived."""
     for _ in range(3):
         collectives.barrier(group)
     collectives.ibarrier(group).wait()

@@ -118,7 +118,7 @@ def nested_groups(group: ProcessGroup, device: Place) -> None:
 
 @with_peers
 def duplicates(group: ProcessGroup, device: Place) -> None:
-    """Operations on a duplicate never meet those of the original."""
+    """Operations on a duplicate never match those of the original."""
     copy = group.duplicate("copy")
     check_that(copy.ranks == group.ranks and copy.name == "copy", f"{copy}: ranks {copy.ranks}")
     rank, size = group.rank, group.size

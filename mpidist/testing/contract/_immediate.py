@@ -131,7 +131,7 @@ def dropped(group: ProcessGroup, device: Place) -> None:
 def immediate(group: ProcessGroup, device: Place) -> None:
     """Rank 0 starts a collective, then sends a message; the others start theirs only on it.
 
-    A verb that waits inside its immediate form never comes back from it here.
+    A verb that waits inside its immediate form would never return from it here.
     """
     token = np.zeros(0)
     device.ready(group)

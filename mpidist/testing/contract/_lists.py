@@ -67,7 +67,7 @@ class _Wanted(NamedTuple):
 def _sums(
     lists: list[list[Array]], op: ReduceOp, group: ProcessGroup, device: Place
 ) -> list[_Wanted]:
-    """Return what each place of the lists comes to."""
+    """Return the expected result at each index of the lists."""
     once = device.capabilities(group).halves_rounded_once
     columns = [list(column) for column in zip(*lists, strict=True)]
     return [_Wanted(combined(x, op), tolerance(x, op, round_once=once)) for x in columns]

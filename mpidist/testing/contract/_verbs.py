@@ -188,7 +188,7 @@ _MAKING = threading.Lock()
 
 def _inputs(trial: Trial, size: int, *, round_once: bool) -> _Inputs:
     """Return the inputs of all ranks; simulated ranks, being threads, share them."""
-    # Without the lock all of them would come here at once, and each make its own.
+    # Without the lock each of them would make its own at the same time.
     with _MAKING:
         return _make_inputs(replace(trial, landing=fresh), size, round_once=round_once)
 

@@ -198,11 +198,11 @@ class NcclBackend(DeviceBackend[Backend]):
     # -- what is under way -----------------------------------------------------------------------
 
     def idle(self) -> bool:
-        """Let go of what is over; return whether nothing is under way."""
+        """Release finished operations; return whether none is pending."""
         return self._link is None or self._link.idle()
 
     def fence(self) -> Callable[[], bool]:
-        """Return what tells whether the current stream has come to here."""
+        """Return a function that says whether the current stream has done its work up to now."""
         return (lambda: True) if self._link is None else self._link.side.fence()
 
     def abandon(self, error: BaseException) -> None:

@@ -18,7 +18,7 @@ __all__ = ["NcclCommunicator"]
 class NcclCommunicator:
     """Some ranks, each on a device of its own, that NCCL has connected.
 
-    How the ranks come by the identifier is not its business: by MPI, or as threads of one process.
+    The caller gives the identifier to all ranks: by MPI, or to threads of one process.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class NcclCommunicator:
 
     Notes
     -----
-    Collective over the ranks; blocks until all have come, as long as that takes.
+    Collective over the ranks; blocks until all have arrived, as long as that takes.
     """
 
     def __init__(

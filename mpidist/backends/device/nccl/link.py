@@ -42,7 +42,7 @@ class Link:
     communicator, side, device
         As given; the communicator is None when it has been released.
     under_way : list of NcclWork
-        What nobody has seen to be over, in the order of the calls.
+        Operations not yet known to have ended, in the order of the calls.
     """
 
     def __init__(self, communicator: NcclCommunicator, side: Side, device: int) -> None:
@@ -90,13 +90,13 @@ class Link:
         return work
 
     def idle(self) -> bool:
-        """Let go of what is over; return whether nothing is under way."""
+        """Release finished operations; return whether none is pending."""
         while self.under_way and self.under_way[0].done():
             pass
         return not self.under_way
 
     def release(self, work: NcclWork, event: Any) -> None:
-        """Forget an operation that is over."""
+        """Release a finished operation."""
         self.under_way.remove(work)
         self.side.take_back(event)
 
@@ -148,8 +148,8 @@ class Link:
         if inside is not None and time.monotonic() - inside[1] > inside[0]().timeout:
             self.fail(inside[0]().expire())
         elif under_way:
-            # Those that the device is done with wait for somebody to see it, who may be waiting
-            # for the device.
+            # An operation that the device has finished stays in the list until the host polls it,
+            # and the host may be blocked on the device.
             work = next((work for work in under_way if not work.reached()), under_way[0])
             try:
                 self.look(work.waiter)
@@ -211,7 +211,7 @@ class Link:
         communicator, self.communicator = self.communicator, None
         if communicator is None or self._failure is not None:
             return
-        # What is under way is a broken group's, and others may not even come to it.
+        # Only a broken group still has operations under way; some ranks may never call them.
         self._leave(communicator.destroy if self.idle() else communicator.abort)
 
 

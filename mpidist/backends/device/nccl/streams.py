@@ -56,7 +56,7 @@ class Side:
         return event
 
     def take_back(self, event: Any) -> None:
-        """Take an event that has happened, and for which nobody waits any more."""
+        """Take back an event that has happened and is not waited for any more."""
         self._spare.append(event)
 
     def check(self, event: Any) -> None:
@@ -73,7 +73,7 @@ class Side:
             raise runtime.CUDARuntimeError(code)
 
     def fence(self) -> Callable[[], bool]:
-        """Return what tells whether all that is on the current stream by now has been done."""
+        """Return a function that says whether the current stream has done its work up to now."""
         event = self._cuda.Event(disable_timing=True)
         event.record()
         return lambda: bool(event.done)

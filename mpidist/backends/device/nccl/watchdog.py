@@ -1,6 +1,6 @@
 """A thread that looks after the communicators of this process: errors, and missed deadlines.
 
-Operations on a device run without the host: nobody may be waiting when one fails, or hangs. This
+Operations on a device run without the host: no thread may be waiting when one fails or hangs. This
 thread ends its communicator then, so that what waits for the device goes on, and the group's next
 operation raises.
 """
