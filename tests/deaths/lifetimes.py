@@ -142,8 +142,10 @@ def refused(call, error, words):
     raise AssertionError(f"not refused: {call}")
 
 
-work = mpidist.iall_reduce(large, world)
 part = world.duplicate("part")
+if rank != guilty:
+    mpidist.recv(part, src=guilty)  # its sum is under way until it has tried it in a child
+work = mpidist.iall_reduce(large, world)
 
 
 def use_the_rank():
@@ -175,6 +177,9 @@ with StopSignal():
     terminated.start()
     if rank == guilty:
         assert ending(use_the_rank) == 0
+        for other in range(size):
+            if other != guilty:
+                mpidist.send(small, part, dst=other)
         assert ending(lambda: sys.exit(3)) == 3
         assert ending(lambda: 1 / 0) == 1
         program = "import mpidist; mpidist.init()"
