@@ -104,6 +104,8 @@ class ProcessGroup(Operations):
         Rank among, and number of, the members on this node.
     node_rank, num_nodes : int
         This node among, and number of, the nodes of the members.
+    nodes : tuple of int
+        The node of each member, counted from 0.
     timeout : float
         Seconds after which a wait fails and the group is broken.
     warn_after : float
@@ -138,7 +140,7 @@ class ProcessGroup(Operations):
         self.num_nodes = max(nodes) + 1
         self.local_rank = nodes[: self.rank].count(self.node_rank)
         self.local_size = nodes.count(self.node_rank)
-        self._nodes = nodes
+        self.nodes = nodes
 
     @classmethod
     def over(
@@ -325,7 +327,8 @@ class ProcessGroup(Operations):
         ranks = self._check_members(ranks)
         if self.rank not in ranks:
             return None
-        with self._performing(f"new_group({list(ranks)})", among=ranks) as waiter:
+        what = f"new_group({list(ranks)})" + ("" if name is None else f" of {name}")
+        with self._performing(what, among=ranks) as waiter:
             backend = self._backend.create(ranks, waiter=waiter)
             if self._backend.device is not None:
                 backend.device = self._backend.device.create(backend)
@@ -353,7 +356,7 @@ class ProcessGroup(Operations):
         Where nodes have different numbers of members, the first q of each node take part, q being
         the smallest of these numbers; on the others it is None. Collective when first called.
         """
-        smallest = min(self._nodes.count(node) for node in range(self.num_nodes))
+        smallest = min(self.nodes.count(node) for node in range(self.num_nodes))
         return self._relative("cross", self.local_rank if self.local_rank < smallest else None)
 
     def _relative(self, kind: str, color: int | None) -> ProcessGroup | None:
