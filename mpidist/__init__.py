@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     )
     from mpidist.group import ProcessGroup
     from mpidist.job.start import init
+    from mpidist.mesh import DeviceMesh, Partial, Replicate, Shard
     from mpidist.observe.regions import region
     from mpidist.point_to_point import (
         Receive,
@@ -132,19 +133,23 @@ __all__ = [
     "CheckpointNotFoundError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
+    "DeviceMesh",
     "DistributedError",
     "GroupBrokenError",
     "InvalidRankError",
     "InvalidWorldSizeError",
     "LaunchError",
     "NoConnectionError",
+    "Partial",
     "PeerLostError",
     "ProcessGroup",
     "Receive",
     "ReceiveWork",
     "ReduceOp",
+    "Replicate",
     "SelfSendError",
     "Send",
+    "Shard",
     "ShardedArray",
     "SizeMismatchError",
     "TransportError",
@@ -208,6 +213,7 @@ _PARTS = (
     "job.start",
     "collectives",
     "point_to_point",
+    "mesh",
     "observe.regions",
     "tracing",
 )

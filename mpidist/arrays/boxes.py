@@ -23,6 +23,7 @@ __all__ = [
     "boxes_of_at_most",
     "boxes_of_range",
     "corners",
+    "even_part",
     "overlapping",
     "part_slices",
     "round_up",
@@ -304,6 +305,20 @@ def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:
         (part * quotient + min(part, remainder), quotient + (part < remainder))
         for part in range(parts)
     )
+
+
+def even_part(length: int, parts: int, number: int) -> tuple[int, int]:
+    """Return offset and size of one of the parts that `split_evenly` returns, without the others.
+
+    Parameters
+    ----------
+    length, parts : int
+        As for `split_evenly`.
+    number : int
+        Which part, from 0 to ``parts - 1``.
+    """
+    quotient, remainder = divmod(length, parts)
+    return number * quotient + min(number, remainder), quotient + (number < remainder)
 
 
 def part_slices(counts: Sequence[int]) -> list[slice]:

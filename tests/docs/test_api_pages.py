@@ -62,6 +62,7 @@ def test_every_public_package_is_known() -> None:
         "collectives",
         "group",
         "job",
+        "mesh",
         "observe",
         "point_to_point",
         "tracing",

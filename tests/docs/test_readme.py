@@ -18,7 +18,7 @@ NOT_BUILT = {
     "Gloo and UCC backends": ["mpidist.backends.gloo", "mpidist.backends.ucc"],
     "FSDP": ["mpidist.parallel.fsdp"],
     "Pipeline, tensor parallel": ["mpidist.parallel.pipeline", "mpidist.parallel.tensor"],
-    "Device mesh, DTensor": ["mpidist.mesh", "mpidist.dtensor"],
+    "DTensor": ["mpidist.mesh.dtensor"],
     "SyncBatchNorm": ["mpidist.parallel.sync_batch_norm"],
     "RPC": ["mpidist.rpc"],
     "PyTorch adapter": ["mpidist.adapters"],
