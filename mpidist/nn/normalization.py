@@ -7,7 +7,7 @@ together.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,10 @@ from mpidist.nn.module import Context, Module, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.windows import channels_first, channels_last
 
-__all__ = ["BatchNorm2d", "LayerNorm"]
+__all__ = ["BatchNorm2d", "Count", "LayerNorm"]
+
+Count: TypeAlias = "float | Array"
+"""A number of values; one that is summed over ranks on a device stays there, as an array ()."""
 
 
 class BatchNorm2d(Module):
@@ -77,17 +80,30 @@ class BatchNorm2d(Module):
         self.running_var: Array = np.ones(channels, dtype=_wide(dtype))
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
-        """Map `x` (batch, channels, height, width) to the same shape."""
+        """Map `x` (batch, channels, height, width) to the same shape.
+
+        Raises
+        ------
+        ValueError
+            If `x` has another number of axes or channels.
+        """
+        channels = self.weight.shape[0]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f"{type(self).__name__}: expected an input of shape (batch, {channels}, height, "
+                f"width), got {x.shape}"
+            )
         xp = array_namespace(x)
         image = channels_last(x)
         dtype = np.result_type(x.dtype, self.weight.dtype)
         wide = _wide(dtype)
-        rows = image.reshape(-1, x.shape[1])
-        count = rows.shape[0]
-        if mode.training and count:
-            mean = column_sums(rows) / count
+        rows = image.reshape(-1, channels)
+        count: Count = 0
+        if mode.training:
+            count, sums = self._count_and_sums(rows)
+            mean = sums / _at_least_one(count)
             centred = xp.subtract(rows, mean.astype(wide), dtype=wide)
-            var = column_sums(centred, centred) / count
+            var = self._total(column_sums(centred, centred)) / _at_least_one(count)
             if not mode.replay:
                 self._update(mean, var, count)
         else:
@@ -96,24 +112,25 @@ class BatchNorm2d(Module):
         inv_std = (1.0 / xp.sqrt(var + self.eps)).astype(wide, copy=False)
         centred *= inv_std
         y = (centred * self.weight.data + self.bias.data).astype(dtype, copy=False)
-        saved = (centred, inv_std, mode.training)
+        saved = (centred, inv_std, count if mode.training else None, x.shape)
         uses = count_uses(self.weight, self.bias)
         return channels_first(y.reshape(image.shape)), Context(saved, uses)
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Map `dy` (batch, channels, height, width) to the same shape."""
-        x_hat, inv_std, training = ctx.saved
+        x_hat, inv_std, count, shape = ctx.saved
+        check_gradient(self, dy, shape)
         image = channels_last(dy)
         dtype = np.result_type(dy.dtype, self.weight.dtype)
         wide = _wide(dtype)
         rows = image.reshape(x_hat.shape).astype(wide, copy=False)
-        dweight, dbias = column_sums(rows, x_hat), column_sums(rows)
-        if training:
+        sums = array_namespace(dy).stack([column_sums(rows, x_hat), column_sums(rows)])
+        if count is not None:
             # The batch's own mean and variance depend on every input.
-            count = max(rows.shape[0], 1)
-            rows = rows - x_hat * (dweight / count).astype(wide) - (dbias / count).astype(wide)
+            means = (self._total(sums) / _at_least_one(count)).astype(wide)
+            rows = rows - x_hat * means[0] - means[1]
         dx = (rows * (self.weight.data * inv_std)).astype(dtype, copy=False)
-        return channels_first(dx.reshape(image.shape)), (dweight, dbias)
+        return channels_first(dx.reshape(image.shape)), sums
 
     def backward_weight(self, wctx: Any) -> None:
         """Add the sums over batch, height and width that the first half has made."""
@@ -121,13 +138,32 @@ class BatchNorm2d(Module):
         self.weight.add_grad(dweight)
         self.bias.add_grad(dbias)
 
-    def _update(self, mean: Array, var: Array, count: int) -> None:
-        self._blend(self.running_mean, mean)
-        if count > 1:  # else there is no unbiased variance, and its 0 would pull towards 0
-            self._blend(self.running_var, var * (count / (count - 1)))
+    def _count_and_sums(self, rows: Array) -> tuple[Count, Array]:
+        """Return how many values a channel of the batch has, and their sums."""
+        return rows.shape[0], column_sums(rows)
 
-    def _blend(self, running: Array, new: Array) -> None:
-        running[...] = (1.0 - self.momentum) * running + self.momentum * new
+    def _total(self, sums: Array) -> Array:
+        """Return the sums over the whole batch of which these are the sums over what is here."""
+        return sums
+
+    def _update(self, mean: Array, var: Array, count: Count) -> None:
+        """Move the running statistics; `count` is not looked at, since it may be on a device."""
+        _blend(self.running_mean, mean, self.momentum * (count > 0))
+        # A single value has no unbiased variance, and its 0 would pull towards 0.
+        unbiased = var * (count / _at_least_one(count - 1))
+        _blend(self.running_var, unbiased, self.momentum * (count > 1))
+
+
+def _at_least_one(count: Count) -> Count:
+    """Return a number of values as what may be divided by."""
+    if isinstance(count, (int, float)):
+        return max(count, 1)
+    at_least_one: Array = array_namespace(count).maximum(count, 1)
+    return at_least_one
+
+
+def _blend(running: Array, new: Array, momentum: Count) -> None:
+    running[...] = (1.0 - momentum) * running + momentum * new
 
 
 class LayerNorm(Module):

@@ -129,3 +129,10 @@ def test_shares_of_one_and_of_no_sample_run_beside_larger_ones() -> None:
     none, one, two = run_ranks(3, body)
     np.testing.assert_array_equal([none, one], np.ones((2, 2)))
     np.testing.assert_allclose(two, x[:2].var(axis=(0, 2, 3), ddof=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 5), (2, 1, 5, 5), (2, 3, 5)])
+def test_an_image_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    expected = r"BatchNorm2d: expected an input of shape \(batch, 3, height, width\), got \(2, "
+    with pytest.raises(ValueError, match=expected):
+        BatchNorm2d(3).forward(np.ones(shape), TRAINING)
