@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -11,7 +11,14 @@ import numpy as np
 
 from mpidist.nn.parameter import Parameter
 
-__all__ = ["SUBSTITUTES", "TreeNode", "members", "nameless", "render_tree"]
+__all__ = [
+    "SUBSTITUTES",
+    "TreeNode",
+    "members",
+    "nameless",
+    "render_tree",
+    "replace_members",
+]
 
 SUBSTITUTES = {
     "apply": "a loop over named_modules()",
@@ -97,6 +104,42 @@ def _check_key(name: str, key: object, names: dict[str, object]) -> None:
             f"{name}: a dict of modules or parameters has the key {key!r}; keys become parts of "
             "names: they must not be empty, hold a dot or a slash, or be written as another one is"
         )
+
+
+def replace_members(module: object, exchange: Mapping[int, object]) -> None:
+    """Put other objects into the places of some members of a module.
+
+    Parameters
+    ----------
+    module : Module
+        Its attributes are looked into as `members` does: lists, deques and dicts are changed in
+        place, what cannot be changed is built anew.
+    exchange : mapping of int to object
+        What comes, by the identity of what goes.
+    """
+    for attribute, value in tuple(vars(module).items()):
+        new = _replaced(value, exchange, ())
+        if new is not value:
+            object.__setattr__(module, attribute, new)  # a frozen dataclass may be a layer
+
+
+def _replaced(value: Any, exchange: Mapping[int, object], inside: tuple[int, ...]) -> Any:
+    if id(value) in exchange:
+        return exchange[id(value)]
+    if not isinstance(value, _CONTAINERS) or id(value) in inside:
+        return value
+    inside = (*inside, id(value))
+    keys = value if isinstance(value, _MAPPINGS) else range(len(value))
+    new = {key: _replaced(value[key], exchange, inside) for key in keys}
+    changed = {key: item for key, item in new.items() if item is not value[key]}
+    if isinstance(value, tuple):
+        made = getattr(value, "_make", tuple)  # a NamedTuple takes its items one by one
+        return made(new.values()) if changed else value
+    if isinstance(value, MappingProxyType):
+        return MappingProxyType(new) if changed else value
+    for key, item in changed.items():
+        value[key] = item
+    return value
 
 
 def nameless(value: object, kinds: tuple[type, ...]) -> Iterable[tuple[str, Any]]:

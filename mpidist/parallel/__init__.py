@@ -6,6 +6,7 @@ from mpidist.parallel.data.compression import Compression, Hook, plain
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.data.naive import NaiveDataParallel
 from mpidist.parallel.data.reducer import GradientReducer
+from mpidist.parallel.data.sync_batch_norm import SyncBatchNorm2d, synchronize_batch_norms
 from mpidist.parallel.grad_scaler import GradScaler
 from mpidist.parallel.metrics import Metrics
 from mpidist.parallel.sharded.memory import (
@@ -34,10 +35,12 @@ __all__ = [
     "NaiveDataParallel",
     "OptimizerFactory",
     "ShardedOptimizer",
+    "SyncBatchNorm2d",
     "clip_grad_norm",
     "full_state_dict",
     "memory_ledger",
     "memory_use",
     "plain",
     "proportional_set_size",
+    "synchronize_batch_norms",
 ]

@@ -19,7 +19,6 @@ NOT_BUILT = {
     "FSDP": ["mpidist.parallel.fsdp"],
     "Pipeline, tensor parallel": ["mpidist.parallel.pipeline", "mpidist.parallel.tensor"],
     "DTensor": ["mpidist.mesh.dtensor"],
-    "SyncBatchNorm": ["mpidist.parallel.sync_batch_norm"],
     "RPC": ["mpidist.rpc"],
     "PyTorch adapter": ["mpidist.adapters"],
 }

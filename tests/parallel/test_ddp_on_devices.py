@@ -24,8 +24,10 @@ from mpidist.parallel import (
     NaiveDataParallel,
     ShardedOptimizer,
     clip_grad_norm,
+    synchronize_batch_norms,
 )
 from tests.nccl_stub import stand_in
+from tests.parallel.joined_batch import SHARES, check_joined
 from tests.parallel.training import CASES, SMALL, assert_close, train_alone, train_rank
 
 pytestmark = [pytest.mark.ranks(1, 2, 4), pytest.mark.timeout(90)]
@@ -95,13 +97,27 @@ def test_buffers_are_rank_0s_and_ddp_agrees_with_its_oracle(
     assert_close(*results, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", SHARES)
+def test_a_synchronised_norm_normalises_the_joined_batch(
+    group: ProcessGroup, xp_with_nccl: ModuleType, name: str, dtype: str
+) -> None:
+    check_joined(group, name, dtype, xp=xp_with_nccl)
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
 def test_the_host_reads_nothing_in_a_step(
-    group: ProcessGroup, xp_with_nccl: ModuleType, monkeypatch: pytest.MonkeyPatch
+    group: ProcessGroup,
+    xp_with_nccl: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    synchronised: bool,
 ) -> None:
     cupy = xp_with_nccl
     if hasattr(cupy, "__file__"):
         pytest.skip("the methods of CuPy's own types cannot be watched")
     model = images()
+    if synchronised:
+        synchronize_batch_norms(model, group)
     model.to("gpu")
     ddp, optimizer = DDP(model, group, sizes=SMALL), AdamW(model.named_parameters())
     scaler = GradScaler(group)

@@ -19,6 +19,7 @@ from tests.parallel.checks import (
     scaled_step,
     train_norm,
 )
+from tests.parallel.joined_batch import SHARES, check_joined
 from tests.parallel.training import CASES, OPTIMIZERS, assert_close, train_alone, train_rank
 
 on_ranks = pytest.mark.ranks(2, 3, 4)
@@ -44,6 +45,13 @@ def test_ranks_may_finish_their_gradients_in_any_order(world, op, sizes):
 @on_ranks
 def test_running_statistics_are_rank_0s_after_each_step(world):
     check_running(world.mpi_comm.allgather(train_norm(world)))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", SHARES)
+def test_a_synchronised_norm_normalises_the_joined_batch(world, name, dtype):
+    check_joined(world, name, dtype)
 
 
 @pytest.mark.ranks(3, 4)
