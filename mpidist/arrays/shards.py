@@ -17,7 +17,7 @@ from mpidist.errors import SizeMismatchError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Part", "ShardedArray", "check_held", "copy_in"]
+__all__ = ["FlatPart", "Part", "ShardedArray", "check_held", "copy_in"]
 
 
 class ShardedArray:
@@ -216,6 +216,29 @@ class Part:
         """
         pieces = {there: array[local.slices] for there, local in self.boxes}
         return ShardedArray(self.shape, array.dtype, pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPart:
+    """The elements of a whole array that a one-dimensional array holds: a range of them in C order.
+
+    A `Part` has boxes of the same sizes on both sides; a range that begins or ends within a row is
+    none.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of the whole array.
+    start : int
+        Which element of the flattened whole the array here begins with.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+
+    def sharded(self, array: Array) -> ShardedArray:
+        """Return an array of one dimension as a part of the whole; copies nothing."""
+        return ShardedArray.of_range(self.shape, self.start, array)
 
 
 def check_held(what: str, held: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace
-from mpidist.arrays.shards import Part
+from mpidist.arrays.shards import FlatPart, Part
 
 __all__ = ["HasParameters", "Parameter", "Parameters", "named_list"]
 
@@ -35,7 +35,7 @@ class Parameter:
         Qualified name, such as ``"0.weight"``; empty before a module has set it.
     trainable : bool
         Whether it has a gradient.
-    part : Part or None
+    part : Part, FlatPart or None
         Which elements of a whole array the values are; None: they are whole. States then hold
         a `ShardedArray` of the whole.
 
@@ -57,12 +57,14 @@ class Parameter:
     """
 
     __slots__ = (
+        "_closed",
         "_data",
         "_dtype",
         "_empty",
         "_grad",
         "_has_grad",
         "_location",
+        "_memory_for",
         "_on_ready",
         "_remaining",
         "_shape",
@@ -75,12 +77,19 @@ class Parameter:
         self.data = data
         self.name = name
         self.trainable = trainable
-        self.part: Part | None = None
+        self.part: Part | FlatPart | None = None
+        self._memory_for: Callable[[Parameter], Array | None] | None = None
+        self._closed = ""  # why its gradient is not here, while it is with others
         self._grad: Array | None = None
         self._location: tuple[FlatBuffer, str] | None = None
         self._has_grad = False
         self._remaining: int | None = None  # None: not counting
         self._on_ready: Callable[[Parameter], None] | None = None
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """Return what a copy has: not where the memory of this one's gradients comes from."""
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return None, state | {"_memory_for": None}
 
     def __repr__(self) -> str:
         return f"Parameter({self.name or 'unnamed'!s}, shape={self.shape}, dtype={self.dtype})"
@@ -198,7 +207,8 @@ class Parameter:
         if self._has_grad or not self.trainable:
             return None
         if self._grad is None:
-            self._grad = self._new_array()
+            given = None if self._memory_for is None else self._memory_for(self)
+            self._grad = self._new_array() if given is None else given
         return self._grad
 
     def empty_grad(self) -> Array:
@@ -284,6 +294,34 @@ class Parameter:
             memory[...] = self._grad
         self._grad = memory
         self._location = location
+        self._memory_for = None
+
+    def attach_later(self, memory_for: Callable[[Parameter], Array | None]) -> None:
+        """Ask for the gradient's memory when a first contribution comes, from now on.
+
+        Parameters
+        ----------
+        memory_for : callable
+            Called as ``memory_for(parameter)`` where there is no memory; returns an array of the
+            shape of the parameter, or None, for an array of its own. `detach` ends its use.
+
+        Raises
+        ------
+        RuntimeError
+            If contributions are being counted (between `expect` and `release`).
+        """
+        self._check_not_armed("attach_later")
+        self.detach()
+        self._memory_for = memory_for
+
+    def is_attached_to(self, memory_for: Callable[[Parameter], Array | None]) -> bool:
+        """Whether this function was the last one given to `attach_later`, and no `attach` since."""
+        return self._memory_for == memory_for
+
+    def detach(self) -> None:
+        """Forget the gradient and its memory; also while all contributions are in."""
+        self._grad = self._location = None
+        self._has_grad = False
 
     def move(self, to: Callable[[Array], Array]) -> None:
         """Replace the values by what a function makes of them, and forget the gradient's memory.
@@ -303,8 +341,8 @@ class Parameter:
         moved = to(self.data)
         if moved is not self.data:
             self.data = moved
-            self._grad = self._location = None
-            self._has_grad = False
+            self._memory_for = None
+            self.detach()
 
     def expect(self, uses: int, on_ready: Callable[[Parameter], None] | None = None) -> None:
         """Count contributions from now, and call `on_ready` when the last one is in.
@@ -329,10 +367,21 @@ class Parameter:
         self._remaining = uses
         self._on_ready = on_ready
 
+    def close(self, reason: str) -> None:
+        """Let nobody read, zero or add to the gradient until `release`.
+
+        Parameters
+        ----------
+        reason : str
+            Where the gradient is meanwhile, and what to do; the words of the error.
+        """
+        self._remaining, self._closed = 0, reason
+
     def release(self) -> None:
-        """End the counting that `expect` began; any number of contributions is allowed again."""
+        """End what `expect` or `close` began; any number of contributions is allowed again."""
         self._remaining = None
         self._on_ready = None
+        self._closed = ""
 
     def _accumulate(self, g: Array) -> None:
         memory = self.first_grad()
@@ -357,6 +406,8 @@ class Parameter:
 
     def _check_open(self) -> None:
         if self._remaining == 0:
+            if self._closed:
+                raise RuntimeError(f"the gradient of parameter '{self.name}' {self._closed}")
             raise RuntimeError(
                 f"parameter '{self.name}' has received all gradient contributions announced by "
                 "expect() and its gradient may be in communication; wait for it (release()) "

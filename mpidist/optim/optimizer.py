@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -57,6 +57,10 @@ class Optimizer:
     state, into flat memory: `Parameter.data` is another array from then on.
     """
 
+    needs_whole: ClassVar[bool] = False
+    """Whether an update needs all elements of a parameter, as those of matrices do (Muon, Shampoo).
+    Not with an `UpdateRule`, which has a block at a time."""
+
     def __init__(
         self,
         params: Parameters,
@@ -87,6 +91,10 @@ class Optimizer:
     def lr(self) -> float:
         """Learning rate of the next step."""
         return self._lr(self._steps) if callable(self._lr) else self._lr
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Return the parameters that it updates, under the names that its state has."""
+        return dict(self._params)
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters; touches no array."""

@@ -9,6 +9,8 @@ from mpidist.parallel.data.reducer import GradientReducer
 from mpidist.parallel.data.sync_batch_norm import SyncBatchNorm2d, synchronize_batch_norms
 from mpidist.parallel.grad_scaler import GradScaler
 from mpidist.parallel.metrics import Metrics
+from mpidist.parallel.sharded.flat_parameters import Cut
+from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
 from mpidist.parallel.sharded.memory import (
     MemoryLedger,
     MemoryUse,
@@ -17,14 +19,18 @@ from mpidist.parallel.sharded.memory import (
     proportional_set_size,
 )
 from mpidist.parallel.sharded.state import ModelState
+from mpidist.parallel.sharded.units import UNIT_BYTES, Unit
 from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer, full_state_dict
 
 __all__ = [
     "BUCKET_BYTES",
     "DDP",
     "FIRST_BUCKET_BYTES",
+    "FSDP",
+    "UNIT_BYTES",
     "BucketSizes",
     "Compression",
+    "Cut",
     "GradScaler",
     "GradientReducer",
     "Hook",
@@ -35,7 +41,9 @@ __all__ = [
     "NaiveDataParallel",
     "OptimizerFactory",
     "ShardedOptimizer",
+    "ShardingStrategy",
     "SyncBatchNorm2d",
+    "Unit",
     "clip_grad_norm",
     "full_state_dict",
     "memory_ledger",

@@ -202,13 +202,14 @@ def test_scattered_buckets_start_in_the_order_of_arrival_and_keep_their_gradient
                 _, ctx = model.forward(np.ones(()), TRAINING)
                 optimizer.backward(ctx, np.ones(()))
                 optimizer.step()
-            ddp = optimizer.model_state._ddp
-            return layout(ddp), ddp.order, optimizer.model_state.state_dict()["buckets/order"]
+            fsdp = optimizer.model_state._model
+            sent = [list(unit.parameters) for unit in fsdp._unit_gradients._plan]
+            return sent, fsdp.order, optimizer.model_state.state_dict()["buckets/order"]
 
     factory = partial(SGD, lr=1.0)
     names = ("a.w", "b.w", "c.w")
     # b and a share a bucket, which is complete before c's.
-    assert run_ranks(2, body) == [(["ba", "c", ""], names, list(names))] * 2
+    assert run_ranks(2, body) == [([["b.w", "a.w"], ["c.w"]], names, list(names))] * 2
 
 
 def test_each_dtype_keeps_its_buckets():

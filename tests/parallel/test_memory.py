@@ -113,12 +113,15 @@ def test_a_page_counts_by_the_number_of_its_mappings():
 
 
 def test_the_ledger_prints_as_a_table():
-    use, node = MemoryUse(MEBI, 2 * MEBI, 3 * MEBI), MemoryUse(4 * MEBI, 5 * MEBI, 6 * MEBI)
+    use = MemoryUse(MEBI, 2 * MEBI, 3 * MEBI, MEBI, 4 * MEBI)
+    node = MemoryUse(4 * MEBI, 5 * MEBI, 6 * MEBI)
     lines = str(MemoryLedger(use, node, 30 * MEBI, 60 * MEBI)).splitlines()
     assert [line.split()[-2:] for line in lines[1:]] == [
         ["1.0", "4.0"],
         ["2.0", "5.0"],
         ["3.0", "6.0"],
-        ["6.0", "15.0"],
+        ["1.0", "0.0"],
+        ["4.0", "0.0"],
+        ["10.0", "15.0"],
         ["30.0", "60.0"],
     ]

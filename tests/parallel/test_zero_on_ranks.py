@@ -201,12 +201,16 @@ def test_each_rank_holds_its_part_of_the_state(world):
 
 
 @pytest.mark.ranks(2, 4)
-def test_reduced_slices_are_counted_as_gradients(world):
+def test_of_gradients_there_are_slices_and_two_buckets(world):
     model = large()
+    largest = 4 * 1024 * 1027 + 4 * 1027
     whole = sum(p.data.nbytes for p in model.parameters())
-    with ShardedOptimizer(model, world, optimizer=partial(SGD, lr=1.0)) as optimizer:
-        gradients = optimizer.memory_use().gradients
-        assert gradients == pytest.approx(whole + whole / world.size, abs=64 * 8)
+    with ShardedOptimizer(
+        model, world, optimizer=partial(SGD, lr=1.0), sizes=BucketSizes(1 << 20, 1 << 20)
+    ) as optimizer:
+        use = optimizer.memory_use()
+        assert use.gradients == pytest.approx(whole / world.size, abs=64 * 8)
+        assert use.buffers == use.peak_buffers == pytest.approx(2 * largest, abs=2 * 64 * 4)
 
 
 # -- several nodes ---------------------------------------------------------------------------------

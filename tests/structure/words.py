@@ -24,7 +24,7 @@ ANYWHERE = _these(
 ALONE = _these(
     """
     attend bind bring card cross door each enter follow forget found give here meet mine publish
-    room some unit units until way whole
+    room some until way
     """
 )
 """These are no name, but may be part of one: `cross_entropy` says what it is."""

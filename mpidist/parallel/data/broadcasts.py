@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +14,8 @@ from mpidist.backends.work import Work
 from mpidist.collectives import broadcast, ibroadcast
 from mpidist.group import ProcessGroup
 from mpidist.nn.names import former_names
-from mpidist.parallel.data.reducer import GradientReducer, ParameterGradients
 
-__all__ = ["BucketOrder", "BufferSync", "broadcast_in_place"]
+__all__ = ["BucketOrder", "BufferSync", "OrderedGradients", "broadcast_in_place"]
 
 
 def broadcast_in_place(arrays: Iterable[Array], group: ProcessGroup) -> None:
@@ -91,6 +90,23 @@ class BufferSync:
         self._works = []
 
 
+class OrderedGradients(Protocol):
+    """Gradients of which buckets are made."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order of the parameters."""
+        ...
+
+    def arrivals(self) -> list[str]:
+        """Return all names in the order in which gradients came in this step."""
+        ...
+
+    def relayout(self, order: Sequence[str]) -> None:
+        """Make the buckets anew, for gradients that come in this order."""
+        ...
+
+
 class BucketOrder:
     """The order of the buckets: that in which rank 0's gradients arrived in the first step.
 
@@ -105,10 +121,10 @@ class BucketOrder:
 
     Parameters
     ----------
-    reducer : GradientReducer
-        The reducer whose buckets are laid out.
-    gradients : ParameterGradients
-        Who moves the gradients from one layout to the next.
+    gradients : OrderedGradients
+        Who knows how the gradients arrived, and moves them from one layout to the next.
+    group : ProcessGroup
+        The ranks taking part.
     fixed : bool
         Whether the first layout stays.
 
@@ -123,13 +139,11 @@ class BucketOrder:
     section 3.2.3.
     """
 
-    def __init__(
-        self, reducer: GradientReducer, gradients: ParameterGradients, *, fixed: bool
-    ) -> None:
+    def __init__(self, gradients: OrderedGradients, group: ProcessGroup, *, fixed: bool) -> None:
         self.order: tuple[str, ...] | None = None
-        self._names = tuple(reducer.grads)
-        self._reducer = reducer
+        self._names = gradients.names
         self._gradients = gradients
+        self._group = group
         self._fixed = fixed
         self._broadcast: Work[Any] | None = None
 
@@ -138,8 +152,8 @@ class BucketOrder:
         if self._fixed or self.order is not None:
             return
         index = {name: i for i, name in enumerate(self._names)}
-        positions = np.array([index[name] for name in self._reducer.arrivals()], np.int64)
-        self._broadcast = ibroadcast(positions, self._reducer.group, root=0, out=positions)
+        positions = np.array([index[name] for name in self._gradients.arrivals()], np.int64)
+        self._broadcast = ibroadcast(positions, self._group, root=0, out=positions)
 
     def done(self) -> bool:
         """Whether the broadcast is complete."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Container, Mapping, Sequence
 
 from mpidist._arguments import seconds
 from mpidist._closing import Closing
@@ -16,20 +14,14 @@ from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.data.buckets import (
-    Bucket,
     BucketMemory,
     BucketSizes,
-    Exchange,
     assign_buckets,
 )
 from mpidist.parallel.data.compression import Compression, Hook, exchange_for
 from mpidist.parallel.data.verify import Description, describe, verify_same
 
-__all__ = ["ExchangeFactory", "GradientReducer", "ParameterGradients"]
-
-ExchangeFactory: TypeAlias = Callable[[Bucket, ProcessGroup, ReduceOp], Exchange]
-"""Makes what happens to a bucket whenever it is full: an all-reduce, a reduce-scatter into a shard.
-It is called once for each bucket with gradients, with the reducer's group and operation."""
+__all__ = ["GradientReducer", "ParameterGradients", "check_known"]
 
 
 class GradientReducer(Closing):
@@ -58,9 +50,6 @@ class GradientReducer(Closing):
         How many gradients travel together.
     also_verify : mapping of str to Array, optional
         Arrays that are not reduced, but whose names, shapes and dtypes must agree too.
-    exchange : ExchangeFactory, optional
-        What happens to full buckets instead of an all-reduce, for strategies that keep each
-        bucket's gradients together; `relayout` then changes only the order of the buckets.
 
     Attributes
     ----------
@@ -106,7 +95,6 @@ class GradientReducer(Closing):
         compression: Compression | Hook | None = None,
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
         also_verify: Mapping[str, Array] | None = None,
-        exchange: ExchangeFactory | None = None,
     ) -> None:
         check_group(group, type(self).__name__)
         description = (
@@ -119,12 +107,10 @@ class GradientReducer(Closing):
         _check(named_arrays, op)
         self.op = op
         self.group = group.duplicate(f"{group.name}/gradients")
-        self._own_composition = exchange is not None
-        self._exchange = exchange or partial(exchange_for, compression)
+        self._compression = compression
         self._sizes = sizes
-        # A hook may make anything of numbers, and a scatter has no place for flags.
-        own_flags = callable(compression) or exchange is not None
-        self._memory = BucketMemory(named_arrays, self.group, own_flags=own_flags)
+        # A hook may make anything of numbers.
+        self._memory = BucketMemory(named_arrays, self.group, own_flags=callable(compression))
         self._names = frozenset(named_arrays)
         self._arrived: list[str] = []
         self._skipped: set[str] = set()
@@ -137,8 +123,8 @@ class GradientReducer(Closing):
         self._buckets = self._memory.buckets(like, assigned)
         for bucket in self._buckets:
             # Flags that travel alone are summed as they are, whatever happens to gradients.
-            make = self._exchange if bucket.grads else partial(exchange_for, None)
-            bucket.exchange = make(bucket, self.group, self.op)
+            compression = self._compression if bucket.grads else None
+            bucket.exchange = exchange_for(compression, bucket, self.group, self.op)
         self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.grads}
         self.grads = {name: self._bucket_of[name].grads[name] for name in like}
 
@@ -306,8 +292,7 @@ class GradientReducer(Closing):
         Local. `grads` are other arrays afterwards, with the values of those before. They lie in
         the same memory, so that the arrays before must not be used any more. Costs two copies of
         all gradients, and the memory of one in between; nothing if every bucket would hold the
-        same gradients. With an `exchange` of its own each bucket keeps its gradients, since shards
-        elsewhere are laid out as they are, and only the order in which buckets start changes.
+        same gradients.
         """
         if len(order) != len(self._names) or set(order) != self._names:
             raise ValueError(f"GradientReducer.relayout: expected every name once, got {order}")
@@ -316,15 +301,6 @@ class GradientReducer(Closing):
                 f"GradientReducer.relayout on {self.group}: {len(self._arrived)} gradients have "
                 "come already; wait() for all first"
             )
-        if self._own_composition:
-            position = {name: i for i, name in enumerate(order)}
-            # A bucket is complete when its last gradient is; that of the flags is the last.
-            self._buckets.sort(
-                key=lambda bucket: max(
-                    (position[name] for name in bucket.grads), default=len(order)
-                )
-            )
-            return
         assigned = assign_buckets({name: self.grads[name] for name in reversed(order)}, self._sizes)
         if [set(names) for names in assigned] == [set(names) for names in self._assigned]:
             return
@@ -397,11 +373,18 @@ class ParameterGradients:
         The parameters; from now on their gradients live in `reducer.grads`.
     reducer : GradientReducer
         Of the same names, shapes and dtypes.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of the parameters, in order.
     """
 
     def __init__(self, named: Mapping[str, Parameter], reducer: GradientReducer) -> None:
+        self.names = tuple(named)
         self._names = {parameter: name for name, parameter in named.items()}
         self._reducer = reducer
+        self._reduced = False  # the gradients, unless zeroed since, are those of all ranks
         self._attach()
 
     def expect(self, uses: Mapping[Parameter, int]) -> None:
@@ -418,6 +401,27 @@ class ParameterGradients:
             none = parameter.unreduced_grad() is None
             (self._reducer.skip if none else self._reducer.ready)(self._names[parameter])
 
+    def accumulate(self) -> None:
+        """Let the backward that follows add to the gradients of this rank."""
+        self._reduced = False
+
+    def progress(self) -> None:
+        """Let the buckets under way make progress."""
+        self._reducer.progress()
+
+    def done(self) -> bool:
+        """Whether `wait` will not block."""
+        return self._reducer.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for all buckets, and give the parameters that some rank used the reduction."""
+        self._take_over(self._reducer.wait(timeout))
+        self._reduced = True
+
+    def arrivals(self) -> list[str]:
+        """Return the names in the order in which the gradients came, as the reducer does."""
+        return self._reducer.arrivals()
+
     def _on_ready(self, parameter: Parameter) -> None:
         self._reducer.ready(self._names[parameter])
 
@@ -426,8 +430,7 @@ class ParameterGradients:
         for parameter in self._names:
             parameter.release()
 
-    def take_over(self, used: frozenset[str]) -> None:
-        """Give the parameters that some rank used what has been reduced."""
+    def _take_over(self, used: frozenset[str]) -> None:
         for parameter, name in self._names.items():
             parameter.release()
             # Some other rank used it: the reduction is this rank's first contribution.
@@ -451,14 +454,25 @@ class ParameterGradients:
 
     # -- misuse --------------------------------------------------------------------------------
 
-    def check_zeroed(self) -> None:
-        """Refuse to sum again what is a sum already: it would count once per rank.
+    def check(self, uses: Mapping[Parameter, int]) -> None:
+        """Raise what would go wrong in a backward pass, before it begins.
 
         Raises
         ------
         RuntimeError
-            If a parameter holds a gradient.
+            If a sum over the ranks has not been zeroed, and so would be summed again; if a
+            parameter is not ours; if something else has called `Parameter.attach`.
         """
+        # A mean of equal gradients is the same again; a sum would count them once per rank.
+        if self._reduced and self._reducer.op is not MEAN:
+            self._check_zeroed()
+        self._check_owned(uses)
+
+    def check_complete(self, operation: str) -> None:
+        """Raise an error that names the gradients that are missing, if any are."""
+        self._reducer.check_complete(operation)
+
+    def _check_zeroed(self) -> None:
         for parameter, name in self._names.items():
             if parameter.grad is not None:
                 raise RuntimeError(
@@ -468,21 +482,8 @@ class ParameterGradients:
                     "one inside no_sync()"
                 )
 
-    def check_owned(self, uses: Mapping[Parameter, int]) -> None:
-        """Check that all parameters are ours, and that their gradients live in the buckets.
-
-        Raises
-        ------
-        RuntimeError
-            If one is not, or if something else has called `Parameter.attach`.
-        """
-        for parameter in uses:
-            if parameter not in self._names:
-                raise RuntimeError(
-                    f"DDP on {self._reducer.group}: parameter '{parameter.name}' was used, but was "
-                    "not part of the module when DDP was made; change the module first, then wrap "
-                    "it"
-                )
+    def _check_owned(self, uses: Mapping[Parameter, int]) -> None:
+        check_known(uses, self._names, "DDP", self._reducer.group)
         grads = self._reducer.grads
         for parameter, name in self._names.items():
             if parameter.grad_memory is not grads[name]:
@@ -491,6 +492,18 @@ class ParameterGradients:
                     "live in this DDP's bucket any more; something else has called attach(), "
                     "perhaps a second DDP over the same module, or the model was moved by to()"
                 )
+
+
+def check_known(
+    uses: Mapping[Parameter, int], known: Container[Parameter], strategy: str, group: ProcessGroup
+) -> None:
+    """Raise RuntimeError if a parameter is used that came to the module later."""
+    for parameter in uses:
+        if parameter not in known:
+            raise RuntimeError(
+                f"{strategy} on {group}: parameter '{parameter.name}' was used, but was not part "
+                f"of the module when {strategy} was made; change the module first, then wrap it"
+            )
 
 
 def _settings(

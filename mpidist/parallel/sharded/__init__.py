@@ -1,1 +1,1 @@
-"""Sharded data parallelism: each rank keeps a slice of the optimizer's state."""
+"""Sharded data parallelism: each rank keeps a slice of what training needs."""

@@ -1,45 +1,47 @@
-"""Parameters in flat arrays of which each rank owns one slice: once per node, or once per rank.
-
-[Note: parameters once per node] `Parameter.data` are read-only views of memory that all ranks of
-the node see. A rank writes its own slices only, after a barrier (all have read) and before another
-(all have written). So all writes go through the owner of the store. Over several
-nodes the slices are exchanged among ranks with the same local rank. Where memory cannot be shared,
-every rank has a copy, and slices are gathered from all; parameters are read-only there, too, so
-that a program that works on one machine works on any.
-"""
+"""Parameters in flat arrays, which are cut into one slice per rank."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from math import prod
 
-import numpy as np
-
-from mpidist._types import LAND, MIN, Array, DType
+from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box, split_evenly
 from mpidist.arrays.flat import FlatBuffer
-from mpidist.collectives import all_gather, all_reduce, barrier
-from mpidist.group import ProcessGroup
-from mpidist.parallel.data.buckets import ALIGNMENT_BYTES, BucketSizes, assign_buckets
+from mpidist.arrays.shards import FlatPart, Part
+from mpidist.parallel.data.buckets import ALIGNMENT_BYTES
 
-__all__ = [
-    "FlatLayout",
-    "FlatParameters",
-    "NodeStore",
-    "ParameterStore",
-    "RankStore",
-    "by_node",
-    "lay_out",
-    "make_store",
-]
+__all__ = ["Cut", "FlatLayout", "FlatParameters"]
 
 _EMPTY = Box((0,), (0,))
 
 
+class Cut(Enum):
+    """Where a flat array of parameters may be cut into slices.
+
+    Notes
+    -----
+    `ROWS`: where a row of a parameter begins, a row being ``parameter[i]``: each rank's part of a
+    parameter is a range of its rows. Slices differ by a row at most. A flat array that gives some
+    rank nothing so, or twice its share, is cut as with `ELEMENTS`.
+
+    `ELEMENTS`: at any cache line. The most even slices; parts are ranges of flattened parameters.
+
+    `PARAMETERS`: where a parameter begins, so that each one is whole on one rank, as an optimizer
+    needs it that works on matrices (Muon, Shampoo). The least even slices.
+    """
+
+    ROWS = "rows"
+    ELEMENTS = "elements"
+    PARAMETERS = "parameters"
+
+
 @dataclass(frozen=True, slots=True)
 class FlatLayout:
-    """Which parameters lie in a flat array, and where.
+    """Which parameters lie in a flat array, where, and where it is cut.
 
     Attributes
     ----------
@@ -52,26 +54,38 @@ class FlatLayout:
     length : int
         Elements of the flat array, with the padding that brings every parameter to a cache
         line.
+    cut : Cut
+        Where it may be cut.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     spans: Mapping[str, Box]
     dtype: DType
     length: int
+    cut: Cut = Cut.ELEMENTS
 
     @classmethod
-    def of(cls, like: Mapping[str, Array]) -> FlatLayout:
-        """Lay out arrays of one dtype as a `Bucket` lays out their gradients."""
+    def of(cls, like: Mapping[str, Array], cut: Cut = Cut.ELEMENTS) -> FlatLayout:
+        """Lay out arrays of one dtype, one behind the other."""
         shapes = {name: tuple(array.shape) for name, array in like.items()}
         (dtype,) = {array.dtype for array in like.values()}
         spans, offset = {}, 0
         for name, shape in shapes.items():
             spans[name] = Box((offset,), (like[name].size,))
             offset += FlatBuffer.length_of({name: shape}, alignment=_line(dtype))
-        return cls(shapes, spans, dtype, offset)
+        return cls(shapes, spans, dtype, offset, cut)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the flat array."""
+        return self.length * self.dtype.itemsize
+
+    def buffer(self, storage: Array) -> FlatBuffer:
+        """Return memory of this length as a buffer with a view per parameter."""
+        return FlatBuffer(self.shapes, self.dtype, alignment=_line(self.dtype), storage=storage)
 
     def counts(self, owners: int, size: int) -> tuple[int, ...]:
-        """Return the number of elements of each rank's slice: whole cache lines.
+        """Return the number of elements of each rank's slice.
 
         Parameters
         ----------
@@ -82,15 +96,27 @@ class FlatLayout:
         """
         line = _line(self.dtype)
         shares = [count * line for _, count in split_evenly(self.length // line, owners)]
+        if self.cut is not Cut.ELEMENTS:
+            at_starts = self._shares_at_starts(owners)
+            fair = min(at_starts) > 0 and max(at_starts) * owners <= 2 * self.length
+            if fair or self.cut is Cut.PARAMETERS:
+                shares = at_starts
         return (*shares, *(0,) * (size - owners))
 
-
-def lay_out(arrays: Mapping[str, Array], sizes: BucketSizes) -> list[FlatLayout]:
-    """Distribute arrays over flat arrays as `assign_buckets` distributes their gradients."""
-    return [
-        FlatLayout.of({name: arrays[name] for name in names})
-        for names in assign_buckets(arrays, sizes)
-    ]
+    def _shares_at_starts(self, owners: int) -> list[int]:
+        """Cut at the rows, or parameters, that begin nearest to where even slices would."""
+        names = [name for name, span in self.spans.items() if not span.empty]
+        starts = [self.spans[name].offsets[0] for name in names]
+        cuts = [0]
+        for owner in range(1, owners):
+            even = self.length * owner / owners
+            index = bisect_right(starts, even) - 1
+            start, stop = starts[index], (*starts, self.length)[index + 1]
+            shape = self.shapes[names[index]]
+            row = prod(shape[1:]) if self.cut is Cut.ROWS else prod(shape)
+            rows = round((even - start) / row)
+            cuts.append(start + rows * row if rows * row < prod(shape) else stop)
+        return [stop - start for start, stop in zip(cuts, (*cuts[1:], self.length), strict=True)]
 
 
 class FlatParameters:
@@ -121,19 +147,12 @@ class FlatParameters:
         self.layout = layout
         self.data = data
         self.counts = tuple(counts)
-        self.views = FlatBuffer(
-            layout.shapes, layout.dtype, alignment=_line(layout.dtype), storage=data
-        ).views
-        self._rank = rank
-        self._slices: list[Box] = []
-        start = 0
-        for count in self.counts:
-            self._slices.append(Box((start,), (count,)))
-            start += count
-        self.own = data[self._slices[rank].slices]
+        self.views = layout.buffer(data).views
+        self._slice = Box((sum(self.counts[:rank]),), (self.counts[rank],))
+        self.own = data[self._slice.slices]
 
-    def box(self, name: str, rank: int | None = None) -> Box:
-        """Return what a rank, this one when omitted, owns of a parameter.
+    def box(self, name: str) -> Box:
+        """Return what this rank owns of a parameter.
 
         Returns
         -------
@@ -141,165 +160,33 @@ class FlatParameters:
             In the flattened parameter; one dimension.
         """
         span = self.layout.spans[name]
-        common = span.intersect(self._slices[self._rank if rank is None else rank])
+        common = span.intersect(self._slice)
         return _EMPTY if common is None else common.relative_to(span)
 
-    def part(self, name: str, piece: Array) -> Array:
-        """Return what belongs to a parameter in an array of the shape of `own`."""
-        own = self._slices[self._rank]
-        common = self.layout.spans[name].intersect(own)
-        return piece[:0] if common is None else piece[common.relative_to(own).slices]
+    def part(self, name: str) -> Part | FlatPart:
+        """Return what this rank owns of a parameter: a range of its rows, or of its elements."""
+        shape = self.layout.shapes[name]
+        (start,), (count,) = self.box(name).offsets, self.box(name).sizes
+        row = prod(shape[1:])
+        if self.layout.cut is Cut.ELEMENTS or not shape or not row or start % row or count % row:
+            return FlatPart(shape, start)
+        sizes, rest = (count // row, *shape[1:]), (0,) * (len(shape) - 1)
+        return Part(shape, ((Box((start // row, *rest), sizes), Box((0, *rest), sizes)),))
+
+    def within(self, name: str, own: Array) -> Array:
+        """Return what belongs to a parameter in an array of the shape of `own`.
+
+        Returns
+        -------
+        Array, shape (rows, ...) or (elements,)
+            A view, of the shape that `part` says.
+        """
+        common = self.layout.spans[name].intersect(self._slice)
+        flat = own[:0] if common is None else own[common.relative_to(self._slice).slices]
+        part = self.part(name)
+        return flat.reshape(part.boxes[0][1].sizes) if isinstance(part, Part) else flat
 
 
 def _line(dtype: DType) -> int:
-    """Return the elements of a cache line: every parameter, and every slice, begins on one."""
+    """Return the elements of a cache line, on which every parameter begins."""
     return max(ALIGNMENT_BYTES // dtype.itemsize, 1)
-
-
-class ParameterStore(ABC):
-    """Memory of all parameters.
-
-    Attributes
-    ----------
-    flats : tuple of FlatParameters
-        All parameters, a flat array per bucket of gradients.
-    nbytes : int
-        This rank's share of the memory.
-    """
-
-    flats: tuple[FlatParameters, ...]
-    nbytes: int
-
-    @abstractmethod
-    def begin_write(self) -> None:
-        """Return when no rank reads any more what this one is about to write."""
-
-    @abstractmethod
-    def end_write(self) -> None:
-        """Make every rank see what all ranks have written in their slices."""
-
-
-class NodeStore(ParameterStore):
-    """Parameters in memory that the ranks of each node share.
-
-    [Note: order of slices] The group is ordered by local rank, then by node. So the slices of the
-    ranks with one local rank, one on each node, are neighbours, and an all_gather among them
-    (`cross_group`) writes them into the memory of each node. Where nodes have
-    different numbers of ranks, those beyond the smallest number have no such group and own nothing.
-
-    Parameters
-    ----------
-    group : ProcessGroup
-        The ranks in the order of their slices, as `by_node` makes it.
-    layouts : sequence of FlatLayout
-        The layout of each flat array.
-    blocks : sequence of Array
-        The memory of each flat array, shared by the ranks of this node.
-
-    Notes
-    -----
-    Collective over `group`.
-    """
-
-    def __init__(
-        self, group: ProcessGroup, layouts: Sequence[FlatLayout], blocks: Sequence[Array]
-    ) -> None:
-        self._node = group.node_group()
-        self._peers = group.cross_group()
-        smallest = int(all_reduce(np.array(group.local_size), group, op=MIN))
-        self._first = group.local_rank * group.num_nodes
-        owners = smallest * group.num_nodes
-        self.flats = tuple(
-            FlatParameters(layout, block, layout.counts(owners, group.size), group.rank)
-            for layout, block in zip(layouts, blocks, strict=True)
-        )
-        total = sum(block.nbytes for block in blocks)
-        self.nbytes = split_evenly(total, group.local_size)[group.local_rank][1]
-
-    def begin_write(self) -> None:
-        """Wait for the ranks of this node: all have read."""
-        barrier(self._node)
-
-    def end_write(self) -> None:
-        """Fetch other nodes' slices, then wait for the ranks of this node: all have written."""
-        peers = self._peers
-        if peers is not None and peers.size > 1:
-            for flat in self.flats:
-                before = sum(flat.counts[: self._first])
-                counts = flat.counts[self._first : self._first + peers.size]
-                region = flat.data[before : before + sum(counts)]
-                all_gather(flat.own, peers, out=region, counts=counts)
-        barrier(self._node)
-
-
-class RankStore(ParameterStore):
-    """Parameters of which every rank has a copy, where ranks share no memory.
-
-    Parameters
-    ----------
-    group : ProcessGroup
-        The ranks, in the order of their slices.
-    layouts : sequence of FlatLayout
-        The layout of each flat array.
-    """
-
-    def __init__(self, group: ProcessGroup, layouts: Sequence[FlatLayout]) -> None:
-        self._group = group
-        self.flats = tuple(
-            FlatParameters(
-                layout,
-                np.empty(layout.length, layout.dtype),
-                layout.counts(group.size, group.size),
-                group.rank,
-            )
-            for layout in layouts
-        )
-        self.nbytes = sum(flat.data.nbytes for flat in self.flats)
-
-    def begin_write(self) -> None:
-        """Do nothing: nobody else reads this rank's copy."""
-
-    def end_write(self) -> None:
-        """Send this rank's slices to all, and receive theirs."""
-        for flat in self.flats:
-            all_gather(flat.own, self._group, out=flat.data, counts=flat.counts)
-
-
-def by_node(group: ProcessGroup, name: str) -> ProcessGroup:
-    """Make a group of the same ranks in the order of [Note: order of slices]; collective."""
-    key = group.local_rank * group.num_nodes + group.node_rank
-    ordered = group.split(0, key, name=name)
-    assert ordered is not None, "every rank gave color 0"
-    return ordered
-
-
-def make_store(group: ProcessGroup, layouts: Sequence[FlatLayout]) -> ParameterStore:
-    """Make memory for parameters: once per node if every node can share it, else once per rank.
-
-    Parameters
-    ----------
-    group : ProcessGroup
-        The ranks in the order of their slices, as `by_node` makes it.
-    layouts : sequence of FlatLayout
-        What is to lie in it.
-
-    Returns
-    -------
-    ParameterStore
-        Not initialised.
-
-    Notes
-    -----
-    Collective over `group`; blocks.
-    """
-    node = group.node_group()
-    blocks: list[Array] = []
-    for layout in layouts:
-        block = node.shared(layout.length, layout.dtype)
-        if block is None:
-            break  # on all ranks of this node
-        blocks.append(block)
-    shared = np.array(len(blocks) == len(layouts))
-    if all_reduce(shared, group, op=LAND):
-        return NodeStore(group, layouts, blocks)
-    return RankStore(group, layouts)

@@ -1,150 +1,52 @@
-"""The gradients of a sharded optimizer: from a reduce-scatter, or from a DDP's all-reduce."""
+"""`UnitGradients`: gradients of units on their way from the layers to the shards.
+
+[Note: two message buffers] Units have their gradients in two buffers in turn, by their place in the
+order in which backward completes them: one can be filled while the other one travels. A layer
+writes into the buffer of its unit as soon as the unit two places before has been reduced; this is
+waited for. If that one has not even been sent, because layers do not go in the order of the units,
+a gradient is kept in memory of its own, and copied when its unit's turn comes. So are gradients of
+tied parameters, which are begun by the first layer and completed by the last, and those inside
+`no_sync`, of which many are added. Which buffer a unit has depends on the order alone, which is the
+same on all ranks, whatever layers a rank passes over: of those it sends zeros.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mpidist._types import Array, ReduceOp
-from mpidist.arrays.namespaces import is_host
+from mpidist._types import MAX, Array, ReduceOp
+from mpidist.arrays.boxes import round_up
 from mpidist.backends.work import Work
-from mpidist.collectives import ireduce_scatter
-from mpidist.errors import UnsupportedOperationError
+from mpidist.collectives import iall_reduce, ireduce_scatter
 from mpidist.group import ProcessGroup
-from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
-from mpidist.parallel.data.buckets import Bucket, BucketSizes
-from mpidist.parallel.data.ddp import DDP
+from mpidist.parallel.data.buckets import ALIGNMENT_BYTES
+from mpidist.parallel.data.reducer import check_known
 from mpidist.parallel.sharded.flat_parameters import FlatParameters
+from mpidist.parallel.sharded.parameter_shards import ParameterShards
 
-__all__ = [
-    "ReducedGradients",
-    "ScatteredGradients",
-    "ShardGradients",
-    "check_model",
-    "make_gradients",
-]
+__all__ = ["UnitGradients"]
 
 
-class ShardGradients(ABC):
-    """Gives each shard its part of the reduced gradient.
+class UnitGradients:
+    """Reduces the gradients of units into the shards of their parameters.
 
     Parameters
     ----------
-    ddp : DDP
-        Runs backward and starts the exchange of full buckets.
+    named : mapping of str to Parameter
+        The trainable parameters of the model.
+    parameters : ParameterShards
+        Their flat arrays, and the shards that receive the reduction.
     group : ProcessGroup
-        The group of the optimizer; named in errors.
-    """
-
-    def __init__(self, ddp: DDP, group: ProcessGroup) -> None:
-        self.ddp = ddp
-        self._group = group
-        self._named = {n: p for n, p in ddp.module.named_parameters() if p.trainable}
-        self._shards: Mapping[str, Parameter] = {}
-        self._flats: Sequence[FlatParameters] = ()
-        self._work: Work[None] | None = None
-        self._syncing = True
-
-    def connect(self, flats: Sequence[FlatParameters], shards: Mapping[str, Parameter]) -> None:
-        """Set the shards, and the flat arrays that they are slices of."""
-        self._flats, self._shards = flats, shards
-
-    def backward(self, ctx: Context, dy: Array) -> Array:
-        """Run backward, starting the reduction of what becomes complete."""
-        dx, work = self.ddp.ibackward(ctx, dy)
-        if self._syncing:
-            self._work = work
-        return dx
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Let `backward` add up gradients locally."""
-        before, self._syncing = self._syncing, False
-        try:
-            with self.ddp.no_sync():
-                yield
-        finally:
-            self._syncing = before
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this rank's gradients."""
-        return sum(parameter.grad_nbytes for parameter in self._named.values())
-
-    @abstractmethod
-    def wait(self) -> None:
-        """Wait for the reduction, and give each shard its part; may be called again."""
-
-    @abstractmethod
-    def consume(self) -> None:
-        """Release what a step has used."""
-
-    @abstractmethod
-    def zero(self) -> None:
-        """Forget all gradients."""
-
-    def close(self) -> None:
-        """Wait for what is under way."""
-        if self._work is not None:
-            self._work.wait()
-
-    def _drop(self) -> None:
-        for parameter in (*self._named.values(), *self._shards.values()):
-            parameter.zero_grad()
-        self._work = None
-
-
-class ReducedGradients(ShardGradients):
-    """Gradients that are already the same on all ranks; each shard looks at its part of them."""
-
-    def wait(self) -> None:
-        """Let each shard's gradient be its part of the parameter's."""
-        if self._work is not None:
-            self._work.wait()
-        for flat in self._flats:
-            for name in flat.layout.shapes:
-                shard, grad = self._shards[name], self._named[name].grad
-                shard.zero_grad()
-                if grad is not None:
-                    part = grad.reshape(-1)[flat.box(name).slices]
-                    shard.attach(part)
-                    shard.add_grad(part)
-
-    def consume(self) -> None:
-        """Do nothing: they stay until they are zeroed, as with any optimizer."""
-
-    def zero(self) -> None:
-        """Forget the gradients of all parameters."""
-        if self._work is not None:
-            self._work.wait()
-        self._drop()
-
-
-class ScatteredGradients(ShardGradients):
-    """Gradients of which each rank receives the reduction of its own slices only.
-
-    They are a DDP's, but for what happens to its full buckets, so overlap, order and misuse are
-    its business. The parameters' flat arrays are laid out as its buckets are, and a rank's slice of
-    a bucket is that of the flat array.
-
-    Between the reduction and the step a parameter's gradient is neither this rank's nor everyone's,
-    and so it stays closed (`Parameter.expect`).
-
-    Parameters
-    ----------
-    module : Module
-        The model; a `DDP` is made around it.
-    group : ProcessGroup
-        The ranks, in the order of their slices.
+        All ranks. Where `parameters` are not cut, but whole on each rank, all receive all.
     op : ReduceOp
         `MEAN` or `SUM` of the ranks' gradients.
-    sizes : BucketSizes
-        How many gradients travel together.
+    strategy : str
+        The class that it is for; named in errors.
 
     Notes
     -----
@@ -152,157 +54,301 @@ class ScatteredGradients(ShardGradients):
     """
 
     def __init__(
-        self, module: Module, group: ProcessGroup, *, op: ReduceOp, sizes: BucketSizes
+        self,
+        named: Mapping[str, Parameter],
+        parameters: ParameterShards,
+        group: ProcessGroup,
+        *,
+        op: ReduceOp,
+        strategy: str,
     ) -> None:
-        self._scatters: list[_ReduceScatter] = []
-        ddp = DDP(module, group, op=op, sizes=sizes, exchange=self._make_scatter)
-        super().__init__(ddp, group)
-        self._received = False
+        self.names = tuple(named)
+        self._named = named
+        self._names = {parameter: name for name, parameter in named.items()}
+        self._shards = parameters.shards
+        self._group = group
+        self._strategy = strategy
+        flats = [flat for flat in parameters.store.flats if named.keys() & flat.views.keys()]
+        cut_over = parameters.group if parameters.group.size == group.size else None
+        self._units = [_UnitGradient(f, named, self._shards, group, cut_over, op) for f in flats]
+        self._unit_of = {name: unit for unit in self._units for name in unit.parameters}
+        nbytes = max(1, *(flat.data.nbytes for flat in flats))
+        shape = (min(len(flats), 2), round_up(nbytes, ALIGNMENT_BYTES))
+        self._memory: Array = group.empty(shape, np.uint8)
+        self._buffers = list(self._memory)
+        self._index = {name: i for i, name in enumerate(self.names)}
+        self._used = np.zeros(len(named), np.uint8)
+        self._used_work: Work[Any] | None = None
+        self._counting = False
+        self._arrived: list[str] = []
+        self._sent = self._received = 0
+        self._own_nbytes = self._own_peak = 0  # of gradients that are in no message buffer
+        self.relayout(self.names[::-1])
+        for parameter in named.values():
+            parameter.attach_later(self._memory_for)
 
-    def connect(self, flats: Sequence[FlatParameters], shards: Mapping[str, Parameter]) -> None:
-        """Make memory for the reduced slices, and let the shards' gradients live there."""
-        super().connect(flats, shards)
-        scatter_of = {name: scatter for scatter in self._scatters for name in scatter.bucket.grads}
-        for flat in flats:
-            reduced = np.empty_like(flat.own)
-            for name in flat.layout.shapes:
-                shards[name].attach(flat.part(name, reduced))
-                scatter_of[name].connect(reduced, flat.counts)
+    # -- backward ------------------------------------------------------------------------------
 
-    def _make_scatter(self, bucket: Bucket, group: ProcessGroup, op: ReduceOp) -> _ReduceScatter:
-        scatter = _ReduceScatter(bucket, group, op)
-        self._scatters.append(scatter)
-        return scatter
+    def check(self, uses: Mapping[Parameter, int]) -> None:
+        """Raise what would go wrong in a backward pass, before it begins.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this rank's gradients, the reduced slices included."""
-        return super().nbytes + sum(flat.own.nbytes for flat in self._flats)
-
-    def backward(self, ctx: Context, dy: Array) -> Array:
-        """Run backward, starting the reduce-scatter of what becomes complete."""
-        if self._work is not None:
-            raise RuntimeError(
-                f"ShardedOptimizer.backward on {self._group}: the gradients of the last backward "
-                "have been reduced and not used; step() or zero_grad() first, and for several "
-                "backward passes per step run all but the last one inside no_sync()"
-            )
-        return super().backward(ctx, dy)
-
-    def wait(self) -> None:
-        """Wait for this rank's slices, and count them as the shards' gradients."""
-        if self._work is None:
-            self._check_reduced()
-            return
-        if self._received:
-            return
-        self._work.wait()
-        self._received = True
-        for name, parameter in self._named.items():
-            shard = self._shards[name]
-            if parameter.grad is not None:
-                memory = shard.first_grad()
-                if memory is not None:
-                    shard.add_grad(memory)
-            parameter.expect(0)
-
-    def consume(self) -> None:
-        """Forget them: the ranks hold no whole reduced gradient that could be used again."""
-        self.zero()
-
-    def zero(self) -> None:
-        """Wait for the slices, if they are under way, and forget all gradients."""
-        if self._work is not None:
-            self._work.wait()
-            if self._received:
-                for parameter in self._named.values():
-                    parameter.release()
-        self._received = False
-        self._drop()
-
-    def close(self) -> None:
-        """Wait for what is under way, and release the DDP's group."""
-        self.zero()
-        self.ddp.close()
-
-    def _check_reduced(self) -> None:
-        for name, parameter in self._named.items():
-            if parameter.grad is not None:
+        Raises
+        ------
+        RuntimeError
+            If a parameter is not ours; if something else has called `Parameter.attach`.
+        """
+        check_known(uses, self._names, self._strategy, self._group)
+        for parameter, name in self._names.items():
+            if not parameter.is_attached_to(self._memory_for):
                 raise RuntimeError(
-                    f"ShardedOptimizer on {self._group}: parameter '{name}' holds a gradient of "
-                    "this rank alone; run the last backward of a step by optimizer.backward(ctx, "
-                    "dy), outside no_sync(), which reduces them"
+                    f"{self._strategy} on {self._group}: the gradient of parameter '{name}' is not "
+                    f"this {self._strategy}'s any more; something else has called attach(), "
+                    "perhaps a DDP or a second FSDP over the same module"
                 )
 
+    def accumulate(self) -> None:
+        """Let the backward that follows add to the gradients of this rank."""
+        for parameter in self._names:
+            parameter.release()
 
-class _ReduceScatter:
-    """What happens to a full bucket: each rank receives the reduction of its slice.
+    def expect(self, uses: Mapping[Parameter, int]) -> None:
+        """Count contributions from now on; units that expect none are sent in their turn."""
+        self._counting = True
+        self._arrived, self._sent, self._received = [], 0, 0
+        for unit in self._units:
+            unit.missing = set(unit.parameters)
+        idle = []
+        for parameter in self._names:
+            count = uses.get(parameter, 0)
+            parameter.release()
+            parameter.expect(count, self._on_ready)
+            if not count:
+                idle.append(parameter)
+        for parameter in idle:  # only now, since a complete unit is sent at once
+            self._unit_of[self._names[parameter]].missing.discard(self._names[parameter])
+        self._send_complete()
 
-    Parameters
+    def _memory_for(self, parameter: Parameter) -> Array | None:
+        """Return the part of its unit's message buffer, or None where that is another one's yet."""
+        name = self._names[parameter]
+        unit = self._unit_of[name]
+        if not self._counting or unit.index >= self._sent + len(self._buffers):
+            self._own_nbytes += parameter.nbytes
+            self._own_peak = max(self._own_peak, self._own_nbytes)
+            return None
+        self._receive(unit.index - len(self._buffers))
+        return unit.views[name]
+
+    def _on_ready(self, parameter: Parameter) -> None:
+        name = self._names[parameter]
+        self._unit_of[name].missing.remove(name)
+        self._arrived.append(name)
+        self._send_complete()
+        # MPI moves messages only while it is called, and backward calls nothing else of it.
+        self.progress()
+
+    def _send_complete(self) -> None:
+        """Start the reduction of complete units, in order; see [Note: order of buckets]."""
+        while self._sent < len(self._plan) and not self._plan[self._sent].missing:
+            unit = self._plan[self._sent]
+            self._receive(unit.index - len(self._buffers))
+            for name, (used, copied) in unit.send().items():
+                self._used[self._index[name]] = used
+                self._own_nbytes -= copied
+            self._sent += 1
+            if self._sent == len(self._plan):
+                self._used_work = iall_reduce(self._used, self._group, op=MAX, out=self._used)
+
+    def _receive(self, last: int, timeout: float | None = None) -> None:
+        """Wait for the reductions of the first units, up to this one."""
+        while self._received <= last:
+            self._plan[self._received].receive(timeout)
+            self._received += 1
+
+    def progress(self) -> None:
+        """Let the units under way make progress."""
+        while self._received < self._sent and self._plan[self._received].done():
+            self._receive(self._received)
+
+    def check_complete(self, operation: str) -> None:
+        """Raise an error that names the gradients that are missing, if any are."""
+        missing = [name for unit in self._units for name in unit.parameters if name in unit.missing]
+        if missing:
+            raise RuntimeError(
+                f"{operation} on {self._group}: {len(missing)} of {len(self.names)} gradients have "
+                f"not come: {', '.join(missing[:8])}; a module's ctx.uses must announce what its "
+                "backward adds"
+            )
+
+    def done(self) -> bool:
+        """Whether `wait` will not block."""
+        self.progress()
+        used = self._used_work
+        return self._received == len(self._plan) and (used is None or used.done())
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the reduction; the shards have gradients afterwards, the parameters do not."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for index in range(self._received, self._sent):
+            self._receive(index, _left(deadline))
+        if self._used_work is not None:
+            self._used_work.wait(_left(deadline))
+            self._used_work = None
+        self._counting = False
+        reason = (
+            f"has been reduced, and is spread over the ranks of {self._group} until step() or "
+            "zero_grad(); read it in shards(), and update parameters by a ShardedOptimizer"
+        )
+        for parameter, used in zip(self._names, self._used, strict=True):
+            parameter.close(reason)
+            memory = self._shards[self._names[parameter]].first_grad() if used else None
+            if memory is not None:  # the reduction has been written there
+                self._shards[self._names[parameter]].add_grad(memory)
+
+    def release(self) -> None:
+        """End the counting, after an error."""
+        self._counting = False
+        for parameter in self._names:
+            parameter.release()
+
+    # -- the order -----------------------------------------------------------------------------
+
+    def arrivals(self) -> list[str]:
+        """Return the names in the order in which the gradients came; then those that did not."""
+        known = set(self._arrived)
+        return self._arrived + [name for name in reversed(self.names) if name not in known]
+
+    def relayout(self, order: Sequence[str]) -> None:
+        """Send units in the order in which they are complete if gradients come in this order."""
+        index_of = {name: i for i, name in enumerate(order)}
+        self._plan = sorted(self._units, key=lambda u: max(map(index_of.__getitem__, u.parameters)))
+        for index, unit in enumerate(self._plan):
+            unit.use(index, self._buffers[index % len(self._buffers)])
+
+    # -- between two steps ---------------------------------------------------------------------
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+        for unit in self._units:
+            unit.reduced_before = False
+        for parameter in self._names:
+            parameter.release()
+            parameter.detach()
+        self._own_nbytes = 0
+        for shard in self._shards.values():
+            shard.zero_grad()
+
+    def check_reduced(self) -> None:
+        """Raise RuntimeError if there are gradients of this rank that no backward has reduced."""
+        for parameter, name in self._names.items():
+            if parameter.unreduced_grad() is not None:
+                raise RuntimeError(
+                    f"{self._strategy} on {self._group}: parameter '{name}' holds a gradient of "
+                    "this rank alone; run the last backward of a step by the strategy's "
+                    "backward(ctx, dy), outside no_sync(), which reduces it"
+                )
+
+    @property
+    def shards_nbytes(self) -> int:
+        """Bytes of the reduced slices."""
+        return sum(unit.reduced.nbytes for unit in self._units)
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """Bytes of the message buffers, and of gradients in memory of their own."""
+        return int(self._memory.nbytes) + self._own_nbytes
+
+    @property
+    def peak_buffers_nbytes(self) -> int:
+        """The most that `buffers_nbytes` has been."""
+        return int(self._memory.nbytes) + self._own_peak
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+
+class _UnitGradient:
+    """The gradient of one unit: its part of a message buffer, and this rank's reduced slice.
+
+    Attributes
     ----------
-    bucket : Bucket
-        The bucket whose gradients are reduced.
-    group : ProcessGroup
-        The ranks, in the order of their slices.
-    op : ReduceOp
-        `MEAN` or `SUM` of the ranks' gradients.
+    index : int
+        Its place in the order of the units.
+    views : dict of str to Array
+        The gradients of its parameters in the message buffer.
+    missing : set of str
+        Names of the parameters whose gradients are to come.
+    reduced : Array, shape of this rank's slice
+        Where the shards have their gradients.
+    reduced_before : bool
+        Whether there are some of an earlier backward in `reduced`, to which others are added.
     """
 
-    def __init__(self, bucket: Bucket, group: ProcessGroup, op: ReduceOp) -> None:
-        self.bucket = bucket
+    def __init__(
+        self,
+        flat: FlatParameters,
+        named: Mapping[str, Parameter],
+        shards: Mapping[str, Parameter],
+        group: ProcessGroup,
+        cut_over: ProcessGroup | None,
+        op: ReduceOp,
+    ) -> None:
+        self.parameters = {name: named[name] for name in flat.views}
+        self._flat = flat
         self._group = group
+        self._cut_over = cut_over
         self._op = op
-        self._reduced: Array | None = None
-        self._counts: tuple[int, ...] = ()
+        self.index = 0
+        self.views: dict[str, Array] = {}
+        self.missing: set[str] = set()
+        self.reduced = np.empty_like(flat.own)
+        self.reduced_before = False
+        for name in self.parameters:
+            shards[name].attach(flat.within(name, self.reduced))
+        self._data = self.reduced[:0]
+        self._result = self.reduced
+        self._work: Work[Any] | None = None
 
-    def connect(self, reduced: Array, counts: tuple[int, ...]) -> None:
-        """Set where this rank's reduced slice goes, and how long each rank's is."""
-        self._reduced = reduced
-        self._counts = counts
+    def use(self, index: int, memory: Array) -> None:
+        """Have this place in the order, and this message buffer, from now on."""
+        layout = self._flat.layout
+        self.index, self._data = index, memory[: layout.nbytes].view(layout.dtype)
+        self.views = layout.buffer(self._data).views
 
-    def __call__(self) -> Work[Any]:
-        return ireduce_scatter(
-            self.bucket.data, self._group, op=self._op, out=self._reduced, counts=self._counts
-        )
-
-
-def make_gradients(
-    model: Module | DDP, group: ProcessGroup, op: ReduceOp, sizes: BucketSizes
-) -> ShardGradients:
-    """Take a DDP's gradients, or scatter those of a module; collective over `group`."""
-    if isinstance(model, DDP):
-        return ReducedGradients(model, group)
-    return ScatteredGradients(model, group, op=op, sizes=sizes)
-
-
-def check_model(model: Module | DDP, group: ProcessGroup, op: ReduceOp | None) -> None:
-    """Raise unless the model's parameters can be sharded over the group."""
-    if isinstance(model, DDP):
-        _check_ddp(model, group, op)
-    module = model.module if isinstance(model, DDP) else model
-    for name, parameter in module.named_parameters():
-        if not is_host(parameter.data):
-            raise UnsupportedOperationError(
-                f"ShardedOptimizer on {group}: parameter '{name}' lies on a device; only host "
-                "arrays are sharded"
+    def send(self) -> dict[str, tuple[bool, int]]:
+        """Start the reduction; return which parameters this rank has used, and what was copied."""
+        sent = {}
+        for name, parameter in self.parameters.items():
+            grad, view = parameter.unreduced_grad(), self.views[name]
+            if grad is not view:
+                view[...] = 0 if grad is None else grad
+            copied = 0 if parameter.grad_memory is view else parameter.grad_nbytes
+            sent[name] = (grad is not None, copied)
+            parameter.detach()  # it is closed until the next backward
+        if self._cut_over is None:
+            self._work = iall_reduce(self._data, self._group, op=self._op, out=self._data)
+            self._result = self._data
+        else:
+            new = self.reduced_before
+            self._result = np.empty_like(self.reduced) if new else self.reduced
+            self._work = ireduce_scatter(
+                self._data, self._cut_over, op=self._op, out=self._result, counts=self._flat.counts
             )
-        if not parameter.data.flags.writeable:
-            raise ValueError(
-                f"ShardedOptimizer on {group}: parameter '{name}' is read-only, as another "
-                "ShardedOptimizer leaves it; for parameters that are updated differently let the "
-                "factory return several optimizers, or first give it memory of its own "
-                "(parameter.data = parameter.data.copy())"
-            )
+        return sent
 
+    def done(self) -> bool:
+        """Whether `receive` will not block."""
+        return self._work is None or self._work.done()
 
-def _check_ddp(ddp: DDP, group: ProcessGroup, op: ReduceOp | None) -> None:
-    if op is not None:
-        raise ValueError(
-            f"ShardedOptimizer on {group}: op belongs to the DDP, which reduces the gradients; "
-            "give it there"
-        )
-    if sorted(ddp.group.ranks) != sorted(group.ranks):
-        raise ValueError(
-            f"ShardedOptimizer on {group}: its ranks of the world are {group.ranks}, the DDP's "
-            f"are {ddp.group.ranks}; give the group that the DDP was made over"
-        )
+    def receive(self, timeout: float | None = None) -> None:
+        """Wait for the reduction, and have it in `reduced`."""
+        assert self._work is not None, "it has been sent"
+        self._work.wait(timeout)
+        self._work = None
+        if self.reduced_before:
+            self.reduced += self._result
+        elif self._result is not self.reduced:
+            self.reduced[...] = self._result
+        self.reduced_before = True
+        self._result = self.reduced

@@ -29,16 +29,24 @@ class MemoryUse:
     parameters, gradients, optimizer_state : int
         Bytes. Of memory that the ranks of a node share, each rank counts an equal share, so that
         the sum over a node's ranks is what the node holds.
+    buffers : int
+        Bytes of message buffers that are not gradients themselves, as a `DDP`'s are, and of whole
+        gradients beside them, as inside `FSDP.no_sync`.
+    peak_buffers : int
+        The most that `buffers` has been.
     """
 
     parameters: int
     gradients: int
     optimizer_state: int
+    buffers: int = 0
+    peak_buffers: int = 0
 
     @property
     def total(self) -> int:
-        """All of them together, in bytes."""
-        return self.parameters + self.gradients + self.optimizer_state
+        """All of them together, with the buffers at their peak, in bytes."""
+        most = max(self.buffers, self.peak_buffers)
+        return self.parameters + self.gradients + self.optimizer_state + most
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class MemoryLedger:
             ("parameters", self.rank.parameters, self.node.parameters),
             ("gradients", self.rank.gradients, self.node.gradients),
             ("optimizer state", self.rank.optimizer_state, self.node.optimizer_state),
+            ("buffers, now", self.rank.buffers, self.node.buffers),
+            ("buffers, peak", self.rank.peak_buffers, self.node.peak_buffers),
             ("total", self.rank.total, self.node.total),
             ("all data (PSS)", self.rank_pss, self.node_pss),
         ]
@@ -122,7 +132,7 @@ def memory_ledger(use: MemoryUse, group: ProcessGroup) -> MemoryLedger:
 
     Notes
     -----
-    Collective over `group`; blocks. A barrier and an all_reduce of 40 bytes in its `node_group`.
+    Collective over `group`; blocks. A barrier and an all_reduce of 56 bytes in its `node_group`.
     """
     # A page that another rank has yet to touch would count as this rank's alone.
     barrier(group.node_group())

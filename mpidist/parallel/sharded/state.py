@@ -5,43 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from mpidist._types import Array
-from mpidist.arrays.shards import ShardedArray, check_held, copy_in
+from mpidist.arrays.shards import check_held, copy_in
 from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
 from mpidist.optim import Optimizer
-from mpidist.parallel.data.ddp import DDP
-from mpidist.parallel.sharded.flat_parameters import ParameterStore
+from mpidist.parallel.data.data_parallel import BUCKET_ORDER, DataParallel
+from mpidist.parallel.sharded.parameter_shards import ParameterShards
 
 __all__ = [
     "ModelState",
-    "check_names",
+    "check_elementwise",
+    "check_parameters",
     "load_numbers",
     "merged_state",
     "parameter_of",
-    "read_only",
 ]
 
 
 class ModelState:
-    """The state of a `ShardedOptimizer`'s model: of parameters, this rank's slices.
+    """The state of a model whose parameters are sharded: this rank's slices of them.
 
-    It is `ShardedOptimizer.model_state`. A checkpoint holds it where a run without a sharded
-    optimizer has its `DDP` or its module; each of them loads what another has saved.
+    It is ``model_state`` of a `ShardedOptimizer`, and what an `FSDP` gives a checkpoint. A
+    checkpoint holds it where a run that shards nothing has its `DDP` or its module; each of them
+    loads what another has saved.
 
     Parameters
     ----------
-    ddp : DDP
-        The `DDP` around the model.
-    store : ParameterStore
-        The memory of its parameters.
+    model : DataParallel
+        The `DDP` or `FSDP` around the model.
+    parameters : ParameterShards
+        Its parameters.
     """
 
-    def __init__(self, ddp: DDP, store: ParameterStore) -> None:
-        self._ddp = ddp
-        self._store = store
+    def __init__(self, model: DataParallel, parameters: ParameterShards) -> None:
+        self._model = model
+        self._parameters = parameters
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the model's state.
@@ -52,19 +50,16 @@ class ModelState:
             What `DDP.state_dict` returns, but for the parameters: of those the slices that this
             rank owns, the living ones, which the next step changes. They cannot be written, since
             other ranks read this memory: put other arrays in their place, and give the mapping to
-            `load_state_dict`. Buffers and parameters that are not trained are this rank's own, and
-            may be written.
+            `load_state_dict`. Buffers are this rank's own, and may be written.
 
         Notes
         -----
-        Local; copies nothing. The slices of all ranks are the parameters, each element once.
+        Local; copies nothing. The slices of all ranks are the parameters, each element once (with
+        `ShardingStrategy.NO_SHARD`, once per rank).
         """
-        slices = self._slices()
-        state = {**self._ddp.state_dict(), **slices}
-        for name, held in slices.items():
-            pieces = {box: read_only(piece) for box, piece in held.pieces.items()}
-            state[name] = ShardedArray(held.shape, held.dtype, pieces)
-        return state
+        state = self._model.module.state_dict() | self._parameters.state_dict()
+        order = self._model.order
+        return state | {BUCKET_ORDER: None if order is None else list(order)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy values into the model's parameters and buffers, each rank into its slices.
@@ -87,36 +82,21 @@ class ModelState:
 
         Notes
         -----
-        Collective over the optimizer's group; blocks. As much communication as a step, without
+        Collective over the model's group; blocks. As much communication as a step, without
         gradients: no rank writes before all ranks of its node have called this, and all see the new
         values when it returns.
         """
-        self._ddp.check_state_dict(state)
-        slices = self._slices()
-        state = with_present_names(state, self._ddp.module.state_dict())
-        check_held("ModelState.load_state_dict", slices, state)
-        self._store.begin_write()
-        copy_in(slices, state)
-        for name, array in self._ddp.module.state_dict().items():
-            if name not in slices:  # a buffer, or a parameter that is not trained
-                array[...] = state[name]
-        self._store.end_write()
-        self._ddp.lay_out(state)
-
-    def _slices(self) -> dict[str, ShardedArray]:
-        """Return what this rank owns of each parameter, to be written."""
-        return {
-            name: ShardedArray.of_range(shape, flat.box(name).offsets[0], flat.part(name, flat.own))
-            for flat in self._store.flats
-            for name, shape in flat.layout.shapes.items()
-        }
-
-
-def read_only(view: Array) -> Array:
-    """Return a view that cannot be written by mistake."""
-    protected: Array = view.view()
-    protected.flags.writeable = False
-    return protected
+        self._model.check_state_dict(state)
+        store, held = self._parameters.store, self._parameters.held
+        own = self._model.module.state_dict()
+        state = with_present_names(state, own)
+        check_held("ModelState.load_state_dict", held, state)
+        store.begin_write()
+        copy_in(held, state)
+        for name in own.keys() - held.keys():  # buffers
+            own[name][...] = state[name]
+        store.end_write()
+        self._model.lay_out(state)
 
 
 def parameter_of(key: str) -> str:
@@ -137,21 +117,33 @@ def load_numbers(optimizers: Sequence[Optimizer], state: Mapping[str, Any]) -> N
     """Give several optimizers the numbers of what `merged_state` returned; arrays stay."""
     for optimizer in optimizers:
         own = optimizer.state_dict()
-        numbers = {k: state[k] for k, value in own.items() if not isinstance(value, np.ndarray)}
+        numbers = {k: state[k] for k, value in own.items() if isinstance(value, (str, int))}
         optimizer.load_state_dict(own | numbers | {"kind": type(optimizer).__name__})
 
 
-def check_names(optimizers: Sequence[Optimizer], shards: Mapping[str, Parameter]) -> None:
+def check_parameters(optimizers: Sequence[Optimizer], shards: Mapping[str, Parameter]) -> None:
     """Refuse optimizers of other parameters than they were given, or of one twice."""
     seen: set[str] = set()
     for optimizer in optimizers:
-        names = {parameter_of(k) for k in optimizer.state_dict() if k.endswith("/updates")}
-        wrong = sorted(names - shards.keys()) or sorted(names & seen)
+        updated = optimizer.parameters()
+        wrong = sorted(name for name, p in updated.items() if shards.get(name) is not p)
+        wrong = wrong or sorted(updated.keys() & seen)
         if wrong:
             raise ValueError(
                 f"ShardedOptimizer: the factory made an optimizer of {wrong[:5]}; each of the "
-                "parameters that it is given may be used once, under its name"
+                "parameters that it is given, which are this rank's slices, may be used once, "
+                "under its name; those of the module may not"
             )
-        seen |= names
+        seen |= updated.keys()
     if not seen:
         raise ValueError("ShardedOptimizer: the factory made no optimizer")
+
+
+def check_elementwise(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that need whole parameters, where a rank has slices of them."""
+    for optimizer in optimizers:
+        if optimizer.needs_whole:
+            raise ValueError(
+                f"ShardedOptimizer: {type(optimizer).__name__} needs whole parameters, and these "
+                "are cut into slices; make the model FSDP(model, group, cut=Cut.PARAMETERS)"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.arrays.shards import ShardedArray, check_held, copy_in
+from mpidist.backends.work import Work
 from mpidist.collectives import all_gather
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Context, Module
@@ -21,17 +23,20 @@ from mpidist.optim import Optimizer
 from mpidist.optim.optimizer import check_same_state
 from mpidist.parallel.data.buckets import BucketSizes
 from mpidist.parallel.data.ddp import DDP
-from mpidist.parallel.sharded.flat_parameters import NodeStore, by_node, lay_out, make_store
-from mpidist.parallel.sharded.gradients import check_model, make_gradients
+from mpidist.parallel.sharded.flat_parameters import Cut
+from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
 from mpidist.parallel.sharded.memory import MemoryUse, array_bytes
+from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can_be_sharded
 from mpidist.parallel.sharded.state import (
     ModelState,
-    check_names,
+    check_elementwise,
+    check_parameters,
     load_numbers,
     merged_state,
     parameter_of,
-    read_only,
 )
+from mpidist.parallel.sharded.stores import NodeStore, by_node
+from mpidist.parallel.sharded.units import find_units
 
 __all__ = ["OptimizerFactory", "ShardedOptimizer", "full_state_dict"]
 
@@ -121,40 +126,30 @@ class ShardedOptimizer(Closing):
 
     def __init__(
         self,
-        model: Module | DDP,
-        group: ProcessGroup,
+        model: Module | DDP | FSDP,
+        group: ProcessGroup | None = None,
         *,
         optimizer: OptimizerFactory,
         op: ReduceOp | None = None,
         sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
     ) -> None:
-        self.module = model.module if isinstance(model, DDP) else model
-        self._named = {n: p for n, p in self.module.named_parameters() if p.trainable}
-        check_group(group, "ShardedOptimizer")
-        check_model(model, group, op)
-        self.group = by_node(group, f"{group.name}/shards")
-        self._gradients = make_gradients(model, self.group, op or MEAN, sizes)
-        arrays = {name: parameter.data for name, parameter in self._named.items()}
-        self._store = make_store(self.group, lay_out(arrays, sizes))
-        self._flat_of = {name: flat for flat in self._store.flats for name in flat.views}
-        self._shards = {
-            name: Parameter(self._flat_of[name].part(name, self._flat_of[name].own), name=name)
-            for name in self._named
-        }
-        self._write(arrays)
-        made = optimizer(list(self._shards.items()))
+        self._owns_model = not isinstance(model, FSDP)
+        self._model = _sharded(model, group, op, sizes)
+        self.module = self._model.module
+        self.group = self._model.group
+        self.parameter_shards = self._model.parameter_shards
+        self.model_state = self._model.model_state
+        shards = self.parameter_shards.shards
+        made = optimizer(list(shards.items()))
         self.optimizers = (made,) if isinstance(made, Optimizer) else tuple(made)
-        check_names(self.optimizers, self._shards)
-        self._store.end_write()
-        for name, parameter in self._named.items():
-            parameter.data = read_only(self._flat_of[name].views[name])
-        self._gradients.connect(self._store.flats, self._shards)
-        self.model_state = ModelState(self._gradients.ddp, self._store)
+        check_parameters(self.optimizers, shards)
+        if self._model.cut is not Cut.PARAMETERS:
+            check_elementwise(self.optimizers)
 
     @property
     def shared(self) -> bool:
         """Whether there is one copy of the parameters per node; if not, there is one per rank."""
-        return isinstance(self._store, NodeStore)
+        return isinstance(self.parameter_shards.store, NodeStore)
 
     @property
     def step_count(self) -> int:
@@ -196,7 +191,7 @@ class ShardedOptimizer(Closing):
         them. Until then, and until `step` or `zero_grad` if they are scattered, ``parameter.grad``
         raises: no rank has all of it; see `shards`. Inside `no_sync` it is local.
         """
-        return self._gradients.backward(ctx, dy)
+        return self._model.ibackward(ctx, dy)[0]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Add up gradients locally; the first `backward` outside reduces them all.
@@ -205,7 +200,7 @@ class ShardedOptimizer(Closing):
         -----
         Local; see `DDP.no_sync`.
         """
-        return self._gradients.no_sync()
+        return self._model.no_sync()
 
     def shards(self) -> list[Parameter]:
         """Return this rank's slices of the parameters, with their reduced gradients.
@@ -220,8 +215,7 @@ class ShardedOptimizer(Closing):
         -----
         Waits for the gradients; else local. For `clip_grad_norm` and `GradScaler.unscale`.
         """
-        self._gradients.wait()
-        return list(self._shards.values())
+        return self._model.shards()
 
     def step(self) -> None:
         """Update every parameter that some rank has a gradient of, on all ranks.
@@ -238,13 +232,16 @@ class ShardedOptimizer(Closing):
         between ranks of the same local rank before the second one. Scattered gradients are used up:
         ``parameter.grad`` is None afterwards. Those of a DDP stay until they are zeroed.
         """
-        self._gradients.wait()
-        self._store.begin_write()
+        self._model.check_can_step()
+        self._model.shards()
+        store = self.parameter_shards.store
+        store.begin_write()
         for optimizer in self.optimizers:
             optimizer.step()
         with region("publish"):
-            self._store.end_write()
-        self._gradients.consume()
+            store.end_write()
+        if isinstance(self._model, FSDP):
+            self._model.zero_grad()  # the ranks hold no whole gradient that could be used again
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters; touches no array.
@@ -253,7 +250,7 @@ class ShardedOptimizer(Closing):
         -----
         Waits for gradients under way, so that a step may be left out; else local.
         """
-        self._gradients.zero()
+        self._model.zero_grad()
 
     # -- states --------------------------------------------------------------------------------
 
@@ -271,13 +268,7 @@ class ShardedOptimizer(Closing):
         -----
         Local; copies nothing. The whole: `full_state_dict`. The parameters: `model_state`.
         """
-        state = merged_state(self.optimizers)
-        for key, value in state.items():
-            name = parameter_of(key)
-            if not isinstance(value, (str, int)):
-                start = self._flat_of[name].box(name).offsets[0]
-                state[key] = ShardedArray.of_range(self._named[name].shape, start, value)
-        return state
+        return merged_state(self.optimizers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; this rank's part of the arrays is copied in.
@@ -319,30 +310,18 @@ class ShardedOptimizer(Closing):
         -----
         Local.
         """
-        return MemoryUse(
-            parameters=self._store.nbytes + self._frozen_nbytes(),
-            gradients=self._gradients.nbytes,
-            optimizer_state=array_bytes(self.state_dict()),
-        )
+        return replace(self._model.memory_use(), optimizer_state=array_bytes(self.state_dict()))
 
     # -- the end -------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait for what is under way, and release the optimizer's groups.
+        """Wait for what is under way, and release the groups that were made here.
 
         The parameters stay readable, as they are. To write them again, give each memory of its own:
-        ``parameter.data = parameter.data.copy()``.
+        ``parameter.data = parameter.data.copy()``. An `FSDP` or a `DDP` that was given stays open.
         """
-        self._gradients.close()
-        self.group.close()
-
-    def _frozen_nbytes(self) -> int:
-        return sum(p.nbytes for p in self.module.parameters() if not p.trainable)
-
-    def _write(self, values: Mapping[str, Array]) -> None:
-        """Copy this rank's slices out of whole arrays."""
-        for name, shard in self._shards.items():
-            shard.data[...] = values[name].reshape(-1)[self._flat_of[name].box(name).slices]
+        if self._owns_model:
+            self._model.close()
 
 
 def full_state_dict(optimizer: ShardedOptimizer) -> dict[str, Any]:
@@ -366,10 +345,111 @@ def full_state_dict(optimizer: ShardedOptimizer) -> dict[str, Any]:
     rank writes its own `state_dict`.
     """
     shapes = {name: parameter.shape for name, parameter in optimizer.module.named_parameters()}
+    group = optimizer.parameter_shards.group
     state = merged_state(optimizer.optimizers)
-    keys = [key for key, value in state.items() if isinstance(value, np.ndarray)]
-    lengths = all_gather(np.array([state[key].size for key in keys], np.int64), optimizer.group)
-    for key, counts in zip(keys, lengths.reshape(optimizer.group.size, -1).T.tolist(), strict=True):
-        gathered = all_gather(state[key], optimizer.group, counts=counts)
+    own = {key: _flattened(v) for key, v in state.items() if isinstance(v, ShardedArray)}
+    lengths = all_gather(np.array([array.size for array in own.values()], np.int64), group)
+    for (key, array), counts in zip(own.items(), lengths.reshape(group.size, -1).T, strict=True):
+        gathered = all_gather(array, group, counts=counts.tolist())
         state[key] = gathered.reshape(shapes[parameter_of(key)])
     return state
+
+
+def _flattened(sharded: ShardedArray) -> Array:
+    """Return a slice of an array, a range of its elements in C order, in one dimension."""
+    pieces = [piece.reshape(-1) for piece in sharded.pieces.values()]
+    return np.concatenate([np.empty(0, sharded.dtype), *pieces])
+
+
+class _ShardedDDP:
+    """A `DDP` whose parameters are sharded: of whole gradients, each shard looks at its part.
+
+    It has what a `ShardedOptimizer` asks of an `FSDP`.
+    """
+
+    cut = Cut.ELEMENTS
+
+    def __init__(self, ddp: DDP, group: ProcessGroup, sizes: BucketSizes) -> None:
+        self._ddp = ddp
+        self.module = ddp.module
+        self.no_sync = ddp.no_sync
+        self._named = dict(ddp.module.named_parameters())
+        check_can_be_sharded(self._named, "ShardedOptimizer", group)
+        self.group = by_node(group, f"{group.name}/shards")
+        arrays = {name: parameter.data for name, parameter in self._named.items()}
+        layouts = [unit.layout(arrays, self.cut) for unit in find_units(ddp.module, sizes)]
+        self.parameter_shards = ParameterShards(self._named, layouts, self.group)
+        self.model_state = ModelState(ddp, self.parameter_shards)
+        self._work: Work[None] | None = None
+
+    def ibackward(self, ctx: Context, dy: Array) -> tuple[Array, Work[None]]:
+        dx, self._work = self._ddp.ibackward(ctx, dy)
+        return dx, self._work
+
+    def shards(self) -> list[Parameter]:
+        self._finish()
+        for name, shard in self.parameter_shards.shards.items():
+            shard.zero_grad()
+            grad = self._named[name].grad
+            if grad is not None:
+                part = self.parameter_shards.part_of(name, grad)
+                shard.attach(part)
+                shard.add_grad(part)
+        return list(self.parameter_shards.shards.values())
+
+    def check_can_step(self) -> None:
+        """They are always written in a step."""
+
+    def zero_grad(self) -> None:
+        self._finish()
+        for parameter in (*self._named.values(), *self.parameter_shards.shards.values()):
+            parameter.zero_grad()
+
+    def memory_use(self) -> MemoryUse:
+        gradients = sum(parameter.grad_nbytes for parameter in self._named.values())
+        return MemoryUse(self.parameter_shards.store.nbytes, gradients, 0)
+
+    def close(self) -> None:
+        self._finish()
+        self.group.close()
+
+    def _finish(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+
+
+def _sharded(
+    model: Module | DDP | FSDP, group: ProcessGroup | None, op: ReduceOp | None, sizes: BucketSizes
+) -> FSDP | _ShardedDDP:
+    """Return the model with its parameters sharded."""
+    if group is not None or not isinstance(model, FSDP):
+        check_group(group, "ShardedOptimizer")
+    if isinstance(model, (DDP, FSDP)):
+        _check_strategy(model, group, op)
+    if isinstance(model, FSDP):
+        return model
+    assert group is not None, "it has been checked"
+    if isinstance(model, DDP):
+        return _ShardedDDP(model, group, sizes)
+    return FSDP(
+        model,
+        group,
+        strategy=ShardingStrategy.SHARD_GRAD_OP,
+        units=sizes,
+        op=op or MEAN,
+        cut=Cut.ELEMENTS,
+    )
+
+
+def _check_strategy(model: DDP | FSDP, group: ProcessGroup | None, op: ReduceOp | None) -> None:
+    name = type(model).__name__
+    if op is not None:
+        raise ValueError(
+            f"ShardedOptimizer on {model.group}: op belongs to the {name}, which reduces the "
+            "gradients; give it there"
+        )
+    if group is not None and sorted(model.group.ranks) != sorted(group.ranks):
+        raise ValueError(
+            f"ShardedOptimizer on {group}: its ranks of the world are {group.ranks}, the {name}'s "
+            f"are {model.group.ranks}; give the group that the {name} was made over"
+        )

@@ -1,0 +1,341 @@
+"""`FSDP`: fully sharded data parallelism, a model whose every part is split over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+from mpidist._types import MEAN, SUM, Array, ReduceOp
+from mpidist.arrays.namespaces import REDUCTIONS
+from mpidist.errors import UnsupportedOperationError
+from mpidist.group.group import ProcessGroup, check_group
+from mpidist.nn.mode import Mode
+from mpidist.nn.module import Context, Module
+from mpidist.nn.parameter import Parameter
+from mpidist.parallel.data.broadcasts import broadcast_in_place
+from mpidist.parallel.data.data_parallel import DataParallel
+from mpidist.parallel.data.verify import Description, describe, verify_same
+from mpidist.parallel.sharded.flat_parameters import Cut
+from mpidist.parallel.sharded.gradients import UnitGradients
+from mpidist.parallel.sharded.memory import MemoryUse
+from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can_be_sharded
+from mpidist.parallel.sharded.state import ModelState
+from mpidist.parallel.sharded.stores import by_node
+from mpidist.parallel.sharded.units import UNIT_BYTES, Units, find_units
+
+__all__ = ["FSDP", "ShardingStrategy"]
+
+
+class ShardingStrategy(Enum):
+    """What is split over the ranks.
+
+    Notes
+    -----
+    `FULL_SHARD`: parameters, gradients and the optimizer's state. `SHARD_GRAD_OP`: gradients and
+    the optimizer's state; on one node, where parameters stand once for all ranks, it is the same.
+    `NO_SHARD`: nothing; every rank has all, as with `DDP`.
+    """
+
+    FULL_SHARD = "full_shard"
+    SHARD_GRAD_OP = "shard_grad_op"
+    NO_SHARD = "no_shard"
+
+
+class FSDP(DataParallel):
+    """Fully sharded data parallel: of parameters, gradients and state each rank has a slice.
+
+    ::
+
+        fsdp = FSDP(build_model(), group)            # the model as if it were alone
+        optimizer = ShardedOptimizer(fsdp, optimizer=partial(AdamW, lr=1e-3))
+        for step, (x, target) in enumerate(batches_of_this_rank):
+            mode = Mode(training=True, step=step, sample_offset=group.rank * len(x))
+            y, ctx = fsdp.forward(x, mode)
+            loss, dy = cross_entropy(y, target)
+            optimizer.backward(ctx, dy)              # reduce-scatters while it runs
+            clip_grad_norm(optimizer.shards(), 1.0, group=fsdp.group)
+            optimizer.step()                         # all ranks have the new parameters
+
+    With N ranks on a node and P bytes of parameters a rank's share is P / N of parameters, P / N of
+    gradients, and as much of each array of the optimizer's state; and two message buffers of one
+    unit. The result is that of `DDP` and the same optimizer.
+
+    Parameters
+    ----------
+    module : Module
+        The model, built alike on every rank. Parameters and buffers are overwritten with rank 0's.
+    group : ProcessGroup
+        The ranks taking part. A group of its own is made of them.
+    strategy : ShardingStrategy, optional
+        What is split.
+    units : int, sequence of str or callable, optional
+        Which parameters travel together. An int: at most so many bytes, 32 MiB when omitted; the
+        units are the largest subtrees of the model that hold no more, and a larger parameter is one
+        by itself. Names of modules, in which ``*`` stands for anything, or a function of a name and
+        a module: these modules are units, and all other parameters are one more.
+    op : ReduceOp, optional
+        `MEAN` or `SUM` of the ranks' gradients; see `DDP`.
+    cut : Cut, optional
+        Where units may be cut into slices.
+
+    Attributes
+    ----------
+    module : Module
+        The model. Its parameters are read-only views.
+    group : ProcessGroup
+        The FSDP's own, of the same ranks, in the order of their slices.
+    units : tuple of Unit
+        What travels together, in the order of a forward pass.
+    strategy : ShardingStrategy
+        What is split.
+    cut : Cut
+        Where units are cut.
+    parameter_shards : ParameterShards
+        The slices of this rank.
+    model_state : ModelState
+        What a checkpoint holds of the model, as `state_dict` returns it.
+
+    Raises
+    ------
+    TypeError
+        If `module` is no Module, or `units` cannot be understood.
+    CollectiveMismatchError
+        On every rank, naming a rank, if names, shapes, dtypes, units or arguments differ between
+        ranks. Nothing has been changed then.
+    UnsupportedOperationError
+        If a parameter lies on a device, or is no float or complex; if `op` is neither MEAN nor SUM;
+        if the strategy is FULL_SHARD and the ranks are on several nodes.
+    ValueError
+        If a name in `units` matches no module, a parameter is read-only, or none is trainable.
+
+    Notes
+    -----
+    Collective over `group`; blocks. Costs a broadcast of every parameter and buffer, the group, and
+    the collective allocation of the parameters' and the buffers' memory.
+
+    On one node nothing is gathered: parameters stand in memory that all ranks of the node see
+    ([Note: parameters once per node] in `mpidist.parallel.sharded.stores`), and forward
+    communicates nothing. A step costs, per rank, a reduce-scatter of each unit, an all-reduce of a
+    byte per parameter, and two barriers.
+
+    A backward adds to the gradients of earlier ones, until `step` or `zero_grad`; the sums are
+    slices, too, so that accumulating needs no more memory. `no_sync` saves the messages, at the
+    price of whole gradients on each rank.
+
+    The bits of parameters are those of `DDP`, as long as messages are long enough for sums in the
+    order of the ranks, which they are from 32 KiB on.
+
+    References
+    ----------
+    Rajbhandari, Rasley, Ruwase, He (2020), ZeRO: Memory Optimizations Toward Training Trillion
+    Parameter Models, sections 5.2 and 5.3. Zhao et al. (2023), PyTorch FSDP: Experiences on Scaling
+    Fully Sharded Data Parallel, section 3.2.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        group: ProcessGroup,
+        *,
+        strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD,
+        units: Units = UNIT_BYTES,
+        op: ReduceOp = MEAN,
+        cut: Cut = Cut.ROWS,
+    ) -> None:
+        what = type(self).__name__
+        if not isinstance(module, Module):
+            raise TypeError(f"{what}: expected {what}(model, group), got a {type(module).__name__}")
+        check_group(group, what)
+        named = dict(module.named_parameters())
+        arguments = {"strategy": strategy, "op": op, "cut": cut, "units": units}
+        verify_same(_description(module, arguments), group, operation=what)
+        _check_arguments(named, group, strategy, op)
+        self.units = find_units(module, units)
+        verify_same(
+            tuple((f"unit '{unit.name}'", str(unit.parameters)) for unit in self.units),
+            group,
+            operation=what,
+        )
+        self.strategy = strategy
+        self.cut = cut
+        ordered = by_node(group, f"{group.name}/fsdp")
+        arrays = {name: parameter.data for name, parameter in named.items()}
+        broadcast_in_place([*arrays.values(), *dict(module.named_buffers()).values()], ordered)
+        cut_over: ProcessGroup | None = ordered
+        if strategy is ShardingStrategy.NO_SHARD:
+            cut_over = ordered.split(ordered.rank, name=f"{ordered.name}/rank")
+        assert cut_over is not None, "every rank gave a color"
+        layouts = [unit.layout(arrays, cut) for unit in self.units]
+        self.parameter_shards = ParameterShards(named, layouts, cut_over)
+        trainable = {name: p for name, p in named.items() if p.trainable}
+        self._unit_gradients = UnitGradients(
+            trainable, self.parameter_shards, ordered, op=op, strategy=what
+        )
+        super().__init__(module, ordered, op=op, gradients=self._unit_gradients)
+        self.model_state = ModelState(self, self.parameter_shards)
+        self._passes = 0
+        self._whole = False
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+        """Run the model forward on this rank's samples, as `DDP.forward`.
+
+        Notes
+        -----
+        Local. After an exception the model can be used at once.
+        """
+        self._passes += 1
+        try:
+            return super().forward(x, mode)
+        finally:
+            self._passes -= 1
+
+    def shards(self) -> list[Parameter]:
+        """Return this rank's slices of the trainable parameters, with their reduced gradients.
+
+        Returns
+        -------
+        list of Parameter
+            One per parameter, in order, under the name of the whole one; some may be empty. Its
+            `part` says which elements it has. ``grad`` is None where no rank had one. Only the
+            step of a `ShardedOptimizer` may write ``data``: others are reading.
+
+        Raises
+        ------
+        RuntimeError
+            If a parameter has a gradient of this rank that was never reduced.
+
+        Notes
+        -----
+        Waits for the gradients; else local. For `clip_grad_norm` and `GradScaler.unscale`.
+        """
+        self._finish()
+        self._unit_gradients.check_reduced()
+        return list(self.parameter_shards.shards.values())
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters; touches no array.
+
+        Notes
+        -----
+        Waits for gradients under way, so that a step may be left out; else local.
+        """
+        self._finish()
+        self._unit_gradients.zero()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have all parameters readable, outside the passes of the model.
+
+        Raises
+        ------
+        RuntimeError
+            If it is entered within a pass.
+
+        Notes
+        -----
+        Local, since on one node they are readable at any time, and SHARD_GRAD_OP keeps them on each
+        node. For an evaluation by hand, or an export, that is to work with every strategy. No step
+        is made inside.
+        """
+        if self._passes:
+            raise RuntimeError(
+                f"FSDP.whole on {self.group}: called within a pass of the model; enter it before "
+                "forward, or after backward"
+            )
+        before, self._whole = self._whole, True
+        try:
+            yield
+        finally:
+            self._whole = before
+
+    def check_can_step(self) -> None:
+        """Raise RuntimeError if parameters must not be written now."""
+        if self._whole:
+            raise RuntimeError(
+                f"ShardedOptimizer.step on {self.group}: called inside FSDP.whole(), where "
+                "parameters are read; leave it first"
+            )
+
+    # -- states --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's part of the model's state, as `ModelState.state_dict`."""
+        return self.model_state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy values into the model, each rank into its slices; `ModelState.load_state_dict`."""
+        self.model_state.load_state_dict(state)
+
+    def memory_use(self) -> MemoryUse:
+        """Count what this rank holds; an equal share of parameters that are shared.
+
+        Returns
+        -------
+        MemoryUse
+            For `memory_ledger`, without an optimizer's state, which
+            `ShardedOptimizer.memory_use` adds. With the padding of parameters to cache lines.
+
+        Notes
+        -----
+        Local.
+        """
+        return MemoryUse(
+            parameters=self.parameter_shards.store.nbytes,
+            gradients=self._unit_gradients.shards_nbytes,
+            optimizer_state=0,
+            buffers=self._unit_gradients.buffers_nbytes,
+            peak_buffers=self._unit_gradients.peak_buffers_nbytes,
+        )
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for what is under way, and release the FSDP's group.
+
+        The parameters stay readable, as they are. To write them again, give each memory of its own:
+        ``parameter.data = parameter.data.copy()``.
+        """
+        self.zero_grad()
+        self.group.close()
+
+
+def _description(module: Module, arguments: Mapping[str, Any]) -> Description:
+    if callable(arguments["units"]):  # what it finds is compared later
+        arguments = {**arguments, "units": "a function"}
+    return (
+        *(
+            describe("parameter" if p.trainable else "frozen parameter", name, p.data)
+            for name, p in module.named_parameters()
+        ),
+        *(describe("buffer", name, array) for name, array in module.named_buffers()),
+        *((f"argument '{name}'", str(value)) for name, value in arguments.items()),
+    )
+
+
+def _check_arguments(
+    named: Mapping[str, Parameter],
+    group: ProcessGroup,
+    strategy: ShardingStrategy,
+    op: ReduceOp,
+) -> None:
+    """Raise what is wrong with the arguments; they are the same on all ranks."""
+    if op not in (MEAN, SUM):
+        raise UnsupportedOperationError(f"FSDP: op must be MEAN or SUM, got {op}")
+    if not any(parameter.trainable for parameter in named.values()):
+        raise ValueError(f"FSDP on {group}: the model has no trainable parameter")
+    for name, parameter in named.items():
+        if parameter.trainable and (MEAN, parameter.dtype) not in REDUCTIONS:
+            raise UnsupportedOperationError(
+                f"FSDP: '{name}' has dtype {parameter.dtype}; gradients are float or complex"
+            )
+    if strategy is ShardingStrategy.FULL_SHARD and group.num_nodes > 1:
+        raise UnsupportedOperationError(
+            f"FSDP on {group}: FULL_SHARD works on one node, and these ranks are on "
+            f"{group.num_nodes}; use ShardingStrategy.SHARD_GRAD_OP, with which parameters stand "
+            "once on each node"
+        )
+    check_can_be_sharded(named, "FSDP", group)

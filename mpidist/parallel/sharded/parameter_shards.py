@@ -1,0 +1,107 @@
+"""`ParameterShards`: the parameters of a model in flat arrays, and this rank's slices of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mpidist._types import Array
+from mpidist.arrays.namespaces import is_host
+from mpidist.arrays.shards import ShardedArray, copy_in
+from mpidist.errors import UnsupportedOperationError
+from mpidist.group import ProcessGroup
+from mpidist.nn.parameter import Parameter
+from mpidist.parallel.sharded.flat_parameters import FlatLayout
+from mpidist.parallel.sharded.stores import make_store
+
+__all__ = ["ParameterShards", "check_can_be_sharded", "read_only"]
+
+
+class ParameterShards:
+    """Moves parameters into flat arrays, of which each rank owns a slice.
+
+    Parameters
+    ----------
+    named : mapping of str to Parameter
+        All parameters of a model, with the same values on all ranks. Their `data` become read-only
+        views of the store.
+    layouts : sequence of FlatLayout
+        The flat arrays; each parameter lies in one of them.
+    group : ProcessGroup
+        The ranks in the order of their slices, as `by_node` makes it.
+
+    Attributes
+    ----------
+    group : ProcessGroup
+        The ranks over which parameters are cut.
+    store : ParameterStore
+        Their memory.
+    shards : dict of str to Parameter
+        This rank's slice of each trainable parameter, with its `part`; some are empty.
+    held : dict of str to ShardedArray
+        What this rank owns of every parameter, to be written by `load` only.
+
+    Notes
+    -----
+    Collective over `group`; blocks.
+    """
+
+    def __init__(
+        self, named: Mapping[str, Parameter], layouts: Sequence[FlatLayout], group: ProcessGroup
+    ) -> None:
+        self.group = group
+        self.store = make_store(group, layouts)
+        flat_of = {name: flat for flat in self.store.flats for name in flat.views}
+        self._flat_of = flat_of
+        self.shards: dict[str, Parameter] = {}
+        self.held: dict[str, ShardedArray] = {}
+        for name, parameter in named.items():
+            own, part = flat_of[name].within(name, flat_of[name].own), flat_of[name].part(name)
+            self.held[name] = part.sharded(own)
+            if parameter.trainable:
+                self.shards[name] = Parameter(own, name=name)
+                self.shards[name].part = part
+        copy_in(self.held, {name: parameter.data for name, parameter in named.items()})
+        self.store.end_write()
+        for name, parameter in named.items():
+            parameter.data = read_only(flat_of[name].views[name])
+
+    def part_of(self, name: str, whole: Array) -> Array:
+        """Return the part of an array of a parameter's shape that belongs to this rank's slice."""
+        flat = self._flat_of[name]
+        box = flat.box(name)
+        return whole.reshape(-1)[box.slices].reshape(self.shards[name].shape)
+
+    def state_dict(self) -> dict[str, ShardedArray]:
+        """Return what this rank owns of every parameter: the living arrays, read-only."""
+        return {
+            name: ShardedArray(
+                held.shape, held.dtype, {box: read_only(a) for box, a in held.pieces.items()}
+            )
+            for name, held in self.held.items()
+        }
+
+
+def read_only(view: Array) -> Array:
+    """Return a view that cannot be written by mistake."""
+    protected: Array = view.view()
+    protected.flags.writeable = False
+    return protected
+
+
+def check_can_be_sharded(
+    named: Mapping[str, Parameter], strategy: str, group: ProcessGroup
+) -> None:
+    """Raise unless these parameters can be moved into flat arrays."""
+    for name, parameter in named.items():
+        if not is_host(parameter.data):
+            raise UnsupportedOperationError(
+                f"{strategy} on {group}: parameter '{name}' lies on a device; only host arrays are "
+                "sharded"
+            )
+        if not parameter.data.flags.writeable:
+            raise ValueError(
+                f"{strategy} on {group}: parameter '{name}' is read-only, as another FSDP or "
+                "ShardedOptimizer leaves it; for parameters that are updated differently let the "
+                "factory of a ShardedOptimizer return several optimizers, or first give it memory "
+                "of its own (parameter.data = parameter.data.copy())"
+            )

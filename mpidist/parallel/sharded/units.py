@@ -1,0 +1,203 @@
+"""`Unit`: parameters that stand and travel together; how a model is cut into units.
+
+[Note: units] A unit is what stands or travels as one: its parameters lie in one flat array, its
+gradients fill one message buffer. So a rank needs memory for two units beside its own slices. Units
+are subtrees of the model, since those are needed together, and end together in the backward pass.
+Parameters too small to be worth a message stay with the module around. A parameter that two units
+would hold, a tied one, is a unit of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from mpidist._types import Array, DType
+from mpidist.nn.members import members
+from mpidist.nn.module import Module
+from mpidist.nn.parameter import Parameter
+from mpidist.parallel.data.buckets import BucketSizes, assign_buckets
+from mpidist.parallel.sharded.flat_parameters import Cut, FlatLayout
+
+__all__ = ["UNIT_BYTES", "Unit", "Units", "find_units"]
+
+UNIT_BYTES = 32 << 20
+"""Most bytes of parameters in a unit: large messages, and memory for two of them."""
+
+_SMALL_BYTES = 64 << 10
+"""What is smaller is left to the module around: a message costs as much as these bytes."""
+
+Units: TypeAlias = "int | Sequence[str] | Callable[[str, Module], bool] | BucketSizes"
+"""How a model is cut: the most bytes of a unit, names of modules (with ``*``), or a function of a
+module's name and the module. `BucketSizes` cuts the list of parameters, whatever the modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters of one dtype that stand and travel together, all trainable or all frozen.
+
+    Attributes
+    ----------
+    name : str
+        That of its module, where it has one; "" of what is left to the outermost one.
+    modules : tuple of str
+        Names of the modules that need it: in their passes it is whole.
+    parameters : tuple of str
+        Names of the parameters.
+    nbytes : int
+        Bytes of the parameters.
+    dtype : dtype
+        Of the parameters.
+    trainable : bool
+        Whether they have gradients.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    nbytes: int
+    dtype: DType
+    trainable: bool
+
+    def layout(self, arrays: Mapping[str, Array], cut: Cut) -> FlatLayout:
+        """Return how its parameters lie in a flat array."""
+        return FlatLayout.of({name: arrays[name] for name in self.parameters}, cut)
+
+
+def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
+    """Cut a model into units.
+
+    Parameters
+    ----------
+    module : Module
+        The model.
+    units : int, sequence of str, callable or BucketSizes
+        How. An int: the largest subtrees that hold at most so many bytes of parameters are units;
+        a larger parameter is one by itself; modules of less than 64 KiB stay with the module
+        around. Names or a callable: these modules are units, one inside another without it, and
+        all other parameters are one unit.
+
+    Returns
+    -------
+    tuple of Unit
+        In the order in which a forward pass needs them, as far as the order of definition tells.
+        Each parameter is in one of them.
+
+    Raises
+    ------
+    ValueError
+        If the number is not positive, or a name matches no module.
+    TypeError
+        If `units` is something else.
+    """
+    named = dict(module.named_parameters())
+    if isinstance(units, BucketSizes):
+        kinds = [{n: p.data for n, p in named.items() if p.trainable is t} for t in (True, False)]
+        buckets = [names for arrays in kinds for names in assign_buckets(arrays, units)[::-1]]
+        return tuple(
+            _unit(f"bucket {i}", ("",), {name: named[name] for name in names})
+            for i, names in enumerate(buckets)
+        )
+    limit = units if isinstance(units, int) else None
+    is_unit = _small_enough(module, units) if isinstance(units, int) else _rule(module, units)
+    names_of = {parameter: name for name, parameter in named.items()}
+    groups: dict[tuple[tuple[str, ...], DType, bool], list[str]] = {}
+    for parameter, modules in _needed_by(module, is_unit, nested=limit is None).items():
+        kind = (("",) if "" in modules else modules, parameter.dtype, parameter.trainable)
+        groups.setdefault(kind, []).append(names_of[parameter])
+    result = []
+    for (modules, _, _), names in groups.items():
+        title = " + ".join(modules) or "(outermost)"
+        chunks = list(_chunks({name: named[name] for name in names}, limit))
+        several = len(chunks) > 1 or sum(kind[0] == modules for kind in groups) > 1
+        for chunk in chunks:
+            first = f", {next(iter(chunk))}" if several else ""
+            result.append(_unit(title + first, modules, chunk))
+    position = {name: i for i, name in enumerate(named)}
+    return tuple(sorted(result, key=lambda unit: min(position[n] for n in unit.parameters)))
+
+
+def _unit(name: str, modules: tuple[str, ...], parameters: Mapping[str, Parameter]) -> Unit:
+    first = next(iter(parameters.values()))
+    nbytes = sum(parameter.nbytes for parameter in parameters.values())
+    return Unit(name, modules, tuple(parameters), nbytes, first.dtype, first.trainable)
+
+
+def _small_enough(module: Module, limit: int) -> Callable[[str, Module], bool]:
+    """Return a function that says which modules are units of at most so many bytes."""
+    if isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"FSDP: units must be a positive number of bytes, got {limit}")
+
+    if sum(parameter.nbytes for parameter in module.parameters()) <= limit:
+        return lambda *_: False  # the outermost one is
+
+    def is_unit(_: str, part: Module) -> bool:
+        nbytes = sum(parameter.nbytes for parameter in part.parameters())
+        is_leaf = not any(any(child.parameters()) for _, child in part.named_children())
+        return nbytes >= min(_SMALL_BYTES, limit) and (nbytes <= limit or is_leaf)
+
+    return is_unit
+
+
+def _rule(module: Module, units: Units) -> Callable[[str, Module], bool]:
+    """Return a function that says which modules the user has chosen."""
+    if callable(units):
+        return units
+    if isinstance(units, str) or not isinstance(units, Sequence):
+        raise TypeError(
+            "FSDP: units must be a number of bytes, a list of names of modules, or a function of a "
+            f"name and a module, got {units!r}"
+        )
+    patterns, known = tuple(units), [name for name, _ in module.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(
+                f"FSDP: units={list(patterns)}: no module is named {pattern!r}; the modules are "
+                f"{', '.join(known[1:9])}{', ...' if len(known) > 9 else ''}"
+            )
+    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _needed_by(
+    module: Module, is_unit: Callable[[str, Module], bool], *, nested: bool
+) -> dict[Parameter, tuple[str, ...]]:
+    """Return the names of the units' modules whose passes need each parameter; "": the outermost.
+
+    Of several on the way down to a parameter the innermost counts if `nested`, else the first.
+    """
+    needed: dict[Parameter, dict[str, None]] = {}
+
+    def walk(part: Module, name: str, within: str) -> None:
+        for parameter in _held_directly(part):
+            needed.setdefault(parameter, {})[within] = None
+        for child_name, child in part.named_children():
+            path = ".".join(filter(None, (name, child_name)))
+            # A Recompute and what it wraps have one name, and are one.
+            begins = (nested or not within) and path != name and is_unit(path, child)
+            walk(child, path, path if begins else within)
+
+    walk(module, "", "")
+    return {parameter: tuple(names) for parameter, names in needed.items()}
+
+
+def _held_directly(module: Module) -> Iterator[Parameter]:
+    for attribute, value in vars(module).items():
+        for _, member in members(attribute, value, (Parameter, Module)):
+            if isinstance(member, Parameter):
+                yield member
+
+
+def _chunks(
+    parameters: Mapping[str, Parameter], limit: int | None
+) -> Iterator[dict[str, Parameter]]:
+    """Cut a list of parameters into lists of at most `limit` bytes; a larger one is alone."""
+    chunk: dict[str, Parameter] = {}
+    for name, parameter in parameters.items():
+        filled = sum(p.nbytes for p in chunk.values()) + parameter.nbytes
+        if limit is not None and chunk and filled > limit:
+            yield chunk
+            chunk = {}
+        chunk[name] = parameter
+    yield chunk

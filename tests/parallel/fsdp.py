@@ -1,0 +1,213 @@
+"""Models whose units are long enough for sums in the order of the ranks, and how they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mpidist._types import MEAN, SUM, Array, ReduceOp
+from mpidist.group import ProcessGroup
+from mpidist.nn import (
+    GELU,
+    Dropout,
+    LayerNorm,
+    Linear,
+    Mode,
+    Module,
+    Recompute,
+    Residual,
+    Sequential,
+    cross_entropy,
+)
+from mpidist.optim import AdamW
+from mpidist.parallel import DDP, FSDP, BucketSizes, ShardedOptimizer, ShardingStrategy
+from mpidist.parallel.sharded.naive_full_shard import NaiveFullShard
+from tests.parallel.training import Routed, even, uneven
+
+WIDTH = 72
+CLASSES = 61
+UNIT = 90_000
+"""Bytes: in float64 a layer of `WIDTH` x 2 `WIDTH` is a unit, and longer than 32 KiB."""
+STEPS = 4
+FACTORY = partial(AdamW, lr=0.02, weight_decay=0.1)
+STRATEGIES = list(ShardingStrategy)
+OP = {even: MEAN, uneven: SUM}
+
+
+def linear(d_in: int, d_out: int, rng: np.random.Generator, dtype: Any) -> Linear:
+    return Linear(d_in, d_out, rng=rng, dtype=dtype)
+
+
+def plain(rng: np.random.Generator, dtype: Any) -> Module:
+    return Sequential(
+        linear(WIDTH, 2 * WIDTH, rng, dtype),
+        GELU(),
+        linear(2 * WIDTH, WIDTH, rng, dtype),
+        LayerNorm(WIDTH, dtype=dtype),
+        linear(WIDTH, CLASSES, rng, dtype),
+    )
+
+
+def tied(rng: np.random.Generator, dtype: Any) -> Module:
+    """A weight that two units hold, one that a unit and the outermost module hold."""
+    first, second = linear(WIDTH, WIDTH, rng, dtype), linear(WIDTH, WIDTH, rng, dtype)
+    second.weight = first.weight
+    model = Sequential(
+        first,
+        GELU(),
+        linear(WIDTH, 2 * WIDTH, rng, dtype),
+        GELU(),
+        linear(2 * WIDTH, WIDTH, rng, dtype),
+        second,
+        LayerNorm(WIDTH, dtype=dtype),
+        LayerNorm(WIDTH, dtype=dtype),
+        linear(WIDTH, CLASSES, rng, dtype),
+    )
+    model.layers[7].weight = model.layers[6].weight
+    return model
+
+
+def twice(rng: np.random.Generator, dtype: Any) -> Module:
+    """One module in two places, so that its gradients come twice."""
+    block = linear(WIDTH, WIDTH, rng, dtype)
+    return Sequential(block, GELU(), block, linear(WIDTH, CLASSES, rng, dtype))
+
+
+def branched(rng: np.random.Generator, dtype: Any) -> Module:
+    """Of the first branch some ranks have no sample, of the second all."""
+    return Sequential(
+        Routed(linear(WIDTH, WIDTH, rng, dtype), 1.2),
+        Routed(linear(WIDTH, WIDTH, rng, dtype), np.inf),
+        linear(WIDTH, CLASSES, rng, dtype),
+    )
+
+
+def frozen(rng: np.random.Generator, dtype: Any) -> Module:
+    """As with adapters: large layers that stay, and small ones beside them that are trained."""
+    model = plain(rng, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.trainable = name.startswith("4.") or name == "0.bias"
+    return model
+
+
+def recomputed(rng: np.random.Generator, dtype: Any) -> Module:
+    block = Sequential(
+        LayerNorm(WIDTH, dtype=dtype),
+        linear(WIDTH, 2 * WIDTH, rng, dtype),
+        GELU(),
+        Dropout(0.3),
+        linear(2 * WIDTH, WIDTH, rng, dtype),
+    )
+    return Sequential(
+        Residual(Recompute(block)),
+        Recompute(linear(WIDTH, WIDTH, rng, dtype)),
+        Dropout(0.2),
+        linear(WIDTH, CLASSES, rng, dtype),
+    )
+
+
+def awkward(rng: np.random.Generator, dtype: Any) -> Module:
+    """Fewer rows than ranks, one row above their number, a dtype of its own, a vector."""
+    return Sequential(
+        linear(WIDTH, 3, rng, dtype),
+        linear(3, 5, rng, dtype),
+        linear(5, WIDTH, rng, dtype),
+        LayerNorm(WIDTH, dtype=np.float64),
+        linear(WIDTH, CLASSES, rng, dtype),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how its batches are cut, and what differs from the defaults."""
+
+    build: Callable[[np.random.Generator, Any], Module] = plain
+    share: Callable[[int, int, int], tuple[int, int]] = even
+    micro_batches: int = 1
+    accumulate: bool = False  # by reductions, not inside no_sync
+    halves: bool = False
+    exact: int = 4  # up to so many ranks it has the bits of DDP
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def op(self) -> ReduceOp:
+        return OP[self.share]
+
+
+CASES = {
+    # Three ranks add in their order however short a message is; four have a unit below 32 KiB.
+    "plain": Case(),
+    "tied": Case(tied, exact=3),
+    "one module twice": Case(twice),
+    "unused": Case(branched),
+    "frozen": Case(frozen, exact=3),
+    "recomputed": Case(recomputed),
+    "uneven, one rank empty": Case(share=uneven),
+    "no_sync": Case(micro_batches=3),
+    "no_sync, tied, uneven": Case(tied, share=uneven, micro_batches=2, exact=3),
+    "accumulated": Case(micro_batches=3, accumulate=True, exact=0),
+    "halves": Case(halves=True),
+    "awkward sizes": Case(awkward, exact=0),
+    "by names": Case(options={"units": ["0", "[24]"]}, exact=3),
+    "by predicate": Case(options={"units": lambda name, _: name == "2"}),
+    "one unit": Case(options={"units": 1 << 30}),
+}
+
+
+def batches(dtype: Any) -> list[tuple[Array, Array]]:
+    """Return the joined batches; 12 samples can be cut by 1, 2, 3 and 4."""
+    rng = np.random.default_rng(11)
+    return [
+        (rng.normal(size=(12, WIDTH)).astype(dtype), rng.integers(0, CLASSES, 12))
+        for _ in range(STEPS)
+    ]
+
+
+def wrap(model: Module, group: ProcessGroup, case: Case, kind: Any, options: Any) -> Any:
+    """Return (what runs the passes, its optimizer)."""
+    if kind == "ddp":
+        sizes = BucketSizes(UNIT, UNIT)
+        return DDP(model, group, op=case.op, sizes=sizes), FACTORY(model.named_parameters())
+    if kind == "naive":
+        naive = NaiveFullShard(model, group, op=case.op)
+        return naive, FACTORY([(shard.name, shard) for shard in naive.shards])
+    options = {"units": UNIT, "op": case.op} | case.options | options
+    fsdp = FSDP(model, group, strategy=kind, **options)
+    return fsdp, ShardedOptimizer(fsdp, optimizer=FACTORY)
+
+
+def train(
+    group: ProcessGroup, case: Case, kind: Any, dtype: Any = np.float64, **options: Any
+) -> dict[str, Array]:
+    """Train on this rank's shares, from parameters that differ at first."""
+    model = case.build(np.random.default_rng(group.rank), dtype)
+    strategy, optimizer = wrap(model, group, case, kind, options)
+    for step, (x, target) in enumerate(batches(dtype)):
+        start, stop = case.share(group.rank, group.size, len(x))
+        optimizer.zero_grad()
+        cuts = np.linspace(start, stop, case.micro_batches + 1).astype(int)
+        for i, (a, b) in enumerate(pairwise(cuts.tolist())):
+            last = i == case.micro_batches - 1
+            adds = case.accumulate and kind != "ddp"
+            with nullcontext() if last or adds else strategy.no_sync():
+                mode = Mode(True, seed=5, step=step, sample_offset=a)
+                y, ctx = strategy.forward(x[a:b], mode)
+                denominator = len(x) if case.op is SUM else stop - start
+                dy = cross_entropy(y, target[a:b], denominator=denominator)[1]
+                if case.halves and kind not in ("ddp", "naive"):
+                    _, wctx = strategy.backward_input(ctx, dy)
+                    strategy.backward_weight(wctx)
+                else:
+                    strategy.backward(ctx, dy)
+        optimizer.step()
+    if kind == "naive":
+        strategy.gather()
+    else:
+        strategy.close()
+    return {name: array.copy() for name, array in model.state_dict().items()}
