@@ -23,6 +23,9 @@ def short_grace(monkeypatch):
     monkeypatch.setattr("mpidist.group.pending.GRACE", 0.3)
 
 
+LONGER_THAN_GRACE = 0.7  # seconds
+
+
 def dies(rank):
     return Faults(deaths=(Death(rank=rank, call=1),))
 
@@ -40,7 +43,7 @@ def test_a_collective_needs_every_rank():
 def test_a_message_needs_its_sender_only():
     def body(group):
         if group.rank == 0:
-            time.sleep(1)
+            time.sleep(LONGER_THAN_GRACE)
             mpidist.send(np.arange(3), group, dst=1)
         elif group.rank == 1:
             return mpidist.recv(group, src=0).tolist()
@@ -58,9 +61,9 @@ def test_any_source_needs_one_other_rank():
         if group.rank == 0:
             return [mpidist.recv(group, src=mpidist.ANY_SOURCE).tolist() for _ in range(2)]
         if group.rank == 1:
-            time.sleep(1)
+            time.sleep(LONGER_THAN_GRACE)
             mpidist.send(np.array(1), group, dst=0)
-            time.sleep(1)
+            time.sleep(LONGER_THAN_GRACE)
             mpidist.send(np.array(2), group, dst=0)
         else:
             mpidist.barrier(group)
@@ -81,15 +84,18 @@ def test_any_source_fails_when_nobody_is_left():
 
 def test_a_long_wait_is_logged_again_at_each_doubling(caplog):
     def body(group):
-        group.warn_after = 0.2
-        if group.rank:
-            time.sleep(1.2)
+        group.warn_after = 0.1
+        deadline = time.monotonic() + 20
+        while group.rank and len(caplog.records) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         mpidist.barrier(group)
 
+    began = time.time()
     with caplog.at_level(logging.WARNING, logger="mpidist"):
         run_ranks(2, body)
+    assert all(r.created - began >= 0.1 * 2**n for n, r in enumerate(caplog.records))
     waits = [record.getMessage() for record in caplog.records]
-    assert 2 <= len(waits) <= 3, waits
     assert all("\n  barrier #1 on group 'world', rank 0 of 2, called" in wait for wait in waits)
     assert "the deadline is at 30 s" in waits[0]
 

@@ -249,7 +249,7 @@ def test_leaves():
     shown = answer.failure("test_leaves[2ranks]")
     assert "ValueError: left the others" in shown
     assert "rank 0 did not end within 1 s of the failure above" in shown
-    assert answer.seconds < 15
+    assert answer.seconds < 50  # the deadline of a test on ranks is 60
 
 
 @pytest.mark.mpirun
@@ -352,7 +352,7 @@ def test_waits():
     answer = run_directly(mpirun, tmp_path, body)
     assert answer.code != 0
     assert re.search(r"rank 1: E +AssertionError: rank one is wrong", answer.text)
-    assert answer.seconds < 15
+    assert answer.seconds < 50  # the deadline of a test on ranks is 60
 
 
 def run_directly(mpirun: list[str], directory: Path, body: str) -> Answer:

@@ -203,6 +203,7 @@ with StopSignal():
         sees=("ZeroDivisionError",),
         dumps=False,
         sites=(),
+        timeout=30.0,  # the others wait for one that starts many processes
         sizes=ALL,
         within=SOON + 2.0,
         ending=Ending.GOOD,

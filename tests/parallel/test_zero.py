@@ -302,7 +302,8 @@ def test_it_waits_for_slow_messages():
         assert_close(state, expected)
 
 
-def test_the_death_of_a_rank_ends_the_step_of_the_others():
+def test_the_death_of_a_rank_ends_the_step_of_the_others(monkeypatch):
+    monkeypatch.setattr("mpidist.group.pending.GRACE", 0.3)
     seen = []
 
     def body(group):

@@ -14,17 +14,18 @@ import asyncio, hashlib, os, resource, signal, threading, time
 from mpidist.observe.watch.helper import Helper
 
 began = time.monotonic()
-most = 0
+most = reports = 0
 
 class Watched:
     listener = None
     def listen(self, nodes): pass
     def answer(self): pass
     def report_signal(self):
-        global most
+        global most, reports
         most = max(most, threading.active_count())
         time.sleep(lasts)
         os.write(1, f"report {time.monotonic() - began:.3f}\\n".encode())
+        reports += 1
 
 lasts = 0.01
 watched = Watched()
@@ -36,6 +37,21 @@ def start():
 
 def ask():
     os.kill(os.getpid(), signal.SIGUSR2)
+
+def reporting():
+    return any(thread.name == "mpidist-report" for thread in threading.enumerate())
+
+def reported(number):
+    end = time.monotonic() + 20
+    while (reports < number or reporting()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return reports == number
+
+async def woken(heard):
+    end = time.monotonic() + 20
+    while not (heard and reports) and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    return bool(heard)
 """
 
 
@@ -66,11 +82,12 @@ def test_signals_without_end_make_one_report_at_a_time(run) -> None:
     body = """
 assert start().catch()
 lasts = 0.3
-until = time.monotonic() + 1
+until = time.monotonic() + 0.8
 while time.monotonic() < until:
     ask()
     time.sleep(0.0005)
-time.sleep(1)
+while reporting():
+    time.sleep(0.01)
 assert most <= 3, most
 """
     assert 1 <= run(body).count("report") <= 5
@@ -85,13 +102,13 @@ async def listen():
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, heard.append, 1)
     os.kill(os.getpid(), signal.SIGUSR1)
     ask()
-    await asyncio.sleep(0.3)
+    return await woken(heard)
 
-asyncio.run(listen())
-assert heard
-for _ in range(2):
+assert asyncio.run(listen())
+assert reported(1)
+for number in (2, 3):
     ask()
-    time.sleep(0.3)
+    assert reported(number)
 """
     assert run(body).count("report") == 3
 
@@ -105,10 +122,10 @@ async def listen():
     assert start().catch()
     ask()
     os.kill(os.getpid(), signal.SIGUSR1)
-    await asyncio.sleep(0.4)
+    return await woken(heard)
 
-asyncio.run(listen())
-assert heard
+assert asyncio.run(listen())
+assert reported(1)
 """
     assert run(body).count("report") == 1
 
@@ -124,7 +141,7 @@ assert os.waitpid(child, 0)[1] == 0
 time.sleep(0.3)
 print("asked")
 ask()
-time.sleep(0.3)
+assert reported(1)
 """
     assert re.fullmatch(r"asked\nreport [0-9.]+\n", run(body))
 
@@ -141,7 +158,7 @@ from mpidist.observe.watch.states import Process, Status
 assert Process(os.getpid()).status() is Status.ALIVE
 assert start().catch()
 ask()
-time.sleep(0.3)
+assert reported(1)
 """
     assert "report" in run(body)
 
