@@ -78,6 +78,7 @@ def test_ranks_decide_together_whether_a_step_counts(world):
     assert scaler.factor == 4.0
 
 
+@pytest.mark.full  # test_examples on simulated ranks and tests/docs on four real ones ask the same
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("name", ["01_gradient_reducer.py", "02_ddp.py"])
 def test_an_example_ends_with_the_same_loss_everywhere(world, name):
