@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
+
+from tests.__main__ import main
 
 pytest_plugins = ["pytester"]
 
@@ -71,3 +75,20 @@ def test_a_failed_deadline_says_how_busy_the_machine_is(pytester: pytest.Pyteste
     told = [line for line in result.outlines if "a busy machine may be why" in line]
     assert len(told) == 1, result.outlines
     assert "load average" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [((0, 0), 0), ((1, 0), 1), ((0, 2), 2), ((5, 0), 0), ((5, 5), 5), ((1, 5), 1)],
+)
+def test_the_parts_of_a_run_select_each_test_once(
+    monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], code: int
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        subprocess, "call", lambda words: (commands.append(words), codes[len(commands) - 1])[1]
+    )
+    assert main(["-q", "-m", "cupy", "tests/nn"]) == code
+    marks = [words[words.index("-m", 3) + 1] for words in commands]
+    assert marks[0] == f"(cupy) and (not ({marks[1].removeprefix('(cupy) and (')})"
+    assert all(words[-2:] == ["-q", "tests/nn"] for words in commands)

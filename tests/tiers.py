@@ -1,7 +1,7 @@
 """What a plain run leaves out, and what a busy machine does to deadlines.
 
 A test marked ``full``, or a parameter of a test, is long or asks once more what another test asks
-with other numbers. It runs with ``pytest --full``, as in ``.ci/run full``.
+with other numbers. It runs with ``--full``, as in ``.ci/run full``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.mpirun,
+    pytest.mark.alone,
     pytest.mark.timeout(90),
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each rank"),
 ]

@@ -22,7 +22,7 @@ from tests.deaths import endings, lifetimes, mismatches
 from tests.deaths.case import Case, Ending
 from tests.deaths.matrix import Matrix, Outcome
 
-pytestmark = [pytest.mark.mpirun, pytest.mark.usefixtures("matrices")]
+pytestmark = [pytest.mark.mpirun, pytest.mark.alone, pytest.mark.usefixtures("matrices")]
 
 CASES = (*endings.CASES, *lifetimes.CASES, *mismatches.CASES)
 FIRST = 20  # lines

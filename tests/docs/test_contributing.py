@@ -31,7 +31,8 @@ def test_every_link_leads_to_a_file(page: str) -> None:
 def test_every_mark_is_explained(request: pytest.FixtureRequest) -> None:
     registered = {line.split(":")[0].split("(")[0] for line in request.config.getini("markers")}
     explained = set(re.findall(r"^\| `(\w+)[`(]", CONTRIBUTING, re.MULTILINE))
-    ours = {"any_mpi", "cupy", "full", "gpu", "hosts", "mpirun", "one_python", "ranks", "slurm"}
+    ours = {"alone", "any_mpi", "cupy", "full", "gpu", "hosts", "mpirun", "one_python", "ranks"}
+    ours |= {"slurm"}
     assert explained == ours
     assert ours <= registered
 
