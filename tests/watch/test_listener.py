@@ -117,6 +117,25 @@ def test_where_the_name_is_not_known_an_interface_is_found(monkeypatch) -> None:
     assert "127.0.0.1" in module._addresses_of_interfaces()
 
 
+def test_a_host_whose_name_nobody_knows_is_not_waited_for(monkeypatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(module, "_RESOLVED", 60.0)
+    began = time.monotonic()
+    assert module._addresses_of_name() == []
+    assert time.monotonic() - began < 30
+
+
+def test_a_name_service_that_says_nothing_is_waited_for_a_moment(monkeypatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(20) and [])
+    monkeypatch.setattr(module, "_RESOLVED", 0.05)
+    assert module._addresses_of_name() == []
+    over.set()
+
+
 def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]

@@ -167,9 +167,11 @@ def _addresses_of_name() -> list[str]:
     answers: SimpleQueue[list[str]] = SimpleQueue()
 
     def resolve() -> None:
-        with contextlib.suppress(OSError):
+        try:
             addresses = socket.getaddrinfo(os.uname().nodename, None, type=socket.SOCK_STREAM)
-            answers.put([str(address[0]) for *_, address in addresses])
+        except OSError:  # the name is not known
+            addresses = []
+        answers.put([str(address[0]) for *_, address in addresses])
 
     act_in_thread(resolve, "mpidist-resolver")
     try:
