@@ -17,18 +17,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.errors import SizeMismatchError
 
-__all__ = [
-    "Box",
-    "BoxIndex",
-    "boxes_of_at_most",
-    "boxes_of_range",
-    "corners",
-    "even_part",
-    "overlapping",
-    "part_slices",
-    "round_up",
-    "split_evenly",
-]
+__all__ = ["Box"]
 
 _FEW = 6
 """Boxes that are compared one by one: for so few numpy takes longer."""

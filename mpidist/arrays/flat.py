@@ -16,8 +16,6 @@ from mpidist.errors import SizeMismatchError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["FlatBuffer"]
-
 Label = TypeVar("Label")
 
 

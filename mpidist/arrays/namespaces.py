@@ -32,28 +32,6 @@ from mpidist.errors import UnsupportedOperationError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = [
-    "BFLOAT16",
-    "DTYPES",
-    "HALVES",
-    "REDUCTIONS",
-    "address_of",
-    "array_namespace",
-    "as_bytes",
-    "as_native",
-    "device_empty",
-    "device_module",
-    "is_array",
-    "is_device",
-    "is_host",
-    "like_device",
-    "pinned_empty",
-    "reduce_in_rank_order",
-    "to_device",
-    "to_host",
-    "ufunc_of",
-]
-
 BFLOAT16: DType = np.dtype(ml_dtypes.bfloat16)
 HALVES: frozenset[DType] = frozenset({np.dtype(np.float16), BFLOAT16})
 """Dtypes that travel as they are and are summed in float32."""

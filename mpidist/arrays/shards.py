@@ -17,7 +17,7 @@ from mpidist.errors import SizeMismatchError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["FlatPart", "Part", "ShardedArray", "check_held", "copy_in"]
+__all__ = ["ShardedArray"]
 
 
 class ShardedArray:

@@ -11,8 +11,6 @@ import numpy.typing as npt
 from mpidist._types import Array
 from mpidist.observe.regions import region
 
-__all__ = ["ArrayDataset", "split_off"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArrayDataset:

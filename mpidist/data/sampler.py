@@ -12,8 +12,6 @@ import numpy.typing as npt
 from mpidist._arguments import whole_number
 from mpidist.arrays.boxes import split_evenly
 
-__all__ = ["Batch", "ShardedSampler"]
-
 _FIXED = ("num_samples", "batch_size", "seed", "shuffle", "drop_last")
 
 

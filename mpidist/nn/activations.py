@@ -10,8 +10,6 @@ from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, check_gradient
 
-__all__ = ["GELU", "ReLU"]
-
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
 

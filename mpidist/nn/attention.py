@@ -15,8 +15,6 @@ from mpidist.nn.layers import Linear
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, count_uses
 
-__all__ = ["CausalSelfAttention"]
-
 
 class CausalSelfAttention(Module):
     """Multi-head scaled dot-product attention of a sequence to its own past.

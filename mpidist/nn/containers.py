@@ -10,8 +10,6 @@ from mpidist._types import Array
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, children_of, count_uses
 
-__all__ = ["Recompute", "Residual", "Sequential"]
-
 
 class Sequential(Module):
     """Modules one after the other.

@@ -16,8 +16,6 @@ from mpidist.nn.module import Context, Module, count_uses
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.windows import Extent, Window, channels_first, channels_last
 
-__all__ = ["Conv2d"]
-
 _TURNED = 2 << 20
 """Bytes of a gradient that are turned at a time: most kernels are smaller than this, and a product
 of few rows is slow."""

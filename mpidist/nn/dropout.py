@@ -13,8 +13,6 @@ from mpidist.nn.layer_kernels import philox_at_least
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
 
-__all__ = ["Dropout", "dropout_mask"]
-
 _WORD = 2**64 - 1
 
 

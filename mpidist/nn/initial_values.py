@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from mpidist._types import Array, DType
 
-__all__ = ["Rng", "fan_in_uniform", "normal", "parameter_dtype"]
-
 Rng: TypeAlias = np.random.Generator | int
 """A generator, or a seed for a new one."""
 

@@ -16,8 +16,6 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
 
-__all__ = ["philox_at_least", "rows_at", "sum_rows_at"]
-
 _WORD = 2**64 - 1
 
 

@@ -16,8 +16,6 @@ from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
 
-__all__ = ["Embedding", "Flatten", "Linear", "PositionEmbedding", "column_sums"]
-
 _BLOCK = 1 << 16
 """Elements that are widened at once: 512 KiB of float64, which stay in a core's cache."""
 

@@ -12,8 +12,6 @@ import numpy as np
 from mpidist._types import Array, DType
 from mpidist.arrays.namespaces import array_namespace, is_device
 
-__all__ = ["cross_entropy", "mse_loss"]
-
 
 def cross_entropy(
     logits: Array, target: Array, *, denominator: float | None = None

@@ -11,15 +11,6 @@ import numpy as np
 
 from mpidist.nn.parameter import Parameter
 
-__all__ = [
-    "SUBSTITUTES",
-    "TreeNode",
-    "members",
-    "nameless",
-    "render_tree",
-    "replace_members",
-]
-
 SUBSTITUTES = {
     "apply": "a loop over named_modules()",
     "buffers": "named_buffers()",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 
-__all__ = ["EVAL", "Mode"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mode:

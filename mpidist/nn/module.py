@@ -37,14 +37,6 @@ from mpidist.nn.mode import Mode
 from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
 
-__all__ = [
-    "Context",
-    "Module",
-    "check_gradient",
-    "children_of",
-    "count_uses",
-]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Context:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-__all__ = ["former_names", "with_present_names"]
-
 _WRAPPER = re.compile(r"(?<![^./])inner\.")
 _PART = re.compile(r"[./]")
 

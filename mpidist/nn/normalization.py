@@ -21,8 +21,6 @@ from mpidist.nn.module import Context, Module, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.windows import channels_first, channels_last
 
-__all__ = ["BatchNorm2d", "Count", "LayerNorm"]
-
 Count: TypeAlias = "float | Array"
 """A number of values; one that is summed over ranks on a device stays there, as an array ()."""
 

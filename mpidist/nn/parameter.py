@@ -13,8 +13,6 @@ from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.arrays.shards import FlatPart, Part
 
-__all__ = ["HasParameters", "Parameter", "Parameters", "named_list"]
-
 
 class Parameter:
     """A trained array, the memory of its gradient, and a count of contributions.

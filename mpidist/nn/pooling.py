@@ -12,8 +12,6 @@ from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
 from mpidist.nn.windows import Extent, Window, channels_first, channels_last
 
-__all__ = ["AvgPool2d", "MaxPool2d"]
-
 
 class MaxPool2d(Module):
     """Largest pixel of each window.

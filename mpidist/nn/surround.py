@@ -8,8 +8,6 @@ from typing import Any
 
 from mpidist.nn.module import Module
 
-__all__ = ["PASSES", "after_backward", "surround"]
-
 PASSES = ("forward", "backward", "backward_input", "backward_weight")
 """The methods of a module that compute."""
 

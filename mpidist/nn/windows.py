@@ -15,8 +15,6 @@ from typing import TypeAlias
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
 
-__all__ = ["Extent", "Window", "channels_first", "channels_last"]
-
 Extent: TypeAlias = int | tuple[int, int]
 """A height and a width, or one number for both."""
 

@@ -17,8 +17,6 @@ from mpidist.arrays.namespaces import HALVES, array_namespace
 from mpidist.nn.parameter import Parameter
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 
-__all__ = ["FusedUpdates", "apply_rule"]
-
 _Call: TypeAlias = Callable[[Array, Array, Mapping[str, Array], float, int], None]
 """From values, gradient, state, learning rate and number of the update."""
 

@@ -18,8 +18,6 @@ from mpidist.optim.fused import FusedUpdates
 from mpidist.optim.rules import AdamRule, SGDRule, UpdateRule
 from mpidist.optim.schedule import Schedule
 
-__all__ = ["SGD", "Adam", "AdamW", "Optimizer", "check_same_state"]
-
 # Elements that are updated at once: a parameter, its gradient and its state of this length stay in
 # a core's cache over the dozen passes of a rule, and the scratch stays small.
 _BLOCK = 1 << 15

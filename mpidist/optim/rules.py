@@ -16,8 +16,6 @@ import numpy as np
 
 from mpidist._types import Array
 
-__all__ = ["AdamRule", "SGDRule", "UpdateRule"]
-
 
 class UpdateRule(Protocol):
     """What an optimizer asks of its rule."""

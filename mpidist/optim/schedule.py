@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import TypeAlias
 
-__all__ = ["Schedule", "WarmupCosine"]
-
 Schedule: TypeAlias = Callable[[int], float]
 """From the number of steps already made to the learning rate of the next one."""
 
