@@ -159,7 +159,7 @@ def test_prune_keeps_what_this_process_saved_last(tmp_path, monkeypatch):
     saved(tmp_path, 90, 100)
     with monkeypatch.context() as patch:
         past = SimpleNamespace(now=lambda zone: datetime.now(zone) - timedelta(hours=2))
-        patch.setattr("mpidist.checkpoint.saving.planning.datetime", past)
+        patch.setattr("mpidist.checkpoint.saving.plan.datetime", past)
         saved(tmp_path, 84)
     link = tmp_path.parent / f"{tmp_path.name}-link"
     link.symlink_to(tmp_path)

@@ -11,8 +11,8 @@ from mpidist.checkpoint.saving.plan import (
     ArrayMetadata,
     LocalMetadata,
     make_global_plan,
+    view_of,
 )
-from mpidist.checkpoint.saving.planning import view_of
 from mpidist.errors import CollectiveMismatchError, SizeMismatchError
 from tests.checkpoint.cases import WHOLE, boxes_of, small_sizes, some_sharding
 

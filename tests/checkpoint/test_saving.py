@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpidist import Box, ShardedArray, checkpoint
-from mpidist.checkpoint.saving import planning
+from mpidist.checkpoint.saving import plan as planning
 from mpidist.checkpoint.saving.save import saver_of
 from mpidist.checkpoint.saving.writing import write_file
 from mpidist.errors import (

@@ -8,9 +8,7 @@ import shutil
 import time
 import tracemalloc
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import h5py
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 
 from mpidist import checkpoint, cli
-from mpidist.checkpoint.saving.writing import call_into
+from mpidist._threads import run_in_thread
 from mpidist.checkpoint.tools.exporting import import_from
 from mpidist.errors import (
     CheckpointCorruptError,
@@ -107,9 +105,7 @@ def test_a_later_format_is_one_error(copy: Path) -> None:
 
 def within_seconds(call: Callable[[], Any]) -> Any:
     """Call a function in a thread, so that one which waits for ever ends the test, not the run."""
-    future: Future[Any] = Future()
-    Thread(target=call_into, args=(future, call), daemon=True).start()
-    return future.result(20)
+    return run_in_thread(call, name="mpidist-test").result(20)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00001.h5", "view.h5"])

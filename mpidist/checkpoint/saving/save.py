@@ -17,34 +17,21 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mpidist._arguments import seconds
 from mpidist._types import Array
 from mpidist.arrays.namespaces import is_host, to_host
+from mpidist.backends.work import Work
 from mpidist.checkpoint.directory import Checkpoint, clear, commit
 from mpidist.checkpoint.format import view
-from mpidist.checkpoint.format.files import (
-    hdf5_versions,
-)
-from mpidist.checkpoint.format.manifest import (
-    JSON,
-    Manifest,
-)
-from mpidist.checkpoint.saving.plan import GlobalPlan
-from mpidist.checkpoint.saving.planning import (
-    Planner,
-    SavePlan,
-    assemble,
-    foresee,
-    report_of,
-    view_of,
-)
+from mpidist.checkpoint.format.files import hdf5_versions
+from mpidist.checkpoint.format.manifest import JSON
+from mpidist.checkpoint.saving.plan import Planner, SavePlan, assemble, foresee, report_of, view_of
 from mpidist.checkpoint.saving.single_file import SINGLE_FILE, check_single_file, write_together
 from mpidist.checkpoint.saving.writing import (
     HostBox,
@@ -58,7 +45,6 @@ from mpidist.checkpoint.saving.writing import (
     write_file,
 )
 from mpidist.checkpoint.state import State
-from mpidist.collectives import broadcast_object
 from mpidist.errors import CheckpointAsyncError, CheckpointError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.job.end import end_services_at_exit
@@ -125,8 +111,7 @@ def save(
 
     See [Note: commit] in `mpidist.checkpoint.saving.save`.
     """
-    save = _begin(path, state, group, step, metadata, in_flight=0, single_file=single_file)
-    return save.wait()
+    return _begin(path, state, group, step, metadata, in_flight=0, single_file=single_file).wait()
 
 
 def save_async(
@@ -203,13 +188,13 @@ def _begin(
     submit = saver.thread.submit if in_flight else call_now
     with region("checkpoint write"):
         if single_file:
-            written = call_now(_write_together, plan, taken, attributes, saver.group)
+            written = call_now(write_together, plan, taken, attributes, saver.group)
         else:
             written = submit(_write, plan, taken, {**attributes, "rank": group.rank})
     if in_flight and taken.exception() is None:
         written.add_done_callback(lambda _: saver.stager.release(taken.result()))
-    save = Save(plan.directory, plan.coordinator, written, viewed=not single_file)
-    future = CheckpointFuture(saver, save, asynchronous=bool(in_flight))
+    steps = steps_of(plan, written, saver.group, viewed=not single_file)
+    future = CheckpointFuture(saver, plan.directory, steps, asynchronous=bool(in_flight))
     saver.pending.append(future)
     begin_write(plan.directory)
     return future
@@ -227,23 +212,13 @@ def _write(plan: SavePlan, taken: Future[list[HostBox]], attributes: Mapping[str
     path = plan.directory / file_name(attributes["rank"])
     if plan.coordinator is None:
         return write_file(path, taken.result(), attributes)
+    header, global_plan = plan.coordinator
+
+    def make_view() -> None:
+        view.create_view(plan.directory / view.VIEW, foresee(header, global_plan))
+
     # The view is made while the disk works, before the files that it shows are complete.
-    make_view = partial(_make_view, plan.directory, *plan.coordinator)
     return write_file(path, taken.result(), attributes, make_view)
-
-
-def _make_view(directory: Path, header: Manifest, plan: GlobalPlan) -> None:
-    view.create_view(directory / view.VIEW, foresee(header, plan))
-
-
-def _write_together(
-    plan: SavePlan,
-    taken: Future[list[HostBox]],
-    attributes: Mapping[str, Any],
-    group: ProcessGroup,
-) -> Written:
-    arrays = broadcast_object(plan.coordinator and plan.coordinator[1].arrays, group)
-    return write_together(plan.directory / SINGLE_FILE, taken, arrays, attributes, group)
 
 
 _PAUSE = 0.001
@@ -253,11 +228,13 @@ _PAUSE = 0.001
 class CheckpointFuture:
     """A save under way; see `save_async`."""
 
-    def __init__(self, saver: Saver, save: Save, *, asynchronous: bool) -> None:
+    def __init__(
+        self, saver: Saver, directory: Path, steps: Iterator[Pending], *, asynchronous: bool
+    ) -> None:
         self._saver = saver
-        self._save = save
+        self._directory = directory
+        self._steps = steps
         self._asynchronous = asynchronous
-        self._steps: Iterator[Pending] = steps_of(save, saver.group)
         self._current: Pending | None = None
         self._over = False
         self._error: Exception | None = None
@@ -266,7 +243,7 @@ class CheckpointFuture:
     @property
     def directory(self) -> Path:
         """Where it is being written; absolute, as it was when the save began."""
-        return self._save.directory
+        return self._directory
 
     @property
     def failed(self) -> bool:
@@ -324,7 +301,7 @@ class CheckpointFuture:
         self.reported = True
         if self._error is not None:
             raise self._error
-        return Checkpoint(self._save.directory)
+        return Checkpoint(self.directory)
 
     def end(self) -> None:
         """Take the save to its end; keep for `wait` what it raises."""
@@ -423,41 +400,8 @@ _REPORT, _VERDICT = 1, 2
 """Tags of the messages to and from rank 0."""
 
 
-@dataclass(frozen=True)
-class Save:
-    """What a save is, and how far it has come on this rank.
-
-    Attributes
-    ----------
-    directory : Path
-        The directory of the step.
-    coordinator : (Manifest, GlobalPlan) or None
-        On rank 0, the manifest without files and arrays, and the plan of all ranks.
-    written : Future of Written
-        What becomes of this rank's file.
-    viewed : bool
-        Whether rank 0 makes the view with its file.
-    """
-
-    directory: Path
-    coordinator: tuple[Manifest, GlobalPlan] | None
-    written: Future[Written]
-    viewed: bool = False
-
-
-class Pending(Protocol):
-    """What may take its time."""
-
-    def done(self) -> bool:
-        """Return whether it is over; may drive it."""
-        ...
-
-    def wait(self) -> object:
-        """Return when it is over."""
-
-
 class _InThread:
-    """What another thread is doing."""
+    """What another thread is doing, to be waited for as for a message."""
 
     def __init__(self, future: Future[Any], what: str, timeout: float) -> None:
         self._future = future
@@ -476,8 +420,15 @@ class _InThread:
             )
 
 
-def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
+Pending: TypeAlias = _InThread | Work[Any]
+
+
+def steps_of(
+    plan: SavePlan, written: Future[Written], group: ProcessGroup, *, viewed: bool
+) -> Iterator[Pending]:
     """Take a save from the writing of this rank's file to its commit.
+
+    `viewed` says that rank 0 makes the view while it writes its file.
 
     Yields
     ------
@@ -494,9 +445,10 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
     Nothing here depends on when the ranks ask: rank 0 gets one message from each rank and sends one
     to each, on tags of their own.
     """
-    yield _InThread(save.written, f"writing {save.directory}", group.timeout)
-    own = _report(save.written, group.rank)
-    if group.rank:
+    yield _InThread(written, f"writing {plan.directory}", group.timeout)
+    problem = _failure(written, group.rank)
+    own: JSON = {"problem": problem} if problem else report_of(written.result())
+    if plan.coordinator is None:
         sent = isend(_packed(own), group, dst=0, tag=_REPORT)
         answer = irecv(group, src=0, tag=_VERDICT)
         yield sent
@@ -506,37 +458,28 @@ def steps_of(save: Save, group: ProcessGroup) -> Iterator[Pending]:
         receives = [irecv(group, src=rank, tag=_REPORT) for rank in range(1, group.size)]
         yield from receives
         reports = [own, *(_unpacked(receive.wait()) for receive in receives)]
-        problem = _first_problem(reports)
+        problem = next((report["problem"] for report in reports if "problem" in report), None)
         if problem is None:
-            problem = _failure(call_now(_conclude, save, reports), 0)
+            problem = _failure(call_now(partial(_conclude, plan, reports, viewed=viewed)), 0)
         if problem is not None:
-            assert save.coordinator is not None, "rank 0 planned it"
-            problem = f"{problem}. {clear(save.directory, save.coordinator[0].id)}"
+            problem = f"{problem}. {clear(plan.directory, plan.id)}"
         verdict = _packed(problem)
         yield from [isend(verdict, group, dst=rank, tag=_VERDICT) for rank in range(1, group.size)]
     if problem is not None:
         raise CheckpointError(
-            f"save of {save.directory} on group {group.name!r}: {problem}, and earlier ones are as "
+            f"save of {plan.directory} on group {group.name!r}: {problem}, and earlier ones are as "
             "they were"
         )
 
 
-def _conclude(save: Save, reports: Sequence[JSON]) -> None:
+def _conclude(plan: SavePlan, reports: Sequence[JSON], *, viewed: bool) -> None:
     """Do on rank 0 what is left, all files being on disk."""
-    assert save.coordinator is not None, "rank 0 planned it"
-    header, plan = save.coordinator
-    manifest = assemble(header, plan.arrays, reports)
-    if not save.viewed:
-        view.create_view(save.directory / view.VIEW, manifest)
-    commit(save.directory, manifest)
-
-
-def _report(written: Future[Written], rank: int) -> JSON:
-    """Return what a rank reports to rank 0 about its file."""
-    problem = _failure(written, rank)
-    if problem is not None:
-        return {"problem": problem}
-    return report_of(written.result())
+    assert plan.coordinator is not None, "rank 0 planned it"
+    header, global_plan = plan.coordinator
+    manifest = assemble(header, global_plan.arrays, reports)
+    if not viewed:
+        view.create_view(plan.directory / view.VIEW, manifest)
+    commit(plan.directory, manifest)
 
 
 def _failure(future: Future[Any], rank: int) -> str | None:
@@ -546,10 +489,6 @@ def _failure(future: Future[Any], rank: int) -> str | None:
     unseen = isinstance(error, FileNotFoundError)  # rank 0 has made the directory
     cure = "; all ranks must see the directory that rank 0 has made" if unseen else ""
     return f"rank {rank} failed: {type(error).__name__}: {error}{cure}"
-
-
-def _first_problem(reports: Sequence[JSON]) -> str | None:
-    return next((report["problem"] for report in reports if "problem" in report), None)
 
 
 def _packed(value: JSON) -> Array:

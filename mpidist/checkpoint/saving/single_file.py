@@ -28,7 +28,7 @@ from mpidist.checkpoint.format.manifest import (
     StoredFile,
     dtype_of,
 )
-from mpidist.checkpoint.saving.plan import ArrayMetadata
+from mpidist.checkpoint.saving.plan import ArrayMetadata, SavePlan
 from mpidist.checkpoint.saving.writing import HostBox, Written, call_now
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError
@@ -44,9 +44,7 @@ def check_single_file(group: ProcessGroup) -> None:
     """Raise BackendUnavailableError unless the ranks of a group can write one file."""
     _ = group.mpi_comm  # raises
     if not files.has_mpi():
-        versions = " and ".join(
-            f"{name} {version}" for name, version in files.hdf5_versions().items()
-        )
+        versions = " and ".join(map(" ".join, files.hdf5_versions().items()))
         raise BackendUnavailableError(
             f"single_file=True: this h5py was built without MPI ({versions}); build one with the "
             "MPI library of the job (CC=mpicc HDF5_MPI=ON pip install --no-binary=h5py h5py), or "
@@ -55,15 +53,12 @@ def check_single_file(group: ProcessGroup) -> None:
 
 
 def write_together(
-    path: Path,
+    plan: SavePlan,
     taken: Future[list[HostBox]],
-    arrays: Mapping[str, ArrayMetadata],
     attributes: Mapping[str, str | int],
     group: ProcessGroup,
 ) -> Written:
     """Write one file with the boxes of all ranks; `taken` holds those of this rank.
-
-    Arrays and attributes are the same on all ranks, in the same order.
 
     Returns
     -------
@@ -83,7 +78,9 @@ def write_together(
     Collective over `group`. Memory: one block of 8 MiB, and what the MPI library takes. See
     [Note: writing together].
     """
+    path = plan.directory / SINGLE_FILE
     part = temporary(path)
+    arrays = broadcast_object(plan.coordinator and plan.coordinator[1].arrays, group)
     made = call_now(_make, part, arrays, attributes) if group.rank == 0 else None
     if broadcast_object(made is not None and made.exception() is not None, group):
         if made is not None:

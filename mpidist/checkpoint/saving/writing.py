@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mpidist._threads import fulfil, run_in_thread
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box, round_up
 from mpidist.arrays.namespaces import as_bytes, is_host, pinned_empty, to_host
@@ -45,17 +46,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)  # not frozen, which takes three times as long to make: there may be many
 class BoxSpec:
-    """A box of an array, without its elements.
-
-    Attributes
-    ----------
-    name : str
-        The array's name.
-    box : Box
-        Its place in the array.
-    dtype : dtype
-        The array's, in any byte order.
-    """
+    """A box of an array, without its elements; the dtype may have any byte order."""
 
     name: str
     box: Box
@@ -86,13 +77,7 @@ class BoxSource(BoxSpec, ABC):
 
 @dataclass(slots=True)
 class HostBox(BoxSource):
-    """A box of an array in host memory.
-
-    Attributes
-    ----------
-    data : Array
-        The elements, of the box's sizes. Need not be contiguous.
-    """
+    """A box of an array in host memory, with elements of the box's sizes, contiguous or not."""
 
     data: Array
 
@@ -145,11 +130,6 @@ def lay_out(
 ) -> tuple[list[B], dict[str, tuple[tuple[int, ...], DType]], list[tuple[str, int]]]:
     """Decide where in a file boxes go.
 
-    Parameters
-    ----------
-    boxes : iterable of BoxSpec
-        What goes into the file.
-
     Returns
     -------
     boxes : list of BoxSpec
@@ -184,14 +164,9 @@ def lay_out(
 
 @dataclass(frozen=True)
 class Written:
-    """A file that is complete and on disk.
+    """A file that is complete and on disk, and its boxes by name of the array.
 
-    Attributes
-    ----------
-    file : StoredFile or None
-        The file; None if another rank reports it.
-    boxes : list of (str, StoredBox)
-        Its boxes by name of the array; `StoredBox.file` is set when the manifest is assembled.
+    `file` is None if another rank reports it; `StoredBox.file` is set when the manifest is made.
     """
 
     file: StoredFile | None
@@ -209,16 +184,12 @@ def write_file(
     attributes: Mapping[str, str | int],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Write a file with these boxes.
+    """Write a file with these boxes, perhaps none; its directory must exist.
 
     Parameters
     ----------
-    path : Path
-        The file; its directory must exist.
-    boxes : sequence of BoxSource
-        What goes into it; may be empty.
     attributes : mapping of str to (str or int)
-        HDF5 attributes of the file.
+        HDF5 attributes of the file: the save's id, the rank and what else readers may want.
     meanwhile : callable, optional
         Called in another thread; the file is not complete if that raises.
 
@@ -296,20 +267,12 @@ def _stream(
 class WriterThread:
     """A thread that makes the calls submitted to it, in order; started by the first one.
 
-    Parameters
-    ----------
-    name : str
-        Name of the thread, for debuggers.
-
-    Notes
-    -----
-    Not an executor of the standard library: those accept nothing once the interpreter ends, and
-    that is when a job waits for its last save.
+    Not an executor of the standard library: see `mpidist._threads`.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
@@ -320,7 +283,7 @@ class WriterThread:
         except RuntimeError as error:  # the user may have no more threads
             future.set_exception(error)
         else:
-            self._tasks.put(lambda: call_into(future, call, *args))
+            self._tasks.put(lambda: fulfil(future, call, *args))
         return future
 
     def close(self) -> None:
@@ -340,34 +303,17 @@ class WriterThread:
 
 def call_now(call: Callable[..., T], *args: Any) -> Future[T]:
     """Call a function in this thread; the future holds its result, or what it raised."""
-    future: Future[T] = Future()
-    call_into(future, call, *args)
-    return future
-
-
-def call_into(future: Future[T], call: Callable[..., T], *args: Any) -> None:
-    """Call a function, and give its result, or what it raised, to a future."""
-    try:
-        result = call(*args)
-    except Exception as error:  # noqa: BLE001  # raised where the result is asked for
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+    return fulfil(Future(), call, *args)
 
 
 @contextmanager
 def _in_thread(call: Callable[..., None], *args: object) -> Iterator[None]:
-    """Call a function in a thread of its own while the block runs; raise what it raises.
-
-    Not in an executor of the standard library: see `WriterThread`.
-    """
-    future: Future[None] = Future()
-    thread = threading.Thread(target=call_into, args=(future, call, *args), daemon=True)
-    thread.start()
+    """Call a function in a thread of its own while the block runs; raise what it raises."""
+    future = run_in_thread(call, *args, name="mpidist-checkpoint-file")
     try:
         yield
     finally:
-        thread.join()  # it uses what the caller is about to close
+        wait([future])  # it uses what the caller is about to close
     future.result()
 
 
@@ -386,13 +332,7 @@ class Stager:
         self._used: dict[int, list[tuple[_MemoryPool, Array]]] = {}
 
     def copy(self, boxes: Sequence[HostBox]) -> list[HostBox]:
-        """Copy boxes, whose data may be on a device.
-
-        Returns
-        -------
-        list of HostBox
-            Given to `release` once they are written.
-        """
+        """Copy boxes, whose data may be on a device; `release` the copies once they are written."""
         copies: list[HostBox] = []
         used = []
         for pool, on_host in ((self._ordinary, True), (self._pinned, False)):

@@ -42,9 +42,11 @@ from mpidist.checkpoint.saving.plan import (
     GlobalPlan,
     LocalMetadata,
     WriteItem,
+    assemble,
     make_global_plan,
+    report_of,
+    versions,
 )
-from mpidist.checkpoint.saving.planning import assemble, report_of, versions
 from mpidist.checkpoint.saving.writing import BoxSource, file_name, write_file
 from mpidist.errors import CheckpointError, DistributedError, InvalidWorldSizeError
 
