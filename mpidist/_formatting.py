@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 
+def shorten(text: str, most: int) -> str:
+    """Return a text; of one that has more than `most` characters these, and ``...``."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def format_bytes(nbytes: int) -> str:
     """Return a size with three digits, in a unit that is a power of 1024: ``1.5 MiB``."""
     size, suffix = float(nbytes), "B"

@@ -183,12 +183,9 @@ class Checkpoint:
 
 
 def manifest_of(directory: Path, data: bytes) -> Manifest:
-    """Return the manifest that is in the directory of a step.
+    """Return the manifest in the directory of a step; raises as `parse_manifest`.
 
-    Raises
-    ------
-    CheckpointCorruptError, CheckpointIncompatibleError
-        As `parse_manifest`; and if it is of another step than the directory.
+    CheckpointCorruptError also if it is of another step than the directory.
     """
     path = directory / MANIFEST
     manifest = parse_manifest(data, path)
@@ -332,10 +329,8 @@ def create_directory(directory: Path, identity: str) -> None:
 def claimed(directory: Path, identity: str) -> Iterator[int]:
     """Open what is going to be the manifest, if the directory still belongs to a save with this id.
 
-    Raises
-    ------
-    CheckpointError
-        If another process has removed the directory since, or saves the same step.
+    Raises CheckpointError if another process has removed the directory since, or saves the same
+    step.
     """
     claim = temporary(directory / MANIFEST)
     try:
@@ -423,10 +418,7 @@ def _belongs(directory: Path, identity: str) -> bool:
 def remove(directory: Path) -> None:
     """Remove the directory of a step, the manifest first; of a symbolic link nothing but itself.
 
-    Raises
-    ------
-    CheckpointError
-        If the system refuses to remove it.
+    Raises CheckpointError if the system refuses to.
     """
     manifest = directory / MANIFEST
     try:
@@ -444,10 +436,7 @@ def remove(directory: Path) -> None:
 def set_aside(directory: Path) -> Path:
     """Give the directory of a step a name under which it is none, and return that.
 
-    Raises
-    ------
-    CheckpointError
-        If the system refuses to rename it.
+    Raises CheckpointError if the system refuses to.
     """
     try:
         names = (directory.with_name(f"{directory.name}.aside-{number}") for number in count(1))

@@ -87,18 +87,10 @@ class _GeneratorState:
 
 
 def flatten(state: State) -> FlatState:
-    """Take a state apart.
+    """Take a state apart that is to be saved, or loaded into.
 
-    Parameters
-    ----------
-    state : State
-        What is to be saved, or loaded into.
-
-    Returns
-    -------
-    FlatState
-        Names inside objects and mappings are joined by ``/``; items of lists and tuples have their
-        positions for names, counted from 0. What has no array in it is one value.
+    Names inside objects and mappings are joined by ``/``; items of lists and tuples have their
+    positions for names, counted from 0. What has no array in it is one value.
 
     Raises
     ------
@@ -219,17 +211,8 @@ def as_json(name: str, value: Any) -> JSON:
 def restore(state: State, arrays: Mapping[str, Any], values: Mapping[str, JSON]) -> None:
     """Give the objects of a state what has been loaded, in the order of their names.
 
-    Parameters
-    ----------
-    state : State
-        As `flatten` took it apart.
-    arrays, values : mapping
-        What a checkpoint has under the names of `flatten`.
-
-    Raises
-    ------
-    CheckpointIncompatibleError
-        If an object refuses it.
+    `arrays` and `values` are what a checkpoint has under the names of `flatten`. Raises
+    CheckpointIncompatibleError if an object refuses it.
     """
     for name in sorted(state):
         _restore(name, state[name], arrays, values)

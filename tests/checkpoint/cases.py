@@ -19,6 +19,7 @@ from mpidist import Box, ShardedArray, checkpoint
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import boxes_of_range
 from mpidist.arrays.namespaces import BFLOAT16, DTYPES
+from mpidist.checkpoint.format.manifest import ChunkGrid
 from mpidist.group import ProcessGroup
 
 KINDS = sorted(DTYPES, key=str)
@@ -229,8 +230,7 @@ def small_sizes(chunk: int, run: int, own: int) -> Iterator[None]:
     """
     most = 4 * max(chunk, 16)
     patches = {
-        "format.chunks": {"_CHUNK": chunk, "_RUN": run},
-        "format.manifest": {"ALIGNMENT": own},
+        "format.manifest": {"_CHUNK": chunk, "_RUN": run, "ALIGNMENT": own},
         "format.files": {"ALIGNMENT": own},
         "saving.plan": {"ALIGNMENT": own},
         "saving.writing": {"ALIGNMENT": own, "_BLOCK": 4 * own},
@@ -238,6 +238,8 @@ def small_sizes(chunk: int, run: int, own: int) -> Iterator[None]:
         "loading.load": {"MAX_READ": most, "BUFFER": 2 * most},
     }
     with ExitStack() as stack:
+        stack.callback(ChunkGrid.of.cache_clear)
         for module, values in patches.items():
             stack.enter_context(mock.patch.multiple(f"mpidist.checkpoint.{module}", **values))
+        ChunkGrid.of.cache_clear()
         yield

@@ -9,7 +9,7 @@ import xxhash
 
 from mpidist import Box
 from mpidist.arrays.namespaces import BFLOAT16
-from mpidist.checkpoint.format.chunks import DIGEST_BYTES, ChunkGrid, digests_of
+from mpidist.checkpoint.format.manifest import DIGEST_BYTES, ChunkGrid, digests_of
 from tests.checkpoint.cases import random_array, small_sizes
 
 RUN = 1 << 12
@@ -36,11 +36,17 @@ SHAPES = [
 ]
 
 
+def chunk_of(grid: ChunkGrid, number: int) -> Box:
+    """What a chunk covers, counted from the first index of the box."""
+    index = [int(i) for i in np.unravel_index(number, grid.counts)]
+    return grid.span(index, [1] * len(index))
+
+
 def painted(grid: ChunkGrid) -> np.ndarray:
     """How often each element is in a chunk."""
     times = np.zeros(grid.sizes, np.uint8)
     for number in range(grid.count):
-        times[grid.box(number).slices] += 1
+        times[chunk_of(grid, number).slices] += 1
     return times
 
 
@@ -62,11 +68,11 @@ def test_tiles_cover_a_box_once_and_are_neither_large_nor_thin(sizes, itemsize):
     assert grid.count == prod(grid.counts)
     most = most_bytes(prod(sizes) * itemsize)
     for number in range(grid.count):
-        chunk = grid.box(number)
+        chunk = chunk_of(grid, number)
         assert 0 < chunk.count * itemsize <= most
     if grid.count > 1:  # those at the far edge may be thinner, and smaller
-        assert longest_run(grid.box(0), sizes, itemsize) > RUN / 2
-        assert grid.box(0).count * itemsize > most / 2
+        assert longest_run(chunk_of(grid, 0), sizes, itemsize) > RUN / 2
+        assert chunk_of(grid, 0).count * itemsize > most / 2
 
 
 def test_an_element_larger_than_a_tile_is_one():
@@ -81,7 +87,7 @@ def test_an_element_larger_than_a_tile_is_one():
 def test_covering_is_what_a_brush_touches(chunk, sizes):
     with small_sizes(chunk, 8, 1 << 20):
         grid = ChunkGrid(sizes, 4)
-    chunks = [grid.box(number) for number in range(grid.count)]
+    chunks = [chunk_of(grid, number) for number in range(grid.count)]
     spans = [
         [(a, b) for a, b in itertools.combinations(range(size + 1), 2) if (a + b) % 3 != 1]
         for size in sizes
@@ -109,7 +115,7 @@ def test_a_span_is_the_tiles_beside_each_other():
             *(range(i + 1, n + 1) for i, n in zip(index, grid.counts, strict=True))
         ):
             slices = tuple(slice(i, n) for i, n in zip(index, stop, strict=True))
-            parts = [grid.box(number) for number in numbers[slices].reshape(-1).tolist()]
+            parts = [chunk_of(grid, number) for number in numbers[slices].reshape(-1).tolist()]
             span = grid.span(index, [n - i for i, n in zip(index, stop, strict=True)])
             assert span.count == sum(part.count for part in parts)
             for part in parts:
@@ -127,12 +133,12 @@ def test_tiles_are_joined_to_boxes_of_so_many_bytes(nbytes):
         joined = [n for first, count, _ in found for n in range(first, first + count)]
         assert joined == numbers.tolist()
         for first, count, region in found:
-            parts = [grid.box(number) for number in range(first, first + count)]
+            parts = [chunk_of(grid, number) for number in range(first, first + count)]
             assert region.count == sum(part.count for part in parts)
             assert count == 1 or region.count * 4 <= nbytes
             assert grid.over(region).count == count
             for number, part in enumerate(parts):
-                assert grid.over(region).box(number) == part.relative_to(region)
+                assert chunk_of(grid.over(region), number) == part.relative_to(region)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(bool), np.dtype(np.complex64), BFLOAT16])
@@ -142,7 +148,9 @@ def test_a_digest_is_that_of_the_tiles_elements_in_c_order(dtype, shape):
     with small_sizes(32, 8, 1 << 20):
         grid = ChunkGrid(shape, dtype.itemsize)
         expected = b"".join(
-            xxhash.xxh3_64_digest(np.array(array[grid.box(number).slices], order="C").tobytes())
+            xxhash.xxh3_64_digest(
+                np.array(array[chunk_of(grid, number).slices], order="C").tobytes()
+            )
             for number in range(grid.count)
         )
         for ordered in (array, np.asfortranarray(array)):
@@ -155,7 +163,7 @@ def test_digests_of_a_large_transposed_array():
     grid = ChunkGrid(array.shape, 4)
     assert grid.count > 5
     parts = [
-        xxhash.xxh3_64_digest(np.ascontiguousarray(array[grid.box(n).slices]).tobytes())
+        xxhash.xxh3_64_digest(np.ascontiguousarray(array[chunk_of(grid, n).slices]).tobytes())
         for n in range(grid.count)
     ]
     assert digests_of(array) == b"".join(parts)

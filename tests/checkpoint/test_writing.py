@@ -7,8 +7,7 @@ import pytest
 from mpidist import Box
 from mpidist.arrays.namespaces import BFLOAT16, DTYPES
 from mpidist.checkpoint.format import files
-from mpidist.checkpoint.format.chunks import digests_of
-from mpidist.checkpoint.format.manifest import ALIGNMENT
+from mpidist.checkpoint.format.manifest import ALIGNMENT, digests_of
 from mpidist.checkpoint.saving.writing import HostBox, write_file
 from tests.checkpoint.cases import bits, random_array, small_sizes
 

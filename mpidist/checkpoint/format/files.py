@@ -57,13 +57,8 @@ def exists(path: Path) -> bool:
 def open_regular(path: Path) -> int:
     """Open a file for reading, and return its descriptor, which the caller closes.
 
-    Raises
-    ------
-    CheckpointCorruptError
-        If it is anything but a regular file, such as a FIFO, at which a plain `open` waits until
-        somebody writes.
-    OSError
-        If it cannot be opened.
+    Raises CheckpointCorruptError if it is anything but a regular file, such as a FIFO, at which a
+    plain `open` waits until somebody writes, and OSError if it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
@@ -132,10 +127,7 @@ def read_at(descriptor: int, parts: Sequence[Array], offset: int) -> int:
 def naming(path: Path, nbytes: int | None = None) -> Iterator[None]:
     """Name the file in what the system raises in the block, and its size if the disk is full.
 
-    Raises
-    ------
-    OSError
-        Of the same number, so of the same class.
+    The OSError raised has the same number, so it is of the same class.
     """
     try:
         yield
@@ -155,12 +147,8 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 def rename_synced(part: Path, path: Path, *, warn: bool = True) -> None:
     """Give a file that is complete and synced its name, and sync their directory.
 
-    Raises
-    ------
-    FileExistsError
-        If there is something of that name: another process writes to the same directory.
-    OSError
-        If the system refuses to rename or sync.
+    Raises FileExistsError if there is something of that name: another process writes to the same
+    directory. Any other OSError if the system refuses to rename or sync.
     """
     try:
         path.lstat()
@@ -173,21 +161,11 @@ def rename_synced(part: Path, path: Path, *, warn: bool = True) -> None:
 
 
 def sync_directory(directory: Path, *, warn: bool = True) -> None:
-    """Make the names in a directory survive a loss of power.
+    """Make the names in a directory survive a loss of power; raises OSError if that fails.
 
-    Parameters
-    ----------
-    directory : Path
-        The directory to sync.
-    warn : bool, optional
-        Whether to log a warning, once in this process, where the file system does not support
-        it: CephFS and some that are mounted by FUSE refuse to sync a directory. They have the names
-        or do not have them after a loss of power; nothing else can be done about it.
-
-    Raises
-    ------
-    OSError
-        If it fails for another reason.
+    CephFS and some file systems that are mounted by FUSE refuse to sync a directory. They have the
+    names or do not have them after a loss of power; nothing else can be done about it, and `warn`
+    says whether to log a warning then, once in this process.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -222,16 +200,9 @@ def create_file(
 ) -> dict[str, int]:
     """Make a file, which must not exist, with datasets (name, shape, dtype) without values.
 
-    Returns
-    -------
-    dict of str to int
-        Where the bytes of each dataset begin, from the beginning of the file: a multiple of
-        `ALIGNMENT` for those of so many bytes. Empty ones have no place, and 0 stands for it.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written, or is there already.
+    Returns where the bytes of each dataset begin, from the beginning of the file: a multiple of
+    `ALIGNMENT` for those of so many bytes. Empty ones have no place, and 0 stands for it. Raises
+    OSError if the file cannot be written, or is there already.
     """
     import h5py
 
@@ -273,12 +244,7 @@ def errors_of_the_system(path: Path) -> Iterator[None]:
 def parallel_file(path: Path, comm: Any) -> Iterator[ParallelFile]:
     """Open a file made by `create_file`, to be written by all ranks of an mpi4py communicator.
 
-    Needs `has_mpi`.
-
-    Raises
-    ------
-    OSError
-        On every rank, if it cannot be opened.
+    Needs `has_mpi`. Raises OSError on every rank, if it cannot be opened.
 
     Notes
     -----
@@ -301,14 +267,9 @@ class ParallelFile:
         self._file = file
 
     def write(self, name: str, box: Box, data: Array) -> None:
-        """Write C-contiguous, little-endian elements to a box of a dataset.
+        """Write C-contiguous, little-endian elements to a box of a dataset; raises OSError.
 
         The box is not empty, and the boxes of the ranks are disjoint.
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
         """
         import h5py
 

@@ -30,8 +30,8 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box, corners, overlapping
-from mpidist.checkpoint.format.chunks import DIGEST_BYTES, number_of_chunks
 from mpidist.checkpoint.format.manifest import (
+    DIGEST_BYTES,
     FORMAT,
     FRONT,
     JSON,
@@ -49,6 +49,7 @@ from mpidist.checkpoint.format.manifest import (
     dtype_of,
     is_printable,
     nested,
+    number_of_chunks,
     problem_with_name,
     problem_with_shape,
 )
@@ -137,12 +138,8 @@ def _has_the_sum_of(array: Box, boxes: Sequence[Box]) -> bool:
 def parse_manifest(data: bytes, path: object) -> Manifest:
     """Read the bytes of a manifest, and believe nothing that they do not prove.
 
-    Raises
-    ------
-    CheckpointCorruptError
-        If it is cut off, damaged or edited, or contradicts itself.
-    CheckpointIncompatibleError
-        If its format is a later one.
+    Raises CheckpointCorruptError if it is cut off, damaged or edited, or contradicts itself, and
+    CheckpointIncompatibleError if its format is a later one.
     """
     if len(data) > MOST_BYTES:
         raise CheckpointCorruptError(
@@ -247,11 +244,8 @@ def _files_of(entries: Any) -> tuple[StoredFile, ...]:
 def _arrays_of(entries: Mapping[str, Any], files: Sequence[StoredFile]) -> dict[str, StoredArray]:
     """Return the arrays of a manifest with these files.
 
-    Raises
-    ------
-    Exception
-        One of `_CONTRADICTIONS`: where a box is not inside its dataset, a dataset not inside its
-        file, or the boxes of an array do not cover it.
+    Raises one of `_CONTRADICTIONS` where a box is not inside its dataset, a dataset not inside its
+    file, or the boxes of an array do not cover it.
     """
     _check_types(dict, [entries])
     names = list(entries)
@@ -366,17 +360,7 @@ def _boxes(
 
 
 class _Space(NamedTuple):
-    """A dataset, as a place for boxes.
-
-    Attributes
-    ----------
-    file : str
-        Name of its file.
-    shape : tuple of int
-        Its shape.
-    length : int
-        How many elements it has.
-    """
+    """A dataset of a file, as a place for boxes; `length` is the number of its elements."""
 
     file: str
     shape: tuple[int, ...]

@@ -152,8 +152,6 @@ class Dataset(NamedTuple):
     ----------
     byte : int
         Where its bytes begin; 0 if it is empty, or they lie elsewhere.
-    shape : tuple of int
-        Length of each dimension.
     dtype : str
         Of its elements: with their order of bytes; that of the tag where there is one.
     sources : tuple of (str, str)
@@ -167,15 +165,7 @@ class Dataset(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What is in a file.
-
-    Attributes
-    ----------
-    id : str or None
-        Of the save that it is of, if it says.
-    datasets : dict of str to Dataset
-        All datasets, by their paths in the file.
-    """
+    """What is in a file: the id of its save, if it says, and all datasets by their paths."""
 
     id: str | None
     datasets: dict[str, Dataset]
@@ -184,16 +174,9 @@ class Contents(NamedTuple):
 def contents(path: Path) -> Contents:
     """Return what is in a file.
 
-    Raises
-    ------
-    OSError
-        If it is no HDF5 file, or is cut off or damaged.
-    CheckpointCorruptError
-        If it is no regular file.
-
-    Notes
-    -----
-    The library may end the process where a file is damaged: see `inspecting`.
+    Raises OSError if it is no HDF5 file, or is cut off or damaged, and CheckpointCorruptError if it
+    is no regular file. The library may end the process where a file is damaged: see
+    `mpidist.checkpoint.tools.verifying.inspect`.
     """
     import h5py
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from operator import is_
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 
 import mpidist.errors
+from mpidist._threads import fulfil
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box, round_up
 from mpidist.arrays.namespaces import array_namespace, is_host
@@ -51,6 +53,8 @@ from mpidist.errors import (
 from mpidist.group import ProcessGroup
 from mpidist.nn.names import former_names
 from mpidist.observe.regions import region
+
+T = TypeVar("T")
 
 BUFFER = 2 * MAX_READ
 """Bytes of a rank's buffer."""
@@ -121,16 +125,10 @@ def load(
     checkpoint = _find_together(path, step, saver, f"load of {path} on group {group.name!r}")
     manifest = checkpoint.manifest
     what = f"load of {checkpoint.directory} on group {group.name!r}"
-    flat = FlatState()
-    targets = _Targets()
-
-    def match() -> None:
-        nonlocal flat, targets
-        flat = flatten(state)
-        targets = _matched(flat, manifest, checkpoint.directory)
-
     together = saver.group
-    _all_or_none(match, together, what)
+    targets = _all_or_none(
+        lambda: _matched(flatten(state), manifest, checkpoint.directory), together, what
+    )
     node = together.node_group()
     readers = Readers(node if node.size > 1 else None)
     with region("checkpoint read"), Files(checkpoint.directory, manifest, verify=verify) as files:
@@ -258,14 +256,13 @@ def _find_together(
     path: str | os.PathLike[str], step: int | str, saver: Saver, what: str
 ) -> Checkpoint:
     """Let rank 0 find a checkpoint, and give its manifest to all."""
-    group, root = saver.group, Path()
+    group = saver.group
 
-    def prepare() -> None:
-        nonlocal root
+    def prepare() -> Path:
         saver.raise_unreported()
-        root = absolute(path)
+        return absolute(path)
 
-    _all_or_none(prepare, group, what)
+    root = _all_or_none(prepare, group, what)
     check_same(f"step {step!r} of {root} to load", group)
     problem: DistributedError | None = None
     read: tuple[Path, bytes] | None = None
@@ -282,17 +279,14 @@ def _find_together(
     if problem is not None:
         raise problem
     directory, data = read
-    checkpoint: Checkpoint | None = None
 
-    def believe() -> None:
-        nonlocal checkpoint
+    def believe() -> Checkpoint:
         checkpoint = Checkpoint(directory, manifest_of(directory, data))
         if group.rank == 0:
             check_files(directory, checkpoint.manifest)
+        return checkpoint
 
-    _all_or_none(believe, group, f"load of {directory} on group {group.name!r}")
-    assert checkpoint is not None, "nobody has failed"
-    return checkpoint
+    return _all_or_none(believe, group, f"load of {directory} on group {group.name!r}")
 
 
 def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
@@ -302,10 +296,8 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
     needed = flat.values.keys() - (flat.inside - flat.objects)
     needed |= {name for name in flat.values if name.rpartition("/")[0] in flat.lists}
     targets = _Targets()
-    names, saved_names = (
-        flat.arrays.keys() | flat.values.keys(),
-        {*manifest.arrays, *manifest.values},
-    )
+    names = flat.arrays.keys() | flat.values.keys()
+    saved_names = {*manifest.arrays, *manifest.values}
     if not names <= saved_names:  # perhaps the names had other parts when it was saved
         targets.former = former_names([*flat.arrays, *flat.values], saved_names)
     known = manifest.values.keys() | targets.former.keys()
@@ -320,25 +312,25 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
                 f"{name}: expected {array.dtype}{list(array.shape)}, saved was "
                 f"{stored.dtype}{list(stored.shape)}"
             )
-        elif isinstance(array, ShardedArray):
+        else:
+            full = Box.whole(array.shape)
+            held = array.pieces if isinstance(array, ShardedArray) else {full: array}
             inside = name in flat.inside
             pieces = {
-                box: targets.take(saved, box, piece, inside=inside)
-                for box, piece in array.pieces.items()
+                box: targets.take(saved, box, piece, inside=inside) for box, piece in held.items()
             }
-            same = all(map(is_, pieces.values(), array.pieces.values()))
-            targets.arrays[name] = array if same else ShardedArray(array.shape, array.dtype, pieces)
-        else:
-            box = Box.whole(array.shape)
-            inside = name in flat.inside
-            targets.arrays[name] = targets.take(saved, box, array, inside=inside)
+            if all(map(is_, pieces.values(), held.values())):
+                targets.arrays[name] = array
+            elif isinstance(array, ShardedArray):
+                targets.arrays[name] = ShardedArray(array.shape, array.dtype, pieces)
+            else:
+                targets.arrays[name] = pieces[full]
     problems += _left_over(flat, manifest, set(targets.former.values()))
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        listed = "\n  ".join(problems[:20])
         raise CheckpointIncompatibleError(
-            f"{directory} is of another state; nothing was changed:\n  "
-            + "\n  ".join(problems[:20])
-            + more
+            f"{directory} is of another state; nothing was changed:\n  {listed}{more}"
         )
     return targets
 
@@ -357,17 +349,17 @@ def _left_over(flat: FlatState, manifest: Manifest, former: set[str]) -> Iterato
             yield f"{name}: saved, but {parent!r} has no such part"
 
 
-def _all_or_none(action: Callable[[], None], group: ProcessGroup, what: str) -> None:
+def _all_or_none(action: Callable[[], T], group: ProcessGroup, what: str) -> T:
     """Do something on every rank; if one fails, raise on all what the first one raised."""
+    done = fulfil(Future(), action)
+    error = done.exception()
+    if not _any_failed(group, failed=error is not None):
+        return done.result()
     problem: tuple[str, str] | None = None
-    try:
-        action()
-    except DistributedError as error:
+    if isinstance(error, DistributedError):
         problem = (type(error).__name__, str(error))
-    except Exception as error:  # noqa: BLE001  # reported to all ranks, which would wait otherwise
+    elif error is not None:
         problem = (CheckpointError.__name__, f"{type(error).__name__}: {error}")
-    if not _any_failed(group, failed=problem is not None):
-        return
     problems = all_gather_object(problem, group)
     rank, (name, message) = next((r, p) for r, p in enumerate(problems) if p is not None)
     known = name in mpidist.errors.__all__ and name != TransportError.__name__  # it takes a code
@@ -381,18 +373,7 @@ def _any_failed(group: ProcessGroup, *, failed: bool) -> bool:
 
 
 class Readers:
-    """The ranks that read together: those of a node, which share memory, or this one alone.
-
-    Parameters
-    ----------
-    group : ProcessGroup or None
-        The ranks of the node; None for a process that reads alone.
-
-    Attributes
-    ----------
-    rank, size : int
-        This rank's number among them, and how many they are.
-    """
+    """The ranks that read together: those of a node, which share memory, or this one alone."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.rank, self.size = (0, 1) if group is None else (group.rank, group.size)
@@ -412,12 +393,9 @@ class Readers:
         ]
 
     def buffers(self) -> Array | None:
-        """Return memory that all of them see, or None if there is none, then on all of them.
+        """Return two buffers for each rank, used in turn: shape (2, size, BUFFER) uint8.
 
-        Returns
-        -------
-        Array, shape (2, size, BUFFER) uint8, or None
-            Two buffers for each rank, used in turn.
+        All ranks see them. None, on all of them, if there is no such memory.
         """
         if self._group is None:
             return None
@@ -431,11 +409,8 @@ class Readers:
 def batches(items: Sequence[ReadItem], size: int) -> list[list[list[ReadItem]]]:
     """Divide read items, which are in the order of the files, among readers, and into batches.
 
-    Returns
-    -------
-    list of list of list of ReadItem
-        For each reader its batches, each of at most `BUFFER` bytes. Readers have equal shares of
-        the bytes, as nearly as items allow.
+    Returns for each reader its batches, each of at most `BUFFER` bytes. Readers have equal shares
+    of the bytes, as nearly as items allow.
     """
     total = sum(item.nbytes for item in items)
     shares: list[list[ReadItem]] = [[] for _ in range(size)]
@@ -475,24 +450,16 @@ def _views(buffer: Array, batch: Sequence[ReadItem]) -> Iterator[Array]:
 def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers) -> None:
     """Read what is needed here, and with others what several of them need."""
     requests = readers.requests(targets.requests())
-    problem: Exception | None = None
-    own: list[ReadItem] = []
-    shared: list[ReadItem] = []
-    try:
-        own, shared = divided_read_items(manifest, requests, readers.rank)
-    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
-        problem = error
-    if readers.barrier(failed=problem is not None):
-        if problem is not None:
-            raise problem
-        return  # another rank raises
+    items = fulfil(Future(), divided_read_items, manifest, requests, readers.rank)
+    if readers.barrier(failed=items.exception() is not None):
+        items.result()  # raises, here or on another rank
+        return
+    own, shared = items.result()
     buffers = readers.buffers() if shared else None
     if shared and buffers is None:  # no other rank, or no shared memory: each rank reads for itself
         own, shared = read_items(manifest, requests[readers.rank]), []
-    try:
-        _fill_alone(files, manifest, targets, own)
-    except Exception as error:  # noqa: BLE001  # raised below: first the others must learn of it
-        problem = error
+    filled = fulfil(Future(), _fill_alone, files, manifest, targets, own)
+    problem = filled.exception()
     if buffers is not None:
         problem = _fill_together(files, manifest, targets, readers, buffers, shared, problem)
     if problem is not None:
@@ -523,16 +490,12 @@ def _fill_together(
     readers: Readers,
     buffers: Array,
     items: Sequence[ReadItem],
-    problem: Exception | None,
-) -> Exception | None:
+    problem: BaseException | None,
+) -> BaseException | None:
     """Read this rank's share of what several need, and copy what it needs of all.
 
-    Returns
-    -------
-    Exception or None
-        `problem`, or what has failed here; the others may go on only with this rank.
-
-    See [Note: reading together].
+    Returns `problem`, or what has failed here; the others may go on only with this rank. See
+    [Note: reading together].
     """
     shares = batches(items, readers.size)
     own = shares[readers.rank]

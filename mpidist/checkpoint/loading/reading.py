@@ -15,9 +15,16 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box, BoxIndex
-from mpidist.checkpoint.format.chunks import DIGEST_BYTES, ChunkGrid, digests_of
 from mpidist.checkpoint.format.files import open_regular, read_at
-from mpidist.checkpoint.format.manifest import ID_DATASET, Manifest, StoredArray, StoredFile
+from mpidist.checkpoint.format.manifest import (
+    DIGEST_BYTES,
+    ID_DATASET,
+    ChunkGrid,
+    Manifest,
+    StoredArray,
+    StoredFile,
+    digests_of,
+)
 from mpidist.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -41,8 +48,6 @@ class ReadItem:
 
     Attributes
     ----------
-    name : str
-        The array's name.
     number : int
         Position of the stored box among those of the array.
     first, count : int
@@ -51,10 +56,8 @@ class ReadItem:
         What they cover of the stored box, counted from its first index.
     nbytes : int
         Length of all chunks together.
-    file : int
-        Which file they lie in.
-    byte : int
-        Where the first of them begins.
+    file, byte : int
+        Which file they lie in, and where the first of them begins.
     length : int
         How many bytes lie side by side from there: all of them, unless the box is cut in columns.
     """
@@ -185,10 +188,7 @@ def file_ranges(
 def contiguous_ranges(region: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield where the elements of a region lie side by side in an array of this shape, in C order.
 
-    Yields
-    ------
-    int, int
-        Position of the first element, and how many there are.
+    Each is the position of the first element, and how many there are.
     """
     if region.sizes[1:] == tuple(shape[1:]):
         yield (region.offsets[0] * prod(shape[1:]) if shape else 0), region.count
@@ -205,13 +205,7 @@ def contiguous_ranges(region: Box, shape: Sequence[int]) -> Iterator[tuple[int, 
 
 
 class ArrayTargets:
-    """Memory for parts of one array, which may be many.
-
-    Attributes
-    ----------
-    parts : list of (Box, Array)
-        Which parts, and where they go.
-    """
+    """Memory for parts of one array, which may be many: the parts, and where each goes."""
 
     def __init__(self, parts: Iterable[tuple[Box, Array]] = ()) -> None:
         self.parts = list(parts)
@@ -234,11 +228,8 @@ def destination_of(
 ) -> Array | None:
     """Return where an item may be read to, if its elements are needed there as the file has them.
 
-    Returns
-    -------
-    Array, shape (item.nbytes,) uint8, or None
-        A view of the array that needs it; None if no array needs all of it, several do, or the
-        view is not contiguous.
+    That is a view of the array that needs it, shape (item.nbytes,) uint8. None if no array needs
+    all of it, several do, or the view is not contiguous.
     """
     stored = manifest.arrays[item.name].boxes[item.number].box
     region = item.region.placed_in(stored)
@@ -286,14 +277,8 @@ _MOST_OPEN = 256
 def check_files(directory: Path, manifest: Manifest) -> None:
     """Raise unless all files are there, in their full length, and of the manifest's save.
 
-    Raises
-    ------
-    CheckpointMissingShardError, CheckpointCorruptError
-        With the name of the first file that is wrong.
-
-    Notes
-    -----
-    Where the state has values only, nothing else ties a manifest to the files beside it.
+    Where the state has values only, nothing else ties a manifest to the files beside it. Raises
+    CheckpointMissingShardError or CheckpointCorruptError with the first file that is wrong.
     """
     for file in manifest.files:
         check_file(directory / file.name, file, manifest.id)
@@ -302,12 +287,8 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 def check_sizes(directory: Path, sizes: Iterable[tuple[str, int]]) -> None:
     """Raise unless files are there and have their sizes; opens none.
 
-    Raises
-    ------
-    CheckpointMissingShardError, CheckpointCorruptError
-        With the name of the first file that is wrong.
-    OSError
-        If one cannot be looked at.
+    Raises CheckpointMissingShardError or CheckpointCorruptError with the first file that is wrong,
+    and OSError if one cannot be looked at.
     """
     for name, size in sizes:
         path = directory / name
@@ -361,19 +342,8 @@ def _cut_off(path: Path, expected: int, size: int) -> CheckpointCorruptError:
 class Files:
     """The files of a checkpoint, opened when they are needed.
 
-    Parameters
-    ----------
-    directory : Path
-        The checkpoint's directory.
-    manifest : Manifest
-        The checkpoint's manifest, which says where boxes lie.
-    verify : bool
-        Whether `load` compares the digests of chunks.
-
-    Attributes
-    ----------
-    read : int
-        Number of bytes read so far.
+    `verify` says whether `load` compares the digests of chunks; `read` counts the bytes read so
+    far.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from mpidist import __version__
+from mpidist._formatting import shorten
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box, split_evenly
 from mpidist.arrays.shards import ShardedArray
@@ -101,11 +102,8 @@ class GlobalPlan:
 def make_global_plan(local: Sequence[LocalMetadata]) -> GlobalPlan:
     """Divide the work of a save among the ranks, given what each holds, by rank.
 
-    Returns
-    -------
-    GlobalPlan
-        Each element of each array is written by one of the ranks that hold it. A box that several
-        ranks hold is cut, or given to the one of them that has least to write.
+    Each element of each array is written by one of the ranks that hold it. A box that several ranks
+    hold is cut, or given to the one of them that has least to write.
 
     Raises
     ------
@@ -185,19 +183,15 @@ def _same_values(local: Sequence[LocalMetadata]) -> dict[str, JSON]:
                 values[name] = value
             elif _json(values[name]) != _json(value):  # as text NaN equals NaN, and 1 is not 1.0
                 raise CollectiveMismatchError(
-                    f"{name!r} is {_short(value)} on rank {rank} and {_short(values[name])} on "
-                    f"rank {first[name]}; give what differs a name of its own on each rank"
+                    f"{name!r} is {shorten(repr(value), 60)} on rank {rank} and "
+                    f"{shorten(repr(values[name]), 60)} on rank {first[name]}; give what differs "
+                    "a name of its own on each rank"
                 )
     return values
 
 
 def _json(value: JSON) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _short(value: JSON) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _cut(box: Box, parts: int) -> list[Box]:
@@ -240,20 +234,10 @@ def view_of(array: Array | ShardedArray, item: WriteItem) -> Array:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What a rank knows of a save that is about to begin.
+    """What a rank knows of a save that is about to begin: what it holds, and what it writes.
 
-    Attributes
-    ----------
-    id : str
-        Identifies the save.
-    directory : Path
-        The directory of the step.
-    flat : FlatState
-        What this rank holds.
-    local : LocalPlan
-        What this rank writes.
-    coordinator : (Manifest, GlobalPlan) or None
-        On rank 0, the manifest without its files and arrays, and the plan of all ranks.
+    `coordinator` is, on rank 0, the manifest without its files and arrays, and the plan of all
+    ranks.
     """
 
     id: str

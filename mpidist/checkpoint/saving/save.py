@@ -428,17 +428,9 @@ def steps_of(
 ) -> Iterator[Pending]:
     """Take a save from the writing of this rank's file to its commit.
 
-    `viewed` says that rank 0 makes the view while it writes its file.
-
-    Yields
-    ------
-    Pending
-        What has to be over before the next step.
-
-    Raises
-    ------
-    CheckpointError
-        On every rank, with the same message, if a rank could not write.
+    Yields what has to be over before the next step. `viewed` says that rank 0 makes the view while
+    it writes its file. Raises CheckpointError on every rank, with the same message, if a rank could
+    not write.
 
     Notes
     -----

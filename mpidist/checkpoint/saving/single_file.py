@@ -60,18 +60,9 @@ def write_together(
 ) -> Written:
     """Write one file with the boxes of all ranks; `taken` holds those of this rank.
 
-    Returns
-    -------
-    Written
-        When the file is closed on all ranks and synced on this one; on rank 0, which reports the
-        file itself, when it also has its name.
-
-    Raises
-    ------
-    OSError
-        On a rank that could not write; the others return.
-    Exception
-        Whatever `taken` raises.
+    Returns when the file is closed on all ranks and synced on this one; on rank 0, which reports
+    the file itself, when it also has its name. Raises OSError on a rank that could not write, while
+    the others return, and whatever `taken` raises.
 
     Notes
     -----

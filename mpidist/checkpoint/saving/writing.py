@@ -26,7 +26,6 @@ from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box, round_up
 from mpidist.arrays.namespaces import as_bytes, is_host, pinned_empty, to_host
 from mpidist.checkpoint.format import files
-from mpidist.checkpoint.format.chunks import digests_of
 from mpidist.checkpoint.format.files import naming, rename_synced, temporary, write_at
 from mpidist.checkpoint.format.manifest import (
     ALIGNMENT,
@@ -34,6 +33,7 @@ from mpidist.checkpoint.format.manifest import (
     StoredBox,
     StoredDataset,
     StoredFile,
+    digests_of,
     name_of,
 )
 
@@ -186,22 +186,9 @@ def write_file(
 ) -> Written:
     """Write a file with these boxes, perhaps none; its directory must exist.
 
-    Parameters
-    ----------
-    attributes : mapping of str to (str or int)
-        HDF5 attributes of the file: the save's id, the rank and what else readers may want.
-    meanwhile : callable, optional
-        Called in another thread; the file is not complete if that raises.
-
-    Returns
-    -------
-    Written
-        When the file is on disk under its name, and its directory is, too.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; a part of it may be left under its temporary name.
+    Returns when the file is on disk under its name, and its directory is, too. Raises OSError if it
+    cannot be written; a part of it may be left under its temporary name. `meanwhile` is called in
+    another thread, and the file is not complete if that raises.
 
     Notes
     -----

@@ -10,29 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mpidist._formatting import format_bytes
+from mpidist._formatting import columns, format_bytes, format_count, shorten
 from mpidist.checkpoint import directory
 from mpidist.checkpoint.directory import Checkpoint, absolute, find, step_of
 from mpidist.checkpoint.format.manifest import JSON, encode, printable
-from mpidist.checkpoint.tools.differences import compare
+from mpidist.checkpoint.tools.differences import Difference, compare
 from mpidist.checkpoint.tools.exporting import FORMATS, export_to, import_from
 from mpidist.checkpoint.tools.pruning import STALE, prunable, prune, statuses
 from mpidist.checkpoint.tools.resharding import Progress, ignore_progress, reshard
-from mpidist.checkpoint.tools.tables import (
-    arrays_text,
-    box_table,
-    checkpoint_lines,
-    difference_lines,
-    fields_of,
-    ranks_text,
-    row_of,
-    step_table,
-)
 from mpidist.checkpoint.tools.verifying import verify
 from mpidist.errors import (
     CheckpointCorruptError,
@@ -86,87 +76,19 @@ def _at_least(least: int) -> Callable[[str], int]:
     return read
 
 
-def _path(parser: argparse.ArgumentParser, name: str = "path", metavar: str = "PATH") -> None:
-    text = "directory of checkpoints, or of one step"
-    parser.add_argument(name, type=Path, metavar=metavar, help=text)
+def _argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return what `ArgumentParser.add_argument` is called with."""
+    return names, options
 
 
-def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    _path(parser)
-    _add_step(parser)
-
-
-def _add_step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--step", type=_step, metavar="STEP", help="which one (default: the newest complete one)"
-    )
-
-
-def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="directory of checkpoints")
-
-
-def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    _verify_arguments(parser)
-    parser.add_argument(
-        "--boxes", action="store_true", help="also where each part of an array lies"
-    )
-
-
-def _diff_arguments(parser: argparse.ArgumentParser) -> None:
-    _path(parser, "first", "FIRST")
-    _path(parser, "second", "SECOND")
-    _add_step(parser)
-
-
-def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
-    _path(parser)
-    parser.add_argument(
-        "destination", type=Path, metavar="NEW", help="directory of checkpoints, made if missing"
-    )
-    parser.add_argument(
-        "--ranks", type=_at_least(1), required=True, metavar="N", help="of the new checkpoint"
-    )
-    _add_step(parser)
-
-
-def _prune_arguments(parser: argparse.ArgumentParser) -> None:
-    _list_arguments(parser)
-    parser.add_argument(
-        "--keep",
-        type=_at_least(1),
-        required=True,
-        metavar="K",
-        help="how many whole ones stay: those that were committed last",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    parser.add_argument(
-        "--stale",
-        type=float,
-        default=STALE,
-        metavar="SECONDS",
-        help="without a change, after which a partial one is taken for what a killed save has left "
-        "(default: %(default)g)",
-    )
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    _path(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
-    _add_step(parser)
-
-
-def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
-    parser.add_argument(
-        "path", type=Path, metavar="PATH", help="directory of checkpoints, made if missing"
-    )
-    parser.add_argument(
-        "--step",
-        type=_at_least(0),
-        metavar="STEP",
-        help="of the checkpoint (default: as it was exported)",
-    )
+_ONE = {"type": Path, "help": "directory of checkpoints, or of one step"}
+_NEW = "directory of checkpoints, made if missing"
+_PATH = _argument("path", metavar="PATH", **_ONE)
+_DIRECTORY = _argument("path", type=Path, metavar="PATH", help="directory of checkpoints")
+_FILE = _argument("file", type=Path, metavar="FILE", help=f"*{' or *'.join(FORMATS)}")
+_STEP = _argument(
+    "--step", type=_step, metavar="STEP", help="which one (default: the newest complete one)"
+)
 
 
 class _Outcome(NamedTuple):
@@ -183,7 +105,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     choices = parser.add_subparsers(title="what to do", dest="action", required=True)
     for name, (_, text, arguments, long) in _ACTIONS.items():
         own = choices.add_parser(name, help=text, description=text)
-        arguments(own)
+        for names, options in arguments:
+            own.add_argument(*names, **options)
         own.add_argument("--json", action="store_true", help="print everything, as JSON")
         if long:
             own.add_argument(
@@ -195,13 +118,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it.
+    """Do it, and return the exit code.
 
-    Returns
-    -------
-    int
-        Exit code: 0; 1 if something is wrong with a checkpoint, or two differ; 2 if it cannot be
-        done as asked.
+    0; 1 if something is wrong with a checkpoint, or two differ; 2 if it cannot be done as asked.
     """
     try:
         outcome = _ACTIONS[options.action].act(options)
@@ -231,9 +150,9 @@ def _list(options: argparse.Namespace) -> _Outcome:
     partial = directory.partial(path)
     steps = [*(checkpoint.directory for checkpoint in directory.list(path)), *partial]
     rows = [
-        row_of(step_path, partial=step_path in partial) for step_path in sorted(steps, key=step_of)
+        _row_of(step_path, partial=step_path in partial) for step_path in sorted(steps, key=step_of)
     ]
-    lines = [*step_table(rows)] if rows else []
+    lines = [*_step_table(rows)] if rows else []
     if all(row["state"] == "partial" for row in rows):
         return _Outcome(rows, [*lines, f"there is no complete checkpoint in {path}"], 1)
     return _Outcome(rows, lines)
@@ -242,10 +161,10 @@ def _list(options: argparse.Namespace) -> _Outcome:
 def _show(options: argparse.Namespace) -> _Outcome:
     checkpoint = _checkpoint_at(options.path, options.step)
     lines = [
-        *checkpoint_lines(checkpoint),
-        *(["", *box_table(checkpoint)] if options.boxes else ()),
+        *_checkpoint_lines(checkpoint),
+        *(["", *_box_table(checkpoint)] if options.boxes else ()),
     ]
-    return _Outcome(fields_of(checkpoint), lines)
+    return _Outcome(_fields_of(checkpoint), lines)
 
 
 def _verify(options: argparse.Namespace) -> _Outcome:
@@ -259,7 +178,7 @@ def _verify(options: argparse.Namespace) -> _Outcome:
     }
     if errors:
         return _Outcome(fields, [str(error) for error in errors], 1)
-    return _Outcome(fields, [f"{checkpoint.directory} is whole: {arrays_text(checkpoint)}"])
+    return _Outcome(fields, [f"{checkpoint.directory} is whole: {_arrays_text(checkpoint)}"])
 
 
 def _diff(options: argparse.Namespace) -> _Outcome:
@@ -271,7 +190,7 @@ def _diff(options: argparse.Namespace) -> _Outcome:
         "second": str(second.directory),
         "differences": [difference.as_json() for difference in differences],
     }
-    return _Outcome(fields, difference_lines(first, second, differences), int(bool(differences)))
+    return _Outcome(fields, _difference_lines(first, second, differences), int(bool(differences)))
 
 
 def _reshard(options: argparse.Namespace) -> _Outcome:
@@ -324,7 +243,7 @@ def _made(new: Checkpoint) -> _Outcome:
         "ranks": new.world_size,
         "bytes": new.nbytes,
     }
-    return _Outcome(fields, [f"{new.directory}: {ranks_text(new)}, {arrays_text(new)}"])
+    return _Outcome(fields, [f"{new.directory}: {_ranks_text(new)}, {_arrays_text(new)}"])
 
 
 def _checkpoint_at(path: Path, step: int | str | None) -> Checkpoint:
@@ -347,42 +266,250 @@ def _size(checkpoint: Checkpoint) -> int | None:
         return None
 
 
+def _row_of(directory: Path, *, partial: bool) -> dict[str, JSON]:
+    """Return what `list` says of the directory of a step."""
+    row: dict[str, JSON] = {"step": step_of(directory), "directory": str(directory)}
+    if partial:
+        return row | {"state": "partial"}
+    try:
+        checkpoint = Checkpoint(directory)
+        return row | {
+            "state": "complete",
+            "created": checkpoint.created,
+            "ranks": checkpoint.world_size,
+            "arrays": len(checkpoint.arrays),
+            "values": len(checkpoint.values),
+            "bytes": checkpoint.nbytes,
+        }
+    except CheckpointError as error:
+        return row | {"state": "damaged", "problem": str(error)}
+
+
+def _step_table(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
+    """Yield a table of the steps of a directory."""
+    yield from columns(
+        ("step", "saved", "ranks", "arrays", "size", "state"),
+        [
+            (
+                str(row["step"]),
+                _date(row["created"]) if "created" in row else "",
+                str(row.get("ranks", "")),
+                str(row.get("arrays", "")),
+                format_bytes(row["bytes"]) if "bytes" in row else "",
+                row["state"],
+            )
+            for row in rows
+        ],
+        left=1,
+    )
+    yield from (f"step {row['step']}: {row['problem']}" for row in rows if "problem" in row)
+
+
+def _fields_of(checkpoint: Checkpoint) -> dict[str, JSON]:
+    """Return what `show` says of a checkpoint."""
+    return {
+        "directory": str(checkpoint.directory),
+        "step": checkpoint.manifest.step,
+        "created": checkpoint.created,
+        "id": checkpoint.manifest.id,
+        "ranks": checkpoint.world_size,
+        "bytes": checkpoint.nbytes,
+        "versions": dict(checkpoint.versions),
+        "metadata": checkpoint.metadata,
+        "values": dict(checkpoint.values),
+        "files": {file.name: file.size for file in checkpoint.manifest.files},
+        "arrays": {
+            name: {
+                "dtype": str(array.dtype),
+                "shape": array.shape,
+                "boxes": [
+                    {
+                        "offsets": stored.box.offsets,
+                        "sizes": stored.box.sizes,
+                        "file": checkpoint.manifest.files[stored.file].name,
+                        "dataset": stored.dataset,
+                    }
+                    for stored in array.boxes
+                ],
+            }
+            for name, array in checkpoint.arrays.items()
+        },
+    }
+
+
+def _checkpoint_lines(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield all that is known of a checkpoint, but for the elements of its arrays."""
+    versions = ", ".join(f"{name} {version}" for name, version in checkpoint.versions.items())
+    files = checkpoint.manifest.files
+    step, date = checkpoint.manifest.step, _date(checkpoint.created)
+    yield f"{checkpoint.directory}: step {step}, saved {date}"
+    yield f"  by {_ranks_text(checkpoint)}, in {format_count(len(files), 'file')}"
+    yield f"  with {versions}"
+    yield f"  metadata {json.dumps(checkpoint.metadata)}"
+    if checkpoint.values:
+        yield ""
+        yield format_count(len(checkpoint.values), "value")
+        for name, value in sorted(checkpoint.values.items()):
+            yield f"  {name} = {shorten(json.dumps(value), 90)}"
+    yield ""
+    yield _arrays_text(checkpoint)
+    if checkpoint.arrays:
+        yield from columns(
+            ("size", "boxes", "array", "dtype", "shape"),
+            [
+                (
+                    format_bytes(array.nbytes),
+                    str(len(array.boxes)),
+                    name,
+                    str(array.dtype),
+                    str(list(array.shape)),
+                )
+                for name, array in sorted(checkpoint.arrays.items())
+            ],
+            left=3,
+        )
+
+
+def _box_table(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a table of where each part of each array lies."""
+    rows = [
+        (
+            name,
+            "["
+            + ", ".join(f"{o}:{s}" for o, s in zip(b.box.offsets, b.box.stops, strict=True))
+            + "]",
+            checkpoint.manifest.files[b.file].name,
+            b.dataset,
+            str(b.first),
+        )
+        for name, array in sorted(checkpoint.arrays.items())
+        for b in array.boxes
+    ]
+    yield from columns(("array", "box", "file", "dataset", "from element"), rows, left=5)
+
+
+def _difference_lines(
+    first: Checkpoint, second: Checkpoint, differences: Sequence[Difference]
+) -> Iterator[str]:
+    """Yield what two checkpoints do not have in common."""
+    yield f"first   {first.directory}"
+    yield f"second  {second.directory}"
+    yield ""
+    if differences:
+        rows = [(item.kind, item.name, item.text) for item in differences]
+        yield from columns(("what", "name", "difference"), rows, left=3)
+    else:
+        yield f"the same: {_arrays_text(first)}"
+
+
+def _arrays_text(checkpoint: Checkpoint) -> str:
+    """Return how many arrays a checkpoint has, and their size."""
+    return f"{format_count(len(checkpoint.arrays), 'array')}, {format_bytes(checkpoint.nbytes)}"
+
+
+def _ranks_text(checkpoint: Checkpoint) -> str:
+    """Return how many ranks saved a checkpoint."""
+    return format_count(checkpoint.world_size, "rank")
+
+
+def _date(created: str) -> str:
+    """Return a date of a manifest without its fractions."""
+    return f"{created[:19].replace('T', ' ')} UTC"
+
+
 class _Action(NamedTuple):
     """Something to do: the function, its help, its arguments, and whether it may take long."""
 
     act: Callable[[argparse.Namespace], _Outcome]
     help: str
-    arguments: Callable[[argparse.ArgumentParser], None]
+    arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]]
     long: bool
 
 
 _ACTIONS: Mapping[str, _Action] = {
     "list": _Action(
-        _list, "say which checkpoints are there, complete or in part", _list_arguments, long=False
+        _list, "say which checkpoints are there, complete or in part", [_DIRECTORY], long=False
     ),
     "show": _Action(
-        _show, "say what is in one: arrays, values, metadata, versions", _show_arguments, long=False
+        _show,
+        "say what is in one: arrays, values, metadata, versions",
+        [
+            _PATH,
+            _STEP,
+            _argument("--boxes", action="store_true", help="also where each part of an array lies"),
+        ],
+        long=False,
     ),
     "verify": _Action(
-        _verify, "read all of one, and say all that is wrong with it", _verify_arguments, long=True
+        _verify, "read all of one, and say all that is wrong with it", [_PATH, _STEP], long=True
     ),
-    "diff": _Action(_diff, "say in what two of them differ", _diff_arguments, long=True),
+    "diff": _Action(
+        _diff,
+        "say in what two of them differ",
+        [
+            _argument("first", metavar="FIRST", **_ONE),
+            _argument("second", metavar="SECOND", **_ONE),
+            _STEP,
+        ],
+        long=True,
+    ),
     "reshard": _Action(
         _reshard,
         "write one anew, split over another number of ranks",
-        _reshard_arguments,
+        [
+            _PATH,
+            _argument("destination", type=Path, metavar="NEW", help=_NEW),
+            _argument(
+                "--ranks",
+                type=_at_least(1),
+                required=True,
+                metavar="N",
+                help="of the new checkpoint",
+            ),
+            _STEP,
+        ],
         long=True,
     ),
     "prune": _Action(
         _prune,
         "remove all but the newest ones, and what killed saves have left",
-        _prune_arguments,
+        [
+            _DIRECTORY,
+            _argument(
+                "--keep",
+                type=_at_least(1),
+                required=True,
+                metavar="K",
+                help="how many whole ones stay: those that were committed last",
+            ),
+            _argument("--dry-run", action="store_true", help="only say what would be removed"),
+            _argument(
+                "--stale",
+                type=float,
+                default=STALE,
+                metavar="SECONDS",
+                help="without a change, after which a partial one is taken for what a killed save "
+                "has left (default: %(default)g)",
+            ),
+        ],
         long=False,
     ),
     "export": _Action(
-        _export, "write one as a file of safetensors or npz", _export_arguments, long=True
+        _export, "write one as a file of safetensors or npz", [_PATH, _FILE, _STEP], long=True
     ),
     "import": _Action(
-        _import, "make a file of safetensors or npz a checkpoint", _import_arguments, long=True
+        _import,
+        "make a file of safetensors or npz a checkpoint",
+        [
+            _FILE,
+            _argument("path", type=Path, metavar="PATH", help=_NEW),
+            _argument(
+                "--step",
+                type=_at_least(0),
+                metavar="STEP",
+                help="of the checkpoint (default: as it was exported)",
+            ),
+        ],
+        long=True,
     ),
 }

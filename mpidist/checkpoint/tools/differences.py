@@ -5,15 +5,14 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
+from mpidist._formatting import shorten
 from mpidist._types import Array
 from mpidist.arrays.boxes import Box
 from mpidist.checkpoint.directory import Checkpoint
-from mpidist.checkpoint.format.chunks import DIGEST_BYTES, ChunkGrid
-from mpidist.checkpoint.format.manifest import JSON, Manifest, StoredBox
+from mpidist.checkpoint.format.manifest import DIGEST_BYTES, JSON, ChunkGrid, Manifest, StoredBox
 from mpidist.checkpoint.loading.reading import MAX_READ, check_files
 from mpidist.checkpoint.tools.resharding import Progress, Reader, ignore_progress
 
@@ -50,14 +49,7 @@ class Difference:
 def compare(
     first: Checkpoint, second: Checkpoint, *, progress: Progress = ignore_progress
 ) -> builtins.list[Difference]:
-    """Return what two checkpoints do not have in common.
-
-    Parameters
-    ----------
-    first, second : Checkpoint
-        Saved by any numbers of ranks, at any steps: neither counts.
-    progress : callable, optional
-        Called now and then with how many more bytes are done, of `first.nbytes`.
+    """Return what two checkpoints do not have in common; neither ranks nor steps count.
 
     Returns
     -------
@@ -163,13 +155,9 @@ def _values(kind: str, a: JSON, b: JSON, path: str = "") -> Iterator[Difference]
         elif isinstance(a[key], Mapping) and isinstance(b[key], Mapping):
             yield from _values(kind, a[key], b[key], f"{name}/")
         elif repr(a[key]) != repr(b[key]):  # NaN is itself here, and 1 is not 1.0
-            yield Difference(kind, name, f"{_short(a[key])} and {_short(b[key])}")
+            texts = (shorten(repr(value), 40) for value in (a[key], b[key]))
+            yield Difference(kind, name, " and ".join(texts))
 
 
 def _only(where: str) -> str:
     return f"only in the {where}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -32,8 +32,6 @@ class StepStatus(NamedTuple):
 
     Attributes
     ----------
-    directory : Path
-        The directory of the step.
     committed : float
         When its manifest was written, in seconds since 1970: as the manifest says, or, where that
         is damaged, as the file system does.
@@ -107,10 +105,7 @@ def prunable(path: str | os.PathLike[str], *, keep: int, stale: float = STALE) -
 def statuses(path: str | os.PathLike[str]) -> list[StepStatus]:
     """Return what the steps of a directory that have a manifest look like, the newest last.
 
-    Raises
-    ------
-    CheckpointError
-        If something cannot be looked at.
+    Raises CheckpointError if something cannot be looked at.
     """
     root = absolute(path)
     with looking(root):

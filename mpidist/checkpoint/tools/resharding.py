@@ -24,8 +24,7 @@ from mpidist.checkpoint.directory import (
     step_directory,
 )
 from mpidist.checkpoint.format import view
-from mpidist.checkpoint.format.chunks import ChunkGrid, digests_of
-from mpidist.checkpoint.format.manifest import JSON, Manifest, name_of
+from mpidist.checkpoint.format.manifest import JSON, ChunkGrid, Manifest, digests_of, name_of
 from mpidist.checkpoint.loading.reading import (
     MAX_READ,
     ArrayTargets,
@@ -126,14 +125,7 @@ def reshard(
 class ArraySource:
     """An array of which any box can be read, and which need not be in memory.
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Length of each dimension.
-    dtype : dtype
-        Its dtype, in any byte order.
-    read : callable
-        Returns the elements of a box, with the box's sizes.
+    The dtype may have any byte order; `read` returns the elements of a box, with the box's sizes.
     """
 
     shape: tuple[int, ...]
@@ -144,13 +136,6 @@ class ArraySource:
 class Reader:
     """Reads any part of any array of a checkpoint, each verified by its digests.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        The checkpoint to read.
-
-    Notes
-    -----
     A context manager. Memory: 1 MiB, and what is asked for.
     """
 
@@ -168,25 +153,16 @@ class Reader:
         self._files.__exit__()
 
     def read(self, name: str, box: Box) -> Array:
-        """Return a part of an array.
-
-        Raises
-        ------
-        CheckpointError
-            For the same reasons as in `Files.load`.
-        """
+        """Return a part of an array; raises CheckpointError as `Files.load` does."""
         out: Array = np.empty(box.sizes, self._manifest.arrays[name].dtype)
         for item, data in self.items(name, box):
             scatter(self._manifest, item, data, {name: ArrayTargets([(box, out)])})
         return out
 
     def items(self, name: str, box: Box) -> Iterator[tuple[ReadItem, Array]]:
-        """Yield what has to be read of an array for a part of it.
+        """Yield which chunks have to be read for a part of an array, and their elements.
 
-        Yields
-        ------
-        ReadItem, Array
-            Which chunks, and their elements, until the next ones are asked for.
+        The elements are there until the next ones are asked for.
         """
         for item in read_items(self._manifest, [BoxRequest(name, box)]):
             yield item, self._files.load([item], [self._memory])[0]
@@ -214,8 +190,6 @@ def build(
 
     Parameters
     ----------
-    path : path
-        The directory of checkpoints to write to.
     sources : mapping of str to ArraySource
         The arrays by name; each is read part by part.
     values : mapping of str to JSON value
@@ -226,13 +200,6 @@ def build(
         How many ranks, and so how many files.
     metadata, crossovers : JSON value, optional
         As the manifest shall have them.
-    progress : callable, optional
-        Called with how many more bytes are written.
-
-    Returns
-    -------
-    Checkpoint
-        The new checkpoint, complete and on disk.
 
     Raises
     ------

@@ -39,9 +39,7 @@ _CHILD = (
 def inspect(paths: Sequence[Path]) -> list[Contents | str]:
     """Return for each file what HDF5 sees in it, or why that is unknown.
 
-    Notes
-    -----
-    Local. Starts one process, and one more after each file that ends it.
+    Starts one process, and one more after each file that ends it.
     """
     answers: list[Contents | str] = []
     while len(answers) < len(paths):
