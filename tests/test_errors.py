@@ -8,7 +8,7 @@ import pytest
 
 from mpidist import errors
 from mpidist._optional import require
-from mpidist.backends.device.nccl import calls
+from mpidist.backends.device.nccl.communicator import binding
 from mpidist.backends.mpi.library import load_mpi
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
@@ -53,14 +53,14 @@ def test_transport_error_keeps_the_code() -> None:
     [
         ("mpi4py", load_mpi, "pip install 'mpidist[mpich]'"),
         ("torch", lambda: require("torch", extra="torch", purpose="x"), "'mpidist[torch]'"),
-        ("cupy.cuda.nccl", calls._binding, "NCCL needs CuPy"),
+        ("cupy.cuda.nccl", binding, "NCCL needs CuPy"),
     ],
 )
 def test_of_a_missing_library_only_the_cure_is_shown(
     monkeypatch, module: str, load: Callable[[], object], cure: str
 ) -> None:
     """Not forty lines of where somebody has looked for it."""
-    calls._binding.cache_clear()
+    binding.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(errors.BackendUnavailableError) as caught:
         load()

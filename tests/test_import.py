@@ -22,7 +22,7 @@ PACKAGE = Path(mpidist.__file__).parent
 
 DOORS = {
     "mpi4py": {"backends/mpi/backend.py"},
-    "cupy": {"arrays/namespaces.py", "backends/device/nccl/calls.py"},
+    "cupy": {"arrays/namespaces.py", "backends/device/nccl/communicator.py"},
     "h5py": {"checkpoint/format/files.py", "checkpoint/format/view.py"},
     "torch": {"backends/gloo.py", "adapters/torch.py", "bench/peers.py"},
 }

@@ -17,7 +17,9 @@ from mpidist._types import SUM, Array
 from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import address_of, device_empty, device_module
 from mpidist.backends.device.hybrid import carry_devices
-from mpidist.backends.device.nccl import NcclBackend, calls
+from mpidist.backends.device.nccl import NcclBackend
+from mpidist.backends.device.nccl.communicator import version
+from mpidist.backends.device.nccl.dtypes import CODES, OPS
 from mpidist.bench.report import Row
 from mpidist.bench.times import Effort, Series, measure
 from mpidist.bench.verbs import (
@@ -41,7 +43,7 @@ OURS, RAW, STAGED = "mpidist", "NCCL", "host staging"
 
 KERNEL, COPY = "kernel", "copy"
 
-_CODE, _SUM = calls.CODES[DTYPE], calls.OPS[SUM]
+_CODE, _SUM = CODES[DTYPE], OPS[SUM]
 
 _PARTS = 64
 """Arrays that are packed."""
@@ -91,7 +93,7 @@ def describe_device() -> str:
     runtime, number = xp.cuda.runtime, xp.cuda.Device().id
     name = _properties()["name"]
     name = name.decode() if isinstance(name, bytes) else str(name)
-    nccl = calls.version()
+    nccl = version()
     versions = (
         f"driver {_driver()} for CUDA {_cuda(runtime.driverGetVersion())}",
         f"CUDA {_cuda(runtime.runtimeGetVersion())}",

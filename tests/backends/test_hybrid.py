@@ -17,15 +17,14 @@ from mpidist._types import MAX, MEAN, MIN, PROD, SUM
 from mpidist.arrays.namespaces import BFLOAT16
 from mpidist.backends.device import hybrid
 from mpidist.backends.device.hybrid import carry_devices, use_device, why_not
-from mpidist.backends.device.nccl import NcclBackend, NcclUniqueId
+from mpidist.backends.device.nccl import NcclBackend
+from mpidist.backends.device.nccl.backend import check_devices
 from mpidist.backends.device.nccl.dtypes import REDUCTIONS, from_keys, needs_keys, to_keys
-from mpidist.backends.device.nccl.identity import check_devices
 from mpidist.backends.simulated.backend import SimulatedBackend
 from mpidist.backends.simulated.network import Network
 from mpidist.errors import (
     BackendUnavailableError,
     LaunchError,
-    SizeMismatchError,
     UnsupportedOperationError,
 )
 from mpidist.group import ProcessGroup
@@ -211,12 +210,6 @@ def test_the_default_goes_on_without_nccl(stand_in_without_nccl: ModuleType) -> 
     with init() as world:
         assert world.backend == "simulated"
         assert all_reduce(np.ones(2), world).tolist() == [1, 1]
-
-
-def test_a_unique_id_has_128_bytes() -> None:
-    assert NcclUniqueId(bytes(range(128))) == bytes(range(128))
-    with pytest.raises(SizeMismatchError, match=r"expected 128 bytes, got 3"):
-        NcclUniqueId(b"abc")
 
 
 def test_what_a_stream_still_reads_is_held_until_it_has() -> None:

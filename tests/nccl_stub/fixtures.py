@@ -43,7 +43,7 @@ def in_place(*, nccl: bool) -> Iterator[ModuleType]:
 
 def _close_what_is_open() -> None:
     """Let go of the groups that tests have left open: their watchdog would look for CuPy."""
-    module = sys.modules.get("mpidist.backends.device.nccl.watchdog")
+    module = sys.modules.get("mpidist.backends.device.nccl.link")
     if module is None:
         return
     watchdog = module.watchdog()

@@ -16,8 +16,7 @@ from mpidist._types import MIN
 from mpidist.arrays.namespaces import HALVES
 from mpidist.backends import algorithms
 from mpidist.backends.base import Backend
-from mpidist.backends.device.nccl.link import Link, NcclWork
-from mpidist.backends.device.nccl.streams import Side
+from mpidist.backends.device.nccl.link import Link, NcclWork, SideStream
 from mpidist.backends.device.staging import HostStaging
 from mpidist.backends.verbs import (
     AllReduce,
@@ -173,7 +172,7 @@ def test_a_wrong_transport_is_found(spoil: Callable[[Backend], None]) -> None:
 
 def forgets_the_event_before(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Begin before what is on the current stream has been done."""
-    patch.setattr(Side, "wait_for_current", lambda side: None)
+    patch.setattr(SideStream, "wait_for_current", lambda side: None)
 
 
 def forgets_the_event_after(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 H = TypeVar("H")
 """The transport of host arrays that it belongs to."""
 
-__all__ = ["DeviceBackend", "DeviceWork"]
-
 
 class DeviceWork(Work[None]):
     """An operation on device arrays under way; it holds them until the device is done with them."""
+
+    _then: Callable[[], None] | None = None
 
     @abstractmethod
     def order(self) -> None:
         """Let the current stream go on only behind this operation; the host does not wait."""
 
-    @abstractmethod
     def when_over(self, then: Callable[[], None]) -> None:
         """Call this when the operation is seen to be over."""
+        self._then = then
 
 
 class DeviceBackend(ABC, Generic[H]):
@@ -44,7 +44,7 @@ class DeviceBackend(ABC, Generic[H]):
     Attributes
     ----------
     name : str
-        Of the transport, for messages.
+        Name of the transport, for messages.
     capabilities : Capabilities
         What it can do.
     compares_calls : bool
@@ -79,12 +79,7 @@ class DeviceBackend(ABC, Generic[H]):
     def begin(self, collective: Collective, waiter: Waiter) -> DeviceWork:
         """Start a collective behind what is on the current stream, and return at once.
 
-        Parameters
-        ----------
-        collective : Collective
-            What is performed; of `Together` all are started at once.
-        waiter : Waiter
-            Of the operation: says what it is, and how long it may take.
+        Those of a `Together` are all started at once.
         """
 
     def repeat_sum(self, x: Array, op: ReduceOp, waiter: Callable[[], Waiter]) -> DeviceWork | None:
@@ -123,12 +118,7 @@ class DeviceBackend(ABC, Generic[H]):
     def check_device(self, x: Array, what: str) -> None:
         """Raise unless an array lies on this rank's device, and that is this thread's current one.
 
-        Parameters
-        ----------
-        x : Array
-            On any device.
-        what : str
-            The operation, its group and the name of the array, for messages.
+        `what` names the operation, its group and the array.
         """
         current: int = array_namespace(x).cuda.Device().id
         device = current if self.chosen is None else self.chosen

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
+from mpidist import env
 from mpidist._threads import run_in_thread
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import device_module
+from mpidist.backends.availability import why_no_nccl
 from mpidist.backends.base import Backend
 from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.device.base import DeviceBackend
-from mpidist.backends.device.nccl import calls
-from mpidist.backends.device.nccl.communicator import NcclCommunicator
+from mpidist.backends.device.nccl.communicator import (
+    NcclCommunicator,
+    can_split,
+    share_unique_id,
+    version,
+)
 from mpidist.backends.device.nccl.dtypes import REDUCTIONS
-from mpidist.backends.device.nccl.identity import check_devices, gather_facts, own_facts
-from mpidist.backends.device.nccl.link import Link, NcclWork
+from mpidist.backends.device.nccl.link import Link, NcclWork, SideStream
 from mpidist.backends.device.nccl.plans import Operation, Plans
-from mpidist.backends.device.nccl.streams import Side
-from mpidist.backends.device.nccl.unique_id import NcclUniqueId
-from mpidist.backends.verbs import Collective
+from mpidist.backends.verbs import AllGather, Collective
 from mpidist.backends.work import Message, Waiter
-from mpidist.errors import TransportError, UnsupportedOperationError
+from mpidist.errors import (
+    BackendUnavailableError,
+    LaunchError,
+    TransportError,
+    UnsupportedOperationError,
+)
 
-__all__ = ["NcclBackend"]
+_TEXT_BYTES, _REASON_LETTERS = 1024, 400
+"""Bytes of the facts of a rank as JSON, and letters of a reason in them."""
+
+_SHARED_SINCE = 23003
+"""The NCCL that lets several ranks use one GPU, if the environment says so: 2.30.3."""
 
 T = TypeVar("T")
 
@@ -52,6 +67,63 @@ def _begin_all(operations: Sequence[Operation], communicator: NcclCommunicator) 
     with communicator.together():
         for operation in operations:
             operation.call(communicator)
+
+
+def _gather_facts(host: Backend, waiter: Waiter) -> list[dict[str, Any]]:
+    """Return what `check_devices` needs of every rank; collective, blocks."""
+    reason = why_no_nccl()
+    own: dict[str, Any]
+    if reason is not None:
+        own = {"lacks": reason[:_REASON_LETTERS]}
+    else:
+        cuda = device_module().cuda
+        device = cuda.Device().id
+        own = {
+            "node": host.node(),
+            "device": device,
+            "bus": cuda.runtime.deviceGetPCIBusId(device),
+            "nccl": version(),
+            "shared": env.allows_shared_devices(),
+        }
+    sent = np.frombuffer(json.dumps(own).encode().ljust(_TEXT_BYTES), np.uint8)
+    rows = np.empty((host.size, _TEXT_BYTES), np.uint8)
+    host.run(AllGather(sent, rows.reshape(-1), (_TEXT_BYTES,) * host.size), waiter=waiter)
+    return [json.loads(row.tobytes()) for row in rows]
+
+
+def check_devices(facts: Sequence[dict[str, Any]]) -> None:
+    """Raise, on all ranks alike, where NCCL could not connect these ranks.
+
+    Raises
+    ------
+    LaunchError
+        If two ranks use one device, and are not allowed to.
+    BackendUnavailableError
+        If a rank lacks something, or ranks have different releases of NCCL.
+    """
+    for rank, fact in enumerate(facts):
+        if "lacks" in fact:
+            raise BackendUnavailableError(f"NCCL: on rank {rank}, {fact['lacks']}")
+    versions = {fact["nccl"] for fact in facts}
+    if len(versions) > 1:
+        releases = ", ".join(f"rank {rank} {fact['nccl']}" for rank, fact in enumerate(facts))
+        raise BackendUnavailableError(
+            f"NCCL: the ranks have different releases of the library: {releases}; use one "
+            "environment on all nodes"
+        )
+    allowed = all(fact["shared"] for fact in facts) and min(versions) >= _SHARED_SINCE
+    users: dict[tuple[int, str], int] = {}
+    for rank, fact in enumerate(facts):
+        first = users.setdefault((fact["node"], fact["bus"]), rank)
+        if first != rank and not allowed:
+            raise LaunchError(
+                f"NCCL: ranks {first} and {rank} both use GPU {fact['bus']} (device "
+                f"{fact['device']} there), which NCCL refuses, or hangs on. Start at most one rank "
+                "per GPU (mpirun -n GPUS; srun --ntasks-per-node=GPUS --gpus-per-node=GPUS), and "
+                "import cupy before mpidist.init, which gives each a GPU of its own then; with "
+                f"NCCL 2.30.3 or newer (here {fact['nccl']}) NCCL_MULTI_RANK_GPU_ENABLE=1 on all "
+                "ranks allows it"
+            )
 
 
 class NcclBackend(DeviceBackend[Backend]):
@@ -109,14 +181,13 @@ class NcclBackend(DeviceBackend[Backend]):
         """
         if self._link is not None:
             return
-        facts = gather_facts(own_facts(self._host.node()), self._host, waiter)
-        check_devices(facts)
-        unique_id = NcclUniqueId.share(self._host, waiter)
+        check_devices(_gather_facts(self._host, waiter))
+        unique_id = share_unique_id(self._host, waiter)
         device: int = device_module().cuda.Device().id
-        side = Side()
+        side = SideStream()
         made = _call_with_deadline(
             device,
-            lambda: NcclCommunicator(self.size, self.rank, unique_id, device, side.handle),
+            lambda: NcclCommunicator.connect(self.size, self.rank, unique_id, side.handle),
             waiter,
         )
         self._link = Link(made, side, device)
@@ -131,13 +202,13 @@ class NcclBackend(DeviceBackend[Backend]):
         """
         child = None if host is None else NcclBackend(host)
         link = self._link
-        if link is None or link.communicator is None or not calls.can_split():
+        if link is None or link.communicator is None or not can_split():
             return child
         # The library wants nothing to be outstanding on the parent.
         waiter.wait_for(link.idle)
         communicator, device = link.communicator, link.device
         with device_module().cuda.Device(device):
-            side = Side()
+            side = SideStream()
         split = partial(communicator.split, color, key, side.handle)
         made = _call_with_deadline(device, split, waiter)
         if child is not None and made is not None:

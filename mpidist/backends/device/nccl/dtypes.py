@@ -18,9 +18,25 @@ import numpy as np
 
 from mpidist._types import MAX, MEAN, MIN, PROD, SUM, Array, DType, ReduceOp
 from mpidist.arrays.namespaces import BFLOAT16, DTYPES, array_namespace
-from mpidist.backends.device.nccl.calls import BYTE, CODES, OPS
 
-__all__ = ["REDUCTIONS", "Wire", "from_keys", "needs_keys", "to_keys", "wire_of", "wire_of_bytes"]
+_BYTE = np.dtype(np.uint8)
+
+CODES: dict[DType, int] = {
+    np.dtype(np.int8): 0,
+    _BYTE: 1,
+    np.dtype(np.int32): 2,
+    np.dtype(np.uint32): 3,
+    np.dtype(np.int64): 4,
+    np.dtype(np.uint64): 5,
+    np.dtype(np.float16): 6,
+    np.dtype(np.float32): 7,
+    np.dtype(np.float64): 8,
+    BFLOAT16: 9,
+}
+"""``ncclDataType_t``, which NCCL's interface fixes."""
+
+OPS: dict[ReduceOp, int] = {SUM: 0, PROD: 1, MAX: 2, MIN: 3, MEAN: 4}
+"""``ncclRedOp_t``; the last is ``ncclAvg``."""
 
 _OF_BOOLEANS = {SUM: MAX, PROD: MIN, MIN: MIN, MAX: MAX}
 
@@ -37,11 +53,11 @@ class Wire:
     Attributes
     ----------
     code : int
-        Of the dtype.
+        NCCL's code of the dtype that it sees.
     items : int
-        Of these per element.
+        Items of that dtype per element.
     boolean : bool
-        Whether they stand for truth values.
+        Whether the elements are truth values.
     """
 
     code: int
@@ -57,7 +73,7 @@ class Wire:
 def wire_of(dtype: DType) -> Wire:
     """Return how a dtype is reduced."""
     if dtype.kind == "b":
-        return Wire(CODES[BYTE], boolean=True)
+        return Wire(CODES[_BYTE], boolean=True)
     if dtype in _PARTS:
         return Wire(CODES[_PARTS[dtype]], items=2)
     return Wire(CODES[dtype])
@@ -66,7 +82,7 @@ def wire_of(dtype: DType) -> Wire:
 @cache
 def wire_of_bytes(dtype: DType) -> Wire:
     """Return how a dtype is moved."""
-    return Wire(CODES[BYTE], items=dtype.itemsize)
+    return Wire(CODES[_BYTE], items=dtype.itemsize)
 
 
 def _reductions() -> frozenset[tuple[ReduceOp, DType]]:

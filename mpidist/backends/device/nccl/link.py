@@ -1,51 +1,112 @@
-"""Ranks that NCCL has connected: what is under way between them, and what goes wrong with it."""
+"""Ranks that NCCL has connected: their streams, what is under way, and what goes wrong.
+
+The caller computes on the stream that is current, NCCL works on the side stream. An operation
+begins behind what is on the current stream when it is called (`SideStream.wait_for_current`), and a
+reader of its result puts the current stream behind its event (`NcclWork.order`). The memory of an
+array goes back to CuPy's pool as soon as the last reference is dropped, and may be given to the
+next computation while NCCL still reads it: so a work holds its arrays until its event has happened.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from mpidist._threads import run_in_thread
 from mpidist.arrays.namespaces import device_module
 from mpidist.backends.device.base import DeviceWork
-from mpidist.backends.device.nccl import calls
-from mpidist.backends.device.nccl.communicator import NcclCommunicator
-from mpidist.backends.device.nccl.streams import Side, order_behind
-from mpidist.backends.device.nccl.watchdog import watchdog
+from mpidist.backends.device.nccl.communicator import (
+    DEVICE_FAILED,
+    NcclCommunicator,
+    translate,
+    vendor_errors,
+)
 from mpidist.backends.work import Waiter
 from mpidist.errors import DistributedError, GroupBrokenError, TransportError
 
-__all__ = ["Link", "NcclWork"]
-
 _GOODBYE, _ANSWER = 10.0, 1.0
 """Seconds that NCCL gets to end or to release a communicator, and to say whether it is well."""
+
+_ROUND = 0.1
+"""Seconds between two looks of the watchdog."""
+
+_SUCCESS, _NOT_READY = 0, 600
+"""Codes of ``cudaError_t``."""
+
+
+class SideStream:
+    """The stream of a group on the current device on which NCCL works, and its events."""
+
+    def __init__(self) -> None:
+        cuda = device_module().cuda
+        self._cuda = cuda
+        self.stream = cuda.Stream(non_blocking=True)
+        self.handle: int = self.stream.ptr
+        self._ready = cuda.Event(disable_timing=True)
+        self._spare: list[Any] = []
+
+    def current_device(self) -> int:
+        """Return the current device of this thread."""
+        device: int = self._cuda.runtime.getDevice()
+        return device
+
+    def wait_for_current(self) -> None:
+        """Make the side stream wait for the work that is on the current stream now."""
+        # One event serves all: a wait is for what it recorded when the wait was put there.
+        self._ready.record()
+        self.stream.wait_event(self._ready)
+
+    def mark(self) -> Any:
+        """Return an event behind all that is on the side stream."""
+        event = self._spare.pop() if self._spare else self._cuda.Event(disable_timing=True)
+        event.record(self.stream)
+        return event
+
+    def take_back(self, event: Any) -> None:
+        """Take back an event that has happened and is not waited for any more."""
+        self._spare.append(event)
+
+    def check(self, event: Any) -> None:
+        """Raise CUDARuntimeError if the device has failed, such as by an illegal access.
+
+        An event does not happen then, and its `done` is just False.
+        """
+        runtime = self._cuda.runtime
+        code = runtime.eventQuery(event.ptr)
+        if code not in (_SUCCESS, _NOT_READY):
+            raise runtime.CUDARuntimeError(code)
+
+    def fence(self) -> Callable[[], bool]:
+        """Return a function that says whether the current stream has done its work up to now."""
+        event = self._cuda.Event(disable_timing=True)
+        event.record()
+        return lambda: bool(event.done)
 
 
 class Link:
     """A communicator, its side stream, and the operations that are on it.
 
-    Parameters
-    ----------
-    communicator : NcclCommunicator
-        Of this rank; the link releases it.
-    side : Side
-        The stream on which its operations are put.
-    device : int
-        Where both are.
-
     Attributes
     ----------
-    communicator, side, device
-        As given; the communicator is None when it has been released.
+    communicator : NcclCommunicator or None
+        The communicator of this rank, which the link releases; None when it has been released.
+    side : SideStream
+        The stream on which its operations are put.
+    device : int
+        The device of both.
     under_way : list of NcclWork
         Operations not yet known to have ended, in the order of the calls.
     """
 
-    def __init__(self, communicator: NcclCommunicator, side: Side, device: int) -> None:
+    def __init__(self, communicator: NcclCommunicator, side: SideStream, device: int) -> None:
         self.communicator: NcclCommunicator | None = communicator
         self.side = side
         self.device = device
@@ -72,8 +133,8 @@ class Link:
         self._inside = (waiter, time.monotonic())
         try:
             call(*args)
-        except calls.vendor_errors() as problem:
-            self.fail(calls.translate(waiter().told, problem))
+        except vendor_errors() as problem:
+            self.fail(translate(waiter().told, problem))
             # The watchdog may have ended the call, and its error says why.
             assert self._failure is not None, "by now"
             raise self._failure from problem
@@ -95,10 +156,10 @@ class Link:
             pass
         return not self.under_way
 
-    def release(self, work: NcclWork, event: Any) -> None:
+    def release(self, work: NcclWork) -> None:
         """Release a finished operation."""
         self.under_way.remove(work)
-        self.side.take_back(event)
+        self.side.take_back(work.event)
 
     # -- failures ------------------------------------------------------------------------------
 
@@ -167,31 +228,25 @@ class Link:
         """
         operation = self.under_way[0].waiter().told if self.under_way else "NCCL"
         message = f"{operation}: device {self.device} has failed: {type(error).__name__}: {error}"
-        self.fail(TransportError(message, calls.DEVICE_FAILED))
+        self.fail(TransportError(message, DEVICE_FAILED))
 
     def look(self, waiter: Callable[[], Waiter]) -> None:
         """Raise what NCCL has found by itself since the communicator was made, if anything.
 
-        Parameters
-        ----------
-        waiter : callable
-            Returns that of the operation which this concerns.
+        The error names the operation of `waiter`.
         """
-        problem = self._problem()
+        problem = None
+        if self._asking.acquire(timeout=_ANSWER):
+            try:
+                communicator = self.communicator  # None if it is being released
+                if self._failure is None and communicator is not None:
+                    problem = communicator.problem()
+            finally:
+                self._asking.release()
         if problem is not None:
             message = f"{waiter().told}: {problem}; let this error end the job"
             self.fail(TransportError(message, problem.code))
         self.check()
-
-    def _problem(self) -> TransportError | None:
-        """Ask NCCL what it has found; None, too, of a communicator that is being released."""
-        if not self._asking.acquire(timeout=_ANSWER):
-            return None
-        try:
-            communicator = None if self._failure is not None else self.communicator
-            return None if communicator is None else communicator.problem()
-        finally:
-            self._asking.release()
 
     def end(self) -> None:
         """Release the communicator as the process ends, whatever is under way.
@@ -216,18 +271,10 @@ class Link:
 
 
 class NcclWork(DeviceWork):
-    """An operation of NCCL under way.
+    """An operation of NCCL under way: over when the device has reached `event`.
 
-    Parameters
-    ----------
-    link : Link
-        The connection of the ranks that perform it.
-    event : cupy.cuda.Event
-        Recorded behind it.
-    held : tuple
-        The arrays that it reads and writes.
-    waiter : callable
-        Returns what waits for it; called only if something is wrong.
+    It holds what the device reads and writes until then. `waiter` is called only if something is
+    wrong.
     """
 
     def __init__(
@@ -239,11 +286,6 @@ class NcclWork(DeviceWork):
         self._link = link
         self._held = held
         self._over = False
-        self._then: Callable[[], None] | None = None
-
-    def when_over(self, then: Callable[[], None]) -> None:
-        """Call this when it is seen to be over."""
-        self._then = then
 
     def done(self) -> bool:
         """Return whether the device is done with it."""
@@ -252,7 +294,7 @@ class NcclWork(DeviceWork):
             self._over = bool(self.event.done)
             if self._over:
                 self._held = ()
-                self._link.release(self, self.event)
+                self._link.release(self)
                 if self._then is not None:
                     self._then()
                 # What NCCL has given up is over for the device, too.
@@ -272,8 +314,73 @@ class NcclWork(DeviceWork):
         """Let the current stream go on only behind this operation."""
         self._link.check()
         if not self._over:
-            order_behind(self.event)
+            device_module().cuda.get_current_stream().wait_event(self.event)
 
     def wait(self, timeout: float | None = None) -> None:
         """Order the current stream; groups bring the deadline."""
         self.order()
+
+
+class Watchdog:
+    """A thread that looks for errors and missed deadlines; it runs while there is a link to watch.
+
+    Operations on a device run without the host: no thread may be waiting when one fails or hangs.
+    This thread ends its communicator then, so that what waits for the device goes on, and the
+    group's next operation raises.
+    """
+
+    def __init__(self) -> None:
+        self._watched: list[Link] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        # What is left when the interpreter ends would be destroyed in no order.
+        atexit.register(self._on_exit)
+
+    def watch(self, link: Link) -> None:
+        """Watch a link until `unwatch`."""
+        with self._changed:
+            self._watched.append(link)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="mpidist-nccl-watchdog", daemon=True
+                )
+                self._thread.start()
+
+    def unwatch(self, link: Link) -> None:
+        """Stop watching a link."""
+        with self._changed:
+            if link in self._watched:
+                self._watched.remove(link)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._watched:
+                    self._thread = None
+                    return
+                watched = tuple(self._watched)
+                self._changed.wait(_ROUND)
+            for link in watched:
+                try:
+                    link.patrol()
+                except Exception as error:  # noqa: BLE001  # of a device that has failed
+                    # The others still need this thread.
+                    self.unwatch(link)
+                    link.give_up(error)
+
+    def _on_exit(self) -> None:
+        if os.getpid() != self._pid:  # a child that was forked can neither use nor release them
+            return
+        for link in tuple(self._watched):
+            try:
+                link.end()
+            except Exception as error:  # noqa: BLE001  # of a device that has failed; see `_run`
+                sys.stderr.write(f"mpidist: at the exit, NCCL could not be released: {error}\n")
+
+
+@cache
+def watchdog() -> Watchdog:
+    """Return the watchdog of this process."""
+    return Watchdog()

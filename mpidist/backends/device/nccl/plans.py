@@ -25,8 +25,6 @@ from mpidist.backends.verbs import Collective
 from mpidist.backends.work import Message
 from mpidist.errors import UnsupportedOperationError
 
-__all__ = ["Operation", "Plans"]
-
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -39,9 +37,9 @@ class Operation:
     several : bool
         Whether they have to begin together.
     after : callable or None
-        What comes behind them on the same stream.
+        Puts what comes after them on the same stream.
     temporaries : tuple of Array
-        To be held until it is over, with its arguments.
+        Arrays to be held until it is over, besides its arguments.
     """
 
     call: Callable[[NcclCommunicator], None]
@@ -50,18 +48,12 @@ class Operation:
     temporaries: tuple[Array, ...] = ()
 
 
-def _nothing(communicator: NcclCommunicator) -> None:
-    """Call nothing: there are no elements."""
+_NOTHING = Operation(lambda _: None)
+"""What is done where there are no elements."""
 
 
 class Plans:
-    """How a rank performs each verb; see `mpidist.backends.verbs.Performer`.
-
-    Parameters
-    ----------
-    rank : int
-        This rank.
-    """
+    """How a rank performs each verb; see `mpidist.backends.verbs.Performer`."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -75,47 +67,25 @@ class Plans:
 
     def all_reduce(self, x: Array, out: Array, op: ReduceOp) -> Operation:
         """Combine `x` of all ranks into `out` of all."""
-        if not x.size:
-            return Operation(_nothing)
-        if needs_keys(x.dtype, op):
-            keys = to_keys(x, op)
-            wire = wire_of(keys.dtype)
-            return Operation(
-                lambda nccl: nccl.all_reduce(keys, keys, wire, op),
-                after=lambda: from_keys(keys, out),
-                temporaries=(keys,),
-            )
-        wire = wire_of(x.dtype)
-        return Operation(lambda nccl: nccl.all_reduce(x, out, wire, op))
+        return _reduction(x, out, op, lambda nccl, x, out, wire: nccl.all_reduce(x, out, wire, op))
 
     def reduce(self, x: Array, out: Array | None, op: ReduceOp, root: int) -> Operation:
         """Combine `x` of all ranks into `out` of one."""
-        if not x.size:
-            return Operation(_nothing)
-        if needs_keys(x.dtype, op):
-            keys = to_keys(x, op)
-            wire = wire_of(keys.dtype)
-            return Operation(
-                lambda nccl: nccl.reduce(keys, keys, wire, op, root),
-                after=None if out is None else (lambda: from_keys(keys, out)),
-                temporaries=(keys,),
-            )
-        wire = wire_of(x.dtype)
-        # NCCL does not touch what those receive who are not the root.
-        into = x if out is None else out
-        return Operation(lambda nccl: nccl.reduce(x, into, wire, op, root))
+        return _reduction(
+            x, out, op, lambda nccl, x, out, wire: nccl.reduce(x, out, wire, op, root)
+        )
 
     def broadcast(self, x: Array, root: int) -> Operation:
         """Copy `x` of one rank into `x` of the others."""
-        return Operation(lambda nccl: nccl.broadcast(x, root)) if x.size else Operation(_nothing)
+        return Operation(lambda nccl: nccl.broadcast(x, root)) if x.size else _NOTHING
 
     def all_gather(self, x: Array | None, out: Array, counts: Sequence[int]) -> Operation:
-        """Lay the parts of all ranks side by side; where counts differ, a broadcast of each."""
+        """Concatenate the parts of all ranks; where counts differ, by a broadcast of each."""
         parts = _cut(out, counts)
         if x is not None:
             _copy(x, parts[self._rank])
         if len(set(counts)) == 1:
-            return Operation(lambda nccl: nccl.all_gather(out)) if out.size else Operation(_nothing)
+            return Operation(lambda nccl: nccl.all_gather(out)) if out.size else _NOTHING
 
         def call(nccl: NcclCommunicator) -> None:
             for source, part in enumerate(parts):
@@ -127,7 +97,7 @@ class Plans:
     def reduce_scatter(
         self, x: Array, out: Array, counts: Sequence[int], op: ReduceOp
     ) -> Operation:
-        """Combine `x` of all ranks, and keep a part; where counts differ, a reduce of each."""
+        """Combine `x` of all ranks, and keep a part; where counts differ, by a reduce of each."""
         source, landing = x, out
         after: Callable[[], None] | None = None
         held: tuple[Array, ...] = ()
@@ -136,22 +106,19 @@ class Plans:
             landed = landing = array_namespace(x).empty(out.shape, keys.dtype)
             after, held = (lambda: from_keys(landed, out)), (keys, landed)
         wire = wire_of(source.dtype)
-        if len(set(counts)) == 1:
-            if not x.size:
-                return Operation(_nothing)
-            return Operation(
-                lambda nccl: nccl.reduce_scatter(source, landing, wire, op),
-                after=after,
-                temporaries=held,
-            )
-        parts = _cut(source, counts)
+        equal = len(set(counts)) == 1
+        if equal and not x.size:
+            return _NOTHING
 
         def call(nccl: NcclCommunicator) -> None:
-            for root, part in enumerate(parts):
+            if equal:
+                nccl.reduce_scatter(source, landing, wire, op)
+                return
+            for root, part in enumerate(_cut(source, counts)):
                 if part.size:
                     nccl.reduce(part, landing if root == self._rank else part, wire, op, root)
 
-        return Operation(call, several=True, after=after, temporaries=held)
+        return Operation(call, several=not equal, after=after, temporaries=held)
 
     def gather(self, x: Array, out: Array | None, counts: Sequence[int], root: int) -> Operation:
         """Send `x` of all ranks to one."""
@@ -172,7 +139,7 @@ class Plans:
     def all_to_all(
         self, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
     ) -> Operation:
-        """Send part `i` of `x` to rank `i`, and lay what comes from it in part `i` of `out`."""
+        """Send part `i` of `x` to rank `i`, and receive part `i` of `out` from it."""
         leaving, arriving = _cut(x, send_counts), _cut(out, recv_counts)
         _copy(leaving[self._rank], arriving[self._rank])
         return self.messages(
@@ -203,6 +170,27 @@ class Plans:
 
     def _others(self, parts: Sequence[Array]) -> list[tuple[int, Array]]:
         return [(peer, part) for peer, part in enumerate(parts) if peer != self._rank]
+
+
+def _reduction(
+    x: Array,
+    out: Array | None,
+    op: ReduceOp,
+    call: Callable[[NcclCommunicator, Array, Array, Wire], None],
+) -> Operation:
+    """Return a reduction of whole arrays; `out` is None where this rank gets no result."""
+    if not x.size:
+        return _NOTHING
+    if needs_keys(x.dtype, op):
+        keys = to_keys(x, op)
+        return Operation(
+            lambda nccl: call(nccl, keys, keys, wire_of(keys.dtype)),
+            after=None if out is None else (lambda: from_keys(keys, out)),
+            temporaries=(keys,),
+        )
+    # NCCL does not touch what those receive who are not the root.
+    into = x if out is None else out
+    return Operation(lambda nccl: call(nccl, x, into, wire_of(x.dtype)))
 
 
 def _cut(x: Array, counts: Sequence[int]) -> list[Array]:
