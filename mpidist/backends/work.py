@@ -14,7 +14,17 @@ from mpidist.errors import CollectiveTimeoutError
 if TYPE_CHECKING:
     from mpidist.backends.node.signatures import Described
 
-__all__ = ["ANY_SOURCE", "Engine", "Message", "Steps", "StepsWork", "Waiter", "Work", "then"]
+__all__ = [
+    "ANY_SOURCE",
+    "Engine",
+    "Message",
+    "PolledWork",
+    "Steps",
+    "StepsWork",
+    "Waiter",
+    "Work",
+    "then",
+]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -152,6 +162,14 @@ class _ThenWork(Work[U], Generic[T, U]):
         return self._work.missing()
 
 
+class PolledWork(Work[None]):
+    """Work of a transport that is done when `done` says so; groups wait for it by polling that."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait without driving anything else; groups wait through `Backend.progress`."""
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
+
+
 class Message(NamedTuple):
     """One array on its way to or from a peer.
 
@@ -181,7 +199,7 @@ def then(first: Work[Any], second: Steps) -> Steps:
     yield from second
 
 
-class StepsWork(Work[None]):
+class StepsWork(PolledWork):
     """Runs an operation of several phases as far as it can go at each poll.
 
     [Note: phases] MPI makes no progress by itself, and starts nothing on its own. An operation of
@@ -254,10 +272,6 @@ class StepsWork(Work[None]):
         """Return the ranks for which the phase under way waits."""
         current = self._current
         return () if current is None else current.missing()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait without driving anything else; groups wait through `Backend.progress`."""
-        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
 class Engine:

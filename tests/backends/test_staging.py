@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.backends.device import cuda_aware, pinned
+from mpidist.backends.device import cuda_aware, staging
 from mpidist.backends.device.staging import HostStaging
 from mpidist.backends.simulated.backend import SimulatedBackend
 from mpidist.group import ProcessGroup
@@ -41,7 +41,7 @@ def on_devices(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "_CHUNK", ITEMS * 8)
+    monkeypatch.setattr(staging, "_CHUNK", ITEMS * 8)
 
 
 def array(values: Any) -> Any:
@@ -83,7 +83,7 @@ def test_any_number_of_chunks(count: int) -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_the_next_chunk_is_on_its_way_while_one_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[tuple[str, int]] = []
-    to_host, transfer = pinned.PinnedBuffers.to_host, SimulatedBackend.transfer
+    to_host, transfer = staging._PinnedBuffers.to_host, SimulatedBackend.transfer
 
     def fetched(its: Any, copies: Any) -> Any:
         happened.append(("to_host", len(copies)))
@@ -98,7 +98,7 @@ def test_the_next_chunk_is_on_its_way_while_one_is_summed(monkeypatch: pytest.Mo
         mpidist.all_reduce(x, group)
         # What is asked for first is to connect; only the second one is looked at.
         del happened[:]
-        monkeypatch.setattr(pinned.PinnedBuffers, "to_host", fetched)
+        monkeypatch.setattr(staging._PinnedBuffers, "to_host", fetched)
         monkeypatch.setattr(SimulatedBackend, "transfer", transferred)
         return mpidist.all_reduce(x, group).get()
 
@@ -240,13 +240,13 @@ def test_mpi_gets_device_arrays_where_it_says_that_it_takes_them(
 ) -> None:
     """The library here takes the stand-in's arrays, whose memory is the host's."""
     copies: list[int] = []
-    to_host = pinned.PinnedBuffers.to_host
+    to_host = staging._PinnedBuffers.to_host
 
     def fetched(its: Any, some: Any) -> Any:
         copies.append(len(some))
         return to_host(its, some)
 
-    monkeypatch.setattr(pinned.PinnedBuffers, "to_host", fetched)
+    monkeypatch.setattr(staging._PinnedBuffers, "to_host", fetched)
     monkeypatch.setenv("MPIDIST_CUDA_AWARE_MPI", "1")
     monkeypatch.setattr(cuda_aware, "ask_mpi", lambda mpi, path: (True, "for the test"))
     with mpidist.init() as world:

@@ -17,8 +17,6 @@ from mpidist.backends.device.staging import HostStaging
 from mpidist.backends.loaded import loaded_libraries, mpi_library
 from mpidist.errors import BackendUnavailableError
 
-__all__ = ["ask_mpi", "is_wanted", "stage"]
-
 
 def ask_mpi(mpi: Any, path: str) -> tuple[bool | None, str]:
     """Ask the MPI library whether it is CUDA-aware, without giving it memory of a GPU.
@@ -26,7 +24,7 @@ def ask_mpi(mpi: Any, path: str) -> tuple[bool | None, str]:
     Parameters
     ----------
     mpi : module
-        ``mpi4py.MPI``, initialised.
+        The initialised ``mpi4py.MPI``.
     path : str
         The library's file; empty if it is not known.
 
@@ -56,12 +54,7 @@ def ask_mpi(mpi: Any, path: str) -> tuple[bool | None, str]:
 
 
 def is_wanted(mpi: Any) -> bool:
-    """Whether MPI gets device arrays: it was asked for, and it can take them.
-
-    Parameters
-    ----------
-    mpi : module
-        ``mpi4py.MPI``, initialised.
+    """Whether MPI, the initialised ``mpi4py.MPI``, gets device arrays: the user asks, and it can.
 
     Raises
     ------
@@ -83,17 +76,9 @@ def is_wanted(mpi: Any) -> bool:
 
 
 def stage(host: Backend) -> HostStaging:
-    """Make what carries device arrays without NCCL, with the library's help if it is wanted.
+    """Make what carries device arrays without NCCL between the ranks of `host`.
 
-    Parameters
-    ----------
-    host : Backend
-        The transport of host arrays between the same ranks.
-
-    Raises
-    ------
-    BackendUnavailableError
-        As `is_wanted` says.
+    The MPI library helps where `is_wanted` says so; it raises as that does.
     """
     if host.name != "mpi":
         return HostStaging(host)

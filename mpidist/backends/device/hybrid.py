@@ -13,18 +13,13 @@ from mpidist.arrays.namespaces import device_module
 from mpidist.backends.availability import why_no_gpu, why_no_nccl
 from mpidist.backends.base import Backend
 
-__all__ = ["carry_devices", "may_stage", "use_device", "why_not"]
-
 
 def why_not(*, asked: bool) -> str | None:
     """Say why this rank cannot carry device arrays over NCCL; None if it can.
 
-    Parameters
-    ----------
-    asked : bool
-        Whether the program has asked for them, so that CuPy may be imported. If it has not, and has
-        not imported CuPy either, None means that there seems to be a GPU; connecting the ranks
-        finds out the rest.
+    Only if the program has asked for device arrays may CuPy be imported. If it has not, and has not
+    imported CuPy either, None means that there seems to be a GPU; connecting the ranks finds out
+    the rest.
     """
     # A program that uses no GPU pays nothing for those of its node: no import, and no context.
     reason = why_no_gpu()
@@ -45,17 +40,12 @@ def may_stage() -> bool:
 def use_device(local_rank: int) -> int | None:
     """Make one of the visible GPUs the current device of this thread, if there is one.
 
-    Parameters
-    ----------
-    local_rank : int
-        Rank among those of this node.
-
     Returns
     -------
     int or None
-        The device: number `local_rank`, counted round where there are fewer, such as the only one
-        that a launcher lets this rank see; the one that is current if the program chose another
-        than the first before. None where CuPy was not imported, or sees no GPU.
+        The device: number `local_rank`, modulo the number of GPUs that this rank sees; or the one
+        that is current, if the program has chosen another than the first before. None where CuPy
+        was not imported, or sees no GPU.
     """
     if "cupy" not in sys.modules or why_no_gpu() is not None:
         return None
@@ -68,16 +58,10 @@ def use_device(local_rank: int) -> int | None:
 
 
 def carry_devices(host: Backend, reason: str | None, *, fallback: bool) -> None:
-    """Let a transport carry device arrays, too; the same on all ranks.
+    """Let a transport of host arrays carry device arrays, too; the same on all ranks.
 
-    Parameters
-    ----------
-    host : Backend
-        Of host arrays.
-    reason : str or None
-        Why NCCL cannot carry them; None where it can, on all ranks.
-    fallback : bool
-        Whether they go by way of the host then.
+    `reason` says why NCCL cannot carry them; None where it can, on all ranks. `fallback` is whether
+    they go by way of the host then.
     """
     if reason is None:
         from mpidist.backends.device.nccl import NcclBackend
