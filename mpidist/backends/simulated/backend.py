@@ -21,22 +21,11 @@ from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.simulated.faults import JobAborted
 from mpidist.backends.simulated.network import ExchangeWork, Member, Network, Rendezvous
 from mpidist.backends.verbs import Collective
-from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Message, Waiter, Work
-
-__all__ = ["SimulatedBackend"]
+from mpidist.backends.work import Message, PolledWork, Waiter, Work
 
 
 class ThreadComparison:
-    """Compares the signatures that the ranks, threads of one process, give each other.
-
-    Parameters
-    ----------
-    network : Network
-        Shared by all ranks.
-    member : Member
-        This rank of the group.
-    """
+    """Compares the signatures that the ranks, threads of one process, give each other."""
 
     def __init__(self, network: Network, member: Member) -> None:
         self._network = network
@@ -75,17 +64,7 @@ class ThreadComparison:
 
 
 class _ThreadExchange:
-    """How the ranks of a simulated node exchange a few bytes; see `NodeExchange`.
-
-    Parameters
-    ----------
-    network : Network
-        Shared by all ranks.
-    member : Member
-        The group, and this rank in it.
-    topology : NodeTopology
-        The nodes of the group.
-    """
+    """How the ranks of a simulated node exchange a few bytes; see `NodeExchange`."""
 
     def __init__(self, network: Network, member: Member, topology: NodeTopology) -> None:
         self.rank = topology.rank
@@ -106,7 +85,7 @@ class _ThreadExchange:
             self._waiter = None
 
     def _gather(self, member: Member, value: Any) -> list[Any]:
-        """Return the values of all members of a place, in order."""
+        """Return the values of all members, in order of their ranks."""
         self._exchanges[member] += 1
         assert self._waiter is not None, "only in `blocking`"
         names = range(len(member.members))
@@ -131,15 +110,10 @@ class _ThreadExchange:
         return yes if self._waiter is None else all(self._gather(self._group, yes))
 
 
-class Compared(Work[None]):
+class Compared(PolledWork):
     """An immediate call that is under way, complete when all ranks have made the same, too.
 
-    Parameters
-    ----------
-    comparison : Work
-        Complete when all have.
-    work : Work
-        What is under way. Its errors count only after the comparison, which knows better.
+    Errors of `work`, the call, are raised only after `comparison`, whose error says why.
     """
 
     def __init__(self, comparison: Work[None], work: Work[Any]) -> None:
@@ -160,10 +134,6 @@ class Compared(Work[None]):
     def missing(self) -> Sequence[int]:
         """Return the ranks that have not called it."""
         return self._comparison.missing()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait without driving anything else."""
-        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
 class SimulatedBackend(Backend):

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["Death", "DeliveryMode", "Drop", "Faults", "JobAborted", "RankDied"]
-
 
 class DeliveryMode(Enum):
     """How a message moves.

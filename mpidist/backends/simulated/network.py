@@ -22,8 +22,6 @@ from mpidist.backends.waiting import wait_until
 from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work
 from mpidist.errors import TransportError
 
-__all__ = ["ExchangeWork", "Member", "Network", "Rendezvous"]
-
 T = TypeVar("T", "Parcel", "PostedReceive")
 
 _FIRST_NAP, _LONGEST_NAP = 20e-6, 500e-6
@@ -59,17 +57,7 @@ class ExchangeWork(Work[tuple[int, ...]]):
 
 
 class Member(NamedTuple):
-    """A rank of one of the groups.
-
-    Attributes
-    ----------
-    context : hashable
-        Identifies the group.
-    rank : int
-        The rank in the group.
-    members : tuple of int
-        The world rank of every member.
-    """
+    """Rank `rank` of the group `context`, whose members have these ranks of the world."""
 
     context: Hashable
     rank: int
@@ -77,7 +65,7 @@ class Member(NamedTuple):
 
 
 class _Address(NamedTuple):
-    """By what messages match receives: a rank of one group, and a lane."""
+    """What a message and its receive have in common: the receiver in its group, and the lane."""
 
     context: Hashable
     rank: int
@@ -200,23 +188,7 @@ class Rendezvous:
 
 
 class Network:
-    """What the ranks of a simulated job share.
-
-    Parameters
-    ----------
-    size : int
-        Number of ranks.
-    mode : DeliveryMode, optional
-        How messages move.
-    faults : Faults, optional
-        What goes wrong.
-    seed : int, optional
-        Of the delays.
-    ranks_per_node : int, optional
-        Pretend that so many consecutive ranks share a node; all when omitted.
-    node_memory : bool, optional
-        Whether collectives go by the memory of a node where they can, as between processes.
-    """
+    """What the ranks of a simulated job share; see `mpidist.testing.run_ranks` for the options."""
 
     def __init__(
         self,
@@ -352,7 +324,7 @@ class Network:
         return rendezvous
 
     def leave(self, rank: int) -> None:
-        """Wait for a rendezvous no more."""
+        """Stop waiting for a rendezvous."""
         with self._lock:
             self._busy[rank] -= 1
 
