@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import threading
+from dataclasses import asdict
 from zlib import crc32
 
 import pytest
@@ -14,14 +15,11 @@ from mpidist.observe.recorder.recorder import Site
 from mpidist.observe.recorder.recording import OperationRecord
 from mpidist.observe.watch import report
 from mpidist.observe.watch.report import (
+    Stall,
     callers,
-    causes,
-    cure,
-    describe_stall,
     format_site,
     processes,
     render_report,
-    stragglers,
 )
 from mpidist.observe.watch.states import RankState, Stack, Status, Wait
 
@@ -63,12 +61,12 @@ def world(*states: RankState) -> dict[int, RankState]:
 def test_a_rank_that_has_not_come_is_named_with_what_it_did_last() -> None:
     late = record("barrier", number=41, line=29, ended=55)
     states = world(state(0, record()), state(1, record()), state(2, late))
-    told = describe_stall(states, [0, 1, 2], KEY, [])
+    told = str(Stall(states, [0, 1, 2], KEY, []))
     assert told == (
         "Missing: rank 2 (host1:102), done 55.0 s ago with barrier #41 of group 'world', called at "
         "/elsewhere/train.py:29 in step"
     )
-    assert stragglers(states, [0, 1, 2], KEY, []) == [2]
+    assert Stall(states, [0, 1, 2], KEY, []).stragglers() == [2]
 
 
 def test_a_difference_that_is_over_on_all_ranks_is_not_blamed_for_a_later_wait() -> None:
@@ -77,13 +75,13 @@ def test_a_difference_that_is_over_on_all_ranks_is_not_blamed_for_a_later_wait()
         state(0, caught[0], record(sequence=2)),
         state(1, caught[1], record("barrier", number=41, ended=45, sequence=2)),
     )
-    assert describe_stall(states, [0, 1], KEY, []).startswith("Missing: rank 1 ")
-    assert stragglers(states, [0, 1], KEY, []) == [1]
+    assert str(Stall(states, [0, 1], KEY, [])).startswith("Missing: rank 1 ")
+    assert Stall(states, [0, 1], KEY, []).stragglers() == [1]
 
 
 def test_a_rank_in_another_group_is_named_with_that_group() -> None:
     other = record(number=3, group="pipeline", identity=8, began=12)
-    told = describe_stall(world(state(0, record()), state(1, other)), [0, 1], KEY, [1])
+    told = str(Stall(world(state(0, record()), state(1, other)), [0, 1], KEY, [1]))
     assert "rank 1 (host0:101), for 12.0 s in all_reduce SUM float32[3] #3 of group 'pi" in told
 
 
@@ -91,7 +89,7 @@ def test_a_rank_that_waits_for_an_immediate_operation_is_named_with_both_lines()
     pending = record("iall_gather", number=40, kind=Kind.IMMEDIATE, line=20)
     waiting = Wait(sequence=1, site=Site("/elsewhere/train.py", 25, "step"), seconds=9.0)
     states = world(state(0, record()), state(1, pending, wait=waiting))
-    told = describe_stall(states, [0, 1], KEY, [])
+    told = str(Stall(states, [0, 1], KEY, []))
     assert "waiting at /elsewhere/train.py:25 in step for iall_gather #40" in told
     assert "called at /elsewhere/train.py:20" in told
     assert "waits 9.0 s" in render_report("title", states.values(), [])
@@ -118,24 +116,24 @@ def test_a_rank_that_is_far_beyond_an_operation_has_come_to_it(status: Status) -
     later = record("ibarrier", number=300, kind=Kind.IMMEDIATE)
     late = record("barrier", number=41, ended=55)
     states = world(state(0, record()), state(1, later, status=status), state(2, late))
-    told = describe_stall(states, [0, 1, 2], KEY, [])
+    told = str(Stall(states, [0, 1, 2], KEY, []))
     assert told.startswith("Missing: rank 2 (")
     assert "rank 1 (" not in told
     assert told.endswith("Dead: rank 1") == (status is Status.DEAD)
     expected = [2] if status is Status.ALIVE else [1, 2]
-    assert stragglers(states, [0, 1, 2], KEY, []) == expected
+    assert Stall(states, [0, 1, 2], KEY, []).stragglers() == expected
 
 
 @pytest.mark.parametrize("status", [Status.DEAD, Status.STOPPED])
 def test_a_rank_that_came_and_is_gone_is_named(status: Status) -> None:
     states = world(state(0, record()), state(1, record(), status=status))
-    assert describe_stall(states, [0, 1], KEY, []) == f"{status.value.capitalize()}: rank 1"
-    assert stragglers(states, [0, 1], KEY, []) == [1]
+    assert str(Stall(states, [0, 1], KEY, [])) == f"{status.value.capitalize()}: rank 1"
+    assert Stall(states, [0, 1], KEY, []).stragglers() == [1]
 
 
 def test_the_status_of_a_missing_rank_is_told() -> None:
     states = world(state(0, record()), state(1, status=Status.SILENT))
-    assert describe_stall(states, [0, 1], KEY, [1]) == (
+    assert str(Stall(states, [0, 1], KEY, [1])) == (
         "Missing: rank 1 (host0:101, silent), which has called nothing. Silent: rank 1: nothing is "
         "heard from host0"
     )
@@ -145,10 +143,10 @@ def test_a_rank_that_came_and_is_silent_has_a_sentence() -> None:
     """It is not missing, and neither dead nor stopped."""
     states = world(state(0, record()), state(1, record(), status=Status.SILENT))
     for key, missing in ((KEY, []), (None, [])):
-        (told,) = causes(states, [0, 1], key, missing)
+        (told,) = Stall(states, [0, 1], key, missing).causes()
         assert told.startswith("Silent: rank 1: no thread of it runs: foreign code holds Python's")
         assert told.endswith(" (the GIL), after /elsewhere/train.py:31 in step")
-    assert "py-spy dump --native --pid 101" in cure(states, [0, 1], KEY, [])
+    assert "py-spy dump --native --pid 101" in Stall(states, [0, 1], KEY, []).cure()
 
 
 @pytest.mark.parametrize(
@@ -163,14 +161,15 @@ def test_a_rank_that_came_and_is_silent_has_a_sentence() -> None:
 )
 def test_the_cure_is_that_of_the_missing_rank(status: Status, expected: str) -> None:
     states = world(state(0, record()), state(1, record(number=41, ended=5), status=status))
-    assert expected in cure(states, [0, 1], KEY, [])
+    assert expected in Stall(states, [0, 1], KEY, []).cure()
 
 
 def test_what_to_do_where_nobody_is_missing() -> None:
     states = world(state(0, record()), state(1, record()))
-    assert "MPIDIST_DEBUG=1" in cure(states, [0, 1], KEY, [])
+    assert "MPIDIST_DEBUG=1" in Stall(states, [0, 1], KEY, []).cure()
     odd = world(state(0, record()), state(1, record("barrier")))
-    assert cure(odd, [0, 1], KEY, []) == "let all ranks make the same calls in the same order"
+    cure = Stall(odd, [0, 1], KEY, []).cure()
+    assert cure == "let all ranks make the same calls in the same order"
 
 
 def test_different_calls_are_told_the_rarest_first() -> None:
@@ -180,9 +179,9 @@ def test_different_calls_are_told_the_rarest_first() -> None:
         "rank 2 called broadcast float32[3] root 0 at /elsewhere/train.py:77 in step; "
         "rank 0-1, 3-4 called all_reduce SUM float32[3] at /elsewhere/train.py:31 in step"
     )
-    told = describe_stall(states, range(5), KEY, [])
+    told = str(Stall(states, range(5), KEY, []))
     assert told.startswith("The ranks called different things: rank 2 called broadcast")
-    assert stragglers(states, range(5), KEY, []) == [2]
+    assert Stall(states, range(5), KEY, []).stragglers() == [2]
 
 
 def test_a_difference_in_a_collective_that_is_over_is_told_with_its_number() -> None:
@@ -192,35 +191,35 @@ def test_a_difference_in_a_collective_that_is_over_is_told_with_its_number() -> 
         state(1, theirs, record(number=41, sequence=2)),
         state(2, ours, record(sequence=2)),
     )
-    told = describe_stall(states, range(3), KEY, [1])
+    told = str(Stall(states, range(3), KEY, [1]))
     assert told.startswith("The ranks called different things in #40: rank 1 called gather at")
     assert "Missing: rank 1" in told
-    assert stragglers(states, range(3), KEY, [1]) == [1]
+    assert Stall(states, range(3), KEY, [1]).stragglers() == [1]
 
 
 def test_messages_have_the_number_of_no_collective() -> None:
     message = record("send float32[3] to 1", kind=Kind.MESSAGE)
     states = world(state(0, record()), state(1, message))
-    assert stragglers(states, [0, 1], KEY, []) == [1]
+    assert Stall(states, [0, 1], KEY, []).stragglers() == [1]
 
 
 def test_many_missing_ranks_are_counted() -> None:
     states = world(state(0, record()), *(state(rank, record(number=1)) for rank in range(1, 9)))
-    told = describe_stall(states, range(9), KEY, [])
+    told = str(Stall(states, range(9), KEY, []))
     assert told.count("(host") == 4
     assert told.endswith("and 4 more: 5-8")
 
 
 def test_ranks_of_other_nodes_that_are_not_known_are_not_accused_without_evidence() -> None:
     states = world(state(0, record()), state(1, record()))
-    assert describe_stall(states, range(4), KEY, []) == ""
-    assert describe_stall(states, range(4), KEY, [3]) == "Missing: rank 3 (on another node)"
+    assert str(Stall(states, range(4), KEY, [])) == ""
+    assert str(Stall(states, range(4), KEY, [3])) == "Missing: rank 3 (on another node)"
 
 
 def test_all_have_come_and_called_the_same() -> None:
     states = world(state(0, record()), state(1, record()))
-    assert describe_stall(states, [0, 1], KEY, []) == ""
-    assert stragglers(states, [0, 1], KEY, []) == []
+    assert str(Stall(states, [0, 1], KEY, [])) == ""
+    assert Stall(states, [0, 1], KEY, []).stragglers() == []
 
 
 def test_the_table_has_a_row_per_rank_and_the_suspects_first() -> None:
@@ -251,8 +250,8 @@ def test_a_report_has_room_on_the_screen_whatever_the_ranks_do() -> None:
     states = [
         state(rank, record(number=rank, line=rank, ended=1), stacks=stacks) for rank in range(64)
     ]
-    found = causes(world(*states), range(64), KEY, [])
-    what_to_do = cure(world(*states), range(64), KEY, [])
+    found = Stall(world(*states), range(64), KEY, []).causes()
+    what_to_do = Stall(world(*states), range(64), KEY, []).cure()
     lines = render_report("title", states, range(42), causes=found, cure=what_to_do).splitlines()
     assert len(lines) < 40
     assert lines[0].startswith("Missing: rank 0 (host0:100), now at /elsewhere/load.py:0 in read")
@@ -299,5 +298,5 @@ def test_a_state_survives_json() -> None:
     wait = Wait(1, Site("a.py", 2, "f"), 0.5)
     stacks = (Stack("MainThread", (Site("a.py", 3, "g"),)),)
     before = state(3, record(), record("b", number=1), wait=wait, stacks=stacks, claimed=0.25)
-    after = RankState.from_json(json.loads(json.dumps(before.as_json())))
+    after = RankState.from_json(json.loads(json.dumps(asdict(before))))
     assert after == before

@@ -58,18 +58,10 @@ class _Times(ctypes.Structure):
 
 
 class ProcessDeadline:
-    """A time at which this process writes a message and ends with code 1.
+    """A time, so many seconds from now, at which this process says why, and ends with code 1.
 
+    After the message the process gets `signal`, if there is one; a handler of it in C can say more.
     Where the C library has no such timers nothing happens at the deadline.
-
-    Parameters
-    ----------
-    seconds : float
-        From now to the deadline.
-    message : str
-        Written to the error output.
-    signal : int, optional
-        Sent to this process after the message; a handler of it in C can say more.
     """
 
     def __init__(self, seconds: float, message: str, signal: int | None = None) -> None:
@@ -98,14 +90,14 @@ class ProcessDeadline:
         self._timers.append((timer, delay))
 
     def start(self, seconds: float) -> None:
-        """Let the deadline be so many seconds from now."""
+        """Set the deadline to so many seconds from now."""
         for start in self._starts(self._timers, seconds):
             start()
 
     def _starts(
         self, timers: Sequence[tuple[Any, float]], seconds: float
     ) -> list[Callable[[], object]]:
-        """Return what starts timers, without any module that may be gone at the very end."""
+        """Return calls that start the timers without any module: at the very end there are none."""
         starts: list[Callable[[], object]] = []
         for timer, delay in timers:
             full_seconds, part = divmod(min(max(seconds, 0.001), _LONGEST) + delay, 1.0)
@@ -114,19 +106,16 @@ class ProcessDeadline:
         return starts
 
     def start_anew_at_finalization(self, seconds: float) -> None:
-        """Begin again, without the signal, when the interpreter has ended all but MPI.
+        """Set the deadline anew, without the signal, when the interpreter has ended all but MPI.
 
-        Parameters
-        ----------
-        seconds : float
-            From then to the deadline.
+        It is so many seconds from then.
         """
         if not self._timers:
             return
         message, *signal, end = self._timers
         actions = self._starts([message, end], seconds)
         actions += [partial(self._libc.timer_delete, timer) for timer, _ in signal]
-        # The attributes of sys are the last that the interpreter lets go.
+        # The interpreter deletes the attributes of sys last.
         vars(sys)["_mpidist_last"] = _Last(actions)
 
     def cancel(self) -> None:
@@ -136,13 +125,7 @@ class ProcessDeadline:
 
 
 class _Last:
-    """Calls functions when it is let go.
-
-    Parameters
-    ----------
-    actions : sequence of callable
-        Functions without arguments, called in this order.
-    """
+    """Calls functions, in this order, when it is deleted."""
 
     def __init__(self, actions: Sequence[Callable[[], object]]) -> None:
         self._actions = actions
@@ -153,23 +136,16 @@ class _Last:
 
 
 _STUCK_INTERPRETER = 2.0
-"""Seconds after a deadline, for the helper thread, at which the process ends without it."""
+"""Seconds after the helper thread's deadline at which the process ends without that thread."""
 
 _FINALIZING = 6.0
-"""Seconds after it for a rank that has ended its part, and waits for others in MPI_Finalize."""
+"""Seconds after that deadline for a rank that waits for the others in MPI_Finalize."""
 
 
 def limit_loading(rank: int, size: int | None, timeout: float) -> ProcessDeadline:
-    """Return a deadline for the start of MPI, in which the ranks wait for each other.
+    """Return a deadline in `timeout` seconds for the start of MPI, in which the ranks wait.
 
-    Parameters
-    ----------
-    rank : int
-        This rank, as the launcher has it.
-    size : int or None
-        The number of ranks that the launcher promises; None where it does not say.
-    timeout : float
-        Seconds until MPI has to be loaded.
+    `rank` and `size` are the launcher's; where it does not say, the size is None.
     """
     ranks = f"rank {rank}" if size is None else f"rank {rank} of {size}"
     return ProcessDeadline(
@@ -184,20 +160,14 @@ def limit_loading(rank: int, size: int | None, timeout: float) -> ProcessDeadlin
 
 
 def limit_finalization(name: str, timeout: float, *, stacks: bool) -> None:
-    """Let this process end within a deadline from now: its exit handler is done.
+    """Give what follows this rank's exit handler, up to MPI_Finalize, `timeout` seconds.
 
-    What follows is exit handlers that were registered before `init`, for which the helper thread
-    speaks as long as it can, then finalisers, and MPI_Finalize, which waits for the other ranks. A
-    rank that has come to the last is not the one that keeps them, and speaks later.
+    First come the exit handlers that were registered before `init`, which the helper thread watches
+    as long as it can, then finalisers, and MPI_Finalize, which waits for the other ranks. A rank
+    that is in the last does not keep the others waiting, so its deadline is later than theirs.
 
-    Parameters
-    ----------
-    name : str
-        Of this rank, for messages.
-    timeout : float
-        Seconds that MPI_Finalize may take.
-    stacks : bool
-        Whether SIGUSR2 is free: from now on it writes the stack without the interpreter.
+    If SIGUSR2 is free (`stacks`), it writes the stack without the interpreter from now on. `name`
+    is this rank's, for messages.
     """
     if stacks:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # or the interpreter does so at its end
@@ -213,7 +183,7 @@ def limit_finalization(name: str, timeout: float, *, stacks: bool) -> None:
 
 
 def main_stack() -> str:
-    """Return where the main thread is, as a traceback would; begins with a colon."""
+    """Return the stack of the main thread as in a traceback; begins with a colon."""
     number = threading.main_thread().ident
     frame = None if number is None else sys._current_frames().get(number)
     return "" if frame is None else ":\n" + "".join(traceback.format_stack(frame)).rstrip()

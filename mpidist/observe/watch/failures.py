@@ -1,7 +1,8 @@
 """Uncaught exceptions as text: one rank writes for all that end alike.
 
 Each rank writes a checksum of its reason, and when, into its part of the recorder's memory, and
-waits for a moment. The first of those with the same reason speaks, the others wait until it has.
+waits for a moment. The first of those with the same reason writes it for all of them, and the
+others wait until it has.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ _LONGEST = 1.0
 """Seconds after which it is not, however many arrive."""
 
 _SPEAKING = 3.0
-"""Seconds that the first rank has to say it."""
+"""Seconds that the first rank has to write it."""
 
 _POLL = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Who ends for the same reason.
+    """Which ranks end for the same reason.
 
     Attributes
     ----------
     ranks : tuple of int
-        For whom this rank speaks, itself among them; none if another one speaks for it.
+        The ranks for which this one writes the reason, itself among them; none if another does.
     first : int
-        The rank that speaks, or has spoken already before this one came.
+        The rank that writes it, or has written it before this one came.
     others : bool
         Whether ranks of this node are alive that do not end, or end for another reason.
     earlier : int
-        How many other reasons have been listed on this node before.
+        How many other reasons have been written on this node before.
     """
 
     ranks: tuple[int, ...]
@@ -56,16 +57,9 @@ class Ending:
 
 
 class Failures:
-    """Why ranks of this node end.
+    """Why ranks of this node end, of which `rank` is this one and `recordings` has all.
 
-    Parameters
-    ----------
-    rank : int
-        This rank, in the world.
-    recordings : mapping of int to Recording
-        Of the ranks of this node.
-    alive : callable
-        Returns whether the process of a rank can still say something.
+    `alive` returns whether a rank may still fail, or say that it has.
     """
 
     def __init__(
@@ -76,9 +70,9 @@ class Failures:
         self._alive = alive
 
     def join(self, reason: str) -> Ending:
-        """Write why this rank ends, and return who ends for the same reason; takes up to 4 s.
+        """Record why this rank ends, and return who ends for the same reason; takes up to 4 s.
 
-        Whoever is to speak calls `spoken` afterwards.
+        The rank that writes the reason calls `spoken` afterwards.
         """
         cells = self._recordings[self._rank].cells
         cells[Head.FAILED_AT] = monotonic_ns()
@@ -102,7 +96,7 @@ class Failures:
             time.sleep(_POLL)
 
     def spoken(self) -> None:
-        """Let the others end: it has been said."""
+        """Let the others end: the reason has been written."""
         self._cells_of(self._rank)[Head.SPOKEN] = monotonic_ns()
 
     def _wait_for_others(self) -> None:
@@ -136,7 +130,7 @@ class Failures:
 
 
 def digest_of(reason: str) -> int:
-    """Return a number for a reason; never 0, which stands for a rank that does not end."""
+    """Return a checksum of a reason; never 0, which stands for a rank that does not end."""
     return 1 << 32 | crc32(reason.encode(errors="replace"))
 
 
@@ -167,15 +161,7 @@ def reason_of(error: BaseException, trace: TracebackType | None) -> str:
 def lines_of(error: BaseException, trace: TracebackType | None, *, full: bool = False) -> list[str]:
     """Return the traceback, whose last line is left out if it is `summary_of` alone.
 
-    Parameters
-    ----------
-    error : BaseException
-        The uncaught exception.
-    trace : TracebackType or None
-        Where it came from.
-    full : bool, optional
-        Whether to keep the frames of this package's own files. They are kept in any case where
-        there are no others.
+    The frames of this package's own files are left out unless it is `full`, or has no others.
     """
     formatted = traceback.TracebackException(type(error), error, trace)
     if not full:

@@ -1,4 +1,4 @@
-"""The helper thread of a process: it answers while the main thread is inside a library.
+"""The helper thread of a process: it answers other ranks while the main thread is in a library.
 
 A Python signal handler runs when the main thread returns to Python, which may be never if it is in
 an MPI call. But the interpreter writes the signal's number to a descriptor at once
@@ -19,7 +19,7 @@ from mpidist._threads import act_in_thread
 from mpidist.observe.watch.watch import Watch
 
 _ROUND = 0.2
-"""Seconds between two looks at whether anybody has asked."""
+"""Seconds between two rounds of the thread."""
 
 
 class Helper:
@@ -48,14 +48,9 @@ class Helper:
         return os.getpid() == self._pid
 
     def serve(self, watch: Watch, nodes: Sequence[int]) -> None:
-        """Answer for this watch, as long as somebody else holds it.
+        """Answer for the watch of a world, as long as somebody else holds it.
 
-        Parameters
-        ----------
-        watch : Watch
-            The watch of a world.
-        nodes : sequence of int
-            The node of each of its ranks.
+        `nodes` has the node of each of its ranks.
         """
         watch.listen(nodes)
         with self._adding:
@@ -66,12 +61,9 @@ class Helper:
             return list(self._watches)
 
     def catch(self) -> bool:
-        """Report at SIGUSR2, unless this is not the main thread or somebody else handles it.
+        """Report at SIGUSR2 from now on; return False if this cannot be, and nothing is changed.
 
-        Returns
-        -------
-        bool
-            Whether it does so now.
+        That is so where this is not the main thread, or somebody else handles the signal.
         """
         if threading.current_thread() is not threading.main_thread():
             return False
@@ -83,9 +75,10 @@ class Helper:
         return True
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """Wake the helper unless the signal itself has; called when the main thread is in Python.
+        """Wake the helper, if the interpreter has not: others may have taken its descriptor.
 
-        Others, such as event loops, take the descriptor, and give it up without giving it back.
+        Event loops do so, and give it up without giving it back. Called when the main thread is in
+        Python.
         """
         if not self.is_of_this_process():
             return
@@ -99,7 +92,7 @@ class Helper:
             os.write(self._writer, bytes([number]))
 
     def _drop_files(self) -> None:
-        """In a child that was forked: its signals and its listeners are not this process's."""
+        """Give up, in a forked child, the wake-up descriptor and the listeners of its parent."""
         with contextlib.suppress(ValueError):  # not in the main thread of the main interpreter
             taken = signal.set_wakeup_fd(-1)
             if taken not in (-1, self._writer):
@@ -113,7 +106,7 @@ class Helper:
             self._round()
 
     def _round(self) -> None:
-        """Wait for a moment, and do what there is to do."""
+        """Answer what arrives within a fifth of a second, and then do what is due."""
         opened = [watch.listener for watch in self._served()]
         listeners = {listener.fileno(): listener for listener in opened if listener is not None}
         poll = select.poll()  # not select, which takes descriptors below 1024 only

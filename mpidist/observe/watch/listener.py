@@ -1,9 +1,9 @@
 """How nodes ask each other what their ranks are doing: one question, one answer, by TCP.
 
-Both sides know a secret, which has travelled over MPI. Each proves it before anything that it says
-is read: the one that asks by a code over a number that the listener has just drawn, the listener by
-a code over the answer and the number of the one that asks (HMAC, RFC 2104, with SHA-256). Answers
-are JSON. They are not encrypted: they hold paths and lines of the program.
+Both sides know a secret, which has travelled over MPI. Each proves that before anything it sends is
+read: the asker by a code over a random number that the listener has just sent it, the listener by a
+code over the answer and a random number of the asker (HMAC, RFC 2104, with SHA-256). Answers are
+JSON. They are not encrypted: they hold paths and lines of the program.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _LONGEST = 64 << 20
 """Bytes of an answer."""
 
 _ANSWERED_AT_ONCE = 8
-"""Questions that are answered at a time; further ones wait for their turn."""
+"""Questions that are answered at a time; more of them wait."""
 
 _UNPROVEN = 64
 """Connections that have not proved yet that they know the secret; a further one takes the place of
 the oldest, so that whoever holds connections open keeps nobody else out."""
 
 _ASKED_AT_ONCE = 64
-"""Nodes."""
+"""Nodes that are asked at a time."""
 
 _RESOLVED = 1.0
 """Seconds in which the name service has to say which addresses this host has."""
@@ -123,7 +123,7 @@ class Listener:
             connection.sendall(code + len(text).to_bytes(8, "big") + text)
 
     def _prove(self, connection: socket.socket) -> bytes | None:
-        """Return the number of one that knows the secret; None for one that does not."""
+        """Return the random number of an asker that knows the secret; None if it does not."""
         deadline = time.monotonic() + _PATIENCE
         nonce = os.urandom(_NONCE)
         connection.settimeout(_PATIENCE)
@@ -150,10 +150,10 @@ def _listen() -> socket.socket:
 
 
 def _addresses() -> Iterator[str]:
-    """Yield the addresses of this host, the likeliest first; none that others cannot reach.
+    """Yield the addresses of this host that others may reach, the likeliest first.
 
-    Those of its name, by which a launcher mostly finds it; that of the default route; those of its
-    interfaces, where it has neither a name that is known nor a route.
+    First those of its name, by which a launcher mostly finds it, then that of the default route,
+    then those of its interfaces, for hosts with neither a known name nor a route.
     """
     for find in (_addresses_of_name, _address_of_route, _addresses_of_interfaces):
         for address in find():
@@ -163,7 +163,7 @@ def _addresses() -> Iterator[str]:
 
 
 def _addresses_of_name() -> list[str]:
-    """Return the addresses of this host's name; none if nobody says so soon."""
+    """Return the addresses of this host's name; none if the name service takes too long."""
     answers: SimpleQueue[list[str]] = SimpleQueue()
 
     def resolve() -> None:
@@ -181,7 +181,7 @@ def _addresses_of_name() -> list[str]:
 
 
 def _address_of_route() -> list[str]:
-    """Return the address from which this host would send to anywhere; nothing is sent."""
+    """Return the address of the interface of the default route; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # RFC 5737: nobody has this address
@@ -223,9 +223,9 @@ def ask(host: str, port: int, secret: bytes) -> bytes:
 
 
 def ask_all(endpoints: Sequence[tuple[str, int]], secret: bytes) -> SimpleQueue[bytes | None]:
-    """Ask other nodes, and return at once where the answers will be: one for each, None for none.
+    """Ask other nodes, and return at once the queue of their answers: one each, None for no answer.
 
-    Finding out where a host is may take longer than any patience, so nobody should wait for all.
+    A connection to a lost host may take long to fail, so the caller waits with a deadline.
     """
     questions: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
     answers: SimpleQueue[bytes | None] = SimpleQueue()
@@ -252,7 +252,7 @@ def _code(secret: bytes, *parts: bytes) -> bytes:
 def _read(connection: socket.socket, length: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < length:
-        # The whole of it: one that sends a byte now and then is not waited for, either.
+        # The deadline is for all bytes: a peer that sends one now and then must not hold us.
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
         chunk = connection.recv(min(length - len(data), 1 << 20))
         if not chunk:

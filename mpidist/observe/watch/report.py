@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 from mpidist import env
 from mpidist._formatting import columns, format_ranges
@@ -40,7 +41,7 @@ States = Mapping[int, RankState]
 
 
 def format_site(site: Site) -> str:
-    """Return a place as short as it can be found by: file and line, and the function's name."""
+    """Return a call site as text: file, relative to this directory, line, and function."""
     if not site.file:
         return "?"
     try:
@@ -52,17 +53,8 @@ def format_site(site: Site) -> str:
     return f"{file}:{site.line}{inside}"
 
 
-def describe_stall(
-    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
-) -> str:
-    """Return `causes` as one text, for an error."""
-    return ". ".join(causes(states, members, key, missing))
-
-
-def causes(
-    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
-) -> list[str]:
-    """Return a sentence for each thing that keeps an operation from being complete.
+class Stall:
+    """What keeps an operation from being complete, as far as is known.
 
     Parameters
     ----------
@@ -75,23 +67,97 @@ def causes(
     missing : sequence of int
         Ranks of the world that are known not to have arrived.
     """
-    absent = _absent(states, members, key, missing)
-    sentences = []
-    different = _first_difference(states, members, key)
-    if different is not None:
-        where = "" if different == key else f" in #{different[1]}"
-        calls = callers(states, members, different)
-        sentences.append(f"The ranks called different things{where}: {calls}")
-    if absent:
-        named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
-        if len(absent) > _NAMED:
-            named.append(f"and {len(absent) - _NAMED} more: {format_ranges(absent[_NAMED:])}")
-        sentences.append(f"Missing: {'; '.join(named)}")
-    for status in (Status.DEAD, Status.STOPPED):
-        ranks = [rank for rank in _gone(states, members, absent) if states[rank].status is status]
-        if ranks:
-            sentences.append(f"{status.value.capitalize()}: rank {format_ranges(ranks)}")
-    return sentences + _silences(states, [*members, *absent])
+
+    def __init__(
+        self, states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
+    ) -> None:
+        self._states = states
+        self._members = members
+        self._key = key
+        self._known = known = {rank: states[rank] for rank in members if rank in states}
+        came: set[int] = set()
+        if key is not None:
+            came = {r for r, state in known.items() if state.came_to(key) or state.has_passed(key)}
+            missing = [*missing, *(rank for rank, state in known.items() if state.records)]
+        self._absent = sorted({*missing} - came)
+        # These cannot go on, and are not missing anyway.
+        self._gone = [
+            rank
+            for rank, state in known.items()
+            if state.status in (Status.DEAD, Status.STOPPED) and rank not in self._absent
+        ]
+        self._difference = None if key is None else _first_difference(known, key)
+
+    def __str__(self) -> str:
+        """Return the causes as one text, for an error."""
+        return ". ".join(self.causes())
+
+    def causes(self) -> list[str]:
+        """Return a sentence for each thing that keeps the operation from being complete."""
+        states, absent, sentences = self._states, self._absent, []
+        if self._difference is not None:
+            where = "" if self._difference == self._key else f" in #{self._difference[1]}"
+            calls = callers(states, self._members, self._difference)
+            sentences.append(f"The ranks called different things{where}: {calls}")
+        if absent:
+            named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
+            if len(absent) > _NAMED:
+                named.append(f"and {len(absent) - _NAMED} more: {format_ranges(absent[_NAMED:])}")
+            sentences.append(f"Missing: {'; '.join(named)}")
+        for status in (Status.DEAD, Status.STOPPED):
+            ranks = [rank for rank in self._gone if states[rank].status is status]
+            if ranks:
+                sentences.append(f"{status.value.capitalize()}: rank {format_ranges(ranks)}")
+        return sentences + _silences(states, [*self._members, *absent])
+
+    def cure(self) -> str:
+        """Return what to do about the first of the causes; empty where there is none."""
+        if self._difference is not None:
+            return "let all ranks make the same calls in the same order"
+        silent = [rank for rank, state in self._known.items() if state.status is Status.SILENT]
+        for rank in (*self._absent, *self._gone, *silent):
+            return _cure(rank, self._states.get(rank))
+        if self._key is None:
+            return ""
+        return (
+            "all have come, as far as is known; MPIDIST_DEBUG=1 compares calls on device arrays, "
+            "too, before they begin"
+        )
+
+    def stragglers(self) -> list[int]:
+        """Return the ranks that are missing or gone, or called something else than most."""
+        calls: dict[int, list[int]] = {}
+        for rank, record in _came(self._known, self._difference).items():
+            calls.setdefault(record.call, []).append(rank)
+        odd = sorted(calls.values(), key=len)[:-1]
+        return sorted({*self._absent, *self._gone, *(rank for ranks in odd for rank in ranks)})
+
+
+def _came(known: States, key: Key | None) -> dict[int, OperationRecord]:
+    """Return the record of a collective of each rank that has arrived at it."""
+    if key is None:
+        return {}
+    records = {rank: state.came_to(key) for rank, state in known.items()}
+    return {rank: record for rank, record in records.items() if record is not None}
+
+
+def _first_difference(known: States, key: Key) -> Key | None:
+    """Return the first collective, up to this one, in which ranks are recorded to differ.
+
+    A rank may have passed it, and wait for the others somewhere else.
+    """
+    records_of: dict[int, list[OperationRecord]] = {}
+    for state in known.values():
+        for record in state.records:
+            if record.number <= key[1] and record.is_of((key[0], record.number)):
+                records_of.setdefault(record.number, []).append(record)
+    # Where it is over on all ranks it was found, and keeps nobody waiting.
+    different = [
+        number
+        for number, records in records_of.items()
+        if len({r.call for r in records}) > 1 and any(not r.ended for r in records)
+    ]
+    return (key[0], min(different)) if different else None
 
 
 def _silences(states: States, ranks: Iterable[int]) -> list[str]:
@@ -114,22 +180,6 @@ def _silences(states: States, ranks: Iterable[int]) -> list[str]:
     return sentences
 
 
-def cure(states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]) -> str:
-    """Return what to do about the first thing that `causes` names; nothing where it names none."""
-    if _first_difference(states, members, key) is not None:
-        return "let all ranks make the same calls in the same order"
-    absent = _absent(states, members, key, missing)
-    silent = [rank for rank in members if rank in states and states[rank].status is Status.SILENT]
-    for rank in [*absent, *_gone(states, members, absent), *silent][:1]:
-        return _cure(rank, states.get(rank))
-    if key is None:
-        return ""
-    return (
-        "all have come, as far as is known; MPIDIST_DEBUG=1 compares calls on device arrays, too, "
-        "before they begin"
-    )
-
-
 def _cure(rank: int, state: RankState | None) -> str:
     """Return what to do about a rank that others wait for."""
     status = Status.UNKNOWN if state is None else state.status
@@ -148,77 +198,11 @@ def _cure(rank: int, state: RankState | None) -> str:
     )
 
 
-def stragglers(
-    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
-) -> list[int]:
-    """Return the ranks that keep an operation from being complete; see `describe_stall`."""
-    absent = _absent(states, members, key, missing)
-    different = _first_difference(states, members, key)
-    calls = _calls(_came(states, members, different))
-    odd = [rank for ranks in list(calls.values())[:-1] for rank in ranks]
-    return sorted({*absent, *_gone(states, members, absent), *odd})
-
-
-def _gone(states: States, members: Sequence[int], absent: Sequence[int]) -> list[int]:
-    """Return the ranks that cannot go on, of those that are not missing anyway."""
-    present = [rank for rank in members if rank in states and rank not in absent]
-    return [rank for rank in present if states[rank].status in (Status.DEAD, Status.STOPPED)]
-
-
-def _came(states: States, members: Sequence[int], key: Key | None) -> dict[int, OperationRecord]:
-    """Return the record of a collective of each rank that has arrived at it."""
-    if key is None:
-        return {}
-    known = {rank: states[rank].came_to(key) for rank in members if rank in states}
-    return {rank: record for rank, record in known.items() if record is not None}
-
-
-def _absent(
-    states: States, members: Sequence[int], key: Key | None, missing: Sequence[int]
-) -> list[int]:
-    """Return the ranks that have not arrived, as far as is known."""
-    came: set[int] = set()
-    known: set[int] = set()
-    if key is not None:
-        seen = [rank for rank in members if rank in states]
-        known = {rank for rank in seen if states[rank].records}
-        came = {rank for rank in seen if states[rank].came_to(key) or states[rank].has_passed(key)}
-    return sorted({*missing, *known} - came)
-
-
-def _first_difference(states: States, members: Sequence[int], key: Key | None) -> Key | None:
-    """Return the first collective, up to this one, in which ranks are recorded to differ.
-
-    A rank may have passed it, and wait for the others somewhere else.
-    """
-    if key is None:
-        return None
-    records_of: dict[int, list[OperationRecord]] = {}
-    for rank in members:
-        for record in states[rank].records if rank in states else ():
-            if record.number <= key[1] and record.is_of((key[0], record.number)):
-                records_of.setdefault(record.number, []).append(record)
-    # Where it is over on all ranks it was found, and keeps nobody waiting.
-    different = [
-        number
-        for number, records in records_of.items()
-        if len({r.call for r in records}) > 1 and any(not r.ended for r in records)
-    ]
-    return (key[0], min(different)) if different else None
-
-
-def _calls(came: Mapping[int, OperationRecord]) -> dict[int, list[int]]:
-    """Return who called the same, the fewest first: they are the likeliest to be wrong."""
-    calls: dict[int, list[int]] = {}
-    for rank, record in came.items():
-        calls.setdefault(record.call, []).append(rank)
-    return dict(sorted(calls.items(), key=lambda call: len(call[1])))
-
-
 def callers(states: States, members: Sequence[int], key: Key) -> str:
-    """Return who called what where, as far as is known; the rarest calls first."""
+    """Return which ranks called what at which lines, as far as is known; the rarest calls first."""
     calls: dict[tuple[int, str], list[int]] = {}
-    for rank, record in _came(states, members, key).items():
+    known = {rank: states[rank] for rank in members if rank in states}
+    for rank, record in _came(known, key).items():
         call = f"{record.what} at {format_site(record.site)}"
         calls.setdefault((record.call, call), []).append(rank)
     ordered = sorted(calls.items(), key=lambda call: len(call[1]))
@@ -237,13 +221,10 @@ def _absence(rank: int, state: RankState | None) -> str:
     record = state.current
     if record is None:
         return f"{head}which has called nothing"
-    group, called = f"of group {record.group!r}", f"called at {format_site(record.site)}"
+    call = f"{record} of group {record.group!r}, called at {format_site(record.site)}"
     if state.wait is not None and state.wait.sequence == record.sequence:
-        return f"{head}waiting at {format_site(state.wait.site)} for {record} {group}, {called}"
-    if not record.ended:
-        return f"{head}for {_ago(state, record.began)} in {record} {group}, {called}"
-    word = "failed" if record.ended < 0 else "done"
-    return f"{head}{word} {_ago(state, record.ended)} ago with {record} {group}, {called}"
+        return f"{head}waiting at {format_site(state.wait.site)} for {call}"
+    return f"{head}{_when(state, record)} {'with' if record.ended else 'in'} {call}"
 
 
 def render_report(
@@ -254,20 +235,9 @@ def render_report(
     causes: Sequence[str] = (),
     cure: str = "",
 ) -> str:
-    """Return a report: the causes, what does not end, the cure, a table, and where some ranks are.
+    """Return a report: the causes, the title, the cure, a table, and the stacks of some ranks.
 
-    Parameters
-    ----------
-    title : str
-        What does not end, or why there is a report.
-    states : iterable of RankState
-        The ranks to report.
-    first : collection of int
-        Those listed first, with their stacks.
-    causes : sequence of str, optional
-        Sentences, of which each has a line.
-    cure : str, optional
-        What the user can do about it.
+    The ranks in `first` stand at the top of the table, and their stacks are shown.
     """
     ordered = sorted(states, key=lambda state: (state.rank not in first, state.rank))
     rows = [_row(state) for state in ordered]
@@ -301,13 +271,13 @@ def _when(state: RankState, record: OperationRecord) -> str:
     if state.wait is not None and state.wait.sequence == record.sequence:
         return f"waits {state.wait.seconds:.1f} s"
     if not record.ended:
-        return f"for {_ago(state, record.began)}"
+        return f"for {state.seconds(record.began):.1f} s"
     word = "failed" if record.ended < 0 else "done"
-    return f"{word} {_ago(state, record.ended)} ago"
+    return f"{word} {state.seconds(record.ended):.1f} s ago"
 
 
 def _now_at(state: RankState) -> str:
-    """Return the innermost place outside this package at which the main thread is."""
+    """Return the innermost line outside this package at which the main thread is."""
     for stack in state.stacks:
         if stack.thread == "MainThread":
             frames = _outside(stack)
@@ -331,9 +301,9 @@ def _outside(stack: Stack) -> list[Site]:
 
 
 def _joined(rows: Sequence[tuple[str, ...]], first: Collection[int]) -> list[tuple[str, ...]]:
-    """Let ranks that do the same share a line: those at the top before the rest, the fewest first.
+    """Merge the rows of ranks that do the same; the smallest sets first, after those in `first`.
 
-    The process is that of the lowest rank.
+    The process shown is that of the lowest rank.
     """
     alike: dict[tuple[object, ...], list[tuple[str, ...]]] = {}
     for row in rows:
@@ -358,21 +328,12 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str
     return [f"  {line}" for line in columns(table[0], table[1:], left=len(shown))]
 
 
-def _ago(state: RankState, time: int) -> str:
-    return f"{state.seconds(time):.1f} s"
-
-
 def processes(
     nodes: Sequence[int], hosts: Sequence[str], pids: Sequence[int], *, short: bool = True
 ) -> str:
-    """Return which ranks are on which host, and the numbers of their processes.
+    """Return which ranks are on which host, and the numbers of their processes, one per rank.
 
-    Parameters
-    ----------
-    nodes, hosts, pids : sequence
-        One per rank: index of the node, host name, process number.
-    short : bool, optional
-        Whether process numbers, and then hosts, are left out where there are too many for a line.
+    `short` leaves out process numbers, and then hosts, where there are too many for a line.
     """
     ranks: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
@@ -395,22 +356,13 @@ def processes(
 def write_dump(title: str, states: Mapping[int, RankState]) -> str:
     """Write what is known of the ranks as JSON, and return a sentence that says where it is.
 
-    Parameters
-    ----------
-    title : str
-        Title of the report.
-    states : mapping of int to RankState
-        What is known of the ranks, by rank of the world.
-
-    Notes
-    -----
     The file is new, and readable by its owner alone; see `mpidist.env.dump_directory`.
     """
     content = {
         "format": 1,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "title": title,
-        "ranks": [state.as_json() for _, state in sorted(states.items())],
+        "ranks": [asdict(state) for _, state in sorted(states.items())],
     }
     directory = env.dump_directory()
     path = ""

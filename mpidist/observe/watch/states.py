@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -37,13 +38,7 @@ class Status(str, Enum):
 
 
 class Process:
-    """A process of this node, held so that its number cannot come to stand for another one.
-
-    Parameters
-    ----------
-    pid : int
-        Its number, in this process's namespace.
-    """
+    """A process of this node, by a descriptor: its number may come to stand for another one."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -90,7 +85,7 @@ class Process:
 
 
 _FRAMES = 40, 20, 10, 5
-"""Frames of each thread that are kept: as many as there is room for."""
+"""Frames of each thread that are kept: the most for which there is space."""
 
 _OURS = "mpidist-"
 """How the names of this package's own threads begin."""
@@ -101,15 +96,7 @@ _STACKS_SIZE = 8000
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Where one thread is.
-
-    Attributes
-    ----------
-    thread : str
-        Name of the thread.
-    frames : tuple of Site
-        Its frames, the innermost first.
-    """
+    """The frames of one thread, by its name, the innermost first."""
 
     thread: str
     frames: tuple[Site, ...]
@@ -145,15 +132,15 @@ class RankState:
     process : str
         Host and process number.
     status : Status
-        Whether it is alive.
+        Whether its process is alive.
     records : tuple of OperationRecord
         Its last operations, the oldest first.
     now : int
         `time.monotonic_ns` on its node, when they were read.
     wait : Wait or None
-        Whether it waits for an immediate operation.
+        The immediate operation for which it waits.
     stacks : tuple of Stack
-        Where its threads are; none where it was not asked or did not answer.
+        Stacks of its threads; none where it was not asked or did not answer.
     claimed : float
         Seconds since it set out to write a report; below 0 if it is not writing one.
     failed : int
@@ -199,13 +186,9 @@ class RankState:
         """Return how long ago a time of its node's clock was when it was read."""
         return (self.now - abs(time)) / 1e9
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it in the types of JSON."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RankState:
-        """Return what `as_json` gave."""
+        """Return what `dataclasses.asdict` has made of one, after a way through JSON."""
         records = [
             OperationRecord(**{**r, "kind": Kind(r["kind"]), "site": Site(**r["site"])})
             for r in fields["records"]
@@ -232,13 +215,14 @@ class RankState:
         status: Status,
         stacks: str,
     ) -> RankState:
-        """Read a rank of this node; `stacks` is what it wrote of its threads."""
+        """Read the record of a rank of this node; `stacks` is what `own_stacks` returned there."""
         cells, now = recording.cells, monotonic_ns()
-        sequence = cells[Head.WAITS_FOR]
-        wait = None
-        if sequence:
+        wait, threads = None, []
+        if sequence := cells[Head.WAITS_FOR]:
             since = (now - cells[Head.WAITS_SINCE]) / 1e9
             wait = Wait(sequence, recording.waits_site(), since)
+        with contextlib.suppress(ValueError):  # nothing has been written yet, or half of it
+            threads = json.loads(stacks)
         claimed = cells[Head.CLAIMED] if cells[Head.CLAIMED] > cells[Head.REPORTED] else 0
         if status is Status.ALIVE and cells[Head.LEAVING]:
             status = Status.LEAVING
@@ -250,24 +234,16 @@ class RankState:
             records=tuple(recording.records()),
             now=now,
             wait=wait,
-            stacks=_read_stacks(stacks),
+            stacks=_stacks_from_json(threads),
             claimed=(now - claimed) / 1e9 if claimed else -1.0,
             failed=cells[Head.FAILED],
         )
 
 
-def _read_stacks(text: str) -> tuple[Stack, ...]:
-    """Return what `own_stacks` wrote."""
-    try:
-        return _stacks_from_json(json.loads(text))
-    except ValueError:  # nothing yet, or half of it
-        return ()
-
-
 def own_stacks() -> str:
-    """Return where the threads of this process are, as text for `_read_stacks`.
+    """Return the stacks of this process's threads as JSON, the main thread's first.
 
-    The main thread first; of many threads, those for which there is room.
+    Of many threads, those for which there is space.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from queue import Empty
 from time import monotonic_ns
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from mpidist import env
 from mpidist.log import rank_logger
@@ -19,14 +21,11 @@ from mpidist.observe.recorder.recorder import ON_DEVICE
 from mpidist.observe.recorder.recording import Recording
 from mpidist.observe.watch.failures import Failures, digest_of
 from mpidist.observe.watch.report import (
+    Stall,
     callers,
-    causes,
-    cure,
-    describe_stall,
     format_site,
     processes,
     render_report,
-    stragglers,
     write_dump,
 )
 from mpidist.observe.watch.states import Process, RankState, Status, own_stacks
@@ -34,13 +33,11 @@ from mpidist.observe.watch.states import Process, RankState, Status, own_stacks
 if TYPE_CHECKING:
     from mpidist.observe.watch.listener import Listener
 
-Answers: TypeAlias = "tuple[SimpleQueue[bytes | None] | None, int]"
-
 _ENDPOINT_NBYTES = 512
-"""Bytes in which each rank says where its process is, and how it is asked."""
+"""Bytes of what `Watch.endpoint` returns."""
 
 _ANSWER = 1.5
-"""Seconds that a process of this node has to say where its threads are."""
+"""Seconds that a process of this node has to write its stacks."""
 
 _WRITING = 8.0
 """Seconds that a rank which has set out to write a report has for it."""
@@ -65,10 +62,10 @@ _POLL = 0.02
 
 
 class Watch:
-    """Sees what the ranks of a job are doing.
+    """Finds out what the ranks of a job are doing.
 
-    The memory of the ranks of this node is read as it is, also after their death. Their processes,
-    and other nodes, are asked.
+    The recorders of the ranks of this node are read as they are, also after their death. Their
+    processes are asked for their stacks, and other nodes for everything.
 
     Parameters
     ----------
@@ -77,7 +74,7 @@ class Watch:
     recorder : Recorder
         The recorder of this rank.
     records : mapping of int to memoryview
-        Of the ranks that can be read here.
+        The memory of the recorders of the ranks that can be read here, by rank.
 
     Attributes
     ----------
@@ -108,11 +105,8 @@ class Watch:
     def listen(self, nodes: Sequence[int]) -> None:
         """Promise that `answer` is called from now on, several times a second.
 
-        Parameters
-        ----------
-        nodes : sequence of int
-            The node of each rank. Where there are several, the first rank of each listens for the
-            others.
+        Where there are several nodes, of which `nodes` has that of each rank, the first rank of
+        each listens for the others.
         """
         self._cells[Head.LISTENING] = 1
         if max(nodes) and nodes.index(nodes[self.rank]) == self.rank:
@@ -121,7 +115,7 @@ class Watch:
             self.listener = Listener(self._answer)
 
     def endpoint(self) -> bytes:
-        """Return where this rank's process is, and how it is asked, serialized for the others."""
+        """Return where this rank's process is and listens, serialized for the other ranks."""
         fields = {
             "host": os.uname().nodename[:200],
             "pid": os.getpid(),
@@ -155,15 +149,12 @@ class Watch:
 
     def who(self) -> list[str]:
         """Return host and process number of every rank."""
-        return [f"{host}:{pid}" for host, pid in zip(self._hosts, self._pids, strict=True)]
+        return [*map(self._process_name, range(len(self._nodes)))]
 
     def processes(self, *, all_of_them: bool = False) -> str:
         """Return which ranks are on which host, and their process numbers, in some 400 characters.
 
-        Parameters
-        ----------
-        all_of_them : bool, optional
-            Whether to name all, however long the line gets.
+        With `all_of_them` all are named, however long the line gets.
         """
         return processes(self._nodes, self._hosts, self._pids, short=not all_of_them)
 
@@ -176,10 +167,7 @@ class Watch:
     def states(self, *, ask: bool = True) -> dict[int, RankState]:
         """Return what is known of the ranks of this node.
 
-        Parameters
-        ----------
-        ask : bool, optional
-            Whether to ask their processes where the threads are, which may take 1.5 s.
+        With `ask` their processes are asked for their stacks, which may take 1.5 s.
         """
         stacks = self._ask() if ask else {}
         states = {}
@@ -188,65 +176,56 @@ class Watch:
             asked = ask and rank not in stacks and self._listens(rank)
             if status is Status.ALIVE and (asked or self._is_held(rank)):
                 status = Status.SILENT
-            states[rank] = self._read(rank, status, stacks.get(rank, ""))
+            states[rank] = RankState.read(
+                self._recordings[rank],
+                rank=rank,
+                node=self._nodes[rank],
+                process=self._process_name(rank),
+                status=status,
+                stacks=stacks.get(rank, ""),
+            )
         return states
 
     def all_states(self) -> dict[int, RankState]:
         """Return what is known of all ranks, other nodes asked as well, which may take 6 s."""
-        deadline = time.monotonic() + _HEARD
-        answers = self._ask_others()
+        heard = self._ask_others(_HEARD)
         states = self.states()
-        states |= self._heard(answers, deadline)
-        return states | self._unknown(states)
+        states |= heard()
+        # Nothing has been heard of the others.
+        status = Status.SILENT if self._endpoints else Status.UNKNOWN
+        for rank, node in enumerate(self._nodes):
+            if rank not in states:
+                states[rank] = RankState(rank, node, self._process_name(rank), status)
+        return states
 
-    def _ask_others(self) -> Answers:
-        """Ask the other nodes, and return at once how many there are, and their answers."""
+    def _ask_others(self, seconds: float) -> Callable[[], dict[int, RankState]]:
+        """Ask the other nodes; return at once a function that waits for their answers so long."""
+        deadline = time.monotonic() + seconds
         own_node = self._nodes[self.rank]
         far = [endpoint for node, endpoint in enumerate(self._endpoints) if node != own_node]
         if not far:
-            return None, 0
+            return dict
         from mpidist.observe.watch.listener import ask_all
 
-        return ask_all(far, self._secret), len(far)
+        answers = ask_all(far, self._secret)
 
-    @staticmethod
-    def _heard(asked: Answers, deadline: float) -> dict[int, RankState]:
-        """Return what other nodes have answered by then."""
-        answers, count = asked
-        states: dict[int, RankState] = {}
-        for _ in range(count):
-            assert answers is not None, "there are other nodes"
-            try:
-                answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
-            except Empty:
-                break
-            if answer is not None:
-                answered = [RankState.from_json(fields) for fields in json.loads(answer)]
-                states |= {state.rank: state for state in answered}
-        return states
+        def heard() -> dict[int, RankState]:
+            states: dict[int, RankState] = {}
+            with contextlib.suppress(Empty):
+                for _ in far:
+                    answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
+                    for fields in () if answer is None else json.loads(answer):
+                        states[fields["rank"]] = RankState.from_json(fields)
+            return states
 
-    def _unknown(self, known: Collection[int]) -> dict[int, RankState]:
-        """Return what is known of the ranks of which nothing has been heard."""
-        status = Status.SILENT if self._endpoints else Status.UNKNOWN
-        return {
-            rank: RankState(rank, node, who, status)
-            for rank, (node, who) in enumerate(zip(self._nodes, self.who(), strict=True))
-            if rank not in known
-        }
+        return heard
 
     def _answer(self) -> bytes:
         """Return the states of this node's ranks, for another node."""
-        return json.dumps([state.as_json() for state in self.states().values()]).encode()
+        return json.dumps([asdict(state) for state in self.states().values()]).encode()
 
-    def _read(self, rank: int, status: Status, stacks: str) -> RankState:
-        return RankState.read(
-            self._recordings[rank],
-            rank=rank,
-            node=self._nodes[rank],
-            process=f"{self._hosts[rank]}:{self._pids[rank]}",
-            status=status,
-            stacks=stacks,
-        )
+    def _process_name(self, rank: int) -> str:
+        return f"{self._hosts[rank]}:{self._pids[rank]}"
 
     def _status(self, rank: int) -> Status:
         process = self._processes.get(rank)
@@ -255,7 +234,7 @@ class Watch:
         return Status.ALIVE if self._pids[rank] == os.getpid() else Status.UNKNOWN
 
     def _is_held(self, rank: int) -> bool:
-        """Whether the helper thread of a rank of this node does not get to run."""
+        """Whether the helper thread of a rank of this node is kept from running; see `_BEAT`."""
         last = self._recordings[rank].cells[Head.BEAT]
         return rank != self.rank and 0 < last < monotonic_ns() - _BEAT * 1e9
 
@@ -270,9 +249,7 @@ class Watch:
 
         Takes up to 1 s where there are other nodes.
         """
-        deadline = time.monotonic() + _ELSEWHERE
-        states = self._heard(self._ask_others(), deadline)
-        digest = digest_of(reason)
+        digest, states = digest_of(reason), self._ask_others(_ELSEWHERE)()
         same = [rank for rank, state in states.items() if state.failed == digest]
         return min((rank for rank in same if rank < self.rank), default=None)
 
@@ -291,7 +268,7 @@ class Watch:
         return bool(self._recordings[rank].cells[Head.LISTENING])
 
     def _ask(self) -> dict[int, str]:
-        """Ask all that listen where their threads are."""
+        """Return the stacks of the ranks of this node, asked of all that listen."""
         asked, stacks = monotonic_ns(), {self.rank: own_stacks()}
         waiting = [rank for rank in self._recordings if rank != self.rank and self._listens(rank)]
         for rank in waiting:
@@ -314,35 +291,19 @@ class Watch:
     def describe_stall(
         self, members: Sequence[int], key: tuple[int, int] | None, missing: Sequence[int]
     ) -> str:
-        """Return words for who keeps an operation from ending, as far as is known on this node.
-
-        Parameters
-        ----------
-        members : sequence of int
-            The ranks of the group, in the world.
-        key : (int, int), optional
-            The group's identity and the number of the collective.
-        missing : sequence of int
-            Ranks of the world that are known not to have arrived.
-        """
-        return describe_stall(self.states(ask=False), members, key, missing)
+        """Say who keeps an operation from ending, as far as is known on this node; see `Stall`."""
+        return str(Stall(self.states(ask=False), members, key, missing))
 
     def callers(self, members: Sequence[int], key: tuple[int, int]) -> str:
-        """Return who called what where, as far as is known on this node; see `describe_stall`."""
+        """Return which ranks called what at which lines, as far as is known on this node."""
         return callers(self.states(ask=False), members, key)
 
     def differences(self, members: Sequence[int], key: tuple[int, int], *, compared: bool) -> str:
-        """Return who called what where if all have arrived at a collective with different calls.
+        """Return `callers` if all have arrived at a collective, with different calls.
 
-        Nothing if they have called the same, or as long as it is not known of all of them.
-
-        Parameters
-        ----------
-        members, key
-            See `describe_stall`; here `key` is needed.
-        compared : bool
-            Whether the transport compares the calls on host arrays. It knows better then: only
-            calls of which some are on host arrays and some on device arrays never match there.
+        Nothing if they have called the same, or as long as it is not known of all of them. Where
+        the transport has `compared` the calls on host arrays, it knows better: only calls of which
+        some are on host arrays and some on device arrays never match there.
         """
         if any(rank not in self._recordings for rank in members):
             return ""
@@ -393,47 +354,35 @@ class Watch:
         Returns when the rank that writes the report has written it, at the latest after 8 s:
         whoever ends the job afterwards must not take it from the screen.
         """
-        members = range(len(self._nodes)) if members is None else members
         # One thread of this process at a time: ranks see from each other which one reports.
         held = self._reporting.acquire(timeout=_WRITING)
         try:
-            self._report(title, members, key, missing, first, ask=ask, dump=dump, table=table)
+            if not self._claim():
+                return
+            states = self.all_states() if ask else self.states(ask=False)
+            if not self._wait_for_report_elsewhere(states):
+                members = range(len(self._nodes)) if members is None else members
+                stall = Stall(states, members, key, missing)
+                top, shown = {*first, *stall.stragglers()}, states.values() if table else ()
+                text = render_report(title, shown, top, causes=stall.causes(), cure=stall.cure())
+                if dump and self._cells[Head.LISTENING]:
+                    text += f"\n  {write_dump(title, states)}"
+                level = logging.ERROR if dump else logging.WARNING
+                rank_logger("world", self.rank, len(self._nodes)).log(level, "%s", text)
+            self._cells[Head.REPORTED] = monotonic_ns()
         finally:
             if held:
                 self._reporting.release()
 
-    def _report(
-        self,
-        title: str,
-        members: Sequence[int],
-        key: tuple[int, int] | None,
-        missing: Sequence[int],
-        first: Sequence[int],
-        *,
-        ask: bool,
-        dump: bool,
-        table: bool,
-    ) -> None:
-        if not self._claim():
-            return
-        states = self.all_states() if ask else self.states(ask=False)
-        if self._is_reported_elsewhere(states):
-            deadline = time.monotonic() + _WRITING
-            while self._is_reported_elsewhere(states) and time.monotonic() < deadline:
-                time.sleep(_ASKING)
-                states = self.all_states()
-            self._cells[Head.REPORTED] = monotonic_ns()
-            return
-        why = causes(states, members, key, missing)
-        top = {*first, *stragglers(states, members, key, missing)}
-        what_to_do = cure(states, members, key, missing)
-        shown = states.values() if table else ()
-        text = render_report(title, shown, top, causes=why, cure=what_to_do)
-        if dump and self._cells[Head.LISTENING]:
-            text += f"\n  {write_dump(title, states)}"
-        level = logging.ERROR if dump else logging.WARNING
-        rank_logger("world", self.rank, len(self._nodes)).log(level, "%s", text)
-        self._cells[Head.REPORTED] = monotonic_ns()
+    def _wait_for_report_elsewhere(self, states: Mapping[int, RankState]) -> bool:
+        """Wait while a rank of another node writes the report; return whether one does."""
+        if not self._is_reported_elsewhere(states):
+            return False
+        deadline = time.monotonic() + _WRITING
+        while self._is_reported_elsewhere(states) and time.monotonic() < deadline:
+            time.sleep(_ASKING)
+            states = self.all_states()
+        return True
 
     def _is_reported_elsewhere(self, states: Mapping[int, RankState]) -> bool:
         """Whether a rank of another node is writing the report.
@@ -445,11 +394,14 @@ class Watch:
         return any(state.rank < self.rank and 0 <= state.claimed < _WRITING for state in far)
 
     def reported_lately(self) -> bool:
-        """Whether this rank has just told what all ranks are doing."""
+        """Whether this rank has just reported what all ranks are doing."""
         return 0 < monotonic_ns() - self._cells[Head.REPORTED] < _FRESH * 1e9
 
     def _claim(self) -> bool:
-        """Set out to write a report; False if another rank of this node does, when it is done."""
+        """Set out to write a report; else wait until the rank of this node that does has done so.
+
+        Returns whether this rank is the one that writes it.
+        """
         self._cells[Head.CLAIMED] = claimed = monotonic_ns()
         deadline = time.monotonic() + _WRITING
         while time.monotonic() < deadline:
@@ -464,7 +416,7 @@ class Watch:
         return True
 
     def _is_faster(self, rank: int, claimed: int) -> bool:
-        """Whether a rank set out before, not long ago, and lives."""
+        """Whether a rank of this node that lives set out to report before this one, and lately."""
         cells = self._recordings[rank].cells
         theirs, done = cells[Head.CLAIMED], self._is_done(rank)
         if rank == self.rank or not theirs or (theirs, rank) > (claimed, self.rank):
@@ -480,7 +432,7 @@ class Watch:
     # -- the helper thread ---------------------------------------------------------------------
 
     def answer(self) -> None:
-        """Show that this thread runs, and write where all are, if somebody has asked."""
+        """Show that this thread runs, and write the stacks of all, if somebody has asked."""
         cells = self._cells
         cells[Head.BEAT] = monotonic_ns()
         if cells[Head.ASKED] > cells[Head.ANSWERED]:
