@@ -1,4 +1,4 @@
-"""What a program is doing: spans of its time with a name, kept while a trace is on."""
+"""Regions: parts of a program with a name, whose times are kept while a trace is on."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from time import monotonic_ns
 from types import TracebackType
 from typing import Protocol
 
-__all__ = ["STEP", "Marks", "listener", "region"]
-
 STEP = "step"
 """Name of the region that is one training step: a summary of a trace counts by it."""
 
 
 class Marks(Protocol):
-    """A listener to regions."""
+    """Something that is told of regions: a trace."""
 
     def mark(self, name: str, began: int, ended: int) -> None:
         """Receive a region that has ended; times in nanoseconds of `time.monotonic_ns`."""
 
 
 listener: ContextVar[Marks | None] = ContextVar("mpidist_listener", default=None)
-"""Who listens to the regions of this thread. Ranks may be threads of one process."""
+"""The trace that keeps the regions of this thread. Ranks may be threads of one process."""
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 

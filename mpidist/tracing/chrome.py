@@ -48,7 +48,7 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 @dataclass(slots=True)
 class _Arrival:
-    """The rank that came last to a collective, as far as is known."""
+    """The rank that arrived last at a collective, as far as is known, and how many arrived."""
 
     verb: str
     rank: int
@@ -63,7 +63,7 @@ class _Arrival:
 
 @dataclass(frozen=True, slots=True)
 class _Lane:
-    """A rank's part, on the clock of all."""
+    """A rank's part, by rank 0's clock."""
 
     part: TracePart
     clock: Clock
@@ -76,7 +76,7 @@ class _Lane:
         return rank
 
     def rows(self) -> Iterator[TraceRow]:
-        """Give the rows within the trace, on the clock of all."""
+        """Yield the rows within the trace, by rank 0's clock."""
         translate = self.clock.translate
         for row in self.part.rows():
             began, ended = translate(row.began), translate(row.ended)
@@ -86,23 +86,15 @@ class _Lane:
 
 
 def write_trace(parts: Iterable[TracePart], path: Path) -> None:
-    """Write the trace of all ranks.
+    """Write the trace of all ranks; of a job that ended badly, parts may be missing or cut off.
 
-    Parameters
-    ----------
-    parts : iterable of TracePart
-        One of each rank; of a job that ended badly some may be missing, or end early.
-    path : Path
-        The file; compressed if its name ends with ``.gz``. It appears when it is complete.
+    The file appears when it is complete; it is compressed if its name ends with ``.gz``. The memory
+    taken is that for the events of one rank, and a few numbers for each collective.
 
     Raises
     ------
     OSError
         If it cannot be written.
-
-    Notes
-    -----
-    Holds the events of one rank at a time, and a few numbers for each collective.
     """
     lanes = _lanes(sorted(parts, key=lambda part: int(part.facts["rank"])))
     arrivals = _arrivals(lanes)
@@ -155,7 +147,7 @@ def _lanes(parts: Sequence[TracePart]) -> list[_Lane]:
 
 
 def _arrivals(lanes: Sequence[_Lane]) -> dict[tuple[int, int], _Arrival]:
-    """Find out who came last to each collective."""
+    """Return who arrived last at each collective, by group identity and number."""
     arrivals: dict[tuple[int, int], _Arrival] = {}
     for lane in lanes:
         for row in lane.rows():
@@ -172,7 +164,7 @@ def _verb(row: TraceRow) -> str:
     return row.what.partition(" ")[0]
 
 
-# -- what stands at the head of the file -----------------------------------------------------------
+# -- the head of the file --------------------------------------------------------------------------
 
 
 def _about(lanes: Sequence[_Lane], origin: int) -> dict[str, Any]:
@@ -222,7 +214,7 @@ def _notes(lanes: Sequence[_Lane]) -> Iterator[str]:
 def _events(
     lane: _Lane, arrivals: dict[tuple[int, int], _Arrival], origin: int
 ) -> Iterator[dict[str, Any]]:
-    """Give the events of one rank, those of each thread in the order of their times."""
+    """Yield the events of one rank, those of each thread in the order of their times."""
     rows = sorted(lane.rows(), key=lambda row: (row.thread, row.began, -row.ended))
     flying = [row for row in rows if row.kind in _FLYING]
     threads = sorted({row.thread for row in rows} | {0})
@@ -270,7 +262,7 @@ def _pairs(
     arrivals: dict[tuple[int, int], _Arrival],
     origin: int,
 ) -> Iterator[dict[str, Any]]:
-    """Give the begins and ends of what was in flight, in the order of their times."""
+    """Yield the begins and ends of what was in flight, in the order of their times."""
     timed: list[tuple[int, int, dict[str, Any]]] = []
     for count, row in enumerate(sorted(rows, key=lambda row: row.began)):
         common = {
@@ -290,7 +282,7 @@ def _pairs(
 
 
 def _nested(rows: Iterable[TraceRow]) -> Iterator[TraceRow]:
-    """Cut off what ends after the event around it, as a region can that a generator has left."""
+    """Cut off rows that end after the row around them, as a region in a generator can."""
     around: list[int] = []
     for row in rows:
         while around and around[-1] <= row.began:
@@ -301,7 +293,7 @@ def _nested(rows: Iterable[TraceRow]) -> Iterator[TraceRow]:
 
 
 def _with_compute(rows: Iterable[TraceRow], began: int, ended: int) -> Iterator[TraceRow]:
-    """Fill what no collective and no wait takes; each filling lies within one region."""
+    """Add a row of computing where there is no collective and no wait, within one region each."""
     around: list[TraceRow] = []
     done = began
     end = TraceRow("", "", "", 0, 0, "", ended, ended, 0)
@@ -322,7 +314,7 @@ def _filling(began: int, ended: int, around: Sequence[TraceRow]) -> Iterator[Tra
 
 
 def _args(row: TraceRow, arrivals: dict[tuple[int, int], _Arrival]) -> dict[str, Any]:
-    """Say what is known of an operation: of a collective also for whom it waited, and how long."""
+    """Describe an operation; of a collective also for which rank it waited, and how long."""
     args: dict[str, Any] = {"what": row.what, "group": row.group, "site": row.site}
     args["number"] = row.number
     nbytes = bytes_of(row.what)
@@ -337,7 +329,7 @@ def _args(row: TraceRow, arrivals: dict[tuple[int, int], _Arrival]) -> dict[str,
 
 
 def bytes_of(what: str) -> int | None:
-    """Return the bytes of the array in the words for an operation, or None.
+    """Return the bytes of the array that the description of an operation names, or None.
 
     Examples
     --------

@@ -2,10 +2,10 @@
 
 [Note: clocks] All processes of a running kernel read the same `time.monotonic_ns`, so ranks of one
 host need no correction. On another host it counts from another moment, and a little faster or
-slower. A rank there asks rank 0 for its time, some twenty times: rank 0 read its clock between the
-question and the answer, so taking the middle of the two is wrong by at most half the time between
-them. The quickest answer is kept. This is done when the trace begins and when it ends, and between
-the two the difference is taken to change evenly.
+slower. A rank there asks rank 0 for its time, some twenty times. Rank 0 reads its clock between the
+question and the answer, so that assuming the middle of the two is wrong by at most half the time
+between them. The quickest answer is kept. This is done when the trace begins and when it ends, and
+the difference is assumed to change evenly between the two.
 
 References
 ----------
@@ -30,16 +30,10 @@ EXCHANGES = 20
 
 
 class Reading(NamedTuple):
-    """How another clock differed from this one.
+    """How another clock differed from this one, in nanoseconds.
 
-    Attributes
-    ----------
-    at : int
-        When, by this clock, in nanoseconds.
-    offset : int
-        Nanoseconds to be added to this clock's time.
-    uncertainty : int
-        By how many nanoseconds the offset can be wrong.
+    At the time `at` of this clock the other was ahead by `offset`, which can be wrong by
+    `uncertainty`.
     """
 
     at: int
@@ -50,11 +44,8 @@ class Reading(NamedTuple):
 class Clock(NamedTuple):
     """Translates a rank's times into rank 0's.
 
-    Attributes
-    ----------
-    first, last : Reading or None
-        At the begin and at the end; the first alone stands for an even difference, none for the
-        same clock.
+    By the readings at the begin and at the end; by the first alone, the difference is constant.
+    Without any, both have the same clock.
     """
 
     first: Reading | None = None
@@ -78,18 +69,10 @@ class Clock(NamedTuple):
 
 
 def closest(exchanges: Iterable[tuple[int, int, int]]) -> Reading:
-    """Make the best of several questions.
+    """Return the reading of the quickest of several exchanges.
 
-    Parameters
-    ----------
-    exchanges : iterable of (int, int, int)
-        When the question left and the answer came, by this clock, and between the two the time
-        that was answered. At least one.
-
-    Returns
-    -------
-    Reading
-        From the quickest answer.
+    Of each: when the question left, by this clock, the other clock's time, which is the answer, and
+    when that came, by this clock.
     """
     asked, answer, answered = min(exchanges, key=lambda exchange: exchange[2] - exchange[0])
     middle = (asked + answered) // 2
@@ -109,25 +92,15 @@ def clock_name() -> str:
 def compare_clocks(
     group: ProcessGroup, names: Sequence[str], *, now: Callable[[], int] = monotonic_ns
 ) -> Reading | None:
-    """Compare the clocks of all hosts with rank 0's.
+    """Compare the clocks of all hosts with rank 0's; collective over `group`.
 
-    Parameters
-    ----------
-    group : ProcessGroup
-        All ranks of the trace.
-    names : sequence of str
-        The clock of each rank; the same on all ranks.
-    now : callable, optional
-        This rank's clock, in nanoseconds.
+    `names` has the `clock_name` of each rank. One rank of each clock after the other exchanges
+    messages with rank 0.
 
     Returns
     -------
     Reading or None
         On the first rank of each clock other than rank 0's; None elsewhere.
-
-    Notes
-    -----
-    Collective over `group`. One rank of each clock after the other exchanges messages with rank 0.
     """
     for leader in leaders(names):
         if group.rank == leader:

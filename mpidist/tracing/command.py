@@ -36,13 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it.
-
-    Returns
-    -------
-    int
-        Exit code: 0; 2 if a file is not what it should be.
-    """
+    """Print the summary, or write the trace; return the exit code, 2 if a file cannot be used."""
     try:
         text = _summary(options) if options.action == "summary" else _merge(options)
     except (OSError, ValueError) as error:
@@ -79,21 +73,9 @@ def _merge(options: argparse.Namespace) -> str:
 
 
 def render_summary(summary: Summary, command: str, *, top: int = 10) -> str:
-    """Lay a summary out as text.
+    """Return a summary as text, times in milliseconds; `top` rows of calls and of steps.
 
-    Parameters
-    ----------
-    summary : Summary
-        Figures that `summarise` returned.
-    command : str
-        The command line, for the head.
-    top : int, optional
-        Rows of the tables of calls and of steps.
-
-    Returns
-    -------
-    str
-        Lines; times in milliseconds.
+    The command line is for the head.
     """
     hosts = len({rank.host for rank in summary.ranks})
     count = "1 host" if hosts == 1 else f"{hosts} hosts"
@@ -186,7 +168,7 @@ def _steps(summary: Summary, top: int) -> Iterator[str]:
 
 
 def _short(site: str) -> str:
-    """Return a place as one would name it from here."""
+    """Return a call site without this directory."""
     return site.removeprefix(str(Path.cwd()) + "/")
 
 

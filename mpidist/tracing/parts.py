@@ -1,7 +1,7 @@
-"""One rank's part of a trace: kept in memory for a second, then in a file, a row per event.
+"""One rank's part of a trace: a row per event, kept in memory for a second, then in a file.
 
-The file is what is left of a rank that is killed. It is a sequence of gzip members, each written in
-one piece, of lines of JSON: objects say what is true of the whole part, arrays hold rows.
+The file outlives a rank that is killed. It is a sequence of gzip members, each written by one call,
+of lines of JSON: objects hold facts about the whole part, arrays hold rows.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 _SECONDS = 1.0
-"""What a killed rank loses at most; also how long events stay in memory."""
+"""Seconds that events stay in memory: a killed rank loses at most these."""
 
 _KINDS = ("blocking", "immediate", "message", "wait")
-"""By the number of `mpidist.observe.recorder.Kind`."""
+"""The kinds of operations, indexed by `mpidist.observe.recorder.Kind`."""
 
 REGION = "region"
 
@@ -65,24 +65,17 @@ class TraceRow(NamedTuple):
 
 
 class Events:
-    """What a rank has recorded and not yet written: takes operations and regions.
+    """The events of a rank that are not written yet: operations of the recorder, and regions.
 
-    Parameters
-    ----------
-    recorder : Recorder
-        From which the operations come.
-    limit : int
-        How many events are taken; the others are only counted.
-    marks : Marks, optional
-        Who listened to regions before, and is told of them on: the trace around this one. Whom the
-        recorder told before is told on, too.
+    The first `limit` events are kept. Where this trace is inside another one, what got the events
+    before, the recorder's sink and `marks`, goes on getting them.
 
     Attributes
     ----------
     dropped : int
-        How many came after the last that was taken.
+        How many events came after the last one that is kept.
     full_at : int or None
-        When the last was taken that there was room for.
+        When that one ended, in nanoseconds; None as long as there may be more.
     """
 
     def __init__(self, recorder: Recorder, limit: int, *, marks: Marks | None = None) -> None:
@@ -153,26 +146,16 @@ def part_path(trace: Path, rank: int) -> Path:
 
 
 class PartFile:
-    """Writes a rank's events into its file, from a thread of its own.
+    """Writes a rank's events into a new file, from a thread of its own.
 
-    Parameters
-    ----------
-    path : Path
-        The file: a new one, for its owner only, in the place of what stands there.
-    events : Events
-        The events that are written to it.
-    facts : mapping of str to object
-        What is known at the begin.
+    The file is readable by its owner alone, and replaces what has its name. It stays open until
+    `close` or `remove`. Another job that begins a trace of the same path takes the name away; the
+    two never write into one file, nor read each other's.
 
     Raises
     ------
     OSError
         If the file cannot be made.
-
-    Notes
-    -----
-    The file stays open until `close` or `remove`. Another job that begins a trace of the same path
-    takes the name away, and the two never write into one file, nor read each other's.
     """
 
     def __init__(self, path: Path, events: Events, facts: Mapping[str, Any]) -> None:
@@ -212,7 +195,7 @@ class PartFile:
                 self.problem = error
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Let something be written that has become known."""
+        """Add facts about the whole part, to be written with the next events."""
         with self._writing:
             self._facts.append(facts)
 
@@ -238,13 +221,11 @@ class PartFile:
         """Close and delete the file, and its directory after the last rank's."""
         self._file.close()
         try:
-            if os.path.samestat(
-                self._made, self.path.lstat()
-            ):  # not another job's of the same name
+            if os.path.samestat(self._made, self.path.lstat()):  # else it is another job's
                 self.path.unlink()
             self.path.parent.rmdir()
         except OSError:
-            return  # others' parts are there still
+            return  # parts of others are still there
 
 
 def _write_all(file: IO[bytes], data: bytes) -> None:
@@ -260,19 +241,11 @@ def _packed(lines: Iterable[Any]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class TracePart:
-    """One rank's part, as it was written.
+    """One rank's part, as it was written: the contents of the file, and the facts in it.
 
-    Parameters
-    ----------
-    data : bytes
-        Contents of the file.
-
-    Attributes
-    ----------
-    facts : dict
-        ``run``, ``rank``, ``size``, ``host``, ``pid``, ``clock``, ``limit``, ``started``, and what
-        became known later: ``began``, ``readings``, ``ended``, ``dropped``, ``full_at`` and
-        ``complete``.
+    These are ``run``, ``rank``, ``size``, ``host``, ``pid``, ``clock``, ``limit``, ``started``, and
+    those that became known later: ``began``, ``readings``, ``ended``, ``dropped``, ``full_at`` and
+    ``complete``.
     """
 
     data: bytes
@@ -296,7 +269,7 @@ class TracePart:
         return cls(data, facts)
 
     def rows(self) -> Iterator[TraceRow]:
-        """Give the events in the order in which they ended."""
+        """Yield the events in the order in which they ended."""
         for line in _lines(self.data):
             if line.startswith("["):
                 for row in json.loads(line):
@@ -304,7 +277,7 @@ class TracePart:
 
 
 def _lines(data: bytes) -> Iterator[str]:
-    """Give the whole lines of what may have been cut off anywhere."""
+    """Yield the complete lines of a file that may have been cut off anywhere."""
     while data:
         member = zlib.decompressobj(wbits=31)
         try:

@@ -1,4 +1,4 @@
-"""How a trace begins and ends: together on all ranks, or, when a job breaks, each for itself."""
+"""How a trace begins and ends: together on all ranks, or on each by itself when a job breaks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVENTS = 100_000
 """Events of each rank that are kept."""
 
 _PATIENCE = 2.0
-"""Seconds that a job which is ending waits for the file system."""
+"""Seconds for which a job that is ending waits for the file system."""
 
 
 @contextmanager
@@ -80,23 +80,7 @@ def trace(
 
 
 class Session:
-    """One trace under way, on one rank; see `trace`.
-
-    Parameters
-    ----------
-    path : Path
-        Where rank 0 writes it; the same on all ranks.
-    group : ProcessGroup
-        A duplicate, for this session's own messages.
-    events : Events
-        What takes this rank's events.
-    file : PartFile
-        The file of this rank's events.
-
-    Notes
-    -----
-    Collective over `group`; blocks.
-    """
+    """One trace under way, on one rank; collective over `group`, a duplicate, and blocks."""
 
     def __init__(self, path: Path, group: ProcessGroup, events: Events, file: PartFile) -> None:
         self._path = path
@@ -107,7 +91,7 @@ class Session:
         self._clocks = all_gather_object(clock_name(), group)
         first = compare_clocks(group, self._clocks)
         self._readings: list[Reading] = [] if first is None else [first]
-        # Together: a rank that is not recorded yet would look as if the others did not wait for it.
+        # All begin together: nobody would be seen to wait for a rank that is not recorded yet.
         barrier(group)
         file.note({"readings": self._readings, "began": time.monotonic_ns()})
         self._recorder.sink = events
@@ -161,34 +145,26 @@ class Session:
         self._group.close()
 
     def _hand_in(self, *, together: bool) -> None:
-        """Have rank 0 write the trace of all parts; see `end`."""
-        data = self._file.finish()
+        """Send the parts to rank 0, which writes the trace; see `end`."""
+        group, data = self._group, self._file.finish()
         problem = "" if self._file.problem is None else str(self._file.problem)
-        _raise_together(problem, self._group)
-        problem = self._collect(data)
-        if together:
-            _raise_together(problem, self._group)
-        elif problem:
-            raise OSError(problem)
-
-    def _collect(self, data: bytes) -> str:
-        """Bring the parts to rank 0 and let it write the trace; return what went wrong."""
-        group = self._group
+        _raise_together(problem, group)
         if group.rank:
             send(np.frombuffer(data, np.uint8), group, dst=0)
-            return ""
-        others = [recv(group, src=rank).tobytes() for rank in range(1, group.size)]
-        try:
-            write_trace([TracePart.of(part) for part in (data, *others)], self._path)
-        except OSError as error:
-            return str(error)
-        return ""
+        else:
+            others = [recv(group, src=rank).tobytes() for rank in range(1, group.size)]
+            try:
+                write_trace([TracePart.of(part) for part in (data, *others)], self._path)
+            except OSError as error:
+                problem = str(error)
+        if together:
+            _raise_together(problem, group)
+        elif problem:
+            raise OSError(problem)
 
     def abandon(self) -> None:
         """Leave this rank's part behind, since the others may not arrive; local.
 
-        Notes
-        -----
         Waits at most 2 seconds for the file system: the job is ending.
         """
         self._stop()
@@ -209,7 +185,7 @@ class Session:
         return self._file.path.parent
 
     def _stop(self) -> None:
-        """Record no more, and note how far it went."""
+        """Stop recording, and note how far the record goes."""
         events = self._events
         self._recorder.sink = events.outer_sink
         listener.set(events.outer_marks)
@@ -223,7 +199,7 @@ class Session:
 
 
 def _prepare(path: Path) -> str:
-    """Make room for the trace, and return what is wrong with its place."""
+    """Make the directory of the trace, without old parts; return what is wrong with it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = part_path(path, 0).parent
@@ -279,26 +255,16 @@ _job: list[Session] = []
 def begin_job_trace(
     directory: str, world: ProcessGroup, at_exit: Callable[[Session], bool]
 ) -> None:
-    """Begin to record from `mpidist.init` to the exit.
+    """Begin to record from `mpidist.init` to the exit, into a new file in `directory`.
 
-    Parameters
-    ----------
-    directory : str
-        Where the trace is written, under a name of its own.
-    world : ProcessGroup
-        All ranks of the job.
-    at_exit : callable
-        Has the exit end the session; returns False if the exit has no hooks.
+    Does nothing for a second world of the process. `at_exit` has the exit of the process end the
+    session, and returns False if the exit has no hooks, since pytest or IPython handle exceptions:
+    the ranks leave their parts behind then. Collective over `world`; blocks.
 
     Raises
     ------
     OSError
         On all ranks, if nothing can be written there.
-
-    Notes
-    -----
-    Collective over `world`; blocks. Does nothing for a second world of the process. Where the exit
-    has no hooks, since pytest or IPython handle exceptions, the ranks leave their parts behind.
     """
     if _job:
         return

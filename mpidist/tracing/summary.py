@@ -1,4 +1,4 @@
-"""What a trace says: where each rank's time went, and for whom the others waited."""
+"""The summary of a trace: where each rank's time went, and for which rank the others waited."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ class RankTime:
     Attributes
     ----------
     rank : int
-        In the group that was traced.
+        The rank in the group that was traced.
     host : str
         Name of its machine.
     wall : float
-        From the begin of its part of the trace to the end; `compute` and `communication` make up
-        all of it.
+        All of its part of the trace: the sum of `compute` and `communication`.
     compute : float
-        In no collective and in no wait.
+        Time in no collective and in no wait.
     communication : float
-        In blocking collectives and in waits.
+        Time in blocking collectives and in waits.
     waiting : float
-        The part of it in which another rank had not arrived yet.
+        The part of `communication` in which another rank had not arrived yet.
     in_flight : float
-        While an immediate operation or a message was under way.
+        Time in which an immediate operation or a message was under way.
     hidden : float or None
-        The share of it in which this rank computed, from 0 to 1; None if nothing was under way.
+        The share of `in_flight` in which this rank computed, from 0 to 1; None if that is 0.
     """
 
     rank: int
@@ -67,11 +66,11 @@ class CallTime:
     calls : int
         Number of calls, of all ranks.
     seconds : float
-        Of the ranks' main threads, in the calls and in waiting for them.
+        Time of the ranks' main threads in the calls, and in waits for them.
     waiting : float
-        The part of them in which another rank had not arrived yet.
+        The part of it in which another rank had not arrived yet.
     nbytes : int or None
-        Of all arrays together, where they are known.
+        Bytes of all arrays together, where they are known.
     """
 
     operation: str
@@ -89,13 +88,13 @@ class StepTime:
     Attributes
     ----------
     step : int
-        Counted from 0, from the begin of the trace.
+        Its number, counted from 0 from the begin of the trace.
     seconds : float
-        Of the rank that took longest.
+        Time of the rank that took longest.
     last : int or None
         The rank for which another one waited longest; None if nobody waited.
     behind : float
-        How many seconds that was.
+        How many seconds that one waited.
     """
 
     step: int
@@ -111,11 +110,11 @@ class Lateness:
     Attributes
     ----------
     rank : int
-        The rank that was last.
+        The rank.
     steps : int
-        In how many steps it was the one for which another waited longest.
+        The number of steps in which it was the `last`.
     mean, worst : float
-        How many seconds that was.
+        Mean and maximum, over these steps, of `behind`, in seconds.
     """
 
     rank: int
@@ -126,20 +125,10 @@ class Lateness:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What `summarise` found.
+    """A trace added up; the notes say what is missing from it.
 
-    Attributes
-    ----------
-    ranks : list of RankTime
-        One per rank, in order.
-    calls : list of CallTime
-        Those that took longest first.
-    steps : list of StepTime
-        Those that all ranks made, in order.
-    lateness : list of Lateness
-        Those that were last most often first.
-    notes : list of str
-        What is missing from the trace, in sentences.
+    Ranks are in order, as are the steps that all of them made. The longest calls come first, and
+    the ranks that were last most often.
     """
 
     ranks: list[RankTime]
@@ -150,17 +139,7 @@ class Summary:
 
 
 def load(path: Path) -> Any:
-    """Read a trace.
-
-    Parameters
-    ----------
-    path : Path
-        What `mpidist.trace` has written, compressed or not.
-
-    Returns
-    -------
-    dict
-        The JSON document of the trace.
+    """Return the JSON document of a trace, compressed or not.
 
     Raises
     ------
@@ -181,18 +160,7 @@ def load(path: Path) -> Any:
 
 
 def summarise(document: Mapping[str, Any]) -> Summary:
-    """Add up a trace.
-
-    Parameters
-    ----------
-    document : mapping
-        The trace, as `load` returns it.
-
-    Returns
-    -------
-    Summary
-        Times of ranks, calls and steps, in seconds.
-    """
+    """Add up a trace, as `load` returns it."""
     about = document["otherData"]
     events: dict[int, list[Any]] = {rank["rank"]: [] for rank in about["ranks"]}
     for event in document["traceEvents"]:
@@ -301,7 +269,7 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
 
 
 def _steps(events: Mapping[int, Sequence[Any]], notes: list[str]) -> list[StepTime]:
-    """Find the steps that all ranks made, and for whom the others waited in each."""
+    """Return the steps that all ranks made, and for which rank the others waited in each."""
     regions = {rank: _step_spans(own) for rank, own in events.items()}
     counts = {len(spans) for spans in regions.values()}
     if counts == {0}:
