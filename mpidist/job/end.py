@@ -47,8 +47,6 @@ from mpidist.observe.watch.helper import helper
 if TYPE_CHECKING:
     from mpidist.tracing.session import Session
 
-__all__ = ["end_services_at_exit", "end_trace_at_exit", "loading", "starting", "track"]
-
 _INTERRUPTED = 130
 """Exit code of a job that Ctrl-C ended, as shells report it."""
 
@@ -68,17 +66,12 @@ _HUNG = (CollectiveMismatchError, CollectiveTimeoutError, PeerLostError)
 _SPARE = 8 << 20
 """Bytes of address space that a rank gives up when it has to say why it ends.
 
-It may have run out of memory. Nothing is ever written there, so they take no memory before.
+It may have run out of memory then. They are never written, and so take no memory before.
 """
 
 
 class _Hooks:
     """What one process has installed.
-
-    Parameters
-    ----------
-    job : JobTransport
-        The transport that connects the processes of the job.
 
     Attributes
     ----------
@@ -87,7 +80,7 @@ class _Hooks:
     leaving : (float, float) or None
         When the exit handler was done, and the seconds that the process may take to end.
     timeout : float
-        The longest of all calls of `init`, in seconds.
+        The longest timeout of all calls of `init`, in seconds.
     """
 
     def __init__(self, job: JobTransport) -> None:
@@ -245,10 +238,7 @@ class _Hooks:
     def _progress(self) -> bool:
         """Drive the operations that were begun here and never waited for, on all groups.
 
-        Returns
-        -------
-        bool
-            Whether any of them has finished.
+        Returns whether any of them has finished.
         """
         held = self._job.held()
         before = len(held)
@@ -325,7 +315,7 @@ class _Hooks:
         return max(watches, key=lambda watch: len(watch.who()), default=None)
 
     def _join(self, reason: str) -> tuple[Ending, int | None]:
-        """Return the ranks for which this one reports, and the rank of another node that does."""
+        """Return which ranks end for this reason, and the rank of another node that has said so."""
         watch = self._watch()
         if watch is None:
             return Ending((self._job.rank,), self._job.rank, others=True), None
@@ -340,7 +330,7 @@ class _Hooks:
             watch.failures.spoken()
 
     def _say_together(self, reason: str, text: str) -> None:
-        """Say why this rank ends, once for all ranks of the node with this reason."""
+        """Write why this rank ends, once for all ranks of the node with this reason."""
         ending, elsewhere = self._join(reason)
         if ending.ranks:
             known = f"ends for the same reason as rank {elsewhere}"
@@ -348,13 +338,13 @@ class _Hooks:
             self._spoken()
 
     def _say(self, text: str, ranks: Sequence[int] = (), *, who: str = "ranks") -> None:
-        """Write a line about this rank, or about several, of which it is one."""
+        """Write a line about this rank, or about several ranks with it."""
         who = f"{who} {format_ranges(ranks)}" if len(ranks) > 1 else "this rank"
         _write(f"{self._prefix} mpidist: {who} {text}")
 
 
 def _write(text: str) -> None:
-    """Write a line to the error output in one piece, if there is room where it goes."""
+    """Write a line to the error output by one call; errors, as of a full disk, are ignored."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
@@ -380,12 +370,8 @@ def _someone_else_handles_exceptions() -> bool:
 def loading(size: int | None, timeout: float) -> Iterator[None]:
     """Guard the import of mpi4py, in which the ranks wait for each other with Python's lock held.
 
-    Parameters
-    ----------
-    size : int or None
-        The number of ranks that the launcher promises; None where it does not say.
-    timeout : float
-        Seconds that it may take.
+    It may take `timeout` seconds. `size` is the number of ranks that the launcher promises; None
+    where it does not say.
     """
     if size == 1 or _someone_else_handles_exceptions():
         yield
@@ -403,21 +389,13 @@ def starting(
 ) -> Iterator[Callable[[], ExitNotices] | None]:
     """Guard a call of `init`, and install the hooks unless somebody else handles exceptions here.
 
-    Parameters
-    ----------
-    job : JobTransport
-        The transport that connects the processes of the job.
-    world : JobWorld
-        The ranks that are in `init`.
-    began : float
-        When the call began, by `time.monotonic`.
-    timeout : float
-        Seconds that it may take.
+    The call began at `began`, by `time.monotonic`, and may take `timeout` seconds.
 
     Yields
     ------
     callable or None
-        Returns the exit notices of these ranks, collective; None if nothing is installed.
+        Returns the exit notices of the ranks that are in `init`, collective; None if nothing is
+        installed.
     """
     global _installed  # noqa: PLW0603  # the state of the process, and named as such
     if len(world.ranks) == 1 or _someone_else_handles_exceptions():
@@ -452,7 +430,7 @@ def end_services_at_exit() -> None:
 
 
 def _end_alone(pid: int) -> None:
-    """Do the same in a job of one rank, in which nothing else is installed."""
+    """Wait for the services in a job of one rank, in which no hooks are installed."""
     if os.getpid() != pid:  # a child that was forked has no thread that writes
         return
     for group, service in services():
@@ -466,17 +444,9 @@ def _end_alone(pid: int) -> None:
 
 
 def end_trace_at_exit(trace: Session) -> bool:
-    """End a trace when all ranks have reached their exit, or abandon it when the job is aborted.
+    """End the job's trace when all ranks are at their exit, or abandon it when the job is aborted.
 
-    Parameters
-    ----------
-    trace : Session
-        Of the whole job.
-
-    Returns
-    -------
-    bool
-        Whether the hooks are installed; otherwise nothing was done.
+    Returns False, and does nothing, if no hooks are installed.
     """
     if _installed is None:
         return False

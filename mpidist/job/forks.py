@@ -1,8 +1,8 @@
-"""What a child that was forked from a rank gives up: it is no rank.
+"""What a child that was forked from a rank gives up, since it is no rank.
 
 `fork` copies everything that a rank has set up in its process. The child may compute, and may use
 groups of its own (``mpidist.init("simulated")``). It must not use the rank's connections, answer
-for it, hear its signals, or end its transport. The handlers of signals are given up where they are
+in its place, handle its signals, or end its transport. Signal handlers are given up where they are
 installed: `mpidist.observe.watch.helper` and `mpidist.train.StopSignal`.
 """
 
@@ -19,22 +19,15 @@ from typing import Any
 
 from mpidist.group.operations import abandon_groups
 
-__all__ = ["guard"]
-
 _PR_SET_PDEATHSIG = 1
 
 _guarded = False
 
 
 def guard(transport: str, rank: int) -> None:
-    """See to it that children which this rank forks from now on are no ranks.
+    """Keep children that this rank forks from now on from acting as it.
 
-    Parameters
-    ----------
-    transport : str
-        The name of the transport, whose groups a child cannot use.
-    rank : int
-        This rank of the world, for messages.
+    They cannot use the groups of `transport`, named as in `init`.
     """
     global _guarded  # noqa: PLW0603  # such functions cannot be taken back
     if _guarded:
@@ -45,15 +38,7 @@ def guard(transport: str, rank: int) -> None:
 
 
 class _Fork:
-    """What is done around a fork.
-
-    Parameters
-    ----------
-    transport : str
-        The name of the transport.
-    rank : int
-        This rank of the world.
-    """
+    """What is done around a fork."""
 
     def __init__(self, transport: str, rank: int) -> None:
         self._transport = transport
@@ -83,9 +68,9 @@ class _Fork:
     def end_with_rank(self) -> None:
         """Let a daemonic worker end with its rank, however that ends; called by multiprocessing.
 
-        It holds the rank's output, and mpirun waits until that is closed. Python ends such workers
-        at the rank's exit only, not if it is killed. The kernel sends the signal when the thread
-        that has forked ends, so that this is done for the main thread's children only.
+        It has the rank's output open, and mpirun waits until that is closed. Python ends such
+        workers at the rank's exit only, not if it is killed. The kernel sends the signal when the
+        thread that has forked ends, so that this is done for the main thread's children only.
         """
         from multiprocessing import current_process
 
@@ -101,8 +86,8 @@ class _Fork:
     def _end_without_handlers(self) -> None:
         """End the child before the exit handler of an MPI library, which would end the whole job.
 
-        Registered last, and so called first: none of the rank's exit handlers is run, as after
-        `os._exit`. The exit code is not known there, so that it is noted where it comes from.
+        This one is registered last, and so called first; it runs none of the rank's exit handlers.
+        It does not get the exit code, which is therefore noted where it is given.
         """
         atexit.register(self._end)
         exit_before, hook_before = sys.exit, sys.excepthook

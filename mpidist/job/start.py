@@ -1,4 +1,4 @@
-"""How a job starts: find out who launched this process, and make the group of all ranks.
+"""How a job starts: find out what launched this process, and make the group of all ranks.
 
 A transport is imported when it is used: the others, and what they need of the standard library,
 would be a third of the time that importing this package takes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,10 +25,14 @@ from mpidist.log import configure
 if TYPE_CHECKING:
     from mpidist.backends.job import JobTransport
 
-__all__ = ["FoundCrossovers", "found_crossovers", "init"]
-
 _TIMEOUT = 1800.0
 _WARN_AFTER = 60.0
+
+LAYOUT = 2
+"""Version of what ranks exchange: messages, shared memory, arguments. Each change adds one."""
+
+_VERSION_NBYTES = 64
+"""Bytes of the first message of a job. This never changes, so that any two versions compare."""
 
 _OPEN_FILES = 65536
 """Files that a rank may have open, where its hard limit allows it; often it starts with 1,024."""
@@ -123,12 +127,9 @@ def _add_devices(world: ProcessGroup, *, required: bool) -> None:
 
 
 def _first_reason(world: ProcessGroup, reason: str | None) -> tuple[str | None, bool]:
-    """Return why the first rank that cannot carry device arrays cannot; collective.
+    """Return why the first rank that cannot carry device arrays cannot, None if all can.
 
-    Returns
-    -------
-    (str or None, bool)
-        The reason; and whether they may be staged, which all ranks have to allow.
+    Also whether they may be staged, which all ranks have to allow. Collective.
     """
     from mpidist._types import MIN
     from mpidist.backends.device.hybrid import may_stage
@@ -178,7 +179,6 @@ def _init_mpi(
     _refuse_inherited_rank()
     from mpidist.backends.mpi.job import MpiJob
     from mpidist.job import end, forks
-    from mpidist.job.versions import compare_versions
 
     _raise_open_files()
     if evidence is not None:
@@ -191,7 +191,7 @@ def _init_mpi(
     ranks = job.world(comm)
     with end.starting(job, ranks, began, timeout) as notices:
         ranks.connect()
-        compare_versions(ranks.all_gather)
+        _compare_versions(ranks.all_gather)
         received = None if notices is None else notices()
         backend = ranks.backend(received)
         several = backend.size > 1
@@ -205,8 +205,30 @@ def _init_mpi(
     return world
 
 
+def _compare_versions(all_gather: Callable[[bytes], Sequence[bytes]]) -> None:
+    """Raise on all ranks unless all have the same version and layout.
+
+    One all-gather of 64 bytes, by a function that returns the messages of all ranks.
+    """
+    from mpidist._version import __version__
+
+    own = f"{__version__}, layout {LAYOUT}".encode()[:_VERSION_NBYTES]
+    names = [name.rstrip(b"\0") for name in all_gather(own.ljust(_VERSION_NBYTES, b"\0"))]
+    if set(names) == {own}:
+        return
+    described = []
+    for name in dict.fromkeys(names):
+        ranks = ", ".join(str(rank) for rank, other in enumerate(names) if other == name)
+        described.append(f"{name.decode(errors='replace')} on rank {ranks}")
+    raise LaunchError(
+        "init: the ranks run different versions of mpidist, which do not understand each other: "
+        f"{'; '.join(described)}. Install the same one on all nodes, and "
+        "look at PATH and PYTHONPATH of the job"
+    )
+
+
 def _abandon_groups_of_mpi() -> None:
-    """Let every verb say so, where the program has called MPI.Finalize: the library would abort."""
+    """Let every verb raise once the program has called MPI.Finalize: the library would abort."""
     abandon_groups("mpi", "MPI has been finalised; call MPI.Finalize last, or leave it to exit")
 
 
@@ -248,16 +270,10 @@ def _agreed(world: ProcessGroup, library: str) -> tuple[Mapping[int, Crossovers]
 
 
 class FoundCrossovers(NamedTuple):
-    """The sizes at which paths change, and where they come from.
+    """The sizes at which paths change, by the number of ranks on a node.
 
-    Attributes
-    ----------
-    table : mapping of int to Crossovers
-        By the number of ranks on a node; empty where nothing was found.
-    source : str
-        ``MPIDIST_CROSSOVERS`` or the path of a file; empty where nothing was found.
-    problem : str
-        Why the user's file is left out; empty if it is not.
+    They come from ``source``: ``MPIDIST_CROSSOVERS`` or the path of a file. Table and source are
+    empty where nothing was found; `problem` says why the user's file is left out, if it is.
     """
 
     table: Mapping[int, Crossovers]
@@ -268,15 +284,8 @@ class FoundCrossovers(NamedTuple):
 def found_crossovers(library: str) -> FoundCrossovers:
     """Find the sizes at which paths change, in the environment or in the user's file.
 
-    Parameters
-    ----------
-    library : str
-        Name and version of the MPI library.
-
-    Returns
-    -------
-    FoundCrossovers
-        The user's file is a cache: if it cannot be used, it is left out.
+    The file is a cache of measurements with an MPI library of this name and version: if it cannot
+    be used, it is left out.
 
     Raises
     ------
@@ -308,7 +317,7 @@ def found_crossovers(library: str) -> FoundCrossovers:
 
 
 def _refuse_inherited_rank() -> None:
-    """Raise in a process that a rank has started or forked: it would speak in the rank's name."""
+    """Raise in a process that a rank has started or forked: MPI would take it for the rank."""
     rank = env.inherited_rank()
     if rank is None:
         return

@@ -6,7 +6,7 @@ import pytest
 
 import mpidist
 from mpidist.group import ProcessGroup
-from mpidist.job import versions
+from mpidist.job import start
 
 
 @pytest.mark.ranks(2, 3)
@@ -15,9 +15,9 @@ def test_different_versions_are_an_error_on_all_ranks(
 ) -> None:
     last = world.size - 1
     if world.rank == last:
-        monkeypatch.setattr(versions, "LAYOUT", 99)
+        monkeypatch.setattr(start, "LAYOUT", 99)
     others = ", ".join(map(str, range(last)))
-    words = rf"{versions.__version__}, layout \d+ on rank {others}; .*, layout 99 on rank {last}\."
+    words = rf"{mpidist.__version__}, layout \d+ on rank {others}; .*, layout 99 on rank {last}\."
     with pytest.raises(mpidist.LaunchError, match=words):
         mpidist.init("mpi", comm=world.mpi_comm)
     monkeypatch.undo()
