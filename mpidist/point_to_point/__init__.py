@@ -1,7 +1,7 @@
 """Messages between two ranks, each verb blocking and immediate.
 
 Every message begins with an envelope that says shape and dtype, and whether it is an object
-(`mpidist.point_to_point.envelope`), so that a receiver may be of unknown shape, and one that
+(`mpidist.point_to_point._messages`), so that a receiver need not know the shape, and one that
 expects something else gets an error instead of wrong numbers. A short array travels inside its
 envelope, as one message; a longer one follows its envelope in a lane of its own, numbered by its
 sender.
@@ -170,7 +170,7 @@ def sendrecv(
     dst, src : int
         Who receives, and who sends; they may be the same rank.
     tag : int, optional
-        Of both messages.
+        The tag of both messages.
     out : Array, optional
         Where to write what is received. When omitted, a host array of any shape is taken, and a
         device array like `x`.

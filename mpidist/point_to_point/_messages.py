@@ -1,15 +1,26 @@
-"""One message: checked before it is started, on the host or on a device."""
+"""One message: its envelope, and the checks before it is started, on the host or on a device.
+
+A message between hosts is an envelope of shape and dtype, with the array inside or behind it. An
+envelope is little-endian: 4 bytes of magic, the dtype's code, the number of dimensions, 1 if the
+array's bytes follow inside the envelope, 1 if the array is the pickle of an object, the number of
+the lane in which the bytes follow otherwise (8 bytes), and 8 bytes per dimension.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mpidist._arguments import whole_number
-from mpidist._types import Array
-from mpidist.arrays.namespaces import as_native, is_device
-from mpidist.backends.work import ANY_SOURCE, Message, Work
+from mpidist._types import Array, DType
+from mpidist.arrays.namespaces import DTYPES, as_bytes, as_native, is_device
+from mpidist.backends.base import Backend, Traffic
+from mpidist.backends.work import ANY_SOURCE, Message, Steps, Work
 from mpidist.collectives._checks import (
     check_array,
     check_rank,
@@ -18,11 +29,159 @@ from mpidist.collectives._checks import (
     land,
     nothing,
 )
-from mpidist.errors import SelfSendError, UnsupportedOperationError
+from mpidist.errors import (
+    CollectiveMismatchError,
+    SelfSendError,
+    SizeMismatchError,
+    TransportError,
+    UnsupportedOperationError,
+)
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout
 from mpidist.group.pending import Peers
-from mpidist.point_to_point.envelope import Receipt, receive_steps, send_steps
+
+CAPACITY = 4096
+"""Bytes that a receiver provides for an envelope; an array that fits travels inside."""
+
+_HEAD = struct.Struct("<4sBB??Q")
+_MAGIC = b"MpD2"
+_BY_CODE: tuple[DType, ...] = tuple(sorted(DTYPES, key=lambda dtype: dtype.name))
+_CODES = {dtype: code for code, dtype in enumerate(_BY_CODE)}
+
+
+class Envelope(NamedTuple):
+    """What an envelope says of the array, or of the pickle of an object.
+
+    Its bytes are `content`; None where they follow, in the lane `number`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    number: int
+    is_object: bool
+    content: Array | None
+
+    def __str__(self) -> str:
+        """Describe what was sent."""
+        if self.is_object:
+            return "an object"
+        return f"an array of shape {self.shape} and dtype {self.dtype}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def seal(x: Array, number: int, *, is_object: bool = False) -> tuple[Array, bool]:
+    """Return the envelope of a contiguous array of native byte order, and whether `x` is inside.
+
+    It has at most `CAPACITY` bytes; an array that does not fit will follow in the lane `number`.
+    """
+    start = _HEAD.size + 8 * x.ndim
+    inside = start + x.nbytes <= CAPACITY
+    frame = np.empty(start + x.nbytes if inside else start, np.uint8)
+    _HEAD.pack_into(frame.data, 0, _MAGIC, _CODES[x.dtype], x.ndim, inside, is_object, number)
+    frame[_HEAD.size : start].view("<i8")[:] = x.shape
+    if inside:
+        frame[start:] = as_bytes(x)
+    return frame, inside
+
+
+def open_envelope(frame: Array) -> Envelope:
+    """Read an envelope; its content shares the memory of `frame`."""
+    magic, code, ndim, inside, is_object, number = _HEAD.unpack_from(frame.data)
+    start = _HEAD.size + 8 * ndim
+    if magic != _MAGIC or code >= len(_BY_CODE) or start > CAPACITY:
+        raise TransportError(
+            "recv: a message arrived that no mpidist send has written; other code must not use "
+            "this group's communicator for messages of its own",
+            code=0,
+        )
+    shape = tuple(frame[_HEAD.size : start].view("<i8").tolist())
+    envelope = Envelope(shape, _BY_CODE[code], number, is_object, None)
+    if not inside:
+        return envelope
+    return envelope._replace(content=frame[start : start + envelope.nbytes])
+
+
+@dataclass(slots=True)
+class Receipt:
+    """The array that a receive has received, and the rank that sent it; `ANY_SOURCE` until then."""
+
+    array: Array = field(default_factory=lambda: np.empty(0))
+    source: int = ANY_SOURCE
+
+
+def send_steps(
+    backend: Backend, x: Array, dst: int, tag: int, number: int, *, is_object: bool
+) -> Steps:
+    """Send an array by one message if it fits into its envelope, else by two; see `seal`."""
+    envelope, inside = seal(x, number, is_object=is_object)
+    messages = [Message(envelope, dst, backend.lane(Traffic.ENVELOPE, tag))]
+    if not inside:
+        messages.append(Message(as_bytes(x), dst, backend.lane(Traffic.PAYLOAD, number)))
+    yield backend.exchange(messages, [])
+
+
+def receive_steps(
+    backend: Backend,
+    receipt: Receipt,
+    out: Array | None,
+    *,
+    src: int,
+    tag: int,
+    where: str,
+    is_object: bool,
+) -> Steps:
+    """Receive an array, or the pickle of an object, into `out` or a fresh array, and the receipt.
+
+    `where` names the verb and the group for errors. These are raised when the message has been
+    received: CollectiveMismatchError for an object in place of an array, or the other way round,
+    SizeMismatchError where it does not fit `out`.
+    """
+    frame = np.empty(CAPACITY, np.uint8)
+    arriving = backend.exchange([], [Message(frame, src, backend.lane(Traffic.ENVELOPE, tag))])
+    yield arriving
+    (receipt.source,) = arriving.wait()
+    envelope = open_envelope(frame)
+    refusal = _refusal(envelope, receipt.source, out, where=where, is_object=is_object)
+    direct = refusal is None and out is not None and out.flags.c_contiguous and out.dtype.isnative
+    array = out if direct and out is not None else np.empty(envelope.shape, envelope.dtype)
+    if envelope.content is not None:
+        as_bytes(array)[...] = envelope.content
+    else:
+        lane = backend.lane(Traffic.PAYLOAD, envelope.number)
+        yield backend.exchange([], [Message(as_bytes(array), receipt.source, lane)])
+    # What does not fit has been received all the same: its sender must not hang.
+    if refusal is not None:
+        raise refusal
+    if out is not None and not direct:
+        np.copyto(out, array)
+    receipt.array = array if out is None else out
+
+
+def _refusal(
+    envelope: Envelope, source: int, out: Array | None, *, where: str, is_object: bool
+) -> Exception | None:
+    """Return what is wrong with a message for this receive, or None."""
+    sent = f"{where}: rank {source} sent {envelope}"
+    if envelope.is_object != is_object:
+        verb = "recv_object" if envelope.is_object else "recv"
+        return CollectiveMismatchError(
+            f"{sent}; receive it with {verb}. The message is lost, and the group can still be used"
+        )
+    if out is None or (
+        out.shape == envelope.shape and out.dtype.newbyteorder("=") == envelope.dtype
+    ):
+        return None
+    return SizeMismatchError(
+        f"{sent}, out has shape {out.shape} and dtype {out.dtype}; leave out=None to take what "
+        "comes"
+    )
+
+
+# -- the verbs -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +193,9 @@ class Send:
     x : Array
         What is sent.
     dst : int
-        Who receives it.
+        The rank that receives it.
     tag : int
-        As in `send`.
+        Only a receive with the same tag takes it.
     """
 
     x: Array
@@ -51,11 +210,11 @@ class Receive:
     Attributes
     ----------
     src : int
-        Who sends it.
+        The rank that sends it, or `ANY_SOURCE`.
     tag : int
-        As in `recv`.
+        Only a message with the same tag is taken.
     out : Array or None
-        As in `recv`.
+        Where to write it; without it any shape is taken, into a fresh array.
     """
 
     src: int
@@ -137,7 +296,7 @@ def device_send(message: Send, group: ProcessGroup) -> Message:
 def device_receive(receive: Receive, group: ProcessGroup) -> tuple[Message, Callable[[], Array]]:
     """Check the arguments of `recv` into a device array; return also what gives the result."""
     out = receive.out
-    assert out is not None, "only its array tells that it is for a device"
+    assert out is not None, "it is for a device because of its array"
     check_array(out, "recv", group)
     if _is_any(receive.src):
         raise UnsupportedOperationError(
@@ -211,7 +370,7 @@ def prepare_receive(
 
 
 def _senders(src: int, group: ProcessGroup) -> Peers:
-    """Return whom a receive depends on: of any source, one other rank that is left is enough."""
+    """Return the ranks that a receive needs: for any source, one of the others is enough."""
     if src != ANY_SOURCE:
         return Peers(frozenset({src}))
     others = frozenset(range(group.size)) - {group.rank}
