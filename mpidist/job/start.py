@@ -25,6 +25,8 @@ from mpidist.log import configure
 if TYPE_CHECKING:
     from mpidist.backends.job import JobTransport
 
+__all__ = ["init"]
+
 _TIMEOUT = 1800.0
 _WARN_AFTER = 60.0
 

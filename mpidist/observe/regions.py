@@ -8,6 +8,8 @@ from time import monotonic_ns
 from types import TracebackType
 from typing import Protocol
 
+__all__ = ["region"]
+
 STEP = "step"
 """Name of the region that is one training step: a summary of a trace counts by it."""
 
