@@ -15,7 +15,7 @@ STEP = "step"
 
 
 class Marks(Protocol):
-    """Something that is told of regions: a trace."""
+    """Something that records regions, such as a trace."""
 
     def mark(self, name: str, began: int, ended: int) -> None:
         """Receive a region that has ended; times in nanoseconds of `time.monotonic_ns`."""

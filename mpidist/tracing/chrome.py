@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from mpidist._new_file import create_unique
 from mpidist.tracing.clock import Clock, Reading
@@ -46,19 +46,13 @@ _ARRAY = re.compile(r"(\w+)\[([\d, ]*)\]")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
-@dataclass(slots=True)
-class _Arrival:
+class _Arrival(NamedTuple):
     """The rank that arrived last at a collective, as far as is known, and how many arrived."""
 
     verb: str
     rank: int
     time: int
     ranks: int = 1
-
-    def add(self, rank: int, time: int) -> None:
-        self.ranks += 1
-        if time > self.time:
-            self.rank, self.time = rank, time
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +147,12 @@ def _arrivals(lanes: Sequence[_Lane]) -> dict[tuple[int, int], _Arrival]:
         for row in lane.rows():
             if row.identity and row.kind in ("blocking", "immediate"):
                 key = (row.identity, row.number)
-                if key in arrivals:
-                    arrivals[key].add(lane.rank, row.began)
-                else:
-                    arrivals[key] = _Arrival(_verb(row), lane.rank, row.began)
+                new = _Arrival(_verb(row), lane.rank, row.began)
+                old = arrivals.get(key)
+                if old is not None:
+                    last = new if new.time > old.time else old
+                    new = last._replace(verb=old.verb, ranks=old.ranks + 1)
+                arrivals[key] = new
     return arrivals
 
 
@@ -224,23 +220,18 @@ def _events(
         # Only of the main thread it is known that it computes when it does not communicate.
         spans = _with_compute(own, lane.began, lane.ended) if thread == 0 else _nested(own)
         for row in spans:
+            busy = row.kind in _BUSY
             event = {
                 "ph": "X",
-                "name": _name(row),
+                "name": "wait " * (row.kind == "wait") + (_verb(row) if busy else row.what),
                 "cat": row.kind,
                 "pid": lane.rank,
                 "tid": thread + 1 if thread else MAIN,
                 "ts": _microseconds(row.began - origin),
                 "dur": _microseconds(row.ended - row.began),
             }
-            yield event | {"args": _args(row, arrivals)} if row.kind in _BUSY else event
+            yield event | {"args": _args(row, arrivals)} if busy else event
     yield from _pairs(flying, lane, arrivals, origin)
-
-
-def _name(row: TraceRow) -> str:
-    if row.kind in _BUSY:
-        return f"wait {_verb(row)}" if row.kind == "wait" else _verb(row)
-    return row.what
 
 
 def _names(lane: _Lane, threads: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -341,14 +332,11 @@ def bytes_of(what: str) -> int | None:
     match = _ARRAY.search(what)
     if match is None:
         return None
-    itemsize = _itemsize(match[1])
+    bits = re.search(r"\d+$", match[1])
+    if bits is None and match[1] != "bool":
+        return None
     shape = [int(length) for length in match[2].split(",") if length.strip()]
-    return None if itemsize is None else itemsize * prod(shape)
-
-
-def _itemsize(dtype: str) -> int | None:
-    bits = re.search(r"\d+$", dtype)
-    return 1 if dtype == "bool" else int(bits[0]) // 8 if bits else None
+    return prod(shape) * (int(bits[0]) // 8 if bits else 1)
 
 
 def _microseconds(nanoseconds: int) -> float:

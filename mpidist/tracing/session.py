@@ -91,7 +91,7 @@ class Session:
         self._clocks = all_gather_object(clock_name(), group)
         first = compare_clocks(group, self._clocks)
         self._readings: list[Reading] = [] if first is None else [first]
-        # All begin together: nobody would be seen to wait for a rank that is not recorded yet.
+        # All begin together: a wait for a rank that is not recorded yet would not show.
         barrier(group)
         file.note({"readings": self._readings, "began": time.monotonic_ns()})
         self._recorder.sink = events

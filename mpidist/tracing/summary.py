@@ -180,7 +180,8 @@ def _rank_time(about: Mapping[str, Any], events: Sequence[Any]) -> RankTime:
     main = [event for event in events if event["ph"] == "X" and event["tid"] == MAIN]
     compute = _union(_span(event) for event in main if event["cat"] == COMPUTE)
     busy = [event for event in main if event["cat"] in _BUSY]
-    flights = _union(_flights(events))
+    begun = {event["id"]: event["ts"] / 1e6 for event in events if event["ph"] == "b"}
+    flights = _union((begun[e["id"]], e["ts"] / 1e6) for e in events if e["ph"] == "e")
     in_flight = _length(flights)
     return RankTime(
         rank=about["rank"],
@@ -201,11 +202,6 @@ def _span(event: Mapping[str, Any]) -> tuple[float, float]:
 
 def _waited(event: Mapping[str, Any]) -> float:
     return float(event["args"].get("waited_ms", 0.0)) / 1e3
-
-
-def _flights(events: Sequence[Any]) -> Spans:
-    begun = {event["id"]: event["ts"] / 1e6 for event in events if event["ph"] == "b"}
-    return [(begun[e["id"]], e["ts"] / 1e6) for e in events if e["ph"] == "e"]
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> Spans:

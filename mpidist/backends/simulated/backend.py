@@ -24,8 +24,8 @@ from mpidist.backends.verbs import Collective
 from mpidist.backends.work import Message, PolledWork, Waiter, Work
 
 
-class ThreadComparison:
-    """Compares the signatures that the ranks, threads of one process, give each other."""
+class _ThreadComparison:
+    """Compares the call signatures of ranks that are threads; see `SignatureComparison`."""
 
     def __init__(self, network: Network, member: Member) -> None:
         self._network = network
@@ -33,20 +33,16 @@ class ThreadComparison:
         self._rendezvous: dict[int, Rendezvous] = {}
 
     def arrive(self, number: int, signature: CallSignature) -> None:
-        """Publish that this rank has called an operation with this signature."""
         key = (self._member.context, self._member.members, "call", number)
         self._rendezvous[number] = self._network.offer(key, self._member, signature)
 
     def all_arrived(self, number: int) -> bool:
-        """Whether all ranks have called it."""
         return self._rendezvous[number].full()
 
     def missing(self, number: int) -> list[int]:
-        """Return the ranks that have not called it."""
         return self._rendezvous[number].missing(self._member)
 
     def equal(self, number: int, signature: CallSignature) -> bool:
-        """Whether the signatures are equal."""
         signatures = self._rendezvous[number].values.values()
         same = all(other.digest == signature.digest for other in signatures)
         balanced = sum(other.balance or 0 for other in signatures) % 2**64 == 0
@@ -55,7 +51,6 @@ class ThreadComparison:
         return same and balanced
 
     def breaks(self, number: int) -> bool:
-        """Whether a part of the call is under way on any rank."""
         return any(signature.breaks for signature in self._close(number).values.values())
 
     def _close(self, number: int) -> Rendezvous:
@@ -110,7 +105,7 @@ class _ThreadExchange:
         return yes if self._waiter is None else all(self._gather(self._group, yes))
 
 
-class Compared(PolledWork):
+class _ComparedWork(PolledWork):
     """An immediate call that is under way, complete when all ranks have made the same, too.
 
     Errors of `work`, the call, are raised only after `comparison`, whose error says why.
@@ -121,7 +116,6 @@ class Compared(PolledWork):
         self._work = work
 
     def done(self) -> bool:
-        """Poll both."""
         alike = self._comparison.done()
         try:
             over = self._work.done()
@@ -132,7 +126,6 @@ class Compared(PolledWork):
         return alike and over
 
     def missing(self) -> Sequence[int]:
-        """Return the ranks that have not called it."""
         return self._comparison.missing()
 
 
@@ -162,22 +155,20 @@ class SimulatedBackend(Backend):
         context: Hashable = (),
         members: Sequence[int] | None = None,
     ) -> None:
-        self._member = Member(
-            context, rank, tuple(range(network.size) if members is None else members)
-        )
-        super().__init__(rank, len(self._member.members), Capabilities())
+        everybody = tuple(range(network.size) if members is None else members)
+        self._member = Member(context, rank, everybody)
+        super().__init__(rank, len(everybody), Capabilities())
         self._network = network
-        self._world_rank = self._member.members[rank]
+        self._world_rank = everybody[rank]
         self._splits = 0
-        nodes = [member // network.ranks_per_node for member in self._member.members]
-        topology = NodeTopology.of(nodes, rank)
+        topology = NodeTopology.of([who // network.ranks_per_node for who in everybody], rank)
         self._local_size = max(map(len, topology.nodes))
         self.node_memory: NodeMemory = NodeMemory(
             self,
             topology,
             _ThreadExchange(network, self._member, topology),
             lane_of=partial(self.lane, Traffic.SEQUENCED),
-            compare=lambda: ThreadComparison(network, self._member),
+            compare=lambda: _ThreadComparison(network, self._member),
             direct=network.node_memory,
         )
         self.sums = self.node_memory.sums
@@ -205,7 +196,7 @@ class SimulatedBackend(Backend):
         under_way = self.transfer(collective, waiter)
         # `progress` drives both together, so that both are released when one ends.
         self.engine.running.pop(under_way, None)
-        compared = Compared(comparison, under_way)
+        compared = _ComparedWork(comparison, under_way)
         self.engine.running[compared] = None
         return compared
 

@@ -9,6 +9,7 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
@@ -72,30 +73,26 @@ class _Address(NamedTuple):
     lane: int
 
 
+@dataclass(slots=True, eq=False)
 class Parcel:
     """One message on its way; `work` is the sender's until its array is no longer needed."""
 
-    __slots__ = ("address", "data", "members", "source", "work")
-
-    def __init__(self, sender: Member, message: Message, work: ExchangeWork) -> None:
-        self.address = _Address(sender.context, message.peer, message.lane)
-        self.members = sender.members
-        self.source = sender.rank
-        self.data = as_bytes(message.array)
-        self.work: ExchangeWork | None = work
+    address: _Address
+    source: int
+    data: Array
+    members: tuple[int, ...]
+    work: ExchangeWork | None
 
 
+@dataclass(slots=True, eq=False)
 class PostedReceive:
     """One posted receive; its source is the `index`-th of its work's."""
 
-    __slots__ = ("address", "buffer", "index", "source", "work")
-
-    def __init__(self, receiver: Member, message: Message, work: ExchangeWork, index: int) -> None:
-        self.address = _Address(receiver.context, receiver.rank, message.lane)
-        self.buffer: Array = as_bytes(message.array)
-        self.source = message.peer
-        self.work = work
-        self.index = index
+    address: _Address
+    source: int
+    buffer: Array
+    work: ExchangeWork
+    index: int
 
     def take(self, parcel: Parcel) -> None:
         """Copy the bytes of a message, or note that it is too long."""
@@ -346,20 +343,23 @@ class Network:
         """Post receives and send messages for one rank of a group."""
         rank = member.members[member.rank]
         work = ExchangeWork(self, rank, len(sends), len(receives))
-        parcels = [Parcel(member, message, work) for message in sends]
-        if self._mode is DeliveryMode.EAGER:
-            for parcel in parcels:
-                parcel.data = parcel.data.copy()
+        eager = self._mode is DeliveryMode.EAGER
+        parcels = []
+        for array, peer, lane in sends:
+            data = as_bytes(array).copy() if eager else as_bytes(array)
+            address = _Address(member.context, peer, lane)
+            parcels.append(Parcel(address, member.rank, data, member.members, work))
         with self._lock:
             self._count_call(rank)
             self._busy[rank] += bool(work.pending)
-            for index, message in enumerate(receives):
-                receive = PostedReceive(member, message, work, index)
+            for index, (array, peer, lane) in enumerate(receives):
+                address = _Address(member.context, member.rank, lane)
+                receive = PostedReceive(address, peer, as_bytes(array), work, index)
                 waiting = self._matcher.post(receive)
                 if waiting is not None:
                     self._match(waiting, receive)
             for parcel in parcels:
-                if self._mode is DeliveryMode.EAGER:
+                if eager:
                     self._sent_off(parcel)
                 self._dispatch(parcel)
         return work

@@ -1,4 +1,4 @@
-"""Watching: what every rank is doing, told when one waits for too long."""
+"""The watch: finds out what every rank is doing, and reports it when one waits for too long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""End this process at a deadline, whatever its interpreter is doing: MPI has a start and an end.
+"""End this process at a deadline, even where its interpreter cannot: as MPI starts, and at the end.
 
 No thread of Python runs while mpi4py starts MPI, since it holds the interpreter lock, or once the
 interpreter is being finalised. So this is done by timers of the operating system

@@ -80,7 +80,7 @@ class Stall:
             came = {r for r, state in known.items() if state.came_to(key) or state.has_passed(key)}
             missing = [*missing, *(rank for rank, state in known.items() if state.records)]
         self._absent = sorted({*missing} - came)
-        # These cannot go on, and are not missing anyway.
+        # These have arrived, but cannot go on.
         self._gone = [
             rank
             for rank, state in known.items()
@@ -151,7 +151,7 @@ def _first_difference(known: States, key: Key) -> Key | None:
         for record in state.records:
             if record.number <= key[1] and record.is_of((key[0], record.number)):
                 records_of.setdefault(record.number, []).append(record)
-    # Where it is over on all ranks it was found, and keeps nobody waiting.
+    # A difference in a call that has ended on all ranks was reported, and keeps no rank waiting.
     different = [
         number
         for number, records in records_of.items()

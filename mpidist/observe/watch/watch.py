@@ -191,7 +191,7 @@ class Watch:
         heard = self._ask_others(_HEARD)
         states = self.states()
         states |= heard()
-        # Nothing has been heard of the others.
+        # The others are on nodes that have not answered.
         status = Status.SILENT if self._endpoints else Status.UNKNOWN
         for rank, node in enumerate(self._nodes):
             if rank not in states:
@@ -375,23 +375,22 @@ class Watch:
                 self._reporting.release()
 
     def _wait_for_report_elsewhere(self, states: Mapping[int, RankState]) -> bool:
-        """Wait while a rank of another node writes the report; return whether one does."""
-        if not self._is_reported_elsewhere(states):
-            return False
-        deadline = time.monotonic() + _WRITING
-        while self._is_reported_elsewhere(states) and time.monotonic() < deadline:
-            time.sleep(_ASKING)
-            states = self.all_states()
-        return True
-
-    def _is_reported_elsewhere(self, states: Mapping[int, RankState]) -> bool:
-        """Whether a rank of another node is writing the report.
+        """Wait while a rank of another node writes the report; return whether one does.
 
         The lowest rank writes it: nodes cannot know who was first, and two that waited for each
         other would report nothing.
         """
-        far = [state for rank, state in states.items() if rank not in self._recordings]
-        return any(state.rank < self.rank and 0 <= state.claimed < _WRITING for state in far)
+        deadline, waited = time.monotonic() + _WRITING, False
+        while any(
+            rank < self.rank and rank not in self._recordings and 0 <= state.claimed < _WRITING
+            for rank, state in states.items()
+        ):
+            waited = True
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_ASKING)
+            states = self.all_states()
+        return waited
 
     def reported_lately(self) -> bool:
         """Whether this rank has just reported what all ranks are doing."""

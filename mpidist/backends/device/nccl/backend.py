@@ -59,16 +59,6 @@ def _call_with_deadline(device: int, function: Callable[[], T], waiter: Waiter) 
         raise TransportError(f"{waiter.told}: {error}", error.code) from error
 
 
-def _begin_all(operations: Sequence[Operation], communicator: NcclCommunicator) -> None:
-    """Make the calls of operations; several begin as one."""
-    if len(operations) == 1 and not operations[0].several:
-        operations[0].call(communicator)
-        return
-    with communicator.together():
-        for operation in operations:
-            operation.call(communicator)
-
-
 def _gather_facts(host: Backend, waiter: Waiter) -> list[dict[str, Any]]:
     """Return what `check_devices` needs of every rank; collective, blocks."""
     reason = why_no_nccl()
@@ -244,7 +234,16 @@ class NcclBackend(DeviceBackend[Backend]):
         """Put operations on the side stream, behind the current one."""
         link = self._link
         assert link is not None, "prepared before"
-        link.call(lambda: waiter, _begin_all, operations, link.communicator)
+
+        def begin(communicator: NcclCommunicator) -> None:
+            if len(operations) == 1 and not operations[0].several:
+                operations[0].call(communicator)
+                return
+            with communicator.together():
+                for operation in operations:
+                    operation.call(communicator)
+
+        link.call(lambda: waiter, begin, link.communicator)
         for operation in operations:
             if operation.after is not None:
                 with link.side.stream:

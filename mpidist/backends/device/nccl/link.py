@@ -43,20 +43,19 @@ _SUCCESS, _NOT_READY = 0, 600
 
 
 class SideStream:
-    """The stream of a group on the current device on which NCCL works, and its events."""
+    """The stream of a group on the current device on which NCCL works, and its events.
+
+    Events that have happened, and for which nothing waits any more, are used again (`spare`).
+    """
 
     def __init__(self) -> None:
         cuda = device_module().cuda
         self._cuda = cuda
         self.stream = cuda.Stream(non_blocking=True)
         self.handle: int = self.stream.ptr
+        self.current_device: Callable[[], int] = cuda.runtime.getDevice
+        self.spare: list[Any] = []
         self._ready = cuda.Event(disable_timing=True)
-        self._spare: list[Any] = []
-
-    def current_device(self) -> int:
-        """Return the current device of this thread."""
-        device: int = self._cuda.runtime.getDevice()
-        return device
 
     def wait_for_current(self) -> None:
         """Make the side stream wait for the work that is on the current stream now."""
@@ -66,13 +65,9 @@ class SideStream:
 
     def mark(self) -> Any:
         """Return an event behind all that is on the side stream."""
-        event = self._spare.pop() if self._spare else self._cuda.Event(disable_timing=True)
+        event = self.spare.pop() if self.spare else self._cuda.Event(disable_timing=True)
         event.record(self.stream)
         return event
-
-    def take_back(self, event: Any) -> None:
-        """Take back an event that has happened and is not waited for any more."""
-        self._spare.append(event)
 
     def check(self, event: Any) -> None:
         """Raise CUDARuntimeError if the device has failed, such as by an illegal access.
@@ -159,7 +154,7 @@ class Link:
     def release(self, work: NcclWork) -> None:
         """Release a finished operation."""
         self.under_way.remove(work)
-        self.side.take_back(work.event)
+        self.side.spare.append(work.event)
 
     # -- failures ------------------------------------------------------------------------------
 
@@ -218,7 +213,8 @@ class Link:
                 work.waiter().report(str(error))
             else:
                 self.side.check(work.event)
-                if work.overdue() and not work.reached():
+                waited = time.monotonic() - work.began
+                if waited > work.waiter().timeout and not work.reached():
                     self.fail(work.waiter().expire())
 
     def give_up(self, error: Exception) -> None:
@@ -282,7 +278,7 @@ class NcclWork(DeviceWork):
     ) -> None:
         self.event = event
         self.waiter = waiter
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         self._link = link
         self._held = held
         self._over = False
@@ -306,10 +302,6 @@ class NcclWork(DeviceWork):
         # In this order: when it is over, its event may be another operation's already.
         return bool(self.event.done) or self._over
 
-    def overdue(self) -> bool:
-        """Whether its deadline is over; from any thread."""
-        return time.monotonic() - self._began > self.waiter().timeout
-
     def order(self) -> None:
         """Let the current stream go on only behind this operation."""
         self._link.check()
@@ -317,7 +309,7 @@ class NcclWork(DeviceWork):
             device_module().cuda.get_current_stream().wait_event(self.event)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Order the current stream; groups bring the deadline."""
+        """Order the current stream; the group's waits have the deadline."""
         self.order()
 
 
