@@ -64,9 +64,9 @@ def send(x: Array, group: ProcessGroup, *, dst: int, tag: int = 0, timeout: Time
     x : Array, any shape and dtype
         What is sent.
     group : ProcessGroup
-        The ranks among which `dst` counts.
+        The group of which `dst` is a rank.
     dst : int
-        Who receives it.
+        The rank that receives it.
     tag : int, optional
         Only a receive with the same tag takes it.
     timeout : float or datetime.timedelta, optional
@@ -115,9 +115,9 @@ def recv(
     Parameters
     ----------
     group : ProcessGroup
-        The ranks among which `src` counts.
+        The group of which `src` is a rank.
     src : int
-        Who sends it; `ANY_SOURCE` takes the next message of any rank.
+        The rank that sends it; `ANY_SOURCE` takes the next message of any rank.
     tag : int, optional
         Only a message with the same tag is taken.
     out : Array, optional
@@ -138,7 +138,7 @@ def recv(
     SizeMismatchError
         If the message does not fit `out`. The message is lost then, and the group stays usable.
     CollectiveMismatchError
-        If an object comes, which only `recv_object` takes. As above.
+        If an object comes, which only `recv_object` takes. It is lost then, too.
     CollectiveTimeoutError
         If no message comes within the group's timeout.
 
@@ -166,9 +166,9 @@ def sendrecv(
     x : Array, any shape and dtype
         What is sent.
     group : ProcessGroup
-        The ranks among which `dst` and `src` count.
+        The group of which `dst` and `src` are ranks.
     dst, src : int
-        Who receives, and who sends; they may be the same rank.
+        The rank that receives, and the one that sends; they may be the same.
     tag : int, optional
         The tag of both messages.
     out : Array, optional
@@ -211,7 +211,7 @@ def exchange(
     Parameters
     ----------
     group : ProcessGroup
-        The ranks among which the messages travel.
+        The group of all sources and destinations.
     sends : sequence of Send
         What is sent.
     receives : sequence of Receive
@@ -249,9 +249,9 @@ def send_object(
     obj : object
         What is sent.
     group : ProcessGroup
-        The ranks among which `dst` counts.
+        The group of which `dst` is a rank.
     dst : int
-        Who receives it.
+        The rank that receives it.
     tag : int, optional
         Only a receive with the same tag takes it.
     timeout : float or datetime.timedelta, optional
@@ -274,9 +274,9 @@ def recv_object(group: ProcessGroup, *, src: int, tag: int = 0, timeout: Timeout
     Parameters
     ----------
     group : ProcessGroup
-        The ranks among which `src` counts.
+        The group of which `src` is a rank.
     src : int
-        Who sends it; `ANY_SOURCE` takes the next message of any rank.
+        The rank that sends it; `ANY_SOURCE` takes the next message of any rank.
     tag : int, optional
         Only a message with the same tag is taken.
     timeout : float or datetime.timedelta, optional

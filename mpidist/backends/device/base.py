@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.backends.verbs import Collective
-from mpidist.backends.work import Message, Waiter, Work
+from mpidist.backends.work import Message, PolledWork, Waiter
 from mpidist.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ H = TypeVar("H")
 """The transport of host arrays that it belongs to."""
 
 
-class DeviceWork(Work[None]):
+class DeviceWork(PolledWork):
     """An operation on device arrays under way; it holds them until the device is done with them."""
 
     _then: Callable[[], None] | None = None

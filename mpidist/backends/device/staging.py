@@ -174,21 +174,12 @@ def _pinned_like(x: Array) -> Array:
     return pinned_empty(max(x.nbytes, 1))[: x.nbytes].view(x.dtype)
 
 
-class _Staged(DeviceWork, PolledWork):
+class _Staged(DeviceWork):
     """An operation that goes by way of the host.
 
-    Parameters
-    ----------
-    steps : Work
-        The host's part; over when the last copy to the device has been asked for.
-    copied : cupy.cuda.Event
-        Recorded behind that copy.
-    waiter : Waiter
-        Waits for the host's part.
-    cuda : module
-        ``cupy.cuda``.
-    keep : object
-        The arrays, which the device may read and write until then.
+    `steps`, the host's part, is over when the last copy to the device has been asked for. `copied`
+    is the event behind that copy; until it has happened the device may read and write the arrays,
+    which are kept.
     """
 
     def __init__(
