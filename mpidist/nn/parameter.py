@@ -85,9 +85,10 @@ class Parameter:
         self._on_ready: Callable[[Parameter], None] | None = None
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
-        """Return what a copy has: not where the memory of this one's gradients comes from."""
+        """Return what a copy has: no part in the reduction that this one's gradient is in."""
         state = {name: getattr(self, name) for name in self.__slots__}
-        return None, state | {"_memory_for": None}
+        alone = {"_memory_for": None, "_on_ready": None, "_remaining": None, "_closed": ""}
+        return None, state | alone
 
     def __repr__(self) -> str:
         return f"Parameter({self.name or 'unnamed'!s}, shape={self.shape}, dtype={self.dtype})"
@@ -373,7 +374,7 @@ class Parameter:
         reason : str
             Where the gradient is meanwhile, and what to do; the words of the error.
         """
-        self._remaining, self._closed = 0, reason
+        self._remaining, self._closed, self._on_ready = 0, reason, None
 
     def release(self) -> None:
         """End what `expect` or `close` began; any number of contributions is allowed again."""

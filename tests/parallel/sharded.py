@@ -186,8 +186,8 @@ def kept(state):
     return copies
 
 
-def joined(states):
-    """Put together what each rank has kept; each element of a split array stands once."""
+def joined(states, copies=1):
+    """Put together what each rank has kept; so often each element of a split array stands."""
     whole = dict(states[0])
     for name, first in whole.items():
         if not isinstance(first, ShardedArray):
@@ -199,7 +199,7 @@ def joined(states):
             for box, piece in state[name].pieces.items():
                 times[box.slices] += 1
                 whole[name][box.slices] = piece
-        np.testing.assert_array_equal(times, 1, err_msg=name)
+        np.testing.assert_array_equal(times, copies, err_msg=name)
     return whole
 
 

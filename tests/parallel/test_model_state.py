@@ -14,7 +14,7 @@ from mpidist.arrays.shards import ShardedArray
 from mpidist.errors import CheckpointIncompatibleError
 from mpidist.nn import Mode
 from mpidist.optim import Adam
-from mpidist.parallel import DDP, BucketSizes, ShardedOptimizer
+from mpidist.parallel import DDP, FSDP, BucketSizes, ShardedOptimizer, ShardingStrategy
 from mpidist.testing import run_ranks
 from tests.parallel.sharded import (
     RULES,
@@ -34,8 +34,21 @@ from tests.parallel.test_zero_state import two_layers
 SIZES = BucketSizes(400, 400)
 RULE = RULES["adamw"]
 
-KINDS = {"module": (1, 1), "ddp": (2, 3), "scattered": (3, 4), "after ddp": (4, 2)}
+KINDS = {
+    "module": (1, 1),
+    "ddp": (2, 3),
+    "scattered": (3, 4),
+    "after ddp": (4, 2),
+    "fsdp": (4, 3),
+    "no_shard": (2, 3),
+}
 """Kinds of runs, and how many ranks save and load them."""
+
+FSDP_STRATEGIES = {
+    "fsdp": ShardingStrategy.FULL_SHARD,
+    "over nodes": ShardingStrategy.SHARD_GRAD_OP,
+    "no_shard": ShardingStrategy.NO_SHARD,
+}
 
 
 def train(group, kind, start, stop, saved=None, directory=None):
@@ -44,10 +57,15 @@ def train(group, kind, start, stop, saved=None, directory=None):
     It begins with what was saved by hand, or in a directory; the first half is saved there.
     """
     model = mixture(seed=5 if start else 0)
-    ddp = None if kind in ("module", "scattered") else DDP(model, group, op=SUM, sizes=SIZES)
+    ddp = DDP(model, group, op=SUM, sizes=SIZES) if kind in ("ddp", "after ddp") else None
     if kind in ("module", "ddp"):
         optimizer = RULE(model.named_parameters())
         held = ddp or model
+    elif kind in ("fsdp", "no_shard"):
+        one_node = group.num_nodes == 1
+        strategy = FSDP_STRATEGIES[kind if one_node or kind == "no_shard" else "over nodes"]
+        held = FSDP(model, group, strategy=strategy, units=400, op=SUM)
+        optimizer = ShardedOptimizer(held, optimizer=RULE)
     else:
         op = None if ddp else SUM
         optimizer = ShardedOptimizer(ddp or model, group, optimizer=RULE, op=op, sizes=SIZES)
@@ -74,23 +92,24 @@ def train(group, kind, start, stop, saved=None, directory=None):
     return kept(held.state_dict()), kept(optimizer.state_dict())
 
 
-def together(parts):
+def together(parts, kind):
     """Put together the model's and the optimizer's states of all ranks."""
-    return tuple(joined(states) for states in zip(*parts, strict=True))
+    copies = len(parts) if kind == "no_shard" else 1
+    return tuple(joined(states, copies) for states in zip(*parts, strict=True))
 
 
 @cache
 def halfway(kind):
-    return together(run_ranks(KINDS[kind][0], train, kind, 0, 3))
+    return together(run_ranks(KINDS[kind][0], train, kind, 0, 3), kind)
 
 
-@pytest.mark.parametrize("per_node", [1, 2])
+@pytest.mark.parametrize("per_node", [None, 1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("loads", KINDS)
 @pytest.mark.parametrize("saves", KINDS)
 def test_any_run_goes_on_from_any_other(saves, loads, per_node):
     expected, unsharded = alone(RULE, 1, 6)
     parts = run_ranks(KINDS[loads][1], train, loads, 3, 6, halfway(saves), ranks_per_node=per_node)
-    model, optimizer = together(parts)
+    model, optimizer = together(parts, loads)
     model.pop("buckets/order", None)
     assert_same(model, values(expected))
     assert_same(optimizer, unsharded.state_dict())
@@ -105,12 +124,20 @@ def test_any_run_goes_on_from_any_other(saves, loads, per_node):
         ("scattered", "module"),
         ("ddp", "scattered"),
         ("scattered", "after ddp"),
+        ("fsdp", "module"),
+        ("fsdp", "ddp"),
+        ("scattered", "fsdp"),
+        ("ddp", "fsdp"),
+        ("fsdp", "no_shard"),
+        ("no_shard", "scattered"),
     ],
 )
 def test_any_run_goes_on_from_the_checkpoint_of_any_other(saves, loads, tmp_path):
     expected, unsharded = alone(RULE, 1, 6)
     run_ranks(KINDS[saves][0], train, saves, 0, 3, None, tmp_path)
-    model, optimizer = together(run_ranks(KINDS[loads][1], train, loads, 3, 6, None, tmp_path))
+    model, optimizer = together(
+        run_ranks(KINDS[loads][1], train, loads, 3, 6, None, tmp_path), loads
+    )
     model.pop("buckets/order", None)
     assert_same(model, values(expected))
     assert_same(optimizer, unsharded.state_dict())

@@ -251,6 +251,11 @@ class DataParallel(Closing, ABC):
         _, work = self._run_backward(uses, lambda: self.module.backward_weight(inner))
         work.wait()
 
+    def wait(self) -> None:
+        """Wait for the gradients of the last `ibackward`, if they are still under way."""
+        if self._pending is not None:
+            self._pending.wait()
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Add up gradients locally; the first backward outside reduces them all.
@@ -332,11 +337,6 @@ class DataParallel(Closing, ABC):
             raise
         self._pending = _StepWork(self)
         return dx, self._pending
-
-    def _finish(self) -> None:
-        """Wait for the gradients under way, if any are."""
-        if self._pending is not None:
-            self._pending.wait()
 
     def _start(self, broadcast: BufferSync | BucketOrder) -> None:
         broadcast.start()

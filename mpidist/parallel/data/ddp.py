@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mpidist._types import MEAN, ReduceOp
+from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Module
 from mpidist.parallel.data.broadcasts import broadcast_in_place
@@ -65,6 +65,8 @@ class DDP(DataParallel):
     ------
     TypeError
         If `module` is no Module.
+    ValueError
+        If a parameter is read-only.
     CollectiveMismatchError
         On every rank, naming a rank and a parameter or buffer, if names, shapes, dtypes or
         arguments differ between ranks. Nothing has been changed then.
@@ -107,6 +109,7 @@ class DDP(DataParallel):
         trainable = {name: parameter for name, parameter in named.items() if parameter.trainable}
         buffers = dict(module.named_buffers())
         arrays = {name: parameter.data for name, parameter in named.items()}
+        _check_writeable(arrays, group)
         self._reducer = GradientReducer(
             {name: arrays[name] for name in trainable},
             group,
@@ -176,5 +179,16 @@ class DDP(DataParallel):
 
         The model stays usable; its gradients stay where they are.
         """
-        self._finish()
+        self.wait()
         self._reducer.close()
+
+
+def _check_writeable(arrays: Mapping[str, Array], group: ProcessGroup) -> None:
+    for name, array in arrays.items():
+        if not getattr(array.flags, "writeable", True):  # arrays on a device have no such flag
+            raise ValueError(
+                f"DDP on {group}: parameter '{name}' is read-only, as an FSDP or a "
+                "ShardedOptimizer leaves it; make the DDP first and give it to the "
+                "ShardedOptimizer, or give the parameter memory of its own first "
+                "(parameter.data = parameter.data.copy())"
+            )

@@ -502,7 +502,8 @@ def check_known(
         if parameter not in known:
             raise RuntimeError(
                 f"{strategy} on {group}: parameter '{parameter.name}' was used, but was not part "
-                f"of the module when {strategy} was made; change the module first, then wrap it"
+                f"of the module, or was frozen, when {strategy} was made; change the module first, "
+                "then wrap it"
             )
 
 

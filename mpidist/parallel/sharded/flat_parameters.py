@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from math import prod
 
 from mpidist._types import Array, DType
@@ -31,7 +32,8 @@ class Cut(Enum):
     `ELEMENTS`: at any cache line. The most even slices; parts are ranges of flattened parameters.
 
     `PARAMETERS`: where a parameter begins, so that each one is whole on one rank, as an optimizer
-    needs it that works on matrices (Muon, Shampoo). The least even slices.
+    needs it that works on matrices (Muon, Shampoo). The least even slices: the longest one is as
+    short as the order of the parameters allows.
     """
 
     ROWS = "rows"
@@ -96,27 +98,41 @@ class FlatLayout:
         """
         line = _line(self.dtype)
         shares = [count * line for _, count in split_evenly(self.length // line, owners)]
-        if self.cut is not Cut.ELEMENTS:
-            at_starts = self._shares_at_starts(owners)
-            fair = min(at_starts) > 0 and max(at_starts) * owners <= 2 * self.length
-            if fair or self.cut is Cut.PARAMETERS:
-                shares = at_starts
+        if self.cut is Cut.PARAMETERS:
+            shares = self._whole_parameters(owners)
+        elif self.cut is Cut.ROWS:
+            rows = self._whole_rows(owners)
+            if min(rows) > 0 and max(rows) * owners <= 2 * self.length:
+                shares = rows
         return (*shares, *(0,) * (size - owners))
 
-    def _shares_at_starts(self, owners: int) -> list[int]:
-        """Cut at the rows, or parameters, that begin nearest to where even slices would."""
+    def _whole_rows(self, owners: int) -> list[int]:
+        """Cut where those rows begin that are nearest to where even slices would."""
         names = [name for name, span in self.spans.items() if not span.empty]
         starts = [self.spans[name].offsets[0] for name in names]
         cuts = [0]
-        for owner in range(1, owners):
+        for owner in range(1, owners if names else 1):
             even = self.length * owner / owners
             index = bisect_right(starts, even) - 1
             start, stop = starts[index], (*starts, self.length)[index + 1]
             shape = self.shapes[names[index]]
-            row = prod(shape[1:]) if self.cut is Cut.ROWS else prod(shape)
-            rows = round((even - start) / row)
-            cuts.append(start + rows * row if rows * row < prod(shape) else stop)
+            row = prod(shape[1:])
+            offset = round((even - start) / row) * row
+            cuts.append(start + offset if offset < prod(shape) else stop)
         return [stop - start for start, stop in zip(cuts, (*cuts[1:], self.length), strict=True)]
+
+    def _whole_parameters(self, owners: int) -> list[int]:
+        """Fill slices of the least length with which there are enough of them."""
+        starts = [span.offsets[0] for span in self.spans.values()]
+        lengths = [stop - start for start, stop in pairwise((*starts, self.length))]
+        least = bisect_left(
+            range(self.length + 1),
+            1,
+            lo=max(lengths),
+            key=lambda n: len(_fill(lengths, n)) <= owners,
+        )
+        shares = _fill(lengths, least)
+        return shares + [0] * (owners - len(shares))
 
 
 class FlatParameters:
@@ -190,3 +206,13 @@ class FlatParameters:
 def _line(dtype: DType) -> int:
     """Return the elements of a cache line, on which every parameter begins."""
     return max(ALIGNMENT_BYTES // dtype.itemsize, 1)
+
+
+def _fill(lengths: Sequence[int], most: int) -> list[int]:
+    """Return the sums of neighbours, of which as many are put together as are no longer."""
+    sums = [0]
+    for length in lengths:
+        if sums[-1] + length > most:
+            sums.append(0)
+        sums[-1] += length
+    return sums

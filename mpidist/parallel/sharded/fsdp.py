@@ -212,7 +212,7 @@ class FSDP(DataParallel):
         -----
         Waits for the gradients; else local. For `clip_grad_norm` and `GradScaler.unscale`.
         """
-        self._finish()
+        self.wait()
         self._unit_gradients.check_reduced()
         return list(self.parameter_shards.shards.values())
 
@@ -223,7 +223,7 @@ class FSDP(DataParallel):
         -----
         Waits for gradients under way, so that a step may be left out; else local.
         """
-        self._finish()
+        self.wait()
         self._unit_gradients.zero()
 
     @contextmanager

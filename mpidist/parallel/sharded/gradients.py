@@ -95,7 +95,8 @@ class UnitGradients:
         Raises
         ------
         RuntimeError
-            If a parameter is not ours; if something else has called `Parameter.attach`.
+            If a parameter is not ours, or frozen; if something else has called
+            `Parameter.attach`.
         """
         check_known(uses, self._names, self._strategy, self._group)
         for parameter, name in self._names.items():
@@ -104,6 +105,12 @@ class UnitGradients:
                     f"{self._strategy} on {self._group}: the gradient of parameter '{name}' is not "
                     f"this {self._strategy}'s any more; something else has called attach(), "
                     "perhaps a DDP or a second FSDP over the same module"
+                )
+            if not parameter.trainable:
+                raise RuntimeError(
+                    f"{self._strategy} on {self._group}: parameter '{name}' has been frozen since "
+                    f"the {self._strategy} was made; freeze it first, then make the "
+                    f"{self._strategy} and its optimizer"
                 )
 
     def accumulate(self) -> None:

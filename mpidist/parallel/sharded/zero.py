@@ -12,7 +12,6 @@ import numpy as np
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.arrays.shards import ShardedArray, check_held, copy_in
-from mpidist.backends.work import Work
 from mpidist.collectives import all_gather
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Context, Module
@@ -181,16 +180,17 @@ class ShardedOptimizer(Closing):
         Raises
         ------
         RuntimeError
-            On misuse, as `DDP.ibackward`; and if an earlier backward's gradients were neither used
-            by `step` nor dropped by `zero_grad`.
+            On misuse, as `DDP.ibackward`.
 
         Notes
         -----
-        Collective over the group; does not block. One reduce-scatter per bucket, started while
-        backward is still running (with a DDP, its all-reduces). What uses the gradients waits for
-        them. Until then, and until `step` or `zero_grad` if they are scattered, ``parameter.grad``
-        raises: no rank has all of it; see `shards`. Inside `no_sync` it is local.
+        Collective over the group; blocks only for the gradients of an earlier backward. One
+        reduce-scatter per unit, started while backward is still running (with a DDP, its
+        all-reduces). What uses the gradients waits for them. Until then, and until `step` or
+        `zero_grad` if they are scattered, ``parameter.grad`` raises: no rank has all of it; see
+        `shards`. A second backward adds to them. Inside `no_sync` it is local.
         """
+        self._model.wait()
         return self._model.ibackward(ctx, dy)[0]
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -373,6 +373,8 @@ class _ShardedDDP:
         self._ddp = ddp
         self.module = ddp.module
         self.no_sync = ddp.no_sync
+        self.wait = ddp.wait
+        self.ibackward = ddp.ibackward
         self._named = dict(ddp.module.named_parameters())
         check_can_be_sharded(self._named, "ShardedOptimizer", group)
         self.group = by_node(group, f"{group.name}/shards")
@@ -380,14 +382,9 @@ class _ShardedDDP:
         layouts = [unit.layout(arrays, self.cut) for unit in find_units(ddp.module, sizes)]
         self.parameter_shards = ParameterShards(self._named, layouts, self.group)
         self.model_state = ModelState(ddp, self.parameter_shards)
-        self._work: Work[None] | None = None
-
-    def ibackward(self, ctx: Context, dy: Array) -> tuple[Array, Work[None]]:
-        dx, self._work = self._ddp.ibackward(ctx, dy)
-        return dx, self._work
 
     def shards(self) -> list[Parameter]:
-        self._finish()
+        self.wait()
         for name, shard in self.parameter_shards.shards.items():
             shard.zero_grad()
             grad = self._named[name].grad
@@ -401,7 +398,7 @@ class _ShardedDDP:
         """They are always written in a step."""
 
     def zero_grad(self) -> None:
-        self._finish()
+        self.wait()
         for parameter in (*self._named.values(), *self.parameter_shards.shards.values()):
             parameter.zero_grad()
 
@@ -410,12 +407,8 @@ class _ShardedDDP:
         return MemoryUse(self.parameter_shards.store.nbytes, gradients, 0)
 
     def close(self) -> None:
-        self._finish()
+        self.wait()
         self.group.close()
-
-    def _finish(self) -> None:
-        if self._work is not None:
-            self._work.wait()
 
 
 def _sharded(
