@@ -46,7 +46,8 @@ def assert_trained_alike(got, expected, *, exact, dtype=np.float64):
         for name, array in expected.items():
             np.testing.assert_array_equal(got[name], array, err_msg=name, strict=True)
     else:
-        assert_close(got, expected, rtol={np.float64: 1e-12, np.float32: 1e-6}[dtype])
+        # AdamW divides by the gradient's size: a rounding of a small one is one of the step.
+        assert_close(got, expected, rtol={np.float64: 1e-12, np.float32: 1e-5}[dtype])
 
 
 def on_ranks(size, case, kind, dtype=np.float64, **options):
@@ -68,6 +69,16 @@ def test_it_trains_as_ddp_does(case, full):
             assert_trained_alike(got, expected, exact=size <= CASES[case].exact)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES)
+def test_it_trains_as_ddp_does_in_single_precision(case):
+    for size in (2, 3, 4):
+        expected = on_ranks(size, case, "ddp", np.float32)
+        got = on_ranks(size, case, FULL, np.float32)
+        exact = size == 2 and CASES[case].exact > 0
+        assert_trained_alike(got, expected, exact=exact, dtype=np.float32)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_it_is_the_slow_form_and_one_process_on_the_joined_batch(dtype, full):
     for case in CASES if full else ("plain", "uneven, one rank empty", "recomputed"):
@@ -75,8 +86,7 @@ def test_it_is_the_slow_form_and_one_process_on_the_joined_batch(dtype, full):
         for kind in ("naive", FULL):
             if kind == FULL or CASES[case].micro_batches == 1:
                 got = on_ranks(4, case, kind, dtype)
-                # The rounding of a step grows in the four steps that follow from it.
-                rtol = {np.float64: 1e-11, np.float32: 5e-3}[dtype]
+                rtol = {np.float64: 1e-12, np.float32: 5e-5}[dtype]
                 assert_close(got, expected, rtol=rtol)
 
 

@@ -1,0 +1,127 @@
+"""FSDP on real ranks: the bits of DDP, checkpoints of others, and what the kernel counts."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpidist import checkpoint
+from mpidist.collectives import broadcast_object
+from mpidist.nn import Linear, Mode, Sequential, cross_entropy
+from mpidist.optim import AdamW
+from mpidist.parallel import (
+    DDP,
+    FSDP,
+    ShardedOptimizer,
+    ShardingStrategy,
+    clip_grad_norm,
+    memory_ledger,
+    memory_use,
+)
+from tests.parallel.fsdp import CASES, FACTORY, STRATEGIES, UNIT, WIDTH, plain, train
+from tests.parallel.sharded import assert_same
+from tests.parallel.training import assert_close
+
+on_ranks = pytest.mark.ranks(2, full=(1, 3, 4))
+
+
+@on_ranks
+@pytest.mark.parametrize("case", CASES)
+def test_it_trains_as_ddp_does(world, case, full):
+    for dtype in (np.float64, np.float32) if full else (np.float64,):
+        expected = train(world, CASES[case], "ddp", dtype)
+        for strategy in STRATEGIES if full else (ShardingStrategy.FULL_SHARD,):
+            got = train(world, CASES[case], strategy, dtype)
+            if CASES[case].exact and world.size <= 2:
+                assert_same(got, expected)
+            else:  # a unit below 32 KiB is added in the order of the library
+                assert_close(got, expected, rtol={np.float64: 1e-12, np.float32: 1e-5}[dtype])
+
+
+@pytest.mark.ranks(2, full=(3, 4))
+def test_large_units_have_the_bits_of_ddp_on_any_number_of_ranks(world):
+    case = CASES["one unit"]
+    assert_same(
+        train(world, case, ShardingStrategy.FULL_SHARD, np.float64),
+        train(world, case, "ddp", np.float64),
+    )
+
+
+def run(world, strategy, steps, directory=None):
+    """Make some steps with clipping, from a checkpoint of another run if there is one."""
+    model = plain(np.random.default_rng(world.rank), np.float64)
+    if strategy is None:
+        held = DDP(model, world)
+        optimizer = FACTORY(model.named_parameters())
+    else:
+        held = FSDP(model, world, units=UNIT, strategy=strategy)
+        optimizer = ShardedOptimizer(held, optimizer=FACTORY)
+    state = {"model": held, "optimizer": optimizer}
+    if steps.start:
+        checkpoint.load(directory, state, world)
+    for step in steps:
+        rng = np.random.default_rng([step, world.rank])
+        y, ctx = held.forward(rng.normal(size=(4, WIDTH)), Mode(training=True, step=step))
+        optimizer.zero_grad()
+        held.backward(ctx, cross_entropy(y, rng.integers(0, 9, 4))[1])
+        cut = strategy not in (None, ShardingStrategy.NO_SHARD)
+        shards = list(model.parameters()) if strategy is None else held.shards()
+        clip_grad_norm(shards, 0.1, group=held.group if cut else None)
+        optimizer.step()
+    if not steps.start:
+        checkpoint.save(directory, state, world, step=steps.stop)
+    found = {name: p.data.copy() for name, p in model.named_parameters()}
+    held.close()
+    return found
+
+
+@pytest.mark.ranks(2, full=(3, 4))
+@pytest.mark.parametrize("loads", [None, *STRATEGIES], ids=str)
+def test_a_run_goes_on_from_the_checkpoint_of_another(world, loads, tmp_path):
+    own = broadcast_object(str(tmp_path), world)  # rank 0's, on all
+    expected = run(world, None, range(4), Path(own) / "whole")
+    for saves in (None, ShardingStrategy.FULL_SHARD):
+        directory = Path(own) / str(saves)
+        run(world, saves, range(2), directory)
+        assert_close(run(world, loads, range(2, 4), directory), expected)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.ranks(2, 4)
+def test_the_kernel_counts_what_the_ledger_says(world):
+    """The rise of the node's memory over a model without gradients and state, of 200 MiB."""
+    rng = np.random.default_rng(0)
+    wide = 1448
+    model = Sequential(*(Linear(wide, wide, rng=rng, bias=False) for _ in range(25)))
+    assert sum(p.nbytes for p in model.parameters()) >= 199 << 20
+    x = np.ones((1, wide), np.float32)
+    before = memory_ledger(memory_use(model, AdamW(model)), world)
+    if before.node_pss is None:
+        pytest.skip("the kernel does not tell the proportional set size")  # on all ranks
+    fsdp = FSDP(model, world, units=wide * wide * 4)
+    for parameter in model.parameters():
+        parameter.data.sum()
+    ctypes.CDLL(None).malloc_trim(0)
+    without = memory_ledger(fsdp.memory_use(), world)
+    optimizer = ShardedOptimizer(fsdp, optimizer=partial(AdamW, lr=1e-3))
+    y, ctx = fsdp.forward(x, Mode(training=True))
+    optimizer.backward(ctx, np.ones_like(y))
+    optimizer.step()
+    del y, ctx
+    ctypes.CDLL(None).malloc_trim(0)
+    after = memory_ledger(optimizer.memory_use(), world)
+    rise = after.node_pss - without.node_pss
+    use = after.node
+    said = use.gradients + use.optimizer_state + use.peak_buffers
+    assert rise == pytest.approx(said, rel=0.05)
+    whole = 4 * wide * wide * 25
+    assert use.parameters == use.gradients == whole
+    assert use.optimizer_state == 2 * whole
+    assert use.peak_buffers == world.size * 2 * 4 * wide * wide
