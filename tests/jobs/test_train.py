@@ -110,6 +110,7 @@ def test_options_are_heard(run: Run, tmp_path: Path, options: tuple[str, ...]) -
             assert header[name] == given[f"--{name}"]
 
 
+@pytest.mark.one_python
 def test_text_learns_more_than_how_frequent_each_byte_is(run: Run, tmp_path: Path) -> None:
     ended = run("--task", "text", "--steps", "60", "--no-plot")
     assert ended.returncode == 0, ended.stdout

@@ -14,6 +14,11 @@ from mpidist.nn.module import Context, count_uses
 from mpidist.parallel import DDP, BucketSizes, GradientReducer, Metrics
 from tests.parallel.training import digest
 
+some_optimizers = pytest.mark.parametrize(
+    "optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"]
+)
+"""On real ranks: the transport does not know which rule it is, and simulated ranks try all."""
+
 TINY = BucketSizes(first=1, rest=1)
 """Every array is a bucket."""
 

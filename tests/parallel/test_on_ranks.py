@@ -17,17 +17,18 @@ from tests.parallel.checks import (
     check_running,
     example,
     scaled_step,
+    some_optimizers,
     train_norm,
 )
 from tests.parallel.joined_batch import SHARES, check_joined
-from tests.parallel.training import CASES, OPTIMIZERS, assert_close, train_alone, train_rank
+from tests.parallel.training import CASES, assert_close, train_alone, train_rank
 
 on_ranks = pytest.mark.ranks(2, 3, 4)
 
 
 @pytest.mark.ranks(3, full=(2, 4))
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@some_optimizers
 def test_ddp_equals_one_process_on_the_joined_batch(world, case, optimizer):
     mine = train_rank(world, CASES[case], optimizer)
     everyone = world.mpi_comm.allgather(mine.digests)

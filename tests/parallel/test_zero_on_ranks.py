@@ -25,8 +25,8 @@ from mpidist.parallel import (
     memory_use,
 )
 from tests._ranks.launcher import clean_environment
+from tests.parallel.checks import some_optimizers
 from tests.parallel.sharded import (
-    FACTORIES,
     WAYS,
     Given,
     digests_after_ddp,
@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.ranks(3, full=(2, 4))
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("optimizer", FACTORIES)
+@some_optimizers
 @pytest.mark.parametrize("case", CASES)
 def test_training_equals_one_process_on_the_joined_batch(world, case, optimizer, way):
     mine = train_sharded(world, CASES[case], optimizer, way)
