@@ -18,6 +18,7 @@ from mpidist.parallel.sharded.memory import (
     memory_use,
     proportional_set_size,
 )
+from mpidist.parallel.sharded.naive_full_shard import NaiveFullShard
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.units import UNIT_BYTES, Unit
 from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer, full_state_dict
@@ -39,6 +40,7 @@ __all__ = [
     "Metrics",
     "ModelState",
     "NaiveDataParallel",
+    "NaiveFullShard",
     "OptimizerFactory",
     "ShardedOptimizer",
     "ShardingStrategy",

@@ -26,8 +26,14 @@ from mpidist.nn import (
     cross_entropy,
 )
 from mpidist.optim import AdamW
-from mpidist.parallel import DDP, FSDP, BucketSizes, ShardedOptimizer, ShardingStrategy
-from mpidist.parallel.sharded.naive_full_shard import NaiveFullShard
+from mpidist.parallel import (
+    DDP,
+    FSDP,
+    BucketSizes,
+    NaiveFullShard,
+    ShardedOptimizer,
+    ShardingStrategy,
+)
 from tests.parallel.training import Routed, even, uneven
 
 WIDTH = 72
