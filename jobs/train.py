@@ -3,6 +3,7 @@
     python jobs/train.py --task digits
     mpirun -n 4 python jobs/train.py --task digits
     mpirun -n 4 python jobs/train.py --task text --out runs/text
+    mpirun -n 2 python jobs/train.py --task text --strategy full_shard
     mpirun -n 2 python jobs/train.py --task text --device gpu
     sbatch jobs/ddp-one-node.sbatch --task text --out runs/text
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from mpidist.group import ProcessGroup
     from mpidist.nn import Parameter
     from mpidist.optim import Optimizer
-    from mpidist.parallel import DDP, Compression, ShardedOptimizer
+    from mpidist.parallel import DDP, FSDP, Compression, ShardedOptimizer
     from mpidist.train import Checkpoints, MetricsFile, Plan, Record, Run, StopSignal
 
 DIVERGED = 1
@@ -72,8 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     p = parser()
     options = p.parse_args(arguments)
-    if options.device == "gpu" and options.sharded_optimizer:
-        p.error("--sharded-optimizer keeps parameters on the host: leave out --device gpu")
+    if options.device == "gpu" and options.strategy != "ddp":
+        p.error(
+            f"--strategy {options.strategy} keeps parameters on the host: leave out --device gpu"
+        )
+    if options.compression != "none" and options.strategy not in ("ddp", "zero"):
+        p.error(f"--compression goes with --strategy ddp or zero, not with {options.strategy}")
     options.out = options.out or Path("runs", options.task)
     options.checkpoint_dir = options.checkpoint_dir or options.out / CHECKPOINTS
     limit_threads()
@@ -119,14 +124,13 @@ def run(options: argparse.Namespace) -> int:
 
 def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -> int:
     """Train on these ranks. Return the exit code."""
-    from mpidist import SUM, CheckpointIncompatibleError
-    from mpidist.parallel import DDP
+    from mpidist import CheckpointIncompatibleError
     from mpidist.train import Checkpoints, Run, make_sampler
 
     task = make_task(options)
     task.model.to(options.device)
     plan = make_plan(options, task)
-    model = DDP(task.model, world, op=SUM, compression=make_compression(options))
+    model = make_strategy(options, task, world)
     optimizer = make_optimizer(options, task, plan, model, world)
     checkpoints = Checkpoints(options.checkpoint_dir, world, keep=options.keep)
     run = Run(model, optimizer, make_sampler(task.train, plan, world))
@@ -354,16 +358,26 @@ def choose_optimizer(
     return partial({"adam": Adam, "adamw": AdamW}[options.optimizer], lr=rate)
 
 
+def make_strategy(options: argparse.Namespace, task: Task, world: ProcessGroup) -> DDP | FSDP:
+    """Put the model on all ranks."""
+    from mpidist import SUM
+    from mpidist.parallel import DDP, FSDP, ShardingStrategy
+
+    if options.strategy in ("ddp", "zero"):
+        return DDP(task.model, world, op=SUM, compression=make_compression(options))
+    return FSDP(task.model, world, op=SUM, strategy=ShardingStrategy(options.strategy))
+
+
 def make_optimizer(
-    options: argparse.Namespace, task: Task, plan: Plan, model: DDP, world: ProcessGroup
+    options: argparse.Namespace, task: Task, plan: Plan, model: DDP | FSDP, world: ProcessGroup
 ) -> Optimizer | ShardedOptimizer:
     """Make the optimizer, sharded or not."""
     from mpidist.parallel import ShardedOptimizer
 
     build = choose_optimizer(options, task, plan)
-    if options.sharded_optimizer:
-        return ShardedOptimizer(model, world, optimizer=build)
-    return build(list(task.model.named_parameters()))
+    if options.strategy == "ddp":
+        return build(list(task.model.named_parameters()))
+    return ShardedOptimizer(model, world, optimizer=build)
 
 
 def train_and_record(
@@ -424,7 +438,7 @@ def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "seed": plan.seed,
         "optimizer": options.optimizer,
-        "sharded_optimizer": options.sharded_optimizer,
+        "strategy": options.strategy,
         "compression": options.compression,
         "python": sys.version.split()[0],
         "numpy": np.__version__,

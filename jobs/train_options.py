@@ -69,10 +69,20 @@ def _add_optimizer(p: argparse._ArgumentGroup) -> None:
         help="sgd is with Nesterov momentum 0.9 (default: %(default)s)",
     )
     p.add_argument(
+        "--strategy",
+        choices=("ddp", "zero", "shard_grad_op", "full_shard", "no_shard"),
+        default="ddp",
+        help="what each rank keeps: ddp everything; zero the optimizer's state of its share of the "
+        "parameters, and the ranks of a node one copy of these; shard_grad_op and full_shard also "
+        "the gradients of its share only; no_shard is ddp by the code of the latter; the curve "
+        "stays the same; all but ddp with --device cpu (default: %(default)s)",
+    )
+    p.add_argument(
         "--sharded-optimizer",
-        action="store_true",
-        help="let each rank keep the optimizer's state of its share of the parameters only, and "
-        "the ranks of a node one copy of the parameters; the curve stays the same; --device cpu",
+        action="store_const",
+        const="zero",
+        dest="strategy",
+        help="the same as --strategy zero",
     )
     p.add_argument(
         "--lr",

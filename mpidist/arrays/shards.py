@@ -231,10 +231,13 @@ class FlatPart:
         Shape of the whole array.
     start : int
         Which element of the flattened whole the array here begins with.
+    first : bool, optional
+        As of a `Part`.
     """
 
     shape: tuple[int, ...]
     start: int
+    first: bool = True
 
     def sharded(self, array: Array) -> ShardedArray:
         """Return an array of one dimension as a part of the whole; copies nothing."""

@@ -22,6 +22,7 @@ from mpidist.parallel.sharded.naive_full_shard import NaiveFullShard
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.units import UNIT_BYTES, Unit
 from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer, full_state_dict
+from mpidist.parallel.strategy import Strategy
 
 __all__ = [
     "BUCKET_BYTES",
@@ -44,6 +45,7 @@ __all__ = [
     "OptimizerFactory",
     "ShardedOptimizer",
     "ShardingStrategy",
+    "Strategy",
     "SyncBatchNorm2d",
     "Unit",
     "clip_grad_norm",

@@ -10,7 +10,7 @@ from mpidist._types import Array
 from mpidist.arrays.namespaces import HALVES
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
-from mpidist.nn.parameter import Parameters
+from mpidist.nn.parameter import Parameter, Parameters, named_list
 from mpidist.parallel import gradient_kernels
 from mpidist.parallel.gradient_kernels import gradient_arrays
 
@@ -41,7 +41,8 @@ def clip_grad_norm(
         The largest Euclidean norm of all gradients taken as one vector, positive.
     group : ProcessGroup, optional
         The ranks over which the gradients are spread, where each has other elements of them, as
-        the shards of a `ShardedOptimizer`: their norm is that of all together.
+        the shards of an `FSDP` or a `ShardedOptimizer`: their norm is that of all together. What
+        several ranks hold alike is counted once, if their `Part` says who is the first.
 
     Returns
     -------
@@ -70,10 +71,19 @@ def clip_grad_norm(
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
-    host, device = gradient_arrays(parameters, "clip_grad_norm", may_be_empty=group is not None)
-    # A rank that raised here would leave the others waiting.
+    # A rank that raised for want of a shard would leave the others waiting.
+    spread = [] if group is None else named_list(parameters, "clip_grad_norm")
+    host, device = gradient_arrays(
+        parameters if group is None else spread, "clip_grad_norm", may_be_empty=group is not None
+    )
+    counted = (host, device)
+    if not all(_counts(parameter) for _, parameter in spread):
+        own = [(name, parameter) for name, parameter in spread if _counts(parameter)]
+        counted = gradient_arrays(own, "clip_grad_norm", may_be_empty=True)
     with np.errstate(all="ignore"):
-        squares = _add([*map(_sum_of_squares, host), gradient_kernels.sum_of_squares(device)])
+        squares = _add(
+            [*map(_sum_of_squares, counted[0]), gradient_kernels.sum_of_squares(counted[1])]
+        )
         if group is not None:
             squares = float(all_reduce(np.array(squares), group))
         norm = math.sqrt(squares)
@@ -83,6 +93,11 @@ def clip_grad_norm(
             for grad in device:
                 gradient_kernels.scale(grad, max_norm / norm)
     return norm
+
+
+def _counts(parameter: Parameter) -> bool:
+    """Whether this rank counts it, of several that hold the same part of a whole."""
+    return parameter.part is None or parameter.part.first
 
 
 def _add(numbers: list[float]) -> float:

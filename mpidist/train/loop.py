@@ -2,7 +2,7 @@
 
 One step is four verbs (forward, loss, backward, step) on this rank's share of a joined batch. What
 makes it exact on any number of ranks, also where the shares differ or a rank has no sample, stands
-in two places: the loss is divided by the size of the *joined* batch, and `DDP(..., op=SUM)` adds
+in two places: the loss is divided by the size of the *joined* batch, and ``op=SUM`` adds
 the ranks' gradients. So a run's curve does not depend on the number of ranks, apart from rounding.
 """
 
@@ -23,7 +23,7 @@ from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
 from mpidist.observe.regions import STEP, region
 from mpidist.optim import Optimizer
-from mpidist.parallel import DDP, Metrics, ShardedOptimizer, clip_grad_norm
+from mpidist.parallel import Metrics, ShardedOptimizer, Strategy
 from mpidist.train.records import Record
 from mpidist.train.saving import Checkpoints, Run
 from mpidist.train.stopping import StopSignal
@@ -93,7 +93,7 @@ def make_sampler(train_set: ArrayDataset, plan: Plan, group: ProcessGroup) -> Sh
 
 
 def train(
-    model: DDP,
+    model: Strategy,
     optimizer: Optimizer | ShardedOptimizer,
     train_set: ArrayDataset,
     held_out: ArrayDataset,
@@ -107,7 +107,7 @@ def train(
 
     Parameters
     ----------
-    model : DDP
+    model : DDP, FSDP or another Strategy
         Made with ``op=SUM``; its output has the classes last.
     optimizer : Optimizer or ShardedOptimizer
         Of the model's parameters, or made with `model`. Training goes on from its `step_count`;
@@ -187,7 +187,7 @@ def train(
 
 
 def train_step(
-    model: DDP,
+    model: Strategy,
     optimizer: Optimizer | ShardedOptimizer,
     data: ArrayDataset,
     batch: Batch,
@@ -198,7 +198,7 @@ def train_step(
 
     Parameters
     ----------
-    model, optimizer : DDP, Optimizer or ShardedOptimizer
+    model, optimizer : Strategy, Optimizer or ShardedOptimizer
         The model, made with ``op=SUM``, and its optimizer.
     data : ArrayDataset
         Samples and targets, the same on all ranks.
@@ -235,8 +235,8 @@ def train_step(
     optimizer.zero_grad()
     y, ctx = model.forward(x, mode)
     loss, dy = cross_entropy(y, target, denominator=denominator)
-    model.backward(ctx, dy)  # returns when p.grad is the sum over the ranks
-    grad_norm = clip_grad_norm(model.module.parameters(), plan.max_norm)
+    model.backward(ctx, dy)  # returns when the gradients are the sum over the ranks
+    grad_norm = model.clip_grad_norm(plan.max_norm)
     # Equal on all ranks, so all of them stop here or none does.
     _check_finite("gradient's norm", grad_norm, after=optimizer.step_count)
     optimizer.step()
@@ -246,7 +246,7 @@ def train_step(
 
 
 def evaluate(
-    model: DDP,
+    model: Strategy,
     data: ArrayDataset,
     plan: Plan,
     group: ProcessGroup,
@@ -258,7 +258,7 @@ def evaluate(
 
     Parameters
     ----------
-    model : DDP
+    model : DDP, FSDP or another Strategy
         The model; its output has the classes last.
     data : ArrayDataset
         Held-out samples and targets, the same on all ranks.
@@ -296,13 +296,13 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _check_sums(model: DDP, operation: str) -> None:
+def _check_sums(model: Strategy, operation: str) -> None:
     """Refuse a mean of gradients that are shares of the joined batch's gradient already."""
     if model.op is not SUM:
         raise ValueError(
             f"{operation}: model was made with op={model.op.name}; the loss is divided by the size "
             "of the joined batch here, so the ranks' gradients have to be added: make it with "
-            "DDP(..., op=SUM)"
+            f"{type(model).__name__}(..., op=SUM)"
         )
 
 
@@ -351,7 +351,7 @@ class _Meter:
         )
 
 
-def _take(model: DDP, data: ArrayDataset, batch: Batch) -> tuple[Array, Array]:
+def _take(model: Strategy, data: ArrayDataset, batch: Batch) -> tuple[Array, Array]:
     """Return this rank's samples where the model's parameters are."""
     x, target = data.take(batch.indices)
     for parameter in model.module.parameters():

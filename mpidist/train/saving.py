@@ -28,7 +28,7 @@ from mpidist.errors import (
 )
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.optim import Optimizer
-from mpidist.parallel import DDP, ShardedOptimizer
+from mpidist.parallel import ShardedOptimizer, Strategy
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Run:
 
     Parameters
     ----------
-    model : DDP
+    model : DDP, FSDP or another Strategy
         Parameters, buffers such as running statistics, and the order of the gradients' buckets.
     optimizer : Optimizer or ShardedOptimizer
         Its state and its count of steps.
@@ -51,7 +51,7 @@ class Run:
     Random numbers are a function of seed, step and sample (`Mode`), so there is no state of them.
     """
 
-    model: DDP
+    model: Strategy
     optimizer: Optimizer | ShardedOptimizer
     sampler: ShardedSampler
 

@@ -33,6 +33,7 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         *("--task", "--epochs", "--steps", "--batch-size", "--optimizer", "--lr", "--seed"),
         *(
             "--device",
+            "--strategy",
             "--sharded-optimizer",
             "--compression",
             "--log-every",
@@ -61,7 +62,14 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         (("--seed", "-1"), "--seed: must not be negative, got -1"),
         (("--steps", "1", "--epochs", "1"), "not allowed with argument"),
         (("--task", "speech"), "invalid choice: 'speech'"),
-        (("--device", "gpu", "--sharded-optimizer"), "--sharded-optimizer keeps parameters on the"),
+        (
+            ("--device", "gpu", "--sharded-optimizer"),
+            "--strategy zero keeps parameters on the host",
+        ),
+        (
+            ("--compression", "bf16", "--strategy", "full_shard"),
+            "--compression goes with --strategy ddp or zero, not with full_shard",
+        ),
         (("--out", str(SCRIPT)), f"cannot write {SCRIPT}: it is a file; 512 KiB needed"),
     ],
 )
@@ -269,17 +277,19 @@ def test_curve_is_the_same_on_any_number_of_ranks(
 
 @pytest.mark.any_mpi
 @pytest.mark.mpirun
-def test_a_sharded_optimizer_changes_no_bit_of_the_curve(
-    run: Run, mpirun: list[str], tmp_path: Path
-) -> None:
-    for out, arguments in (("whole", ()), ("sharded", ("--sharded-optimizer",))):
-        ended = run(*SHORT, *arguments, "--no-plot", "--out", out, launcher=(*mpirun, "-n", "3"))
+def test_strategies_have_one_curve(run: Run, mpirun: list[str], tmp_path: Path, full: bool) -> None:
+    others = ("zero", "full_shard", *(("shard_grad_op", "no_shard") if full else ()))
+    for strategy in ("ddp", *others):
+        options = ("--strategy", strategy, "--no-plot", "--out", strategy)
+        ended = run(*SHORT, *options, launcher=(*mpirun, "-n", "3"))
         assert ended.returncode == 0, ended.stdout
-    whole, sharded = (
-        read_records(tmp_path / out / "metrics.jsonl") for out in ("whole", "sharded")
-    )
-    assert sharded[0]["sharded_optimizer"]
-    assert not whole[0]["sharded_optimizer"]
-    for mine, theirs in zip(sharded[1:], whole[1:], strict=True):
-        del mine["samples_per_second"], theirs["samples_per_second"]
-        assert mine == theirs
+    whole = read_records(tmp_path / "ddp/metrics.jsonl")
+    for strategy in others:
+        sharded = read_records(tmp_path / strategy / "metrics.jsonl")
+        assert sharded[0]["strategy"] == strategy
+        # With the optimizer's state alone sharded, gradients are whole, and no bit changes.
+        close = 0 if strategy == "zero" else 1e-6
+        for mine, theirs in zip(sharded[1:], whole[1:], strict=True):
+            assert mine["kind"] == theirs["kind"]
+            for key in ("step", "loss", "accuracy"):
+                assert mine[key] == pytest.approx(theirs[key], rel=close, abs=0), key

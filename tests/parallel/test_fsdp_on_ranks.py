@@ -18,7 +18,6 @@ from mpidist.parallel import (
     FSDP,
     ShardedOptimizer,
     ShardingStrategy,
-    clip_grad_norm,
     memory_ledger,
     memory_use,
 )
@@ -68,9 +67,7 @@ def run(world, strategy, steps, directory=None):
         y, ctx = held.forward(rng.normal(size=(4, WIDTH)), Mode(training=True, step=step))
         optimizer.zero_grad()
         held.backward(ctx, cross_entropy(y, rng.integers(0, 9, 4))[1])
-        cut = strategy not in (None, ShardingStrategy.NO_SHARD)
-        shards = list(model.parameters()) if strategy is None else held.shards()
-        clip_grad_norm(shards, 0.1, group=held.group if cut else None)
+        held.clip_grad_norm(0.1)
         optimizer.step()
     if not steps.start:
         checkpoint.save(directory, state, world, step=steps.stop)

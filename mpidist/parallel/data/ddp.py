@@ -8,6 +8,7 @@ from typing import Any
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Module
+from mpidist.parallel.clip import clip_grad_norm
 from mpidist.parallel.data.broadcasts import broadcast_in_place
 from mpidist.parallel.data.buckets import BucketSizes
 from mpidist.parallel.data.compression import Compression, Hook
@@ -126,6 +127,10 @@ class DDP(DataParallel):
             gradients=ParameterGradients(trainable, self._reducer),
             fixed=callable(compression),
         )
+
+    def clip_grad_norm(self, max_norm: float) -> float:
+        """Scale all gradients down together, as `clip_grad_norm` of the module."""
+        return clip_grad_norm(self.module, max_norm)
 
     # -- states --------------------------------------------------------------------------------
 

@@ -179,15 +179,24 @@ class FlatParameters:
         common = span.intersect(self._slice)
         return _EMPTY if common is None else common.relative_to(span)
 
-    def part(self, name: str) -> Part | FlatPart:
-        """Return what this rank owns of a parameter: a range of its rows, or of its elements."""
+    def part(self, name: str, *, first: bool = True) -> Part | FlatPart:
+        """Return what this rank owns of a parameter: a range of its rows, or of its elements.
+
+        Parameters
+        ----------
+        name : str
+            Of the parameter.
+        first : bool, optional
+            Whether this rank counts and writes it, of several that own the same.
+        """
         shape = self.layout.shapes[name]
         (start,), (count,) = self.box(name).offsets, self.box(name).sizes
         row = prod(shape[1:])
         if self.layout.cut is Cut.ELEMENTS or not shape or not row or start % row or count % row:
-            return FlatPart(shape, start)
+            return FlatPart(shape, start, first)
         sizes, rest = (count // row, *shape[1:]), (0,) * (len(shape) - 1)
-        return Part(shape, ((Box((start // row, *rest), sizes), Box((0, *rest), sizes)),))
+        boxes = (Box((start // row, *rest), sizes), Box((0, *rest), sizes))
+        return Part(shape, (boxes,), first)
 
     def within(self, name: str, own: Array) -> Array:
         """Return what belongs to a parameter in an array of the shape of `own`.

@@ -14,6 +14,7 @@ from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
+from mpidist.parallel.clip import clip_grad_norm
 from mpidist.parallel.data.broadcasts import broadcast_in_place
 from mpidist.parallel.data.data_parallel import DataParallel
 from mpidist.parallel.data.verify import Description, describe, verify_same
@@ -168,7 +169,9 @@ class FSDP(DataParallel):
             cut_over = ordered.split(ordered.rank, name=f"{ordered.name}/rank")
         assert cut_over is not None, "every rank gave a color"
         layouts = [unit.layout(arrays, cut) for unit in self.units]
-        self.parameter_shards = ParameterShards(named, layouts, cut_over)
+        self.parameter_shards = ParameterShards(
+            named, layouts, cut_over, first=cut_over is ordered or ordered.rank == 0
+        )
         trainable = {name: p for name, p in named.items() if p.trainable}
         self._unit_gradients = UnitGradients(
             trainable, self.parameter_shards, ordered, op=op, strategy=what
@@ -215,6 +218,10 @@ class FSDP(DataParallel):
         self.wait()
         self._unit_gradients.check_reduced()
         return list(self.parameter_shards.shards.values())
+
+    def clip_grad_norm(self, max_norm: float) -> float:
+        """Scale all gradients down together, as `clip_grad_norm` of `shards` over the group."""
+        return clip_grad_norm(self.shards(), max_norm, group=self.group)
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters; touches no array.

@@ -28,6 +28,8 @@ class ParameterShards:
         The flat arrays; each parameter lies in one of them.
     group : ProcessGroup
         The ranks in the order of their slices, as `by_node` makes it.
+    first : bool, optional
+        Whether this rank counts and writes its slices, of several groups that hold the same.
 
     Attributes
     ----------
@@ -46,7 +48,12 @@ class ParameterShards:
     """
 
     def __init__(
-        self, named: Mapping[str, Parameter], layouts: Sequence[FlatLayout], group: ProcessGroup
+        self,
+        named: Mapping[str, Parameter],
+        layouts: Sequence[FlatLayout],
+        group: ProcessGroup,
+        *,
+        first: bool = True,
     ) -> None:
         self.group = group
         self.store = make_store(group, layouts)
@@ -55,7 +62,8 @@ class ParameterShards:
         self.shards: dict[str, Parameter] = {}
         self.held: dict[str, ShardedArray] = {}
         for name, parameter in named.items():
-            own, part = flat_of[name].within(name, flat_of[name].own), flat_of[name].part(name)
+            flat = flat_of[name]
+            own, part = flat.within(name, flat.own), flat.part(name, first=first)
             self.held[name] = part.sharded(own)
             if parameter.trainable:
                 self.shards[name] = Parameter(own, name=name)
