@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     )
     from mpidist.group import ProcessGroup
     from mpidist.job.start import init
-    from mpidist.mesh import DeviceMesh, Partial, Replicate, Shard
+    from mpidist.mesh import DeviceMesh, DTensor, Partial, Replicate, Shard
     from mpidist.observe.regions import region
     from mpidist.point_to_point import (
         Receive,
@@ -133,6 +133,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
+    "DTensor",
     "DeviceMesh",
     "DistributedError",
     "GroupBrokenError",

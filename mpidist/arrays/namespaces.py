@@ -275,7 +275,7 @@ def reduce_in_rank_order(parts: list[Array], op: ReduceOp, out: Array) -> None:
     Parameters
     ----------
     parts : list of Array, each the shape and dtype of `out`
-        One per rank.
+        One per rank, where `out` lies: on the host, or on a device.
     op : ReduceOp
         How to combine; `MEAN` divides by the number of parts.
     out : Array
@@ -285,22 +285,22 @@ def reduce_in_rank_order(parts: list[Array], op: ReduceOp, out: Array) -> None:
     -----
     float16 and bfloat16 are combined in float32 and rounded once, at the end.
     """
-    ufunc = ufunc_of(op)
+    ufunc, xp = ufunc_of(op), array_namespace(out)
     wide = np.dtype(np.float32) if out.dtype in HALVES else out.dtype
-    total: Any = out if wide == out.dtype else np.empty(out.shape, wide)
+    total: Any = out if wide == out.dtype else xp.empty(out.shape, wide)
     # Infinities and NaN are results here, as in every MPI library; whoever trains in float16
     # looks for them on purpose.
     with np.errstate(all="ignore"):
         so_far: Any = parts[0].astype(wide, copy=False)
         if len(parts) == 1:
-            np.copyto(total, so_far)
+            xp.copyto(total, so_far)
         for part in parts[1:]:
             # Logical ufuncs return booleans; `unsafe` stores them as 0 and 1 in `out`'s dtype.
             ufunc(so_far, part.astype(wide, copy=False), out=total, casting="unsafe")
             so_far = total
         if len(parts) == 1 and op in (LAND, LOR, LXOR):
-            np.copyto(total, total != 0)
+            xp.copyto(total, total != 0)
         if op is MEAN:
             total /= len(parts)
         if total is not out:
-            np.copyto(out, total, casting="unsafe")
+            xp.copyto(out, total, casting="unsafe")

@@ -25,6 +25,7 @@ from mpidist.bench.report import Target
 from mpidist.checkpoint import load, save
 from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
+from mpidist.mesh import Shard, box_at
 
 REPLICATED, DIM0, DIM1, FLAT = "replicated", "dim 0", "dim 1", "flat ranges"
 
@@ -83,8 +84,7 @@ def _part(array: Array, layout: str, rank: int, size: int) -> Array | ShardedArr
         piece = array.reshape(-1)[start : start + length].copy()
         return ShardedArray.of_range(array.shape, start, piece)
     dimension = min(LAYOUTS.index(layout) - 1, array.ndim - 1)
-    start, length = split_evenly(array.shape[dimension], size)[rank]
-    box = Box.whole(array.shape).along(dimension, start, length)
+    box = box_at(array.shape, (size,), [Shard(dimension)], (rank,))
     return ShardedArray(array.shape, array.dtype, {box: array[box.slices].copy()})
 
 

@@ -20,6 +20,7 @@ from mpidist.checkpoint.format.manifest import (
     problem_with_shape,
 )
 from mpidist.errors import CheckpointIncompatibleError, UnsupportedOperationError
+from mpidist.mesh import DTensor
 
 
 @runtime_checkable
@@ -32,8 +33,8 @@ class Stateful(Protocol):
         Returns
         -------
         mapping of str to Any
-            Arrays (they may be the living ones), `ShardedArray`, JSON values, mappings and lists
-            of such.
+            Arrays (they may be the living ones), `DTensor`, `ShardedArray`, JSON values, mappings
+            and lists of such.
         """
 
     def load_state_dict(self, state: Any, /) -> object:
@@ -41,8 +42,8 @@ class Stateful(Protocol):
 
 
 State: TypeAlias = Mapping[str, Any]
-"""What is saved, by name: arrays, `ShardedArray`, JSON values, `numpy.random.Generator`, objects
-that are `Stateful`, and mappings, lists and tuples of such."""
+"""What is saved, by name: arrays, `DTensor`, `ShardedArray`, JSON values, `numpy.random.Generator`,
+objects that are `Stateful`, and mappings, lists and tuples of such."""
 
 
 @dataclass
@@ -120,6 +121,8 @@ def check_nesting(names: Collection[str]) -> None:
 def _add(flat: FlatState, name: str, value: Any) -> None:
     if isinstance(value, np.random.Generator):
         value = _GeneratorState(value)
+    if isinstance(value, DTensor):
+        value = _sharded(name, value)
     if is_array(value) or isinstance(value, ShardedArray):
         if isinstance(value, np.ma.MaskedArray):
             raise UnsupportedOperationError(
@@ -149,6 +152,13 @@ def _add(flat: FlatState, name: str, value: Any) -> None:
             _add(flat, f"{name}/{number}", item)
     else:
         _put(flat.values, flat, name, as_json(name, value))
+
+
+def _sharded(name: str, value: DTensor) -> ShardedArray:
+    try:
+        return value.sharded()
+    except UnsupportedOperationError as error:
+        raise UnsupportedOperationError(f"checkpoint: {name!r}: {error}") from None
 
 
 @cache
@@ -186,7 +196,9 @@ def _holds_arrays(value: Any) -> bool:
         return any(map(_holds_arrays, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_holds_arrays, value))
-    return is_array(value) or isinstance(value, (ShardedArray, Stateful, np.random.Generator))
+    return is_array(value) or isinstance(
+        value, (DTensor, ShardedArray, Stateful, np.random.Generator)
+    )
 
 
 def as_json(name: str, value: Any) -> JSON:
@@ -203,8 +215,8 @@ def as_json(name: str, value: Any) -> JSON:
         return [as_json(f"{name}[{i}]", item) for i, item in enumerate(value)]
     raise UnsupportedOperationError(
         f"checkpoint: {name!r} is a {type(value).__module__}.{type(value).__qualname__}; expected "
-        "an array, a ShardedArray, a JSON value, a numpy.random.Generator, or an object with "
-        "state_dict and load_state_dict"
+        "an array, a DTensor, a ShardedArray, a JSON value, a numpy.random.Generator, or an object "
+        "with state_dict and load_state_dict"
     )
 
 
@@ -226,7 +238,7 @@ def _restore(name: str, value: Any, arrays: Mapping[str, Any], values: Mapping[s
     """Return what stands for `value` in the state dict that holds it."""
     if isinstance(value, np.random.Generator):
         value = _GeneratorState(value)
-    if is_array(value) or isinstance(value, ShardedArray):
+    if is_array(value) or isinstance(value, (DTensor, ShardedArray)):
         return arrays[name]
     if isinstance(value, Stateful):
         loaded = _restore(name, value.state_dict(), arrays, values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from mpidist.mesh.dtensor import DTensor
 from mpidist.mesh.mesh import DeviceMesh
 from mpidist.mesh.placements import Partial, Placement, Replicate, Shard, box_at
 
-__all__ = ["DeviceMesh", "Partial", "Placement", "Replicate", "Shard", "box_at"]
+__all__ = ["DTensor", "DeviceMesh", "Partial", "Placement", "Replicate", "Shard", "box_at"]

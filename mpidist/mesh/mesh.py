@@ -41,6 +41,8 @@ class DeviceMesh(Closing):
         The ranks of the mesh in row-major order, counted in the group that it was made of.
     coordinate : tuple of int
         Where this rank is.
+    base : ProcessGroup
+        The group that it was made of.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class DeviceMesh(Closing):
     sizes: tuple[int, ...]
     ranks: tuple[int, ...]
     coordinate: tuple[int, ...]
+    base: ProcessGroup
 
     def __init__(self, group: ProcessGroup, /, **sizes: int) -> None:
         check_group(group, "DeviceMesh")
@@ -91,7 +94,7 @@ class DeviceMesh(Closing):
         self.names = names
         self.sizes = ranks.shape
         self.ranks = tuple(ranks.ravel().tolist())
-        self._parent = group
+        self.base = group
         self._ranks = ranks
         self._groups = groups
         self.coordinate = self.coordinate_of(group.rank)
@@ -154,7 +157,7 @@ class DeviceMesh(Closing):
     @property
     def across_nodes(self) -> tuple[str, ...]:
         """Names of the dimensions along which ranks are on different nodes."""
-        nodes = np.array(self._parent.nodes)[self._ranks]
+        nodes = np.array(self.base.nodes)[self._ranks]
         return tuple(
             name
             for axis, name in enumerate(self.names)
@@ -167,7 +170,7 @@ class DeviceMesh(Closing):
             f"{name}={size}{' across nodes' * (name in crossing)}"
             for name, size in zip(self.names, self.sizes, strict=True)
         )
-        return f"DeviceMesh({', '.join(sizes)}) of {self._parent}, at {self.coordinate}"
+        return f"DeviceMesh({', '.join(sizes)}) of {self.base}, at {self.coordinate}"
 
     def rank_at(self, *coordinate: int) -> int:
         """Return the rank at a coordinate, counted in the group that the mesh was made of.
@@ -207,14 +210,14 @@ class DeviceMesh(Closing):
             number = self.ranks.index(whole_number(rank))
         except (TypeError, ValueError):
             raise InvalidRankError(
-                f"coordinate_of: the mesh {self._described} has the ranks {list(self.ranks)} of "
-                f"group {self._parent.name!r}; got {rank!r}"
+                f"coordinate_of: the mesh {self.dimensions} has the ranks {list(self.ranks)} of "
+                f"group {self.base.name!r}; got {rank!r}"
             ) from None
         return tuple(map(int, np.unravel_index(number, self.sizes)))
 
     @property
-    def _described(self) -> str:
-        """Names and sizes: the same on all ranks."""
+    def dimensions(self) -> str:
+        """Names and sizes, such as ``(dp=2, tp=2)``."""
         return f"({', '.join(map('{}={}'.format, self.names, self.sizes))})"
 
     # -- sub-meshes and groups -------------------------------------------------------------------
@@ -255,7 +258,7 @@ class DeviceMesh(Closing):
         left = [name for name in self.names if name in wanted]
         ranks = self._ranks[rest].transpose([left.index(name) for name in wanted])
         made = DeviceMesh.__new__(DeviceMesh)
-        return made._arrange(self._parent, wanted, ranks, self._groups)
+        return made._arrange(self.base, wanted, ranks, self._groups)
 
     @property
     def group(self) -> ProcessGroup:
@@ -265,11 +268,11 @@ class DeviceMesh(Closing):
         group that the mesh was made of where that has the same ranks in the same order. It is named
         after the dimensions, ``mesh/dp``, in records, errors and reports.
         """
-        ranks, parent = self.ranks, self._parent
-        if ranks == tuple(range(parent.size)):
-            return parent
+        ranks, base = self.ranks, self.base
+        if ranks == tuple(range(base.size)):
+            return base
         if ranks not in self._groups:
-            made = parent.new_group(ranks, name=f"mesh/{','.join(self.names)}")
+            made = base.new_group(ranks, name=f"mesh/{','.join(self.names)}")
             assert made is not None, "this rank is in the mesh"
             self._groups[ranks] = made
         return self._groups[ranks]

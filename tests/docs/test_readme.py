@@ -18,7 +18,6 @@ NOT_BUILT = {
     "Gloo and UCC backends": ["mpidist.backends.gloo", "mpidist.backends.ucc"],
     "FSDP": ["mpidist.parallel.fsdp"],
     "Pipeline, tensor parallel": ["mpidist.parallel.pipeline", "mpidist.parallel.tensor"],
-    "DTensor": ["mpidist.mesh.dtensor"],
     "RPC": ["mpidist.rpc"],
     "PyTorch adapter": ["mpidist.adapters"],
 }

@@ -75,11 +75,11 @@ def load(
     path : path
         Directory of checkpoints, which all ranks see.
     state : State
-        What to load, under the names of `save`; what the checkpoint has besides is left. Arrays and
-        pieces of `ShardedArray` are filled where they are; objects are given what is theirs by
-        ``load_state_dict``, in the order of their names. All arrays of an object must be there, and
-        no others; of its values it is given those that are there: a `DDP` continues from a module,
-        and a module from a `DDP`. Values are returned.
+        What to load, under the names of `save`; what the checkpoint has besides is left. Arrays,
+        parts of `DTensor` and pieces of `ShardedArray` are filled where they are; objects are given
+        what is theirs by ``load_state_dict``, in the order of their names. All arrays of an object
+        must be there, and no others; of its values it is given those that are there: a `DDP`
+        continues from a module, and a module from a `DDP`. Values are returned.
     group : ProcessGroup
         The ranks that load; as many as there are.
     step : int or "latest", optional

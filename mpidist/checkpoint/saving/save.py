@@ -70,8 +70,8 @@ def save(
         ``step-000100`` in it, for step 100.
     state : State
         What is kept, by name. Arrays of the same name on several ranks must be the same and are
-        written once, shared out over these ranks; `ShardedArray` says what a rank holds of one that
-        is split. Values must be the same on all ranks that have the name.
+        written once, shared out over these ranks; `DTensor` and `ShardedArray` say what a rank
+        holds of one that is split. Values must be the same on all ranks that have the name.
     group : ProcessGroup
         The ranks that save together.
     step : int
