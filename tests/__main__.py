@@ -1,6 +1,6 @@
 """Run all tests in least time: ``python -m tests [PYTEST_ARGUMENTS...]``.
 
-First, on two workers, those that leave a core idle most of the time; then, one after the other,
+First, on a few workers, those that leave cores idle most of the time; then, one after the other,
 those on ranks, which share jobs that take all cores, and those that want the machine for
 themselves. A plain ``pytest`` runs the same tests, all one after the other.
 """
@@ -8,13 +8,17 @@ themselves. A plain ``pytest`` runs the same tests, all one after the other.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 
 ONE_BY_ONE = "ranks or hosts or alone"
 
-PARTS = ((f"not ({ONE_BY_ONE})", "2"), (ONE_BY_ONE, "0"))
+WORKERS = min(8, 1 + len(os.sched_getaffinity(0)))
+"""One more than cores, since they wait much."""
+
+PARTS = ((f"not ({ONE_BY_ONE})", WORKERS), (ONE_BY_ONE, 0))
 """Which tests, and on how many workers."""
 
 NOTHING_SELECTED = 5  # by the arguments, in one of the parts
@@ -29,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     for marks, workers in PARTS:
         both = f"({asked.marks}) and ({marks})" if asked.marks else marks
         # Not the files with many tests first: they are not those that take long.
-        parallel = ["-n", workers, "--dist", "loadfile", "--no-loadscope-reorder"]
+        parallel = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
         command = [sys.executable, "-m", "pytest", *parallel, "-m", both, *arguments]
         codes.append(subprocess.call(command))
     failed = [code for code in codes if code not in (0, NOTHING_SELECTED)]

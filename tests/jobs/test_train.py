@@ -246,6 +246,7 @@ def test_what_draws_may_be_missing(
     )
 
 
+@pytest.mark.alone
 @pytest.mark.mpirun
 def test_four_ranks_reach_the_promised_accuracy(
     run: Run, mpirun: list[str], tmp_path: Path
