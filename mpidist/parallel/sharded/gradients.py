@@ -140,7 +140,7 @@ class UnitGradients:
         name = self._names[parameter]
         unit = self._unit_of[name]
         if not self._counting or unit.index >= self._sent + len(self._buffers):
-            self._own_nbytes += parameter.nbytes
+            self._own_nbytes += parameter.size * parameter.dtype.itemsize
             self._own_peak = max(self._own_peak, self._own_nbytes)
             return None
         self._receive(unit.index - len(self._buffers))

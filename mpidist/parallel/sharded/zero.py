@@ -67,29 +67,33 @@ class ShardedOptimizer(Closing):
 
     Parameters
     ----------
-    model : Module or DDP
-        A module, built alike on every rank: parameters and buffers are overwritten with rank 0's,
-        gradients live in buckets from now on, and each rank receives the reduction of its slices
-        only (half of what an all-reduce moves). Or a `DDP`, which all-reduces the gradients as
-        ever, so that they can be looked at between backward and step.
-    group : ProcessGroup
-        The ranks taking part; those of the DDP. A group of its own is made of them.
+    model : Module, FSDP or DDP
+        An `FSDP`, whose shards are updated. Or a module, built alike on every rank, of which an
+        `FSDP` is made that has buckets for units and is cut at any element: parameters and buffers
+        are overwritten with rank 0's, and each rank receives the reduction of its slices only (half
+        of what an all-reduce moves). Or a `DDP`, which all-reduces the gradients as ever, so that
+        they can be looked at between backward and step.
+    group : ProcessGroup, optional
+        The ranks taking part; those of the DDP. A group of its own is made of them. An FSDP has
+        one already.
     optimizer : OptimizerFactory
         For instance ``partial(AdamW, lr=1e-3)``. Its rule must treat each element by itself, as all
-        rules of `mpidist.optim` do.
+        rules of `mpidist.optim` do, unless the model is an FSDP with ``cut=Cut.PARAMETERS``.
     op : ReduceOp, optional
-        `MEAN`, when omitted, or `SUM` over the ranks' gradients; see `DDP`, which has its own.
+        `MEAN`, when omitted, or `SUM` over the ranks' gradients; DDP and FSDP have their own.
     sizes : BucketSizes, optional
-        How many parameters are reduced and sliced together.
+        How many parameters are reduced and sliced together; an FSDP has its units.
 
     Attributes
     ----------
     group : ProcessGroup
-        The optimizer's own, of the same ranks, in the order of their slices.
+        The ranks, in the order of their slices.
+    parameter_shards : ParameterShards
+        The memory of the parameters, and the slices of this rank.
     optimizers : tuple of Optimizer
         What the factory made; the optimizers of this rank's slices.
     module : Module
-        The model; of a DDP, the one inside.
+        The model; of a DDP or an FSDP, the one inside.
     model_state : ModelState
         The model's state, for checkpoints and to load values into its parameters.
     shared : bool
@@ -103,8 +107,8 @@ class ShardedOptimizer(Closing):
         If a parameter lies on a device.
     ValueError
         If a parameter is read-only, as another `ShardedOptimizer` leaves it; if the factory uses a
-        parameter twice, or one that it was not given; if `op` is given together with a DDP, or the
-        DDP has other ranks.
+        parameter twice, or one that it was not given; if its optimizer needs whole parameters that
+        are cut; if `op` is given together with a DDP or an FSDP, or that has other ranks.
 
     Notes
     -----
@@ -112,10 +116,11 @@ class ShardedOptimizer(Closing):
     and does not block.
 
     `Parameter.data` becomes read-only; see [Note: parameters once per node] in
-    `mpidist.parallel.sharded.flat_parameters`. To load values into the model, use `model_state`.
+    `mpidist.parallel.sharded.stores`. To load values into the model, use `model_state`.
 
-    Per step and rank, of P bytes of parameters on N ranks: a reduce-scatter of P (with a DDP, its
-    all-reduce), then two barriers on one node; all_gathers of the slices otherwise.
+    Per step and rank, of P bytes of parameters on N ranks: a reduce-scatter of P and a byte per
+    parameter (with a DDP, its all-reduce), then two barriers on one node; all_gathers of the slices
+    otherwise.
 
     References
     ----------
@@ -208,8 +213,9 @@ class ShardedOptimizer(Closing):
         Returns
         -------
         list of Parameter
-            One per parameter, in order, flattened to one dimension; some may be empty. ``grad``
-            is None where no rank had one. Only `step` may write ``data``: others are reading.
+            One per parameter, in order; some may be empty. Flattened to one dimension, unless the
+            model is an FSDP that is cut elsewhere. ``grad`` is None where no rank had one. Only
+            `step` may write ``data``: others are reading.
 
         Notes
         -----
