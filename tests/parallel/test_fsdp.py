@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mpidist._types import SUM
+from mpidist.backends.node.memory import NodeMemory
+from mpidist.collectives import ireduce_scatter
 from mpidist.nn import Linear, Mode, Sequential, cross_entropy
 from mpidist.optim import SGD, AdamW
 from mpidist.parallel import (
@@ -24,6 +26,7 @@ from mpidist.parallel import (
     clip_grad_norm,
     full_state_dict,
 )
+from mpidist.parallel.sharded import gradients
 from mpidist.testing import run_ranks
 from tests.parallel.fsdp import CASES, STRATEGIES, UNIT, batches, train
 from tests.parallel.sharded import (
@@ -314,3 +317,71 @@ def test_the_memory_of_no_shard_is_that_of_ddp_and_two_units():
         run_ranks(2, body, node_memory=True)
         == [MemoryUse(whole, whole, 2 * whole, whole // 2, whole // 2)] * 2
     )
+
+
+# -- what moves, and when --------------------------------------------------------------------------
+
+
+def test_a_buffer_is_written_again_when_its_unit_has_been_reduced(monkeypatch):
+    events, addresses = [], []
+
+    class Watched(Linear):
+        def backward_weight(self, wctx):
+            address = self.weight.first_grad().ctypes.data
+            addresses.append(address)
+            events.append(("written", self.name, address - addresses[0]))
+            super().backward_weight(wctx)
+
+    def sent(x, group, **options):
+        work = ireduce_scatter(x, group, **options)
+        number = sum(event[0] == "sent" for event in events)
+        events.append(("sent", number))
+        finish = work.wait
+
+        def wait(timeout=None):
+            if ("reduced", number) not in events:
+                events.append(("reduced", number))
+            return finish(timeout)
+
+        work.wait = wait
+        work.done = lambda: False
+        return work
+
+    monkeypatch.setattr(gradients, "ireduce_scatter", sent)
+
+    def body(group):
+        rng = np.random.default_rng(0)
+        model = Sequential(*(Watched(64, 64, rng=rng, bias=False) for _ in range(4)))
+        for name, layer in zip("dcba", model.layers, strict=True):
+            layer.name = name
+        fsdp = FSDP(model, group, units=4 * 64 * 64)
+        y, ctx = fsdp.forward(np.ones((1, 64), np.float32), Mode(training=True))
+        fsdp.backward(ctx, np.ones_like(y))
+
+    run_ranks(1, body)
+    second = 4 * 64 * 64
+    assert events == [
+        *(("written", "a", 0), ("sent", 0)),
+        *(("written", "b", second), ("sent", 1)),
+        *(("reduced", 0), ("written", "c", 0), ("sent", 2)),
+        *(("reduced", 1), ("written", "d", second), ("sent", 3)),
+        *(("reduced", 2), ("reduced", 3)),
+    ]
+
+
+@pytest.mark.parametrize(("size", "per_node"), [(4, 2), (3, 2)])
+@pytest.mark.parametrize("case", ["plain", "tied", "uneven, one rank empty"])
+def test_over_nodes_parameters_stand_once_on_each(case, size, per_node):
+    def body(group, kind):
+        return train(group, CASES[case], kind)
+
+    expected = run_ranks(size, body, "ddp", ranks_per_node=per_node, node_memory=True)[0]
+    for strategy in (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD):
+        for got in run_ranks(size, body, strategy, ranks_per_node=per_node, node_memory=True):
+            assert_close(got, expected)
+
+
+def test_where_no_memory_is_shared_every_rank_has_the_parameters(monkeypatch):
+    monkeypatch.setattr(NodeMemory, "share", lambda *_: None)
+    for got in run_ranks(3, train, CASES["plain"], FULL):
+        assert_close(got, on_ranks(1, "plain", "ddp"))
