@@ -75,7 +75,7 @@ def _add_optimizer(p: argparse._ArgumentGroup) -> None:
         help="what each rank keeps: ddp everything; zero the optimizer's state of its share of the "
         "parameters, and the ranks of a node one copy of these; shard_grad_op and full_shard also "
         "the gradients of its share only; no_shard is ddp by the code of the latter; the curve "
-        "stays the same; all but ddp with --device cpu (default: %(default)s)",
+        "stays the same; full_shard with --device cpu only (default: %(default)s)",
     )
     p.add_argument(
         "--sharded-optimizer",

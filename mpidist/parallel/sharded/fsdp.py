@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays.namespaces import REDUCTIONS
+from mpidist.arrays.namespaces import REDUCTIONS, is_device
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.mode import Mode
@@ -106,8 +106,8 @@ class FSDP(DataParallel):
         On every rank, naming a rank, if names, shapes, dtypes, units or arguments differ between
         ranks. Nothing has been changed then.
     UnsupportedOperationError
-        If a parameter lies on a device, or is no float or complex; if `op` is neither MEAN nor SUM;
-        if the strategy is FULL_SHARD and the ranks are on several nodes.
+        If a parameter is no float or complex; if `op` is neither MEAN nor SUM; if the strategy is
+        FULL_SHARD, and the ranks are on several nodes or the parameters on a device.
     ValueError
         If a name in `units` matches no module, a parameter is read-only, or none is trainable.
 
@@ -344,5 +344,11 @@ def _check_arguments(
             f"FSDP on {group}: FULL_SHARD works on one node, and these ranks are on "
             f"{group.num_nodes}; use ShardingStrategy.SHARD_GRAD_OP, with which parameters stand "
             "once on each node"
+        )
+    if strategy is ShardingStrategy.FULL_SHARD and any(is_device(p.data) for p in named.values()):
+        raise UnsupportedOperationError(
+            f"FSDP on {group}: FULL_SHARD keeps parameters where the ranks of a node share memory, "
+            "and these lie on a device; use ShardingStrategy.SHARD_GRAD_OP, with which each rank "
+            "has all parameters and its slices of gradients and optimizer state"
         )
     check_can_be_sharded(named, "FSDP", group)

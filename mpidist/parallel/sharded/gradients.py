@@ -20,6 +20,7 @@ import numpy as np
 
 from mpidist._types import MAX, Array, ReduceOp
 from mpidist.arrays.boxes import round_up
+from mpidist.arrays.namespaces import array_namespace, is_device
 from mpidist.backends.work import Work
 from mpidist.collectives import iall_reduce, ireduce_scatter
 from mpidist.group import ProcessGroup
@@ -74,8 +75,9 @@ class UnitGradients:
         self._unit_of = {name: unit for unit in self._units for name in unit.parameters}
         nbytes = max(1, *(flat.data.nbytes for flat in flats))
         shape = (min(len(flats), 2), round_up(nbytes, ALIGNMENT_BYTES))
-        self._memory: Array = group.empty(shape, np.uint8)
-        self._buffers = list(self._memory)
+        device = "gpu" if is_device(flats[0].data) else "cpu"
+        self._memory: Array = group.empty(shape, np.uint8, device=device)
+        self._buffers = [self._memory[i] for i in range(len(self._memory))]
         self._index = {name: i for i, name in enumerate(self.names)}
         self._used = np.zeros(len(named), np.uint8)
         self._used_work: Work[Any] | None = None
@@ -309,7 +311,7 @@ class _UnitGradient:
         self.index = 0
         self.views: dict[str, Array] = {}
         self.missing: set[str] = set()
-        self.reduced = np.empty_like(flat.own)
+        self.reduced: Array = array_namespace(flat.own).empty_like(flat.own)
         self.reduced_before = False
         for name in self.parameters:
             shards[name].attach(flat.within(name, self.reduced))
@@ -338,7 +340,8 @@ class _UnitGradient:
             self._result = self._data
         else:
             new = self.reduced_before
-            self._result = np.empty_like(self.reduced) if new else self.reduced
+            empty_like = array_namespace(self.reduced).empty_like
+            self._result = empty_like(self.reduced) if new else self.reduced
             self._work = ireduce_scatter(
                 self._data, self._cut_over, op=self._op, out=self._result, counts=self._flat.counts
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mpidist._types import Array
-from mpidist.arrays.namespaces import is_host
+from mpidist.arrays.namespaces import is_device, is_host
 from mpidist.arrays.shards import ShardedArray, copy_in
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
@@ -56,7 +56,8 @@ class ParameterShards:
         first: bool = True,
     ) -> None:
         self.group = group
-        self.store = make_store(group, layouts)
+        on_device = any(is_device(parameter.data) for parameter in named.values())
+        self.store = make_store(group, layouts, on_device=on_device)
         flat_of = {name: flat for flat in self.store.flats for name in flat.views}
         self._flat_of = flat_of
         self.shards: dict[str, Parameter] = {}
@@ -90,9 +91,10 @@ class ParameterShards:
 
 
 def read_only(view: Array) -> Array:
-    """Return a view that cannot be written by mistake."""
+    """Return a view that cannot be written by mistake, unless it lies on a device."""
     protected: Array = view.view()
-    protected.flags.writeable = False
+    if is_host(view):
+        protected.flags.writeable = False
     return protected
 
 
@@ -100,13 +102,13 @@ def check_can_be_sharded(
     named: Mapping[str, Parameter], strategy: str, group: ProcessGroup
 ) -> None:
     """Raise unless these parameters can be moved into flat arrays."""
+    if len({is_device(parameter.data) for parameter in named.values()}) > 1:
+        raise UnsupportedOperationError(
+            f"{strategy} on {group}: some parameters lie on a device and some do not; move the "
+            "whole model (model.to)"
+        )
     for name, parameter in named.items():
-        if not is_host(parameter.data):
-            raise UnsupportedOperationError(
-                f"{strategy} on {group}: parameter '{name}' lies on a device; only host arrays are "
-                "sharded"
-            )
-        if not parameter.data.flags.writeable:
+        if not getattr(parameter.data.flags, "writeable", True):  # arrays on a device have no flag
             raise ValueError(
                 f"{strategy} on {group}: parameter '{name}' is read-only, as another FSDP or "
                 "ShardedOptimizer leaves it; for parameters that are updated differently let the "

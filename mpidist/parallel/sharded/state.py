@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpidist.arrays.namespaces import like_device
 from mpidist.arrays.shards import check_held, copy_in
 from mpidist.nn.names import with_present_names
 from mpidist.nn.parameter import Parameter
@@ -94,7 +95,7 @@ class ModelState:
         store.begin_write()
         copy_in(held, state)
         for name in own.keys() - held.keys():  # buffers
-            own[name][...] = state[name]
+            own[name][...] = like_device(own[name], state[name])
         store.end_write()
         self._model.lay_out(state)
 

@@ -5,7 +5,8 @@ the node see. A rank writes its own slices only, after a barrier (all have read)
 (all have written). So all writes go through the owner of the store. Over several
 nodes the slices are exchanged among ranks with the same local rank. Where memory cannot be shared,
 every rank has a copy, and slices are gathered from all; parameters are read-only there, too, so
-that a program that works on one machine works on any.
+that a program that works on one machine works on any. Arrays on a device are such copies, and
+cannot be made read-only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from mpidist._types import LAND, MIN, Array
 from mpidist.arrays.boxes import split_evenly
+from mpidist.arrays.namespaces import device_empty
 from mpidist.collectives import all_gather, all_reduce, barrier
 from mpidist.group import ProcessGroup
 from mpidist.parallel.sharded.flat_parameters import FlatLayout, FlatParameters
@@ -109,14 +111,19 @@ class RankStore(ParameterStore):
         The ranks, in the order of their slices.
     layouts : sequence of FlatLayout
         The layout of each flat array.
+    on_device : bool, optional
+        Whether they lie on this rank's device.
     """
 
-    def __init__(self, group: ProcessGroup, layouts: Sequence[FlatLayout]) -> None:
+    def __init__(
+        self, group: ProcessGroup, layouts: Sequence[FlatLayout], *, on_device: bool = False
+    ) -> None:
         self._group = group
+        empty = device_empty if on_device else np.empty
         self.flats = tuple(
             FlatParameters(
                 layout,
-                np.empty(layout.length, layout.dtype),
+                empty(layout.length, layout.dtype),
                 layout.counts(group.size, group.size),
                 group.rank,
             )
@@ -141,7 +148,9 @@ def by_node(group: ProcessGroup, name: str) -> ProcessGroup:
     return ordered
 
 
-def make_store(group: ProcessGroup, layouts: Sequence[FlatLayout]) -> ParameterStore:
+def make_store(
+    group: ProcessGroup, layouts: Sequence[FlatLayout], *, on_device: bool = False
+) -> ParameterStore:
     """Make memory for parameters: once per node if every node can share it, else once per rank.
 
     Parameters
@@ -150,6 +159,8 @@ def make_store(group: ProcessGroup, layouts: Sequence[FlatLayout]) -> ParameterS
         The ranks in the order of their slices, as `by_node` makes it.
     layouts : sequence of FlatLayout
         What is to lie in it.
+    on_device : bool, optional
+        Whether it is to be memory of this rank's device.
 
     Returns
     -------
@@ -160,6 +171,8 @@ def make_store(group: ProcessGroup, layouts: Sequence[FlatLayout]) -> ParameterS
     -----
     Collective over `group`; blocks.
     """
+    if on_device:
+        return RankStore(group, layouts, on_device=True)
     node = group.node_group()
     blocks: list[Array] = []
     for layout in layouts:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpidist._closing import Closing
 from mpidist._types import MEAN, Array, ReduceOp
+from mpidist.arrays.namespaces import to_host
 from mpidist.arrays.shards import ShardedArray, check_held, copy_in
 from mpidist.collectives import all_gather
 from mpidist.group.group import ProcessGroup, check_group
@@ -104,7 +105,7 @@ class ShardedOptimizer(Closing):
     CollectiveMismatchError
         On every rank, if names, shapes, dtypes or arguments differ between ranks.
     UnsupportedOperationError
-        If a parameter lies on a device.
+        If some parameters lie on a device and some do not.
     ValueError
         If a parameter is read-only, as another `ShardedOptimizer` leaves it; if the factory uses a
         parameter twice, or one that it was not given; if its optimizer needs whole parameters that
@@ -362,8 +363,8 @@ def full_state_dict(optimizer: ShardedOptimizer) -> dict[str, Any]:
 
 
 def _flattened(sharded: ShardedArray) -> Array:
-    """Return a slice of an array, a range of its elements in C order, in one dimension."""
-    pieces = [piece.reshape(-1) for piece in sharded.pieces.values()]
+    """Return a slice of an array, a range of its elements in C order, on the host."""
+    pieces = [to_host(piece).reshape(-1) for piece in sharded.pieces.values()]
     return np.concatenate([np.empty(0, sharded.dtype), *pieces])
 
 

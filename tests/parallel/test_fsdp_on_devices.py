@@ -1,0 +1,114 @@
+"""FSDP on arrays of a device: parameters whole on each, gradients and state in slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import mpidist
+from mpidist.arrays.namespaces import is_device, like_device, to_host
+from mpidist.errors import UnsupportedOperationError
+from mpidist.group import ProcessGroup
+from mpidist.nn import Mode, cross_entropy
+from mpidist.optim import AdamW
+from mpidist.parallel import (
+    DDP,
+    FSDP,
+    Cut,
+    ShardedOptimizer,
+    ShardingStrategy,
+    full_state_dict,
+)
+from tests.parallel.fsdp import CASES, UNIT, batches
+from tests.parallel.training import assert_close
+
+pytestmark = [pytest.mark.ranks(2, full=(1, 4)), pytest.mark.timeout(90)]
+
+GRADIENTS = ShardingStrategy.SHARD_GRAD_OP
+FACTORY = partial(AdamW, lr=0.02, weight_decay=0.1)
+
+
+@pytest.fixture
+def group(xp_with_nccl: ModuleType, rank_count: int) -> Iterator[ProcessGroup]:
+    if rank_count > xp_with_nccl.cuda.runtime.getDeviceCount():
+        pytest.skip(f"fewer GPUs than {rank_count}")
+    with mpidist.init("hybrid") as world:
+        yield world
+
+
+def train(group, case, kind, backwards=1):
+    """Train on a device, or by a DDP on the host."""
+    model = CASES[case].build(np.random.default_rng(group.rank), np.float64)
+    if kind == "host":
+        strategy, optimizer = DDP(model, group), FACTORY(model.named_parameters())
+    else:
+        model.to("gpu")
+        if kind == "after ddp":
+            strategy = DDP(model, group)
+            optimizer = ShardedOptimizer(strategy, group, optimizer=FACTORY)
+        else:
+            strategy = FSDP(model, group, strategy=kind[0], units=UNIT, cut=kind[1])
+            optimizer = ShardedOptimizer(strategy, optimizer=FACTORY)
+    here = next(model.parameters()).data
+    norms = []
+    for step, (x, target) in enumerate(batches(np.float64)):
+        start, stop = len(x) * group.rank // group.size, len(x) * (group.rank + 1) // group.size
+        optimizer.zero_grad()
+        for cut in np.array_split(np.arange(start, stop), backwards):
+            mode = Mode(True, seed=5, step=step, sample_offset=int(cut[0]))
+            y, ctx = strategy.forward(like_device(here, x[cut]), mode)
+            dy = cross_entropy(y, like_device(here, target[cut]), denominator=stop - start)[1]
+            strategy.backward(ctx, dy)
+        norms.append(strategy.clip_grad_norm(0.3))
+        optimizer.step()
+    state = {name: to_host(array).copy() for name, array in model.state_dict().items()}
+    if kind != "host":
+        assert all(is_device(p.data) for p in model.parameters())
+        whole = full_state_dict(optimizer)
+        state |= {key: value for key, value in whole.items() if key.endswith("/mean")}
+    return state, norms
+
+
+@pytest.mark.parametrize("case", ["plain", "tied", "frozen", "recomputed", "awkward sizes"])
+def test_training_is_that_of_ddp_on_the_host(group: ProcessGroup, case: str, full: bool) -> None:
+    expected, norms = train(group, case, "host")
+    kinds = [(GRADIENTS, Cut.ROWS), (ShardingStrategy.NO_SHARD, Cut.ROWS), "after ddp"]
+    for kind in (*kinds, (GRADIENTS, Cut.ELEMENTS)) if full else kinds[:1]:
+        got, theirs = train(group, case, kind)
+        assert_close({name: got[name] for name in expected}, expected, rtol=1e-9)
+        np.testing.assert_allclose(theirs, norms, rtol=1e-9)
+    if kinds[0][0] is GRADIENTS:
+        twice, _ = train(group, case, kinds[0], backwards=2)
+        assert_close({name: twice[name] for name in expected}, expected, rtol=1e-9)
+
+
+def test_states_go_from_the_host_to_a_device_and_back(group: ProcessGroup) -> None:
+    def made(device):
+        model = CASES["plain"].build(np.random.default_rng(group.rank), np.float64)
+        model.to(device)
+        fsdp = FSDP(model, group, strategy=GRADIENTS, units=UNIT)
+        return fsdp, ShardedOptimizer(fsdp, optimizer=FACTORY)
+
+    host, device = made("cpu"), made("gpu")
+    values = {name: array + 1 for name, array in host[0].module.state_dict().items()}
+    host[0].load_state_dict(values)
+    for source, target in ((host, device), (device, host)):
+        for taken, given in zip(target, source, strict=True):
+            taken.load_state_dict(given.state_dict())
+        for name, array in target[0].module.state_dict().items():
+            np.testing.assert_array_equal(to_host(array), values[name])
+
+
+def test_what_needs_shared_memory_is_refused(group: ProcessGroup) -> None:
+    model = CASES["plain"].build(np.random.default_rng(0), np.float64)
+    model.to("gpu")
+    with pytest.raises(UnsupportedOperationError, match="SHARD_GRAD_OP, with which each rank"):
+        FSDP(model, group)
+    first = model.layers[0].weight
+    first.data = to_host(first.data)
+    with pytest.raises(UnsupportedOperationError, match="some parameters lie on a device"):
+        FSDP(model, group, strategy=GRADIENTS)
