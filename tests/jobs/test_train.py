@@ -63,7 +63,7 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         (("--steps", "1", "--epochs", "1"), "not allowed with argument"),
         (("--task", "speech"), "invalid choice: 'speech'"),
         (
-            ("--device", "gpu", "--sharded-optimizer"),
+            ("--device", "gpu", "--strategy", "full_shard"),
             "--strategy full_shard keeps parameters on",
         ),
         (
