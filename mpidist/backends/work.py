@@ -1,14 +1,18 @@
-"""What is under way between ranks: messages, and the work that waits for them."""
+"""What is under way between ranks: messages, the work that waits for them, and how it waits.
+
+mpidist yields the core at once, sleeps only after milliseconds, and never waits for ever.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from mpidist._types import Array
-from mpidist.backends.waiting import wait_until
 from mpidist.errors import CollectiveTimeoutError
 
 if TYPE_CHECKING:
@@ -16,14 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ANY_SOURCE",
+    "Condition",
+    "ConditionSteps",
     "Engine",
     "Message",
     "PolledWork",
     "Steps",
     "StepsWork",
+    "WaitTimeout",
     "Waiter",
     "Work",
+    "conditions",
     "then",
+    "wait_until",
 ]
 
 T = TypeVar("T")
@@ -31,6 +40,76 @@ U = TypeVar("U")
 
 ANY_SOURCE = -1
 """The `peer` of a receive that takes the next message from any rank."""
+
+
+_YIELDING = 0.004
+"""Seconds of waiting during which the core is only yielded; later waits sleep."""
+
+_SLEEP = 0.0002
+"""Seconds of one sleep in a long wait."""
+
+_PATROL = 0.1
+"""Seconds between two patrols in a long wait."""
+
+
+class WaitTimeout(Exception):  # noqa: N818  # an event between layers, not an error for users
+    """The time is over; the caller knows the operation and raises the error that names it."""
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def wait_until(
+    ready: Callable[[], bool],
+    *,
+    timeout: float,
+    progress: Callable[[], None] = _nothing,
+    patrol: Callable[[float], None] | None = None,
+) -> None:
+    """Wait until `ready` says so.
+
+    Parameters
+    ----------
+    ready : callable
+        Polled; returns whether the wait is over.
+    timeout : float
+        Seconds after which the wait fails.
+    progress : callable, optional
+        Called between two polls: whatever others may be waiting for this rank to do.
+    patrol : callable, optional
+        Called about ten times a second in a long wait, with the seconds waited; it may log, or
+        end the wait by raising.
+
+    Raises
+    ------
+    WaitTimeout
+        If `ready` was still false after `timeout` seconds.
+
+    Notes
+    -----
+    Where ranks share cores, a rank that spins keeps the one it waits for from running, and one
+    that sleeps wakes too late for a microsecond's work. Yielding the core does neither.
+    """
+    if ready():
+        return
+    start = time.monotonic()
+    next_patrol = _PATROL
+    while True:
+        progress()
+        if ready():
+            return
+        waited = time.monotonic() - start
+        if waited < _YIELDING:
+            os.sched_yield()
+            continue
+        if waited >= next_patrol:
+            next_patrol = waited + _PATROL
+            if patrol is not None:
+                patrol(waited)
+        if waited >= timeout:
+            raise WaitTimeout
+        time.sleep(_SLEEP)
 
 
 class Work(ABC, Generic[T]):
@@ -272,6 +351,40 @@ class StepsWork(PolledWork):
         """Return the ranks for which the phase under way waits."""
         current = self._current
         return () if current is None else current.missing()
+
+
+class Condition(PolledWork):
+    """Complete when a condition holds.
+
+    Parameters
+    ----------
+    condition : callable
+        Polled; the work is complete when it returns True.
+    missing : callable
+        Returns the ranks that it waits for.
+    """
+
+    def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
+        self.condition = condition
+        self._missing = missing
+
+    def done(self) -> bool:
+        """Return whether the condition holds."""
+        return self.condition()
+
+    def missing(self) -> list[int]:
+        """Return the ranks that it waits for."""
+        return self._missing()
+
+
+ConditionSteps: TypeAlias = Generator[Condition, None, T]
+"""An operation on the direct path, as a generator of the conditions that it waits for."""
+
+
+def conditions(steps: Steps) -> ConditionSteps[None]:
+    """Return other steps as conditions."""
+    for work in steps:
+        yield Condition(work.done, list)
 
 
 class Engine:

@@ -11,8 +11,7 @@ from mpidist._arguments import seconds
 from mpidist.backends.device.base import DeviceWork
 from mpidist.backends.node.signatures import Described
 from mpidist.backends.verbs import Collective
-from mpidist.backends.waiting import WaitTimeout, wait_until
-from mpidist.backends.work import Waiter, Work
+from mpidist.backends.work import Waiter, WaitTimeout, Work, wait_until
 from mpidist.errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,

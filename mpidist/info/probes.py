@@ -21,7 +21,7 @@ from mpidist.backends.crossover_file import processor
 from mpidist.backends.device.cuda_aware import ask_mpi
 from mpidist.backends.loaded import loaded_libraries, mpi_library
 from mpidist.backends.mpi.library import library_name
-from mpidist.backends.node.counters import supported
+from mpidist.backends.node.sequencer import supported
 from mpidist.backends.node.shared_memory import DIRECTORY
 from mpidist.info.facts import Blas, Cupy, Gpu, Hdf5, Library, Nccl, NodeFacts, SharedMemory
 from mpidist.info.leftovers import find_leftovers

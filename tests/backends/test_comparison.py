@@ -9,7 +9,7 @@ import pytest
 
 import mpidist
 from mpidist.backends.node.comparison import SumComparison
-from mpidist.backends.node.counters import supported
+from mpidist.backends.node.sequencer import supported
 from mpidist.backends.node.signatures import CallSignature, balance_of
 from mpidist.backends.work import Work
 from mpidist.errors import CollectiveMismatchError

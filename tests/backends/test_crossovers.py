@@ -15,7 +15,7 @@ import pytest
 import mpidist
 from mpidist.backends.crossover_file import machine_name, processor, read, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers, choose, parse
-from mpidist.backends.node.counters import supported
+from mpidist.backends.node.sequencer import supported
 from mpidist.errors import CollectiveMismatchError
 from mpidist.job.start import found_crossovers
 from tests._ranks.launcher import clean_environment

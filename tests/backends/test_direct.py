@@ -13,9 +13,8 @@ import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays.namespaces import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
 from mpidist.backends.crossovers import NEVER, Crossovers
-from mpidist.backends.node.counters import ArrivalCounters, supported
-from mpidist.backends.node.sequencer import Condition
-from mpidist.backends.waiting import WaitTimeout
+from mpidist.backends.node.sequencer import ArrivalCounters, supported
+from mpidist.backends.work import Condition, WaitTimeout
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, SizeMismatchError
 
 PAIRS = sorted(REDUCTIONS, key=lambda pair: (pair[0].name, pair[1].name))

@@ -8,7 +8,7 @@ import pytest
 import mpidist
 from mpidist._types import ReduceOp
 from mpidist.arrays.namespaces import BFLOAT16, HALVES, REDUCTIONS, ufunc_of
-from mpidist.backends.node.counters import supported
+from mpidist.backends.node.sequencer import supported
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.errors import CollectiveMismatchError
 

@@ -11,8 +11,8 @@ import pytest
 
 import mpidist
 from mpidist._types import Array
-from mpidist.backends.node.counters import supported
 from mpidist.backends.node.registered_memory import Registry
+from mpidist.backends.node.sequencer import supported
 from mpidist.errors import BackendUnavailableError, CollectiveMismatchError
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks

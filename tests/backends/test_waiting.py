@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 
-from mpidist.backends.waiting import WaitTimeout, wait_until
+from mpidist.backends.work import WaitTimeout, wait_until
 
 
 def test_ready_at_once_polls_once_and_drives_nothing() -> None:

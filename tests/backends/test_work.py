@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from mpidist.backends.waiting import WaitTimeout
-from mpidist.backends.work import Engine, Steps, StepsWork, Work
+from mpidist.backends.work import Engine, Steps, StepsWork, WaitTimeout, Work
 from mpidist.errors import TransportError
 
 

@@ -26,8 +26,7 @@ from mpidist.backends.verbs import (
     Reduce,
     ReduceScatter,
 )
-from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Waiter, Work
+from mpidist.backends.work import Waiter, Work, wait_until
 from mpidist.errors import TransportError
 from mpidist.group import ProcessGroup
 from mpidist.group.pending import DeviceGroupWork

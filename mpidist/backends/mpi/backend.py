@@ -34,8 +34,7 @@ from mpidist.backends.node.shared_memory import share
 from mpidist.backends.node.signatures import Route
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.verbs import Collective
-from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then
+from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then, wait_until
 from mpidist.errors import TransportError
 
 __all__ = ["MpiBackend"]

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mpidist._formatting import format_ranges
 from mpidist._types import Array
 from mpidist.backends import algorithms
-from mpidist.backends.node.counters import ArrivalCounters, fence
+from mpidist.backends.node.sequencer import fence
 from mpidist.backends.node.signatures import CallSignature, Described, splitmix64
 from mpidist.backends.work import Steps, Work
 from mpidist.errors import CollectiveMismatchError
 
 __all__ = [
     "Add",
-    "CounterComparison",
-    "SignatureComparison",
     "SumComparison",
     "compare",
     "difference",
@@ -38,53 +36,6 @@ Add: TypeAlias = Callable[[Array], Work[Any]]
 """Starts adding up the uint64 words of all ranks, in place and modulo 2**64."""
 
 _MASK = 2**64 - 1
-
-
-class SignatureComparison(Protocol):
-    """The arrivals of one group, by the number of the operation."""
-
-    def arrive(self, number: int, signature: CallSignature) -> None:
-        """Publish that this rank has called an operation with this signature."""
-
-    def all_arrived(self, number: int) -> bool:
-        """Whether all ranks have called it; polled."""
-
-    def missing(self, number: int) -> list[int]:
-        """Return the ranks that have not called it, as far as is known."""
-
-    def equal(self, number: int, signature: CallSignature) -> bool:
-        """Whether the signatures are equal; called once, when all have arrived."""
-
-    def breaks(self, number: int) -> bool:
-        """Whether a part of the call is under way on any rank; called where they are not equal."""
-
-
-class CounterComparison:
-    """Compares by arrival counters that all ranks of the group share.
-
-    Parameters
-    ----------
-    counters : ArrivalCounters
-        The counters of the group.
-    ranks : sequence of int
-        The ranks that have them, in order.
-    """
-
-    def __init__(self, counters: ArrivalCounters, ranks: Sequence[int]) -> None:
-        self.arrive = counters.arrive
-        self.all_arrived = counters.all_arrived
-        self.breaks = counters.breaks
-        self._counters = counters
-        self._ranks = ranks
-
-    def missing(self, number: int) -> list[int]:
-        """Return the ranks that have not called it."""
-        return [self._ranks[index] for index in self._counters.missing(number)]
-
-    def equal(self, number: int, signature: CallSignature) -> bool:
-        """Whether the signatures are equal."""
-        same = self._counters.same(number, signature)
-        return same and (signature.balance is None or self._counters.balanced(number))
 
 
 class SumComparison:

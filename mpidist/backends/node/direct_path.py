@@ -33,10 +33,10 @@ from mpidist.backends.combine import (
     silent_context,
 )
 from mpidist.backends.node.registered_memory import RegisteredArray
-from mpidist.backends.node.sequencer import ConditionSteps, Sequencer, conditions
+from mpidist.backends.node.sequencer import Sequencer
 from mpidist.backends.node.signatures import ComparedCall, Route
 from mpidist.backends.node.topology import NodeTopology
-from mpidist.backends.work import Steps
+from mpidist.backends.work import ConditionSteps, Steps, conditions
 
 __all__ = [
     "DirectPath",

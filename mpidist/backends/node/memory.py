@@ -15,17 +15,21 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.backends.algorithms import Exchanger, Lane, ring_all_gather
 from mpidist.backends.crossovers import Crossovers
-from mpidist.backends.node.comparison import SignatureComparison, refuse
-from mpidist.backends.node.counters import ArrivalCounters, supported
+from mpidist.backends.node.comparison import refuse
 from mpidist.backends.node.direct_path import DirectPath
 from mpidist.backends.node.registered_memory import Block, Registry
-from mpidist.backends.node.sequencer import ConditionSteps, Sequencer
+from mpidist.backends.node.sequencer import (
+    ArrivalCounters,
+    Sequencer,
+    SignatureComparison,
+    supported,
+)
 from mpidist.backends.node.shared_memory import NodeExchange, mappings_of, share_files
 from mpidist.backends.node.signatures import Described, Route
 from mpidist.backends.node.sums import NodeSums
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.verbs import AllReduce, Collective
-from mpidist.backends.work import Steps, Waiter
+from mpidist.backends.work import ConditionSteps, Steps, Waiter
 from mpidist.errors import BackendUnavailableError
 
 __all__ = ["NodeMemory"]

@@ -10,16 +10,24 @@ A collective on host arrays over MPI begins when the calls have been compared, s
 leaves the group usable. If a part of the call was begun earlier (an immediate call of simulated
 ranks, the collectives for the other dtypes of a list), a difference breaks the group. It does so on
 all ranks, whatever the timing, since the signature says whether a part has begun.
+
+[Note: memory order] Each rank has counters that it alone writes and that all others read. On x86-64
+stores become visible in the order in which they were made and loads are not reordered with loads
+(Intel SDM, volume 3, section 9.2.2), so that a rank that sees a counter sees everything that was
+written before it; only non-temporal stores, which a large memcpy may use, need a fence, and taking
+a lock is one (any locked instruction is). Other processors promise less, and have no direct path.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
-from collections.abc import Callable, Generator, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from os import sched_yield
+from typing import Any, Protocol, TypeAlias
 
-from mpidist.backends.node.comparison import CounterComparison, SignatureComparison
-from mpidist.backends.node.counters import RING, ArrivalCounters
+import numpy as np
+
 from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.signatures import (
     CallSignature,
@@ -30,18 +38,265 @@ from mpidist.backends.node.signatures import (
     signature_of,
 )
 from mpidist.backends.node.topology import NodeTopology
-from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import Steps, StepsWork, Waiter, Work
+from mpidist.backends.work import (
+    Condition,
+    ConditionSteps,
+    PolledWork,
+    Steps,
+    StepsWork,
+    Waiter,
+    conditions,
+)
 
-__all__ = ["Arrival", "Condition", "ConditionSteps", "Sequencer", "Waiters", "conditions"]
-
-T = TypeVar("T")
+__all__ = [
+    "RING",
+    "SMALL_NBYTES",
+    "Arrival",
+    "ArrivalCounters",
+    "Sequencer",
+    "SignatureComparison",
+    "Waiters",
+    "fence",
+    "supported",
+]
 
 Waiters: TypeAlias = Callable[[], Waiter]
 """Makes the waiter of the operation that has begun: few operations wait long enough to need one."""
 
 Refuse: TypeAlias = Callable[[int, Described, bool], Steps]
 """Returns the steps that raise `CollectiveMismatchError` on all ranks."""
+
+RING = 64
+"""Operations that may be under way at once; a further one is delayed."""
+
+SMALL_NBYTES = 16 << 10
+"""Bytes of the largest array that has a buffer beside the counters; each rank has two of them."""
+
+_BREAKS, _BALANCE, _DIGEST, _NUMBER = 4, 5, 6, 7
+"""Words of a slot: three of the call signature, and behind it the number of its operation."""
+
+_FENCE = threading.Lock()
+
+_SPINS, _POLLS = 20, 80
+"""How often a counter is read before the core is yielded in between, and before the wait gives up
+spinning and drives other operations, too."""
+
+
+def supported() -> bool:
+    """Whether this processor orders memory as the direct path needs; see [Note: memory order]."""
+    import platform  # of the standard library, but not needed to import this package
+
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+class SignatureComparison(Protocol):
+    """The arrivals of one group, by the number of the operation."""
+
+    def arrive(self, number: int, signature: CallSignature) -> None:
+        """Publish that this rank has called an operation with this signature."""
+
+    def all_arrived(self, number: int) -> bool:
+        """Whether all ranks have called it; polled."""
+
+    def missing(self, number: int) -> list[int]:
+        """Return the ranks that have not called it, as far as is known."""
+
+    def equal(self, number: int, signature: CallSignature) -> bool:
+        """Whether the signatures are equal; called once, when all have arrived."""
+
+    def breaks(self, number: int) -> bool:
+        """Whether a part of the call is under way on any rank; called where they are not equal."""
+
+
+class ArrivalCounters:
+    """What each rank of a node has begun and finished, and buffers for small arrays.
+
+    They compare the calls of a group whose ranks all have them: see `SignatureComparison`.
+
+    Parameters
+    ----------
+    memory : buffer
+        `nbytes(size)` bytes, zero at first, shared by all ranks.
+    rank, size : int
+        This rank among those of the node, and their number.
+
+    Attributes
+    ----------
+    finished : int
+        Number of the last operation that this rank has finished.
+    """
+
+    # In words of 8 bytes. A slot holds a call signature and the number of its operation; the part
+    # of a rank begins with a slot of its counters: last operation finished, last phase reached.
+    _SLOT = 8
+    _BUFFERS = _SLOT * (RING + 1) * 8
+    _PART = -(-(_BUFFERS + 2 * SMALL_NBYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def __init__(self, memory: Any, rank: int, size: int) -> None:
+        self._bytes = memoryview(memory).cast("B")
+        self._values = self._bytes.cast("Q")
+        self._starts = tuple(other * self._PART // 8 for other in range(size))
+        self._others = tuple(s for other, s in enumerate(self._starts) if other != rank)
+        self._own = self._starts[rank]
+        self._numbers = [self._own + self._SLOT * (2 + slot) - 1 for slot in range(RING)]
+        slots = np.frombuffer(self._bytes, np.uint64, self._SLOT * (RING + 1), 8 * self._own)
+        self._slots = [slot[:_NUMBER] for slot in slots.reshape(-1, self._SLOT)[1:]]
+        self.finished = 0
+        # What stands in each slot: a program repeats its calls, and need not write them again.
+        self._written: list[CallSignature | None] = [None] * RING
+
+    @classmethod
+    def nbytes(cls, size: int) -> int:
+        """Return the bytes of memory that `size` ranks need."""
+        return size * cls._PART
+
+    # -- operations, by their number -------------------------------------------------------------
+
+    def arrive(self, number: int, signature: CallSignature) -> None:
+        """Publish this rank's arrival at operation `number`, after all earlier writes (release)."""
+        slot = number % RING
+        if self._written[slot] is not signature:
+            self._slots[slot][...] = signature.values
+            self._written[slot] = signature
+        with _FENCE:
+            pass
+        self._values[self._numbers[slot]] = number
+
+    def all_arrived(self, number: int) -> bool:
+        """Whether the other ranks have arrived at operation `number`."""
+        return self._all_at(self._SLOT * (1 + number % RING) + _NUMBER, number)
+
+    def arrive_and_compare(self, number: int, signature: CallSignature) -> bool:
+        """Arrive, spin for a few microseconds, and return whether all have with the same call."""
+        # One body, not three methods: this is part of every blocking sum.
+        slot = number % RING
+        if self._written[slot] is not signature:
+            self._slots[slot][...] = signature.values
+            self._written[slot] = signature
+        values, digest = self._values, signature.digest
+        with _FENCE:
+            pass
+        values[self._numbers[slot]] = number
+        offset = 8 * slot + 15  # of the slot's number; constants of the class take longer to find
+        for start in self._others:
+            index = start + offset
+            if values[index] < number and not _soon_reaches(values, index, number):
+                return False
+            if values[index - 1] != digest:
+                return False
+        return True
+
+    def missing(self, number: int) -> list[int]:
+        """Return the ranks of the node that have not arrived at operation `number`."""
+        offset = self._SLOT * (1 + number % RING) + _NUMBER
+        return [
+            rank
+            for rank, start in enumerate(self._starts)
+            if self._values[start + offset] != number
+        ]
+
+    def equal(self, number: int, signature: CallSignature) -> bool:
+        """Whether all arrived with this signature, and with balances that add up to 0."""
+        values, offset = self._values, self._SLOT * (1 + number % RING) + _DIGEST
+        digest = signature.digest
+        for start in self._others:
+            if values[start + offset] != digest:
+                return False
+        return signature.balance is None or self._balanced(number)
+
+    def _balanced(self, number: int) -> bool:
+        offset = self._SLOT * (1 + number % RING) + _BALANCE
+        return sum(self._values[start + offset] for start in self._starts) % 2**64 == 0
+
+    def breaks(self, number: int) -> bool:
+        """Whether any rank made a call of which a part is under way."""
+        offset = self._SLOT * (1 + number % RING) + _BREAKS
+        return any(self._values[start + offset] for start in self._starts)
+
+    def finish(self, number: int) -> None:
+        """Publish that this rank has finished operation `number` and all before it (release)."""
+        with _FENCE:
+            pass
+        self._values[self._own] = number
+        # Last: where another thread drives this operation, the next one may be over as soon as this
+        # is finished here, and the number in shared memory must not go back.
+        self.finished = number
+
+    def all_finished(self, number: int) -> bool:
+        """Whether the other ranks have finished operation `number`."""
+        return self._all_at(0, number)
+
+    def soon_finished(self, number: int) -> bool:
+        """Spin for a few microseconds, and return whether the other ranks have finished it."""
+        return self._soon_at(0, number)
+
+    def least_finished(self) -> int:
+        """Return the number of the last operation that all ranks have finished."""
+        return min(self._values[start] for start in self._starts)
+
+    def unfinished(self, number: int) -> list[int]:
+        """Return the ranks of the node that have not finished operation `number`."""
+        return [rank for rank, start in enumerate(self._starts) if self._values[start] < number]
+
+    # -- phases inside an operation, counted over all operations ---------------------------------
+
+    def reach(self, phase: int) -> None:
+        """Publish that this rank has reached a phase, after all earlier writes (release)."""
+        with _FENCE:
+            pass
+        self._values[self._own + 1] = phase
+
+    def all_reached(self, phase: int) -> bool:
+        """Whether the other ranks have reached a phase."""
+        return self._all_at(1, phase)
+
+    def soon_reached(self, phase: int) -> bool:
+        """Spin for a few microseconds, and return whether the other ranks have reached it."""
+        return self._soon_at(1, phase)
+
+    def not_reached(self, phase: int) -> list[int]:
+        """Return the ranks of the node that have not reached a phase."""
+        return [rank for rank, start in enumerate(self._starts) if self._values[start + 1] < phase]
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def _all_at(self, offset: int, number: int) -> bool:
+        """Whether this word of all others is at least `number`."""
+        values = self._values
+        for start in self._others:  # noqa: SIM110  # this is polled
+            if values[start + offset] < number:
+                return False
+        return True
+
+    def _soon_at(self, offset: int, number: int) -> bool:
+        """Whether it is, or becomes so soon."""
+        values = self._values
+        for start in self._others:
+            index = start + offset
+            if values[index] < number and not _soon_reaches(values, index, number):
+                return False
+        return True
+
+    def small_buffers(self) -> list[memoryview]:
+        """Return `2 * SMALL_NBYTES` bytes of each rank, for small arrays."""
+        starts = [8 * start + self._BUFFERS for start in self._starts]
+        return [self._bytes[start : start + 2 * SMALL_NBYTES] for start in starts]
+
+
+def _soon_reaches(values: memoryview, index: int, number: int) -> bool:
+    """Whether a word reaches a number within a few microseconds."""
+    for polls in range(_POLLS):
+        if polls >= _SPINS:
+            sched_yield()
+        if values[index] >= number:
+            return True
+    return False
+
+
+def fence() -> None:
+    """Make what this rank has written visible before what it writes from now on."""
+    with _FENCE:
+        pass
 
 
 class Sequencer:
@@ -83,7 +338,7 @@ class Sequencer:
         self.begun = 0
         # With counters that all share, most blocking calls are over within a few microseconds.
         self._by_counters = comparison is None
-        self._comparison = comparison or CounterComparison(counters, topology.local)
+        self._comparison: SignatureComparison = comparison or counters
         self._refuse = refuse
         self._arrived = 0
         self._free = 0
@@ -273,7 +528,7 @@ class Sequencer:
         return [self.topology.local[local_rank] for local_rank in local_ranks]
 
 
-class Arrival(Work[None]):
+class Arrival(PolledWork):
     """The arrival of an immediate call that uses no shared memory otherwise.
 
     A class of its own and not steps, for speed: most immediate calls arrive by it.
@@ -329,45 +584,3 @@ class Arrival(Work[None]):
         if self._mismatch is not None:  # all have arrived; their slots may be reused
             return self._mismatch.missing()
         return () if self._over else self._sequencer.missing(self._number)
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait without driving anything else."""
-        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
-
-
-class Condition(Work[None]):
-    """Complete when a condition holds.
-
-    Parameters
-    ----------
-    condition : callable
-        Polled; the work is complete when it returns True.
-    missing : callable
-        Returns the ranks that it waits for.
-    """
-
-    def __init__(self, condition: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
-        self.condition = condition
-        self._missing = missing
-
-    def done(self) -> bool:
-        """Return whether the condition holds."""
-        return self.condition()
-
-    def missing(self) -> list[int]:
-        """Return the ranks that it waits for."""
-        return self._missing()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait until it holds, without driving anything else."""
-        wait_until(self.condition, timeout=float("inf") if timeout is None else timeout)
-
-
-ConditionSteps: TypeAlias = Generator[Condition, None, T]
-"""An operation on the direct path, as a generator of the conditions that it waits for."""
-
-
-def conditions(steps: Steps) -> ConditionSteps[None]:
-    """Return other steps as conditions."""
-    for work in steps:
-        yield Condition(work.done, list)

@@ -15,10 +15,9 @@ import numpy as np
 from mpidist._types import Array, DType, ReduceOp
 from mpidist.backends.combine import combination, combining, even_slices
 from mpidist.backends.crossovers import Crossovers
-from mpidist.backends.node.counters import SMALL_NBYTES
 from mpidist.backends.node.direct_path import NodeContext, prepare_all_reduce
 from mpidist.backends.node.registered_memory import RegisteredArray, Registry
-from mpidist.backends.node.sequencer import Sequencer, Waiters
+from mpidist.backends.node.sequencer import SMALL_NBYTES, Sequencer, Waiters
 from mpidist.backends.node.signatures import ComparedCall, Route, signature_of
 from mpidist.backends.work import Waiter
 from mpidist.observe.recorder import Name

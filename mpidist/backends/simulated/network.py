@@ -19,8 +19,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.namespaces import as_bytes
 from mpidist.backends.simulated.faults import DeliveryMode, Faults, JobAborted, RankDied
-from mpidist.backends.waiting import wait_until
-from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work
+from mpidist.backends.work import ANY_SOURCE, Message, Waiter, Work, wait_until
 from mpidist.errors import TransportError
 
 T = TypeVar("T", "Parcel", "PostedReceive")
