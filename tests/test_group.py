@@ -59,7 +59,7 @@ def failing_plan():
 
 def test_an_error_at_the_end_of_an_operation_is_kept_and_breaks_the_group():
     def body(group):
-        work = group.start(*failing_plan())
+        work = group.operations.start(*failing_plan())
         for _ in range(2):
             with pytest.raises(ValueError, match="no room"):
                 work.wait()
@@ -92,7 +92,7 @@ def test_an_interrupt_inside_a_collective_breaks_its_group(monkeypatch):
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(sub._backend, "run", interrupted)
+        monkeypatch.setattr(sub.transport, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mpidist.barrier(sub)
         with pytest.raises(mpidist.GroupBrokenError, match="KeyboardInterrupt"):
@@ -120,7 +120,7 @@ def test_communicators_of_dropped_groups_are_released_when_none_is_left(world, m
     from mpidist.backends.mpi.backend import MpiBackend
 
     dropped, asked = world.duplicate("dropped"), world.duplicate("asked")
-    comm, kept = dropped._backend._comm, asked.mpi_comm
+    comm, kept = dropped.transport._comm, asked.mpi_comm
     del dropped, asked
     real = MpiBackend._child
 

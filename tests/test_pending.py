@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.group.operations import abandon_groups
+from mpidist.group.state import abandon_groups
 from mpidist.testing import Death, Faults, run_ranks
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -133,7 +133,7 @@ def dropped_sums_are_released(group):
     last = [mpidist.irecv(group, src=1 - group.rank) for _ in range(40)]
     refs = drop_sums(group, 400)
     assert alive(refs) < 100, "held behind receives that last"
-    assert len(group._outstanding) < 140
+    assert len(group.operations.outstanding) < 140
     for _ in last:
         mpidist.isend(np.ones(3), group, dst=1 - group.rank)
     for work in last:
@@ -158,7 +158,7 @@ def test_a_wait_releases_operations_that_nobody_waits_for(world):
         # The operations need both ranks, and this one does not wait.
         until = time.monotonic() + 0.2
         while time.monotonic() < until:
-            group._backend.progress()
+            group.transport.progress()
         mpidist.send(np.ones(3), group, dst=0)
     else:
         mpidist.recv(group, src=1)
@@ -178,7 +178,7 @@ def test_close_raises_the_error_of_an_operation_that_progress_has_finished():
             waited.wait()
         mpidist.irecv(copy, src=1, out=np.empty(5))
         deadline = time.monotonic() + 10
-        while copy._outstanding and time.monotonic() < deadline:
+        while copy.operations.outstanding and time.monotonic() < deadline:
             copy.progress()
         with pytest.raises(mpidist.SizeMismatchError):
             copy.close()
@@ -194,7 +194,7 @@ def test_close_is_silent_about_an_error_that_was_raised_before():
             mpidist.send(np.zeros(10), copy, dst=0)
         else:
             work = mpidist.irecv(copy, src=1, out=np.empty(5))
-            while copy._outstanding:
+            while copy.operations.outstanding:
                 copy.progress()
             with pytest.raises(mpidist.SizeMismatchError):
                 work.wait()
@@ -228,7 +228,7 @@ def test_immediate_calls_of_simulated_ranks_keep_nothing_when_they_are_over(size
             mpidist.all_reduce_coalesced([x], group)
         del x
         gc.collect()
-        return [ref() is None for ref in refs], len(group._backend.engine.running)
+        return [ref() is None for ref in refs], len(group.transport.engine.running)
 
     assert run_ranks(size, body) == [([True] * 5, 0)] * size
 

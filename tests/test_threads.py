@@ -71,7 +71,7 @@ def test_a_collective_of_a_second_thread_at_the_same_time_is_refused() -> None:
             return
         waiting = threading.Thread(target=mpidist.barrier, args=(group,))
         waiting.start()
-        while not group._inside:
+        while not group.operations.inside:
             time.sleep(0.001)
         x = np.ones(3)
         for call in (mpidist.all_reduce, mpidist.iall_reduce):
@@ -126,7 +126,7 @@ def test_a_caller_says_which_line_of_the_user_this_is() -> None:
             mpidist.iall_reduce(np.ones(3), group).wait()
             in_threads(1, lambda _: mpidist.send(np.ones(1), group, dst=1 - group.rank))
         mpidist.recv(group, src=1 - group.rank)
-        records = Recording(group._backend.recorder.memory).records()
+        records = Recording(group.transport.recorder.memory).records()
         sites = {record.what.split()[0]: record.site for record in records}
         assert sites["iall_reduce"] == HERE
         assert sites["send"].file == sites["recv"].file == __file__
@@ -154,7 +154,7 @@ def test_the_files_of_an_adapter_count_as_inside(tmp_path: Path) -> None:
 
     def body(group: ProcessGroup) -> list[str]:
         namespace["call"](lambda: None)  # type: ignore[operator]
-        recorder = group._backend.recorder
+        recorder = group.transport.recorder
 
         def begin() -> None:
             name = recorder.name("x", recorder.name_group("g", 1), Kind.BLOCKING)

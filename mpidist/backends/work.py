@@ -447,11 +447,6 @@ class Waiter(ABC):
     breaks: bool
 
     @property
-    def shape(self) -> tuple[int, ...] | None:
-        """Shape of the caller's array, where the call has one."""
-        return None
-
-    @property
     def balance(self) -> int | None:
         """What has to add up to 0 over all ranks, where something has to."""
         return None

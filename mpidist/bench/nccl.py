@@ -129,9 +129,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure on the device of each rank; collective over `world`."""
-    device = world._backend.device
+    device = world.transport.device
     if not isinstance(device, NcclBackend):
-        why = world._backend.no_device if device is None else "they go by way of the host"
+        why = world.transport.no_device if device is None else "they go by way of the host"
         raise BenchmarkError(f"bench nccl: NCCL carries no device arrays here: {why}")
     machine = replace(Machine.of(world), gpu=describe_device())
     nccl, notes = Binding(world), list[str]()

@@ -136,7 +136,7 @@ class Binding:
 
     def __init__(self, world: ProcessGroup) -> None:
         all_reduce(device_module().zeros(1, DTYPE), world)
-        device = world._backend.device
+        device = world.transport.device
         assert isinstance(device, NcclBackend), "the group carries device arrays"
         assert device.communicator is not None, "it has just been used"
         self.comm: Any = device.communicator._handle
@@ -225,9 +225,9 @@ def staged_group(world: ProcessGroup) -> Iterator[ProcessGroup | None]:
     if not env.gpu_fallback():
         yield None
         return
-    on_mpi = world._backend.name == "mpi"
-    with init(world._backend.name, comm=world.mpi_comm if on_mpi else None) as staged:
-        carry_devices(staged._backend, "it is measured beside NCCL", fallback=True)
+    on_mpi = world.transport.name == "mpi"
+    with init(world.transport.name, comm=world.mpi_comm if on_mpi else None) as staged:
+        carry_devices(staged.transport, "it is measured beside NCCL", fallback=True)
         yield staged
 
 

@@ -80,13 +80,13 @@ class _Patience(Waiter):
 
 
 def _unwatched(world: ProcessGroup, nbytes: int, notes: list[str]) -> list[Series]:
-    """Return the sum as `ProcessGroup.repeat_sum` makes it, without recorder and deadline.
+    """Return the sum as `Operations.repeat_sum` makes it, without recorder and deadline.
 
     Nothing where the sums of this group are not made there.
     """
     x = np.zeros(max(nbytes // 4, 1), np.float32)
     all_reduce(x, world, out=x)  # prepares it
-    sums, patience = world._backend.sums, _Patience()
+    sums, patience = world.transport.sums, _Patience()
     if sums is None or sums.find(x, SUM) is None:
         notes.append("recorder and deadline are measured where all ranks share memory")
         return []
@@ -95,11 +95,11 @@ def _unwatched(world: ProcessGroup, nbytes: int, notes: list[str]) -> list[Serie
         prepared = sums.find(x, op)
         if prepared is None:
             return False
-        world._collectives[0] += 1
+        world.operations.collectives[0] += 1
         try:
             prepared.run(x, x, lambda: patience)
         except BaseException as error:
-            world._state.break_by(error)
+            world.operations.state.break_by(error)
             raise
         return True
 

@@ -87,7 +87,7 @@ class Machine:
             python=platform.python_version(),
             numpy=metadata.version("numpy"),
             mpi4py=_version("mpi4py"),
-            mpi=library_name(load_mpi()) if group._backend.name == "mpi" else "",
+            mpi=library_name(load_mpi()) if group.transport.name == "mpi" else "",
             ranks=group.size,
             nodes=group.num_nodes,
             omp_num_threads=env.omp_num_threads(),

@@ -85,7 +85,8 @@ def check_reduction(x: Array, op: ReduceOp, verb: str, group: ProcessGroup) -> N
             f"{verb} on {group}: op must be a ReduceOp, such as mpidist.SUM, mpidist.MEAN or "
             f"mpidist.MAX; got {op!r}"
         )
-    transport = group.transport_of(x)
+    device = group.transport.device
+    transport = group.transport if device is None or is_host(x) else device
     reductions = transport.capabilities.reductions
     if (op, x.dtype) in reductions:
         return
@@ -221,8 +222,8 @@ def land(
 
     def write_back() -> Array:
         xp.copyto(plain, landed)
-        if is_device(landed):
-            group.keep(landed)
+        if is_device(landed) and group.transport.device is not None:
+            group.transport.device.keep(landed)
         return out
 
     return Landing(landed.reshape(-1), write_back)

@@ -96,7 +96,8 @@ def _start(
     breaks = len(plans) > 1
     # None is started before all are known to be good.
     calls = [(replace(call, listed=listed, breaks=breaks), finish) for call, finish in plans]
-    return Work.all([group.start(*planned, timeout) for planned in calls]).then(lambda _: results)
+    works = [group.operations.start(*planned, timeout) for planned in calls]
+    return Work.all(works).then(lambda _: results)
 
 
 def _together(plans: Sequence[Planned[Array]]) -> Planned[list[Array]]:

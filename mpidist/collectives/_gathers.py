@@ -95,7 +95,7 @@ def all_gather(
     Collective over `group`; blocks. A ring: p - 1 messages, the bytes of all parts but one.
     """
     plan = plan_all_gather(x, group, out, counts)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def iall_gather(
@@ -108,7 +108,7 @@ def iall_gather(
 ) -> Work[Array]:
     """Start an `all_gather`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_gather(x, group, out, counts)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)
 
 
 def plan_gather(
@@ -173,7 +173,7 @@ def gather(
     Collective over `group`; blocks. 1 message of the bytes of `x` per rank; the root receives all.
     """
     plan = plan_gather(x, group, root, out, counts)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def igather(
@@ -187,4 +187,4 @@ def igather(
 ) -> Work[Array | None]:
     """Start a `gather`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_gather(x, group, root, out, counts)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)

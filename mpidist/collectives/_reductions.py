@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mpidist._types import SUM, Array, ReduceOp
 from mpidist.backends.verbs import (
     AllReduce,
@@ -68,23 +70,26 @@ def barrier(group: ProcessGroup, *, timeout: Timeout = None) -> None:
     Collective over `group`; blocks. ceil(log2 p) messages of 1 byte per rank.
     """
     check_group(group, "barrier")
-    group.run(Barrier(), nothing, timeout)
+    group.operations.run(Barrier(), nothing, timeout)
 
 
 def ibarrier(group: ProcessGroup, *, timeout: Timeout = None) -> Work[None]:
     """Start a `barrier`; the Work is complete when all ranks have called it."""
     check_group(group, "ibarrier")
-    return group.start(Barrier(), nothing, timeout)
+    return group.operations.start(Barrier(), nothing, timeout)
 
 
 def plan_all_reduce(
     x: Array, group: ProcessGroup, op: ReduceOp, out: Array | None
 ) -> Planned[Array]:
     """Check the arguments of `all_reduce` and prepare it."""
-    if out is x and is_plain(x):
+    if (out is x or out is None) and is_plain(x):
         check_reduction(x, op, "all_reduce", group)
-        same = x if x.ndim == 1 else x.reshape(-1)
-        return AllReduce(same, same, op, shape=x.shape), lambda: x
+        flat = x if x.ndim == 1 else x.reshape(-1)
+        if out is x:
+            return AllReduce(flat, flat, op, shape=x.shape), lambda: x
+        fresh = np.empty(x.shape, x.dtype)
+        return AllReduce(flat, fresh.reshape(-1), op, shape=x.shape), lambda: fresh
     x = check_array(x, "all_reduce", group)
     check_reduction(x, op, "all_reduce", group)
     flat, finish = land(out, x.shape, x, verb="all_reduce", group=group)
@@ -137,13 +142,13 @@ def all_reduce(
     and rounded once.
     """
     try:
-        if out is x and timeout is None and group.repeat_sum(x, op):
+        if out is x and timeout is None and group.operations.repeat_sum(x, op):
             return x
     except (AttributeError, TypeError):
         check_reduction(check_array(x, "all_reduce", group), op, "all_reduce", group)
         raise
     plan = plan_all_reduce(x, group, op, out)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def iall_reduce(
@@ -156,7 +161,7 @@ def iall_reduce(
 ) -> Work[Array]:
     """Start an `all_reduce`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_reduce(x, group, op, out)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)
 
 
 def plan_broadcast(x: Array, group: ProcessGroup, root: int, out: Array | None) -> Planned[Array]:
@@ -213,7 +218,7 @@ def broadcast(
     Collective over `group`; blocks. A binomial tree: at most ceil(log2 p) times `x` per rank.
     """
     plan = plan_broadcast(x, group, root, out)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def ibroadcast(
@@ -226,7 +231,7 @@ def ibroadcast(
 ) -> Work[Array]:
     """Start a `broadcast`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_broadcast(x, group, root, out)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)
 
 
 def plan_reduce(
@@ -285,7 +290,7 @@ def reduce(
     Collective over `group`; blocks. At most about the bytes of `x` sent per rank.
     """
     plan = plan_reduce(x, group, root, op, out)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def ireduce(
@@ -299,7 +304,7 @@ def ireduce(
 ) -> Work[Array | None]:
     """Start a `reduce`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_reduce(x, group, root, op, out)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)
 
 
 def plan_reduce_scatter(
@@ -367,7 +372,7 @@ def reduce_scatter(
     Collective over `group`; blocks. p - 1 messages, (p - 1) / p of the bytes of `x`.
     """
     plan = plan_reduce_scatter(x, group, op, out, counts)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def ireduce_scatter(
@@ -381,4 +386,4 @@ def ireduce_scatter(
 ) -> Work[Array]:
     """Start a `reduce_scatter`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_reduce_scatter(x, group, op, out, counts)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)

@@ -118,7 +118,7 @@ def scatter(
     Collective over `group`; blocks. The root sends p - 1 messages, the others none.
     """
     plan = plan_scatter(x, group, root, out, counts)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def iscatter(
@@ -132,7 +132,7 @@ def iscatter(
 ) -> Work[Array]:
     """Start a `scatter`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_scatter(x, group, root, out, counts)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)
 
 
 def plan_all_to_all(
@@ -206,7 +206,7 @@ def all_to_all(
     Collective over `group`; blocks. p - 1 messages, the bytes of all blocks but one.
     """
     plan = plan_all_to_all(x, group, out, counts, recv_counts)
-    return group.run(*plan, timeout)
+    return group.operations.run(*plan, timeout)
 
 
 def iall_to_all(
@@ -220,4 +220,4 @@ def iall_to_all(
 ) -> Work[Array]:
     """Start an `all_to_all`; `x` and `out` belong to it until the Work is complete."""
     plan = plan_all_to_all(x, group, out, counts, recv_counts)
-    return group.start(*plan, timeout)
+    return group.operations.start(*plan, timeout)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from mpidist._arguments import whole_number
+from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
-from mpidist.arrays.namespaces import device_empty, is_host
+from mpidist.arrays.namespaces import device_empty
 from mpidist.backends.base import Backend
 from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.crossovers import Crossovers
@@ -26,14 +28,15 @@ from mpidist.errors import (
     SizeMismatchError,
     UnsupportedOperationError,
 )
-from mpidist.group.operations import Operations
+from mpidist.group.operations import C, Operations
+from mpidist.group.state import GroupState
 
 if TYPE_CHECKING:
     import logging
 
     import numpy.typing as npt
 
-    from mpidist.backends.device.base import DeviceBackend
+    from mpidist.observe.recorder.recorder import Site
     from mpidist.observe.watch import Watch
 
 __all__ = ["Layout", "ProcessGroup", "check_group"]
@@ -85,7 +88,7 @@ class Layout:
         return tuple(order.setdefault(self.nodes[rank], len(order)) for rank in ranks)
 
 
-class ProcessGroup(Operations):
+class ProcessGroup(Closing):
     """A group of ranks that call the same collectives.
 
     Made by `mpidist.init`, `split`, `new_group` and `duplicate`; closed by `close`, or at the end
@@ -110,6 +113,12 @@ class ProcessGroup(Operations):
         Seconds after which a wait fails and the group is broken.
     warn_after : float
         Seconds after which a wait logs a warning, and again at each doubling.
+    operations : Operations
+        Begins operations on this group: for verbs and adapters.
+    transport : Backend
+        What carries them; its `device` is what carries device arrays.
+    watch : Watch
+        Sees what the ranks of the world are doing.
     """
 
     def __init__(
@@ -124,7 +133,7 @@ class ProcessGroup(Operations):
         watch: Watch,
         identity: int = 0,
     ) -> None:
-        super().__init__(
+        state = GroupState(
             backend,
             watch,
             ranks,
@@ -133,6 +142,15 @@ class ProcessGroup(Operations):
             warn_after=warn_after,
             identity=identity,
         )
+        self.operations = Operations(state)
+        self.transport = backend
+        self.watch = watch
+        self.rank = state.rank
+        self.size = state.size
+        self.ranks = state.ranks
+        self.name = name
+        self._state = state
+        self._closed_with: list[ProcessGroup] = []
         self._layout = layout
         self._related: dict[str, ProcessGroup | None] = {}
         nodes = layout.of(self.ranks)
@@ -188,7 +206,37 @@ class ProcessGroup(Operations):
         watch.connect(nodes, group._gather_bytes(watch.endpoint()))
         return cls(backend, name=name, ranks=ranks, layout=layout, identity=identity, **options)
 
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError(
+            f"{self} cannot be copied or pickled, nor can what holds it: it connects processes. "
+            "Pass it on as it is, or make another with duplicate(); of a DDP copy its module, "
+            "between two steps; of an optimizer its state_dict()"
+        )
+
+    def __repr__(self) -> str:
+        """Return name, rank and size, as messages show them."""
+        return repr(self._state)
+
     # -- facts ---------------------------------------------------------------------------------
+
+    @property
+    def timeout(self) -> float:
+        """Seconds after which a wait fails and the group is broken."""
+        return self._state.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._state.timeout = seconds
+
+    @property
+    def warn_after(self) -> float:
+        """Seconds after which a wait logs a warning, and again at each doubling."""
+        return self._state.warn_after
+
+    @warn_after.setter
+    def warn_after(self, seconds: float) -> None:
+        self._state.warn_after = seconds
 
     @cached_property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
@@ -201,47 +249,37 @@ class ProcessGroup(Operations):
     @property
     def capabilities(self) -> Capabilities:
         """What this group's transport can do with host arrays."""
-        return self._backend.capabilities
+        return self.transport.capabilities
 
     @property
     def device_capabilities(self) -> Capabilities | None:
         """What it can do with device arrays; None where it carries none."""
-        return None if self._backend.device is None else self._backend.device.capabilities
+        return None if self.transport.device is None else self.transport.device.capabilities
 
     @property
     def backend(self) -> str:
         """Name of the transport; ``"hybrid"`` where it carries device arrays, too."""
-        return self._backend.name if self._backend.device is None else "hybrid"
-
-    def transport_of(self, x: Array) -> Backend | DeviceBackend[Backend]:
-        """Return what carries an array that has been checked."""
-        device = self._backend.device
-        return self._backend if device is None or is_host(x) else device
+        return self.transport.name if self.transport.device is None else "hybrid"
 
     def check_device(self, x: Array, verb: str, name: str = "x") -> None:
         """Raise unless this group carries this device array."""
-        device = self._backend.device
+        device = self.transport.device
         if device is None:
             raise UnsupportedOperationError(
                 f"{verb} on {self}: {name} is a device array, and this group carries none: "
-                f"{self._backend.no_device}. Copy it to the host (cupy.asnumpy) first, or "
+                f"{self.transport.no_device}. Copy it to the host (cupy.asnumpy) first, or "
                 "set MPIDIST_ENABLE_GPU_FALLBACK=1 on all ranks before init, which does so for you"
             )
         device.check_device(x, f"{verb} on {self}: {name}")
 
-    def keep(self, x: Array) -> None:
-        """Hold a device array until what is on the current stream by now is done with it."""
-        if self._backend.device is not None:
-            self._backend.device.keep(x)
-
     @property
     def crossovers(self) -> Crossovers:
         """From which sizes on this group takes which path; may be set, to the same on all ranks."""
-        return self._backend.crossovers
+        return self.transport.crossovers
 
     @crossovers.setter
     def crossovers(self, sizes: Crossovers) -> None:
-        self._backend.take({1: sizes})
+        self.transport.take({1: sizes})
 
     @property
     def mpi_comm(self) -> Any:
@@ -252,7 +290,7 @@ class ProcessGroup(Operations):
         BackendUnavailableError
             If the group does not stand on MPI.
         """
-        return self._backend.mpi_comm()
+        return self.transport.mpi_comm()
 
     def rank_of(self, world_rank: int) -> int | None:
         """Return the rank in this group of a rank of the world, or None for a non-member.
@@ -291,10 +329,10 @@ class ProcessGroup(Operations):
         Collective over the group; blocks.
         """
         self._check_color(color, key)
-        with self._performing("split") as waiter:
-            backend = self._backend.split(color, key, waiter=waiter)
-            if self._backend.device is not None:
-                device = self._backend.device.split(color, key, backend, waiter)
+        with self.operations.performing("split") as waiter:
+            backend = self.transport.split(color, key, waiter=waiter)
+            if self.transport.device is not None:
+                device = self.transport.device.split(color, key, backend, waiter)
                 if backend is not None:
                     backend.device = device
         return None if backend is None else self._child(backend, name or f"{self.name}/{color}")
@@ -328,10 +366,10 @@ class ProcessGroup(Operations):
         if self.rank not in ranks:
             return None
         what = f"new_group({list(ranks)})" + ("" if name is None else f" of {name}")
-        with self._performing(what, among=ranks) as waiter:
-            backend = self._backend.create(ranks, waiter=waiter)
-            if self._backend.device is not None:
-                backend.device = self._backend.device.create(backend)
+        with self.operations.performing(what, among=ranks) as waiter:
+            backend = self.transport.create(ranks, waiter=waiter)
+            if self.transport.device is not None:
+                backend.device = self.transport.device.create(backend)
         label = name or f"{self.name}[{','.join(map(str, ranks))}]"
         return self._child(backend, label)
 
@@ -371,9 +409,9 @@ class ProcessGroup(Operations):
             "name": name,
             "timeout": self.timeout,
             "warn_after": self.warn_after,
-            "watch": self._watch,
+            "watch": self.watch,
         }
-        backend.join(self._backend)
+        backend.join(self.transport)
         lone = Layout((0,) * backend.size)
         group = ProcessGroup(backend, ranks=range(backend.size), layout=lone, **options)
         ranks, identity = group._introduce(self.ranks[self.rank])
@@ -384,7 +422,7 @@ class ProcessGroup(Operations):
         numbers = np.empty((self.size, 2), np.int64)
         own = np.array([number, int.from_bytes(os.urandom(7), "little")], np.int64)
         counts = (own.size,) * self.size
-        self.run(AllGather(own, numbers.reshape(-1), counts), lambda: None)
+        self.operations.run(AllGather(own, numbers.reshape(-1), counts), lambda: None)
         return numbers[:, 0].tolist(), int(numbers[0, 1])
 
     def _gather_bytes(self, own: bytes) -> list[bytes]:
@@ -392,7 +430,7 @@ class ProcessGroup(Operations):
         rows = np.empty((self.size, len(own)), np.uint8)
         counts = (len(own),) * self.size
         sent = np.frombuffer(own, np.uint8)
-        self.run(AllGather(sent, rows.reshape(-1), counts), lambda: None)
+        self.operations.run(AllGather(sent, rows.reshape(-1), counts), lambda: None)
         return [row.tobytes() for row in rows]
 
     # -- memory --------------------------------------------------------------------------------
@@ -451,7 +489,7 @@ class ProcessGroup(Operations):
             raise UnsupportedOperationError(
                 f"empty on {self}: device must be 'cpu' or 'gpu', got {device!r}"
             )
-        memory = self._memory("empty", shape, dtype, self._backend.allocate)
+        memory = self._memory("empty", shape, dtype, self.transport.allocate)
         if memory is None:
             return np.empty(shape, dtype)
         return memory.view(dtype).reshape(shape)
@@ -486,7 +524,7 @@ class ProcessGroup(Operations):
         write over what another has read likewise. Each rank provides an equal share of the pages.
         Collectives take it as any other array, and no two ranks may receive in one place of it.
         """
-        memory = self._memory("shared", shape, dtype, self._backend.share)
+        memory = self._memory("shared", shape, dtype, self.transport.share)
         if memory is not None:
             return memory.view(dtype).reshape(shape)
         fresh = np.empty(shape, dtype)
@@ -523,7 +561,7 @@ class ProcessGroup(Operations):
         one rank per node it is ordinary memory. Call `unregister` before the memory is released:
         what lies at its addresses later would be taken for it.
         """
-        make = partial(self._backend.register, descriptor)
+        make = partial(self.transport.register, descriptor)
         memory = self._memory("register", nbytes, np.uint8, make)
         return np.empty(0, np.uint8) if memory is None else memory
 
@@ -547,8 +585,8 @@ class ProcessGroup(Operations):
         Collective over the group; blocks. It waits for what is under way on the group. The arrays
         stay valid, as ordinary ones.
         """
-        with self._performing("unregister") as waiter:
-            self._backend.unregister(x, waiter=waiter)
+        with self.operations.performing("unregister") as waiter:
+            self.transport.unregister(x, waiter=waiter)
 
     def _memory(
         self,
@@ -563,10 +601,10 @@ class ProcessGroup(Operations):
         if any(length < 0 for length in shape):
             raise SizeMismatchError(f"{operation} on {self}: no array has the shape {shape}")
         nbytes = prod(shape) * dtype.itemsize
-        with self._performing(f"{operation} {dtype}{list(shape)}") as waiter:
+        with self.operations.performing(f"{operation} {dtype}{list(shape)}") as waiter:
             # A block has parts of one size: with another stride, ranks would overlap.
             own, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
-            self._backend.run(AllGather(own, sizes, (1,) * self.size), waiter=waiter)
+            self.transport.run(AllGather(own, sizes, (1,) * self.size), waiter=waiter)
             if (sizes != own).any():
                 raise CollectiveMismatchError(
                     "the ranks ask for arrays of different sizes, and nothing has been made; all "
@@ -600,6 +638,62 @@ class ProcessGroup(Operations):
                 f"split on {self}: color must be None or an integer from 0 to 2**31 - 1 and key an "
                 f"integer below 2**31; got color {color!r}, key {key!r}"
             )
+
+    # -- operations under way, and the end -----------------------------------------------------
+
+    def called_at(self, site: Site) -> AbstractContextManager[None]:
+        """Let records and errors say that a line of the user has called what this thread calls.
+
+        For adapters whose own code calls the verbs, where the user's line is not on the stack: one
+        that a framework's thread or hook calls.
+
+        Parameters
+        ----------
+        site : Site
+            File, line and function, from `mpidist.observe.recorder.site_of` for one; never a frame,
+            which would keep the user's arrays alive.
+
+        Returns
+        -------
+        context manager
+            Around the calls, of this thread on this group.
+        """
+        return self._state.journal.called_at(site)
+
+    def service(self, name: str, make: Callable[[], C]) -> C:
+        """Return the service of this name, which the first call makes; see `Operations.service`."""
+        return self.operations.service(name, make)
+
+    def progress(self) -> None:
+        """Drive what is under way as far as it can go now; local, never blocks.
+
+        MPI makes no progress by itself: a loop that computes for long while operations are
+        outstanding calls this now and then.
+        """
+        self.operations.progress()
+
+    def close(self) -> None:
+        """Finish what is under way within the deadline and release the group.
+
+        Raises
+        ------
+        DistributedError
+            If an operation failed, now or before, that no wait reported; the group is closed all
+            the same.
+
+        Notes
+        -----
+        Local, but waits for the group's outstanding operations and saves, if it has any. Closing
+        twice is allowed; a broken group is not waited for.
+        """
+        if self._state.reason is not None:
+            return
+        failed = self.operations.finish()
+        for group in self._closed_with:
+            group.close()
+        self.operations.release()
+        if failed is not None:
+            raise failed
 
     def print(self, *values: object, sep: str = " ") -> None:
         """Print one line that says which rank speaks.

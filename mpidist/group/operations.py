@@ -1,64 +1,50 @@
-"""What the ranks of a group do together: operations are recorded, end, or break the group."""
+"""What the ranks of a group do together: how operations begin, and what becomes of those that fail.
+
+Every operation is counted, recorded and given what waits for it: `_begin`. A blocking one is
+performed inside of a `_Blocking`, an immediate one becomes a `GroupWork`: `_start`. Both end their
+record, or break the group, see `_fail`. The one short cut is a blocking sum that has been prepared
+before, `_sum`, since what waits for it would cost more than the sum does.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import count
 from threading import Lock, get_ident
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 from mpidist._arguments import seconds
-from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
 from mpidist.arrays.namespaces import is_device
 from mpidist.backends.base import Backend
 from mpidist.backends.device.base import DeviceBackend, DeviceWork
 from mpidist.backends.verbs import AllReduce, Collective
-from mpidist.backends.work import Message, Steps
+from mpidist.backends.work import Work
 from mpidist.errors import (
     BackendUnavailableError,
     CollectiveMismatchError,
     LaunchError,
     UnsupportedOperationError,
 )
-from mpidist.group.pending import DeviceGroupWork, GroupWaiter, GroupWork, Peers
-from mpidist.group.state import GroupState
+from mpidist.group.pending import EVERYBODY, DeviceGroupWork, GroupWaiter, GroupWork, Peers
+from mpidist.group.state import GroupState, PendingWork
 from mpidist.observe.recorder import Kind, caller
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from mpidist.observe.recorder.recorder import Site
-    from mpidist.observe.watch import Watch
+    from mpidist.backends.node.sums import Sum
+    from mpidist.observe.recorder import Name
 
-__all__ = ["Operations", "Service", "Timeout", "abandon_groups", "services"]
+__all__ = ["Operations", "Service", "Timeout", "services"]
 
 T = TypeVar("T")
 
 Timeout: TypeAlias = "float | timedelta | None"
 """Seconds for one call; None stands for those of the group."""
-
-_STATES: weakref.WeakSet[GroupState] = weakref.WeakSet()
-"""Of the groups, and of those of which the program has kept an operation only."""
-
-
-def abandon_groups(transport: str, reason: str) -> None:
-    """Let no group of a transport be used any more, in a process that is no rank of it.
-
-    Parameters
-    ----------
-    transport : str
-        The name of its backend.
-    reason : str
-        Why, for the error that every verb raises from now on.
-    """
-    for state in tuple(_STATES):
-        if state.backend.name == transport and state.reason is None:
-            state.reason = reason
 
 
 class Service(Protocol):
@@ -73,128 +59,56 @@ class Service(Protocol):
 
 C = TypeVar("C", bound=Service)
 
-_SERVICES: list[tuple[Operations, Service]] = []
+_SERVICES: list[tuple[GroupState, Service]] = []
 
 
-def services() -> Sequence[tuple[Operations, Service]]:
-    """Return the open services of this process, each with its group."""
+def services() -> Sequence[tuple[GroupState, Service]]:
+    """Return the open services of this process, each with the state of its group."""
     return tuple(_SERVICES)
 
 
-class Operations(Closing):
-    """The operations of one group; the groups themselves are `ProcessGroup`.
+class Operations:
+    """The operations of one group.
 
     Parameters
     ----------
-    backend : Backend
-        The transport; closed with the group.
-    watch : Watch
-        Sees what the ranks of the world are doing.
-    ranks : sequence of int
-        The rank in the world of each member.
-    name : str
-        For messages.
-    timeout, warn_after : float
-        Seconds after which a wait fails, and after which it is reported.
-    identity : int
-        The same on all ranks, and on no other group.
+    state : GroupState
+        What they share.
+
+    Attributes
+    ----------
+    state : GroupState
+        What they share.
+    collectives : list of int
+        One number: how many collectives this rank has begun.
+    inside : int
+        The identity of the thread that is inside of a collective; 0 where none is.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        watch: Watch,
-        ranks: Sequence[int],
-        *,
-        name: str,
-        timeout: float,
-        warn_after: float,
-        identity: int,
-    ) -> None:
-        self._state = state = GroupState(
-            backend,
-            watch,
-            ranks,
-            name=name,
-            timeout=timeout,
-            warn_after=warn_after,
-            identity=identity,
-        )
-        self.rank = state.rank
-        self.size = state.size
-        self.ranks = state.ranks
-        self.name = name
-        self._backend = backend
-        self._watch = watch
+    def __init__(self, state: GroupState) -> None:
+        self.state = state
+        self.collectives = [0]
+        self.inside = 0
+        self._backend = state.backend
         self._journal = state.journal
-        self._identity = identity
-        self._outstanding = state.outstanding
+        self._watch = state.watch
         self._messages = 0
-        self._collectives = [0]
-        backend.follow(identity, self._collectives)
         self._payloads = count(1)
         self._counting = Lock()
-        # The thread that is inside of a collective; 0 where none is.
-        self._inside = 0
-        self._closed_with: list[Operations] = []
         self._services: dict[str, Service] = {}
-        _STATES.add(state)
-
-    def __reduce_ex__(self, _: Any) -> NoReturn:
-        """Refuse to be copied or pickled."""
-        raise TypeError(
-            f"{self} cannot be copied or pickled, nor can what holds it: it connects processes. "
-            "Pass it on as it is, or make another with duplicate(); of a DDP copy its module, "
-            "between two steps; of an optimizer its state_dict()"
-        )
-
-    def __repr__(self) -> str:
-        """Return name, rank and size, as messages show them."""
-        return repr(self._state)
+        state.backend.follow(state.identity, self.collectives)
 
     @property
-    def timeout(self) -> float:
-        """Seconds after which a wait fails and the group is broken."""
-        return self._state.timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float) -> None:
-        self._state.timeout = seconds
-
-    @property
-    def warn_after(self) -> float:
-        """Seconds after which a wait logs a warning, and again at each doubling."""
-        return self._state.warn_after
-
-    @warn_after.setter
-    def warn_after(self, seconds: float) -> None:
-        self._state.warn_after = seconds
-
-    def called_at(self, site: Site) -> AbstractContextManager[None]:
-        """Let records and errors say that a line of the user has called what this thread calls.
-
-        For adapters whose own code calls the verbs, where the user's line is not on the stack: one
-        that a framework's thread or hook calls.
-
-        Parameters
-        ----------
-        site : Site
-            File, line and function, from `mpidist.observe.recorder.site_of` for one; never a frame,
-            which would keep the user's arrays alive.
-
-        Returns
-        -------
-        context manager
-            Around the calls, of this thread on this group.
-        """
-        return self._journal.called_at(site)
-
-    @property
-    def operations(self) -> int:
+    def begun(self) -> int:
         """How many operations this rank has begun on the group."""
-        return self._collectives[0] + self._messages
+        return self.collectives[0] + self._messages
 
-    # -- operations ----------------------------------------------------------------------------
+    @property
+    def outstanding(self) -> Collection[PendingWork[Any]]:
+        """The operations under way."""
+        return self.state.outstanding
+
+    # -- collectives -----------------------------------------------------------------------------
 
     def run(self, call: Collective, finish: Callable[[], T], timeout: Timeout = None) -> T:
         """Perform a collective and return its result.
@@ -206,35 +120,24 @@ class Operations(Closing):
         timeout : float or datetime.timedelta, optional
             Seconds for this call; the group's when omitted.
         """
-        if timeout is not None:
-            timeout = self._seconds(timeout, call.verb)
-        if self._backend.device is not None and call.on_device:
-            inner, waiter = self._begin_on_device(call, Kind.BLOCKING, timeout)
-            inner.when_over(partial(self._journal.end, waiter.record))
-            try:
-                inner.order()
-            except BaseException as error:
-                self._failed(error, waiter)
-                raise
+        backend, debug = self._backend, self._watch.debug
+        if backend.device is not None and call.on_device:
+            self._run_on_device(call, self._collective(call, Kind.BLOCKING, caller(2), timeout))
             return finish()
-        number = self._count(call.verb)
-        journal = self._journal
-        name = journal.name_collective(Kind.BLOCKING, call)
-        record = journal.begin(name, number, caller(2))
-        waiter = self._waiter(call.verb, record, name.call, call)
-        if timeout is not None:
-            waiter.limit(timeout)
-        self._inside = get_ident()
-        try:
-            if self._watch.debug:
-                waiter.wait_for(self._backend.compare(waiter.describe()).done)
-            self._backend.run(call, waiter=waiter)
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        finally:
-            self._inside = 0
-        journal.end(record)
+        if backend.sums is not None and isinstance(call, AllReduce) and timeout is None:
+            prepared = None if debug else backend.sums.prepared(call)
+            if prepared is not None:
+                number = self._count(call.verb)
+                name = prepared.name or self._journal.name_sum(prepared, call)
+                record = self._journal.begin(name, number, caller(2))
+                self._sum(
+                    prepared, call.x, call.out, record, partial(self._waiter_of_sum, call, record)
+                )
+                return finish()
+        with _Blocking(self, self._collective(call, Kind.BLOCKING, caller(2), timeout)) as waiter:
+            if debug:
+                waiter.wait_for(backend.compare(waiter.describe()).done)
+            backend.run(call, waiter=waiter)
         return finish()
 
     def repeat_sum(self, x: Array, op: ReduceOp) -> bool:
@@ -245,162 +148,242 @@ class Operations(Closing):
         bool
             Whether it was done. A `Collective`, its checks and a waiter cost more than a small sum.
         """
-        sums = self._backend.sums
+        backend = self._backend
         # In debug mode a rank whose array lies otherwise would compare, and wait for this one.
-        if self._state.reason is not None or self._watch.debug or self._inside:
+        if self.state.reason is not None or self._watch.debug or self.inside:
             return False
-        if self._backend.device is not None and is_device(x):
-            return self._repeat_on_device(self._backend.device, x, op)
-        if sums is None:
+        if backend.device is not None and is_device(x):
+            return self._repeat_on_device(backend.device, x, op)
+        if backend.sums is None:
             return False
-        prepared = sums.find(x, op)
+        prepared = backend.sums.find(x, op)
         if prepared is None:
             return False
-        self._collectives[0] = number = self._collectives[0] + 1
-        journal = self._journal
-        name = prepared.name or journal.name_sum(prepared, x, op)
-        record = journal.begin(name, number, caller(2))
-        self._inside = get_ident()
-        try:
-            prepared.run(x, x, partial(self._sum_waiter, x, op, record))
-        except BaseException as error:
-            self._failed(error, self._waiter("all_reduce", record))
-            raise
-        finally:
-            self._inside = 0
-        journal.end(record)
-        return True
-
-    def _sum_waiter(self, x: Array, op: ReduceOp, record: int) -> GroupWaiter:
-        """Return what waits for a sum in place that was repeated."""
-        call = AllReduce(x, x, op, shape=x.shape)
-        name = self._journal.name_collective(Kind.BLOCKING, call)
-        return self._waiter(call.verb, record, name.call, call)
-
-    def _repeat_on_device(self, device: DeviceBackend[Backend], x: Array, op: ReduceOp) -> bool:
-        """Perform an all_reduce of a device array in place if it needs no preparation."""
-        name = self._journal.name_device_sum(x, op)
-        number, record = self._collectives[0] + 1, 0
-
-        def waiter() -> GroupWaiter:
-            return self._waiter("all_reduce", record, number=number)
-
-        try:
-            work = device.repeat_sum(x, op, waiter)
-        except BaseException as error:
-            self._failed(error, waiter())
-            raise
-        if work is None:
-            return False
-        self._collectives[0] = number
-        record = self._journal.begin(name, number, caller(3))
-        work.when_over(partial(self._journal.end, record))
-        work.order()
+        self.collectives[0] = number = self.collectives[0] + 1
+        name = prepared.name or self._journal.name_sum(prepared, _in_place(x, op))
+        record = self._journal.begin(name, number, caller(2))
+        self._sum(prepared, x, x, record, partial(self._waiter_of_repeat, x, op, record))
         return True
 
     def start(
         self, call: Collective, finish: Callable[[], T], timeout: Timeout = None
     ) -> GroupWork[T]:
         """Start a collective and return at once; see `run`."""
-        if timeout is not None:
-            timeout = self._seconds(timeout, f"i{call.verb}")
+        waiter = self._collective(call, Kind.IMMEDIATE, caller(2), timeout)
         if self._backend.device is not None and call.on_device:
-            begun, waiter = self._begin_on_device(call, Kind.IMMEDIATE, timeout)
-            self._state.release(2)
-            return DeviceGroupWork(waiter, begun, finish)
-        verb = f"i{call.verb}"
+            return self._start(waiter, partial(self._begin_on_device, call), finish)
+        return self._start(waiter, partial(self._begin_on_host, call), finish)
+
+    def _collective(
+        self, call: Collective, kind: Kind, frame: FrameType, timeout: Timeout
+    ) -> GroupWaiter:
+        """Begin a collective, whose number is the same on all ranks."""
+        verb = call.verb if kind is Kind.BLOCKING else f"i{call.verb}"
+        limit = None if timeout is None else self._seconds(timeout, verb)
         number = self._count(verb)
-        name = self._journal.name_collective(Kind.IMMEDIATE, call)
-        record = self._journal.begin(name, number, caller(2))
-        waiter = self._waiter(verb, record, name.call, call)
+        name = self._journal.name_collective(kind, call)
+        return self._begin(verb, name, number, frame, call=call, timeout=limit)
+
+    def _count(self, verb: str) -> int:
+        """Return the number of the collective that begins; the same on all ranks."""
+        if self.state.reason is not None or self.inside:
+            self.state.check_usable(verb)
+            self._check_thread(verb)
+        self.collectives[0] = number = self.collectives[0] + 1
+        return number
+
+    def _check_thread(self, verb: str) -> None:
+        """Raise if another thread is inside of a collective of this group."""
+        if self.inside not in (0, get_ident()):
+            raise UnsupportedOperationError(
+                f"{verb} on {self.state}: another thread of this process is inside of a collective "
+                "of this group. The collectives of a group are called by one thread at a time, in "
+                "the same order on all ranks: make a group for each thread, group.duplicate(name). "
+                "Messages may be sent and received by any thread"
+            )
+
+    def _begin_on_host(self, call: Collective, waiter: GroupWaiter) -> Work[Any]:
+        if self._watch.debug:
+            return self._backend.begin_compared(call, waiter.describe())
+        return self._backend.begin(call, waiter)
+
+    # -- what every operation passes -------------------------------------------------------------
+
+    def _begin(
+        self,
+        verb: str,
+        name: Name,
+        number: int,
+        frame: FrameType,
+        *,
+        call: Collective | None = None,
+        peers: Peers | None = None,
+        timeout: float | None = None,
+    ) -> GroupWaiter:
+        """Record that an operation begins, of which `peers` are some ranks, and return its waiter.
+
+        Without `peers` it is a collective.
+        """
+        record = self._journal.begin(name, number, frame)
+        collective = (self.state.identity, number) if peers is None else None
+        waiter = GroupWaiter(
+            self.state,
+            verb,
+            record,
+            number=number,
+            collective=collective,
+            peers=peers or EVERYBODY,
+            digest=name.call,
+            call=call,
+        )
         if timeout is not None:
             waiter.limit(timeout)
+        return waiter
+
+    def _start(
+        self,
+        waiter: GroupWaiter,
+        begin: Callable[[GroupWaiter], Work[Any]],
+        finish: Callable[[], T],
+    ) -> GroupWork[T]:
+        """Return the Work of an operation that the transport begins now."""
         try:
-            if self._watch.debug:
-                inner = self._backend.begin_compared(call, waiter.describe())
-            else:
-                inner = self._backend.begin(call, waiter)
+            inner = begin(waiter)
         except BaseException as error:
-            self._failed(error, waiter)
+            self.fail(error, waiter)
             raise
-        self._state.release_many()
+        if isinstance(inner, DeviceWork):
+            self.state.release(2)
+            return DeviceGroupWork(waiter, inner, finish)
+        self.state.release_many()
         return GroupWork(waiter, inner, finish)
 
-    def _begin_on_device(
-        self, call: Collective, kind: Kind, timeout: float | None
-    ) -> tuple[DeviceWork, GroupWaiter]:
+    def fail(self, error: BaseException, waiter: GroupWaiter) -> None:
+        """Break the group on an error that may have left its ranks at different places."""
+        self._journal.end(waiter.record, failed=True)
+        # Of these all ranks know, and nothing has begun.
+        usable = isinstance(error, BackendUnavailableError | LaunchError)
+        if waiter.collective is None:
+            usable |= isinstance(error, UnsupportedOperationError)
+        if isinstance(error, CollectiveMismatchError):
+            self.state.add_operation(error, waiter.operation)
+            usable = error.usable
+        if not usable:
+            # Also an interrupt: the other ranks have gone on to the next operation.
+            self.state.break_by(error)
+
+    def _seconds(self, timeout: float | timedelta, verb: str) -> float:
+        """Return the deadline of a call as a number."""
+        return seconds(timeout, f"{verb} on {self.state}: timeout", least=0.0)
+
+    # -- a sum that has been prepared ------------------------------------------------------------
+
+    def _sum(
+        self,
+        prepared: Sum,
+        x: Array,
+        out: Array,
+        record: int,
+        waiters: Callable[[], GroupWaiter],
+    ) -> None:
+        """Perform a blocking sum, with a waiter only if it has to wait for long."""
+        self.inside = get_ident()
+        try:
+            prepared.run(x, out, waiters)
+        except BaseException as error:
+            self.fail(error, waiters())
+            raise
+        finally:
+            self.inside = 0
+        self._journal.end(record)
+
+    def _waiter_of_sum(self, call: AllReduce, record: int) -> GroupWaiter:
+        """Return what waits for a sum that has begun."""
+        name = self._journal.name_collective(Kind.BLOCKING, call)
+        return GroupWaiter(
+            self.state,
+            call.verb,
+            record,
+            collective=(self.state.identity, self.collectives[0]),
+            digest=name.call,
+            call=call,
+        )
+
+    def _waiter_of_repeat(self, x: Array, op: ReduceOp, record: int) -> GroupWaiter:
+        return self._waiter_of_sum(_in_place(x, op), record)
+
+    # -- device arrays ---------------------------------------------------------------------------
+
+    def _begin_on_device(self, call: Collective, waiter: GroupWaiter) -> DeviceWork:
         """Put a collective on device arrays behind the current stream, and return at once."""
         device = self._backend.device
         assert device is not None, "asked before"
-        verb = call.verb if kind is Kind.BLOCKING else f"i{call.verb}"
-        number = self._count(verb)
-        name = self._journal.name_collective(kind, call)
-        record = self._journal.begin(name, number, caller(3))
-        waiter = self._waiter(verb, record, name.call, call)
-        if timeout is not None:
-            waiter.limit(timeout)
-        self._inside = get_ident()
+        self.inside = get_ident()
         try:
             if self._watch.debug:
                 # Compared now in both forms: what the device has begun cannot be undone.
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)
             device.prepare(waiter)
             begun = device.begin(call, waiter)
-        except (BackendUnavailableError, LaunchError):
-            # The ranks cannot be connected, all of them know, and nothing has begun.
-            self._journal.end(record, failed=True)
-            raise
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
         finally:
-            self._inside = 0
+            self.inside = 0
         if not device.compares_calls:
             waiter.call = None  # a long wait for the device need not hold the arrays
-        return begun, waiter
+        return begun
+
+    def _run_on_device(self, call: Collective, waiter: GroupWaiter) -> None:
+        """Let the current stream go on behind a collective; the host does not wait for it."""
+        try:
+            begun = self._begin_on_device(call, waiter)
+            begun.when_over(partial(self._journal.end, waiter.record))
+            begun.order()
+        except BaseException as error:
+            self.fail(error, waiter)
+            raise
+
+    def _repeat_on_device(self, device: DeviceBackend[Backend], x: Array, op: ReduceOp) -> bool:
+        """Perform an all_reduce of a device array in place if it needs no preparation."""
+        name = self._journal.name_device_sum(x, op)
+        number, record = self.collectives[0] + 1, 0
+
+        def waiter() -> GroupWaiter:
+            collective = (self.state.identity, number)
+            return GroupWaiter(self.state, "all_reduce", record, collective=collective)
+
+        try:
+            work = device.repeat_sum(x, op, waiter)
+        except BaseException as error:
+            self.fail(error, waiter())
+            raise
+        if work is None:
+            return False
+        self.collectives[0] = number
+        record = self._journal.begin(name, number, caller(3))
+        work.when_over(partial(self._journal.end, record))
+        work.order()
+        return True
+
+    # -- what is no collective -------------------------------------------------------------------
 
     def start_messages(
         self,
-        sends: Sequence[Message],
-        receives: Sequence[Message],
-        finish: Callable[[], T],
-        timeout: Timeout = None,
-    ) -> DeviceGroupWork[T]:
-        """Put messages of device arrays behind the current stream, and return at once."""
-        device = self._backend.device
-        assert device is not None, "the arrays were checked"
-        peers = Peers(frozenset(message.peer for message in (*sends, *receives)))
-        waiter = self._message_waiter("exchange", "on the device", peers, caller(3), timeout)
-        try:
-            inner = device.exchange(sends, receives, waiter)
-        except UnsupportedOperationError:
-            # The ranks are not connected, on none of them, and nothing has begun.
-            self._journal.end(waiter.record, failed=True)
-            raise
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        self._state.release(2)
-        return DeviceGroupWork(waiter, inner, finish)
-
-    def start_steps(
-        self,
         verb: str,
-        steps: Callable[[Backend], Steps],
+        begin: Callable[[Backend, GroupWaiter], Work[Any]],
         finish: Callable[[], T],
         *,
         peers: Peers,
         detail: str = "",
         timeout: Timeout = None,
     ) -> GroupWork[T]:
-        """Start an operation of several phases among some ranks and return at once.
+        """Start an operation among some ranks and return at once.
 
         Parameters
         ----------
         verb : str
             For messages.
-        steps, finish : callable
-            Return the operation's steps, and its result when they are over.
+        begin, finish : callable
+            Lets the transport begin it, given that and what waits for it; returns its result when
+            it is over.
         peers : Peers
             The ranks that it depends on.
         detail : str, optional
@@ -408,108 +391,49 @@ class Operations(Closing):
         timeout : float or datetime.timedelta, optional
             Seconds for this operation; the group's when omitted.
         """
-        waiter = self._message_waiter(verb, detail, peers, caller(2), timeout)
-        try:
-            inner = self._backend.start(steps(self._backend))
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        self._state.release_many()
-        return GroupWork(waiter, inner, finish)
+        waiter = self._message(verb, detail, peers, caller(2), timeout)
+        return self._start(waiter, partial(begin, self._backend), finish)
 
     def next_payload(self) -> int:
         """Return the number of the next lane for a message that follows its envelope."""
         return next(self._payloads)
 
-    def _count(self, verb: str) -> int:
-        """Return the number of the collective that begins; the same on all ranks."""
-        if self._state.reason is not None or self._inside:
-            self._state.check_usable(verb)
-            self._check_thread(verb)
-        self._collectives[0] = number = self._collectives[0] + 1
-        return number
-
-    def _waiter(
-        self,
-        verb: str,
-        record: int,
-        digest: int = 0,
-        call: Collective | None = None,
-        *,
-        number: int | None = None,
-    ) -> GroupWaiter:
-        """Return what waits for a collective, the one that was begun last when it has no number."""
-        collective = (self._identity, self._collectives[0] if number is None else number)
-        return GroupWaiter(
-            self._state, verb, record, collective=collective, digest=digest, call=call
-        )
-
-    def _message_waiter(
+    def _message(
         self, verb: str, detail: str, peers: Peers, frame: FrameType, timeout: Timeout = None
     ) -> GroupWaiter:
-        """Count an operation among some ranks, record it, and return what waits for it."""
-        if timeout is not None:
-            timeout = self._seconds(timeout, verb)
-        self._state.check_usable(verb)
+        """Begin an operation among some ranks, which is counted by this rank alone."""
+        limit = None if timeout is None else self._seconds(timeout, verb)
+        self.state.check_usable(verb)
         with self._counting:
             self._messages = number = self._messages + 1
         name = self._journal.name(f"{verb} {detail}".strip(), Kind.MESSAGE)
-        record = self._journal.begin(name, number, frame)
-        waiter = GroupWaiter(self._state, verb, record, number=number, peers=peers)
-        if timeout is not None:
-            waiter.limit(timeout)
-        return waiter
-
-    def _seconds(self, timeout: float | timedelta, verb: str) -> float:
-        """Return the deadline of a call as a number."""
-        return seconds(timeout, f"{verb} on {self}: timeout", least=0.0)
-
-    def _check_thread(self, verb: str) -> None:
-        """Raise if another thread is inside of a collective of this group."""
-        if self._inside not in (0, get_ident()):
-            raise UnsupportedOperationError(
-                f"{verb} on {self}: another thread of this process is inside of a collective of "
-                "this group. The collectives of a group are called by one thread at a time, in the "
-                "same order on all ranks: make a group for each thread, group.duplicate(name). "
-                "Messages may be sent and received by any thread"
-            )
+        return self._begin(verb, name, number, frame, peers=peers, timeout=limit)
 
     @contextmanager
-    def _performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
-        """Count and record what blocks and is no `Collective`; yield what waits for it."""
+    def performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
+        """Begin what blocks and is no `Collective`; yield what waits for it.
+
+        Parameters
+        ----------
+        what : str
+            For messages; of a collective the first word is the same on all ranks.
+        among : sequence of int, optional
+            The ranks that it depends on; all, as a collective, when omitted.
+        """
         frame = caller(3)
-        if among is None:
+        if among is not None:
+            waiter = self._message(what, "", Peers(frozenset(among)), frame)
+        else:
             number = self._count(what)
             # The rest of what it is differs legitimately, or is compared by itself.
             name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
-            record = self._journal.begin(name, number, frame)
-            waiter = self._waiter(what, record, name.call)
-            self._inside = get_ident()
-        else:
-            waiter = self._message_waiter(what, "", Peers(frozenset(among)), frame)
-        try:
+            waiter = self._begin(what, name, number, frame)
+        with _Blocking(self, waiter):
             if self._watch.debug and among is None:
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)
             yield waiter
-        except BaseException as error:
-            self._failed(error, waiter)
-            raise
-        finally:
-            if among is None:
-                self._inside = 0
-        self._journal.end(waiter.record)
 
-    def _failed(self, error: BaseException, waiter: GroupWaiter) -> None:
-        """Break the group on an error that may have left its ranks at different places."""
-        self._journal.end(waiter.record, failed=True)
-        # Of the latter all ranks know, and nothing has begun.
-        usable = isinstance(error, BackendUnavailableError)
-        if isinstance(error, CollectiveMismatchError):
-            self._state.add_operation(error, waiter.operation)
-            usable = error.usable
-        if not usable:
-            # Also an interrupt: the other ranks have gone on to the next operation.
-            self._state.break_by(error)
+    # -- services, and the end -------------------------------------------------------------------
 
     def service(self, name: str, make: Callable[[], C]) -> C:
         """Return the service of this name, which the first call makes.
@@ -518,69 +442,76 @@ class Operations(Closing):
         """
         if name not in self._services:
             self._services[name] = made = make()
-            _SERVICES.append((self, made))
+            _SERVICES.append((self.state, made))
         return cast("C", self._services[name])
 
     def progress(self) -> None:
-        """Drive what is under way as far as it can go now; local, never blocks.
-
-        MPI makes no progress by itself: a loop that computes for long while operations are
-        outstanding calls this now and then.
-        """
-        self._state.progress()
+        """Drive what is under way as far as it can go now; local, never blocks."""
+        self.state.progress()
         for service in tuple(self._services.values()):
             service.progress()
 
-    # -- the end -------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Finish what is under way within the deadline and release the group.
-
-        Raises
-        ------
-        DistributedError
-            If an operation failed, now or before, that no wait reported; the group is closed all
-            the same.
-
-        Notes
-        -----
-        Local, but waits for the group's outstanding operations and saves, if it has any. Closing
-        twice is allowed; a broken group is not waited for.
-        """
-        if self._state.reason is not None:
-            return
-        failed = self._finish()
-        if self._backend.device is not None and self._state.reason is None:
+    def finish(self) -> BaseException | None:
+        """Finish what is under way, and return the first error that was not raised yet."""
+        state, failed = self.state, self._close_services()
+        while state.outstanding and state.reason is None:
             try:
-                with self._performing("close", among=[self.rank]) as waiter:
+                next(iter(state.outstanding)).synchronize()
+            except Exception as error:  # noqa: BLE001  # raised by `close`, when all are over
+                failed = failed or error
+        if state.unseen is not None:
+            failed, state.unseen = failed or state.unseen.error, None
+        if self._backend.device is not None and state.reason is None:
+            try:
+                with self.performing("close", among=[state.rank]) as waiter:
                     waiter.wait_for(self._backend.device.idle)
             except Exception as error:  # noqa: BLE001  # as above
                 failed = failed or error
-        for group in self._closed_with:
-            group.close()
-        if self._state.reason is None:
-            self._state.reason = "it was closed"
-            if self._backend.device is not None:
-                self._backend.device.close()
-            self._backend.close()
-        if failed is not None:
-            raise failed
+        return failed
 
-    def _finish(self) -> BaseException | None:
-        """Finish what is under way, and return the first error that was not raised yet."""
+    def _close_services(self) -> BaseException | None:
         failed: BaseException | None = None
         while self._services:
             _, service = self._services.popitem()
-            _SERVICES.remove((self, service))
+            _SERVICES.remove((self.state, service))
             try:
                 service.close()
             except Exception as error:  # noqa: BLE001  # raised by `close`, when all are over
                 failed = failed or error
-        while self._outstanding and self._state.reason is None:
-            try:
-                next(iter(self._outstanding)).synchronize()
-            except Exception as error:  # noqa: BLE001  # as above
-                failed = failed or error
-        if self._state.unseen is not None:
-            failed, self._state.unseen = failed or self._state.unseen.error, None
         return failed
+
+    def release(self) -> None:
+        """Let no operation begin any more, and release the transport."""
+        if self.state.reason is None:
+            self.state.reason = "it was closed"
+            if self._backend.device is not None:
+                self._backend.device.close()
+            self._backend.close()
+
+
+class _Blocking:
+    """Surrounds what blocks: its record ends with it, or it breaks its group."""
+
+    __slots__ = ("_operations", "_waiter")
+
+    def __init__(self, operations: Operations, waiter: GroupWaiter) -> None:
+        self._operations = operations
+        self._waiter = waiter
+
+    def __enter__(self) -> GroupWaiter:
+        if self._waiter.collective is not None:
+            self._operations.inside = get_ident()
+        return self._waiter
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        operations, waiter = self._operations, self._waiter
+        if waiter.collective is not None:
+            operations.inside = 0
+        if error is None:
+            operations.state.journal.end(waiter.record)
+        else:
+            operations.fail(error, waiter)
+
+
+def _in_place(x: Array, op: ReduceOp) -> AllReduce:
+    return AllReduce(x, x, op, shape=x.shape)

@@ -139,11 +139,6 @@ class GroupWaiter(Waiter):
     # -- the signature of a collective -----------------------------------------------------------
 
     @property
-    def shape(self) -> tuple[int, ...] | None:
-        """Shape of the caller's array, where the call has one."""
-        return None if self.call is None else self.call.shape
-
-    @property
     def balance(self) -> int | None:
         """What has to add up to 0 over all ranks, where something has to."""
         return None if self.call is None else self.call.balance(self.state.rank)

@@ -1,27 +1,38 @@
-"""What a group and its operations share: the transport, deadlines, what is pending, and an error.
+"""What the operations of a group share: transport, deadlines, records, what is pending, an error.
 
-The operations of a group need it, and it needs none of them: so a wait or a Work holds this, not
-the group.
+They need it, and it needs none of them: so a wait or a Work holds this, not the group.
 """
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpidist.backends.base import Backend
+from mpidist.backends.verbs import AllReduce, Collective
 from mpidist.backends.work import Work
 from mpidist.errors import CollectiveMismatchError, GroupBrokenError
-from mpidist.group.journal import Journal
+from mpidist.observe.recorder import Kind, Name, Recorder
 
 if TYPE_CHECKING:
+    from types import FrameType
+
+    from mpidist._types import Array, ReduceOp
+    from mpidist.backends.node.sums import Sum
+    from mpidist.observe.recorder.recorder import Site
     from mpidist.observe.watch import Watch
 
-__all__ = ["GroupState", "PendingWork", "broken_states"]
+__all__ = ["GroupState", "Journal", "PendingWork", "abandon_groups", "broken_states"]
 
 T = TypeVar("T")
+
+_REMEMBERED = 1024
+"""Names that are remembered: a job may call with other counts at every step."""
 
 _MANY = 32
 """Operations on host arrays that may be outstanding before a call polls them.
@@ -35,9 +46,124 @@ _BROKEN: list[GroupState] = []
 # aborted.
 
 
+_STATES: weakref.WeakSet[GroupState] = weakref.WeakSet()
+"""Of the groups, and of those of which the program has kept an operation only."""
+
+
+def abandon_groups(transport: str, reason: str) -> None:
+    """Let no group of a transport be used any more, in a process that is no rank of it.
+
+    Parameters
+    ----------
+    transport : str
+        The name of its backend.
+    reason : str
+        Why, for the error that every verb raises from now on.
+    """
+    for state in tuple(_STATES):
+        if state.backend.name == transport and state.reason is None:
+            state.reason = reason
+
+
 def broken_states() -> Sequence[GroupState]:
     """Return those of the groups that an error has broken in this process."""
     return tuple(_BROKEN)
+
+
+class Journal:
+    """The records of one group.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Of this rank.
+    name : str
+        Of the group.
+    identity : int
+        Of the group, the same on all its ranks.
+    """
+
+    def __init__(self, recorder: Recorder, name: str, identity: int) -> None:
+        self.begin = recorder.begin
+        self.end = recorder.end
+        self.wait = recorder.wait
+        self.waited = recorder.waited
+        self._recorder = recorder
+        self._group = recorder.name_group(name, identity)
+        self._names: dict[object, Name] = {}
+        # By thread; in most programs there are none, and the recorder's own methods serve.
+        self._sites: dict[int, int] = {}
+        self._changing_sites = Lock()
+
+    @contextmanager
+    def called_at(self, site: Site) -> Iterator[None]:
+        """Record what this thread begins, and waits for, as called at a site."""
+        thread, number = get_ident(), self._recorder.site(site)
+        with self._changing_sites:
+            before = self._sites.get(thread)
+            self._sites[thread] = number
+            self.begin, self.wait = self._begin_at, self._wait_at
+        try:
+            yield
+        finally:
+            with self._changing_sites:
+                if before is None:
+                    del self._sites[thread]
+                else:
+                    self._sites[thread] = before
+                if not self._sites:
+                    self.begin, self.wait = self._recorder.begin, self._recorder.wait
+
+    def _begin_at(self, name: Name, number: int, frame: FrameType) -> int:
+        site = self._sites.get(get_ident())
+        if site is None:  # of another thread
+            return self._recorder.begin(name, number, frame)
+        return self._recorder.begin_at(name, number, site)
+
+    def _wait_at(self, sequence: int, frame: FrameType) -> None:
+        site = self._sites.get(get_ident())
+        if site is None:
+            self._recorder.wait(sequence, frame)
+        else:
+            self._recorder.wait_at(sequence, site)
+
+    def name(self, what: str, kind: Kind, alike: str | None = None) -> Name:
+        """Return how operations of this name are recorded; see `Recorder.name`."""
+        key = (what, kind)
+        return self._names.get(key) or self._remember(
+            key, self._recorder.name(what, self._group, kind, alike)
+        )
+
+    def name_collective(self, kind: Kind, collective: Collective) -> Name:
+        """Return how a collective is recorded; see `Collective.describe`."""
+        key = (kind, collective.key())
+        name = self._names.get(key)
+        if name is None:
+            what = "i" * (kind is Kind.IMMEDIATE) + collective.describe()
+            name = self._recorder.name(what, self._group, kind, on_device=collective.on_device)
+            self._remember(key, name)
+        return name
+
+    def _remember(self, key: object, name: Name) -> Name:
+        if len(self._names) >= _REMEMBERED:
+            self._names.clear()
+        self._names[key] = name
+        return name
+
+    def name_sum(self, prepared: Sum, call: AllReduce) -> Name:
+        """Return the name of a blocking sum, and remember it with what is prepared for it."""
+        prepared.name = name = self.name_collective(Kind.BLOCKING, call)
+        return name
+
+    def name_device_sum(self, x: Array, op: ReduceOp) -> Name:
+        """Return the name of an all_reduce in place of a device array."""
+        key = (x.dtype, x.shape, op)
+        name = self._names.get(key)
+        if name is None:
+            call = AllReduce(x, x, op, shape=x.shape)
+            name = self.name_collective(Kind.BLOCKING, call)
+            self._remember(key, name)
+        return name
 
 
 class PendingWork(Work[T]):
@@ -105,6 +231,7 @@ class GroupState:
         self.unseen: PendingWork[Any] | None = None
         self.reason: str | None = None
         self._limit = _MANY
+        _STATES.add(self)
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""

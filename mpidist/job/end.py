@@ -35,7 +35,7 @@ from mpidist.errors import (
     PeerLostError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.group.operations import Operations, services
+from mpidist.group.operations import services
 from mpidist.group.pending import GroupWork
 from mpidist.group.state import GroupState, broken_states
 from mpidist.log import shows
@@ -114,7 +114,7 @@ class _Hooks:
     def track(self, group: ProcessGroup) -> None:
         """Drive this group at the exit, and count its operations in the exit notice."""
         if not self._groups and group.rank == 0 and shows(logging.INFO):
-            _write(f"mpidist: {group._watch.processes(all_of_them=shows(logging.DEBUG))}")
+            _write(f"mpidist: {group.watch.processes(all_of_them=shows(logging.DEBUG))}")
         self._groups.add(group)
 
     def _abort(self, code: int) -> None:
@@ -192,13 +192,13 @@ class _Hooks:
         if os.getpid() != self._pid or self._job.ended():
             return
         for group in tuple(self._groups):
-            group._watch.leave()
+            group.watch.leave()
         broken = [state for state in broken_states() if state.backend.name == self._job.name]
         if broken:
             text = f"ends with a broken group ({broken[0].name!r}); ending the job"
             self._say_together("broken", text)
             self._abort(1)
-        operations = sum(group.operations for group in self._groups)
+        operations = sum(group.operations.begun for group in self._groups)
         for notices, _ in self._notices.values():
             notices.send(operations)
         for notices, timeout in self._notices.values():
@@ -243,7 +243,7 @@ class _Hooks:
         held = self._job.held()
         before = len(held)
         # The program may have dropped a group whose operations are still under way.
-        groups: set[Operations | GroupState] = set(self._groups)
+        groups: set[ProcessGroup | GroupState] = set(self._groups)
         groups.update(work.state for work in tuple(held) if isinstance(work, GroupWork))
         for group in groups:
             with contextlib.suppress(Exception):
@@ -303,7 +303,7 @@ class _Hooks:
         It is written as JSON, too, if the ranks have waited for each other, or the user wants it.
         """
         for group in tuple(self._groups):
-            watch = group._watch
+            watch = group.watch
             if not watch.reported_lately():
                 title = f"rank {watch.rank} {what}"
                 dump = dump or env.dump_requested()
@@ -311,7 +311,7 @@ class _Hooks:
 
     def _watch(self) -> Watch | None:
         """Return the watch of the largest world."""
-        watches = [group._watch for group in tuple(self._groups)]
+        watches = [group.watch for group in tuple(self._groups)]
         return max(watches, key=lambda watch: len(watch.who()), default=None)
 
     def _join(self, reason: str) -> tuple[Ending, int | None]:

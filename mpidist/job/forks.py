@@ -17,7 +17,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from mpidist.group.operations import abandon_groups
+from mpidist.group.state import abandon_groups
 
 _PR_SET_PDEATHSIG = 1
 

@@ -19,7 +19,7 @@ from mpidist._arguments import seconds
 from mpidist.backends.crossovers import Crossovers
 from mpidist.errors import BackendUnavailableError, LaunchError
 from mpidist.group import ProcessGroup
-from mpidist.group.operations import abandon_groups
+from mpidist.group.state import abandon_groups
 from mpidist.log import configure
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ def _add_devices(world: ProcessGroup, *, required: bool) -> None:
     reason, fallback = _first_reason(world, why_not(asked=asked))
     if reason is not None and required and not fallback:
         raise BackendUnavailableError(f"init('hybrid'): {reason}")
-    carry_devices(world._backend, reason, fallback=fallback)
-    if world._backend.device is not None:
+    carry_devices(world.transport, reason, fallback=fallback)
+    if world.transport.device is not None:
         use_device(world.local_rank)
 
 
@@ -201,7 +201,7 @@ def _init_mpi(
     directory = env.trace_directory()
     if several:
         table, directory = _agreed(world, job.library)
-        world._backend.take(table)
+        world.transport.take(table)
     end.track(world)
     _trace(directory, world)
     return world

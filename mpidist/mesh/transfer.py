@@ -182,20 +182,20 @@ class Transfer(Generic[T]):
         """Perform it."""
         if is_device(self.out):
             return self._start_on_device().wait()
-        return self.group.run(Redistribute(self.title, self.steps), lambda: self.made)
+        return self.group.operations.run(Redistribute(self.title, self.steps), lambda: self.made)
 
     def start(self) -> Work[T]:
         """Start it."""
         if is_device(self.out):
             return self._start_on_device()
-        return self.group.start(Redistribute(self.title, self.steps), lambda: self.made)
+        return self.group.operations.start(Redistribute(self.title, self.steps), lambda: self.made)
 
     def _start_on_device(self) -> Work[T]:
         """Put it on the current stream, when the hosts have compared their calls.
 
         Each exchange is an all_to_all, which is what transports of device arrays know.
         """
-        self.group.run(Redistribute(self.title, None), lambda: None)
+        self.group.operations.run(Redistribute(self.title, None), lambda: None)
         work: Work[Any] | None = None
         for work in self.steps(self._all_to_all):
             work.wait()
@@ -224,4 +224,4 @@ class Transfer(Generic[T]):
         call = AllToAll(
             joined, landed, tuple(leaving), tuple(arriving), shape=(), rows=(), listed=self.title
         )
-        return self.group.start(call, finish)
+        return self.group.operations.start(call, finish)

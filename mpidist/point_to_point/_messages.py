@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -183,6 +183,8 @@ def _refusal(
 
 # -- the verbs -----------------------------------------------------------------------------------
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -315,16 +317,18 @@ def prepare_send(
     verb = "send_object" if is_object else "send"
     if is_device(message.x):
         leaving = device_send(message, group)
-        return lambda: group.start_messages([leaving], [], nothing, timeout)
+        return lambda: _start_on_device(group, [leaving], [], nothing, timeout)
     x = as_native(check_array(message.x, verb, group))
     dst = _check_peer(message.dst, verb, "dst", group)
     tag = _check_tag(message.tag, verb, group)
 
     def start() -> Work[None]:
-        number = group.next_payload()
-        return group.start_steps(
+        number = group.operations.next_payload()
+        return group.operations.start_messages(
             verb,
-            lambda backend: send_steps(backend, x, dst, tag, number, is_object=is_object),
+            lambda backend, _: backend.start(
+                send_steps(backend, x, dst, tag, number, is_object=is_object)
+            ),
             nothing,
             peers=Peers(frozenset({dst})),
             timeout=timeout,
@@ -341,7 +345,9 @@ def prepare_receive(
     if is_device(receive.out):
         arriving, finish = device_receive(receive, group)
         receipt = Receipt(source=arriving.peer)
-        return lambda: ReceiveWork(group.start_messages([], [arriving], finish, timeout), receipt)
+        return lambda: ReceiveWork(
+            _start_on_device(group, [], [arriving], finish, timeout), receipt
+        )
     src = ANY_SOURCE
     if not _is_any(receive.src):
         src = _check_peer(receive.src, verb, "src", group)
@@ -355,10 +361,12 @@ def prepare_receive(
     receipt, where = Receipt(), f"{verb} on {group}"
 
     def start() -> ReceiveWork:
-        work = group.start_steps(
+        work = group.operations.start_messages(
             verb,
-            lambda backend: receive_steps(
-                backend, receipt, out, src=src, tag=tag, where=where, is_object=is_object
+            lambda backend, _: backend.start(
+                receive_steps(
+                    backend, receipt, out, src=src, tag=tag, where=where, is_object=is_object
+                )
             ),
             lambda: receipt.array if receive.out is None else receive.out,
             peers=_senders(src, group),
@@ -377,6 +385,26 @@ def _senders(src: int, group: ProcessGroup) -> Peers:
     return Peers(others, spare=len(others) - 1)
 
 
+def _start_on_device(
+    group: ProcessGroup,
+    sends: Sequence[Message],
+    receives: Sequence[Message],
+    finish: Callable[[], T],
+    timeout: Timeout,
+) -> Work[T]:
+    """Put messages of device arrays behind the current stream, and return at once."""
+    device = group.transport.device
+    assert device is not None, "the arrays were checked"
+    return group.operations.start_messages(
+        "exchange",
+        lambda _, waiter: device.exchange(sends, receives, waiter),
+        finish,
+        peers=Peers(frozenset(message.peer for message in (*sends, *receives))),
+        detail="on the device",
+        timeout=timeout,
+    )
+
+
 def exchange_on_device(
     group: ProcessGroup, sends: Sequence[Send], receives: Sequence[Receive], timeout: Timeout
 ) -> Work[list[Array]]:
@@ -392,7 +420,7 @@ def exchange_on_device(
     )
     landings = [message for message, _ in arriving]
     finish = [end for _, end in arriving]
-    device = group.start_messages(leaving, landings, lambda: [end() for end in finish], timeout)
+    device = _start_on_device(group, leaving, landings, lambda: [end() for end in finish], timeout)
 
     def in_order(results: list[list[Array]]) -> list[Array]:
         received = dict(zip(order, (x for result in results for x in result), strict=True))

@@ -87,7 +87,7 @@ class Session:
         self._group = group
         self._events = events
         self._file = file
-        self._recorder = group._backend.recorder
+        self._recorder = group.transport.recorder
         self._clocks = all_gather_object(clock_name(), group)
         first = compare_clocks(group, self._clocks)
         self._readings: list[Reading] = [] if first is None else [first]
@@ -107,7 +107,7 @@ class Session:
         problem = _prepare(path) if own.rank == 0 else ""
         try:
             _raise_together(problem, own)
-            events = Events(own._backend.recorder, limit, marks=listener.get())
+            events = Events(own.transport.recorder, limit, marks=listener.get())
             file = _part_file(path, own, events, {"run": run, "limit": limit})
         except OSError:
             own.close()

@@ -48,7 +48,7 @@ def play(
     """Run an algorithm on all ranks; `body` makes its steps and the array of its result."""
 
     def on_rank(group: ProcessGroup) -> Run:
-        counting = Counting(group._backend)
+        counting = Counting(group.transport)
         steps, result = body(Lane(counting, LANE))
         StepsWork(steps).wait(20)
         return Run(result, counting.sent)
@@ -290,7 +290,7 @@ def test_a_barrier_holds_everybody() -> None:
         if group.rank == 2:
             time.sleep(0.05)
         entered.append(group.rank)
-        StepsWork(algorithms.dissemination_barrier(Lane(group._backend, LANE))).wait(20)
+        StepsWork(algorithms.dissemination_barrier(Lane(group.transport, LANE))).wait(20)
         return len(entered)
 
     assert run_ranks(5, on_rank) == [5] * 5

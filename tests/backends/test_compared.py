@@ -53,7 +53,7 @@ def test_a_difference_is_told_on_all_ranks_and_the_group_stays_usable(what: str)
     odd, usual = CALLS[what]
 
     def one(group: mpidist.ProcessGroup) -> str:
-        group._watch.debug = True
+        group.watch.debug = True
         x = X.copy()
         with pytest.raises(CollectiveMismatchError) as caught:
             (odd if group.rank == 1 else usual)(x, group)
@@ -71,7 +71,7 @@ def test_a_difference_is_told_on_all_ranks_and_the_group_stays_usable(what: str)
 
 def test_rows_that_a_rank_does_not_expect_are_told_before_they_are_sent() -> None:
     def one(group: mpidist.ProcessGroup) -> str:
-        group._watch.debug = True
+        group.watch.debug = True
         rows = 3 if group.rank == 1 else 2
         with pytest.raises(CollectiveMismatchError) as caught:
             mpidist.iall_to_all(np.ones(rows * group.size), group).wait()
@@ -95,7 +95,7 @@ def test_a_group_that_one_rank_wants_to_make_is_told_apart_from_a_collective() -
 
 def test_groups_and_memory_are_made_as_without() -> None:
     def one(group: mpidist.ProcessGroup) -> int:
-        group._watch.debug = True
+        group.watch.debug = True
         half = group.split(group.rank % 2)
         assert half is not None
         x = half.empty(5)
@@ -109,7 +109,7 @@ def test_groups_and_memory_are_made_as_without() -> None:
 
 def test_equal_calls_give_the_same_results_as_without() -> None:
     def one(group: mpidist.ProcessGroup) -> list[np.ndarray]:
-        group._watch.debug = True
+        group.watch.debug = True
         x = X + group.rank
         works = [
             mpidist.iall_reduce(x, group),
@@ -131,7 +131,7 @@ def test_an_immediate_call_returns_before_the_others_have_come() -> None:
     """Rank 0 begins, then sends the message for which the others wait before they begin."""
 
     def one(group: mpidist.ProcessGroup) -> float:
-        group._watch.debug = True
+        group.watch.debug = True
         if group.rank == 0:
             work = mpidist.iall_reduce(X, group)
             for other in range(1, group.size):
@@ -148,7 +148,7 @@ def test_an_immediate_call_returns_before_the_others_have_come() -> None:
 def test_sums_that_go_other_ways_on_other_ranks_are_compared_on_all(world, monkeypatch):
     group = world.duplicate("compared")
     group.timeout = 5
-    monkeypatch.setattr(group._watch, "debug", True)
+    monkeypatch.setattr(group.watch, "debug", True)
     x = np.ones(100)
     for _ in range(3):
         assert mpidist.all_reduce(x.copy(), group, out=x) is x

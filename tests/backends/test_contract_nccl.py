@@ -65,7 +65,7 @@ class TestThreads(DeviceContract):
         self.place = shared_device
 
         def on_rank(group: ProcessGroup, case: Callable[[ProcessGroup], None]) -> None:
-            group._backend.device = NcclBackend(group._backend)
+            group.transport.device = NcclBackend(group.transport)
             # The default stream is that of all threads: one rank's wait would hold up the other.
             with shared_device.cupy.cuda.Stream(non_blocking=True):
                 case(group)

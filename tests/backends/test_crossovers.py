@@ -236,7 +236,7 @@ def test_ranks_that_go_different_ways_are_told_and_get_no_wrong_sums(world):
 def test_making_room_for_sums_has_a_deadline(world, monkeypatch):
     group = world.duplicate("room")
     group.crossovers = Crossovers(small=0, registered=NEVER, scratch=0)
-    backend, watched = group._backend, []
+    backend, watched = group.transport, []
     share = backend.node_memory._share
 
     def spy(nbytes):

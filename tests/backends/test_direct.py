@@ -44,7 +44,7 @@ def in_rank_order(parts, op):
 
 
 def lies_shared(x, world):
-    return world._backend.node_memory.registered.find(x.reshape(-1)) is not None
+    return world.transport.node_memory.registered.find(x.reshape(-1)) is not None
 
 
 @pytest.mark.any_mpi
@@ -73,6 +73,43 @@ def test_sums_are_made_in_rank_order(world):
         buffer[...] = parts[world.rank]
         mpidist.all_reduce(buffer, world, out=buffer)
         assert buffer.tobytes() == in_rank_order(parts, ReduceOp.SUM).tobytes(), dtype
+
+
+@pytest.mark.any_mpi
+@direct_only
+@pytest.mark.ranks(3, full=(2, 4))
+def test_short_immediate_sums_are_made_in_rank_order_among_all_others(world):
+    draw = np.random.default_rng(7)  # the same calls on all ranks, which wait in another order
+    order = np.random.default_rng(world.rank)
+    large, small = world.empty(LEAST // 8, np.float64), world.empty(50, np.float64)
+    for round_number in range(12):
+        works = []
+        for number in range(20):
+            kind = draw.integers(6)
+            count = int(draw.integers(1, 4097))
+            dtype = (np.float32, np.float16)[draw.integers(2)]
+            parts = [
+                noise([round_number, number, rank], dtype, count) for rank in range(world.size)
+            ]
+            x = parts[world.rank].copy()
+            expected = in_rank_order(parts, ReduceOp.SUM)
+            if kind < 3:
+                out = x if kind else np.empty_like(x)
+                works.append((mpidist.iall_reduce(x, world, out=out), out, expected))
+            elif kind == 3:
+                assert mpidist.all_reduce(x, world).tobytes() == expected.tobytes()
+            elif kind == 4:
+                big = np.full(50_000, world.rank, np.float64)  # by way of scratch
+                assert (mpidist.all_reduce(big, world) == sum(range(world.size))).all()
+            else:
+                for memory in (small, large):
+                    memory[...] = world.rank
+                    mpidist.iall_reduce(memory, world, out=memory).wait()
+                    assert (memory == sum(range(world.size))).all()
+        for index in order.permutation(len(works)):
+            work, out, expected = works[index]
+            assert work.wait() is out
+            assert out.tobytes() == expected.tobytes()
 
 
 @direct_only
@@ -233,13 +270,13 @@ def test_other_memory_goes_by_messages_also_between_operations_on_registered(wor
 
 @pytest.mark.ranks(2, 3)
 def test_sizes_that_differ_are_a_mismatch_and_nothing_is_made(world):
-    made = len(world._backend.node_memory.registered._blocks)
+    made = len(world.transport.node_memory.registered._blocks)
     for shape in (40960 if world.rank else 10240, (0, 5) if world.rank else (1, 5)):
         with pytest.raises(
             CollectiveMismatchError, match=r"empty float64\[[\d, ]+\] #\d+ on group .*by rank: \["
         ):
             world.empty(shape, np.float64)
-    assert len(world._backend.node_memory.registered._blocks) == made
+    assert len(world.transport.node_memory.registered._blocks) == made
     with pytest.raises(SizeMismatchError, match="-3"):
         world.empty((2, -3))
     with pytest.raises(TypeError):
@@ -260,7 +297,7 @@ def test_arrays_outlive_their_group_and_blocks_their_arrays(world):
     x = group.empty((100, 100))
     x[...] = 7
     view = x[50:].T
-    registry = group._backend.node_memory.registered
+    registry = group.transport.node_memory.registered
     del x
     group.close()
     assert (view == 7).all()
@@ -306,7 +343,7 @@ def test_memory_goes_with_its_last_array_without_the_garbage_collector(world):
         for verb in ("all_reduce", "all_gather", "broadcast", "reduce_scatter"):
             use(verb)
             assert mapped() == before, verb
-            assert not group._backend.node_memory.registered._blocks, verb
+            assert not group.transport.node_memory.registered._blocks, verb
     finally:
         gc.enable()
     group.close()
@@ -352,7 +389,7 @@ def test_both_halves_of_the_scratch_memory_are_aligned_alike(world):
     x = np.ones(1 << 20, np.float64)
     total = mpidist.all_reduce(x, world)
     assert total.min() == total.max() == world.size
-    first, second = (world._backend.sums._scratch.arrays(half, x.dtype, 100) for half in (0, 1))
+    first, second = (world.transport.sums._scratch.arrays(half, x.dtype, 100) for half in (0, 1))
     for before, after in zip(first, second, strict=True):
         assert before.flags.aligned
         assert (after.ctypes.data - before.ctypes.data) % 4096 == 0
@@ -367,7 +404,7 @@ def test_without_shared_memory_arrays_are_ordinary(world, monkeypatch):
     monkeypatch.setattr("mpidist.backends.node.shared_memory.os.ftruncate", refuse)
     x = group.empty(LEAST, np.float64)
     x[...] = 1
-    assert not group._backend.node_memory.registered._blocks
+    assert not group.transport.node_memory.registered._blocks
     np.testing.assert_array_equal(mpidist.all_reduce(x, group, out=x), np.full(LEAST, 2.0))
     group.close()
 
@@ -386,7 +423,7 @@ def test_memory_refused_to_one_rank_is_ordinary_on_all_and_leaves_nothing(
             if world.rank == poor:
                 patch.setattr("os.posix_fallocate", refuse)
             x = group.empty(LEAST, np.float64)
-        assert not group._backend.node_memory.registered._blocks
+        assert not group.transport.node_memory.registered._blocks
         assert not list(tmp_path.iterdir())
         x[...] = 1
         assert (mpidist.all_reduce(x, group, out=x) == world.size).all()

@@ -183,7 +183,7 @@ def test_no_reason_where_all_have_it() -> None:
 
 def test_a_group_without_nccl_says_why_it_refuses(cupy: Any) -> None:
     def case(world: ProcessGroup) -> None:
-        carry_devices(world._backend, "on rank 0, the moon is full", fallback=False)
+        carry_devices(world.transport, "on rank 0, the moon is full", fallback=False)
         child = world.duplicate("child")
         for group in (world, child):
             assert group.device_capabilities is None

@@ -30,7 +30,7 @@ def group(world, monkeypatch, request):
 
 def registered(group, x):
     buffer = group.empty(x.shape, x.dtype)
-    assert group._backend.node_memory.registered.find(buffer.reshape(-1)) is not None
+    assert group.transport.node_memory.registered.find(buffer.reshape(-1)) is not None
     buffer[...] = x
     return buffer
 

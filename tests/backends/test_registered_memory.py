@@ -29,8 +29,8 @@ def second_view(x: Array) -> Array:
 
 
 def registry_of(group: ProcessGroup) -> Registry:
-    assert group._backend.node_memory is not None
-    return group._backend.node_memory.registered
+    assert group.transport.node_memory is not None
+    return group.transport.node_memory.registered
 
 
 def test_arrays_are_found_by_address_and_prepared_once() -> None:

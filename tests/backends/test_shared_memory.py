@@ -119,7 +119,7 @@ def test_where_descriptors_of_others_cannot_be_opened_a_name_serves(world, monke
     monkeypatch.setattr(shared_memory, "open_address", refuse)
     x = group.empty(COUNT, np.float64)
     x[...] = group.rank
-    assert len(group._backend.node_memory.registered._blocks) == 1
+    assert len(group.transport.node_memory.registered._blocks) == 1
     mpidist.all_reduce(x, group, out=x)
     np.testing.assert_array_equal(x, np.full(COUNT, sum(range(world.size))))
     assert set(kinds) == (set() if world.rank == 0 else {True, False})

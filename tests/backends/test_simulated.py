@@ -214,7 +214,7 @@ def test_a_dropped_message_never_comes(mode: Mode, number: int) -> None:
         done = [work.done() for work in works]
         lost_is_done = mode is Mode.EAGER
         assert done == [tag != number - 1 or lost_is_done for tag in range(3)]
-        group._state.break_by(
+        group.operations.state.break_by(
             CollectiveTimeoutError("the test is over")
         )  # close() must not wait for it
         return []
@@ -296,7 +296,7 @@ def test_no_error_handler_revives_the_dead() -> None:
 def test_abort_ends_every_rank() -> None:
     def aborts(group: ProcessGroup) -> None:
         if group.rank == 1:
-            group._backend.abort(7)
+            group.transport.abort(7)
         collectives.barrier(group)
 
     with pytest.raises(JobAborted) as caught:

@@ -33,7 +33,7 @@ def on_devices(
 
     def staged(group: ProcessGroup) -> Any:
         sys.modules["cupy"].cuda.Device(group.rank % 4).use()
-        group._backend.device = HostStaging(group._backend, aware=group.rank in aware)
+        group.transport.device = HostStaging(group.transport, aware=group.rank in aware)
         return fn(group)
 
     return run_ranks(size, staged)

@@ -178,5 +178,5 @@ def test_what_a_trace_adds(world: ProcessGroup) -> None:
     report = report_of(tracing, world, *words)
     assert series_of(report) == {"traced", "plain"}
     assert all(row.times.median > 0 for row in report.rows)
-    assert world._backend.recorder.sink is None
+    assert world.transport.recorder.sink is None
     assert "to the median step" in report.notes[1]

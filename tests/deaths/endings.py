@@ -85,7 +85,7 @@ def stop(call, waiter):
 
 
 if world.rank == guilty:
-    world._backend._call = stop
+    world.transport._call = stop
 while True:
     mpidist.reduce(large, world)  # at: others
 """,

@@ -68,7 +68,7 @@ def test_without_nccl_they_go_by_way_of_the_host(stand_in_without_nccl: object) 
 
     def staged(group: ProcessGroup) -> None:
         xp.cuda.Device(group.rank % 4).use()
-        group._backend.device = HostStaging(group._backend)
+        group.transport.device = HostStaging(group.transport)
         for case in CHOSEN:
             if case.dtype != BFLOAT16:
                 check_case(group, case, xp, immediate=group.size == 2)

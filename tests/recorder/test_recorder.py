@@ -12,7 +12,7 @@ import pytest
 
 import mpidist
 from mpidist.backends.verbs import AllGather
-from mpidist.group.journal import Journal
+from mpidist.group.state import Journal
 from mpidist.observe.recorder import Head, Kind, Recorder, is_inside
 from mpidist.observe.recorder.recorder import RING, TEXTS_NBYTES
 from mpidist.observe.recorder.recording import Recording, decode_events
@@ -194,7 +194,7 @@ def test_sites_lie_outside_the_package() -> None:
             mpidist.send(x, group, dst=1)
         else:
             mpidist.recv(group, src=0)
-        recording = Recording(group._backend.recorder.memory)
+        recording = Recording(group.transport.recorder.memory)
         return [f"{r.site.file} {r.site.function}" for r in recording.records()[-7:]]
 
     for sites in run_ranks(2, calls):
@@ -234,7 +234,7 @@ def test_programs_of_the_package_call_it_as_others_do(part: str) -> None:
 def test_what_is_recorded_is_the_same_on_all_ranks(call, expected) -> None:
     def one(group: mpidist.ProcessGroup) -> list[str]:
         call(np.ones((4, 6), np.float32), group)
-        return [record.what for record in Recording(group._backend.recorder.memory).records()]
+        return [record.what for record in Recording(group.transport.recorder.memory).records()]
 
     for whats in run_ranks(2, one):
         assert expected in whats

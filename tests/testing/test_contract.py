@@ -156,7 +156,7 @@ def test_a_wrong_transport_is_found(spoil: Callable[[Backend], None]) -> None:
 
     def run(case: Callable[[ProcessGroup], None]) -> None:
         def on_rank(group: ProcessGroup) -> None:
-            spoil(group._backend)
+            spoil(group.transport)
             case(group)
 
         run_ranks(3, on_rank, timeout=0.5 if spoil is waits_inside else 20)
@@ -198,7 +198,7 @@ def waits_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
 
 def goes_by_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:
     """Copy to the host and back, and say nothing of it."""
-    world._backend.device = HostStaging(world._backend)
+    world.transport.device = HostStaging(world.transport)
 
 
 def leaves_results_on_the_host(patch: pytest.MonkeyPatch, world: ProcessGroup) -> None:

@@ -78,7 +78,7 @@ def test_a_trace_of_some_ranks_counts_them_anew(tmp_path: Path) -> None:
 
 def test_nothing_is_kept_before_and_after(tmp_path: Path) -> None:
     def body(group: ProcessGroup) -> list[bool]:
-        recorder = group._backend.recorder
+        recorder = group.transport.recorder
         states = [recorder.sink is None and listener.get() is None]
         with mpidist.trace(tmp_path / "t.json", group):
             states.append(recorder.sink is not None and listener.get() is not None)

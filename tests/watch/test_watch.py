@@ -46,7 +46,7 @@ def test_everybody_sees_what_everybody_does(world):
     mpidist.all_reduce(np.ones(5), world)
     mpidist.barrier(world)
     if world.rank == 0:
-        states = world._watch.all_states()
+        states = world.watch.all_states()
         assert sorted(states) == list(range(world.size))
         for rank, state in states.items():
             assert state.status is Status.ALIVE
@@ -64,13 +64,13 @@ def test_other_nodes_are_asked(world, monkeypatch):
         assert again.num_nodes == 2
         mpidist.all_reduce(np.ones(5), again)
         if again.rank == again.size - 1:
-            states = again._watch.all_states()
+            states = again.watch.all_states()
             assert {rank: state.node for rank, state in states.items()} == {
                 rank: rank // 2 for rank in range(again.size)
             }
             assert all(state.status is Status.ALIVE for state in states.values())
             assert all(state.stacks for state in states.values())
-            assert sorted(again._watch.states()) == [
+            assert sorted(again.watch.states()) == [
                 rank for rank in range(again.size) if rank // 2 == again.node_rank
             ]
         mpidist.barrier(again)
@@ -160,7 +160,7 @@ def test_a_rank_that_calls_something_else_is_told_before_the_deadline(world, usu
 @pytest.mark.ranks(2)
 def test_ranks_with_other_texts_in_their_recorders_call_the_same(world):
     """As in a job that gathers objects of other sizes for days, of which one rank does more."""
-    recorder = world._backend.recorder
+    recorder = world.transport.recorder
     for number in range(2000 * world.rank):
         recorder.name(f"something of this rank[{number}]", (0, 0), Kind.BLOCKING)
     for number in [*range(0, 300, 2), *range(300)]:
@@ -185,7 +185,7 @@ def test_a_rank_whose_process_is_dead_is_not_waited_for_until_the_deadline(
             if group.rank == LATE:  # stands for the child
                 over.wait(25)
                 return "", 0.0
-            group._watch._processes[LATE] = Process(child.pid)
+            group.watch._processes[LATE] = Process(child.pid)
             began = time.monotonic()
             if group.rank == 0:
                 child.kill()
@@ -235,9 +235,9 @@ def test_a_rank_whose_helper_does_not_run_is_silent() -> None:
     def one(group: mpidist.ProcessGroup) -> str:
         mpidist.barrier(group)
         if group.rank == LATE:
-            group._watch._cells[Head.BEAT] = time.monotonic_ns() - 3 * 10**9
+            group.watch._cells[Head.BEAT] = time.monotonic_ns() - 3 * 10**9
         mpidist.barrier(group)
-        return group._watch.describe_stall(group.ranks, None, [])
+        return group.watch.describe_stall(group.ranks, None, [])
 
     told = run_ranks(3, one)
     assert told[0] == told[2]
@@ -267,8 +267,8 @@ def test_a_report_is_written_as_json(tmp_path, monkeypatch, caplog) -> None:
     def one(group: mpidist.ProcessGroup) -> None:
         mpidist.barrier(group)
         if group.rank == 0:
-            group._watch.listen([0, 0])
-            group._watch.report("a title", dump=True, ask=False)
+            group.watch.listen([0, 0])
+            group.watch.report("a title", dump=True, ask=False)
         mpidist.barrier(group)
 
     run_ranks(2, one)
@@ -294,8 +294,8 @@ def test_a_directory_that_cannot_be_written_is_told_and_harms_nothing(monkeypatc
     monkeypatch.setenv("MPIDIST_DUMP", "/dev/full")
 
     def one(group: mpidist.ProcessGroup) -> None:
-        group._watch.listen([0])
-        group._watch.report("a title", dump=True, ask=False)
+        group.watch.listen([0])
+        group.watch.report("a title", dump=True, ask=False)
 
     run_ranks(1, one)
     assert "could not be written to /dev/full: " in caplog.text
@@ -324,9 +324,9 @@ def test_a_report_needs_no_current_directory(tmp_path, monkeypatch, caplog) -> N
     gone.mkdir()
 
     def one(group: mpidist.ProcessGroup) -> None:
-        group._watch.listen([0])
+        group.watch.listen([0])
         mpidist.barrier(group)
-        group._watch.report("a title", dump=True, ask=False)
+        group.watch.report("a title", dump=True, ask=False)
 
     monkeypatch.delenv("MPIDIST_DUMP", raising=False)
     monkeypatch.chdir(gone)
@@ -342,7 +342,7 @@ def test_ranks_that_report_at_once_write_one_report(caplog) -> None:
     def one(group: mpidist.ProcessGroup) -> float:
         ready.wait()
         began = time.monotonic()
-        group._watch.report("together", ask=False)
+        group.watch.report("together", ask=False)
         return time.monotonic() - began
 
     assert max(run_ranks(4, one)) < 5

@@ -19,6 +19,7 @@ from mpidist.backends.node.comparison import refuse
 from mpidist.backends.node.direct_path import DirectPath
 from mpidist.backends.node.registered_memory import Block, Registry
 from mpidist.backends.node.sequencer import (
+    SMALL_NBYTES,
     ArrivalCounters,
     Sequencer,
     SignatureComparison,
@@ -116,10 +117,9 @@ class NodeMemory:
     def run(self, collective: Collective, waiter: Waiter) -> bool:
         """Perform a collective in shared memory; return False, at once, if it goes another way."""
         if self.sums is not None and isinstance(collective, AllReduce):
-            x, out = collective.x, collective.out
-            summed = self.sums.prepare(x, out, collective.op, waiter)
+            summed = self.sums.prepare(collective, waiter)
             if summed is not None:
-                summed.run(x, out, lambda: waiter)
+                summed.run(collective.x, collective.out, lambda: waiter)
                 return True
         array = None if self._direct is None else collective.registrable
         steps = None if array is None else self._plan(collective, array, waiter)
@@ -130,7 +130,13 @@ class NodeMemory:
         return True
 
     def steps(self, collective: Collective, waiter: Waiter) -> ConditionSteps[None] | None:
-        """Return the steps of a collective on registered arrays, or None if it goes another way."""
+        """Return the steps of a collective in shared memory, or None if it goes another way."""
+        if (
+            isinstance(collective, AllReduce)
+            and self.sums is not None
+            and collective.x.nbytes <= min(self._crossovers.small, SMALL_NBYTES)
+        ):
+            return self.sums.steps(collective, waiter)
         x = None if self._direct is None else collective.registrable
         return None if x is None else self._plan(collective, x, waiter)
 

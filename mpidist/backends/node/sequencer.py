@@ -445,8 +445,14 @@ class Sequencer:
         self, call: ComparedCall, route: Route, array: RegisteredArray | None = None
     ) -> ConditionSteps[int]:
         """Begin an operation, and return its number when all ranks have arrived at it."""
-        signature = signature_of(call, route, array)
         number = self.next_number()
+        yield from self.arrive_steps(number, call, signature_of(call, route, array))
+        return number
+
+    def arrive_steps(
+        self, number: int, call: ComparedCall, signature: CallSignature
+    ) -> ConditionSteps[None]:
+        """Arrive at an operation that has begun, and go on when all ranks have."""
         if not self.try_to_arrive(number, signature):
             yield Condition(
                 lambda: self.try_to_arrive(number, signature),
@@ -455,7 +461,6 @@ class Sequencer:
         yield Condition(lambda: self.all_arrived(number), lambda: self.missing(number))
         if not self._comparison.equal(number, signature):
             yield from self.mismatch_steps(number, describe_with_route(call, signature))
-        return number
 
     def compare(self, call: ComparedCall, route: Route, *, begun: bool = False) -> Arrival:
         """Arrive with an immediate call that needs no shared memory, and compare it.
@@ -498,6 +503,10 @@ class Sequencer:
         """Return the number of the operation that begins now."""
         self.begun += 1
         return self.begun
+
+    def earlier_finished(self, number: int) -> bool:
+        """Whether all operations before this one are finished on this rank."""
+        return self.counters.finished == number - 1
 
     def try_to_arrive(self, number: int, signature: CallSignature) -> bool:
         """Arrive at an operation unless an earlier one has still to arrive, or the ring is full."""

@@ -90,10 +90,6 @@ class ComparedCall(Protocol):
     breaks: bool
 
     @property
-    def shape(self) -> tuple[int, ...] | None:
-        """Shape of the caller's array, for verbs that take a whole one."""
-
-    @property
     def balance(self) -> int | None:
         """For all_to_all, `balance_of` what this rank sends and expects; else None."""
 

@@ -1,8 +1,8 @@
-"""Blocking sums over the ranks of one node by way of the memory that they share.
+"""Sums over the ranks of one node by way of the memory that they share.
 
-There are three kinds, by whether the array is registered and by its size. All combine in rank
-order. A program repeats the same few calls, and the shortest take microseconds: what can be
-prepared is kept.
+There are three kinds, by whether the array is registered and by its size; an immediate sum of a
+short ordinary array is of the first kind, too. All combine in rank order. A program repeats the
+same few calls, and the shortest take microseconds: what can be prepared is kept.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from mpidist._types import Array, DType, ReduceOp
-from mpidist.backends.combine import combination, combining, even_slices
+from mpidist.backends.combine import combination, combining, even_slices, quietly
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.node.direct_path import NodeContext, prepare_all_reduce
 from mpidist.backends.node.registered_memory import RegisteredArray, Registry
 from mpidist.backends.node.sequencer import SMALL_NBYTES, Sequencer, Waiters
 from mpidist.backends.node.signatures import ComparedCall, Route, signature_of
-from mpidist.backends.work import Waiter
+from mpidist.backends.verbs import AllReduce
+from mpidist.backends.work import Condition, ConditionSteps, Waiter
 from mpidist.observe.recorder import Name
 
 __all__ = ["NodeSums", "Sum"]
@@ -65,7 +66,40 @@ class Sum(Protocol):
         """Combine `x` of all ranks into `out`, which may be `x`."""
 
 
-class SmallSum:
+class _PreparedSum:
+    """What the three kinds share.
+
+    Parameters
+    ----------
+    sequencer : Sequencer
+        The order of the group's operations.
+    context : NodeContext
+        The ranks.
+    call : ComparedCall
+        The call of this rank; all like it have the same signature.
+    route : Route
+        The kind.
+    array : RegisteredArray, optional
+        The registered array, of a sum of one.
+    """
+
+    name: Name | None = None
+
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        context: NodeContext,
+        call: ComparedCall,
+        route: Route,
+        array: RegisteredArray | None = None,
+    ) -> None:
+        self._sequencer = sequencer
+        self._run: Callable[..., None] = context.silent_context.run
+        self._me = context.topology.rank
+        self._signature = signature_of(call, route, array)
+
+
+class SmallSum(_PreparedSum):
     """Each rank publishes its array together with its arrival, and combines all arrays itself.
 
     One barrier; p arrays read per rank.
@@ -74,8 +108,6 @@ class SmallSum:
     are two buffers. No more are needed: no rank passes the arrival at the next sum before all ranks
     have arrived there, and a rank that has arrived there no longer reads this one.
     """
-
-    name: Name | None = None
 
     def __init__(
         self,
@@ -86,35 +118,46 @@ class SmallSum:
         op: ReduceOp,
         call: ComparedCall,
     ) -> None:
-        self._sequencer = sequencer
+        super().__init__(sequencer, context, call, Route.ARRIVAL)
         self._buffers = buffers
-        self._run: Callable[..., None] = context.silent_context.run
-        self._signature = signature_of(call, Route.ARRIVAL)
         halves = [buffers.arrays(half, x.dtype, x.size) for half in (0, 1)]
-        self._own = [parts[context.topology.rank] for parts in halves]
+        self._own = [parts[self._me] for parts in halves]
         self._work = [combining(parts, op) for parts in halves]
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
         sequencer, buffers = self._sequencer, self._buffers
-        half = buffers.half
         if sequencer.begun != sequencer.counters.finished:
             sequencer.wait_for_earlier(waiters)
+        half = buffers.half
         self._own[half][...] = x
         number = sequencer.begin_blocking(self._signature, waiters)
         buffers.half = 1 - half
         self._run(*self._work[half], out)
         sequencer.counters.finish(number)
 
+    def steps(self, x: Array, out: Array, call: ComparedCall) -> ConditionSteps[None]:
+        """Combine as an immediate operation; `call` is this rank's."""
+        sequencer, buffers, signature = self._sequencer, self._buffers, self._signature
+        number = sequencer.next_number()
+        if not sequencer.earlier_finished(number):  # else a half may still be read
+            yield Condition(
+                lambda: sequencer.earlier_finished(number), lambda: sequencer.missing(number - 1)
+            )
+        half = buffers.half
+        self._own[half][...] = x
+        yield from sequencer.arrive_steps(number, call, signature)
+        buffers.half = 1 - half
+        quietly(*self._work[half], out)
+        sequencer.counters.finish(number)
 
-class RegisteredSum:
+
+class RegisteredSum(_PreparedSum):
     """Sums arrays in registered memory in place.
 
     Two barriers; see `direct_path.all_reduce`. The registered array refers to this object, so this
     object does not refer to it: a cycle would keep the memory until the garbage collector runs.
     """
-
-    name: Name | None = None
 
     def __init__(
         self,
@@ -124,10 +167,8 @@ class RegisteredSum:
         op: ReduceOp,
         call: ComparedCall,
     ) -> None:
-        self._sequencer = sequencer
-        self._run = context.silent_context.run
+        super().__init__(sequencer, context, call, Route.REGISTERED, array)
         self._work = prepare_all_reduce(context, array, op)
-        self._signature = signature_of(call, Route.REGISTERED, array)
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
@@ -138,15 +179,13 @@ class RegisteredSum:
         sequencer.finish_together(number, waiters)
 
 
-class ScratchSum:
+class ScratchSum(_PreparedSum):
     """Sums ordinary arrays by way of scratch buffers in shared memory.
 
     For each chunk a rank copies the slices that the others combine into its buffer, combines its
     own slice, and copies the others' results: 2 barriers, and 2 (p - 1) / p of the array copied in
     and out. Two halves of the buffer are used in turn, see [Note: two halves].
     """
-
-    name: Name | None = None
 
     def __init__(
         self,
@@ -157,14 +196,11 @@ class ScratchSum:
         op: ReduceOp,
         call: ComparedCall,
     ) -> None:
-        self._sequencer = sequencer
-        self._run = context.silent_context.run
+        super().__init__(sequencer, context, call, Route.SCRATCH)
         self._buffers = buffers
         self._combine = combination(op, x.dtype)
-        self._signature = signature_of(call, Route.SCRATCH)
         self._step = buffers.nbytes // x.itemsize
         self._chunks: dict[tuple[int, int], _Chunk] = {}
-        self._me = context.topology.rank
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
@@ -298,6 +334,7 @@ class NodeSums:
         self._sizes = Crossovers()
         self._small: dict[Any, Sum] = {}
         self._long: dict[Any, Sum] = {}
+        self._immediate: dict[Any, SmallSum] = {}
         self._small_buffers = _Buffers(sequencer.counters.small_buffers(), SMALL_NBYTES)
         self._scratch: _Buffers | None = None
         self._scratch_refused = False
@@ -320,16 +357,26 @@ class NodeSums:
         """
         if type(x) is not np.ndarray or x.ndim != 1 or not x.flags.carray:
             return None
+        if x.nbytes <= self._sizes.small:  # as `_choose`, at less cost
+            return self._small.get((op, x.dtype, x.size))
         kept = self._choose(x, x, op)
         return None if kept is None else kept[0].get(kept[1])
 
-    def prepare(self, x: Array, out: Array, op: ReduceOp, waiter: Waiter) -> Sum | None:
-        """Return the sum of flat arrays, or None where the library is faster.
+    def prepared(self, call: AllReduce) -> Sum | None:
+        """Return a sum if one like it has been prepared before; local, unlike `prepare`."""
+        kept = self._choose(call.x, call.out, call.op)
+        if kept is None:
+            return None
+        sums, key, _ = kept
+        return sums.get(key if call.shape == call.x.shape else (key, call.shape))
+
+    def prepare(self, call: AllReduce, waiter: Waiter) -> Sum | None:
+        """Return a sum, or None where the library is faster.
 
         Parameters
         ----------
-        x, out, op : Array, Array, ReduceOp
-            As of an `AllReduce`: 1-D arrays, and how to combine them.
+        call : AllReduce
+            The arrays, and how to combine them.
         waiter : Waiter
             Has the signature of the call.
 
@@ -337,20 +384,36 @@ class NodeSums:
         -----
         Collective; it makes scratch buffers in shared memory for the first array that needs them.
         """
-        kept = self._choose(x, out, op)
+        kept = self._choose(call.x, call.out, call.op)
         if kept is None:
             return None
         sums, key, array = kept
-        shape = waiter.shape
-        if shape != x.shape:
+        if call.shape != call.x.shape:
             # Arrays of another shape, though as long, are another call; `find` never asks for them.
-            key = (key, shape)
+            key = (key, call.shape)
         prepared = sums.get(key)
         if prepared is None:
-            prepared = self._make(x, op, array, waiter)
+            prepared = self._make(call.x, call.op, array, waiter)
             if prepared is not None:
                 _remember(sums, key, prepared)
         return prepared
+
+    def steps(self, call: AllReduce, waiter: Waiter) -> ConditionSteps[None] | None:
+        """Return the steps of an immediate sum of at most `SMALL_NBYTES`, or None for messages.
+
+        Messages carry short arrays in registered memory, such as the short buckets of gradients:
+        they add in another order, which is part of the bits of a training run.
+        """
+        x = call.x
+        if x is call.out and self._registered.find(x) is not None:
+            return None
+        key = (x.dtype, x.size, call.op, waiter.digest)
+        small = self._immediate.get(key)
+        if small is None:
+            context, buffers = self._context, self._small_buffers
+            small = SmallSum(self._sequencer, context, buffers, x, call.op, waiter)
+            _remember(self._immediate, key, small)
+        return small.steps(x, call.out, waiter)
 
     def _choose(
         self, x: Array, out: Array, op: ReduceOp

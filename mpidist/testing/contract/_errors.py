@@ -241,7 +241,7 @@ def mistakes(group: ProcessGroup, device: Place) -> None:
     for name, call in INDIVISIBLE.items() if group.size > 1 else ():
         x = device.put(np.ones(group.size + 1))
         expect_error(SizeMismatchError, partial(call, x, group), name, name, "multiple", who)
-    check_that(not group._outstanding, "a mistake has left something under way")
+    check_that(not group.operations.outstanding, "a mistake has left something under way")
     after = device.take(c.all_reduce(device.put(np.ones(2)), group))
     expect(after, np.full(2, float(group.size)), "after the mistakes")
 

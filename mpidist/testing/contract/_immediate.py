@@ -161,8 +161,8 @@ def progress_is_enough(group: ProcessGroup, device: Place) -> None:
     """`group.progress()` alone brings operations of several phases to their end."""
     works = [begin(Trial(VERBS["all_reduce"], rows=900, seed=k), group, device) for k in range(3)]
     deadline = time.monotonic() + min(group.timeout, 30.0)
-    while group._outstanding and time.monotonic() < deadline:
+    while group.operations.outstanding and time.monotonic() < deadline:
         group.progress()
-    check_that(not group._outstanding, "progress alone did not complete the operations")
+    check_that(not group.operations.outstanding, "progress alone did not complete the operations")
     for begun in works:
         begun.check(begun.work.wait())

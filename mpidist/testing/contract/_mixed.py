@@ -76,7 +76,7 @@ def both_in_one_call(group: ProcessGroup, device: Place) -> None:
         x, out = first.put(np.ones(3)), second.put(np.ones(3))
         wrong = partial(collectives.all_reduce_coalesced, [x], group, outs=[out])
         expect_error(UnsupportedOperationError, wrong, "coalesced", "outs[0]", str(group))
-    check_that(not group._outstanding, "a refused call has left something under way")
+    check_that(not group.operations.outstanding, "a refused call has left something under way")
 
 
 def mixed_lists(group: ProcessGroup, device: Place) -> None:

@@ -203,7 +203,7 @@ def nothing_left_behind(group: ProcessGroup, device: Place) -> None:
         partial(point_to_point.sendrecv, x, group, dst=group.rank, src=before),
         "sendrecv with a bad dst",
     )
-    check_that(not group._outstanding, "something was started")
+    check_that(not group.operations.outstanding, "something was started")
     out = _out_like(wanted, group, device)
     got = point_to_point.sendrecv(x, group, dst=after, src=before, out=out)
     expect(device.take(got), wanted, "the message after the mistakes")
