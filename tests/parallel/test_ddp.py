@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN, SUM
-from mpidist.collectives import iall_reduce
+from mpidist.backends.verbs import AllReduce
+from mpidist.group.operations import Operations
 from mpidist.nn import BatchNorm2d, Linear, Module, ReLU, Sequential
 from mpidist.optim import SGD
 from mpidist.parallel import DDP, BucketSizes
-from mpidist.parallel.data import compression
 from mpidist.testing import Faults, run_ranks
 from tests.parallel.checks import TINY, TRAINING, Scale, check_running, train_norm
 from tests.parallel.training import Routed, digest
@@ -90,11 +90,14 @@ def test_buckets_travel_while_backward_runs(monkeypatch):
         with lock:
             events[rank].append(what)
 
-    def recorded(x, group, *, op, out):
-        tell(group.rank, ("all_reduce", x.nbytes, op))
-        return iall_reduce(x, group, op=op, out=out)
+    start = Operations.start
 
-    monkeypatch.setattr(compression, "iall_reduce", recorded)
+    def recorded(operations, call, finish, timeout=None):
+        if isinstance(call, AllReduce):
+            tell(operations.state.rank, ("all_reduce", call.x.nbytes, call.op))
+        return start(operations, call, finish, timeout)
+
+    monkeypatch.setattr(Operations, "start", recorded)
 
     def body(group):
         sizes = [8, 16, 24, 8]

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from mpidist._types import MEAN, SUM
-from mpidist.collectives import barrier, iall_reduce
+from mpidist.backends.verbs import AllReduce
+from mpidist.collectives import barrier
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Operations
 from mpidist.nn import Linear, Module, Sequential
 from mpidist.nn.module import Context, count_uses
 from mpidist.optim import SGD
@@ -65,12 +67,14 @@ def layout(ddp):
 def test_buckets_start_early_from_the_second_step_on_where_the_first_guess_was_wrong(monkeypatch):
     events: list = []
 
-    def recorded(x, group, *, op, out):
-        if group.rank == 0:
-            events.append(x.size)
-        return iall_reduce(x, group, op=op, out=out)
+    start = Operations.start
 
-    monkeypatch.setattr(compression, "iall_reduce", recorded)
+    def recorded(operations, call, finish, timeout=None):
+        if operations.state.rank == 0 and isinstance(call, AllReduce):
+            events.append(call.x.size)
+        return start(operations, call, finish, timeout)
+
+    monkeypatch.setattr(Operations, "start", recorded)
 
     class Told(Scale):
         def backward_weight(self, wctx):

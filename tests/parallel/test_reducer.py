@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mpidist._types import MAX, MEAN, SUM
-from mpidist.collectives import all_reduce, iall_reduce
+from mpidist.collectives import all_reduce
 from mpidist.errors import CollectiveTimeoutError, UnsupportedOperationError
+from mpidist.group.operations import Operations
 from mpidist.parallel import BucketSizes, Compression, GradientReducer
 from mpidist.parallel.data import compression
 from mpidist.testing import Faults, Mode, run_ranks
@@ -30,13 +31,15 @@ def test_buckets_start_in_index_order_as_soon_as_they_are_complete(monkeypatch):
     events: dict[int, list] = {0: [], 1: []}
     lock = threading.Lock()
 
-    def recorded(x, group, *, op, out):
-        assert out is x
-        with lock:
-            events[group.rank].append(("all_reduce", x.nbytes))
-        return iall_reduce(x, group, op=op, out=out)
+    start = Operations.start
 
-    monkeypatch.setattr(compression, "iall_reduce", recorded)
+    def recorded(operations, call, finish, timeout=None):
+        assert call.out is call.x
+        with lock:
+            events[operations.state.rank].append((call.verb, call.x.nbytes))
+        return start(operations, call, finish, timeout)
+
+    monkeypatch.setattr(Operations, "start", recorded)
     shapes = {"a": (16,), "b": (8,), "c": (24,)}
     orders = {0: "cba", 1: "acb"}
 

@@ -13,6 +13,7 @@ from mpidist._types import Array, DType, ReduceOp
 from mpidist.arrays.namespaces import BFLOAT16, array_namespace, is_device
 from mpidist.backends.work import Work
 from mpidist.collectives import iall_reduce
+from mpidist.collectives._reductions import plan_all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.parallel import gradient_kernels
 from mpidist.parallel.data.buckets import Bucket, Exchange
@@ -84,7 +85,11 @@ def exchange_for(
         dtype = compression.wire_dtype(bucket.data.dtype)
         if dtype != bucket.data.dtype:
             return _NarrowedAllReduce(bucket, dtype, group, op)
-    return partial(iall_reduce, bucket.data, group, op=op, out=bucket.data)
+    if is_device(bucket.data):
+        return partial(iall_reduce, bucket.data, group, op=op, out=bucket.data)
+    # What is the same in every step is checked and prepared once.
+    call, finish = plan_all_reduce(bucket.data, group, op, bucket.data)
+    return partial(group.operations.start, call, finish)
 
 
 class _NarrowedAllReduce:
