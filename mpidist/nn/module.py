@@ -408,8 +408,8 @@ class Module(metaclass=_LabellingMeta):
                 raise ValueError(
                     f"load_state_dict: '{name}' is read-only: other processes see this memory, and "
                     "the optimizer that made it so writes it; nothing was changed. Load through "
-                    "ShardedOptimizer.model_state on all ranks, or give the parameter memory of "
-                    "its own first (parameter.data = parameter.data.copy())"
+                    "FSDP or ShardedOptimizer.model_state on all ranks, or give the parameter "
+                    "memory of its own first (parameter.data = parameter.data.copy())"
                 )
         check_held("load_state_dict", held, state)
         copy_in(held, state)

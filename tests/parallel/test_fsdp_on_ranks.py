@@ -28,8 +28,13 @@ from tests.parallel.training import assert_close
 on_ranks = pytest.mark.ranks(2, full=(1, 3, 4))
 
 
+OFTEN = ("plain", "tied", "unused", "uneven, one rank empty", "no_sync", "halves")
+
+
 @on_ranks
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.full) for c in CASES]
+)
 def test_it_trains_as_ddp_does(world, case, full):
     for dtype in (np.float64, np.float32) if full else (np.float64,):
         expected = train(world, CASES[case], "ddp", dtype)

@@ -307,6 +307,8 @@ class FSDP(DataParallel):
         ``parameter.data = parameter.data.copy()``.
         """
         self.zero_grad()
+        if self.parameter_shards.group is not self.group:
+            self.parameter_shards.group.close()
         self.group.close()
 
 

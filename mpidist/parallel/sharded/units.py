@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+import numpy as np
+
 from mpidist._types import Array, DType
 from mpidist.nn.members import members
 from mpidist.nn.module import Module
@@ -100,8 +102,8 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
             _unit(f"bucket {i}", ("",), {name: named[name] for name in names})
             for i, names in enumerate(buckets)
         )
-    limit = units if isinstance(units, int) else None
-    is_unit = _small_enough(module, units) if isinstance(units, int) else _rule(module, units)
+    limit = int(units) if isinstance(units, (int, np.integer)) else None
+    is_unit = _rule(module, units) if limit is None else _small_enough(module, limit)
     names_of = {parameter: name for name, parameter in named.items()}
     groups: dict[tuple[tuple[str, ...], DType, bool], list[str]] = {}
     for parameter, modules in _needed_by(module, is_unit, nested=limit is None).items():
@@ -127,7 +129,7 @@ def _unit(name: str, modules: tuple[str, ...], parameters: Mapping[str, Paramete
 
 def _small_enough(module: Module, limit: int) -> Callable[[str, Module], bool]:
     """Return a function that says which modules are units of at most so many bytes."""
-    if isinstance(limit, bool) or limit < 1:
+    if limit < 1:
         raise ValueError(f"FSDP: units must be a positive number of bytes, got {limit}")
 
     if sum(parameter.nbytes for parameter in module.parameters()) <= limit:
