@@ -1,0 +1,158 @@
+"""A training step with FSDP, beside DDP and sharded optimizers on the same ranks.
+
+A step is forward, backward and the update by AdamW, of the model of ``bench ddp``. Sizes are the
+bytes of all parameters. The row of each series has the values `parameters`, `layers`, `width`, and
+`held`, the bytes of parameters, gradients, buffers and optimizer state that rank 0 holds, at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mpidist import env, nn
+from mpidist._formatting import format_bytes
+from mpidist._types import Array
+from mpidist.bench.ddp import Shape, make_model
+from mpidist.bench.harness import add_effort, effort, positive, report_progress, require_ranks
+from mpidist.bench.report import Comparison, Machine, Report, Row
+from mpidist.bench.times import Series, Times, measure
+from mpidist.group import ProcessGroup
+from mpidist.optim import AdamW, Optimizer
+from mpidist.parallel import DDP, FSDP, MemoryUse, ShardedOptimizer, memory_use
+
+FULL_SHARD, ZERO1, ZERO2, REPLICATED = "FSDP", "DDP+sharded", "sharded", "DDP"
+_FACTORY = partial(AdamW, lr=1e-4)
+
+COMPARISONS = (
+    Comparison("FSDP/DDP+sharded", FULL_SHARD, ZERO1),
+    Comparison("FSDP/DDP", FULL_SHARD, REPLICATED),
+)
+
+_LEGEND = {
+    FULL_SHARD: "FSDP(model, world, units=...) and a ShardedOptimizer of it",
+    ZERO1: "DDP(model, world) and ShardedOptimizer(ddp, world): only the state is sharded",
+    ZERO2: "ShardedOptimizer(model, world): gradients, too; buckets instead of units",
+    REPLICATED: "DDP(model, world) and AdamW: every rank has all",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument(
+        "--millions",
+        type=positive(float),
+        nargs="+",
+        default=[5.0, 50.0],
+        metavar="N",
+        help="about how many million parameters the models have (default: 5 50)",
+    )
+    parser.add_argument(
+        "--units",
+        type=positive(float),
+        default=32.0,
+        metavar="MIB",
+        help="most MiB of parameters in a unit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive(int),
+        default=16,
+        help="samples of each rank (default: %(default)s)",
+    )
+    add_effort(parser, sizes=None, seconds=10.0)
+
+
+def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
+    """Measure the step of each model; collective over `world`."""
+    require_ranks(world, "fsdp")
+    machine, rows = Machine.of(world), list[Row]()
+    notes = [f"{options.batch} samples on each rank in each step"]
+    if env.omp_num_threads() != "1":
+        notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
+    for millions in options.millions:
+        shape = Shape.of(millions * 1e6)
+        units = int(options.units * (1 << 20))
+        with _series(world, shape, options.batch, units) as (series, held):
+            times = measure(series, world, effort=effort(options))
+            use = {name: bytes_held() for name, bytes_held in held.items()}
+        report_progress(world, "FSDP step", shape.nbytes)
+        rows += _rows(shape, times, use)
+        notes.append(_verdict(shape, use))
+    return Report(
+        benchmark="fsdp",
+        machine=machine,
+        rows=rows,
+        comparisons=COMPARISONS,
+        legend=_LEGEND,
+        notes=notes,
+    )
+
+
+def _rows(shape: Shape, times: Mapping[str, Times], held: Mapping[str, MemoryUse]) -> Iterator[Row]:
+    values = {"parameters": float(shape.parameters)}
+    values |= {"layers": float(shape.layers), "width": float(shape.width)}
+    for name, measured in times.items():
+        yield Row(
+            operation="FSDP step",
+            series=name,
+            nbytes=shape.nbytes,
+            times=measured,
+            values=values | {"held": float(held[name].total)},
+        )
+
+
+def _verdict(shape: Shape, held: Mapping[str, MemoryUse]) -> str:
+    """Say in a sentence what rank 0 holds."""
+    amounts = ", ".join(f"{name} {format_bytes(use.total)}" for name, use in held.items())
+    return f"{shape.parameters / 1e6:.2f} million parameters, rank 0 holds: {amounts}"
+
+
+@contextmanager
+def _series(
+    world: ProcessGroup, shape: Shape, batch: int, units: int
+) -> Iterator[tuple[list[Series], dict[str, Callable[[], MemoryUse]]]]:
+    """Give the steps, and what counts the memory of each."""
+    rng = np.random.default_rng(world.rank)
+    x, dy = rng.standard_normal((2, batch, shape.width), np.float32)
+    models = [make_model(shape) for _ in range(4)]
+    fsdp, zero1 = FSDP(models[0], world, units=units), DDP(models[1], world)
+    replicated = DDP(models[3], world)
+    optimizers: dict[str, Any] = {
+        FULL_SHARD: ShardedOptimizer(fsdp, optimizer=_FACTORY),
+        ZERO1: ShardedOptimizer(zero1, world, optimizer=_FACTORY),
+        ZERO2: ShardedOptimizer(models[2], world, optimizer=_FACTORY),
+        REPLICATED: _FACTORY(list(models[3].named_parameters())),
+    }
+    held = {name: o.memory_use for name, o in optimizers.items() if name != REPLICATED}
+    held[REPLICATED] = partial(memory_use, models[3], optimizers[REPLICATED])
+    backward = {name: o.backward for name, o in optimizers.items() if name != REPLICATED}
+    backward[REPLICATED] = replicated.backward
+    steps = [
+        Series(name, partial(_step, model, optimizers[name], backward[name], x, dy))
+        for name, model in zip(_LEGEND, models, strict=True)
+    ]
+    for series in steps:
+        series.call()
+    yield steps, held
+    for closing in (*(optimizers[name] for name in (FULL_SHARD, ZERO1, ZERO2)), fsdp, zero1):
+        closing.close()
+    replicated.close()
+
+
+def _step(
+    model: nn.Module,
+    optimizer: Optimizer | ShardedOptimizer,
+    backward: Callable[[nn.Context, Array], object],
+    x: Array,
+    dy: Array,
+) -> None:
+    optimizer.zero_grad()
+    _, ctx = model.forward(x, nn.Mode(training=True))
+    backward(ctx, dy)
+    optimizer.step()
