@@ -15,7 +15,7 @@ import pytest
 from tests._ranks.launcher import marked_processes
 from tests.jobs.running import Run, Start, read_arrays, read_records
 
-STEPS = 200
+STEPS = 120
 OPTIONS = ["--steps", str(STEPS), "--log-every", "5", "--no-progress", "--no-plot", "--resume"]
 STOPPED = 75
 
