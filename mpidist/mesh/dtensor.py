@@ -179,8 +179,10 @@ class DTensor:
         ----------
         shape : sequence of int
             Of the whole array.
-        mesh, placements
-            As for `DTensor`; the same on all ranks.
+        mesh : DeviceMesh
+            The ranks.
+        placements : sequence of Placement
+            One per dimension of the mesh; the same on all ranks.
         dtype : dtype, optional
             The same on all ranks.
         device : {"cpu", "gpu"}, optional
@@ -223,8 +225,10 @@ class DTensor:
         ----------
         x : Array or None
             The whole array, on `root`; ignored elsewhere.
-        mesh, placements
-            As for `DTensor`.
+        mesh : DeviceMesh
+            The ranks.
+        placements : sequence of Placement
+            One per dimension of the mesh.
         root : int or None, optional
             The rank of ``mesh.group`` that has the array. None: every rank has it, the same one,
             and takes its part.
