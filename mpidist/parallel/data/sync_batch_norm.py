@@ -29,8 +29,10 @@ class SyncBatchNorm2d(BatchNorm2d):
     group : ProcessGroup
         The ranks whose samples are normalised together. It is used as it is, so it must not be
         closed before the layer has been used for the last time.
-    eps, momentum, dtype
+    eps, momentum : float, optional
         As those of `BatchNorm2d`; the same on all ranks.
+    dtype : dtype, optional
+        Likewise.
 
     Notes
     -----
