@@ -43,7 +43,7 @@ def run(command: Sequence[object], directory: Path) -> str:
 
 
 def test_the_examples_are_found() -> None:
-    assert [example.name[:2] for example in EXAMPLES] == ["00", "01", "02", "03"]
+    assert [example.name[:2] for example in EXAMPLES] == ["00", "01", "02", "03", "04"]
 
 
 def said_by_rank_0(output: str, size: int) -> str:
@@ -74,6 +74,16 @@ def test_the_resumed_example_has_the_bits_of_one_run(tmp_path: Path) -> None:
     halves = run_ranks(3, main, tmp_path / "halves", 50)
     for name, array in whole[0].items():
         np.testing.assert_array_equal(halves[0][name], array)
+
+
+def test_the_sharded_example_learns_and_holds_its_share() -> None:
+    main = runpy.run_path(str(EXAMPLES_DIRECTORY / "04_fsdp.py"))["main"]
+    unit, size = 4 * 64 * 65, 4
+    whole = 3 * unit + 4 * (2 * 64 + 64 + 2 * 64 + 2)
+    for loss, held in run_ranks(size, main, 64, 3, 40, node_memory=True):
+        assert loss < 0.6  # by chance it is 0.69
+        # Parameters, gradients and two arrays of state, cut at rows; and two buffers.
+        assert held.total == pytest.approx(4 * whole / size + 2 * unit, rel=0.05)
 
 
 @pytest.mark.parametrize(
