@@ -52,6 +52,18 @@ def format_ranges(numbers: Iterable[int], *, ordered: bool = False) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def format_cuda_version(number: int) -> str:
+    """Return 12.4 for 12040; nothing for 0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else ""
+
+
+def format_nccl_version(number: int) -> str:
+    """Return 2.23.4 for 22304, and 2.8.4 for 2804, as NCCL counted before 2.9; nothing for 0."""
+    thousand = 10_000 if number >= 10_000 else 1_000
+    version = f"{number // thousand}.{number % thousand // 100}.{number % 100}"
+    return version if number else ""
+
+
 def columns(
     heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0, ruled: bool = False
 ) -> Iterator[str]:

@@ -7,6 +7,7 @@ arithmetic and the copies alone.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from mmap import mmap
@@ -16,20 +17,11 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.boxes import split_evenly
 from mpidist.backends.node.registered_memory import Block
-from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
+from mpidist.bench.harness import Session, add_effort, sweep
 from mpidist.bench.peers import Gloo, find_library, open_gloo
-from mpidist.bench.report import (
-    BOUND,
-    GLOO,
-    LIBRARY,
-    ORDINARY,
-    REGISTERED,
-    Comparison,
-    Machine,
-    Report,
-)
+from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Comparison, Report
 from mpidist.bench.times import Series
-from mpidist.bench.verbs import DTYPE, checked, library_call, our_call, prepare
+from mpidist.bench.verbs import DTYPE, Arrays, checked, library_call, our_call, prepare
 from mpidist.group import ProcessGroup
 
 _BLOCK_BYTES = 256 << 10
@@ -65,14 +57,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure all_reduce over the sizes; collective over `world`."""
-    require_ranks(world, "all_reduce")
-    machine = Machine.of(world)
-    notes: list[str] = []
+    session = Session("all_reduce", world, options)
+    notes = session.notes
     if options.rewrite:
         notes.append(
             "each rank writes its array before each call; the bound works on its own memory"
         )
-    shared_cores = world.local_size > machine.usable_cores
+    shared_cores = world.local_size > session.machine.usable_cores
     if shared_cores:
         notes.append("no bound: there are more ranks than cores, and they would take turns")
     peer = nullcontext("Gloo was left out") if options.no_gloo else open_gloo(world)
@@ -82,49 +73,26 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         def make(nbytes: int) -> list[Series]:
             series = mpidist_and_library(world, nbytes, notes, rewrite=options.rewrite)
             if isinstance(gloo, Gloo):
-                series.append(_gloo(gloo, world, nbytes, rewrite=options.rewrite))
+                arrays = _in_place(world, partial(np.empty, dtype=DTYPE), nbytes)
+                call = partial(gloo.torch.distributed.all_reduce, gloo.torch.from_numpy(arrays.x))
+                series.append(checked(GLOO, call, arrays, world, rewrite=options.rewrite))
             return series if shared_cores else [*series, bound_series(world, nbytes)]
 
-        rows = rows_over(options.sizes, make, world, operation="all_reduce", options=options)
-    return Report(
-        benchmark="all_reduce",
-        machine=machine,
-        rows=rows,
-        comparisons=_COMPARISONS,
-        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
-        notes=tuple(dict.fromkeys(notes)),
-    )
+        session.measure_sizes("all_reduce", options.sizes, make)
+    return session.report(legend=_LEGEND, comparisons=_COMPARISONS)
 
 
 def mpidist_and_library(
     world: ProcessGroup, nbytes: int, notes: list[str], *, rewrite: bool = False
 ) -> list[Series]:
-    """Return the series of mpidist and, where there is one, of the MPI library.
+    """Return the series of mpidist and, unless a note says that it is missing, of the MPI library.
 
-    Parameters
-    ----------
-    world : ProcessGroup
-        The ranks taking part.
-    nbytes : int
-        Of the array that each rank reduces.
-    notes : list of str
-        Gets a sentence if there is no MPI library.
-    rewrite : bool, optional
-        Whether each rank writes its array before each call.
-
-    Returns
-    -------
-    list of Series
-        Each has given the right sum once. The sums that are timed are of zeros: in place, others
-        would grow without end.
-
-    Notes
-    -----
-    Collective over `world`; blocks.
+    Each has given the right sum once. The sums that are timed are of zeros: in place, others would
+    grow without end. With `rewrite` each rank writes its array before each call. Collective over
+    `world`; blocks.
     """
-    count = max(nbytes // DTYPE.itemsize, 1)
-    ordinary = prepare("all_reduce", world, partial(np.empty, dtype=DTYPE), count)
-    registered = prepare("all_reduce", world, partial(world.empty, dtype=DTYPE), count)
+    ordinary = _in_place(world, partial(np.empty, dtype=DTYPE), nbytes)
+    registered = _in_place(world, partial(world.empty, dtype=DTYPE), nbytes)
     series = [
         checked(name, our_call("all_reduce", arrays, world), arrays, world, rewrite=rewrite)
         for name, arrays in ((REGISTERED, registered), (ORDINARY, ordinary))
@@ -136,29 +104,16 @@ def mpidist_and_library(
     return series
 
 
-def _gloo(gloo: Gloo, world: ProcessGroup, nbytes: int, *, rewrite: bool) -> Series:
-    count = max(nbytes // DTYPE.itemsize, 1)
-    arrays = prepare("all_reduce", world, partial(np.empty, dtype=DTYPE), count)
-    call = partial(gloo.torch.distributed.all_reduce, gloo.torch.from_numpy(arrays.x))
-    return checked(GLOO, call, arrays, world, rewrite=rewrite)
+def _in_place(world: ProcessGroup, make: Callable[[int], Array], nbytes: int) -> Arrays:
+    return prepare("all_reduce", world, make, max(nbytes // DTYPE.itemsize, 1))
 
 
 def bound_series(world: ProcessGroup, nbytes: int) -> Series:
-    """Return the work that remains where nothing is sent and nobody waits.
+    """Return the work that remains where nothing is sent and nobody waits; local.
 
-    Parameters
-    ----------
-    world : ProcessGroup
-        Its size decides how much there is; local.
-    nbytes : int
-        Of the array that each rank reduces.
-
-    Returns
-    -------
-    Series
-        A rank's share of the direct path on memory of its own: of p arrays, laid out as
-        registered ones are, it adds its 1/p slices into the first one, a block at a time, and
-        copies the block into the others.
+    A rank's share of the direct path on memory of its own: of p arrays, laid out as registered ones
+    are, it adds its 1/p slices into the first one, a block at a time, and copies the block into the
+    others.
     """
     stride, count = Block.stride(nbytes), nbytes // DTYPE.itemsize
     memory = np.frombuffer(mmap(-1, world.size * stride), np.uint8).reshape(world.size, stride)

@@ -21,15 +21,17 @@ import numpy as np
 
 from mpidist._types import MAX, SUM, Array
 from mpidist.arrays.namespaces import as_bytes
-from mpidist.bench.harness import positive, report_progress, require_ranks
+from mpidist.bench.harness import Session, add_number
 from mpidist.bench.peers import Gloo, TorchCheckpoints, open_gloo
-from mpidist.bench.report import Comparison, Machine, Report, Row, Target
+from mpidist.bench.report import Comparison, Report, Target
 from mpidist.bench.resharding import (
     DIM0,
     REPLICATED,
     Counter,
     SampleModel,
+    State,
     drop_cache,
+    held,
     memory_of,
     peak_over,
     read_plain,
@@ -57,13 +59,7 @@ _BLOCK_MIB = 8.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument(
-        "--mib",
-        type=positive(int),
-        default=256,
-        metavar="N",
-        help="about how many MiB the model has (default: %(default)s)",
-    )
+    add_number(parser, "--mib", 256, "about how many MiB the model has")
     parser.add_argument(
         "--dir",
         type=Path,
@@ -71,47 +67,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="a directory that all ranks see, on the disk to measure (default: this one)",
     )
-    parser.add_argument(
-        "--repeats",
-        type=positive(int),
-        default=10,
-        metavar="N",
-        help="rounds of one call of each series (default: %(default)s)",
-    )
+    add_number(parser, "--repeats", 10, "rounds of one call of each series")
     parser.add_argument("--no-torch", action="store_true", help="leave out the peer torch")
 
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure each layout; collective over `world`."""
-    require_ranks(world, "checkpoint")
-    machine, model = Machine.of(world), SampleModel(options.mib)
-    rows, targets, notes = list[Row](), list[Target](), list[str]()
+    session, model = Session("checkpoint", world, options), SampleModel(options.mib)
+    targets = list[Target]()
     peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
     with _directory(world, options.dir) as directory, peer as gloo:
-        notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}")
+        session.notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}")
         for layout in (REPLICATED, DIM0):
-            bench = _Bench(world, model, layout, directory, gloo, options.repeats)
+            bench = _Bench(session, model, layout, directory, gloo, options.repeats)
             for measured in (bench.saves, bench.loads, bench.async_saves, bench.memory):
                 measured()
-            rows += bench.rows
             targets += bench.targets
-            notes += bench.notes
-            report_progress(world, f"checkpoints, {layout},", model.nbytes)
-        targets += reads_of_ranks(world, model, directory)
+        targets += reads_of_ranks(world, model.arrays(), directory)
         if world.rank == 0:
-            targets += reads_of_simulated_ranks(model, directory)
+            targets += reads_of_simulated_ranks(model.arrays(), directory)
         barrier(world)
-    return Report(
-        benchmark="checkpoint",
-        machine=machine,
-        rows=rows,
+    return session.report(
+        legend=_LEGEND,
         comparisons=[
             Comparison(f"over {reference}", _OURS, reference)
             for reference in (_PLAIN, _SHARE, _COPY, _TORCH)
         ],
         targets=targets,
-        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
-        notes=notes,
     )
 
 
@@ -133,19 +115,17 @@ class _Bench:
 
     def __init__(
         self,
-        world: ProcessGroup,
+        session: Session,
         model: SampleModel,
         layout: str,
         directory: Path,
         gloo: Gloo | str,
         rounds: int,
     ) -> None:
-        self.rows: list[Row] = []
         self.targets: list[Target] = []
-        self.notes: list[str] = []
-        self._world, self._model, self._layout, self._rounds = world, model, layout, rounds
-        arrays = model.arrays()
-        self._state = model.held(arrays, layout, world.rank, world.size)
+        self._session, self._world = session, session.world
+        self._model, self._layout, self._rounds = model, layout, rounds
+        self._state = self._held()
         self._share = self._bytes_to_write()
         self._ours, self._plain, self._torch = (
             directory / f"{name}-{layout.replace(' ', '')}" for name in (_OURS, _PLAIN, _TORCH)
@@ -153,8 +133,13 @@ class _Bench:
         self._dcp = None
         if not isinstance(gloo, str):
             sharded = layout == DIM0
-            self._dcp = TorchCheckpoints(gloo, arrays, sharded=sharded, ranks=world.size)
+            self._dcp = TorchCheckpoints(
+                gloo, model.arrays(), sharded=sharded, ranks=self._world.size
+            )
         self._future: CheckpointFuture | None = None
+
+    def _held(self) -> State:
+        return held(self._model.arrays(), self._layout, self._world.rank, self._world.size)
 
     def _bytes_to_write(self) -> Array:
         """Return the bytes that this rank writes, side by side."""
@@ -166,14 +151,10 @@ class _Bench:
 
     def saves(self) -> None:
         """Save, beside writing plain files."""
-        file = self._plain / f"{self._world.rank}"
+        write = partial(write_plain, self._plain / f"{self._world.rank}", self._share)
         series = [
             Series(_OURS, self._save, before=partial(self._empty, self._ours)),
-            Series(
-                _PLAIN,
-                partial(write_plain, file, self._share),
-                before=partial(self._empty, self._plain),
-            ),
+            Series(_PLAIN, write, before=partial(self._empty, self._plain)),
         ]
         if self._dcp is not None:
             call = partial(self._dcp.save, self._torch)
@@ -183,23 +164,20 @@ class _Bench:
 
     def loads(self) -> None:
         """Load what `saves` has left, beside reading plain files."""
-        arrays = self._model.arrays()
-        target = self._model.held(arrays, self._layout, self._world.rank, self._world.size)
+        target = self._held()
         for part in memory_of(target):
             part.fill(0)
         files = [self._plain / f"{rank}" for rank in range(self._world.size)]
         own_file = files[self._world.rank]
         memory = {file: np.ones(file.stat().st_size, np.uint8) for file in files}
         everything = files if self._layout == REPLICATED else [own_file]
+        read = partial(read_plain, *((file, memory[file]) for file in everything))
         calls: dict[str, tuple[Path, Callable[[], object]]] = {
             _OURS: (self._ours, lambda: load(self._ours, target, self._world)),
-            _PLAIN: (
-                self._plain,
-                lambda: read_plain(*((file, memory[file]) for file in everything)),
-            ),
+            _PLAIN: (self._plain, read),
         }
         if self._layout == REPLICATED:
-            calls[_SHARE] = (self._plain, lambda: read_plain((own_file, memory[own_file])))
+            calls[_SHARE] = (self._plain, partial(read_plain, (own_file, memory[own_file])))
         if self._dcp is not None:
             calls[_TORCH] = (self._torch, partial(self._dcp.load, self._torch))
         counters = {name: Counter() for name in calls}
@@ -214,7 +192,7 @@ class _Bench:
         for name, counter in counters.items():
             fetched = all_reduce(np.array(counter.fetched / counter.calls), self._world, op=SUM)
             share = float(fetched) / self._model.nbytes
-            self.notes.append(
+            self._session.notes.append(
                 f"load, {self._layout}, {name}: {share:.1%} of the model's bytes came from the disk"
             )
 
@@ -264,16 +242,10 @@ class _Bench:
 
     def _measure(self, operation: str, series: Sequence[Series]) -> Mapping[str, Times]:
         times = measure_rounds(series, self._world, rounds=self._rounds)
-        self.rows += [
-            Row(
-                operation=f"{operation}, {self._layout}",
-                series=name,
-                nbytes=self._model.nbytes,
-                times=measured,
-                values={"bytes_per_second": self._model.nbytes / measured.median},
-            )
-            for name, measured in times.items()
-        ]
+        operation, nbytes = f"{operation}, {self._layout}", self._model.nbytes
+        self._session.report_progress(operation, nbytes)
+        speeds = {name: {"bytes_per_second": nbytes / each.median} for name, each in times.items()}
+        self._session.add(operation, nbytes, times, speeds)
         return times
 
     def _compare(

@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
+from mpidist.bench.harness import Session, add_effort, sweep
 from mpidist.bench.peers import LibraryPeer, find_library
-from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Machine, Report, Row
+from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Report
 from mpidist.bench.times import Series
 from mpidist.bench.verbs import DTYPE, checked, divisible, library_call, our_call, prepare
 from mpidist.collectives import barrier
@@ -30,7 +30,6 @@ _COMPARISONS = (
     Comparison("ord/library", ORDINARY, LIBRARY),
 )
 
-
 VERBS = ("reduce_scatter", "all_gather", "broadcast", "reduce", "all_to_all")
 
 
@@ -45,24 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the collectives over the sizes; collective over `world`."""
-    require_ranks(world, "collectives")
-    machine = Machine.of(world)
-    notes: list[str] = []
-    rows: list[Row] = []
-    peer = find_library(world, notes)
+    session = Session("collectives", world, options)
+    peer = find_library(world, session.notes)
     sizes = list(dict.fromkeys(divisible(nbytes, world.size) for nbytes in options.sizes))
     for verb in dict.fromkeys(options.verbs):
-        make = partial(_series, verb, world, peer)
         of = [0] if verb == "barrier" else sizes
-        rows += rows_over(of, make, world, operation=verb, options=options)
-    return Report(
-        benchmark="collectives",
-        machine=machine,
-        rows=rows,
-        comparisons=_COMPARISONS,
-        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
-        notes=notes,
-    )
+        session.measure_sizes(verb, of, partial(_series, verb, world, peer))
+    return session.report(legend=_LEGEND, comparisons=_COMPARISONS)
 
 
 def _series(verb: str, world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
@@ -70,10 +58,9 @@ def _series(verb: str, world: ProcessGroup, peer: LibraryPeer | None, nbytes: in
     if verb == "barrier":
         series = [Series(ORDINARY, partial(barrier, world))]
         return series if peer is None else [*series, Series(LIBRARY, peer.comm.Barrier)]
-    ordinary = partial(np.empty, dtype=DTYPE)
     series = []
     for name in (REGISTERED, ORDINARY) if peer is None else (REGISTERED, ORDINARY, LIBRARY):
-        make = partial(world.empty, dtype=DTYPE) if name == REGISTERED else ordinary
+        make = partial(world.empty if name == REGISTERED else np.empty, dtype=DTYPE)
         arrays = prepare(verb, world, make, nbytes // DTYPE.itemsize)
         if name == LIBRARY and peer is not None:
             call = library_call(verb, arrays, peer)

@@ -20,8 +20,8 @@ from mpidist._types import Array
 from mpidist.backends.crossover_file import machine_name, user_file, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers
 from mpidist.backends.mpi.library import library_name, load_mpi
-from mpidist.bench.harness import BenchmarkError, add_effort, require_ranks, rows_over, sweep
-from mpidist.bench.report import Machine, Report, Row
+from mpidist.bench.harness import BenchmarkError, Session, add_effort, sweep
+from mpidist.bench.report import Report, Row
 from mpidist.bench.times import Series
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
@@ -60,40 +60,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure every path over the sizes; collective over `world`."""
-    require_ranks(world, "crossovers")
+    session = Session("crossovers", world, options)
     if world.transport.sums is None:
         raise BenchmarkError(
             "bench crossovers: expected ranks of one node that share memory, under MPI; start it "
             "on one node with as many ranks as a job has there"
         )
-    machine = Machine.of(world)
     in_use = world.crossovers
     try:
-        rows = rows_over(
-            options.sizes, partial(_series, world), world, operation="all_reduce", options=options
-        )
+        session.measure_sizes("all_reduce", options.sizes, partial(_series, world))
     finally:
         world.crossovers = in_use
-    measured = find(rows)
-    notes = [
+    measured = find(session.rows)
+    session.notes += [
         f"{name}: {_format_size(getattr(measured, name))}"
         for name in ("small", "registered", "scratch")
     ]
-    failures: list[str] = []
-    if options.save is not None:
-        if problem := _save(options.save, measured, world):
-            failures.append(problem)
-        else:
-            notes.append(f"kept in {options.save} for {world.size} ranks and more")
-    return Report(
-        benchmark="crossovers",
-        machine=machine,
-        rows=rows,
-        comparisons=(),
-        legend=_LEGEND,
-        notes=tuple(notes),
-        failures=tuple(failures),
-    )
+    problem = "" if options.save is None else _save(options.save, measured, world)
+    if options.save is not None and not problem:
+        session.notes.append(f"kept in {options.save} for {world.size} ranks and more")
+    return session.report(legend=_LEGEND, comparisons=(), failures=[problem] if problem else ())
 
 
 def _save(path: Path, crossovers: Crossovers, world: ProcessGroup) -> str:
@@ -127,17 +113,7 @@ def _forced(world: ProcessGroup, sizes: Crossovers, x: Array) -> Callable[[], Ar
 
 
 def find(rows: Sequence[Row]) -> Crossovers:
-    """Return the crossovers that measured times ask for.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of every path, over rising sizes.
-
-    Returns
-    -------
-    Crossovers
-    """
+    """Return the crossovers that the measured times of every path ask for."""
     sizes = sorted({row.nbytes for row in rows})
     times = {(row.series, row.nbytes): row.times.median for row in rows}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import isqrt
 from typing import Any
@@ -22,10 +22,10 @@ import numpy as np
 from mpidist import env, nn
 from mpidist._types import MEAN, Array
 from mpidist.arrays.namespaces import to_device, to_host
-from mpidist.bench.harness import add_effort, effort, positive, report_progress, require_ranks
+from mpidist.bench.harness import Session, add_effort, add_number, positive
 from mpidist.bench.peers import Gloo, open_gloo
-from mpidist.bench.report import Comparison, Machine, Measure, Report, Row
-from mpidist.bench.times import Series, Times, measure
+from mpidist.bench.report import Comparison, Measure, Report, Row
+from mpidist.bench.times import Series, Times
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.parallel import DDP, GradientReducer
@@ -56,13 +56,7 @@ _STEP = 32
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model: `layers` square layers of `width` inputs and a bias each.
-
-    Attributes
-    ----------
-    width, layers : int
-        At least 1 and 2.
-    """
+    """A model: at least two square layers of `width` inputs, each with a bias."""
 
     width: int
     layers: int
@@ -94,64 +88,49 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="about how many million parameters the models have (default: 1 10 50)",
     )
-    parser.add_argument(
-        "--batch",
-        type=positive(int),
-        default=16,
-        help="samples of each rank (default: %(default)s)",
-    )
+    add_number(parser, "--batch", 16, "samples of each rank")
     parser.add_argument("--no-torch", action="store_true", help="leave out the peer torch")
-    add_effort(parser, sizes=None, seconds=10.0)
+    add_effort(parser, seconds=10.0)
+
+
+def add_model(parser: argparse.ArgumentParser, *, millions: float, batch: int) -> None:
+    """Add the options of a single model, ``--millions`` and ``--batch``."""
+    text = "about how many million parameters the model of DDP's step has"
+    add_number(parser, "--millions", millions, text)
+    add_number(parser, "--batch", batch, "samples of each rank in DDP's step")
 
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the step of each model; collective over `world`."""
-    require_ranks(world, "ddp")
-    machine, rows = Machine.of(world), list[Row]()
-    notes = [f"{options.batch} samples on each rank in each step"]
+    session = Session("ddp", world, options)
+    session.notes.append(f"{options.batch} samples on each rank in each step")
     if env.omp_num_threads() != "1":
-        notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
+        session.notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
     peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
     with peer as gloo:
-        notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}, 1 thread")
+        session.notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}, 1 thread")
         for millions in options.millions:
             shape = Shape.of(millions * 1e6)
             ours = our_series(world, shape, options.batch)
-            with ours as series, _theirs(gloo, shape, options) as b:
-                times = measure([*series, *b], world, effort=effort(options))
-            report_progress(world, "DDP step", shape.nbytes)
-            rows += _rows(shape, times)
-    return Report(
-        benchmark="ddp",
-        machine=machine,
-        rows=rows,
-        comparisons=COMPARISONS,
-        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
-        notes=[*notes, *(_verdict(row) for row in rows if "added" in row.values)],
-    )
+            with ours as series, _theirs(gloo, shape, options) as theirs:
+                times = session.measure("DDP step", shape.nbytes, [*series, *theirs])
+            session.add("DDP step", shape.nbytes, times, _values(shape, times))
+    session.notes += [_verdict(row) for row in session.rows if "added" in row.values]
+    return session.report(legend=_LEGEND, comparisons=COMPARISONS)
 
 
-def _rows(shape: Shape, times: Mapping[str, Times]) -> list[Row]:
-    values = {"parameters": float(shape.parameters)}
-    values |= {"layers": float(shape.layers), "width": float(shape.width)}
-    rows = {
-        name: Row(
-            operation="DDP step", series=name, nbytes=shape.nbytes, times=measured, values=values
-        )
-        for name, measured in times.items()
-    }
+def _values(shape: Shape, times: Mapping[str, Times]) -> dict[str, dict[str, float]]:
+    """Return what the rows of the series say beside their times."""
+    model = {"parameters": shape.parameters, "layers": shape.layers, "width": shape.width}
+    values = {name: {key: float(value) for key, value in model.items()} for name in times}
     for comparison in COMPARISONS:
-        if comparison.series in rows:
+        if comparison.series in times:
             added = comparison.of(times[comparison.series], times[comparison.reference])
-            _note(rows, comparison.series, added=added)
-    if _TORCH_DDP in rows:
-        added, theirs = (rows[name].values["added"] for name in (DDP_STEP, _TORCH_DDP))
-        _note(rows, DDP_STEP, ratio=added / theirs)
-    return list(rows.values())
-
-
-def _note(rows: dict[str, Row], series: str, **values: float) -> None:
-    rows[series] = replace(rows[series], values={**rows[series].values, **values})
+            values[comparison.series]["added"] = added
+    if _TORCH_DDP in times:
+        ratio = values[DDP_STEP]["added"] / values[_TORCH_DDP]["added"]
+        values[DDP_STEP]["ratio"] = ratio
+    return values
 
 
 def _verdict(row: Row) -> str:

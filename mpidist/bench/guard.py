@@ -9,30 +9,20 @@ exit code is 1 where something was not reached in any.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpidist._formatting import format_bytes
 from mpidist.bench.all_reduce import mpidist_and_library
-from mpidist.bench.harness import add_effort, effort, require_ranks
-from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Machine, Report, Row
-from mpidist.bench.times import Series, measure
+from mpidist.bench.harness import Session, add_effort
+from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Report
+from mpidist.bench.times import Times
 from mpidist.group import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The least speed that is accepted.
-
-    Attributes
-    ----------
-    series : str
-        Registered or ordinary memory.
-    nbytes : int
-        Of the array that each rank reduces.
-    least : float
-        The 5th percentile of the MPI library's time over that of the series.
-    """
+    """The least speed that is accepted of a series: the library's time over that of the series."""
 
     series: str
     nbytes: int
@@ -57,7 +47,7 @@ same code was measured at 0.32 to 0.50.
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this check."""
-    add_effort(parser, sizes=None, seconds=1.0)
+    add_effort(parser, seconds=1.0)
     parser.add_argument(
         "--attempts",
         type=int,
@@ -70,53 +60,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure until everything is reached or the attempts are over; collective over `world`."""
-    require_ranks(world, "guard")
-    machine = Machine.of(world)
-    notes: list[str] = []
-    rows: list[Row] = []
-    missed: Sequence[Floor] = FLOORS
-    best = dict.fromkeys(FLOORS, 0.0)
+    session = Session("guard", world, options)
+    library: list[str] = []
+    missed, best = list(FLOORS), dict.fromkeys(FLOORS, 0.0)
     for attempt in range(1, options.attempts + 1):
+        operation = f"all_reduce, attempt {attempt}"
         for nbytes in dict.fromkeys(floor.nbytes for floor in missed):
-            series = mpidist_and_library(world, nbytes, notes)
-            rows += _rows(series, nbytes, attempt, world, options)
-        for floor in missed:
-            best[floor] = max(best[floor], _speedup(rows, floor))
+            series = mpidist_and_library(world, nbytes, library)
+            times = session.measure(operation, nbytes, series)
+            session.add(operation, nbytes, times)
+            for floor in missed:
+                if floor.nbytes == nbytes:
+                    best[floor] = max(best[floor], _speedup(times, floor))
         missed = [floor for floor in missed if best[floor] < floor.least]
         if not missed:
             break
-    return Report(
-        benchmark="guard",
-        machine=machine,
-        rows=rows,
+    session.notes += [*(_sentence(floor, best[floor]) for floor in FLOORS), *library]
+    return session.report(
+        legend={},
         comparisons=(
             Comparison("reg/library", REGISTERED, LIBRARY),
             Comparison("ord/library", ORDINARY, LIBRARY),
         ),
-        notes=(*(_sentence(floor, best[floor]) for floor in FLOORS), *dict.fromkeys(notes)),
         failures=[_sentence(floor, best[floor]) for floor in missed],
     )
 
 
-def _rows(
-    series: Sequence[Series],
-    nbytes: int,
-    attempt: int,
-    world: ProcessGroup,
-    options: argparse.Namespace,
-) -> list[Row]:
-    times = measure(series, world, effort=effort(options))
-    operation = f"all_reduce, attempt {attempt}"
-    return [
-        Row(operation=operation, series=name, nbytes=nbytes, times=measured)
-        for name, measured in times.items()
-    ]
-
-
-def _speedup(rows: Sequence[Row], floor: Floor) -> float:
-    """Return the speed of the latest attempt; 0 where there is no library to compare with."""
-    latest = {row.series: row.times.p5 for row in rows if row.nbytes == floor.nbytes}
-    return latest[LIBRARY] / latest[floor.series] if LIBRARY in latest else 0.0
+def _speedup(times: Mapping[str, Times], floor: Floor) -> float:
+    """Return the speed in undisturbed calls; 0 where there is no library to compare with."""
+    return times[LIBRARY].p5 / times[floor.series].p5 if LIBRARY in times else 0.0
 
 
 def _sentence(floor: Floor, best: float) -> str:

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: options, sizes, one operation over several sizes."""
+"""What the benchmarks have in common: options, sizes, and the session that makes a report."""
 
 from __future__ import annotations
 
@@ -6,37 +6,25 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mpidist._formatting import format_bytes
 from mpidist._optional import require
-from mpidist.bench.report import Row, bus_factor
-from mpidist.bench.times import Effort, Series, measure
+from mpidist.bench.report import Comparison, Machine, Report, Row, Target, bus_factor
+from mpidist.bench.times import Effort, Series, Times, measure
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
+class BenchmarkError(Exception):
+    """A benchmark cannot run as asked; raised by all ranks alike, before anything is measured."""
+
+
 def read_size(text: str) -> int:
-    """Return the number of bytes that a word of the command line means.
-
-    Parameters
-    ----------
-    text : str
-        A whole number, of bytes or with a unit that is a power of 1024: ``4``, ``64K``, ``1MiB``.
-
-    Returns
-    -------
-    int
-        Number of bytes, at least 1.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If it is none.
-    """
+    """Return the bytes that an option such as ``4``, ``64K`` or ``1MiB`` means; K is 1024."""
     match = re.fullmatch(r"([1-9]\d*) ?([KMG]?)i?B?", text, re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(
@@ -53,147 +41,8 @@ def sweep(first: str, last: str, factor: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-class BenchmarkError(Exception):
-    """A benchmark cannot run as asked; raised by all ranks alike, before anything is measured."""
-
-
-def add_effort(
-    parser: argparse.ArgumentParser, *, sizes: Sequence[int] | None, seconds: float = 2.0
-) -> None:
-    """Add ``--sizes``, ``--seconds`` and ``--repeats``.
-
-    Parameters
-    ----------
-    parser : ArgumentParser
-        Parser of one benchmark.
-    sizes : sequence of int or None
-        Default of ``--sizes`` in bytes; None for a benchmark without sizes.
-    seconds : float, optional
-        Default of ``--seconds``, for each size.
-    """
-    if sizes is not None:
-        parser.add_argument(
-            "--sizes",
-            type=read_size,
-            nargs="+",
-            default=list(sizes),
-            metavar="SIZE",
-            help=f"bytes, such as 4, 64K or 16MiB (default: {' '.join(map(_word, sizes))})",
-        )
-    parser.add_argument(
-        "--seconds",
-        type=positive(float),
-        default=seconds,
-        help="about how long to measure at each size, at least 25 calls of each series "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive(int),
-        metavar="N",
-        help="time N calls of each series at each size instead",
-    )
-
-
-def effort(options: argparse.Namespace) -> Effort:
-    """Return what `add_effort` was given."""
-    return Effort(seconds=options.seconds, repeats=options.repeats)
-
-
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json`` and ``--plot``."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw a picture; .png, .svg or .pdf"
-    )
-
-
-def check_files(options: argparse.Namespace, command: str) -> None:
-    """Raise what is wrong with the options of `add_files`, before the work.
-
-    Parameters
-    ----------
-    options : Namespace
-        What the parser made.
-    command : str
-        With which the message begins.
-
-    Raises
-    ------
-    BenchmarkError
-        If files cannot be written, or the picture cannot be drawn; it names all that is wrong.
-    """
-    problems = [] if options.plot is None else list(_of_picture(options.plot))
-    problems += [
-        f"cannot write {path}"
-        for path in filter(None, (options.json, options.plot))
-        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir()
-    ]
-    if problems:
-        raise BenchmarkError("\n".join(f"{command}: {problem}" for problem in problems))
-
-
-def _of_picture(path: Path) -> Iterator[str]:
-    try:
-        require("matplotlib", extra="bench", purpose="--plot")
-    except BackendUnavailableError as error:
-        yield str(error)
-        return
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        yield f"--plot {path}: expected a name that ends with .{', .'.join(sorted(known))}"
-
-
-def require_ranks(world: ProcessGroup, benchmark: str, *, least: int = 2) -> None:
-    """Raise unless there are enough ranks.
-
-    Parameters
-    ----------
-    world : ProcessGroup
-        All ranks of the job.
-    benchmark : str
-        Name of the benchmark, for the message.
-    least : int, optional
-        Number of ranks from which on it can run.
-
-    Raises
-    ------
-    BenchmarkError
-        If there are fewer.
-    """
-    if world.size < least:
-        raise BenchmarkError(
-            f"bench {benchmark}: expected at least {least} ranks, got {world.size}; start it with "
-            f"mpirun -n {least} python -m mpidist bench {benchmark}"
-        )
-
-
-def report_progress(world: ProcessGroup, operation: str, nbytes: int) -> None:
-    """Write on the first rank's standard error that a size has been measured."""
-    if world.rank == 0:
-        sys.stderr.write(f"measured {operation} at {format_bytes(nbytes)}\n")
-        sys.stderr.flush()
-
-
-def _word(nbytes: int) -> str:
-    return format_bytes(nbytes).removesuffix(" B").replace(" ", "")
-
-
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """Return a reader of numbers above 0, for the ``type`` of an option.
-
-    Parameters
-    ----------
-    kind : callable
-        Makes a number of a text, such as `int`.
-
-    Returns
-    -------
-    callable
-        Takes the text, and raises `argparse.ArgumentTypeError` unless it is such a number.
-    """
+    """Return a reader of numbers above 0, `int` or `float`, for the ``type`` of an option."""
 
     def read(text: str) -> float:
         try:
@@ -207,45 +56,154 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     return read
 
 
-def rows_over(
-    sizes: Sequence[int],
-    make: Callable[[int], Sequence[Series]],
-    world: ProcessGroup,
-    *,
-    operation: str,
-    options: argparse.Namespace,
-) -> list[Row]:
-    """Measure what `make` returns for each size.
+def add_number(
+    parser: argparse.ArgumentParser, option: str, default: float, text: str, unit: str = "N"
+) -> None:
+    """Add an option that takes a number above 0, of the type of its default."""
+    parser.add_argument(
+        option,
+        type=positive(type(default)),
+        default=default,
+        metavar=unit,
+        help=f"{text} (default: %(default)s)",
+    )
 
-    Parameters
-    ----------
-    sizes : sequence of int
-        Bytes of the whole array.
-    make : callable
-        ``make(nbytes)`` returns the series to measure at a size; collective over `world`.
-    world : ProcessGroup
-        The ranks taking part.
-    operation : str
-        Name of the operation, for the rows.
-    options : Namespace
-        With what `add_effort` adds.
 
-    Returns
-    -------
-    list of Row
-        One per size and series, the same on all ranks.
+def add_effort(
+    parser: argparse.ArgumentParser, *, sizes: Sequence[int] = (), seconds: float = 2.0
+) -> None:
+    """Add ``--seconds`` and ``--repeats`` and, with sizes, ``--sizes``."""
+    if sizes:
+        words = [format_bytes(size).removesuffix(" B").replace(" ", "") for size in sizes]
+        parser.add_argument(
+            "--sizes",
+            type=read_size,
+            nargs="+",
+            default=list(sizes),
+            metavar="SIZE",
+            help=f"bytes, such as 4, 64K or 16MiB (default: {' '.join(words)})",
+        )
+    text = "about how long to measure at each size, at least 25 calls of each series"
+    add_number(parser, "--seconds", seconds, text, "SECONDS")
+    parser.add_argument(
+        "--repeats",
+        type=positive(int),
+        metavar="N",
+        help="time N calls of each series at each size instead",
+    )
 
-    Notes
-    -----
-    Collective over `world`; blocks. Tells the first rank's standard error how far it is.
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json`` and ``--plot``."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a picture; .png, .svg or .pdf"
+    )
+
+
+def check_files(options: argparse.Namespace, command: str) -> None:
+    """Raise `BenchmarkError` if the files of `add_files` could not be written after the work."""
+    problems = [] if options.plot is None else _problems_of_picture(options.plot)
+    problems += [
+        f"cannot write {path}"
+        for path in filter(None, (options.json, options.plot))
+        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir()
+    ]
+    if problems:
+        raise BenchmarkError("\n".join(f"{command}: {problem}" for problem in problems))
+
+
+def _problems_of_picture(path: Path) -> list[str]:
+    try:
+        require("matplotlib", extra="bench", purpose="--plot")
+    except BackendUnavailableError as error:
+        return [str(error)]
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() in known:
+        return []
+    return [f"--plot {path}: expected a name that ends with .{', .'.join(sorted(known))}"]
+
+
+class Session:
+    """One run of a benchmark: the rows so far, and the notes on them; the same on all ranks.
+
+    Making one is collective over `world`. It raises `BenchmarkError` on fewer ranks than `least`.
     """
-    factor = bus_factor(operation, world.size)
-    rows = []
-    for nbytes in sizes:
-        times = measure(make(nbytes), world, effort=effort(options))
-        report_progress(world, operation, nbytes)
-        rows += [
-            Row(operation=operation, series=name, nbytes=nbytes, times=measured, bus_factor=factor)
-            for name, measured in times.items()
-        ]
-    return rows
+
+    def __init__(
+        self, benchmark: str, world: ProcessGroup, options: argparse.Namespace, *, least: int = 2
+    ) -> None:
+        if world.size < least:
+            raise BenchmarkError(
+                f"bench {benchmark}: expected at least {least} ranks, got {world.size}; start it "
+                f"with mpirun -n {least} python -m mpidist bench {benchmark}"
+            )
+        self.world, self.machine = world, Machine.of(world)
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self._benchmark, self._options = benchmark, options
+
+    def measure(self, operation: str, nbytes: int, series: Sequence[Series]) -> Mapping[str, Times]:
+        """Time series against each other, for as long as the options say; collective, blocks."""
+        effort = Effort(seconds=self._options.seconds, repeats=self._options.repeats)
+        times = measure(series, self.world, effort=effort)
+        self.report_progress(operation, nbytes)
+        return times
+
+    def measure_sizes(
+        self, operation: str, sizes: Sequence[int], make: Callable[[int], Sequence[Series]]
+    ) -> None:
+        """Measure the series that ``make(nbytes)`` returns at each size, and add their rows."""
+        for nbytes in sizes:
+            self.add(operation, nbytes, self.measure(operation, nbytes, make(nbytes)))
+
+    def add(
+        self,
+        operation: str,
+        nbytes: int,
+        times: Mapping[str, Times],
+        values: Mapping[str, Mapping[str, float]] | None = None,
+        *,
+        factor: float | None = None,
+    ) -> None:
+        """Add a row for each series, with its `values` if there are any."""
+        for name, measured in times.items():
+            self.rows.append(
+                Row(
+                    operation=operation,
+                    series=name,
+                    nbytes=nbytes,
+                    times=measured,
+                    bus_factor=factor or bus_factor(operation, self.world.size),
+                    values=(values or {}).get(name, {}),
+                )
+            )
+
+    def report_progress(self, operation: str, nbytes: int) -> None:
+        """Write on the first rank's standard error what has been measured."""
+        if self.world.rank == 0:
+            sys.stderr.write(f"measured {operation} at {format_bytes(nbytes)}\n")
+            sys.stderr.flush()
+
+    def report(
+        self,
+        *,
+        legend: Mapping[str, str],
+        comparisons: Sequence[Comparison],
+        targets: Sequence[Target] = (),
+        failures: Sequence[str] = (),
+    ) -> Report:
+        """Return the report; of the legend it has the series that were measured."""
+        series = dict.fromkeys(row.series for row in self.rows)
+        return Report(
+            benchmark=self._benchmark,
+            machine=self.machine,
+            rows=self.rows,
+            comparisons=comparisons,
+            targets=targets,
+            legend={name: legend[name] for name in series if name in legend},
+            notes=tuple(dict.fromkeys(self.notes)),
+            failures=failures,
+        )

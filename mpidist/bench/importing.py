@@ -11,8 +11,8 @@ import argparse
 import subprocess
 import sys
 
-from mpidist.bench.harness import BenchmarkError
-from mpidist.bench.report import Comparison, Machine, Report, Row
+from mpidist.bench.harness import BenchmarkError, Session, add_number
+from mpidist.bench.report import Comparison, Report
 from mpidist.bench.times import Times
 from mpidist.group import ProcessGroup
 
@@ -32,42 +32,30 @@ _IMPORTS = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=25,
-        metavar="N",
-        help="how many imports of each are timed (default: %(default)s)",
-    )
+    add_number(parser, "--repeats", 25, "how many imports of each are timed")
 
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure imports in fresh interpreters; for one rank."""
-    if world.size > 1 or options.repeats < 1:
+    if world.size > 1:
         raise BenchmarkError(
-            f"bench import: expected one rank and at least one repeat, got {world.size} ranks and "
-            f"--repeats {options.repeats}; start it without mpirun: python -m mpidist bench import"
+            f"bench import: expected one rank, got {world.size}; start it without mpirun: "
+            "python -m mpidist bench import"
         )
-    machine = Machine.of(world)
+    session = Session("import", world, options, least=1)
     for statement in _IMPORTS.values():  # so that files are cached and compiled
         _import_time(statement)
     samples: dict[str, list[float]] = {name: [] for name in _IMPORTS}
     for number in range(options.repeats):
-        names = list(_IMPORTS)
-        for name in names if number % 2 == 0 else names[::-1]:
+        for name in list(_IMPORTS)[:: -1 if number % 2 else 1]:
             samples[name].append(_import_time(_IMPORTS[name]))
-    return Report(
-        benchmark="import",
-        machine=machine,
-        rows=[
-            Row(operation="import", series=name, nbytes=0, times=Times.of(samples[name]))
-            for name in _IMPORTS
-        ],
+    session.add("import", 0, {name: Times.of(times) for name, times in samples.items()})
+    return session.report(
+        legend=_IMPORTS,
         comparisons=(
             Comparison("mpidist over numpy", "numpy", "mpidist"),
             Comparison("all names over numpy", "numpy", "all names"),
         ),
-        legend=_IMPORTS,
     )
 
 

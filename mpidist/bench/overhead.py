@@ -11,24 +11,28 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from mpidist._types import SUM, Array, ReduceOp
 from mpidist.backends.work import Waiter
 from mpidist.bench.all_reduce import mpidist_and_library
-from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
-from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Machine, Measure, Report
-from mpidist.bench.times import Series
+from mpidist.bench.harness import Session, add_effort, sweep
+from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Measure, Report
+from mpidist.bench.times import Series, in_a_row
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 
 UNWATCHED = "unwatched"
 
 _CALLS = 20
+
+_LEGEND = {
+    ORDINARY: "mpidist.all_reduce(x, group, out=x)",
+    LIBRARY: "comm.Allreduce(MPI.IN_PLACE, x) of mpi4py",
+    UNWATCHED: "as ordinary, recording nothing and waiting for ever",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,31 +42,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure small sums over the sizes; collective over `world`."""
-    require_ranks(world, "overhead")
-    machine = Machine.of(world)
-    notes: list[str] = []
+    session = Session("overhead", world, options)
 
     def make(nbytes: int) -> list[Series]:
-        series = mpidist_and_library(world, nbytes, notes)
+        series = mpidist_and_library(world, nbytes, session.notes)
         series = [one_series for one_series in series if one_series.name in (ORDINARY, LIBRARY)]
-        return [
-            _in_a_row(one_series) for one_series in (*series, *_unwatched(world, nbytes, notes))
-        ]
+        series += _unwatched(world, nbytes, session.notes)
+        return [in_a_row(one_series, _CALLS) for one_series in series]
 
-    return Report(
-        benchmark="overhead",
-        machine=machine,
-        rows=rows_over(options.sizes, make, world, operation="all_reduce", options=options),
+    session.measure_sizes("all_reduce", options.sizes, make)
+    return session.report(
+        legend=_LEGEND,
         comparisons=(
             Comparison("added", ORDINARY, LIBRARY, Measure.ADDED),
             Comparison("watched", ORDINARY, UNWATCHED, Measure.ADDED),
         ),
-        legend={
-            ORDINARY: "mpidist.all_reduce(x, group, out=x)",
-            LIBRARY: "comm.Allreduce(MPI.IN_PLACE, x) of mpi4py",
-            UNWATCHED: "as ordinary, recording nothing and waiting for ever",
-        },
-        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -109,11 +103,3 @@ def _unwatched(world: ProcessGroup, nbytes: int, notes: list[str]) -> list[Serie
         raise RuntimeError("the sum is not prepared any more")
 
     return [Series(UNWATCHED, partial(call, x))]
-
-
-def _in_a_row(series: Series) -> Series:
-    def calls(call: Callable[[], Any] = series.call) -> None:
-        for _ in range(_CALLS):
-            call()
-
-    return replace(series, call=calls, operations=_CALLS)

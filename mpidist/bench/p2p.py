@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.bench.harness import add_effort, require_ranks, rows_over, sweep
+from mpidist.bench.harness import Session, add_effort, sweep
 from mpidist.bench.peers import LibraryPeer, find_library
-from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Machine, Report, Row
+from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Report
 from mpidist.bench.times import Series
+from mpidist.bench.verbs import neighbours
 from mpidist.group import ProcessGroup
 from mpidist.point_to_point import irecv, isend, recv, send, sendrecv
 
@@ -37,68 +38,53 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure messages over the sizes; collective over `world`."""
-    require_ranks(world, "p2p")
-    machine = Machine.of(world)
-    notes: list[str] = []
-    rows: list[Row] = []
-    peer = find_library(world, notes)
-    for operation, prepare in _OPERATIONS.items():
-        make = partial(prepare, world, peer)
-        rows += rows_over(options.sizes, make, world, operation=operation, options=options)
-    return Report(
-        benchmark="p2p",
-        machine=machine,
-        rows=rows,
-        comparisons=(Comparison("mpidist/library", ORDINARY, LIBRARY),),
-        legend={name: _LEGEND[name] for name in dict.fromkeys(row.series for row in rows)},
-        notes=notes,
-    )
+    session = Session("p2p", world, options)
+    peer = find_library(world, session.notes)
+    for operation in _OPERATIONS:
+        make = partial(_series, operation, world, peer)
+        session.measure_sizes(operation, options.sizes, make)
+    comparison = Comparison("mpidist/library", ORDINARY, LIBRARY)
+    return session.report(legend=_LEGEND, comparisons=[comparison])
 
 
-def _ping_pong(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
-    x, y = _written(nbytes), _written(nbytes)
-    series = [_between(ORDINARY, world, _mpidist_ping(world, x, y), 2)]
+def _series(
+    operation: str, world: ProcessGroup, peer: LibraryPeer | None, nbytes: int
+) -> list[Series]:
+    make, messages, members = _OPERATIONS[operation]
+    calls = make(world, peer, nbytes)
+    if members is not None and world.rank >= members:
+        calls = [_idle] * len(calls)
+    return [
+        Series(name, call, operations=messages)
+        for name, call in zip((ORDINARY, LIBRARY), calls, strict=False)
+    ]
+
+
+def _idle() -> None:
+    """Do what ranks do that have no part in an operation."""
+
+
+_Calls: TypeAlias = list[Callable[[], Any]]
+"""That of mpidist and, where there is one, that of the MPI library."""
+
+
+def _ping_pong(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> _Calls:
+    x, y, other = _written(nbytes), _written(nbytes), 1 - world.rank
+    pairs = [(partial(send, x, world, dst=other), partial(recv, world, src=other, out=y))]
     if peer is not None:
-        series.append(_between(LIBRARY, world, _library_ping(peer, x, y), 2))
-    return series
+        pairs.append((partial(peer.comm.Send, x, other), partial(peer.comm.Recv, y, other)))
+    return [partial(_in_turn, *(pair if world.rank == 0 else pair[::-1])) for pair in pairs]
 
 
-def _mpidist_ping(world: ProcessGroup, x: Array, y: Array) -> Callable[[], Any]:
-    def call() -> None:
-        if world.rank == 0:
-            send(x, world, dst=1)
-            recv(world, src=1, out=y)
-        else:
-            recv(world, src=0, out=y)
-            send(x, world, dst=0)
-
-    return call
+def _in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> None:
+    first()
+    second()
 
 
-def _library_ping(peer: LibraryPeer, x: Array, y: Array) -> Callable[[], Any]:
-    comm = peer.comm
-
-    def call() -> None:
-        if comm.rank == 0:
-            comm.Send(x, 1)
-            comm.Recv(y, 1)
-        else:
-            comm.Recv(y, 0)
-            comm.Send(x, 0)
-
-    return call
-
-
-def _window(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
+def _window(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> _Calls:
     arrays, answer = [_written(nbytes) for _ in range(_WINDOW)], _written(1)
-    series = [_between(ORDINARY, world, _mpidist_window(world, arrays, answer), _WINDOW)]
-    if peer is not None:
-        series.append(_between(LIBRARY, world, _library_window(peer, arrays, answer), _WINDOW))
-    return series
 
-
-def _mpidist_window(world: ProcessGroup, arrays: list[Array], answer: Array) -> Callable[[], Any]:
-    def call() -> None:
+    def with_mpidist() -> None:
         if world.rank == 0:
             for work in [isend(x, world, dst=1) for x in arrays]:
                 work.wait()
@@ -108,13 +94,11 @@ def _mpidist_window(world: ProcessGroup, arrays: list[Array], answer: Array) -> 
                 receive.wait()
             send(answer, world, dst=0)
 
-    return call
-
-
-def _library_window(peer: LibraryPeer, arrays: list[Array], answer: Array) -> Callable[[], Any]:
+    if peer is None:
+        return [with_mpidist]
     comm, wait_all = peer.comm, peer.mpi.Request.Waitall
 
-    def call() -> None:
+    def with_library() -> None:
         if comm.rank == 0:
             wait_all([comm.Isend(x, 1) for x in arrays])
             comm.Recv(answer, 1)
@@ -122,33 +106,26 @@ def _library_window(peer: LibraryPeer, arrays: list[Array], answer: Array) -> Ca
             wait_all([comm.Irecv(x, 0) for x in arrays])
             comm.Send(answer, 0)
 
-    return call
+    return [with_mpidist, with_library]
 
 
-def _neighbours(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:
+def _sendrecv(world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> _Calls:
     x, y = _written(nbytes), _written(nbytes)
-    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    series = [Series(ORDINARY, partial(sendrecv, x, world, dst=to, src=source, out=y))]
+    dst, src = neighbours(world)
+    calls: _Calls = [partial(sendrecv, x, world, dst=dst, src=src, out=y)]
     if peer is not None:
-        call = partial(peer.comm.Sendrecv, x, to, recvbuf=y, source=source)
-        series.append(Series(LIBRARY, call))
-    return series
+        calls.append(partial(peer.comm.Sendrecv, x, dst, recvbuf=y, source=src))
+    return calls
 
 
-_OPERATIONS: Mapping[str, Callable[[ProcessGroup, LibraryPeer | None, int], list[Series]]] = {
-    "ping-pong": _ping_pong,
-    "window": _window,
-    "sendrecv": _neighbours,
+_OPERATIONS: Mapping[
+    str, tuple[Callable[[ProcessGroup, LibraryPeer | None, int], _Calls], int, int | None]
+] = {
+    "ping-pong": (_ping_pong, 2, 2),
+    "window": (_window, _WINDOW, 2),
+    "sendrecv": (_sendrecv, 1, None),
 }
-
-
-def _between(name: str, world: ProcessGroup, call: Callable[[], Any], messages: int) -> Series:
-    """Return the series of ranks 0 and 1; the others have nothing to do."""
-    return Series(name, call if world.rank < 2 else _nothing, operations=messages)
-
-
-def _nothing() -> None:
-    pass
+"""What makes the calls of an operation, its messages, and its ranks: None for all."""
 
 
 def _written(nbytes: int) -> Array:

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from mpidist._types import SUM, Array, DType
+from mpidist._types import SUM, Array
 from mpidist.arrays.boxes import Box, split_evenly
 from mpidist.arrays.shards import ShardedArray
 from mpidist.backends.simulated.backend import SimulatedBackend
@@ -37,20 +37,9 @@ _LARGE, _WIDTH, _SMALL = 8, 4096, 1024
 
 @dataclass(frozen=True, slots=True)
 class SampleModel:
-    """Eight large matrices of float32, 4,096 columns wide, and two vectors of 1,024 per MiB.
-
-    Attributes
-    ----------
-    mib : int
-        About how large it is, in MiB.
-    """
+    """About `mib` MiB of float32: eight matrices of 4,096 columns, two vectors of 1,024 per MiB."""
 
     mib: int
-
-    @property
-    def dtype(self) -> DType:
-        """Of all arrays."""
-        return np.dtype(np.float32)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -62,18 +51,20 @@ class SampleModel:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.dtype.itemsize * sum(Box.whole(shape).count for shape in self.shapes.values())
+        return 4 * sum(Box.whole(shape).count for shape in self.shapes.values())
 
     def arrays(self) -> dict[str, Array]:
         """Return fresh arrays, with the same numbers in each process."""
         rng = np.random.default_rng(5)
         return {name: rng.random(shape, np.float32) for name, shape in self.shapes.items()}
 
-    def held(
-        self, arrays: Mapping[str, Array], layout: str, rank: int, size: int
-    ) -> dict[str, Array | ShardedArray]:
-        """Return what a rank of so many holds in a layout: copies."""
-        return {name: _part(array, layout, rank, size) for name, array in arrays.items()}
+
+State: TypeAlias = dict[str, "Array | ShardedArray"]
+
+
+def held(arrays: Mapping[str, Array], layout: str, rank: int, size: int) -> State:
+    """Return what a rank of so many holds in a layout: copies."""
+    return {name: _part(array, layout, rank, size) for name, array in arrays.items()}
 
 
 def _part(array: Array, layout: str, rank: int, size: int) -> Array | ShardedArray:
@@ -95,9 +86,6 @@ def memory_of(state: Mapping[str, Array | ShardedArray]) -> list[Array]:
         for array in state.values()
     )
     return [piece for part in pieces for piece in part]
-
-
-_SELF = Path("/proc/self")
 
 
 def write_plain(path: Path, data: Array) -> None:
@@ -137,42 +125,35 @@ def drop_cache(paths: Sequence[Path]) -> None:
 
 
 class Counter:
-    """How many bytes this process has read, while it did some things.
+    """How many bytes this process has read in so many calls, as /proc/self/io says.
 
-    Attributes
-    ----------
-    asked : int
-        By system calls, from files, wherever the kernel had them; ``rchar`` of /proc/self/io.
-    fetched : int
-        From disks; ``read_bytes`` of /proc/self/io.
-    calls : int
-        How often `counting` called.
+    `asked` counts what system calls read (``rchar``), also where the kernel had it; `fetched` what
+    came from disks (``read_bytes``).
     """
 
     def __init__(self) -> None:
         self.asked = self.fetched = self.calls = 0
 
-    def counting(self, call: Callable[[], object]) -> None:
-        """Call a function, and add what this process has read meanwhile."""
+    def counting(self, call: Callable[[], object]) -> Counter:
+        """Call a function, add what this process has read meanwhile, and return the counter."""
         asked, fetched = _read()
         call()
         asked_then, fetched_then = _read()
         self.asked += asked_then - asked
         self.fetched += fetched_then - fetched
         self.calls += 1
+        return self
 
 
 def _read() -> tuple[int, int]:
-    lines = (_SELF / "io").read_text(encoding="ascii").splitlines()
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     values = {name: int(value) for name, value in (line.split(": ") for line in lines)}
     return values["rchar"], values["read_bytes"]
 
 
 def peak_over(call: Callable[[], object]) -> int:
-    """Return how many bytes Python and numpy held at most, within a call, beyond those before.
+    """Return how many bytes Python and numpy held at most within a call, beyond those before.
 
-    Notes
-    -----
     Counted by tracemalloc: resident memory would not show what an earlier call has returned to the
     C library and this one takes again. What HDF5 and MPI allocate themselves is not seen.
     """
@@ -189,15 +170,7 @@ _MOST = 1.05
 
 @dataclass(frozen=True, slots=True)
 class Resharding:
-    """A save by some ranks, and a load by others.
-
-    Attributes
-    ----------
-    saved, loaded : int
-        Numbers of ranks at the save and at the load.
-    before, after : str
-        How they hold the arrays; see `LAYOUTS`.
-    """
+    """A save by some ranks, and a load by others, which hold the arrays in one of `LAYOUTS`."""
 
     saved: int
     loaded: int
@@ -225,67 +198,54 @@ CASES = (
 """For simulated ranks, each on a node of its own."""
 
 
-def reads_of_ranks(world: ProcessGroup, model: SampleModel, directory: Path) -> list[Target]:
+def reads_of_ranks(
+    world: ProcessGroup, arrays: Mapping[str, Array], directory: Path
+) -> list[Target]:
     """Save on all ranks, load in other layouts, and count; collective."""
-    arrays = model.arrays()
     targets = []
     for number, after in enumerate(LAYOUTS):
-        path = directory / f"ranks-{number}"
-        case = Resharding(world.size, world.size, DIM0, after)
-        _save(world, model, arrays, case, path)
-        counter = Counter()
-        _load(world, model, arrays, case, path, counter)
+        case, path = Resharding(world.size, world.size, DIM0, after), directory / f"ranks-{number}"
+        _save(world, arrays, case, path)
+        counter = Counter().counting(partial(_load, world, arrays, case, path))
         asked = int(all_reduce(np.array(counter.asked), world, op=SUM))
-        copies = world.num_nodes if after == REPLICATED else 1
-        targets.append(_target(f"read, {case.title}", asked, copies * model.nbytes))
+        targets.append(_target(case, arrays, asked, nodes=world.num_nodes))
     return targets
 
 
-def reads_of_simulated_ranks(model: SampleModel, directory: Path) -> list[Target]:
+def reads_of_simulated_ranks(arrays: Mapping[str, Array], directory: Path) -> list[Target]:
     """Do the same with threads that take themselves for nodes; in this process alone."""
-    arrays = model.arrays()
     targets = []
     for number, case in enumerate(CASES):
         path = directory / f"simulated-{number}"
-        _simulated(case.saved, partial(_save, model=model, arrays=arrays, case=case, path=path))
-        counter, nothing = Counter(), Counter()
-        there = partial(_load, model=model, arrays=arrays, case=case, path=path, counter=nothing)
-        counter.counting(partial(_simulated, case.loaded, there))
-        copies = case.loaded if case.after == REPLICATED else 1
-        title = f"read, {case.title}, simulated, a node each"
-        targets.append(_target(title, counter.asked, copies * model.nbytes))
+        _simulated(case.saved, partial(_save, arrays=arrays, case=case, path=path))
+        loads = partial(_load, arrays=arrays, case=case, path=path)
+        counter = Counter().counting(partial(_simulated, case.loaded, loads))
+        note = ", simulated, a node each"
+        targets.append(_target(case, arrays, counter.asked, nodes=case.loaded, note=note))
     return targets
 
 
-def _target(what: str, asked: int, needed: int) -> Target:
+def _target(
+    case: Resharding, arrays: Mapping[str, Array], asked: int, *, nodes: int, note: str = ""
+) -> Target:
+    """Compare what was read with what is needed: all once, or once for each node."""
+    needed = sum(array.nbytes for array in arrays.values())
+    needed *= nodes if case.after == REPLICATED else 1
     detail = f"{asked / 2**20:.2f} MiB read, {needed / 2**20:.2f} MiB needed"
+    what = f"read, {case.title}{note}"
     return Target(what=what, value=asked / needed, bound=_MOST, most=True, detail=detail)
 
 
-def _save(
-    group: ProcessGroup,
-    model: SampleModel,
-    arrays: Mapping[str, Array],
-    case: Resharding,
-    path: Path,
-) -> None:
-    save(path, model.held(arrays, case.before, group.rank, group.size), group, step=0)
+def _save(group: ProcessGroup, arrays: Mapping[str, Array], case: Resharding, path: Path) -> None:
+    save(path, held(arrays, case.before, group.rank, group.size), group, step=0)
 
 
-def _load(
-    group: ProcessGroup,
-    model: SampleModel,
-    arrays: Mapping[str, Array],
-    case: Resharding,
-    path: Path,
-    counter: Counter,
-) -> None:
-    right = model.held(arrays, case.after, group.rank, group.size)
-    state = model.held(arrays, case.after, group.rank, group.size)
+def _load(group: ProcessGroup, arrays: Mapping[str, Array], case: Resharding, path: Path) -> None:
+    right, state = (held(arrays, case.after, group.rank, group.size) for _ in range(2))
     for memory in memory_of(state):
         memory.fill(0)
     barrier(group)
-    counter.counting(lambda: load(path, state, group))
+    load(path, state, group)
     if not all(map(np.array_equal, memory_of(state), memory_of(right))):
         raise RuntimeError(f"bench checkpoint: {case.title}: load did not give what was saved")
 

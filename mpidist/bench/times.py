@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from time import perf_counter
 
@@ -47,6 +47,16 @@ class Series:
     operations: int = 1
     before: Callable[[], object] | None = None
     clock: Callable[[Callable[[], object]], float] | None = None
+
+
+def in_a_row(series: Series, number: int) -> Series:
+    """Return a series whose calls are so many of the given one's; the time is that of one."""
+
+    def call(one: Callable[[], object] = series.call) -> None:
+        for _ in range(number):
+            one()
+
+    return replace(series, call=call, operations=number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +144,7 @@ def measure(
     """
     with _no_garbage_collection():
         length, rounds = _extent(series, group, effort)
-        return _alternated(
-            series, group, rounds, lambda one_series: _block(one_series, group, length)
-        )
+        return _alternated(series, group, rounds, length)
 
 
 def measure_rounds(
@@ -144,44 +152,25 @@ def measure_rounds(
 ) -> Mapping[str, Times]:
     """Time long calls against each other: each round has one call of each series.
 
-    Parameters
-    ----------
-    series : sequence of Series
-        The same on all ranks, in the same order.
-    group : ProcessGroup
-        The ranks taking part.
-    rounds : int
-        How many are counted; one more, which is not, comes first.
-
-    Returns
-    -------
-    mapping of str to Times
-        By name; the same on all ranks.
-
-    Notes
-    -----
-    Collective over `group`; blocks. As `measure`, for calls of which none prepares the next, such
-    as those that write to a disk.
+    As `measure`, for calls of which none prepares the next, such as those that write to a disk. One
+    round more comes first, which is not counted. Collective over `group`; blocks.
     """
     with _no_garbage_collection():
-        return _alternated(
-            series, group, rounds + 1, lambda one_series: _calls(one_series, group, 1), uncounted=1
-        )
+        return _alternated(series, group, rounds + 1, 1, uncounted=1)
 
 
 def _alternated(
-    series: Sequence[Series],
-    group: ProcessGroup,
-    rounds: int,
-    times_of: Callable[[Series], Array],
-    *,
-    uncounted: int = 0,
+    series: Sequence[Series], group: ProcessGroup, rounds: int, length: int, *, uncounted: int = 0
 ) -> Mapping[str, Times]:
-    """Time all series in each round, in every second one backwards; leave out the first ones."""
+    """Time a block of each series in each round, in every second one backwards.
+
+    The first rounds are not counted, nor the first call of a block of several.
+    """
     samples: dict[str, list[Array]] = {one_series.name: [] for one_series in series}
     for number in range(rounds):
         for one_series in series if number % 2 == 0 else series[::-1]:
-            samples[one_series.name].append(times_of(one_series))
+            times = _calls(one_series, group, length)
+            samples[one_series.name].append(times[1:] if length > 1 else times)
     return {
         name: Times.of(all_reduce(np.concatenate(times[uncounted:]), group, op=MAX))
         for name, times in samples.items()
@@ -191,9 +180,9 @@ def _alternated(
 def _extent(series: Sequence[Series], group: ProcessGroup, effort: Effort) -> tuple[int, int]:
     """Warm up, and return how many calls a block has and how many rounds there are."""
     for one_series in series:
-        _block(one_series, group, 2)
+        _calls(one_series, group, 2)
     medians = [
-        np.median(_block(one_series, group, _SHORTEST_BLOCK)) * one_series.operations
+        np.median(_calls(one_series, group, _SHORTEST_BLOCK)[1:]) * one_series.operations
         for one_series in series
     ]
     times = all_reduce(np.array(medians), group, op=MAX)
@@ -204,11 +193,6 @@ def _extent(series: Sequence[Series], group: ProcessGroup, effort: Effort) -> tu
         return length, ceil(effort.repeats / (length - 1))
     rounds = int(effort.seconds / (times.sum() * length))
     return length, min(max(rounds, _FEWEST_ROUNDS), _MOST_ROUNDS)
-
-
-def _block(series: Series, group: ProcessGroup, length: int) -> Array:
-    """Call `length` times and return this rank's times but the first, per operation."""
-    return _calls(series, group, length)[1:]
 
 
 def _calls(series: Series, group: ProcessGroup, length: int) -> Array:

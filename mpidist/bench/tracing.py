@@ -20,9 +20,9 @@ from time import perf_counter
 import numpy as np
 
 from mpidist._types import MAX, Array
-from mpidist.bench.ddp import Shape, our_series
-from mpidist.bench.harness import positive, report_progress, require_ranks
-from mpidist.bench.report import Comparison, Machine, Measure, Report, Row
+from mpidist.bench.ddp import Shape, add_model, our_series
+from mpidist.bench.harness import Session, add_number
+from mpidist.bench.report import Comparison, Measure, Report
 from mpidist.bench.times import Times
 from mpidist.collectives import all_reduce, barrier, broadcast_object
 from mpidist.group import ProcessGroup
@@ -34,39 +34,14 @@ _TRACED, _PLAIN = "traced", "plain"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument(
-        "--millions",
-        type=positive(float),
-        default=1.0,
-        metavar="N",
-        help="about how many million parameters the model has (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=positive(int),
-        default=16,
-        help="samples of each rank (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--block",
-        type=positive(float),
-        default=2.0,
-        metavar="SECONDS",
-        help="about how long each block takes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive(int),
-        default=10,
-        metavar="N",
-        help="blocks of each kind (default: %(default)s)",
-    )
+    add_model(parser, millions=1.0, batch=16)
+    add_number(parser, "--block", 2.0, "about how long each block takes", "SECONDS")
+    add_number(parser, "--rounds", 10, "blocks of each kind")
 
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the step with and without a trace; collective over `world`."""
-    require_ranks(world, "trace")
-    machine, shape = Machine.of(world), Shape.of(options.millions * 1e6)
+    session, shape = Session("trace", world, options), Shape.of(options.millions * 1e6)
     directory = broadcast_object(tempfile.mkdtemp() if world.rank == 0 else "", world)
     kinds: dict[str, Callable[[], AbstractContextManager[None]]] = {
         _TRACED: partial(trace, Path(directory, "trace.json.gz"), world),
@@ -80,30 +55,22 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             for name in list(kinds)[:: 1 if number % 2 else -1]:
                 with kinds[name]():
                     samples[name].append(_block(step, world, length))
-            report_progress(world, f"DDP step, round {number + 1},", shape.nbytes)
+            session.report_progress(f"DDP step, round {number + 1},", shape.nbytes)
     if world.rank == 0:
         shutil.rmtree(directory)
     times = {
         name: Times.of(all_reduce(np.concatenate(blocks), world, op=MAX))
         for name, blocks in samples.items()
     }
+    session.add("DDP step", shape.nbytes, times)
     share = times[_TRACED].median / times[_PLAIN].median - 1
-    return Report(
-        benchmark="trace",
-        machine=machine,
-        rows=[
-            Row(operation="DDP step", series=name, nbytes=shape.nbytes, times=measured)
-            for name, measured in times.items()
-        ],
-        comparisons=(Comparison("added", _TRACED, _PLAIN, Measure.ADDED),),
-        legend={
-            _TRACED: "inside mpidist.trace",
-            _PLAIN: "the same step while no trace is on",
-        },
-        notes=(
-            f"{options.rounds} blocks of {length} steps each",
-            f"a trace adds {share:.2%} to the median step",
-        ),
+    session.notes += [
+        f"{options.rounds} blocks of {length} steps each",
+        f"a trace adds {share:.2%} to the median step",
+    ]
+    return session.report(
+        legend={_TRACED: "inside mpidist.trace", _PLAIN: "the same step while no trace is on"},
+        comparisons=[Comparison("added", _TRACED, _PLAIN, Measure.ADDED)],
     )
 
 

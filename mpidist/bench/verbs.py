@@ -55,16 +55,8 @@ class Arrays:
 def prepare(verb: str, world: ProcessGroup, make: Callable[[int], Array], count: int) -> Arrays:
     """Make this rank's arrays for a verb, in place where the verb knows it.
 
-    Parameters
-    ----------
-    verb : str
-        Name of a collective, or ``sendrecv``.
-    world : ProcessGroup
-        The ranks taking part.
-    make : callable
-        ``make(count)`` returns an array of so many elements of `DTYPE`; collective over `world`.
-    count : int
-        Elements of the whole array: see `mpidist.bench.report.Row.nbytes`.
+    ``make(count)`` returns an array of so many elements of `DTYPE`, collectively; `count` is that
+    of the whole array, see `mpidist.bench.report.Row.nbytes`.
     """
     x, share = make(count), count // world.size
     like = array_namespace(x).empty_like
@@ -145,31 +137,11 @@ def checked(
     rewrite: bool = False,
     clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> Series:
-    """Return the series of a call that has given the right result once.
+    """Return the series of a call on `arrays` of `prepare` that has given the right result once.
 
-    Parameters
-    ----------
-    name : str
-        Name of the series.
-    call : callable
-        The call on `arrays`, without arguments.
-    arrays : Arrays
-        From `prepare`. They hold zeros afterwards: in place, sums of others would grow without end.
-    world : ProcessGroup
-        The ranks taking part.
-    rewrite : bool, optional
-        Whether each rank writes its array before each call.
-    clock : callable, optional
-        What times a call; see `Series`.
-
-    Raises
-    ------
-    RuntimeError
-        If the result is wrong.
-
-    Notes
-    -----
-    Collective over `world`; blocks.
+    The arrays hold zeros afterwards: in place, sums of others would grow without end. With
+    `rewrite` each rank writes its array before each call; `clock` times a call, see `Series`.
+    Collective over `world`; blocks. Raises RuntimeError if the result is wrong.
     """
     arrays.out.fill(0)
     arrays.x.fill(world.rank + 1)

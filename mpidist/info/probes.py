@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpidist import __version__
+from mpidist._formatting import format_cuda_version, format_nccl_version
 from mpidist.backends.availability import why_no_gpu, why_no_nccl
 from mpidist.backends.crossover_file import processor
 from mpidist.backends.device.cuda_aware import ask_mpi
@@ -248,7 +249,7 @@ def ask_driver() -> Driver:
         library.nvmlDeviceGetCount_v2(ctypes.byref(count))
         library.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(cuda))
         gpus = [_gpu(library, index) for index in range(count.value)]
-        return Driver(gpus, version.value.decode(), cuda_version(cuda.value))
+        return Driver(gpus, version.value.decode(), format_cuda_version(cuda.value))
     finally:
         library.nvmlShutdown()
 
@@ -262,11 +263,6 @@ def _gpu(library: ctypes.CDLL, index: int) -> Gpu:
     library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
     library.nvmlDeviceGetPciInfo_v3(handle, ctypes.byref(pci))
     return Gpu(name=name.value.decode(), memory=memory.total, bus_id=pci.bus_id.decode())
-
-
-def cuda_version(number: int) -> str:
-    """Return 12.4 for 12040; nothing for 0."""
-    return f"{number // 1000}.{number % 1000 // 10}" if number else ""
 
 
 def look_at_cupy() -> Cupy:
@@ -283,7 +279,7 @@ def look_at_cupy() -> Cupy:
     problem = problem or why_no_gpu()
     return Cupy(
         version=cupy.__version__,
-        runtime=cuda_version(_asked(cupy.cuda.runtime.runtimeGetVersion) or 0),
+        runtime=format_cuda_version(_asked(cupy.cuda.runtime.runtimeGetVersion) or 0),
         visible=[] if problem else _asked(lambda: _bus_ids(cupy.cuda.runtime)) or [],
         problem=problem or "",
     )
@@ -305,8 +301,10 @@ def look_at_nccl(cupy: Cupy) -> Nccl:
             from cupy.cuda import nccl
         number = _asked(nccl.get_version) if nccl.available else None
         if number is not None:
-            built = nccl_version(_asked(nccl.get_build_version) or 0)
-            return Nccl(version=nccl_version(number), file=_file(), built=built, problem=problem)
+            built = format_nccl_version(_asked(nccl.get_build_version) or 0)
+            return Nccl(
+                version=format_nccl_version(number), file=_file(), built=built, problem=problem
+            )
     for path in (*_nccl_of_wheels(), "libnccl.so.2"):
         try:
             library = ctypes.CDLL(path)
@@ -314,7 +312,7 @@ def look_at_nccl(cupy: Cupy) -> Nccl:
             continue
         said = ctypes.c_int()
         if library.ncclGetVersion(ctypes.byref(said)) == 0:
-            version = nccl_version(said.value)
+            version = format_nccl_version(said.value)
             return Nccl(version=version, file=_file() or path, built="", problem=problem)
     return Nccl(version="", file="", built="", problem=problem)
 
@@ -342,10 +340,3 @@ def _nccl_of_wheels() -> Iterator[str]:
         except metadata.PackageNotFoundError:
             continue
         yield from (str(file.locate()) for file in files if file.name == "libnccl.so.2")
-
-
-def nccl_version(number: int) -> str:
-    """Return 2.23.4 for 22304, and 2.8.4 for 2804, as NCCL counted before 2.9; nothing for 0."""
-    thousand = 10_000 if number >= 10_000 else 1_000
-    version = f"{number // thousand}.{number % thousand // 100}.{number % 100}"
-    return version if number else ""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mpidist.bench import Report, Target, Times, checkpoint, render_table, resharding
+from mpidist.bench.harness import Session
 from mpidist.bench.peers import TorchCheckpoints, open_gloo
 from mpidist.bench.resharding import (
     DIM0,
@@ -22,6 +23,7 @@ from mpidist.bench.resharding import (
     Resharding,
     SampleModel,
     drop_cache,
+    held,
     memory_of,
     peak_over,
     read_plain,
@@ -42,7 +44,8 @@ TIMES = {name: Times.of([seconds] * 3) for name, seconds in [("mpidist", 0.5), (
 
 
 def bench_of(world: ProcessGroup, directory: Path, layout: str = REPLICATED) -> checkpoint._Bench:
-    return checkpoint._Bench(world, SampleModel(1), layout, directory, "no torch", 1)
+    session = Session("checkpoint", world, argparse.Namespace(), least=1)
+    return checkpoint._Bench(session, SampleModel(1), layout, directory, "no torch", 1)
 
 
 @pytest.mark.parametrize(("most", "value", "reached"), [(False, 0.8, True), (True, 1.25, False)])
@@ -83,7 +86,7 @@ def test_a_model_is_as_large_as_asked_for_and_most_of_it_is_in_large_arrays() ->
 def test_the_parts_of_all_ranks_are_the_model(layout: str) -> None:
     model = SampleModel(1)
     whole = model.arrays()
-    ranks = [memory_of(model.held(whole, layout, rank, 3)) for rank in range(3)]
+    ranks = [memory_of(held(whole, layout, rank, 3)) for rank in range(3)]
     total = sum(memory.nbytes for parts in ranks for memory in parts)
     assert total == model.nbytes * (3 if layout == REPLICATED else 1)
     for parts in ranks:
@@ -155,7 +158,7 @@ def test_simulated_ranks_need_each_byte_once_for_each_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Resharding, nodes: int
 ) -> None:
     monkeypatch.setattr(resharding, "CASES", (case,))
-    (target,) = reads_of_simulated_ranks(SampleModel(1), tmp_path)
+    (target,) = reads_of_simulated_ranks(SampleModel(1).arrays(), tmp_path)
     needed = nodes * SampleModel(1).nbytes
     assert target.detail.endswith(f"{needed / 2**20:.2f} MiB needed")
     assert 1 <= target.value < 3
@@ -168,7 +171,7 @@ def test_arrays_that_were_not_loaded_are_noticed(
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     monkeypatch.setattr(resharding, "load", nothing)
     with pytest.raises(RuntimeError, match="did not give what was saved"):
-        run_ranks(1, lambda world: reads_of_ranks(world, SampleModel(1), tmp_path))
+        run_ranks(1, lambda world: reads_of_ranks(world, SampleModel(1).arrays(), tmp_path))
 
 
 @pytest.mark.any_mpi

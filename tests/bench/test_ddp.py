@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpidist.bench import Times, ddp
+from mpidist.bench import Row, Times, ddp
 from mpidist.bench.ddp import Shape
 from tests._ranks.launcher import clean_environment
 
@@ -23,15 +23,22 @@ def test_a_model_has_about_as_many_parameters_as_asked_for_in_several_layers(mil
     assert sum(sizes) == Shape(32, 4).parameters == 4224
 
 
+def rows_of(shape, times):
+    return {
+        name: Row(operation="", series=name, nbytes=0, times=times[name], values=values)
+        for name, values in ddp._values(shape, times).items()
+    }
+
+
 def test_what_is_added_is_over_the_step_alone_and_compared_with_what_torch_adds():
     milliseconds = {"DDP": 12, "alone": 10, "torch DDP": 30, "torch alone": 14}
     times = {name: Times.of([value * 1e-3] * 5) for name, value in milliseconds.items()}
-    rows = {row.series: row for row in ddp._rows(Shape(512, 4), times)}
+    rows = rows_of(Shape(512, 4), times)
     assert rows["DDP"].values["added"] == pytest.approx(2e-3)
     assert rows["DDP"].values["ratio"] == pytest.approx(1 / 8)
     assert rows["torch DDP"].values["added"] == pytest.approx(16e-3)
     assert rows["alone"].values == {"parameters": 1_050_624, "layers": 4, "width": 512}
-    assert rows["DDP"].nbytes == 4 * 1_050_624
+    assert Shape(512, 4).nbytes == 4 * 1_050_624
     told = ddp._verdict(rows["DDP"])
     assert told == (
         "1.05 million parameters in 4 layers: DDP adds 2.00 ms, 0.125 of what torch DDP adds"
@@ -40,10 +47,10 @@ def test_what_is_added_is_over_the_step_alone_and_compared_with_what_torch_adds(
 
 def test_without_torch_nothing_is_compared_with_it():
     times = {name: Times.of([1e-3] * 5) for name in ("DDP", "alone", "one all_reduce")}
-    rows = ddp._rows(Shape(512, 4), times)
-    assert [row.series for row in rows] == list(times)
-    assert "ratio" not in rows[0].values
-    assert rows[0].values["added"] == 0
+    values = ddp._values(Shape(512, 4), times)
+    assert list(values) == list(times)
+    assert "ratio" not in values["DDP"]
+    assert values["DDP"]["added"] == 0
 
 
 @pytest.mark.any_mpi

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from mpidist.bench import Report, Row, Series, Times, nccl, verbs
-from mpidist.bench.nccl_device import (
+from mpidist.bench.nccl import (
     COPY,
     KERNEL,
     OURS,
@@ -20,9 +20,9 @@ from mpidist.bench.nccl_device import (
     Binding,
     DeviceClock,
     enqueued,
-    in_a_row,
     verb_series,
 )
+from mpidist.bench.times import in_a_row
 from mpidist.bench.verbs import COALESCED, divisible
 from mpidist.job.start import init
 from tests._ranks.launcher import clean_environment

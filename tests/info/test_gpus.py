@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from mpidist._formatting import format_nccl_version
 from mpidist.info import probes
 from mpidist.info.checks import differences, shared_gpus, unused_gpus
 from mpidist.info.facts import Cupy, Gpu, JobFacts
@@ -107,7 +108,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     ("number", "version"), [(22304, "2.23.4"), (2804, "2.8.4"), (23203, "2.32.3"), (0, "")]
 )
 def test_versions_of_nccl(number: int, version: str) -> None:
-    assert probes.nccl_version(number) == version
+    assert format_nccl_version(number) == version
 
 
 def test_nccl_is_asked_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
