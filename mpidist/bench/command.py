@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -97,14 +97,16 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.writelines(f"{text}\n" for text in _absent_peers(options))
     with init() as world:
         try:
-            _agree(_problem(options) if world.rank == 0 else "", world)
+            _check_files(options, world)
             report = BENCHMARKS[options.benchmark].run(world, options)
         except BenchmarkError as error:
             if world.rank == 0:
                 sys.stderr.write(f"{error}\n")
             return 2
         if world.rank == 0:
-            _output(dataclasses.replace(report, command=_command(options.argv, world)), options)
+            start = ("mpirun", "-n", str(world.size)) if world.size > 1 else ()
+            command = (*start, "python", "-m", "mpidist", *options.argv)
+            _output(dataclasses.replace(report, command=command), options)
         return 1 if report.failures else 0
 
 
@@ -117,8 +119,14 @@ def _problem(options: argparse.Namespace) -> str:
     return ""
 
 
+def _check_files(options: argparse.Namespace, world: ProcessGroup) -> None:
+    """Raise on all ranks what the first one, which writes the files, finds wrong with them."""
+    if message := broadcast_object(_problem(options) if world.rank == 0 else "", world):
+        raise BenchmarkError(message)
+
+
 def _absent_peers(options: argparse.Namespace) -> Iterator[str]:
-    """Tell which peers are wanted and will be missing from the report."""
+    """Yield a sentence on each peer that is wanted and will be missing from the report."""
     for option in ("no_gloo", "no_torch"):
         if getattr(options, option, True) is False and find_spec("torch") is None:
             yield (
@@ -126,17 +134,6 @@ def _absent_peers(options: argparse.Namespace) -> Iterator[str]:
                 "mpidist; for the comparison: pip install 'mpidist[torch]'; without this line: "
                 f"--{option.replace('_', '-')}"
             )
-
-
-def _agree(problem: str, world: ProcessGroup) -> None:
-    """Raise on all ranks if the first one has a problem."""
-    if message := broadcast_object(problem, world):
-        raise BenchmarkError(message)
-
-
-def _command(argv: Sequence[str], world: ProcessGroup) -> tuple[str, ...]:
-    start = ("mpirun", "-n", str(world.size)) if world.size > 1 else ()
-    return (*start, "python", "-m", "mpidist", *argv)
 
 
 def _output(report: Report, options: argparse.Namespace) -> None:

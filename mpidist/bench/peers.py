@@ -1,14 +1,13 @@
-"""The peers that are measured beside mpidist. With torch this is the only module that deals."""
+"""The peers that are measured beside mpidist; the only module of the benchmarks that uses torch."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpidist._optional import require
 from mpidist._types import Array
@@ -20,17 +19,8 @@ from mpidist.group import ProcessGroup
 _TIMEOUT = timedelta(seconds=60)
 
 
-@dataclass(frozen=True, slots=True)
-class LibraryPeer:
-    """The MPI library on which a group stands.
-
-    Attributes
-    ----------
-    mpi : module
-        The module ``mpi4py.MPI``.
-    comm : mpi4py.MPI.Intracomm
-        Of the group's ranks.
-    """
+class LibraryPeer(NamedTuple):
+    """The MPI library of a group: ``mpi4py.MPI``, and the communicator of its ranks."""
 
     mpi: Any
     comm: Any
@@ -45,17 +35,8 @@ def find_library(group: ProcessGroup, notes: list[str]) -> LibraryPeer | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Gloo:
-    """torch.distributed with Gloo as its default process group.
-
-    Attributes
-    ----------
-    torch : module
-        ``torch``; ``torch.distributed`` is imported.
-    version : str
-        Version of torch.
-    """
+class Gloo(NamedTuple):
+    """torch.distributed with Gloo as its default process group: ``torch``, and its version."""
 
     torch: Any
     version: str
@@ -68,18 +49,9 @@ class Gloo:
 
 
 class TorchCheckpoints:
-    """torch.distributed.checkpoint, of arrays that all ranks hold, or that are cut on dim 0.
+    """torch.distributed.checkpoint of arrays, the same on all ranks.
 
-    Parameters
-    ----------
-    gloo : Gloo
-        torch, with its default process group.
-    arrays : mapping of str to Array
-        The whole arrays, the same on all ranks.
-    sharded : bool
-        Whether each rank keeps its part of them, cut on dim 0; else it holds them all.
-    ranks : int
-        Of the default process group.
+    Each rank holds them all or, `sharded`, its part of them, cut on dim 0.
     """
 
     def __init__(
@@ -107,21 +79,10 @@ class TorchCheckpoints:
 def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
     """Start torch.distributed with Gloo on the ranks of a group, if all of them have torch.
 
-    Parameters
-    ----------
-    group : ProcessGroup
-        Its ranks become those of torch's default process group, in the same order.
-
-    Yields
-    ------
-    Gloo or str
-        On all ranks the same: the peer, or the sentence that says why there is none. The default
-        process group is destroyed at the end of the ``with`` block.
-
-    Notes
-    -----
-    Collective over `group`; blocks. The ranks meet at a TCP store on the first rank's host, whose
-    port the kernel chooses; no variable of the environment is read or set.
+    Gives, on all ranks alike, the peer or the sentence that says why there is none. The default
+    process group, with the ranks of `group` in their order, is destroyed at the end. Collective;
+    blocks. The ranks meet at a TCP store on the first rank's host, whose port the kernel chooses;
+    no variable of the environment is read or set.
     """
     try:
         torch: Any = require("torch", extra="torch", purpose="the peer Gloo")
@@ -144,21 +105,18 @@ def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
 def _start(torch: Any, group: ProcessGroup) -> str:
     """Make torch's default process group; return what failed, or nothing."""
     distributed = torch.distributed
-    store, address = None, ("", 0)
+    store, port, failed = None, 0, "torch's TCP store did not start on rank 0"
     host = "127.0.0.1" if group.num_nodes == 1 else socket.gethostname()
     options = {"world_size": group.size, "timeout": _TIMEOUT, "wait_for_workers": False}
     try:
         if group.rank == 0:
             store = distributed.TCPStore(host, 0, is_master=True, **options)
-            address = (host, store.port)
+            port = store.port
     except Exception as error:  # noqa: BLE001  # a peer that cannot start is a note in the table
-        address = ("", 0)
         failed = f"torch's TCP store did not start ({error})"
-    else:
-        failed = ""
-    host, port = broadcast_object(address, group)
-    if not host:
-        return failed or "torch's TCP store did not start on rank 0"
+    host, port = broadcast_object((host, port), group)
+    if not port:
+        return failed
     try:
         if store is None:
             store = distributed.TCPStore(host, port, is_master=False, **options)

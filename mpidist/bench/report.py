@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mpidist import env
+from mpidist._fields import from_fields
+from mpidist._formatting import format_count
 from mpidist.backends.crossover_file import processor
 from mpidist.backends.mpi.library import library_name, load_mpi
 from mpidist.bench.times import Times
@@ -98,8 +100,8 @@ class Machine:
     def lines(self) -> list[str]:
         """Return the description as people read it."""
         mpi = f", mpi4py {self.mpi4py}, {self.mpi}" if self.mpi else ""
-        ranks, nodes = _number(self.ranks, "rank"), _number(self.nodes, "node")
-        cores = f"{_number(self.cores, 'core')} ({self.usable_cores} usable)"
+        ranks, nodes = format_count(self.ranks, "rank"), format_count(self.nodes, "node")
+        cores = f"{format_count(self.cores, 'core')} ({self.usable_cores} usable)"
         caches = ", ".join(self.caches) or "caches unknown"
         memory = f"{self.memory_bytes / 2**30:.0f} GiB of memory"
         return [
@@ -111,10 +113,6 @@ class Machine:
         ]
 
 
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
-
-
 def _caches() -> tuple[str, ...]:
     """Return level, size and sharers of each data cache of the first core."""
     caches = []
@@ -123,16 +121,12 @@ def _caches() -> tuple[str, ...]:
             (directory / name).read_text(encoding="utf-8").strip()
             for name in ("level", "type", "size", "shared_cpu_list")
         )
-        cores = _count(shared)
+        # A list such as 0-3,8 names five cores.
+        spans = [span.partition("-") for span in shared.split(",")]
+        cores = sum(int(last or first) - int(first) + 1 for first, _, last in spans)
         if kind != "Instruction":
             caches.append(f"L{level} {size} per {f'{cores} cores' if cores > 1 else 'core'}")
     return tuple(caches)
-
-
-def _count(cores: str) -> int:
-    """Return how many numbers a list such as ``0-3,8`` names."""
-    spans = [span.partition("-") for span in cores.split(",")]
-    return sum(int(last or first) - int(first) + 1 for first, _, last in spans)
 
 
 def _version(package: str) -> str:
@@ -161,14 +155,8 @@ _FORMAT = 1
 
 _FACTORS: Mapping[str, tuple[float, float]] = {
     "all_reduce": (2.0, -2.0),
-    "all_gather": (1.0, -1.0),
-    "all_to_all": (1.0, -1.0),
-    "reduce_scatter": (1.0, -1.0),
-    "broadcast": (1.0, 0.0),
-    "reduce": (1.0, 0.0),
-    "ping-pong": (1.0, 0.0),
-    "window": (1.0, 0.0),
-    "sendrecv": (1.0, 0.0),
+    **dict.fromkeys(("all_gather", "all_to_all", "reduce_scatter"), (1.0, -1.0)),
+    **dict.fromkeys(("broadcast", "reduce", "ping-pong", "window", "sendrecv"), (1.0, 0.0)),
 }
 """The bus factor is the first number plus the second over the number of ranks."""
 
@@ -365,11 +353,9 @@ class Report:
         for written, row in zip(document["rows"], self.rows, strict=True):
             written["algorithm_bandwidth"] = row.algorithm_bandwidth
             written["bus_bandwidth"] = row.bus_bandwidth
-        for written, comparison in zip(document["comparisons"], self.comparisons, strict=True):
-            written["measure"] = comparison.measure.value
         for written, target in zip(document["targets"], self.targets, strict=True):
             written["reached"] = target.reached
-        return json.dumps(document, indent=1) + "\n"
+        return json.dumps(document, indent=1, default=lambda measure: measure.value) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -396,18 +382,7 @@ class Report:
                 "this is no report that `python -m mpidist bench ... --json FILE` of this version "
                 f"wrote: expected a JSON object with format {_FORMAT}"
             )
-        machine = document["machine"]
-        return cls(
-            benchmark=document["benchmark"],
-            machine=Machine(**machine | {"caches": tuple(machine["caches"])}),
-            rows=tuple(_row(row) for row in document["rows"]),
-            comparisons=tuple(_comparison(comparison) for comparison in document["comparisons"]),
-            targets=tuple(_target(target) for target in document.get("targets", ())),
-            legend=document["legend"],
-            notes=tuple(document["notes"]),
-            failures=tuple(document["failures"]),
-            command=tuple(document["command"]),
-        )
+        return from_fields(cls, document)
 
     def save(self, path: Path) -> None:
         """Write the report as JSON into a file."""
@@ -417,23 +392,3 @@ class Report:
     def load(cls, path: Path) -> Report:
         """Read a report from a file that `save` or ``--json`` wrote."""
         return cls.from_json(path.read_text(encoding="utf-8"))
-
-
-def _row(written: Mapping[str, Any]) -> Row:
-    return Row(
-        operation=written["operation"],
-        series=written["series"],
-        nbytes=written["nbytes"],
-        times=Times(**written["times"]),
-        bus_factor=written["bus_factor"],
-        values=written["values"],
-    )
-
-
-def _comparison(written: Mapping[str, Any]) -> Comparison:
-    title, series, reference = (written[name] for name in ("title", "series", "reference"))
-    return Comparison(title, series, reference, Measure(written["measure"]))
-
-
-def _target(written: Mapping[str, Any]) -> Target:
-    return Target(**{name: value for name, value in written.items() if name != "reached"})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from mpidist._fields import from_fields
 
 FORMAT = 2
 """Counted up when a name of the JSON form goes or changes its meaning; not when one is added."""
@@ -331,12 +333,7 @@ class JobFacts:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], failure: Failure | None) -> JobFacts:
         """Make it of what `dataclasses.asdict` gave, read from JSON."""
-        return cls(
-            ranks=[_rank(rank) for rank in fields["ranks"]],
-            nodes=[_node(node) for node in fields["nodes"]],
-            crossovers=CrossoverFacts(**fields["crossovers"]),
-            failure=failure,
-        )
+        return replace(from_fields(cls, fields), failure=failure)
 
     @property
     def first(self) -> RankFacts:
@@ -350,29 +347,6 @@ class JobFacts:
     def usable(self, node: NodeFacts) -> int:
         """Return on how many cores the ranks of a node may run, all of them together."""
         return len({core for rank in self.on(node) for core in rank.cores})
-
-
-def _rank(fields: Mapping[str, Any]) -> RankFacts:
-    library = fields["library"]
-    inner = {
-        "blas": Blas(**fields["blas"]),
-        "hdf5": Hdf5(**fields["hdf5"]),
-        "cupy": Cupy(**fields["cupy"]),
-        "nccl": Nccl(**fields["nccl"]),
-        "launch": Launch(**fields["launch"]),
-        "library": None if library is None else Library(**library),
-    }
-    return RankFacts(**{**fields, **inner})
-
-
-def _node(fields: Mapping[str, Any]) -> NodeFacts:
-    shared = fields["shared"]
-    inner = {
-        "shared": None if shared is None else SharedMemory(**shared),
-        "gpus": [Gpu(**gpu) for gpu in fields["gpus"]],
-        "leftovers": [Leftover(**leftover) for leftover in fields["leftovers"]],
-    }
-    return NodeFacts(**{**fields, **inner})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

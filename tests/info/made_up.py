@@ -38,7 +38,7 @@ LAUNCH = Launch(
     launcher="mpirun",
     variable="PMI_SIZE",
     size=4,
-    managers=["PMI"],
+    managers=("PMI",),
     slurm_tasks=None,
     tasks_per_node=None,
     mpirun="/opt/mpich/bin/mpirun",
@@ -52,10 +52,10 @@ RANK = RankFacts(
     rank=0,
     node=0,
     pid=100,
-    cores=[0, 1, 2, 3],
+    cores=(0, 1, 2, 3),
     blas=Blas(name="OpenBLAS 0.3", path="/lib/libopenblas.so", threads=1),
     hdf5=Hdf5(version="1.14.6", parallel=False, problem=""),
-    cupy=Cupy(version="", runtime="", visible=[], problem=NO_GPU),
+    cupy=Cupy(version="", runtime="", visible=(), problem=NO_GPU),
     nccl=Nccl(version="", file="", built="", problem=NO_GPU),
     device=None,
     gpu_fallback=False,
@@ -71,7 +71,7 @@ RANK = RankFacts(
 
 NODE = NodeFacts(
     host="n0",
-    ranks=[0],
+    ranks=(0,),
     system="Linux 6.1",
     machine="x86_64",
     processor="Abacus 9",
@@ -79,10 +79,10 @@ NODE = NodeFacts(
     memory=64 << 30,
     direct=True,
     shared=SharedMemory(path="/dev/shm", total=32 << 30, free=30 << 30),
-    gpus=[],
+    gpus=(),
     driver="",
     cuda="",
-    leftovers=[],
+    leftovers=(),
 )
 
 LEFTOVER = Leftover(
@@ -118,10 +118,10 @@ def a_job(
         ranks += [dataclasses.replace(RANK, rank=number, **common) for number in numbers]
         nodes.append(
             dataclasses.replace(
-                NODE, **{"host": f"n{index}", "ranks": list(numbers)} | (node or {})
+                NODE, **{"host": f"n{index}", "ranks": tuple(numbers)} | (node or {})
             )
         )
-    return JobFacts(ranks=ranks, nodes=nodes, crossovers=CROSSOVERS, failure=None)
+    return JobFacts(ranks=tuple(ranks), nodes=tuple(nodes), crossovers=CROSSOVERS, failure=None)
 
 
 def with_ranks(job: JobFacts, fields: Sequence[dict[str, Any]]) -> JobFacts:

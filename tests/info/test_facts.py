@@ -37,8 +37,8 @@ NAMES = {
 
 def complete() -> JobFacts:
     """Return facts in which nothing is left out."""
-    failure = Failure(kind="died", reason="r", output=["o"])
-    job = a_job(2, 1, node={"leftovers": [LEFTOVER], "gpus": [GPU]})
+    failure = Failure(kind="died", reason="r", output=("o",))
+    job = a_job(2, 1, node={"leftovers": (LEFTOVER,), "gpus": (GPU,)})
     return dataclasses.replace(job, failure=failure)
 
 
