@@ -34,38 +34,25 @@ _RECORD = 96
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measured time.
-
-    Attributes
-    ----------
-    nbytes : int
-        Bytes of each rank's array.
-    seconds : float
-        Median over calls, each the slowest rank's.
-    """
+    """A measured time: bytes of each rank's array, and the median seconds of the slowest rank."""
 
     nbytes: int
     seconds: float
 
 
 class Fit(Protocol):
-    """Something that predicts a time from a size."""
+    """Something that predicts a time in seconds from a size."""
 
     def time(self, nbytes: float) -> float:
-        """Return seconds."""
+        """Return the time."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """How far a fit is off, as shares of the measured times.
+    """How far a fit is off, as shares of the measured times: 0.1 is ten per cent.
 
-    Attributes
-    ----------
-    median, worst : float
-        Of the absolute values; 0.1 is ten per cent. NaN where nothing was compared.
-    count : int
-        How many points were compared.
+    The median and the largest of the absolute values over `count` points; NaN where there are none.
     """
 
     median: float
@@ -75,7 +62,7 @@ class Errors:
     @classmethod
     def of(cls, fit: Fit, points: Sequence[Point]) -> Errors:
         """Compare a fit with measured points."""
-        return cls.among([fit.time(point.nbytes) / point.seconds - 1 for point in points])
+        return cls.among(_off(fit, points))
 
     @classmethod
     def among(cls, errors: Sequence[float]) -> Errors:
@@ -89,12 +76,8 @@ class Errors:
 class NetworkModel:
     """Messages between nodes.
 
-    Attributes
-    ----------
-    latency : float
-        Seconds of a message without bytes.
-    bandwidth : float
-        Bytes per second of a node in one direction, for all its ranks together.
+    A message without bytes takes `latency` seconds. `bandwidth` is that of a node in one direction,
+    in bytes per second, for all its ranks together.
     """
 
     latency: float
@@ -112,23 +95,11 @@ class NetworkModel:
         return self.latency + nbytes / self.bandwidth
 
     def all_reduce(self, nbytes: float, nodes: int, *, sharing: int, combine: float) -> float:
-        """Return the seconds of an all_reduce among one rank of every node.
+        """Return the seconds of an all_reduce among one rank of every node, as mpidist does it.
 
-        Parameters
-        ----------
-        nbytes : float
-            Of each rank's array.
-        nodes : int
-            How many ranks take part.
-        sharing : int
-            How many such operations go on at the same time and share a node's bandwidth.
-        combine : float
-            Seconds per byte of combining two arrays.
-
-        Returns
-        -------
-        float
-            Of recursive doubling up to 2 KiB, of the ring above, as mpidist does it.
+        That is recursive doubling up to 2 KiB, the ring above. `sharing` such operations go on at
+        the same time and share a node's bandwidth; `combine` is the seconds per byte of combining
+        two arrays.
         """
         if nodes == 1:
             return 0.0
@@ -144,18 +115,12 @@ class NetworkModel:
 
 @dataclass(frozen=True, slots=True)
 class NodeFit:
-    """An all_reduce by the ranks of one node, for one number of ranks.
+    """An all_reduce by so many ranks of one node.
 
-    Attributes
-    ----------
-    ranks : int
-        How many ranks of the node take part.
-    meetings : float
-        Seconds of all that does not depend on the size: two meetings and the call itself.
-    near, far : float
-        Seconds per byte of the array up to the knee, and beyond it.
-    knee : float
-        Bytes from which on the arrays do not stay in the caches; infinite if none was found.
+    `meetings` are the seconds of all that does not depend on the size: two meetings and the call
+    itself. `near` and `far` are seconds per byte of the array up to the knee, and beyond it. `knee`
+    is the number of bytes from which on the arrays do not stay in the caches; infinite if none was
+    found.
     """
 
     ranks: int
@@ -174,7 +139,7 @@ class NodeFit:
             columns = np.stack([np.ones_like(sizes), sizes, beyond], axis=1)
             fixed, slope, more = _least_squares(columns, points)
             fit = cls(ranks, fixed, slope, slope + more, float(knee))
-            fits.append((_badness(fit, points), fit))
+            fits.append((sum(off**2 for off in _off(fit, points)), fit))
         return min(fits, key=lambda pair: pair[0])[1]
 
     def time(self, nbytes: float) -> float:
@@ -208,13 +173,7 @@ class NodeFit:
 
 @dataclass(frozen=True, slots=True)
 class NodeModel:
-    """All fits of one kind of node, by number of ranks.
-
-    Attributes
-    ----------
-    fits : tuple of NodeFit
-        At least one, in the order of their ranks.
-    """
+    """All fits of one kind of node, at least one, in the order of their ranks."""
 
     fits: tuple[NodeFit, ...]
 
@@ -238,36 +197,13 @@ class NodeModel:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What an all_reduce costs on any number of nodes.
-
-    Attributes
-    ----------
-    node : NodeModel
-        What an all_reduce inside a node takes.
-    network : NetworkModel or None
-        Between nodes; None if only one node is asked for.
-    """
+    """What an all_reduce costs inside a node and, with a network, on several nodes."""
 
     node: NodeModel
     network: NetworkModel | None = None
 
     def all_reduce(self, nbytes: float, *, ranks: int, nodes: int = 1) -> float:
-        """Return the seconds of an all_reduce of registered arrays.
-
-        Parameters
-        ----------
-        nbytes : float
-            Of each rank's array.
-        ranks : int
-            Ranks on each node.
-        nodes : int, optional
-            Number of nodes.
-
-        Returns
-        -------
-        float
-            The time inside the node, and that of the slices over the network.
-        """
+        """Return the seconds of an all_reduce of registered arrays, with `ranks` on each node."""
         inside = self.node.time(nbytes, ranks)
         return inside + self.across(nbytes, ranks=ranks, nodes=nodes)
 
@@ -286,25 +222,21 @@ class CostModel:
 def leave_one_out(fit: Callable[[Sequence[Point]], Fit], points: Sequence[Point]) -> Errors:
     """Predict each size but the first and the last from a fit without it.
 
-    Parameters
-    ----------
-    fit : callable
-        Takes points, returns something with a method ``time``.
-    points : sequence of Point
-        In the order of their sizes; fewer than four give no errors.
-
-    Returns
-    -------
-    Errors
-        Of the predictions, relative to the measured times.
+    The points are in the order of their sizes; fewer than four give no errors.
     """
     if len(points) < 4:
         return Errors.among([])
-    errors = []
-    for left_out in range(1, len(points) - 1):
-        without = fit([*points[:left_out], *points[left_out + 1 :]])
-        errors.append(without.time(points[left_out].nbytes) / points[left_out].seconds - 1)
-    return Errors.among(errors)
+    return Errors.among(
+        [
+            off
+            for i in range(1, len(points) - 1)
+            for off in _off(fit([*points[:i], *points[i + 1 :]]), points[i : i + 1])
+        ]
+    )
+
+
+def _off(fit: Fit, points: Sequence[Point]) -> list[float]:
+    return [fit.time(point.nbytes) / point.seconds - 1 for point in points]
 
 
 def _least_squares(columns: Array, points: Sequence[Point]) -> list[float]:
@@ -327,7 +259,3 @@ def _least_squares(columns: Array, points: Sequence[Point]) -> list[float]:
                 least, best = left, np.zeros(count)
                 best[chosen] = solution
     return [float(value) for value in best]
-
-
-def _badness(fit: NodeFit, points: Sequence[Point]) -> float:
-    return float(np.square([fit.time(point.nbytes) / point.seconds - 1 for point in points]).sum())

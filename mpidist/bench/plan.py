@@ -1,8 +1,8 @@
 """Predict all_reduce and training steps on other numbers of ranks and nodes.
 
-The reports of ``bench all_reduce``, ``bench ddp`` and ``bench p2p``, written with ``--json``, are
-fitted by a model of latencies and bandwidths. What was measured and what is extrapolated is told
-apart everywhere, and so is how far the model is off where it can be compared.
+A model of latencies and bandwidths is fitted to the reports of ``bench all_reduce``, ``bench ddp``
+and ``bench p2p``, written with ``--json``. Every table says what was measured, what is
+extrapolated, and how far the model is off where the two can be compared.
 """
 
 from __future__ import annotations
@@ -58,23 +58,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predict, and print, write and draw it.
-
-    Returns
-    -------
-    int
-        Exit code: 0; 2 if it cannot be done as asked.
-    """
+    """Predict, and print, write and draw it; the exit code is 2 if it cannot be done as asked."""
     command = " ".join(["python", "-m", "mpidist", *options.argv])
     try:
         _check(options)
         reports = {path.name: _load(path) for path in options.reports}
+        measured = {r.machine.ranks for r in reports.values() if r.benchmark == "all_reduce"}
+        layouts = product(options.nodes, options.ranks or sorted(measured))
+        network = options.latency and NetworkModel(options.latency, options.bandwidth)
         plan = make_plan(
             reports,
-            _layouts(options, reports),
+            [JobLayout(nodes, ranks) for nodes, ranks in layouts],
             series=options.series,
             sizes=options.sizes,
-            network=_network(options),
+            network=network,
         )
         text = render_plan(plan, reports, command)
         if options.plot is not None:
@@ -102,33 +99,8 @@ def _load(path: Path) -> Report:
         raise BenchmarkError(f"plan: {path}: {error}") from error
 
 
-def _network(options: argparse.Namespace) -> NetworkModel | None:
-    return None if options.latency is None else NetworkModel(options.latency, options.bandwidth)
-
-
-def _layouts(options: argparse.Namespace, reports: dict[str, Report]) -> list[JobLayout]:
-    measured = {r.machine.ranks for r in reports.values() if r.benchmark == "all_reduce"}
-    ranks = options.ranks or sorted(measured)
-    return [JobLayout(nodes, per_node) for nodes, per_node in product(options.nodes, ranks)]
-
-
 def render_plan(plan: JobPlan, reports: dict[str, Report], command: str) -> str:
-    """Lay a plan out as text: the numbers, the model beside the measurements, the predictions.
-
-    Parameters
-    ----------
-    plan : JobPlan
-        Fits and predictions, from `make_plan`.
-    reports : dict of str to Report
-        From which it was made.
-    command : str
-        The command line, for the head.
-
-    Returns
-    -------
-    str
-        Lines of text, in blocks.
-    """
+    """Return a plan as text: the numbers, the model beside the measurements, the predictions."""
     sources = [f"{name}: {_source(report)}" for name, report in reports.items()]
     blocks = [
         ["mpidist plan", f"$ {command}", *sources],
@@ -161,7 +133,7 @@ def _source(report: Report) -> str:
 
 
 def _fits(fitted: Sequence[Fitted]) -> str:
-    heads = [
+    heads = (
         "ranks",
         "meetings us",
         "GB/s",
@@ -169,18 +141,20 @@ def _fits(fitted: Sequence[Fitted]) -> str:
         "GB/s beyond",
         "fit off by",
         "left-out off by",
-    ]
+    )
     lines = []
     for node in fitted:
         fit = node.fit
-        bounded = fit.knee < float("inf")
+        up_to, beyond = "any size", ""
+        if fit.knee < float("inf"):
+            up_to, beyond = format_bytes(int(fit.knee)), format_number(_rate(fit.far))
         lines.append(
             [
                 str(fit.ranks),
                 format_number(fit.meetings * 1e6),
                 format_number(_rate(fit.near)),
-                format_bytes(int(fit.knee)) if bounded else "any size",
-                format_number(_rate(fit.far)) if bounded else "",
+                up_to,
+                beyond,
                 _off(node.errors),
                 _off(node.left_out),
             ]
@@ -212,9 +186,7 @@ def _compared(plan: JobPlan) -> str:
     for prediction in plan.predictions:
         if prediction.measured is None:
             continue
-        times = [
-            format_number(1e6 * seconds) for seconds in (prediction.measured, prediction.seconds)
-        ]
+        times = [format_number(1e6 * t) for t in (prediction.measured, prediction.seconds)]
         off = f"{prediction.seconds / prediction.measured - 1:+.0%}"
         lines.append([str(prediction.layout), format_bytes(prediction.nbytes), *times, off])
     return _table(lines, ["nodes x ranks", "size", "measured us", "model us", "off"])
@@ -238,13 +210,10 @@ def _stepped(plan: JobPlan) -> str:
     lines = []
     for step in plan.steps:
         measured = "extrapolated" if step.measured is None else format_number(step.measured * 1e3)
-        times = [
-            format_number(seconds * 1e3) for seconds in (step.alone, step.seconds, step.hidden)
-        ]
+        times = [format_number(t * 1e3) for t in (step.alone, step.seconds, step.hidden)]
         lines.append([f"{step.parameters / 1e6:.2f}", str(step.layout), *times, measured])
-    return _table(
-        lines, ["million parameters", "nodes x ranks", "alone", "model", "hidden", "measured"]
-    )
+    heads = ("million parameters", "nodes x ranks", "alone", "model", "hidden", "measured")
+    return _table(lines, heads)
 
 
 def _table(lines: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
@@ -255,10 +224,8 @@ def _to_json(plan: JobPlan, command: str) -> str:
     """Return everything as JSON: seconds, bytes, and what was measured."""
     document: dict[str, Any] = {"format": _FORMAT, "command": command}
     document |= dataclasses.asdict(plan)
-    for written, prediction in zip(document["predictions"], plan.predictions, strict=True):
-        written["extrapolated"] = prediction.measured is None
-    for written, step in zip(document["steps"], plan.steps, strict=True):
-        written["extrapolated"] = step.measured is None
+    for written in (*document["predictions"], *document["steps"]):
+        written["extrapolated"] = written["measured"] is None
     return json.dumps(_finite(document), indent=1) + "\n"
 
 

@@ -25,13 +25,7 @@ BACKWARD = 2 / 3
 
 @dataclass(frozen=True, slots=True, order=True)
 class JobLayout:
-    """How many nodes, and how many ranks on each.
-
-    Attributes
-    ----------
-    nodes, ranks : int
-        `ranks` is that of a node.
-    """
+    """How many nodes, and how many ranks on each."""
 
     nodes: int
     ranks: int
@@ -43,18 +37,9 @@ class JobLayout:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The fit of one number of ranks, and how far it is off.
+    """The fit of one number of ranks to points, in the order of their sizes, and how far it is off.
 
-    Attributes
-    ----------
-    fit : NodeFit
-        The fitted latency and bandwidths.
-    points : tuple of Point
-        To which it was fitted, in the order of their sizes.
-    errors : Errors
-        Of the fit at these points.
-    left_out : Errors
-        Of predictions of each size from a fit without it.
+    `errors` are those at the points, `left_out` those of each size by a fit without it.
     """
 
     fit: NodeFit
@@ -73,18 +58,9 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The time of one all_reduce.
+    """The seconds of one all_reduce of so many bytes, as the model says.
 
-    Attributes
-    ----------
-    layout : JobLayout
-        On how many nodes and ranks.
-    nbytes : int
-        Of each rank's array.
-    seconds : float
-        As the model says.
-    measured : float or None
-        The median that was measured in this layout at this size; None where nothing was.
+    `measured` is the median in this layout at this size; None where nothing was measured.
     """
 
     layout: JobLayout
@@ -95,22 +71,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The time of one training step with DDP.
+    """The seconds of one training step with DDP.
 
-    Attributes
-    ----------
-    layout : JobLayout
-        On how many nodes and ranks.
-    parameters : int
-        Number of the model's parameters.
-    alone : float
-        Seconds of the step without communication, as measured.
-    seconds : float
-        As the model says, if nothing goes on at the same time.
-    hidden : float
-        As the model says, if the network works during all of the backward pass.
-    measured : float or None
-        The median that was measured in this layout; None where nothing was.
+    `alone` is the step without communication, as measured. The model says `seconds` if nothing goes
+    on at the same time, and `hidden` if the network works during all of the backward pass.
+    `measured` is the median in this layout; None where nothing was measured.
     """
 
     layout: JobLayout
@@ -125,20 +90,8 @@ class Step:
 class JobPlan:
     """Everything that `make_plan` found.
 
-    Attributes
-    ----------
-    model : CostModel
-        Fitted latencies and bandwidths.
-    fitted : tuple of Fitted
-        One per measured number of ranks.
-    network_source : str
-        Where the network's numbers come from; empty without a network.
-    predictions : tuple of Prediction
-        By layout, then size.
-    steps : tuple of Step
-        By model, then layout; none without a report of ``bench ddp``.
-    notes : tuple of str
-        What has to be known about it, for people.
+    The model; one fit per measured number of ranks; where the network's numbers come from, empty
+    without a network; predictions by layout, then size; steps by model, then layout; and notes.
     """
 
     model: CostModel
@@ -159,29 +112,10 @@ def make_plan(
 ) -> JobPlan:
     """Fit a model to reports, and predict.
 
-    Parameters
-    ----------
-    reports : mapping of str to Report
-        By name, for messages: at least one of ``bench all_reduce`` on one node; any of ``bench
-        ddp`` on one node, and one of ``bench p2p`` between nodes.
-    layouts : sequence of JobLayout
-        What to predict, beside what was measured.
-    series : str
-        Series of ``bench all_reduce`` to which the model is fitted.
-    sizes : sequence of int, optional
-        Bytes to predict; those that were measured when omitted.
-    network : NetworkModel, optional
-        Between nodes; overrides what a report of ``bench p2p`` says.
-
-    Returns
-    -------
-    Plan
-        Fits, predictions and notes.
-
-    Raises
-    ------
-    BenchmarkError
-        If there is nothing to fit, or several nodes are asked for without a network.
+    The reports go by name, for messages: at least one of ``bench all_reduce`` on one node, any of
+    ``bench ddp`` on one node, and one of ``bench p2p`` between nodes, which `network` overrides.
+    `layouts` are predicted beside what was measured, at `sizes`, or at those that were measured.
+    Raises `BenchmarkError` if there is nothing to fit, or a network is missing.
     """
     notes: list[str] = []
     fitted = tuple(
@@ -225,7 +159,7 @@ def make_plan(
 
 def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dict[int, list[Point]]:
     """Return the times of all_reduces on one node, by number of ranks."""
-    by_ranks: dict[int, list[Point]] = {}
+    alone: dict[int, list[Point]] = {}
     oversubscribed: dict[int, list[Point]] = {}
     for name, report in reports.items():
         machine = report.machine
@@ -234,20 +168,17 @@ def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dic
         if machine.nodes > 1:
             notes.append(f"{name}: left out, since it was measured on several nodes")
             continue
-        rows = [row for row in report.rows if row.series == series]
-        points = [Point(row.nbytes, row.times.median) for row in rows]
+        by_ranks = alone
         if machine.ranks > machine.cores:
-            oversubscribed.setdefault(machine.ranks, []).extend(points)
+            by_ranks = oversubscribed
             notes.append(
                 f"{name}: {machine.ranks} ranks took turns on {machine.cores} cores, which says "
                 "nothing about a core for each; left out if there is another report"
             )
-        else:
-            by_ranks.setdefault(machine.ranks, []).extend(points)
-    usable = {ranks: points for ranks, points in by_ranks.items() if len(points) > 1}
-    usable = usable or {
-        ranks: points for ranks, points in oversubscribed.items() if len(points) > 1
-    }
+        by_ranks.setdefault(machine.ranks, []).extend(_points(report, "all_reduce", series))
+    usable: dict[int, list[Point]] = {}
+    for by_ranks in (alone, oversubscribed):
+        usable = usable or {ranks: p for ranks, p in by_ranks.items() if len(p) > 1}
     if not usable:
         raise BenchmarkError(
             f"plan: there is nothing to fit: expected a report with two sizes or more of the "
@@ -264,8 +195,15 @@ def _network(name: str, report: Report) -> NetworkModel:
             f"plan: {name} was measured inside one node and says nothing about a network; run "
             "bench p2p with one rank on each of two nodes, or give --latency and --bandwidth"
         )
-    rows = [row for row in report.rows if (row.operation, row.series) == ("ping-pong", ORDINARY)]
-    return NetworkModel.fit([Point(row.nbytes, row.times.median) for row in rows])
+    return NetworkModel.fit(_points(report, "ping-pong", ORDINARY))
+
+
+def _points(report: Report, operation: str, series: str) -> list[Point]:
+    return [
+        Point(row.nbytes, row.times.median)
+        for row in report.rows
+        if (row.operation, row.series) == (operation, series)
+    ]
 
 
 def _steps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -44,8 +44,7 @@ def render_table(report: Report) -> str:
         blocks[0].append(f"$ {' '.join(report.command)}")
     if report.targets:
         blocks.append(["targets", _targets(report.targets)])
-    operations = list(dict.fromkeys(row.operation for row in report.rows))
-    blocks += [[operation, _table(report, operation)] for operation in operations]
+    blocks += [[name, _table(report, name, rows)] for name, rows in _by_operation(report).items()]
     legend = [f"{name}: {text}" for name, text in report.legend.items()]
     explained = "times in us: median (95th percentile), each of the slowest rank"
     if any(row.bus_factor is not None for row in report.rows):
@@ -55,26 +54,36 @@ def render_table(report: Report) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
-def _table(report: Report, operation: str) -> str:
-    rows = [row for row in report.rows if row.operation == operation]
-    series = list(dict.fromkeys(row.series for row in rows))
+def _by_operation(report: Report) -> dict[str, list[Row]]:
+    by_operation: dict[str, list[Row]] = {}
+    for row in report.rows:
+        by_operation.setdefault(row.operation, []).append(row)
+    return by_operation
+
+
+def _by_series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    by_series: dict[str, list[Row]] = {}
+    for row in rows:
+        by_series.setdefault(row.series, []).append(row)
+    return by_series
+
+
+def _table(report: Report, operation: str, rows: Sequence[Row]) -> str:
+    series = list(_by_series(rows))
     sizes = list(dict.fromkeys(row.nbytes for row in rows))
     compared = [c for c in report.comparisons if {c.series, c.reference} <= set(series)]
     wide = any(row.bus_factor is not None for row in rows)
     sized = sizes != [0]
-    heads = [*["size"] * sized, *series, *(comparison.title for comparison in compared)]
+    heads = [*["size"] * sized, *series, *(c.title for c in compared)]
+    heads += ["alg GB/s", "bus GB/s"] * wide
     lines: list[list[str]] = []
     for size in sizes:
-        line: list[str] = [format_bytes(size)] if sized else []
+        line = [format_bytes(size)] * sized
         line += [_time(report.find(operation, name, size)) for name in series]
-        for comparison in compared:
-            value = report.compare(comparison, operation, size)
-            line.append(_compared(value, comparison.measure))
+        line += [_compared(report.compare(c, operation, size), c.measure) for c in compared]
         if wide:
             line += _bandwidths(report.find(operation, series[0], size))
         lines.append(line)
-    if wide:
-        heads += ["alg GB/s", "bus GB/s"]
     return "\n".join(columns(heads, lines, ruled=True))
 
 
@@ -167,13 +176,13 @@ def plot_report(report: Report, path: Path) -> None:
     _save(figure, path, f"mpidist bench {report.benchmark}\n{subtitle}")
 
 
-_Draw = Callable[[Any, Sequence[Row], Mapping[str, Mapping[str, Any]]], None]
+Styles: TypeAlias = Mapping[str, Mapping[str, Any]]
+_Draw = Callable[[Any, Sequence[Row], Styles], None]
 
 
 def _panels(report: Report) -> list[list[tuple[_Draw, Sequence[Row]]]]:
     """Return the lines of panels: one operation beside its bandwidth, several above theirs."""
-    operations = list(dict.fromkeys(row.operation for row in report.rows))
-    per = [[row for row in report.rows if row.operation == name] for name in operations]
+    per = list(_by_operation(report).values())
     sized = [rows for rows in per if any(row.nbytes for row in rows)]
     if not sized:
         return [[(_draw_bars, rows) for rows in per]]
@@ -184,7 +193,7 @@ def _panels(report: Report) -> list[list[tuple[_Draw, Sequence[Row]]]]:
     return [[*times, *speeds]] if len(sized) == 1 else [times, speeds]
 
 
-def _styles(report: Report) -> Mapping[str, Mapping[str, Any]]:
+def _styles(report: Report) -> Styles:
     """Return how each series of a report is drawn, the same in all panels."""
     others = iter(_OTHERS * len(report.rows))
     return {
@@ -194,14 +203,13 @@ def _styles(report: Report) -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-def _draw_times(axes: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> None:
+def _draw_times(axes: Any, rows: Sequence[Row], styles: Styles) -> None:
     _draw_lines(axes, rows, styles, lambda row: row.times.median * 1e6)
-    for name in dict.fromkeys(row.series for row in rows):
-        series_rows = [row for row in rows if row.series == name]
+    for name, of_series in _by_series(rows).items():
         axes.fill_between(
-            [row.nbytes for row in series_rows],
-            [row.times.median * 1e6 for row in series_rows],
-            [row.times.p95 * 1e6 for row in series_rows],
+            [row.nbytes for row in of_series],
+            [row.times.median * 1e6 for row in of_series],
+            [row.times.p95 * 1e6 for row in of_series],
             color=styles[name]["color"],
             alpha=0.13,
             linewidth=0,
@@ -209,34 +217,24 @@ def _draw_times(axes: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str
     axes.set(title=rows[0].operation, ylabel="time (µs): median to 95th percentile")
 
 
-def _draw_bandwidths(
-    axes: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _draw_bandwidths(axes: Any, rows: Sequence[Row], styles: Styles) -> None:
     _draw_lines(axes, rows, styles, lambda row: (row.bus_bandwidth or float("nan")) / 1e9)
     axes.set(title=rows[0].operation, ylabel="bus bandwidth (GB/s)")
 
 
 def _draw_lines(
-    axes: Any,
-    rows: Sequence[Row],
-    styles: Mapping[str, Mapping[str, Any]],
-    value: Callable[[Row], float],
+    axes: Any, rows: Sequence[Row], styles: Styles, value: Callable[[Row], float]
 ) -> None:
-    for name in dict.fromkeys(row.series for row in rows):
-        series_rows = [row for row in rows if row.series == name]
-        axes.plot(
-            [row.nbytes for row in series_rows],
-            list(map(value, series_rows)),
-            label=name,
-            **styles[name],
-        )
+    for name, of_series in _by_series(rows).items():
+        sizes = [row.nbytes for row in of_series]
+        axes.plot(sizes, [value(row) for row in of_series], label=name, **styles[name])
     axes.set(xscale="log", yscale="log")
     _size_axis(axes, sorted({row.nbytes for row in rows}))
     axes.tick_params(axis="x", labelrotation=30)
     _tidy(axes)
 
 
-def _draw_bars(axes: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> None:
+def _draw_bars(axes: Any, rows: Sequence[Row], styles: Styles) -> None:
     for row in rows:
         times = row.times
         axes.barh(row.series, times.median * 1e3, color=styles[row.series]["color"], height=0.5)
@@ -282,24 +280,8 @@ _POINTS: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, 
 
 
 def plot_plan(plan: JobPlan, reports: Mapping[str, Report], path: Path) -> None:
-    """Draw a plan into a file.
+    """Draw a plan, made from these reports, into a file; the suffix decides the format.
 
-    Parameters
-    ----------
-    plan : JobPlan
-        Fits and predictions, from `make_plan`.
-    reports : mapping of str to Report
-        From which it was made.
-    path : Path
-        Where to write; the suffix decides the format, such as ``.png`` or ``.svg``.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If matplotlib is not installed.
-
-    Notes
-    -----
     Points are measured medians, solid lines the model where something was measured, dashed lines
     where nothing was. Below, how far the model is off at each point. Beside it, if there are
     steps, what they take on more nodes, over the same step without communication: between the
