@@ -66,7 +66,7 @@ def test_the_wheel_has_the_package_and_nothing_else(source: Path, tmp_path: Path
     assert {"mpidist/py.typed", "mpidist/examples/00_first.py"} <= names
     # What tests the package itself, soaks for instance, stays in tests/.
     testing = {name.split("/")[2] for name in names if name.startswith("mpidist/testing/")}
-    assert testing == {"__init__.py", "contract", "gradcheck.py", "launcher.py", "ranks.py"}
+    assert testing == {"__init__.py", "contract", "gradcheck.py", "ranks.py"}
 
 
 def test_the_version_is_that_of_the_newest_release_in_the_changelog() -> None:

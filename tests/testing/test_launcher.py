@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from mpidist.testing.launcher import clean_environment
+from tests._ranks.launcher import clean_environment
 
 
 def test_environment_may_change_while_it_is_read() -> None:

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpidist import checkpoint
-from mpidist.testing.launcher import (
+from mpidist.usage import RankArgumentParser
+from tests._ranks.launcher import (
     MARK,
     clean_environment,
     end_job,
@@ -36,7 +37,6 @@ from mpidist.testing.launcher import (
     marked_processes,
     vendor_arguments,
 )
-from mpidist.usage import RankArgumentParser
 from tests.soaks.checkpoints.loop import KEEP, mark_of
 from tests.soaks.checkpoints.states import Contents
 
