@@ -14,21 +14,11 @@ from mpidist.errors import UnsupportedOperationError
 
 
 def seconds(value: Any, what: str, *, least: float | None = None) -> float:
-    """Return a duration in seconds.
+    """Return a duration in seconds: of a number, positive and finite, or a `datetime.timedelta`.
 
-    Parameters
-    ----------
-    value : float or datetime.timedelta
-        A number of seconds, positive and finite.
-    what : str
-        Whose, for the message.
-    least : float, optional
-        The smallest that is taken; any above 0 when omitted.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        If it is anything else: no wait is without a deadline.
+    `least` is the smallest that is taken, any above 0 when omitted. Raises
+    UnsupportedOperationError, which begins with `what`, if it is anything else: no wait is without
+    a deadline.
     """
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(number, Real) and not isinstance(number, (bool, np.bool_)):
@@ -41,17 +31,9 @@ def seconds(value: Any, what: str, *, least: float | None = None) -> float:
 
 
 def whole_number(value: Any) -> int:
-    """Return an integer of any kind as a plain one.
+    """Return an integer of any kind, or an array that holds one, as a plain integer.
 
-    Parameters
-    ----------
-    value : int
-        Or what stands for one: an integer of numpy, an array that holds one.
-
-    Raises
-    ------
-    TypeError
-        If it is a float, or a boolean: a mask is not a list of numbers.
+    Raises TypeError if it is a float, or a boolean: a mask is not a list of numbers.
     """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"expected an integer, got the boolean {value}")

@@ -36,12 +36,7 @@ def format_number(value: float) -> str:
 def format_ranges(numbers: Iterable[int], *, ordered: bool = False) -> str:
     """Return numbers of ranks or processes in short: ``0-2, 5`` for 0, 1, 2 and 5.
 
-    Parameters
-    ----------
-    numbers : iterable of int
-        Ranks, or numbers of processes.
-    ordered : bool, optional
-        Whether to keep their order instead of sorting them.
+    They are sorted, unless they are to keep their order.
     """
     runs: list[list[int]] = []
     for number in numbers if ordered else sorted(numbers):
@@ -67,18 +62,10 @@ def format_nccl_version(number: int) -> str:
 def columns(
     heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0, ruled: bool = False
 ) -> Iterator[str]:
-    """Yield the lines of a table.
+    """Yield the lines of a table with one head and one cell per column.
 
-    Parameters
-    ----------
-    heads : sequence of str
-        One head per column.
-    rows : sequence of sequence of str
-        The cells, one per column.
-    left : int, optional
-        How many of the last columns are aligned to the left; the others are to the right.
-    ruled : bool, optional
-        Whether the heads are underlined.
+    The last `left` columns are aligned to the left, the others to the right. If `ruled`, the heads
+    are underlined.
     """
     table = [heads, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -16,29 +16,12 @@ _ATTEMPTS = 100
 
 
 def create(path: str | os.PathLike[str], *, mode: int = 0o600, replace: bool = False) -> int:
-    """Create a file, and return its descriptor, open for reading and writing.
+    """Create a file, and return its descriptor, for reading and writing; the caller closes it.
 
-    Parameters
-    ----------
-    path : str or path-like
-        The file. A symbolic link there counts as a file, whether its target exists or not.
-    mode : int, optional
-        Permissions, of which the process's umask takes away. Readable by the owner alone when
-        omitted.
-    replace : bool, optional
-        Whether to remove what stands under that name before: the name, never what it links to.
-
-    Returns
-    -------
-    int
-        The descriptor; the caller closes it.
-
-    Raises
-    ------
-    FileExistsError
-        If there is something of that name, also if somebody has put it there after the removal.
-    OSError
-        If the file cannot be made.
+    The umask takes away from the permissions `mode`, which let the owner alone read when omitted.
+    `replace` removes what stands under that name before: the name, never what it links to. Raises
+    FileExistsError if there is something of that name, also a symbolic link without a target, or if
+    somebody has put it there after the removal.
     """
     if replace:
         with contextlib.suppress(FileNotFoundError):
@@ -51,25 +34,9 @@ def create_unique(
 ) -> tuple[int, str]:
     """Create a file under a name that no other process uses, on whatever host it runs.
 
-    Parameters
-    ----------
-    directory : str or path-like
-        Directory, which has to exist.
-    stem, suffix : str
-        How the name begins and ends. Eight random hexadecimal digits stand between them, after a
-        hyphen: containers may share host name, second and process number.
-    mode : int, optional
-        Permissions, as for `create`.
-
-    Returns
-    -------
-    (int, str)
-        The descriptor, open for reading and writing, which the caller closes; and the path.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be made.
+    Between stem and suffix stand a hyphen and eight random hexadecimal digits: containers may share
+    host name, second and process number. Returns the descriptor, open for reading and writing,
+    which the caller closes, and the path.
     """
     for _ in range(_ATTEMPTS):
         name = f"{stem}-{os.urandom(4).hex()}{suffix}"

@@ -9,26 +9,9 @@ from mpidist.errors import BackendUnavailableError
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import `module`, or say which extra brings it.
+    """Import and return a module, or say which extra of mpidist brings it.
 
-    Parameters
-    ----------
-    module : str
-        Full name of the module, such as ``"torch"``.
-    extra : str
-        The extra of mpidist that installs it.
-    purpose : str
-        What needs it; the first words of the error.
-
-    Returns
-    -------
-    ModuleType
-        The module, imported.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If it cannot be imported.
+    `purpose` says what needs it: the first words of the BackendUnavailableError.
     """
     try:
         return importlib.import_module(module)

@@ -21,14 +21,7 @@ def act_in_thread(act: Callable[[], None], name: str) -> None:
     """Call a function in a daemon thread; what it raises is printed.
 
     Where no thread can be started it is called at once: from Python 3.12 on, an interpreter that
-    ends starts none.
-
-    Parameters
-    ----------
-    act : callable
-        A function without arguments.
-    name : str
-        Name of the thread; begins with ``mpidist-``.
+    ends starts none. Names of threads begin with ``mpidist-``.
     """
     thread = threading.Thread(target=act, name=name, daemon=True)
     try:
@@ -40,17 +33,7 @@ def act_in_thread(act: Callable[[], None], name: str) -> None:
 def run_in_thread(call: Callable[..., T], *args: Any, name: str) -> Future[T]:
     """Call a function in a daemon thread, and return the future of its result.
 
-    Parameters
-    ----------
-    call : callable
-        The function; it is called with `args`.
-    name : str
-        Name of the thread; begins with ``mpidist-``.
-
-    Raises
-    ------
-    RuntimeError
-        If no thread can be started.
+    Raises RuntimeError if no thread can be started.
     """
     from concurrent.futures import Future  # not at import: `act_in_thread` does without
 

@@ -60,16 +60,9 @@ _RANK = (
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a launcher left in the environment.
+    """What a launcher left in the environment: who set which variable, and what it says.
 
-    Attributes
-    ----------
-    launcher : str
-        Who set it, for messages.
-    variable : str
-        The variable that was found.
-    size : int or None
-        Number of ranks that it promises; None where the launcher does not say.
+    `size` is the number of ranks that it promises; None where the launcher does not say.
     """
 
     launcher: str
@@ -92,11 +85,8 @@ def _integer(variable: str) -> int | None:
 def launcher_evidence() -> Evidence | None:
     """Return what says that an MPI launcher started this process, or None.
 
-    Returns
-    -------
-    Evidence or None
-        The variable that promises the most ranks: a job step of Slurm with several tasks counts
-        although the PMI of a single task stands beside it.
+    It is the variable that promises the most ranks: a job step of Slurm with several tasks counts
+    although the PMI of a single task stands beside it.
     """
     evidence_list = []
     for launcher, variable in (
@@ -213,11 +203,9 @@ _marked_by: int | None = None
 def inherited_rank() -> int | None:
     """Return the process whose rank's environment this one has inherited, or None.
 
-    Returns
-    -------
-    int or None
-        The number of a process of this host that has called `init`. None for that process itself,
-        and for the ranks of a job that it has started: these have a launcher of their own.
+    That is the number of a process of this host that has called `init`. There is none for that
+    process itself, and for the ranks of a job that it has started: these have a launcher of their
+    own.
     """
     if _MARK not in os.environ:
         return None

@@ -30,13 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it.
-
-    Returns
-    -------
-    int
-        Exit code: 0; 2 if there is no such example, or a file is in the way.
-    """
+    """List, show or copy; the exit code is 2 if there is no such example, or a file in the way."""
     chosen = {n: text for n, text in examples().items() if n.startswith(options.name or "")}
     if not chosen:
         write_once(f"example: {options.name!r} is none of {', '.join(examples())}\n")

@@ -26,15 +26,10 @@ _LEVELS = {
 
 
 def configure(level: str, *, warn: bool = True) -> None:
-    """Give the logger a level by its name.
+    """Give the logger the level that ``MPIDIST_LOG`` names.
 
-    Parameters
-    ----------
-    level : str
-        What ``MPIDIST_LOG`` says. Nothing is changed where it says nothing; a name that does not
-        exist is a warning, for nobody's job should end of it.
-    warn : bool, optional
-        Whether to log that warning; one rank will do.
+    Nothing is changed where it says nothing; a name that does not exist is a warning, of one rank
+    if the others pass ``warn=False``, for nobody's job should end of it.
     """
     if level in _LEVELS:
         logger.setLevel(_LEVELS[level])
@@ -45,11 +40,8 @@ def configure(level: str, *, warn: bool = True) -> None:
 def shows(level: int) -> bool:
     """Whether messages of a level are wanted that no handler is needed for.
 
-    Parameters
-    ----------
-    level : int
-        Such as `logging.INFO`, which is shown unless the logger has a level above it; what is below
-        that is shown only if the logger has such a level.
+    `logging.INFO` is, unless the logger has a level above it; what is below that, only if the
+    logger has such a level.
     """
     return (logger.level or logging.INFO) <= level
 
@@ -65,18 +57,5 @@ class _RankAdapter(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic 
 
 
 def rank_logger(group: str, rank: int, size: int) -> logging.LoggerAdapter[logging.Logger]:
-    """Return a logger whose messages carry group and rank.
-
-    Parameters
-    ----------
-    group : str
-        Name of the group.
-    rank, size : int
-        This rank, and the number of ranks.
-
-    Returns
-    -------
-    logging.LoggerAdapter
-        Writes to the logger ``mpidist``.
-    """
+    """Return a logger that writes to ``mpidist`` and whose messages carry group, rank and size."""
     return _RankAdapter(logger, {"group": group, "rank": rank, "size": size})

@@ -51,17 +51,11 @@ class RankArgumentParser(argparse.ArgumentParser):
 def write_once(text: str, file: Any = None) -> None:
     """Write what all ranks have to say alike, from one rank of each node.
 
-    Parameters
-    ----------
-    text : str
-        What to write. Ranks with different texts all write.
-    file : file, optional
-        Where to; the error output when omitted.
+    Ranks with different texts all write.
 
-    Notes
-    -----
-    Local, for the time before MPI is started, just before the process ends. Where a launcher has
-    started several ranks it returns after a second.
+    Written to the error output unless `file` is given. Local, for the time before MPI is started,
+    just before the process ends. Where a launcher has started several ranks it returns after a
+    second.
     """
     evidence = env.launcher_evidence()
     if evidence is None or not evidence.several:

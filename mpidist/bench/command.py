@@ -47,7 +47,11 @@ class Benchmark(Protocol):
         """Add the options of this benchmark."""
 
     def run(self, world: ProcessGroup, options: argparse.Namespace) -> Report:
-        """Measure; collective over `world`."""
+        """Run a benchmark, and print, write and draw what it found on the first rank.
+
+        The exit code is 1 if the benchmark is a check that failed, 2 if it cannot run as asked.
+        Collective over all ranks of the job. What is missing is reported before MPI starts.
+        """
         ...
 
 

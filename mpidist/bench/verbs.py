@@ -37,14 +37,9 @@ _IN_PLACE = ("all_reduce", "iall_reduce and wait", "all_reduce_coalesced", "broa
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """The arrays of one rank for a call of a verb.
+    """What one rank contributes to a call, and where it finds the result; may be the same.
 
-    Attributes
-    ----------
-    x, out : Array
-        What this rank contributes, and where it finds the result; may be the same.
-    expected : Array or float
-        The result on every rank that has one, if every rank contributes its number plus one.
+    `expected` is the result on every rank that has one, if each contributes its number plus one.
     """
 
     x: Array

@@ -25,12 +25,8 @@ from mpidist.group.group import ProcessGroup, check_group
 class Landing(NamedTuple):
     """Where a result is received, and what makes it the caller's array.
 
-    Attributes
-    ----------
-    flat : Array, 1-D
-        Contiguous memory of native byte order for the transport.
-    finish : callable
-        Called when the result is there; returns the caller's array.
+    `flat` is contiguous memory of native byte order for the transport; `finish` is called when the
+    result is there, and returns the caller's array.
     """
 
     flat: Array
@@ -191,24 +187,10 @@ def land(
     verb: str,
     group: ProcessGroup,
 ) -> Landing:
-    """Prepare the memory for a result of this shape.
+    """Prepare memory for a result of this shape, with the dtype of `like` and where `like` lies.
 
-    Parameters
-    ----------
-    out : Array or None
-        The caller's array; allocated when None. Need not be contiguous, aligned or of native byte
-        order: the result is written back to it then.
-    shape : tuple of int
-        Of the result.
-    like : Array
-        The result has its dtype, and lies where it lies: on the host, or on the device.
-    verb, group : str, ProcessGroup
-        For messages.
-
-    Returns
-    -------
-    Landing
-        Flat memory, and what makes it the caller's result.
+    The caller's `out`, if there is one, need not be contiguous, aligned or of native byte order:
+    the result is written back to it then.
     """
     xp, native = array_namespace(like), native_dtype(like)
     if out is None:
@@ -244,11 +226,8 @@ def overlap(a: Array, b: Array) -> bool:
 def separate(source: Array, flat: Array, out: Array | None) -> Array:
     """Return `source`, in a form in which the transport may write `flat` while it reads.
 
-    Returns
-    -------
-    Array
-        `flat` itself where both are the same memory (in place); a copy where they overlap
-        otherwise; else `source`.
+    That is `flat` itself where both are the same memory (in place), and a copy where they overlap
+    otherwise.
     """
     if out is None or not overlap(source, flat):
         return source

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -34,49 +34,30 @@ from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout
 
-__all__ = [
-    "all_gather_coalesced",
-    "all_reduce_coalesced",
-    "broadcast_coalesced",
-    "iall_gather_coalesced",
-    "iall_reduce_coalesced",
-    "ibroadcast_coalesced",
-    "ireduce_scatter_coalesced",
-    "reduce_scatter_coalesced",
-]
-
-
 _NAMED = 4
 """Arrays of a list that are described one by one."""
 
 
 def _start(
+    verb: str,
     arrays: Sequence[Array],
-    outs: _Results,
-    plan: Callable[[Array, Array | None], Planned[Array]],
     group: ProcessGroup,
-    *,
-    parts: tuple[int, int],
+    outs: Sequence[Array] | None,
+    plan: Callable[[Array, Array | None], Planned[Array]],
     timeout: Timeout,
+    *,
+    shape: Callable[[Array], tuple[int, ...]] = lambda x: x.shape,
+    joined: Literal["neither", "inputs", "results"] = "neither",
 ) -> Work[list[Array]]:
     """Start the collectives of a list.
 
-    Parameters
-    ----------
-    arrays : sequence of Array
-        Inputs.
-    outs : _Results
-        Where the results go.
-    plan : callable
-        Plans the collective on an array, or on a packed one of shape (parts[0], length).
-    group : ProcessGroup
-        The ranks taking part.
-    parts : tuple of int
-        How many ranks' parts each input, and each result, consists of.
-    timeout : float or datetime.timedelta, optional
-        Seconds for each collective.
+    `plan` plans the collective on an array, or on a packed one with a row for each part. A result
+    has the shape ``shape(x)``. Either the inputs or the results may be `joined`: they consist of
+    the parts of all ranks.
     """
-    results, targets = outs
+    arrays = [check_array(x, verb, group, name=f"arrays[{i}]") for i, x in enumerate(arrays)]
+    results, targets = _results([shape(x) for x in arrays], arrays, outs, verb, group)
+    parts = [group.size if joined == which else 1 for which in ("inputs", "results")]
     plans: list[Planned[Any]] = []
     listed = _describe_list(arrays)
     for dtype, indices in _by_dtype(arrays).items():
@@ -84,7 +65,7 @@ def _start(
         packed = np.empty((parts[0], FlatBuffer.length_of(_shapes(rows[0]))), dtype)
         for row, inputs in zip(packed, rows, strict=True):
             FlatBuffer(_shapes(inputs), dtype, storage=row).pack(inputs)
-        call, finish = plan(packed, packed if parts == (1, 1) else None)
+        call, finish = plan(packed, packed if joined == "neither" else None)
         unpack = partial(_unpack, finish, _rows(targets, indices, parts[1]))
         plans.append((call, unpack))
     devices = [plan(x, out) for x, out in zip(arrays, targets, strict=True) if is_device(x)]
@@ -152,25 +133,18 @@ def _by_dtype(arrays: Sequence[Array]) -> dict[DType, list[int]]:
     return by_dtype
 
 
-class _Results(NamedTuple):
-    """The list to return, and plain arrays of the same memory to write to."""
-
-    results: list[Array]
-    targets: list[Array]
-
-
 def _results(
     shapes: Sequence[tuple[int, ...]],
     arrays: Sequence[Array],
     outs: Sequence[Array] | None,
     verb: str,
     group: ProcessGroup,
-) -> _Results:
-    """Return an array for each result: the caller's, or fresh ones."""
+) -> tuple[list[Array], list[Array]]:
+    """Return the arrays of the results, the caller's or fresh ones, and plain views to write to."""
     wanted = list(zip(shapes, arrays, strict=True))
     if outs is None:
         fresh = [array_namespace(x).empty(shape, native_dtype(x)) for shape, x in wanted]
-        return _Results(fresh, fresh)
+        return fresh, fresh
     if len(outs) != len(wanted):
         raise SizeMismatchError(
             f"{verb} on {group}: outs must hold one array per result, {len(wanted)} in all; "
@@ -180,11 +154,7 @@ def _results(
         check_out(out, shape, x, verb=verb, group=group, name=f"outs[{index}]")
         for index, (out, (shape, x)) in enumerate(zip(outs, wanted, strict=True))
     ]
-    return _Results(list(outs), targets)
-
-
-def _checked(arrays: Sequence[Array], verb: str, group: ProcessGroup) -> list[Array]:
-    return [check_array(x, verb, group, name=f"arrays[{index}]") for index, x in enumerate(arrays)]
+    return list(outs), targets
 
 
 def all_reduce_coalesced(
@@ -237,15 +207,13 @@ def iall_reduce_coalesced(
     timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start an `all_reduce_coalesced`; host inputs are packed, and may be changed."""
-    arrays = _checked(arrays, "all_reduce_coalesced", group)
-    results = _results([x.shape for x in arrays], arrays, outs, "all_reduce_coalesced", group)
     return _start(
+        "all_reduce_coalesced",
         arrays,
-        results,
-        lambda x, out: plan_all_reduce(x, group, op, out),
         group,
-        parts=(1, 1),
-        timeout=timeout,
+        outs,
+        lambda x, out: plan_all_reduce(x, group, op, out),
+        timeout,
     )
 
 
@@ -299,15 +267,13 @@ def ibroadcast_coalesced(
     timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start a `broadcast_coalesced`; host inputs are packed, and may be changed."""
-    arrays = _checked(arrays, "broadcast_coalesced", group)
-    results = _results([x.shape for x in arrays], arrays, outs, "broadcast_coalesced", group)
     return _start(
+        "broadcast_coalesced",
         arrays,
-        results,
-        lambda x, out: plan_broadcast(x, group, root, out),
         group,
-        parts=(1, 1),
-        timeout=timeout,
+        outs,
+        lambda x, out: plan_broadcast(x, group, root, out),
+        timeout,
     )
 
 
@@ -357,16 +323,15 @@ def iall_gather_coalesced(
     timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start an `all_gather_coalesced`; host inputs are packed, and may be changed."""
-    arrays = _checked(arrays, "all_gather_coalesced", group)
-    shapes = [(rows_of(x)[0] * group.size, *rows_of(x)[1:]) for x in arrays]
-    results = _results(shapes, arrays, outs, "all_gather_coalesced", group)
     return _start(
+        "all_gather_coalesced",
         arrays,
-        results,
-        lambda x, out: plan_all_gather(x, group, out, None),
         group,
-        parts=(1, group.size),
-        timeout=timeout,
+        outs,
+        lambda x, out: plan_all_gather(x, group, out, None),
+        timeout,
+        shape=lambda x: (rows_of(x)[0] * group.size, *rows_of(x)[1:]),
+        joined="results",
     )
 
 
@@ -420,17 +385,14 @@ def ireduce_scatter_coalesced(
     timeout: Timeout = None,
 ) -> Work[list[Array]]:
     """Start a `reduce_scatter_coalesced`; host inputs are packed, and may be changed."""
-    arrays = _checked(arrays, "reduce_scatter_coalesced", group)
-    shapes = [
-        (cut_rows(x.shape, group, None, "reduce_scatter_coalesced")[0], *x.shape[1:])
-        for x in arrays
-    ]
-    results = _results(shapes, arrays, outs, "reduce_scatter_coalesced", group)
+    verb = "reduce_scatter_coalesced"
     return _start(
+        verb,
         arrays,
-        results,
-        lambda x, out: plan_reduce_scatter(x, group, op, out, None),
         group,
-        parts=(group.size, 1),
-        timeout=timeout,
+        outs,
+        lambda x, out: plan_reduce_scatter(x, group, op, out, None),
+        timeout,
+        shape=lambda x: (cut_rows(x.shape, group, None, verb)[0], *x.shape[1:]),
+        joined="inputs",
     )

@@ -21,15 +21,6 @@ from mpidist.collectives._checks import (
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout
 
-__all__ = [
-    "all_gather",
-    "gather",
-    "iall_gather",
-    "igather",
-    "plan_all_gather",
-    "plan_gather",
-]
-
 
 def plan_all_gather(
     x: Array, group: ProcessGroup, out: Array | None, counts: Sequence[int] | None

@@ -9,8 +9,6 @@ from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.group.operations import Timeout
 
-__all__ = ["gpu_all_reduce", "gpu_broadcast"]
-
 
 def gpu_all_reduce(
     x: Array,
@@ -112,11 +110,8 @@ def _check_on_device(verb: str, group: ProcessGroup, **arrays: Array | None) -> 
     check_group(group, verb)
     for name, array in arrays.items():
         if array is not None and not is_device(array):
+            kind = f"{type(array).__module__}.{type(array).__qualname__}"
             raise UnsupportedOperationError(
-                f"{verb} on {group}: {name} is {_kind(array)}, and must lie on a GPU; bring it "
+                f"{verb} on {group}: {name} is {kind}, and must lie on a GPU; bring it "
                 f"there (cupy.asarray), or call {verb.removeprefix('gpu_')}, which takes either"
             )
-
-
-def _kind(array: object) -> str:
-    return f"{type(array).__module__}.{type(array).__qualname__}"

@@ -26,16 +26,6 @@ from mpidist.errors import (
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.group.operations import Timeout
 
-__all__ = [
-    "all_gather_object",
-    "broadcast_object",
-    "gather_object",
-    "pickled",
-    "scatter_object",
-    "unpickled",
-]
-
-
 _MARK = int.from_bytes(b"MpD obj1", "little")
 """The first number of every header, which no array of a program is likely to begin with."""
 

@@ -32,23 +32,6 @@ from mpidist.collectives._checks import (
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.group.operations import Timeout
 
-__all__ = [
-    "all_reduce",
-    "barrier",
-    "broadcast",
-    "iall_reduce",
-    "ibarrier",
-    "ibroadcast",
-    "ireduce",
-    "ireduce_scatter",
-    "plan_all_reduce",
-    "plan_broadcast",
-    "plan_reduce",
-    "plan_reduce_scatter",
-    "reduce",
-    "reduce_scatter",
-]
-
 
 def barrier(group: ProcessGroup, *, timeout: Timeout = None) -> None:
     """Return when all ranks have called it.

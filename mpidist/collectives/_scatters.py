@@ -21,8 +21,6 @@ from mpidist.errors import SizeMismatchError
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout
 
-__all__ = ["all_to_all", "iall_to_all", "iscatter", "plan_all_to_all", "plan_scatter", "scatter"]
-
 
 def plan_scatter(
     x: Array | None,

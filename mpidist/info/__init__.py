@@ -1,4 +1,4 @@
-"""What is here, and what is wrong with it: the form of what ``python -m mpidist info`` tells.
+"""The facts of a job and what is wrong with it, as ``python -m mpidist info --json`` prints them.
 
 The facts are collected by a process of its own for each rank, so that an MPI library which hangs or
 dies as it starts takes nothing along; checks judge them, and a text shows them.

@@ -38,14 +38,9 @@ _LINES = 8
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the processes told.
+    """The facts of the job, and why there are fewer than there should be.
 
-    Attributes
-    ----------
-    job : JobFacts or None
-        None if another rank has it, or if not even a process without MPI could tell anything.
-    failure : Failure or None
-        Why there is less than there should be.
+    There are none if another rank has them, or if not even a process without MPI could tell any.
     """
 
     job: JobFacts | None
@@ -53,16 +48,9 @@ class Answer:
 
 
 def ask(seconds: float) -> Answer:
-    """Return the facts of the job.
+    """Return the facts of the job, within so many seconds; collective over its ranks.
 
-    Parameters
-    ----------
-    seconds : float
-        Deadline of the process with MPI. Where MPI fails, the whole takes up to 22 s more.
-
-    Notes
-    -----
-    Collective over the ranks of the job, if MPI can be started; blocks no longer than said.
+    Where MPI fails to start, or does not answer, the whole takes up to 22 s more.
     """
     fields, failure = _run(WITH_MPI, seconds)
     if failure is None and "missing" in fields:

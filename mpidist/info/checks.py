@@ -49,13 +49,7 @@ def rank_names(ranks: Sequence[int]) -> str:
 
 
 def by_value(values: Sequence[str]) -> str:
-    """Return the value of all ranks; or each value with the ranks that have it.
-
-    Parameters
-    ----------
-    values : sequence of str
-        One value per rank.
-    """
+    """Return the value of all ranks; or each value with the ranks that have it."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)

@@ -1,4 +1,4 @@
-"""Say what is here, and what is wrong with it.
+"""Show the machine, the software and the settings of this job, and what is wrong with them.
 
 Alone, or on all ranks of a job: mpirun -n 4 python -m mpidist info. The exit code is 1 if no job
 can run like this, and 0 if there are only warnings.
@@ -46,13 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Collect, judge and print, on the first rank.
-
-    Returns
-    -------
-    int
-        Exit code: 0; 1 if something is wrong with which no job can run.
-    """
+    """Collect, judge, print on the first rank; the exit code is 1 if no job can run like this."""
     if options.clean:
         return _clean()
     answer = ask(options.timeout)

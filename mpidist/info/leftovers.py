@@ -55,11 +55,6 @@ def find_leftovers(directory: Path) -> Sequence[Leftover]:
 
     Whether a file is used is found in the maps of all processes. A user can look at the processes
     of that user only, but for those with more rights, and no rank is one of them.
-
-    Parameters
-    ----------
-    directory : Path
-        Where ranks share memory.
     """
     files = dict(_files(directory))
     if not files:
@@ -76,15 +71,7 @@ def find_leftovers(directory: Path) -> Sequence[Leftover]:
 
 
 def mapped_by(process: str, directory: Path) -> list[Path]:
-    """Return the files of MPI libraries and their like that a process has.
-
-    Parameters
-    ----------
-    process : str
-        Its number, or ``self``.
-    directory : Path
-        Where ranks share memory.
-    """
+    """Return the files of MPI libraries that a process, a number or ``self``, has mapped."""
     mapped = _mapped(Path("/proc", process, "maps"))
     return [path for path, status in _files(directory) if _key(status) in mapped]
 
@@ -140,17 +127,7 @@ _YOUNG = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A file with a name that MPI libraries and their like give.
-
-    Attributes
-    ----------
-    name, maker : str
-        The file's name, and who gives such names.
-    nbytes : int
-        Memory that it takes.
-    kept : str
-        Why it was not removed; empty if it was.
-    """
+    """A file that an MPI library made, and why it was kept; empty if it was removed."""
 
     name: str
     maker: str
@@ -159,13 +136,7 @@ class Candidate:
 
 
 def clean(directory: Path) -> list[Candidate]:
-    """Remove the files of this user that belong to no job any more, and return all that were seen.
-
-    Parameters
-    ----------
-    directory : Path
-        Where ranks share memory.
-    """
+    """Remove this user's files that belong to no job any more; return all that were seen."""
     candidates = []
     with _without_lease_signals():
         for path in sorted(directory.glob("*")):
@@ -179,15 +150,7 @@ def clean(directory: Path) -> list[Candidate]:
 
 
 def describe(files: Sequence[Candidate], where: str) -> str:
-    """Return what was removed, and what was kept and why, a line for each kind.
-
-    Parameters
-    ----------
-    files : sequence of Candidate
-        Files that `clean` has removed or kept.
-    place : str
-        The directory, and the host.
-    """
+    """Return what `clean` has removed, and what it has kept and why, a line for each kind."""
     groups: dict[tuple[str, str], list[Candidate]] = {}
     for file in files:
         groups.setdefault((file.kept, file.maker), []).append(file)

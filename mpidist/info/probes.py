@@ -29,13 +29,7 @@ from mpidist.info.leftovers import find_leftovers
 
 
 def look_at_node(ranks: Sequence[int]) -> NodeFacts:
-    """Return the facts of this node.
-
-    Parameters
-    ----------
-    ranks : sequence of int
-        Those that share its memory.
-    """
+    """Return the facts of this node, whose memory these ranks share."""
     driver = ask_driver()
     return NodeFacts(
         host=platform.node(),
@@ -155,13 +149,7 @@ _LEVELS = ("THREAD_SINGLE", "THREAD_FUNNELED", "THREAD_SERIALIZED", "THREAD_MULT
 
 
 def describe_library(mpi: Any) -> Library:
-    """Return the facts of the MPI library.
-
-    Parameters
-    ----------
-    mpi : module
-        The module ``mpi4py.MPI``, after MPI_Init.
-    """
+    """Return the facts of the MPI library, of ``mpi4py.MPI`` after MPI_Init."""
     path = mpi_library(loaded_libraries())
     provided = mpi.Query_thread()
     level = next((name for name in _LEVELS if getattr(mpi, name) == provided), str(provided))
@@ -214,16 +202,10 @@ class _Pci(ctypes.Structure):
 
 
 class Driver(NamedTuple):
-    """The driver of the node.
+    """The GPUs that this process may use, the driver's version, and the newest CUDA that it knows.
 
-    Attributes
-    ----------
-    gpus : sequence of Gpu
-        All GPUs that this process may use; the driver does not know ``CUDA_VISIBLE_DEVICES``.
-    version : str
-        Its version, or why it cannot be asked; empty if there is none.
-    cuda : str
-        The newest version of CUDA that it knows; empty if it does not say.
+    The driver does not know ``CUDA_VISIBLE_DEVICES``. If it cannot be asked, `version` says why;
+    without a driver it is empty.
     """
 
     gpus: Sequence[Gpu]
@@ -286,13 +268,7 @@ def look_at_cupy() -> Cupy:
 
 
 def look_at_nccl(cupy: Cupy) -> Nccl:
-    """Return what there is of NCCL; it is not initialised.
-
-    Parameters
-    ----------
-    cupy : Cupy
-        What `look_at_cupy` has found: with CuPy it is the library that CuPy loads.
-    """
+    """Return which NCCL there is, with CuPy the one that it loads; it is not initialised."""
     problem = cupy.problem or why_no_nccl() or ""
     if cupy.version:
         # CuPy warns if there is none, and the report says so.

@@ -42,13 +42,7 @@ def job_alone() -> JobFacts:
 
 
 def job_of_ranks(mpi: Any) -> JobFacts | None:
-    """Return what all ranks know, on the first of them; collective over all, blocks.
-
-    Parameters
-    ----------
-    mpi : module
-        The module ``mpi4py.MPI``, after MPI_Init.
-    """
+    """Return what all ranks know, on the first of them; collective over all, blocks."""
     world = mpi.COMM_WORLD
     library = describe_library(mpi)
     shared = world.Split_type(mpi.COMM_TYPE_SHARED, key=world.rank)

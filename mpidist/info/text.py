@@ -20,17 +20,7 @@ Rows = Iterator[tuple[str, str]]
 
 
 def render_facts(job: JobFacts, problems: Sequence[Problem], *, date: str) -> str:
-    """Return the report.
-
-    Parameters
-    ----------
-    job : JobFacts
-        Facts of all ranks and nodes.
-    problems : sequence of Problem
-        What is wrong with it.
-    date : str
-        When it was found out.
-    """
+    """Return the report: when it was made, the facts of all ranks and nodes, and what is wrong."""
     lines = [f"mpidist {job.first.versions['mpidist']}, {_size(job)}, {date}", ""]
     lines += _section("MPI", _mpi(job))
     for nodes in _alike(job):

@@ -19,25 +19,10 @@ _TRAINING = Mode(training=True)
 
 
 def numerical_gradient(function: Callable[[], float], x: Array, *, eps: float = 1e-6) -> Array:
-    """Differentiate by central differences.
+    """Differentiate by central differences, with an error of order eps**2.
 
-    Parameters
-    ----------
-    function : callable
-        Returns the value at the present content of `x`.
-    x : Array, float64
-        Changed one element at a time and restored.
-    eps : float, optional
-        Half the distance between the two points.
-
-    Returns
-    -------
-    Array, shape of `x`, float64
-        The gradient of `function` by `x`, with an error of order eps**2.
-
-    Notes
-    -----
-    Costs 2 * x.size calls.
+    `function` returns the value at the present content of `x`, of which one float64 element at a
+    time is changed and restored. Costs 2 * x.size calls.
     """
     gradient = np.zeros(x.shape)
     for index in np.ndindex(*x.shape):
@@ -56,22 +41,9 @@ def gradients(
 ) -> dict[str, Any]:
     """Run one forward and one whole backward pass from zeroed gradients.
 
-    Parameters
-    ----------
-    module : Module
-        The module to differentiate.
-    x : Array
-        Input of the module.
-    dy : Array, shape of the output, optional
-        Gradient by the output. Default: `projection` of the output's shape.
-    mode : Mode, optional
-        For the forward pass.
-
-    Returns
-    -------
-    dict of str to Array or None
-        Copies of the gradient by each parameter, by name (None where there is none), of "y" the
-        output and "dx" the gradient by the input.
+    Returns copies, by name, of the gradient by each parameter (None where there is none), of "y"
+    the output and of "dx" the gradient by the input. `dy` is the `projection` of the output when
+    omitted.
     """
     module.zero_grad()
     y, ctx = module.forward(x, mode)

@@ -31,15 +31,7 @@ from mpidist.testing.contract._values import check_that
 
 
 class Place(ABC):
-    """Where the arrays of a case lie.
-
-    Attributes
-    ----------
-    layouts : tuple of callable
-        How an input may lie there, beside contiguous.
-    landings : tuple of callable
-        How an `out` may lie there.
-    """
+    """Where the arrays of a case lie; the layouts of inputs there, and of an `out`."""
 
     layouts: tuple[Layout, ...] = LAYOUTS
     landings: tuple[Landing, ...] = LANDINGS

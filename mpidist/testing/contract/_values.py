@@ -34,18 +34,9 @@ _WIDER: dict[str, Any] = {"f": np.longdouble, "c": np.clongdouble}
 def values(shape: tuple[int, ...], dtype: DType, *seed: int) -> Array:
     """Draw an array; the same on every rank for the same arguments.
 
-    Parameters
-    ----------
-    shape, dtype : tuple of int, dtype
-        Shape and dtype of the array.
-    *seed : int
-        Which array; one of the numbers is usually the rank it belongs to.
-
-    Returns
-    -------
-    Array
-        Integers from their whole range (sums wrap, as numpy's do), floats from -2 to 2. Booleans
-        are bytes of which some are neither 0 nor 1, as in views of other arrays.
+    One of the numbers of the seed is usually the rank to which it belongs. Integers are from their
+    whole range (sums wrap, as numpy's do), floats from -2 to 2. Booleans are bytes of which some
+    are neither 0 nor 1, as in views of other arrays.
     """
     rng = np.random.default_rng([number + 1 for number in seed])
     if dtype.kind == "b":
@@ -103,16 +94,10 @@ def tolerance(inputs: Sequence[Array], op: ReduceOp, *, round_once: bool) -> Arr
 
 
 def expect(actual: Any, expected: Any, where: str, *, within: Array | None = None) -> None:
-    """Raise AssertionError unless an array is what it should be.
+    """Raise AssertionError unless a host array is what it should be; None has to be None.
 
-    Parameters
-    ----------
-    actual, expected : Array or None
-        On the host. None must be answered by None. The byte order may differ.
-    where : str
-        What was done, for the message.
-    within : Array, optional
-        Largest difference, elementwise; exact when omitted, NaN being equal to NaN.
+    The byte order may differ. `within` is the largest difference of each element; without it all
+    have to be equal, NaN being equal to NaN.
     """
     if expected is None or actual is None:
         if expected is not None or actual is not None:
@@ -165,18 +150,9 @@ def same_bits(x: Array, group: ProcessGroup, where: str) -> None:
 def expect_error(
     kind: type[Exception], call: Callable[[], Any], where: str, *parts: str
 ) -> Exception:
-    """Return the error that `call` raises; AssertionError if it is not of this kind.
+    """Return the error of this kind that `call` raises, if its message contains all parts.
 
-    Parameters
-    ----------
-    kind : type
-        Class of the expected error.
-    call : callable
-        The call that should fail.
-    where : str
-        What it is, for messages.
-    *words : str
-        What the message must contain.
+    Else raise AssertionError; `where` says what the call is.
     """
     try:
         result = call()

@@ -70,24 +70,11 @@ class Verb(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One call of a verb.
+    """One call of a verb: its arguments, and how its arrays lie.
 
-    Attributes
-    ----------
-    verb : Verb
-        The collective that is called.
-    rows : int, tuple of int or None
-        Rows of each rank; a tuple is passed as `counts`; None makes 0-d arrays.
-    tail : tuple of int
-        Lengths of the dimensions after the first.
-    dtype, op, root
-        Arguments of the call.
-    layout : callable
-        Changes how an input lies in memory (and may change its values).
-    landing : callable
-        Makes `x` and `out` of the call; see `_landings`.
-    seed : int
-        Seed of the inputs of all ranks.
+    `rows` are those of each rank: a tuple is passed as `counts`, None makes 0-d arrays. `tail` has
+    the lengths of the dimensions after the first. `layout` changes how an input lies in memory, and
+    may change its values; `landing` makes `x` and `out` of the call. `seed` is that of the inputs.
     """
 
     verb: Verb
