@@ -17,7 +17,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.boxes import split_evenly
 from mpidist.backends.node.registered_memory import Block
-from mpidist.bench.harness import Session, add_effort, sweep
+from mpidist.bench.harness import BenchmarkRun, add_effort, sweep
 from mpidist.bench.peers import Gloo, find_library, open_gloo
 from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Comparison, Report
 from mpidist.bench.times import Series
@@ -57,13 +57,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure all_reduce over the sizes; collective over `world`."""
-    session = Session("all_reduce", world, options)
-    notes = session.notes
+    bench = BenchmarkRun("all_reduce", world, options)
+    notes = bench.notes
     if options.rewrite:
         notes.append(
             "each rank writes its array before each call; the bound works on its own memory"
         )
-    shared_cores = world.local_size > session.machine.usable_cores
+    shared_cores = world.local_size > bench.machine.usable_cores
     if shared_cores:
         notes.append("no bound: there are more ranks than cores, and they would take turns")
     peer = nullcontext("Gloo was left out") if options.no_gloo else open_gloo(world)
@@ -78,8 +78,8 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
                 series.append(checked(GLOO, call, arrays, world, rewrite=options.rewrite))
             return series if shared_cores else [*series, bound_series(world, nbytes)]
 
-        session.measure_sizes("all_reduce", options.sizes, make)
-    return session.report(legend=_LEGEND, comparisons=_COMPARISONS)
+        bench.measure_sizes("all_reduce", options.sizes, make)
+    return bench.report(legend=_LEGEND, comparisons=_COMPARISONS)
 
 
 def mpidist_and_library(

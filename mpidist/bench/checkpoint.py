@@ -21,7 +21,7 @@ import numpy as np
 
 from mpidist._types import MAX, SUM, Array
 from mpidist.arrays.namespaces import as_bytes
-from mpidist.bench.harness import Session, add_number
+from mpidist.bench.harness import BenchmarkRun, add_number
 from mpidist.bench.peers import Gloo, TorchCheckpoints, open_gloo
 from mpidist.bench.report import Comparison, Report, Target
 from mpidist.bench.resharding import (
@@ -73,21 +73,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure each layout; collective over `world`."""
-    session, model = Session("checkpoint", world, options), SampleModel(options.mib)
+    bench, model = BenchmarkRun("checkpoint", world, options), SampleModel(options.mib)
     targets = list[Target]()
     peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
     with _directory(world, options.dir) as directory, peer as gloo:
-        session.notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}")
+        bench.notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}")
         for layout in (REPLICATED, DIM0):
-            bench = _Bench(session, model, layout, directory, gloo, options.repeats)
-            for measured in (bench.saves, bench.loads, bench.async_saves, bench.memory):
+            of_layout = _Bench(bench, model, layout, directory, gloo, options.repeats)
+            for measured in (
+                of_layout.saves,
+                of_layout.loads,
+                of_layout.async_saves,
+                of_layout.memory,
+            ):
                 measured()
-            targets += bench.targets
+            targets += of_layout.targets
         targets += reads_of_ranks(world, model.arrays(), directory)
         if world.rank == 0:
             targets += reads_of_simulated_ranks(model.arrays(), directory)
         barrier(world)
-    return session.report(
+    return bench.report(
         legend=_LEGEND,
         comparisons=[
             Comparison(f"over {reference}", _OURS, reference)
@@ -115,7 +120,7 @@ class _Bench:
 
     def __init__(
         self,
-        session: Session,
+        bench: BenchmarkRun,
         model: SampleModel,
         layout: str,
         directory: Path,
@@ -123,7 +128,7 @@ class _Bench:
         rounds: int,
     ) -> None:
         self.targets: list[Target] = []
-        self._session, self._world = session, session.world
+        self._bench, self._world = bench, bench.world
         self._model, self._layout, self._rounds = model, layout, rounds
         self._state = self._held()
         self._share = self._bytes_to_write()
@@ -192,7 +197,7 @@ class _Bench:
         for name, counter in counters.items():
             fetched = all_reduce(np.array(counter.fetched / counter.calls), self._world, op=SUM)
             share = float(fetched) / self._model.nbytes
-            self._session.notes.append(
+            self._bench.notes.append(
                 f"load, {self._layout}, {name}: {share:.1%} of the model's bytes came from the disk"
             )
 
@@ -243,9 +248,9 @@ class _Bench:
     def _measure(self, operation: str, series: Sequence[Series]) -> Mapping[str, Times]:
         times = measure_rounds(series, self._world, rounds=self._rounds)
         operation, nbytes = f"{operation}, {self._layout}", self._model.nbytes
-        self._session.report_progress(operation, nbytes)
-        speeds = {name: {"bytes_per_second": nbytes / each.median} for name, each in times.items()}
-        self._session.add(operation, nbytes, times, speeds)
+        self._bench.report_progress(operation, nbytes)
+        speeds = {name: {"bytes_per_second": nbytes / took.median} for name, took in times.items()}
+        self._bench.add(operation, nbytes, times, speeds)
         return times
 
     def _compare(

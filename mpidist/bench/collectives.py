@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from mpidist.bench.harness import Session, add_effort, sweep
+from mpidist.bench.harness import BenchmarkRun, add_effort, sweep
 from mpidist.bench.peers import LibraryPeer, find_library
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Report
 from mpidist.bench.times import Series
@@ -44,13 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the collectives over the sizes; collective over `world`."""
-    session = Session("collectives", world, options)
-    peer = find_library(world, session.notes)
+    bench = BenchmarkRun("collectives", world, options)
+    peer = find_library(world, bench.notes)
     sizes = list(dict.fromkeys(divisible(nbytes, world.size) for nbytes in options.sizes))
     for verb in dict.fromkeys(options.verbs):
         of = [0] if verb == "barrier" else sizes
-        session.measure_sizes(verb, of, partial(_series, verb, world, peer))
-    return session.report(legend=_LEGEND, comparisons=_COMPARISONS)
+        bench.measure_sizes(verb, of, partial(_series, verb, world, peer))
+    return bench.report(legend=_LEGEND, comparisons=_COMPARISONS)
 
 
 def _series(verb: str, world: ProcessGroup, peer: LibraryPeer | None, nbytes: int) -> list[Series]:

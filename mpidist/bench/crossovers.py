@@ -20,7 +20,7 @@ from mpidist._types import Array
 from mpidist.backends.crossover_file import machine_name, user_file, write
 from mpidist.backends.crossovers import NEVER, SMALL, Crossovers
 from mpidist.backends.mpi.library import library_name, load_mpi
-from mpidist.bench.harness import BenchmarkError, Session, add_effort, sweep
+from mpidist.bench.harness import BenchmarkError, BenchmarkRun, add_effort, sweep
 from mpidist.bench.report import Report, Row
 from mpidist.bench.times import Series
 from mpidist.collectives import all_reduce
@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure every path over the sizes; collective over `world`."""
-    session = Session("crossovers", world, options)
+    bench = BenchmarkRun("crossovers", world, options)
     if world.transport.sums is None:
         raise BenchmarkError(
             "bench crossovers: expected ranks of one node that share memory, under MPI; start it "
@@ -68,18 +68,18 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         )
     in_use = world.crossovers
     try:
-        session.measure_sizes("all_reduce", options.sizes, partial(_series, world))
+        bench.measure_sizes("all_reduce", options.sizes, partial(_series, world))
     finally:
         world.crossovers = in_use
-    measured = find(session.rows)
-    session.notes += [
+    measured = find(bench.rows)
+    bench.notes += [
         f"{name}: {_format_size(getattr(measured, name))}"
         for name in ("small", "registered", "scratch")
     ]
     problem = "" if options.save is None else _save(options.save, measured, world)
     if options.save is not None and not problem:
-        session.notes.append(f"kept in {options.save} for {world.size} ranks and more")
-    return session.report(legend=_LEGEND, comparisons=(), failures=[problem] if problem else ())
+        bench.notes.append(f"kept in {options.save} for {world.size} ranks and more")
+    return bench.report(legend=_LEGEND, comparisons=(), failures=[problem] if problem else ())
 
 
 def _save(path: Path, crossovers: Crossovers, world: ProcessGroup) -> str:

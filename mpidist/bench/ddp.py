@@ -22,7 +22,7 @@ import numpy as np
 from mpidist import env, nn
 from mpidist._types import MEAN, Array
 from mpidist.arrays.namespaces import to_device, to_host
-from mpidist.bench.harness import Session, add_effort, add_number, positive
+from mpidist.bench.harness import BenchmarkRun, add_effort, add_number, positive
 from mpidist.bench.peers import Gloo, open_gloo
 from mpidist.bench.report import Comparison, Measure, Report, Row
 from mpidist.bench.times import Series, Times
@@ -102,21 +102,21 @@ def add_model(parser: argparse.ArgumentParser, *, millions: float, batch: int) -
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the step of each model; collective over `world`."""
-    session = Session("ddp", world, options)
-    session.notes.append(f"{options.batch} samples on each rank in each step")
+    bench = BenchmarkRun("ddp", world, options)
+    bench.notes.append(f"{options.batch} samples on each rank in each step")
     if env.omp_num_threads() != "1":
-        session.notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
+        bench.notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
     peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
     with peer as gloo:
-        session.notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}, 1 thread")
+        bench.notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}, 1 thread")
         for millions in options.millions:
             shape = Shape.of(millions * 1e6)
             ours = our_series(world, shape, options.batch)
             with ours as series, _theirs(gloo, shape, options) as theirs:
-                times = session.measure("DDP step", shape.nbytes, [*series, *theirs])
-            session.add("DDP step", shape.nbytes, times, _values(shape, times))
-    session.notes += [_verdict(row) for row in session.rows if "added" in row.values]
-    return session.report(legend=_LEGEND, comparisons=COMPARISONS)
+                times = bench.measure("DDP step", shape.nbytes, [*series, *theirs])
+            bench.add("DDP step", shape.nbytes, times, _values(shape, times))
+    bench.notes += [_verdict(row) for row in bench.rows if "added" in row.values]
+    return bench.report(legend=_LEGEND, comparisons=COMPARISONS)
 
 
 def _values(shape: Shape, times: Mapping[str, Times]) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from mpidist._formatting import format_bytes
 from mpidist.bench.all_reduce import mpidist_and_library
-from mpidist.bench.harness import Session, add_effort
+from mpidist.bench.harness import BenchmarkRun, add_effort
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Comparison, Report
 from mpidist.bench.times import Times
 from mpidist.group import ProcessGroup
@@ -60,23 +60,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure until everything is reached or the attempts are over; collective over `world`."""
-    session = Session("guard", world, options)
+    bench = BenchmarkRun("guard", world, options)
     library: list[str] = []
     missed, best = list(FLOORS), dict.fromkeys(FLOORS, 0.0)
     for attempt in range(1, options.attempts + 1):
         operation = f"all_reduce, attempt {attempt}"
         for nbytes in dict.fromkeys(floor.nbytes for floor in missed):
             series = mpidist_and_library(world, nbytes, library)
-            times = session.measure(operation, nbytes, series)
-            session.add(operation, nbytes, times)
+            times = bench.measure(operation, nbytes, series)
+            bench.add(operation, nbytes, times)
             for floor in missed:
                 if floor.nbytes == nbytes:
                     best[floor] = max(best[floor], _speedup(times, floor))
         missed = [floor for floor in missed if best[floor] < floor.least]
         if not missed:
             break
-    session.notes += [*(_sentence(floor, best[floor]) for floor in FLOORS), *library]
-    return session.report(
+    bench.notes += [*(_sentence(floor, best[floor]) for floor in FLOORS), *library]
+    return bench.report(
         legend={},
         comparisons=(
             Comparison("reg/library", REGISTERED, LIBRARY),

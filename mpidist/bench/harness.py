@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: options, sizes, and the session that makes a report."""
+"""What the benchmarks have in common: options, sizes, and the run that makes a report."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 
 def add_number(
-    parser: argparse.ArgumentParser, option: str, default: float, text: str, unit: str = "N"
+    parser: argparse.ArgumentParser, option: str, default: float, text: str, metavar: str = "N"
 ) -> None:
     """Add an option that takes a number above 0, of the type of its default."""
     parser.add_argument(
         option,
         type=positive(type(default)),
         default=default,
-        metavar=unit,
+        metavar=metavar,
         help=f"{text} (default: %(default)s)",
     )
 
@@ -74,14 +74,14 @@ def add_effort(
 ) -> None:
     """Add ``--seconds`` and ``--repeats`` and, with sizes, ``--sizes``."""
     if sizes:
-        words = [format_bytes(size).removesuffix(" B").replace(" ", "") for size in sizes]
+        defaults = [format_bytes(size).removesuffix(" B").replace(" ", "") for size in sizes]
         parser.add_argument(
             "--sizes",
             type=read_size,
             nargs="+",
             default=list(sizes),
             metavar="SIZE",
-            help=f"bytes, such as 4, 64K or 16MiB (default: {' '.join(words)})",
+            help=f"bytes, such as 4, 64K or 16MiB (default: {' '.join(defaults)})",
         )
     text = "about how long to measure at each size, at least 25 calls of each series"
     add_number(parser, "--seconds", seconds, text, "SECONDS")
@@ -126,7 +126,7 @@ def _problems_of_picture(path: Path) -> list[str]:
     return [f"--plot {path}: expected a name that ends with .{', .'.join(sorted(known))}"]
 
 
-class Session:
+class BenchmarkRun:
     """One run of a benchmark: the rows so far, and the notes on them; the same on all ranks.
 
     Making one is collective over `world`. It raises `BenchmarkError` on fewer ranks than `least`.

@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 
-from mpidist.bench.harness import BenchmarkError, Session, add_number
+from mpidist.bench.harness import BenchmarkError, BenchmarkRun, add_number
 from mpidist.bench.report import Comparison, Report
 from mpidist.bench.times import Times
 from mpidist.group import ProcessGroup
@@ -42,15 +42,15 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             f"bench import: expected one rank, got {world.size}; start it without mpirun: "
             "python -m mpidist bench import"
         )
-    session = Session("import", world, options, least=1)
+    bench = BenchmarkRun("import", world, options, least=1)
     for statement in _IMPORTS.values():  # so that files are cached and compiled
         _import_time(statement)
     samples: dict[str, list[float]] = {name: [] for name in _IMPORTS}
     for number in range(options.repeats):
         for name in list(_IMPORTS)[:: -1 if number % 2 else 1]:
             samples[name].append(_import_time(_IMPORTS[name]))
-    session.add("import", 0, {name: Times.of(times) for name, times in samples.items()})
-    return session.report(
+    bench.add("import", 0, {name: Times.of(times) for name, times in samples.items()})
+    return bench.report(
         legend=_IMPORTS,
         comparisons=(
             Comparison("mpidist over numpy", "numpy", "mpidist"),

@@ -34,7 +34,7 @@ from mpidist.backends.device.nccl.dtypes import CODES, OPS
 from mpidist.bench.ddp import ALONE, DDP_STEP, REDUCTION, Shape, add_model, our_series
 from mpidist.bench.harness import (
     BenchmarkError,
-    Session,
+    BenchmarkRun,
     add_effort,
     add_number,
     read_size,
@@ -130,42 +130,42 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     if not isinstance(device, NcclBackend):
         why = world.transport.no_device if device is None else "they go by way of the host"
         raise BenchmarkError(f"bench nccl: NCCL carries no device arrays here: {why}")
-    session = Session("nccl", world, options, least=1)
-    session.machine = replace(session.machine, gpu=describe_device())
+    bench = BenchmarkRun("nccl", world, options, least=1)
+    bench.machine = replace(bench.machine, gpu=describe_device())
     targets = [
         target
         for part, measure in _PARTS.items()
         if part in options.parts
-        for target in measure(session, options)
+        for target in measure(bench, options)
     ]
-    return session.report(legend=_LEGEND, comparisons=_COMPARISONS, targets=targets)
+    return bench.report(legend=_LEGEND, comparisons=_COMPARISONS, targets=targets)
 
 
-def _possible(verbs: Sequence[str], session: Session) -> list[str]:
-    if session.world.size > 1:
+def _possible(verbs: Sequence[str], bench: BenchmarkRun) -> list[str]:
+    if bench.world.size > 1:
         return list(verbs)
-    session.notes.append("sendrecv and the overlap need two ranks")
+    bench.notes.append("sendrecv and the overlap need two ranks")
     return [verb for verb in verbs if verb != "sendrecv"]
 
 
-def _calls(session: Session, options: argparse.Namespace) -> list[Target]:
-    world, nccl = session.world, Binding(session.world)
+def _calls(bench: BenchmarkRun, options: argparse.Namespace) -> list[Target]:
+    world, nccl = bench.world, Binding(bench.world)
 
     def make(verb: str, clock: str, nbytes: int) -> list[Series]:
         series = verb_series(verb, world, nccl, nbytes)
         series = [in_a_row(one_series, options.in_a_row) for one_series in series]
         return [*map(enqueued, series)] if clock == "host" else series
 
-    session.notes.append(f"all_reduce_coalesced has {COALESCED} arrays, the size is of all of them")
+    bench.notes.append(f"all_reduce_coalesced has {COALESCED} arrays, the size is of all of them")
     sizes = [divisible(nbytes, COALESCED * world.size) for nbytes in _SMALL]
-    before = len(session.rows)
-    for verb, clock in product(_possible(CALLS, session), CLOCKS):
-        session.measure_sizes(f"{verb}, {clock} time", sizes, partial(make, verb, clock))
-    return _added(session.rows[before:])
+    before = len(bench.rows)
+    for verb, clock in product(_possible(CALLS, bench), CLOCKS):
+        bench.measure_sizes(f"{verb}, {clock} time", sizes, partial(make, verb, clock))
+    return _added(bench.rows[before:])
 
 
-def _sweep(session: Session, options: argparse.Namespace) -> list[Target]:
-    world, nccl = session.world, Binding(session.world)
+def _sweep(bench: BenchmarkRun, options: argparse.Namespace) -> list[Target]:
+    world, nccl = bench.world, Binding(bench.world)
 
     def make(verb: str, staged: ProcessGroup | None, nbytes: int) -> list[Series]:
         series = verb_series(verb, world, nccl, nbytes)
@@ -176,12 +176,12 @@ def _sweep(session: Session, options: argparse.Namespace) -> list[Target]:
 
     sizes = dict.fromkeys(divisible(nbytes, COALESCED * world.size) for nbytes in options.sizes)
     with _staged_group(world) as staged:
-        for verb in _possible(SWEPT, session):
-            session.measure_sizes(verb, list(sizes), partial(make, verb, staged))
+        for verb in _possible(SWEPT, bench):
+            bench.measure_sizes(verb, list(sizes), partial(make, verb, staged))
     return []
 
 
-def _kernels(session: Session, options: argparse.Namespace) -> list[Target]:
+def _kernels(bench: BenchmarkRun, options: argparse.Namespace) -> list[Target]:
     """Measure each kernel in turn with a copy that reads and writes as many bytes.
 
     So many calls are made in a row that the device does not wait for the host between them. Sizes
@@ -190,43 +190,43 @@ def _kernels(session: Session, options: argparse.Namespace) -> list[Target]:
     cache = int(_properties().get("l2CacheSize", 0))
     if options.kernel_size < 4 * cache:
         text = f"the kernels' arrays are not far beyond the device's cache of {format_bytes(cache)}"
-        session.notes.append(text)
-    session.notes.append(
+        bench.notes.append(text)
+    bench.notes.append(
         "the finite check and the sum of squares make the host wait for their answer"
     )
-    clock, before = DeviceClock(), len(session.rows)
+    clock, before = DeviceClock(), len(bench.rows)
     for what, moved, call in _kernel_calls(options.kernel_size // DTYPE.itemsize):
         series = [Series(KERNEL, call, clock=clock), Series(COPY, _copy(moved), clock=clock)]
         series = [in_a_row(one_series, options.in_a_row) for one_series in series]
-        session.add(what, moved, session.measure(what, moved, series), factor=1.0)
-    return _shares(session.rows[before:])
+        bench.add(what, moved, bench.measure(what, moved, series), factor=1.0)
+    return _shares(bench.rows[before:])
 
 
-def _overlap(session: Session, options: argparse.Namespace) -> list[Target]:
+def _overlap(bench: BenchmarkRun, options: argparse.Namespace) -> list[Target]:
     """Measure a step with its reduction, without it, and the reduction alone; collective, blocks.
 
     The row of DDP has the value `overlap`: 1 if the reduction costs nothing, 0 if it costs as much
     as it does alone, below 0 if it costs more.
     """
-    if not _possible(["sendrecv"], session):
+    if not _possible(["sendrecv"], bench):
         return []
     shape = Shape.of(options.millions * 1e6)
-    with our_series(session.world, shape, options.batch, device=True) as series:
+    with our_series(bench.world, shape, options.batch, device=True) as series:
         timed = [replace(one_series, clock=DeviceClock()) for one_series in series]
-        times = session.measure("DDP step", shape.nbytes, timed)
+        times = bench.measure("DDP step", shape.nbytes, timed)
     added = times[DDP_STEP].median - times[ALONE].median
     overlap = 1 - added / times[REDUCTION].median
-    session.notes.append(
+    bench.notes.append(
         f"{shape.parameters / 1e6:.2f} million parameters: "
         f"{overlap:.0%} of the reduction's time is hidden behind backward"
     )
     model = {"parameters": float(shape.parameters), "layers": float(shape.layers)}
     values = dict.fromkeys(times, model) | {DDP_STEP: {**model, "overlap": overlap}}
-    session.add("DDP step", shape.nbytes, times, values)
+    bench.add("DDP step", shape.nbytes, times, values)
     return []
 
 
-_PARTS: dict[str, Callable[[Session, argparse.Namespace], list[Target]]] = {
+_PARTS: dict[str, Callable[[BenchmarkRun, argparse.Namespace], list[Target]]] = {
     "calls": _calls,
     "kernels": _kernels,
     "sweep": _sweep,

@@ -18,7 +18,7 @@ import numpy as np
 from mpidist._types import SUM, Array, ReduceOp
 from mpidist.backends.work import Waiter
 from mpidist.bench.all_reduce import mpidist_and_library
-from mpidist.bench.harness import Session, add_effort, sweep
+from mpidist.bench.harness import BenchmarkRun, add_effort, sweep
 from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Measure, Report
 from mpidist.bench.times import Series, in_a_row
 from mpidist.collectives import all_reduce
@@ -42,16 +42,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure small sums over the sizes; collective over `world`."""
-    session = Session("overhead", world, options)
+    bench = BenchmarkRun("overhead", world, options)
 
     def make(nbytes: int) -> list[Series]:
-        series = mpidist_and_library(world, nbytes, session.notes)
+        series = mpidist_and_library(world, nbytes, bench.notes)
         series = [one_series for one_series in series if one_series.name in (ORDINARY, LIBRARY)]
-        series += _unwatched(world, nbytes, session.notes)
+        series += _unwatched(world, nbytes, bench.notes)
         return [in_a_row(one_series, _CALLS) for one_series in series]
 
-    session.measure_sizes("all_reduce", options.sizes, make)
-    return session.report(
+    bench.measure_sizes("all_reduce", options.sizes, make)
+    return bench.report(
         legend=_LEGEND,
         comparisons=(
             Comparison("added", ORDINARY, LIBRARY, Measure.ADDED),

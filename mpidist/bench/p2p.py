@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.bench.harness import Session, add_effort, sweep
+from mpidist.bench.harness import BenchmarkRun, add_effort, sweep
 from mpidist.bench.peers import LibraryPeer, find_library
 from mpidist.bench.report import LIBRARY, ORDINARY, Comparison, Report
 from mpidist.bench.times import Series
@@ -38,13 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure messages over the sizes; collective over `world`."""
-    session = Session("p2p", world, options)
-    peer = find_library(world, session.notes)
+    bench = BenchmarkRun("p2p", world, options)
+    peer = find_library(world, bench.notes)
     for operation in _OPERATIONS:
         make = partial(_series, operation, world, peer)
-        session.measure_sizes(operation, options.sizes, make)
+        bench.measure_sizes(operation, options.sizes, make)
     comparison = Comparison("mpidist/library", ORDINARY, LIBRARY)
-    return session.report(legend=_LEGEND, comparisons=[comparison])
+    return bench.report(legend=_LEGEND, comparisons=[comparison])
 
 
 def _series(

@@ -21,7 +21,7 @@ import numpy as np
 
 from mpidist._types import MAX, Array
 from mpidist.bench.ddp import Shape, add_model, our_series
-from mpidist.bench.harness import Session, add_number
+from mpidist.bench.harness import BenchmarkRun, add_number
 from mpidist.bench.report import Comparison, Measure, Report
 from mpidist.bench.times import Times
 from mpidist.collectives import all_reduce, barrier, broadcast_object
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the step with and without a trace; collective over `world`."""
-    session, shape = Session("trace", world, options), Shape.of(options.millions * 1e6)
+    bench, shape = BenchmarkRun("trace", world, options), Shape.of(options.millions * 1e6)
     directory = broadcast_object(tempfile.mkdtemp() if world.rank == 0 else "", world)
     kinds: dict[str, Callable[[], AbstractContextManager[None]]] = {
         _TRACED: partial(trace, Path(directory, "trace.json.gz"), world),
@@ -55,20 +55,20 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             for name in list(kinds)[:: 1 if number % 2 else -1]:
                 with kinds[name]():
                     samples[name].append(_block(step, world, length))
-            session.report_progress(f"DDP step, round {number + 1},", shape.nbytes)
+            bench.report_progress(f"DDP step, round {number + 1},", shape.nbytes)
     if world.rank == 0:
         shutil.rmtree(directory)
     times = {
         name: Times.of(all_reduce(np.concatenate(blocks), world, op=MAX))
         for name, blocks in samples.items()
     }
-    session.add("DDP step", shape.nbytes, times)
+    bench.add("DDP step", shape.nbytes, times)
     share = times[_TRACED].median / times[_PLAIN].median - 1
-    session.notes += [
+    bench.notes += [
         f"{options.rounds} blocks of {length} steps each",
         f"a trace adds {share:.2%} to the median step",
     ]
-    return session.report(
+    return bench.report(
         legend={_TRACED: "inside mpidist.trace", _PLAIN: "the same step while no trace is on"},
         comparisons=[Comparison("added", _TRACED, _PLAIN, Measure.ADDED)],
     )

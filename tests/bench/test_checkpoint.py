@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpidist.bench import Report, Target, Times, checkpoint, render_table, resharding
-from mpidist.bench.harness import Session
+from mpidist.bench.harness import BenchmarkRun
 from mpidist.bench.peers import TorchCheckpoints, open_gloo
 from mpidist.bench.resharding import (
     DIM0,
@@ -44,8 +44,8 @@ TIMES = {name: Times.of([seconds] * 3) for name, seconds in [("mpidist", 0.5), (
 
 
 def bench_of(world: ProcessGroup, directory: Path, layout: str = REPLICATED) -> checkpoint._Bench:
-    session = Session("checkpoint", world, argparse.Namespace(), least=1)
-    return checkpoint._Bench(session, SampleModel(1), layout, directory, "no torch", 1)
+    run = BenchmarkRun("checkpoint", world, argparse.Namespace(), least=1)
+    return checkpoint._Bench(run, SampleModel(1), layout, directory, "no torch", 1)
 
 
 @pytest.mark.parametrize(("most", "value", "reached"), [(False, 0.8, True), (True, 1.25, False)])
