@@ -35,79 +35,13 @@ if TYPE_CHECKING:
     from mpidist.arrays.shards import ShardedArray
     from mpidist.backends.availability import is_mpi_available, is_nccl_available
     from mpidist.backends.work import ANY_SOURCE, Work
-    from mpidist.collectives import (
-        all_gather,
-        all_gather_coalesced,
-        all_gather_object,
-        all_reduce,
-        all_reduce_coalesced,
-        all_to_all,
-        barrier,
-        broadcast,
-        broadcast_coalesced,
-        broadcast_object,
-        gather,
-        gather_object,
-        gpu_all_reduce,
-        gpu_broadcast,
-        iall_gather,
-        iall_gather_coalesced,
-        iall_reduce,
-        iall_reduce_coalesced,
-        iall_to_all,
-        ibarrier,
-        ibroadcast,
-        ibroadcast_coalesced,
-        igather,
-        ireduce,
-        ireduce_scatter,
-        ireduce_scatter_coalesced,
-        iscatter,
-        reduce,
-        reduce_scatter,
-        reduce_scatter_coalesced,
-        scatter,
-        scatter_object,
-    )
-    from mpidist.errors import (
-        BackendUnavailableError,
-        CheckpointAsyncError,
-        CheckpointCorruptError,
-        CheckpointError,
-        CheckpointIncompatibleError,
-        CheckpointMissingShardError,
-        CheckpointNotFoundError,
-        CollectiveMismatchError,
-        CollectiveTimeoutError,
-        DistributedError,
-        GroupBrokenError,
-        InvalidRankError,
-        InvalidWorldSizeError,
-        LaunchError,
-        NoConnectionError,
-        PeerLostError,
-        SelfSendError,
-        SizeMismatchError,
-        TransportError,
-        UnsupportedOperationError,
-    )
+    from mpidist.collectives import *
+    from mpidist.errors import *
     from mpidist.group import ProcessGroup
     from mpidist.job.start import init
     from mpidist.mesh import DeviceMesh, DTensor, Partial, Replicate, Shard
     from mpidist.observe.regions import region
-    from mpidist.point_to_point import (
-        Receive,
-        ReceiveWork,
-        Send,
-        exchange,
-        irecv,
-        isend,
-        recv,
-        recv_object,
-        send,
-        send_object,
-        sendrecv,
-    )
+    from mpidist.point_to_point import *
     from mpidist.tracing import trace
 
 __all__ = [

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -129,12 +129,7 @@ class StopSignal:
             _TAKEN.setdefault(number, self._before[number])
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Put back the handlers that were there, or ignore the signals after an agreement."""
         for number, handler in self._before.items():
             # None is a handler of C code, which Python cannot put back.

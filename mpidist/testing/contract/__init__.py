@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mpidist.group import ProcessGroup
 from mpidist.testing.contract import (
@@ -22,7 +22,7 @@ from mpidist.testing.contract import (
     _point_to_point,
     _streams,
 )
-from mpidist.testing.contract._memory import HOST, Case, DevicePlace, HostPlace, Place
+from mpidist.testing.contract._memory import HOST, DevicePlace, HostPlace, Place
 from mpidist.testing.contract._verbs import VERBS
 
 __all__ = ["BackendContract", "DeviceContract", "DevicePlace", "HostPlace", "Place", "Run"]
@@ -31,8 +31,8 @@ Run: TypeAlias = Callable[[Callable[[ProcessGroup], None]], object]
 """Calls a function on every rank with the rank's group of all ranks."""
 
 
-def _test(case: Case) -> Callable[[BackendContract, Run], None]:
-    """Make a test method of a case."""
+def _test(case: Callable[[ProcessGroup, Any], None]) -> Callable[[Any, Run], None]:
+    """Make a test method of a case, for any place of arrays or for a device."""
 
     def method(contract: BackendContract, run: Run) -> None:
         run(lambda group: case(group, contract.place))
@@ -141,18 +141,6 @@ class BackendContract:
     test_deadlines = _test(_errors.deadlines)
 
 
-def _device_test(
-    case: Callable[[ProcessGroup, DevicePlace], None],
-) -> Callable[[DeviceContract, Run], None]:
-    """Make a test method of a case that needs a device."""
-
-    def method(contract: DeviceContract, run: Run) -> None:
-        run(lambda group: case(group, contract.place))
-
-    method.__doc__ = case.__doc__
-    return method
-
-
 class DeviceContract(BackendContract):
     """What is asked of a group that carries device arrays beside host arrays.
 
@@ -169,22 +157,22 @@ class DeviceContract(BackendContract):
 
     # -- host and device arrays at once --------------------------------------------------------
 
-    test_interleaved = _device_test(_mixed.interleaved)
-    test_both_in_one_call = _device_test(_mixed.both_in_one_call)
-    test_mixed_lists = _device_test(_mixed.mixed_lists)
-    test_mixed_messages = _device_test(_mixed.mixed_messages)
-    test_mixed_groups = _device_test(_mixed.mixed_groups)
+    test_interleaved = _test(_mixed.interleaved)
+    test_both_in_one_call = _test(_mixed.both_in_one_call)
+    test_mixed_lists = _test(_mixed.mixed_lists)
+    test_mixed_messages = _test(_mixed.mixed_messages)
+    test_mixed_groups = _test(_mixed.mixed_groups)
 
     # -- order of streams ----------------------------------------------------------------------
 
-    test_behind_a_slow_kernel = _device_test(_streams.behind_a_slow_kernel)
-    test_messages_behind_a_slow_kernel = _device_test(_streams.messages_behind_a_slow_kernel)
-    test_consumers = _device_test(_streams.consumers)
-    test_late_consumers = _device_test(_streams.late_consumers)
-    test_other_streams = _device_test(_streams.other_streams)
-    test_freed_memory = _device_test(_streams.freed_memory)
-    test_temporaries = _device_test(_streams.temporaries)
-    test_two_groups = _device_test(_streams.two_groups)
-    test_synchronized = _device_test(_streams.synchronized)
-    test_a_stream_of_its_own = _device_test(_streams.a_stream_of_its_own)
-    test_the_host_goes_on = _device_test(_streams.the_host_goes_on)
+    test_behind_a_slow_kernel = _test(_streams.behind_a_slow_kernel)
+    test_messages_behind_a_slow_kernel = _test(_streams.messages_behind_a_slow_kernel)
+    test_consumers = _test(_streams.consumers)
+    test_late_consumers = _test(_streams.late_consumers)
+    test_other_streams = _test(_streams.other_streams)
+    test_freed_memory = _test(_streams.freed_memory)
+    test_temporaries = _test(_streams.temporaries)
+    test_two_groups = _test(_streams.two_groups)
+    test_synchronized = _test(_streams.synchronized)
+    test_a_stream_of_its_own = _test(_streams.a_stream_of_its_own)
+    test_the_host_goes_on = _test(_streams.the_host_goes_on)

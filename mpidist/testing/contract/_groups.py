@@ -36,18 +36,22 @@ def _works(group: ProcessGroup, ranks: tuple[int, ...], device: Place) -> None:
         expect(device.take(got), np.array([ranks[before]]), f"sendrecv on {group}")
 
 
+def _member(made: ProcessGroup | None, what: str) -> ProcessGroup:
+    """Return the group that a member of it has got."""
+    if made is None:
+        raise AssertionError(f"{what} gave None to a member")
+    return made
+
+
 def splits(group: ProcessGroup, device: Place) -> None:
     """Colors, keys that reverse the order, equal keys, and a rank that takes part in none."""
     rank, size = group.rank, group.size
-    halves = group.split(rank % 2, -rank)
-    check_that(halves is not None, "split gave None to a rank with a color")
-    if halves is not None:
-        _works(halves, tuple(reversed(range(rank % 2, size, 2))), device)
-        halves.close()
-    together = group.split(7, 0, name="together")
-    check_that(together is not None and together.name == "together", "split with a name")
-    if together is not None:
-        _works(together, tuple(range(size)), device)
+    halves = _member(group.split(rank % 2, -rank), "split")
+    _works(halves, tuple(reversed(range(rank % 2, size, 2))), device)
+    halves.close()
+    together = _member(group.split(7, 0, name="together"), "split")
+    check_that(together.name == "together", "split with a name")
+    _works(together, tuple(range(size)), device)
     without = group.split(None if rank == size - 1 else 3, rank)
     check_that((without is None) == (rank == size - 1), "split with color None")
     if without is not None:
@@ -58,17 +62,11 @@ def new_groups(group: ProcessGroup, device: Place) -> None:
     """Any members in any order; a non-member gets None at once, and need not call at all."""
     rank, size = group.rank, group.size
     backwards = tuple(reversed(range(size)))
-    made = group.new_group(backwards)
-    check_that(made is not None, "new_group gave None to a member")
-    if made is not None:
-        _works(made, backwards, device)
+    _works(_member(group.new_group(backwards), "new_group"), backwards, device)
     for _ in range(2):  # the same members twice: two groups
         pair = tuple(sorted({0, size - 1}))
         if rank in pair:
-            both = group.new_group(pair)
-            check_that(both is not None, "new_group gave None to a member")
-            if both is not None:
-                _works(both, pair, device)
+            _works(_member(group.new_group(pair), "new_group"), pair, device)
     for other in range(size):
         alone = group.new_group([other], name=f"only {other}")
         check_that((alone is None) == (other != rank), "membership of a group of one")
@@ -100,20 +98,14 @@ def overlapping_groups(group: ProcessGroup, device: Place) -> None:
 @with_peers
 def nested_groups(group: ProcessGroup, device: Place) -> None:
     """Make groups of groups; ranks of the world are kept."""
-    left = group.split(group.rank >= group.size // 2, group.rank)
-    check_that(left is not None, "split gave None to a rank with a color")
-    if left is None:
-        return
+    left = _member(group.split(group.rank >= group.size // 2, group.rank), "split")
     half = group.size // 2
     members = tuple(range(half)) if group.rank < half else tuple(range(half, group.size))
     _works(left, members, device)
-    flipped = left.new_group(tuple(reversed(range(left.size))))
-    check_that(flipped is not None, "new_group gave None to a member")
-    if flipped is not None:
-        _works(flipped, tuple(reversed(members)), device)
-        single = flipped.split(flipped.rank)
-        if single is not None:
-            _works(single, (group.ranks[group.rank],), device)
+    flipped = _member(left.new_group(tuple(reversed(range(left.size)))), "new_group")
+    _works(flipped, tuple(reversed(members)), device)
+    single = _member(flipped.split(flipped.rank), "split")
+    _works(single, (group.ranks[group.rank],), device)
 
 
 @with_peers

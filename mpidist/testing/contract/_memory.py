@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -158,8 +158,6 @@ class DevicePlace(Place):
             return False
         return True
 
-
-Case: TypeAlias = Callable[[ProcessGroup, Place], None]
 
 P = TypeVar("P", bound=Place)
 
