@@ -18,7 +18,7 @@ from mpidist.usage import RankArgumentParser
 
 
 class Command(Protocol):
-    """A module that is a command of its own; the first line of its docstring is its help."""
+    """A module that is a command."""
 
     __doc__: str | None
 
@@ -34,9 +34,9 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
     "bench": (bench, "measure this machine, beside the MPI library and other peers"),
     "checkpoint": (checkpoint, "look at checkpoints, verify, compare, reshard, export them"),
     "example": (example, "list, show or copy the examples: `example 00` shows the first one"),
-    "info": (info, "say what is here, and what is wrong with it, each with its cure"),
+    "info": (info, "show this machine and job, and what is wrong with them, each with its cure"),
     "plan": (plan, "predict all_reduce and training steps on other numbers of ranks and nodes"),
-    "trace": (trace, "say what a trace shows: communication, overlap, the slowest rank per step"),
+    "trace": (trace, "summarise a trace: communication, overlap, the slowest rank of each step"),
 }
 """Every command with its one line of help."""
 

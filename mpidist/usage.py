@@ -1,7 +1,7 @@
-"""The command line of a program that runs as ranks: wrong words are reported once.
+"""Command lines of programs that run as ranks: usage errors are reported once, not by each rank.
 
-Each rank parses the same command line. Without a word from the others, because MPI has not been
-started yet, one rank of each node reports what is wrong with it, and all end with code 2.
+Each rank parses the same command line before MPI is started, so that the ranks cannot communicate
+yet. One rank of each node reports what is wrong with it, and all end with code 2.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 from mpidist import env
 
 _LINGER = 1.0
-"""Seconds that a rank stays after it has come to a message that is written once.
+"""Seconds that a rank stays alive after it has reached a message that is written once.
 
-Other ranks may come later, and see by this one that the message is out. And a launcher that ends
-the job because of the first exit code has had time to read what was written.
+Ranks that reach it later see that the message has been written. And a launcher that ends the job
+because of the first exit code has had time to read it.
 """
 
 

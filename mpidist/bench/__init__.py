@@ -1,6 +1,6 @@
-"""Measuring: mpidist beside the MPI library and other peers, in the same run.
+"""Benchmarks: mpidist beside the MPI library and other peers, in the same run.
 
-``python -m mpidist bench`` is the command; what is here writes and reads its reports.
+``python -m mpidist bench`` is the command. This package writes, reads and draws its reports.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""``python -m mpidist bench``: which benchmarks there are, and what is done with a report.
+"""``python -m mpidist bench``: the list of benchmarks, and what happens to their reports.
 
 A benchmark is a module with a docstring, whose first line is its help, and two functions:
 ``configure(parser)`` adds its options; ``run(world, options)`` is collective over all ranks and
-returns a `Report`. It is known once it stands in `BENCHMARKS`.
+returns a `Report`. Add it to `BENCHMARKS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From reports of benchmarks to predictions: what was measured, what is extrapolated."""
+"""Predictions from reports of benchmarks, with what was measured beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark found and where: printed, drawn, written as JSON and read again."""
+"""The report of a benchmark: its machine, its rows and targets, as objects and as JSON."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a load reads over what it needs, where other ranks hold the arrays than saved them.
+"""The bytes that a load reads beyond those that it needs, where other ranks load than saved.
 
-The states are a model, laid out over ranks in several ways; plain files are the peers.
+The state is a model, split over the ranks in several ways; plain files are the peers.
 """
 
 from __future__ import annotations

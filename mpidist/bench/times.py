@@ -1,4 +1,4 @@
-"""How long calls take: ranks that start together, series that take turns."""
+"""Times of calls: the ranks start together, and the series take turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives on host or device arrays: their calls, each checked once before it is timed."""
+"""Calls of the collectives on host or device arrays, each checked once before it is timed."""
 
 from __future__ import annotations
 

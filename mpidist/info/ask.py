@@ -1,4 +1,4 @@
-"""Ask the processes that collect the facts, and wait for none of them beyond the deadline.
+"""Start the processes that collect the facts, and wait for none of them beyond a deadline.
 
 This process starts no MPI. It starts a child that becomes the rank, as a wrapper script would:
 the child inherits the variables and the descriptors by which a launcher knows it. If MPI hangs

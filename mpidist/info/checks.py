@@ -1,7 +1,7 @@
-"""What can be wrong with a job: checks of its facts, each with a cure.
+"""Checks of a job's facts: what may be wrong, and the cure.
 
-A check is a function that takes the facts of a job and returns the problems that it sees. It is in
-force once it stands in `CHECKS`.
+A check is a function that takes the facts of a job and returns the problems that it sees. Add it
+to `CHECKS`.
 """
 
 from __future__ import annotations

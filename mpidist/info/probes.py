@@ -1,6 +1,6 @@
-"""What a process finds out of its machine and software, without starting CUDA or MPI.
+"""Facts of this machine and its software, collected without starting CUDA or MPI.
 
-A library is asked by its own functions, through ctypes.
+Libraries are asked by their own functions, through ctypes.
 """
 
 from __future__ import annotations

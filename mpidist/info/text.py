@@ -1,4 +1,4 @@
-"""The report as people read it, and paste it into another's."""
+"""The report of ``python -m mpidist info`` as text."""
 
 from __future__ import annotations
 

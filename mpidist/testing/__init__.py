@@ -1,4 +1,4 @@
-"""What tests of mpidist, and of programs that use it, are made of.
+"""Tools for tests of mpidist, of programs that use it, and of new transports.
 
 Simulated ranks (`run_ranks`) with injected faults, and the cases that every transport has to pass
 (`BackendContract`; `DeviceContract` of device arrays). Nothing in mpidist imports this package.

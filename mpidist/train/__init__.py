@@ -1,4 +1,4 @@
-"""A training loop to read and copy, and what it shows of a run."""
+"""A training loop to read and copy, with records, checkpoints and a stop at a signal."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from mpidist.train.stopping import StopSignal
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long to train, and how often to say how it goes.
+    """How long to train, and how often to record, evaluate and save.
 
     Parameters
     ----------

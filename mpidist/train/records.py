@@ -1,4 +1,4 @@
-"""What a run says about itself: JSON lines, a progress bar, a picture."""
+"""Records of a training run: JSON lines, a progress bar, a picture."""
 
 from __future__ import annotations
 

@@ -267,4 +267,3 @@ VERBS: dict[str, Verb] = {
 }
 
 REDUCTIONS = tuple(verb for verb in VERBS.values() if verb.reduces)
-GATHERS = tuple(verb for verb in VERBS.values() if verb.shares is Shares.OWN)
