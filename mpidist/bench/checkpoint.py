@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from mpidist._types import MAX, SUM, Array
 from mpidist.arrays.namespaces import as_bytes
-from mpidist.bench.harness import BenchmarkRun, add_number
+from mpidist.bench.harness import BenchmarkRun, add_number, temporary_directory
 from mpidist.bench.peers import Gloo, TorchCheckpoints, open_gloo
 from mpidist.bench.report import Comparison, Report, Target
 from mpidist.bench.resharding import (
@@ -41,7 +40,7 @@ from mpidist.bench.resharding import (
 )
 from mpidist.bench.times import Series, Times, measure_rounds
 from mpidist.checkpoint import CheckpointFuture, load, save, save_async
-from mpidist.collectives import all_reduce, barrier, broadcast_object
+from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
 
 _OURS, _PLAIN, _SHARE, _TORCH, _COPY = "mpidist", "plain", "plain, shared out", "torch", "copy"
@@ -76,7 +75,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     bench, model = BenchmarkRun("checkpoint", world, options), SampleModel(options.mib)
     targets = list[Target]()
     peer = nullcontext("torch was left out") if options.no_torch else open_gloo(world)
-    with _directory(world, options.dir) as directory, peer as gloo:
+    with temporary_directory(world, options.dir) as directory, peer as gloo:
         bench.notes.append(gloo if isinstance(gloo, str) else f"torch {gloo.version}")
         for layout in (REPLICATED, DIM0):
             of_layout = _Bench(bench, model, layout, directory, gloo, options.repeats)
@@ -100,19 +99,6 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
         ],
         targets=targets,
     )
-
-
-@contextmanager
-def _directory(world: ProcessGroup, parent: Path) -> Iterator[Path]:
-    """Give a directory that is removed at the end."""
-    name = tempfile.mkdtemp(prefix="mpidist-bench-", dir=parent) if world.rank == 0 else ""
-    directory = Path(broadcast_object(name, world))
-    try:
-        yield directory
-        barrier(world)
-    finally:
-        if world.rank == 0:
-            shutil.rmtree(directory)
 
 
 class _Bench:

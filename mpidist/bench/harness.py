@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mpidist._formatting import format_bytes
 from mpidist._optional import require
 from mpidist.bench.report import Comparison, Machine, Report, Row, Target, bus_factor
 from mpidist.bench.times import Effort, Series, Times, measure
+from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 
@@ -124,6 +128,19 @@ def _problems_of_picture(path: Path) -> list[str]:
     if path.suffix.removeprefix(".").lower() in known:
         return []
     return [f"--plot {path}: expected a name that ends with .{', .'.join(sorted(known))}"]
+
+
+@contextmanager
+def temporary_directory(world: ProcessGroup, parent: Path | None = None) -> Iterator[Path]:
+    """Give all ranks a directory that is removed at the end; collective, blocks."""
+    name = tempfile.mkdtemp(prefix="mpidist-bench-", dir=parent) if world.rank == 0 else ""
+    directory = Path(broadcast_object(name, world))
+    try:
+        yield directory
+        barrier(world)
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(directory)
 
 
 class BenchmarkRun:

@@ -8,23 +8,20 @@ Beginning and ending a trace is not timed.
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
 from mpidist._types import MAX, Array
 from mpidist.bench.ddp import Shape, add_model, our_series
-from mpidist.bench.harness import BenchmarkRun, add_number
+from mpidist.bench.harness import BenchmarkRun, add_number, temporary_directory
 from mpidist.bench.report import Comparison, Measure, Report
 from mpidist.bench.times import Times
-from mpidist.collectives import all_reduce, barrier, broadcast_object
+from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
 from mpidist.observe.regions import STEP, region
 from mpidist.tracing import trace
@@ -42,22 +39,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the step with and without a trace; collective over `world`."""
     bench, shape = BenchmarkRun("trace", world, options), Shape.of(options.millions * 1e6)
-    directory = broadcast_object(tempfile.mkdtemp() if world.rank == 0 else "", world)
-    kinds: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        _TRACED: partial(trace, Path(directory, "trace.json.gz"), world),
-        _PLAIN: nullcontext,
-    }
-    samples: dict[str, list[Array]] = {name: [] for name in kinds}
-    with our_series(world, shape, options.batch) as series:
+    samples: dict[str, list[Array]] = {_TRACED: [], _PLAIN: []}
+    ours = our_series(world, shape, options.batch)
+    with temporary_directory(world) as directory, ours as series:
         step = series[0].call
         length = _block_length(step, world, options.block)
+        kinds: dict[str, Callable[[], AbstractContextManager[None]]] = {
+            _TRACED: partial(trace, directory / "trace.json.gz", world),
+            _PLAIN: nullcontext,
+        }
         for number in range(options.rounds):
             for name in list(kinds)[:: 1 if number % 2 else -1]:
                 with kinds[name]():
                     samples[name].append(_block(step, world, length))
             bench.report_progress(f"DDP step, round {number + 1},", shape.nbytes)
-    if world.rank == 0:
-        shutil.rmtree(directory)
     times = {
         name: Times.of(all_reduce(np.concatenate(blocks), world, op=MAX))
         for name, blocks in samples.items()

@@ -24,7 +24,15 @@ from mpidist.testing.contract._values import (
     tolerance,
     values,
 )
-from mpidist.testing.contract._verbs import REDUCTIONS, VERBS, Shares, Trial, Verb, attempt, begin
+from mpidist.testing.contract._verbs import (
+    REDUCTIONS,
+    VERBS,
+    Shares,
+    Trial,
+    Verb,
+    attempt,
+    attempt_later,
+)
 
 MOVERS = tuple(verb for verb in VERBS.values() if not verb.reduces)
 IN_PLACE = ("broadcast", "reduce", "all_reduce", "all_to_all")
@@ -53,8 +61,7 @@ def every_reduction(verb: Verb, group: ProcessGroup, device: Place) -> None:
         if (op, dtype) in offered:
             attempt(trial, group, device)
             if dtype.kind == "b":
-                begun = begin(trial, group, device)
-                begun.check(begun.work.wait())
+                attempt_later(trial, group, device)
             continue
         x = device.put(values((2 * group.size, 3), dtype, number))
         expect_error(
@@ -118,8 +125,7 @@ def shapes(group: ProcessGroup, device: Place) -> None:
                 continue
             trial = Trial(verb, rows=rows, tail=tail)
             attempt(trial, group, device)
-            begun = begin(trial, group, device)
-            begun.check(begun.work.wait())
+            attempt_later(trial, group, device)
 
 
 def layouts(group: ProcessGroup, device: Place) -> None:
@@ -137,8 +143,7 @@ def landings(group: ProcessGroup, device: Place) -> None:
         for landing in device.landings:
             trial = Trial(verb, rows=5, tail=(4,), landing=landing)
             attempt(trial, group, device)
-            begun = begin(replace(trial, dtype=np.dtype(np.float16)), group, device)
-            begun.check(begun.work.wait())
+            attempt_later(replace(trial, dtype=np.dtype(np.float16)), group, device)
 
 
 def results_in_place(group: ProcessGroup, device: Place) -> None:
@@ -151,8 +156,7 @@ def results_in_place(group: ProcessGroup, device: Place) -> None:
             replace(base, layout=fortran),
             *([replace(base, layout=byte_swapped)] if device.on_host else ()),
         ):
-            begun = begin(replace(trial, verb=VERBS[name]), group, device)
-            begun.check(begun.work.wait())
+            attempt_later(replace(trial, verb=VERBS[name]), group, device)
             attempt(replace(trial, verb=VERBS[name]), group, device)
 
 
@@ -267,8 +271,7 @@ def uneven(group: ProcessGroup, device: Place) -> None:
         trial = Trial(verb, root=group.size - 1)
         for rows in ((2, 0, 1, 3, 1), (0, 700, 1), (0, 0, 5, 0, 0, 0, 0, 0), (0,)):
             attempt(replace(trial, rows=rows), group, device)
-            begun = begin(replace(trial, rows=rows, dtype=np.dtype(np.float16)), group, device)
-            begun.check(begun.work.wait())
+            attempt_later(replace(trial, rows=rows, dtype=np.dtype(np.float16)), group, device)
         for landing in device.landings:
             attempt(replace(trial, rows=(2, 0, 1), landing=landing), group, device)
 

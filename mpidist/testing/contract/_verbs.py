@@ -162,6 +162,12 @@ def begin(trial: Trial, group: ProcessGroup, device: Place) -> Begun:
     return Begun(trial.verb.later(x, group, **trial.keywords(group, out)), check)
 
 
+def attempt_later(trial: Trial, group: ProcessGroup, device: Place) -> None:
+    """Make an immediate call, wait for it, and check its result; collective."""
+    begun = begin(trial, group, device)
+    begun.check(begun.work.wait())
+
+
 class _Inputs(NamedTuple):
     """The inputs of all ranks, and for reductions their total and how far it may be off."""
 
