@@ -105,7 +105,10 @@ class MetricsFile:
         """
         if self._file is None:
             return
-        known = {key: None if _unknown(value) else value for key, value in values.items()}
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         line = f"{json.dumps(known, allow_nan=False)}\n".encode()
         try:
             while line:  # a disk that becomes full takes a part
@@ -133,26 +136,15 @@ def read_records(path: Path) -> list[Record]:
         In order. What is null there is NaN. Lines that are no whole record are left out: headers,
         and what was cut off.
     """
-    records = (_record(values) for _, _, values in _lines(path) if values is not None)
-    return [record for record in records if record is not None]
-
-
-_KINDS = ("train", "held-out")
-
-
-def _record(values: Mapping[str, Any]) -> Record | None:
-    """Return the record that a line holds, or None if it holds something else."""
-    if values.get("kind") not in _KINDS:
-        return None
+    records = []
     names = [field.name for field in fields(Record)]
-    try:
-        return Record(**{name: _number(values[name]) for name in names if name in values})
-    except TypeError:  # a field without a default is missing
-        return None
-
-
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value
+    for _, _, values in _lines(path):
+        if values is not None and values.get("kind") in ("train", "held-out"):
+            known = {name: values[name] for name in names if name in values}
+            known = {name: math.nan if value is None else value for name, value in known.items()}
+            with contextlib.suppress(TypeError):  # a field without a default is missing
+                records.append(Record(**known))
+    return records
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
@@ -176,7 +168,9 @@ def _keep(path: Path, step: int) -> None:
         for number, line, values in _lines(path):
             if values is None:
                 damaged.append(number)
-            elif not _is_later(values.get("step"), step):
+                continue
+            made = values.get("step")
+            if not (isinstance(made, (int, float)) and made > step):
                 file.write(line.rstrip(b"\n") + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -188,14 +182,6 @@ def _keep(path: Path, step: int) -> None:
             len(damaged),
             damaged[0],
         )
-
-
-def _is_later(value: object, step: int) -> bool:
-    return isinstance(value, (int, float)) and value > step
-
-
-def _unknown(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 class ProgressBar:
