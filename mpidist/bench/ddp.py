@@ -77,6 +77,11 @@ class Shape:
         """Bytes of the gradients, in float32."""
         return 4 * self.parameters
 
+    def values(self) -> dict[str, float]:
+        """Return what rows say of the model: `parameters`, `layers` and `width`."""
+        names = ("parameters", "layers", "width")
+        return {name: float(getattr(self, name)) for name in names}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
@@ -121,8 +126,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
 
 def _values(shape: Shape, times: Mapping[str, Times]) -> dict[str, dict[str, float]]:
     """Return what the rows of the series say beside their times."""
-    model = {"parameters": shape.parameters, "layers": shape.layers, "width": shape.width}
-    values = {name: {key: float(value) for key, value in model.items()} for name in times}
+    values = {name: shape.values() for name in times}
     for comparison in COMPARISONS:
         if comparison.series in times:
             added = comparison.of(times[comparison.series], times[comparison.reference])

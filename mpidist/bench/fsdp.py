@@ -19,9 +19,9 @@ from mpidist import env, nn
 from mpidist._formatting import format_bytes
 from mpidist._types import Array
 from mpidist.bench.ddp import Shape, make_model
-from mpidist.bench.harness import add_effort, effort, positive, report_progress, require_ranks
-from mpidist.bench.report import Comparison, Machine, Report, Row
-from mpidist.bench.times import Series, Times, measure
+from mpidist.bench.harness import BenchmarkRun, add_effort, add_number, positive
+from mpidist.bench.report import Comparison, Report
+from mpidist.bench.times import Series
 from mpidist.group import ProcessGroup
 from mpidist.optim import AdamW, Optimizer
 from mpidist.parallel import DDP, FSDP, MemoryUse, ShardedOptimizer, memory_use
@@ -52,59 +52,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="about how many million parameters the models have (default: 5 50)",
     )
-    parser.add_argument(
-        "--units",
-        type=positive(float),
-        default=32.0,
-        metavar="MIB",
-        help="most MiB of parameters in a unit (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=positive(int),
-        default=16,
-        help="samples of each rank (default: %(default)s)",
-    )
-    add_effort(parser, sizes=None, seconds=10.0)
+    add_number(parser, "--units", 32.0, "most MiB of parameters in a unit", "MIB")
+    add_number(parser, "--batch", 16, "samples of each rank")
+    add_effort(parser, seconds=10.0)
 
 
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the step of each model; collective over `world`."""
-    require_ranks(world, "fsdp")
-    machine, rows = Machine.of(world), list[Row]()
-    notes = [f"{options.batch} samples on each rank in each step"]
+    bench = BenchmarkRun("fsdp", world, options)
+    bench.notes.append(f"{options.batch} samples on each rank in each step")
     if env.omp_num_threads() != "1":
-        notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
+        bench.notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
     for millions in options.millions:
         shape = Shape.of(millions * 1e6)
         units = int(options.units * (1 << 20))
         with _series(world, shape, options.batch, units) as (series, held):
-            times = measure(series, world, effort=effort(options))
+            times = bench.measure("FSDP step", shape.nbytes, series)
             use = {name: bytes_held() for name, bytes_held in held.items()}
-        report_progress(world, "FSDP step", shape.nbytes)
-        rows += _rows(shape, times, use)
-        notes.append(_verdict(shape, use))
-    return Report(
-        benchmark="fsdp",
-        machine=machine,
-        rows=rows,
-        comparisons=COMPARISONS,
-        legend=_LEGEND,
-        notes=notes,
-    )
-
-
-def _rows(shape: Shape, times: Mapping[str, Times], held: Mapping[str, MemoryUse]) -> Iterator[Row]:
-    values = {"parameters": float(shape.parameters)}
-    values |= {"layers": float(shape.layers), "width": float(shape.width)}
-    for name, measured in times.items():
-        yield Row(
-            operation="FSDP step",
-            series=name,
-            nbytes=shape.nbytes,
-            times=measured,
-            values=values | {"held": float(held[name].total)},
-        )
+        values = {
+            name: shape.values() | {"held": float(memory.total)} for name, memory in use.items()
+        }
+        bench.add("FSDP step", shape.nbytes, times, values)
+        bench.notes.append(_verdict(shape, use))
+    return bench.report(legend=_LEGEND, comparisons=COMPARISONS)
 
 
 def _verdict(shape: Shape, held: Mapping[str, MemoryUse]) -> str:
