@@ -1,4 +1,4 @@
-"""Boxes: the only arithmetic of shards.
+"""Boxes: rectangular regions of arrays, which shards consist of.
 
 A box is a rectangular region of an array, given by where it begins and how far it extends. Who
 owns what is a list of boxes, and moving from one owner to another is their intersections.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, combinations
 from math import prod
 from operator import add, ge, le, sub
+from typing import Any
 
 import numpy as np
 
@@ -126,20 +127,17 @@ class Box:
         )
 
 
+def view_of_box(array: Array, held: Box, box: Box) -> Array:
+    """Return the elements of a box, as a view of an array that has those of a box around it."""
+    index: Any = (*box.relative_to(held).slices, ...)  # with the dots a view, also of a 0-d array
+    view: Array = array[index]
+    return view
+
+
 def boxes_of_at_most(box: Box, count: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most so many elements.
+    """Cut a box into boxes of at most so many elements, at least 1; an empty one stays whole.
 
-    Parameters
-    ----------
-    box : Box
-        What is cut; an empty one stays whole.
-    count : int
-        At least 1.
-
-    Yields
-    ------
-    Box
-        In their order, with the elements of each in C order, they are the elements of `box`.
+    In their order, with the elements of each in C order, they are the elements of `box`.
     """
     if box.count <= count:
         yield box
@@ -154,10 +152,7 @@ def boxes_of_at_most(box: Box, count: int) -> Iterator[Box]:
 class BoxIndex:
     """Boxes, ordered so that those that meet another one are found without looking at all.
 
-    Parameters
-    ----------
-    boxes : sequence of Box
-        All of one number of dimensions; there may be none.
+    All have one number of dimensions; there may be none.
 
     Notes
     -----
@@ -202,12 +197,7 @@ class BoxIndex:
 
 
 def corners(boxes: Sequence[Box]) -> tuple[Array, Array]:
-    """Return where boxes begin and end in each dimension.
-
-    Parameters
-    ----------
-    boxes : sequence of Box
-        All of one number of dimensions.
+    """Return where boxes, of one number of dimensions, begin and end in each dimension.
 
     Returns
     -------
@@ -228,17 +218,9 @@ def corners(boxes: Sequence[Box]) -> tuple[Array, Array]:
 
 
 def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
-    """Return two boxes that share an element, or None if there are none.
+    """Return two boxes that share an element, by their offsets, or None if there are none.
 
-    Parameters
-    ----------
-    boxes : iterable of Box
-        Of one number of dimensions, none of them empty.
-
-    Returns
-    -------
-    (Box, Box) or None
-        By their offsets.
+    The boxes have one number of dimensions, and none is empty.
 
     Notes
     -----
@@ -261,13 +243,6 @@ def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 
 def split_evenly(length: int, parts: int) -> tuple[tuple[int, int], ...]:
     """Cut a length into parts that differ by at most one.
-
-    Parameters
-    ----------
-    length : int
-        What is cut, at least 0.
-    parts : int
-        Number of parts, at least 1.
 
     Returns
     -------
@@ -321,14 +296,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Cut a range of an array's flattened elements into boxes.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Shape of the array.
-    start, stop : int
-        First element of the range, in C order, and one past the last.
+    """Cut a range of an array's flattened elements, in C order, into boxes.
 
     Returns
     -------

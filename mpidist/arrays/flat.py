@@ -109,16 +109,8 @@ class FlatBuffer:
     def segments(self, labels: Mapping[str, Label]) -> list[tuple[Label, slice]]:
         """Find the longest segments of `data` whose parts all have the same label.
 
-        Parameters
-        ----------
-        labels : mapping of str to object
-            A part without a label is in no segment.
-
-        Returns
-        -------
-        list of (object, slice)
-            A label, and the segment of `data`: from the first element of its first part to
-            the last one of its last part, with the gaps between them.
+        A part without a label is in no segment. Returns each label with its segment: from the first
+        element of its first part to the last one of its last part, with the gaps between them.
         """
         segments: list[tuple[Label, slice]] = []
         contiguous = False

@@ -78,22 +78,7 @@ def array_namespace(x: Array) -> ModuleType:
     """Return the module whose functions work on `x`: numpy or cupy.
 
     cupy is looked up among the modules that are already imported, never imported: whoever holds a
-    cupy array has done so.
-
-    Parameters
-    ----------
-    x : Array
-        Any array.
-
-    Returns
-    -------
-    module
-        ``numpy`` or ``cupy``.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        If `x` is neither.
+    cupy array has done so. Raises UnsupportedOperationError if `x` is neither.
     """
     if type(x) is np.ndarray:
         return np
@@ -159,22 +144,9 @@ def to_host(x: Array, out: Array | None = None) -> Array:
 
 
 def to_device(x: Array) -> Array:
-    """Return the elements of an array in the memory of this thread's current device.
+    """Return `x` if it is on a device, else a copy of it on this thread's current device.
 
-    Parameters
-    ----------
-    x : Array
-        On the host or on a device.
-
-    Returns
-    -------
-    Array
-        `x` itself if it is on a device, and a copy if it is on the host.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        If cupy cannot be imported.
+    Raises UnsupportedOperationError if cupy cannot be imported.
     """
     if is_device(x):
         return x
@@ -185,18 +157,8 @@ def to_device(x: Array) -> Array:
 def like_device(array: Array, values: Any) -> Any:
     """Return values in the kind of memory that an array lies in, so that they can be copied in.
 
-    Parameters
-    ----------
-    array : Array
-        On the host or on a device.
-    values : array_like
-        An array of the host or of a device, or what numpy makes one of.
-
-    Returns
-    -------
-    array_like
-        `values` themselves if they are there already; else a copy, for which a device that has
-        them makes the host wait.
+    `values` themselves if they are there already; else a copy, for which a device that has them
+    makes the host wait.
     """
     if is_device(array):
         return values if is_device(values) else array_namespace(array).asarray(values)
@@ -206,10 +168,7 @@ def like_device(array: Array, values: Any) -> Any:
 def device_module() -> Any:
     """Return the module cupy, which is imported if it is not yet: a device was asked for.
 
-    Raises
-    ------
-    UnsupportedOperationError
-        If cupy cannot be imported.
+    Raises UnsupportedOperationError if cupy cannot be imported.
     """
     try:
         return importlib.import_module("cupy")
@@ -244,15 +203,7 @@ def ufunc_of(op: ReduceOp) -> np.ufunc:
 def as_native(x: Array) -> Array:
     """Return `x` itself if it is contiguous, aligned and of native byte order, else such a copy.
 
-    Parameters
-    ----------
-    x : Array
-        On the host or on a device, where it is copied on the current stream.
-
-    Returns
-    -------
-    Array, shape of `x`
-        C-contiguous, aligned, native byte order; `x` itself where it already is.
+    An array on a device is copied on the current stream.
     """
     if is_device(x):
         contiguous: Array = array_namespace(x).ascontiguousarray(x)

@@ -245,21 +245,10 @@ class FlatPart:
 
 
 def check_held(what: str, held: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise unless a state of the same shapes has all that this rank holds.
+    """Raise ValueError unless a state of the same shapes has all that this rank holds.
 
-    Parameters
-    ----------
-    what : str
-        Who asks; named in the error.
-    held : mapping
-        What this rank holds; only its ShardedArrays are looked at.
-    state : mapping
-        Whole arrays, or ShardedArrays of any pieces, under the same names.
-
-    Raises
-    ------
-    ValueError
-        Listing what is not there.
+    Of `held` only its ShardedArrays are looked at. `state` has whole arrays, or ShardedArrays of
+    any pieces, under the same names. `what` is named in the error, which lists what is not there.
     """
     lacking = [
         f"{key}: {box}"

@@ -21,7 +21,7 @@ class ArrayDataset:
     inputs : Array, shape (samples, ...)
         What the model is given.
     targets : Array, shape (samples, ...)
-        What it shall answer; each element is one target, so a text has one per position.
+        What it should answer; each element is one target, so a text has one per position.
 
     Raises
     ------

@@ -146,7 +146,7 @@ class ShardedSampler:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position that `state_dict` gave, on this number of ranks.
+        """Continue from a position that `state_dict` gave, on this number of ranks.
 
         Parameters
         ----------
@@ -181,7 +181,7 @@ class ShardedSampler:
         self._epoch, self._step = epoch, step
 
     def skip_to(self, step: int) -> None:
-        """Go on as if `step` batches had been handed out since the beginning.
+        """Continue as if `step` batches had been handed out since the beginning.
 
         Parameters
         ----------

@@ -8,13 +8,13 @@ from typing import Any
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module, check_gradient
+from mpidist.nn.module import Context, ParameterFree, check_gradient
 
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
 
 
-class ReLU(Module):
+class ReLU(ParameterFree):
     """``y = max(x, 0)``."""
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
@@ -27,11 +27,8 @@ class ReLU(Module):
         check_gradient(self, dy, ctx.saved.shape)
         return dy * ctx.saved, None
 
-    def backward_weight(self, wctx: Any) -> None:
-        """Nothing to add."""
 
-
-class GELU(Module):
+class GELU(ParameterFree):
     """Gaussian error linear unit, in its tanh form.
 
     Notes
@@ -76,6 +73,3 @@ class GELU(Module):
         dx *= 0.5
         dx *= dy
         return dx, None
-
-    def backward_weight(self, wctx: Any) -> None:
-        """Nothing to add."""

@@ -11,12 +11,12 @@ from mpidist._types import Array
 from mpidist.arrays.namespaces import is_device
 from mpidist.nn.layer_kernels import philox_at_least
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module
+from mpidist.nn.module import Context, ParameterFree
 
 _WORD = 2**64 - 1
 
 
-class Dropout(Module):
+class Dropout(ParameterFree):
     """Zeroes elements at random in training, and scales the others up to keep the mean.
 
     Parameters
@@ -70,9 +70,6 @@ class Dropout(Module):
         """Apply the forward pass's mask and scale to `dy`."""
         return (dy if ctx.saved is None else self._apply(dy, ctx.saved)), None
 
-    def backward_weight(self, wctx: Any) -> None:
-        """Nothing to add."""
-
     def _draw(self, x: Array, mode: Mode, layer_index: int) -> Array:
         if not is_device(x):
             return dropout_mask(x.shape, self.p, mode, layer_index)
@@ -90,18 +87,7 @@ class Dropout(Module):
 def dropout_mask(
     shape: tuple[int, ...], p: float, mode: Mode, layer_index: int
 ) -> npt.NDArray[np.bool_]:
-    """Draw which elements stay.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Shape of the batch; the first axis counts samples.
-    p : float
-        Probability that an element does not stay.
-    mode : Mode
-        Gives `seed`, `step` and the global index of the first sample.
-    layer_index : int
-        Tells the layers of a model apart.
+    """Draw which elements of a batch of this shape stay; the first axis counts samples.
 
     Returns
     -------

@@ -16,25 +16,7 @@ _FLOATS = frozenset(np.dtype(code) for code in "efd")
 
 
 def parameter_dtype(layer: str, dtype: npt.DTypeLike) -> DType:
-    """Check the dtype of a layer's parameters.
-
-    Parameters
-    ----------
-    layer : str
-        Name of the layer, for the error.
-    dtype : dtype
-        What was asked for.
-
-    Returns
-    -------
-    dtype
-        The same.
-
-    Raises
-    ------
-    ValueError
-        If it is not float16, float32 or float64.
-    """
+    """Return a parameter's dtype; ValueError unless it is float16, float32 or float64."""
     checked = np.dtype(dtype)
     if checked not in _FLOATS:
         # numpy has no arithmetic of bfloat16's own: each operation would give float32 and the
@@ -47,24 +29,10 @@ def parameter_dtype(layer: str, dtype: npt.DTypeLike) -> DType:
 
 
 def fan_in_uniform(rng: Rng, shape: tuple[int, ...], fan_in: int, dtype: npt.DTypeLike) -> Array:
-    """Draw from the uniform distribution on +-1/sqrt(fan_in).
+    """Draw from the uniform distribution on +-1/sqrt(fan_in), the number of inputs of an output.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator or int
-        Source. Draws are made in float64 and then rounded, so that models of different dtypes
-        made from the same seed begin alike.
-    shape : tuple of int
-        Shape of the result.
-    fan_in : int
-        Inputs that each output is a sum over; the bound is ``1 / sqrt(fan_in)``.
-    dtype : dtype
-        Float dtype of the result; draws are rounded to it.
-
-    Returns
-    -------
-    Array, shape `shape`
-        On the host.
+    Draws are made in float64 and then rounded, so that models of different dtypes made from the
+    same seed begin alike.
 
     References
     ----------
@@ -76,22 +44,5 @@ def fan_in_uniform(rng: Rng, shape: tuple[int, ...], fan_in: int, dtype: npt.DTy
 
 
 def normal(rng: Rng, shape: tuple[int, ...], std: float, dtype: npt.DTypeLike) -> Array:
-    """Draw from the normal distribution of mean 0 and standard deviation `std`.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator or int
-        Source; draws are made in float64 and then rounded.
-    shape : tuple of int
-        Shape of the result.
-    std : float
-        Standard deviation of the values.
-    dtype : dtype
-        Float dtype of the result; draws are rounded to it.
-
-    Returns
-    -------
-    Array, shape `shape`
-        On the host.
-    """
+    """Draw from the normal distribution of mean 0, in float64, and round."""
     return np.random.default_rng(rng).normal(0.0, std, shape).astype(dtype)

@@ -20,14 +20,12 @@ _WORD = 2**64 - 1
 
 
 def rows_at(table: Array, indices: Array) -> Array:
-    """Look rows up in a table.
+    """Look rows up in a table, all on one device.
 
     Parameters
     ----------
     table : Array, shape (rows, width), float
-        The table, on a device.
     indices : Array, shape (...), integer
-        On the same device.
 
     Returns
     -------
@@ -102,8 +100,6 @@ def philox_at_least(
 
     Parameters
     ----------
-    threshold : uint32
-        What 32-bit words are compared with.
     key : (int, int)
         The key of Philox: the seed and the layer.
     counter : (int, int)

@@ -13,7 +13,7 @@ from mpidist.arrays.namespaces import array_namespace, is_device, is_host
 from mpidist.nn.initial_values import Rng, fan_in_uniform, normal, parameter_dtype
 from mpidist.nn.layer_kernels import rows_at, sum_rows_at
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module, check_gradient, count_uses
+from mpidist.nn.module import Context, Module, ParameterFree, check_gradient, count_uses
 from mpidist.nn.parameter import Parameter
 
 _BLOCK = 1 << 16
@@ -251,7 +251,7 @@ class PositionEmbedding(Module):
         self.weight.add_grad(grad)
 
 
-class Flatten(Module):
+class Flatten(ParameterFree):
     """Joins all axes but the first."""
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
@@ -263,9 +263,6 @@ class Flatten(Module):
         """Give `dy` the input's shape."""
         return dy.reshape(ctx.saved), None
 
-    def backward_weight(self, wctx: Any) -> None:
-        """Nothing to add."""
-
 
 def _rows(x: Array) -> Array:
     """View (..., size) as a matrix; `size` may be 0, where numpy cannot tell how many rows."""
@@ -273,19 +270,7 @@ def _rows(x: Array) -> Array:
 
 
 def column_sums(a: Array, b: Array | None = None) -> Array:
-    """Sum each column of `a`, or of ``a * b``.
-
-    Parameters
-    ----------
-    a : Array, shape (rows, columns)
-        Of any float dtype, on the host or on a device.
-    b : Array, shape of `a`, optional
-        Multiplied in before the sum, in the precision of the sum.
-
-    Returns
-    -------
-    Array, shape (columns,), float64
-        Zeros where there are no rows.
+    """Sum each column of `a` (rows, columns), or of ``a * b``, in float64.
 
     Notes
     -----

@@ -55,10 +55,9 @@ def members(
 
     Raises
     ------
-    TypeError
-        If the key of a member in a dict is no str or int.
-    ValueError
-        If the key is empty, holds a dot or a slash, or makes the same name as another.
+    TypeError, ValueError
+        If the key of a member in a dict is no str or int, is empty, holds a dot or a slash, or
+        makes the same name as another.
     """
     if type(value) in _PLAIN:
         return ()
@@ -134,18 +133,7 @@ def _replaced(value: Any, exchange: Mapping[int, object], inside: tuple[int, ...
 
 
 def nameless(value: object, kinds: tuple[type, ...]) -> Iterable[tuple[str, Any]]:
-    """Return the members in the value of an attribute that have no name.
-
-    Parameters
-    ----------
-    value, kinds
-        The value of an attribute and the types of members, as for `members`.
-
-    Returns
-    -------
-    iterable of (str, member)
-        Where it is, such as ``a set``, and what.
-    """
+    """Return the members of an attribute that have no name: where, as ``a set``, and what."""
     if type(value) in _PLAIN or not isinstance(value, _HOLDERS):
         return ()
     return _without_name(value, kinds, ())
@@ -185,15 +173,8 @@ class TreeNode(Protocol):
 def render_tree(module: TreeNode) -> str:
     """Return one line per module: name, class, number of elements, parameters and buffers.
 
-    Parameters
-    ----------
-    module : Module
-        The root; it may be half built.
-
-    Returns
-    -------
-    str
-        Lines. What is held twice is described at its first place, and named afterwards.
+    The root may be half built. What is held twice is described at its first place, and named
+    afterwards.
     """
     names: dict[int, str] = {}
     parameters = _below(module)

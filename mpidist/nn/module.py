@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from abc import ABCMeta, abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -45,7 +45,7 @@ class Context:
     Parameters
     ----------
     saved : object
-        The layer's own business.
+        Whatever the layer needs in its backward pass.
     uses : mapping of Parameter to int, optional
         Number of `add_grad` calls that the backward pass of this context will make on each
         trainable parameter. One that is not used in this forward pass is absent.
@@ -87,14 +87,29 @@ def check_gradient(layer: Module, dy: Array, shape: tuple[int, ...]) -> None:
         )
 
 
-class _LabellingMeta(ABCMeta):
-    """Wraps every constructor a class is given, also later, as `dataclasses.dataclass` does."""
+def _labelling(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor end by labelling the tree below its module.
 
-    def __setattr__(cls, name: str, value: Any) -> None:
-        super().__setattr__(name, _labelling(value) if name == "__init__" else value)
+    The outermost module is built last, so names and layer indices end up as positions in the
+    whole model, and no author of a module can forget to assign them.
+    """
+
+    @functools.wraps(constructor)
+    def wrapper(self: Module, *args: Any, **kwargs: Any) -> None:
+        # One that is called by the constructor of a subclass does not end the construction.
+        outermost = vars(self).setdefault("_constructor", wrapper) is wrapper
+        try:
+            constructor(self, *args, **kwargs)
+        finally:
+            if outermost:
+                del vars(self)["_constructor"]
+        if outermost:
+            self.relabel()
+
+    return wrapper
 
 
-class Module(metaclass=_LabellingMeta):
+class Module(ABC):
     """A function with parameters and an explicit backward pass.
 
     Notes
@@ -120,8 +135,13 @@ class Module(metaclass=_LabellingMeta):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__init__ = vars(cls)["__init__"]  # type: ignore[method-assign]  # wraps it
+        for name in ("__init__", "__post_init__"):
+            if name in vars(cls):
+                setattr(cls, name, _labelling(vars(cls)[name]))
+
+    @_labelling  # noqa: B027  # nothing, unless it is overridden
+    def __post_init__(self) -> None:
+        """End the constructor of a dataclass, which is made after the class."""
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         """Say what to write: a pass has two results, and needs a mode.
@@ -436,6 +456,13 @@ class Module(metaclass=_LabellingMeta):
             )
 
 
+class ParameterFree(Module):
+    """A module that holds no parameters."""
+
+    def backward_weight(self, wctx: Any) -> None:
+        """Nothing to add."""
+
+
 def children_of(module: Module, *, but: str = "") -> Iterator[tuple[str, Module]]:
     """Yield the modules in the attributes of a module, but for those of one attribute."""
     for attribute, value in vars(module).items():
@@ -443,22 +470,6 @@ def children_of(module: Module, *, but: str = "") -> Iterator[tuple[str, Module]
             for name, member in members(attribute, value, (Parameter, Module)):
                 if not isinstance(member, Parameter):
                     yield name, member
-
-
-def _labelling(init: Callable[..., None]) -> Callable[..., None]:
-    """Let a constructor end by labelling the tree below its module.
-
-    The outermost module is built last, so names and layer indices end up as positions in the
-    whole model, and no author of a module can forget to assign them.
-    """
-
-    @functools.wraps(init)
-    def wrapper(self: Module, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if type(self).__init__ is wrapper:  # a subclass that called this has not finished
-            self.relabel()
-
-    return wrapper
 
 
 def _join(prefix: str, name: str) -> str:

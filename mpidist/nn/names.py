@@ -13,18 +13,8 @@ _PART = re.compile(r"[./]")
 def former_names(present: Collection[str], saved: Collection[str]) -> dict[str, str]:
     """Find what was saved under names that contain a wrapper, such as ``0.inner.weight``.
 
-    Parameters
-    ----------
-    present : collection of str
-        The names of today.
-    saved : collection of str
-        The names in a state.
-
-    Returns
-    -------
-    dict of str to str
-        For each present name that was not saved, the saved one that has one or more ``inner`` in
-        addition and differs in nothing else, if there is exactly one.
+    Returns, for each present name that was not saved, the saved one that has one or more ``inner``
+    in addition and differs in nothing else, if there is exactly one.
     """
     missing = [name for name in present if name not in saved]
     if not missing:

@@ -118,7 +118,7 @@ class Parameter:
         self._empty: Array = array_namespace(data).empty(0, data.dtype)
 
     def seal(self) -> None:
-        """Let go of the values; shape, dtype and gradient stay. Setting `data` ends it."""
+        """Drop the values; shape, dtype and gradient stay. Setting `data` ends it."""
         self._data = None
 
     @property
@@ -266,7 +266,7 @@ class Parameter:
         self._has_grad = False
 
     def attach(self, memory: Array, *, location: tuple[FlatBuffer, str] | None = None) -> None:
-        """Let the gradient live in `memory` from now on.
+        """Keep the gradient in `memory` from now on.
 
         Parameters
         ----------

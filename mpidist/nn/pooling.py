@@ -9,11 +9,28 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.namespaces import array_namespace
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module
+from mpidist.nn.module import Context, ParameterFree
 from mpidist.nn.windows import Extent, Window, channels_first, channels_last
 
 
-class MaxPool2d(Module):
+class _Pool2d(ParameterFree):
+    """Pooling: one number for each window of an image."""
+
+    def __init__(
+        self, kernel_size: Extent, *, stride: Extent | None = None, padding: Extent = 0
+    ) -> None:
+        operation = type(self).__name__
+        stride = kernel_size if stride is None else stride
+        self.window = Window.of(kernel_size, stride, padding, operation=operation)
+        if any(2 * p > k for p, k in zip(self.window.padding, self.window.kernel, strict=True)):
+            # Otherwise a window could lie in the border alone.
+            raise ValueError(
+                f"{operation}: expected a padding of at most half the kernel {self.window.kernel}, "
+                f"got {self.window.padding}"
+            )
+
+
+class MaxPool2d(_Pool2d):
     """Largest pixel of each window.
 
     Parameters
@@ -34,11 +51,6 @@ class MaxPool2d(Module):
     -----
     Of several equal largest pixels the first in row order receives the gradient.
     """
-
-    def __init__(
-        self, kernel_size: Extent, *, stride: Extent | None = None, padding: Extent = 0
-    ) -> None:
-        self.window = _pooling_window("MaxPool2d", kernel_size, stride, padding)
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x` (batch, channels, height, width) to y (batch, channels, out_h, out_w)."""
@@ -63,11 +75,8 @@ class MaxPool2d(Module):
             xp.add(pixels, dy * (winner == number), out=pixels)
         return self.window.unpad(dpadded), None
 
-    def backward_weight(self, wctx: Any) -> None:
-        """Nothing to add."""
 
-
-class AvgPool2d(Module):
+class AvgPool2d(_Pool2d):
     """Mean of the pixels of each window.
 
     Parameters
@@ -84,11 +93,6 @@ class AvgPool2d(Module):
     ValueError
         If a size is out of range.
     """
-
-    def __init__(
-        self, kernel_size: Extent, *, stride: Extent | None = None, padding: Extent = 0
-    ) -> None:
-        self.window = _pooling_window("AvgPool2d", kernel_size, stride, padding)
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x` (batch, channels, height, width) to y (batch, channels, out_h, out_w)."""
@@ -110,22 +114,5 @@ class AvgPool2d(Module):
             xp.add(pixels, share, out=pixels)
         return self.window.unpad(dpadded), None
 
-    def backward_weight(self, wctx: Any) -> None:
-        """Nothing to add."""
-
     def _share(self) -> float:
         return 1.0 / (self.window.kernel[0] * self.window.kernel[1])
-
-
-def _pooling_window(
-    operation: str, kernel: Extent, stride: Extent | None, padding: Extent
-) -> Window:
-    stride = kernel if stride is None else stride
-    window = Window.of(kernel, stride, padding, operation=operation)
-    if any(2 * p > k for p, k in zip(window.padding, window.kernel, strict=True)):
-        # Otherwise a window could lie in the border alone.
-        raise ValueError(
-            f"{operation}: expected a padding of at most half the kernel {window.kernel}, "
-            f"got {window.padding}"
-        )
-    return window

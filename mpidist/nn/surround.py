@@ -1,4 +1,4 @@
-"""Something around the passes of any module: the seam at which strategies stand."""
+"""Code around the passes of any module, by which strategies hook into models."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def after_backward(
 
 
 class _Together:
-    """Several of them as one."""
+    """Several surrounds, entered and left together."""
 
     def __init__(self, surrounds: Sequence[_Surround]) -> None:
         self._surrounds = surrounds

@@ -33,13 +33,7 @@ def channels_first(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Window:
-    """The positions of a kernel on an image.
-
-    Parameters
-    ----------
-    kernel, stride, padding : tuple of int
-        (height, width) each, in pixels.
-    """
+    """The positions of a kernel on an image; (height, width) each, in pixels."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -65,10 +59,7 @@ class Window:
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Count the positions of the kernel on an unpadded image of this size.
 
-        Raises
-        ------
-        ValueError
-            If the kernel is larger than the padded image.
+        Raises ValueError if the kernel is larger than the padded image.
         """
         padded = (height + 2 * self.padding[0], width + 2 * self.padding[1])
         if padded[0] < self.kernel[0] or padded[1] < self.kernel[1]:

@@ -54,20 +54,13 @@ class _Mirror:
 class FusedUpdates:
     """Applies a rule with one kernel per bucket instead of one per parameter.
 
+    The arrays of `state` are exchanged.
+
     [Note: mirrored buckets] One kernel can update many parameters if values, gradients and state
     lie in the same order. The gradients' order is the buckets', which is found in the first
     backward (`mpidist.parallel.data.broadcasts`). So at the first step with a bucket, values and
     state move into flat arrays that are laid out as it is: `Parameter.data` and the state's arrays
     are other arrays from then on. A gradient that lies in no bucket has a kernel of its own.
-
-    Parameters
-    ----------
-    rule : UpdateRule
-        The arithmetic of one update.
-    params : mapping of str to Parameter
-        All parameters of the optimizer, by name.
-    state : mapping of str to dict of str to Array
-        Each one's state; its arrays are exchanged.
     """
 
     def __init__(
@@ -83,18 +76,10 @@ class FusedUpdates:
         self._mirrors: WeakKeyDictionary[FlatBuffer, _Mirror] = WeakKeyDictionary()
 
     def update(self, updates: Mapping[str, tuple[Array, int]], lr: float) -> None:
-        """Make one step.
+        """Make one step; local, does not block the host.
 
-        Parameters
-        ----------
-        updates : mapping of str to (Array, int)
-            The gradient of each parameter that has one, and which update of it this is, from 1.
-        lr : float
-            Learning rate of this step.
-
-        Notes
-        -----
-        Local; does not block the host.
+        `updates` has the gradient of each parameter that has one, and which update of it this is,
+        from 1.
         """
         buckets: dict[FlatBuffer, dict[str, int]] = {}
         for name, (grad, t) in updates.items():
@@ -144,19 +129,10 @@ def apply_rule(
     lr: float,
     t: int,
 ) -> None:
-    """Update device arrays in place, as ``rule.apply`` does.
+    """Update device arrays in place, as ``rule.apply`` does; local, does not block the host.
 
-    Parameters
-    ----------
-    rule : UpdateRule
-        An `AdamRule` or `SGDRule` is one kernel. Another one's own `apply` is called; what it does
-        with numpy's functions runs on the device, too.
-    w, g, state, lr, t
-        As for `UpdateRule.apply`. All arrays are on one device.
-
-    Notes
-    -----
-    Local; does not block the host.
+    An `AdamRule` or `SGDRule` is one kernel. Another one's own `apply` is called; what it does with
+    numpy's functions runs on the device, too. All arrays are on one device.
     """
     xp = array_namespace(w)
     call = _fused(rule, xp, w.dtype) if isinstance(rule, (AdamRule, SGDRule)) else None

@@ -139,8 +139,7 @@ class Optimizer:
             if grad is None:
                 continue
             data, state = p.data, self._state[name]
-            self._check_shapes(name, data, grad, state)
-            there = self._is_on_device(name, data, grad, state)
+            there = self._check(name, data, grad, state)
             t = self._updates[name] = self._updates[name] + 1
             if there:
                 on_device[name] = grad, t
@@ -169,7 +168,7 @@ class Optimizer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave; arrays are copied in.
+        """Continue from a state that `state_dict` gave; arrays are copied in.
 
         Parameters
         ----------
@@ -193,26 +192,22 @@ class Optimizer:
                     array[...] = like_device(array, state[f"{name}/{slot}"])
         copy_in(own, state)
 
-    def _check_shapes(
-        self, name: str, data: Array, grad: Array, state: Mapping[str, Array]
-    ) -> None:
+    def _check(self, name: str, data: Array, grad: Array, state: Mapping[str, Array]) -> bool:
+        """Return whether a parameter is on a device; ValueError unless all of it fits together."""
+        operation = f"{type(self).__name__}.step"
         if grad.shape != data.shape or any(s.shape != data.shape for s in state.values()):
             shapes = {slot: array.shape for slot, array in state.items()}
             raise ValueError(
-                f"{type(self).__name__}.step: parameter {name!r} has shape {data.shape}, its "
-                f"gradient {grad.shape}, its state {shapes}; make the optimizer after the model "
-                "has its final shapes"
+                f"{operation}: parameter {name!r} has shape {data.shape}, its gradient "
+                f"{grad.shape}, its state {shapes}; make the optimizer after the model has its "
+                "final shapes"
             )
-
-    def _is_on_device(
-        self, name: str, data: Array, grad: Array, state: Mapping[str, Array]
-    ) -> bool:
         there = is_device(data)
         if is_device(grad) is not there or (there and not all(map(is_device, state.values()))):
             raise ValueError(
-                f"{type(self).__name__}.step: parameter {name!r}, its gradient and its state do "
-                "not all lie on the host or all on a device; call Module.to before the optimizer "
-                "and the DDP are made"
+                f"{operation}: parameter {name!r}, its gradient and its state do not all lie on "
+                "the host or all on a device; call Module.to before the optimizer and the DDP are "
+                "made"
             )
         return there
 

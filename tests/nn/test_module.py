@@ -416,6 +416,20 @@ def test_a_dataclass_is_labelled_too():
     assert ((once == 0) != (twice == 0)).any()  # with equal masks the second would add no zero
 
 
+def test_a_constructor_that_is_replaced_later_labels_too(monkeypatch):
+    class Net(Sequential):
+        def __init__(self) -> None:
+            super().__init__(Dropout(0.1), Dropout(0.1))
+
+    init = Net.__init__
+
+    def later(self) -> None:
+        init(self)
+
+    monkeypatch.setattr(Net, "__init__", later)
+    assert [layer.layer_index for layer in Net().layers] == [0, 1]
+
+
 def test_a_frozen_dataclass_may_be_a_layer():
     @dataclasses.dataclass(frozen=True, eq=False)
     class Frozen(ReLU):
