@@ -127,7 +127,7 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What it says of itself."""
+        """All that it states about itself."""
         if self._known is not None:
             return self._known
         path = self.directory / MANIFEST
@@ -158,17 +158,17 @@ class Checkpoint:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Of mpidist and the libraries that wrote it."""
+        """Versions of mpidist and of the libraries that wrote it."""
         return self.manifest.versions
 
     @property
     def metadata(self) -> JSON:
-        """The user's own."""
+        """What the user gave to `save` as metadata."""
         return self.manifest.metadata
 
     @property
     def values(self) -> Mapping[str, JSON]:
-        """What is no array, by name."""
+        """Everything that is not an array, by name."""
         return self.manifest.values
 
     @property
@@ -240,9 +240,7 @@ def list(path: str | os.PathLike[str]) -> builtins.list[Checkpoint]:  # noqa: A0
     -----
     Local.
     """
-    root = absolute(path)
-    with looking(root):
-        return [Checkpoint(step_path) for step_path in _steps(root) if exists(step_path / MANIFEST)]
+    return [Checkpoint(step_path) for step_path in _steps(path, complete=True)]
 
 
 def latest(path: str | os.PathLike[str]) -> Checkpoint | None:
@@ -283,9 +281,7 @@ def find(path: str | os.PathLike[str], step: int | str) -> Checkpoint:
 
 def partial(path: str | os.PathLike[str]) -> builtins.list[Path]:
     """Return the directories of steps that are no checkpoints: left by a kill, or being written."""
-    root = absolute(path)
-    with looking(root):
-        return [step_path for step_path in _steps(root) if not exists(step_path / MANIFEST)]
+    return _steps(path, complete=False)
 
 
 def create_directory(directory: Path, identity: str) -> None:
@@ -448,15 +444,18 @@ def set_aside(directory: Path) -> Path:
     return aside
 
 
-def _steps(path: Path) -> builtins.list[Path]:
-    """Return the directories of steps, complete or not, by step."""
+def _steps(path: str | os.PathLike[str], *, complete: bool) -> builtins.list[Path]:
+    """Return the directories of steps that have a manifest, or that have none, by step."""
+    root = absolute(path)
     # Not `Path.is_dir`, which takes what it cannot see for something that is not there.
-    try:
-        with os.scandir(path) as entries:
-            names = [e.name for e in entries if _step_in(e.name) is not None and e.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted((path / name for name in names), key=step_of)
+    with looking(root):
+        try:
+            with os.scandir(root) as entries:
+                names = [e.name for e in entries if _step_in(e.name) is not None and e.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        steps = sorted((root / name for name in names), key=step_of)
+        return [step for step in steps if exists(step / MANIFEST) is complete]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,7 @@ _NUMBER = re.compile(r"errno = (\d+)")
 
 @contextmanager
 def errors_of_the_system(path: Path) -> Iterator[None]:
-    """Raise what the system has refused, with the file, in the place of HDF5's account of it."""
+    """Replace an error of HDF5 by the error of the system behind it, with the file's name."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -241,10 +241,12 @@ def errors_of_the_system(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def parallel_file(path: Path, comm: Any) -> Iterator[ParallelFile]:
+def parallel_file(path: Path, comm: Any) -> Iterator[Callable[[str, Box, Array], None]]:
     """Open a file made by `create_file`, to be written by all ranks of an mpi4py communicator.
 
-    Needs `has_mpi`. Raises OSError on every rank, if it cannot be opened.
+    Yields a function that writes C-contiguous, little-endian elements to a box, which is not empty,
+    of a dataset; the boxes of the ranks are disjoint. Needs `has_mpi`. Raises OSError on every
+    rank, if the file cannot be opened, and from the function on the rank that cannot write.
 
     Notes
     -----
@@ -253,32 +255,19 @@ def parallel_file(path: Path, comm: Any) -> Iterator[ParallelFile]:
     """
     import h5py
 
-    with (
-        errors_of_the_system(path),
-        h5py.File(path, "r+", locking=LOCKING, driver="mpio", comm=comm) as file,
-    ):
-        yield ParallelFile(file)
-
-
-class ParallelFile:
-    """A file that several ranks write; see `parallel_file`."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, name: str, box: Box, data: Array) -> None:
-        """Write C-contiguous, little-endian elements to a box of a dataset; raises OSError.
-
-        The box is not empty, and the boxes of the ranks are disjoint.
-        """
-        import h5py
-
-        dataset = h5py.h5d.open(self._file.id, name.encode())
+    def write(name: str, box: Box, data: Array) -> None:
+        dataset = h5py.h5d.open(file.id, name.encode())
         space = dataset.get_space()
         if box.sizes:
             space.select_hyperslab(box.offsets, box.sizes)
         # As what they are in the file, so that HDF5 has nothing to convert.
         dataset.write(h5py.h5s.create_simple((data.size,)), space, data, dataset.get_type())
+
+    with (
+        errors_of_the_system(path),
+        h5py.File(path, "r+", locking=LOCKING, driver="mpio", comm=comm) as file,
+    ):
+        yield write
 
 
 def has_mpi() -> bool:
@@ -335,5 +324,5 @@ def set_attributes(item: Any, attributes: Mapping[str, str | int]) -> None:
 
 
 def stored_dtype(dtype: DType) -> DType:
-    """Return what HDF5 shall take the elements for."""
+    """Return the dtype by which HDF5 stores elements of this one."""
     return np.dtype("<u2") if dtype == BFLOAT16 else dtype.newbyteorder("<")

@@ -50,70 +50,41 @@ def create_view(path: Path, manifest: Manifest) -> None:
 
     names = sorted(manifest.arrays, key=lambda name: -manifest.arrays[name].nbytes)
     shown = sorted(names[:MOST_IN_VIEW])
-    # Virtual datasets came with HDF5 1.10, whose groups are smaller and faster than those before.
-    with (
-        errors_of_the_system(path),
-        h5py.File(path, "x", locking=LOCKING, libver=("v110", "v110")) as file,
-    ):
-        shows = f"{len(shown)} of {len(names)}"
-        set_attributes(
-            file, {"format": f"view of {FORMAT}", "arrays": shows, **_attributes(manifest)}
-        )
-        view = _View(file, manifest)
-        for name in shown:
-            view.show(name)
-
-
-def _attributes(manifest: Manifest) -> dict[str, str | int]:
-    """Return what a view says of its checkpoint.
-
-    Texts may have more than the 64 KiB that HDF5 once had room for: files of 1.10 keep large
-    attributes elsewhere.
-    """
-    return {
+    # Texts may have more than the 64 KiB that HDF5 once had room for: files of 1.10 keep large
+    # attributes elsewhere.
+    attributes: dict[str, str | int] = {
+        "format": f"view of {FORMAT}",
+        "arrays": f"{len(shown)} of {len(names)}",
         "id": manifest.id,
         "step": manifest.step,
         "world_size": manifest.world_size,
         "metadata": json.dumps(encode(manifest.metadata), allow_nan=False),
         "values": json.dumps(encode(dict(manifest.values)), allow_nan=False),
     }
-
-
-class _View:
-    """A file of virtual datasets; by h5py's low-level calls, as its others take ten times as long.
-
-    What many arrays have in common is made once.
-    """
-
-    def __init__(self, file: Any, manifest: Manifest) -> None:
-        self._file = file
-        self._manifest = manifest
-        self._links = name_links()
-        self._layouts = cache(_virtual)
-        self._spaces = lru_cache(maxsize=1024)(_selected)
-
-    def show(self, name: str) -> None:
-        """Make the virtual dataset of an array."""
-        import h5py
-
-        array = self._manifest.arrays[name]
-        element_type, empty = self._layouts(stored_dtype(array.dtype))
-        layout = empty.copy()
-        for stored in array.boxes:
-            if stored.box.empty:
-                continue
-            origin = self._manifest.files[stored.file]
-            shape = origin.datasets[stored.dataset].shape
-            source = stored.dataset.replace("%", "%%")  # "%b" would stand for a block's number
-            target = self._spaces(array.shape, stored.box)
-            origin_space = _selected(shape, _selection(stored, shape))
-            layout.set_virtual(target, origin.name.encode(), source.encode(), origin_space)
-        space = self._spaces(array.shape, None)
-        shown = h5py.h5d.create(
-            self._file.id, name.encode(), element_type, space, layout, self._links
-        )
-        if array.dtype == BFLOAT16:
-            set_attributes(h5py.Dataset(shown), {TAG: str(array.dtype)})
+    # What many arrays have in common is made once.
+    links, layouts, spaces = name_links(), cache(_virtual), lru_cache(maxsize=1024)(_selected)
+    # Virtual datasets came with HDF5 1.10, whose groups are smaller and faster than those before.
+    with (
+        errors_of_the_system(path),
+        h5py.File(path, "x", locking=LOCKING, libver=("v110", "v110")) as file,
+    ):
+        set_attributes(file, attributes)
+        # By h5py's low-level calls, as its others take ten times as long.
+        for name in shown:
+            array = manifest.arrays[name]
+            element_type, empty = layouts(stored_dtype(array.dtype))
+            layout = empty.copy()
+            for stored in array.boxes:
+                if not stored.box.empty:
+                    origin = manifest.files[stored.file]
+                    source = stored.dataset.replace("%", "%%")  # "%b" would be a block's number
+                    selected = _selected_in(origin.datasets[stored.dataset].shape, stored)
+                    target = spaces(array.shape, stored.box)
+                    layout.set_virtual(target, origin.name.encode(), source.encode(), selected)
+            space = spaces(array.shape, None)
+            made = h5py.h5d.create(file.id, name.encode(), element_type, space, layout, links)
+            if array.dtype == BFLOAT16:
+                set_attributes(h5py.Dataset(made), {TAG: str(array.dtype)})
 
 
 def _virtual(dtype: DType) -> tuple[Any, Any]:
@@ -137,12 +108,12 @@ def _selected(shape: Sequence[int], box: Box | None) -> Any:
     return space
 
 
-def _selection(stored: StoredBox, shape: tuple[int, ...]) -> Box:
-    """Return where in its dataset a box lies."""
+def _selected_in(shape: tuple[int, ...], stored: StoredBox) -> Any:
+    """Return the data space of a dataset in which a stored box is selected."""
     if len(shape) == 1:
-        return Box((stored.first,), (stored.box.count,))
+        return _selected(shape, Box((stored.first,), (stored.box.count,)))
     begin = map(int, np.unravel_index(stored.first, shape))
-    return Box(tuple(begin), stored.box.sizes)
+    return _selected(shape, Box(tuple(begin), stored.box.sizes))
 
 
 class Dataset(NamedTuple):

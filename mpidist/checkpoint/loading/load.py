@@ -130,9 +130,8 @@ def load(
         lambda: _matched(flatten(state), manifest, checkpoint.directory), together, what
     )
     node = together.node_group()
-    readers = Readers(node if node.size > 1 else None)
     with region("checkpoint read"), Files(checkpoint.directory, manifest, verify=verify) as files:
-        _all_or_none(lambda: _fill(files, manifest, targets, readers), together, what)
+        _all_or_none(lambda: _fill(files, targets, node), together, what)
     _all_or_none(targets.finish, together, what)
     values = targets.values(manifest)
     _all_or_none(lambda: restore(state, targets.arrays, values), together, what)
@@ -191,7 +190,7 @@ def load_full(
             array = manifest.arrays[name]
             targets.add(name, Box.whole(array.shape), np.empty(array.shape, array.dtype))
     with Files(checkpoint.directory, manifest, verify=verify) as files:
-        _fill(files, manifest, targets, Readers(None))
+        _fill_alone(files, targets, read_items(manifest, targets.requests()))
     arrays = {name: target.parts[0][1] for name, target in targets.by_name.items()}
     return {name: arrays[name] if name in arrays else manifest.values[name] for name in names}
 
@@ -280,13 +279,13 @@ def _find_together(
         raise problem
     directory, data = read
 
-    def believe() -> Checkpoint:
+    def parse() -> Checkpoint:
         checkpoint = Checkpoint(directory, manifest_of(directory, data))
         if group.rank == 0:
             check_files(directory, checkpoint.manifest)
         return checkpoint
 
-    return _all_or_none(believe, group, f"load of {directory} on group {group.name!r}")
+    return _all_or_none(parse, group, f"load of {directory} on group {group.name!r}")
 
 
 def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
@@ -372,38 +371,18 @@ def _any_failed(group: ProcessGroup, *, failed: bool) -> bool:
     return bool(all_gather(np.array([failed], np.uint8), group).any())
 
 
-class Readers:
-    """The ranks that read together: those of a node, which share memory, or this one alone."""
-
-    def __init__(self, group: ProcessGroup | None) -> None:
-        self.rank, self.size = (0, 1) if group is None else (group.rank, group.size)
-        self._group = group
-
-    def requests(self, own: Sequence[BoxRequest]) -> Sequence[Sequence[BoxRequest]]:
-        """Return the requests of each rank, given this one's; at most two all_gathers."""
-        if self._group is None:
-            return [own]
-        digest = np.frombuffer(xxhash.xxh3_128_digest(repr(own).encode()), np.uint8)
-        if (all_gather(digest, self._group).reshape(self.size, -1) == digest).all():
-            return [own] * self.size  # most often, and shorter than the requests
-        plain = [(name, box.offsets, box.sizes) for name, box in own]  # shorter than boxes
-        return [
-            [BoxRequest(name, box_of(offsets, sizes)) for name, offsets, sizes in requests]
-            for requests in all_gather_object(plain, self._group)
-        ]
-
-    def buffers(self) -> Array | None:
-        """Return two buffers for each rank, used in turn: shape (2, size, BUFFER) uint8.
-
-        All ranks see them. None, on all of them, if there is no such memory.
-        """
-        if self._group is None:
-            return None
-        return self._group.shared((2, self.size, BUFFER), np.uint8)
-
-    def barrier(self, *, failed: bool) -> bool:
-        """Wait for all of them, and return whether any has failed."""
-        return failed if self._group is None else _any_failed(self._group, failed=failed)
+def _requests_of(node: ProcessGroup, own: Sequence[BoxRequest]) -> Sequence[Sequence[BoxRequest]]:
+    """Return the requests of each rank of a node, given this one's; at most two all_gathers."""
+    if node.size == 1:
+        return [own]
+    digest = np.frombuffer(xxhash.xxh3_128_digest(repr(own).encode()), np.uint8)
+    if (all_gather(digest, node).reshape(node.size, -1) == digest).all():
+        return [own] * node.size  # most often, and shorter than the requests
+    plain = [(name, box.offsets, box.sizes) for name, box in own]  # shorter than boxes
+    return [
+        [BoxRequest(name, box_of(offsets, sizes)) for name, offsets, sizes in requests]
+        for requests in all_gather_object(plain, node)
+    ]
 
 
 def batches(items: Sequence[ReadItem], size: int) -> list[list[list[ReadItem]]]:
@@ -447,47 +426,43 @@ def _views(buffer: Array, batch: Sequence[ReadItem]) -> Iterator[Array]:
         offset += aligned_size(item)
 
 
-def _fill(files: Files, manifest: Manifest, targets: _Targets, readers: Readers) -> None:
-    """Read what is needed here, and with others what several of them need."""
-    requests = readers.requests(targets.requests())
-    items = fulfil(Future(), divided_read_items, manifest, requests, readers.rank)
-    if readers.barrier(failed=items.exception() is not None):
+def _fill(files: Files, targets: _Targets, node: ProcessGroup) -> None:
+    """Read what is needed here, and with the other ranks of the node what several of them need."""
+    requests = _requests_of(node, targets.requests())
+    items = fulfil(Future(), divided_read_items, files.manifest, requests, node.rank)
+    if _any_failed(node, failed=items.exception() is not None):
         items.result()  # raises, here or on another rank
         return
     own, shared = items.result()
-    buffers = readers.buffers() if shared else None
-    if shared and buffers is None:  # no other rank, or no shared memory: each rank reads for itself
-        own, shared = read_items(manifest, requests[readers.rank]), []
-    filled = fulfil(Future(), _fill_alone, files, manifest, targets, own)
-    problem = filled.exception()
+    buffers = node.shared((2, node.size, BUFFER), np.uint8) if shared else None
+    if shared and buffers is None:  # there is no shared memory: each rank reads for itself
+        own, shared = read_items(files.manifest, requests[node.rank]), []
+    problem = fulfil(Future(), _fill_alone, files, targets, own).exception()
     if buffers is not None:
-        problem = _fill_together(files, manifest, targets, readers, buffers, shared, problem)
+        problem = _fill_together(files, targets, node, buffers, shared, problem)
     if problem is not None:
         raise problem
 
 
-def _fill_alone(
-    files: Files, manifest: Manifest, targets: _Targets, items: Sequence[ReadItem]
-) -> None:
+def _fill_alone(files: Files, targets: _Targets, items: Sequence[ReadItem]) -> None:
     """Read what only this rank needs, where possible straight to where it is needed."""
     memory = np.empty(BUFFER, np.uint8)
     (own,) = batches(items, 1)
     for batch in own:
-        outs = [destination_of(manifest, item, targets.by_name) for item in batch]
+        outs = [destination_of(files.manifest, item, targets.by_name) for item in batch]
         memories = [
             view if out is None else out
             for out, view in zip(outs, _views(memory, batch), strict=True)
         ]
         for item, out, data in zip(batch, outs, files.load(batch, memories), strict=True):
             if out is None:
-                scatter(manifest, item, data, targets.by_name)
+                scatter(files.manifest, item, data, targets.by_name)
 
 
 def _fill_together(
     files: Files,
-    manifest: Manifest,
     targets: _Targets,
-    readers: Readers,
+    node: ProcessGroup,
     buffers: Array,
     items: Sequence[ReadItem],
     problem: BaseException | None,
@@ -497,22 +472,22 @@ def _fill_together(
     Returns `problem`, or what has failed here; the others may go on only with this rank. See
     [Note: reading together].
     """
-    shares = batches(items, readers.size)
-    own = shares[readers.rank]
+    shares = batches(items, node.size)
+    own = shares[node.rank]
     for turn in range(max(map(len, shares))):
         memory = buffers[turn % 2]
         try:
             if turn < len(own) and problem is None:
-                files.load(own[turn], list(_views(memory[readers.rank], own[turn])))
+                files.load(own[turn], list(_views(memory[node.rank], own[turn])))
         except Exception as error:  # noqa: BLE001  # returned: first the others must learn of it
             problem = error
-        if readers.barrier(failed=problem is not None):
+        if _any_failed(node, failed=problem is not None):
             break
         try:
             for rank, share in enumerate(shares):
                 batch = share[turn] if turn < len(share) else ()
                 for item, view in zip(batch, _views(memory[rank], batch), strict=True):
-                    scatter(manifest, item, files.shaped(item, view), targets.by_name)
+                    scatter(files.manifest, item, files.shaped(item, view), targets.by_name)
         except Exception as error:  # noqa: BLE001  # as above, at the next barrier
             problem = error
     return problem

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays.boxes import Box, BoxIndex
+from mpidist.arrays.boxes import Box, BoxIndex, view_of_box
 from mpidist.checkpoint.format.files import open_regular, read_at
 from mpidist.checkpoint.format.manifest import (
     DIGEST_BYTES,
@@ -242,8 +242,7 @@ def destination_of(
     else:
         if region.intersect(box) != region:
             return None
-        index: Any = (*region.relative_to(box).slices, ...)  # a view, also of a 0-d array
-        view = out[index]
+        view = view_of_box(out, box, region)
     if not view.flags.c_contiguous or view.dtype != view.dtype.newbyteorder("<"):
         return None
     flat: Array = view.reshape(-1).view(np.uint8)
@@ -348,7 +347,7 @@ class Files:
 
     def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
         self._directory = directory
-        self._manifest = manifest
+        self.manifest = manifest
         self._verify = verify
         self._open: dict[int, int] = {}
         self.read = 0
@@ -405,7 +404,7 @@ class Files:
         """Return where the bytes of an item lie side by side: byte in the file, and length."""
         if item.length == item.nbytes:
             return ((item.byte, item.nbytes),)
-        return file_ranges(self._manifest, item.name, item.number, item.region)
+        return file_ranges(self.manifest, item.name, item.number, item.region)
 
     def _read(self, at: tuple[int, int, int], parts: Sequence[Array]) -> None:
         """Read what lies side by side in a file: its number, the first byte, and how many."""
@@ -418,16 +417,16 @@ class Files:
             raise _missing(self._path(file), error) from error
         self.read += count
         if count != length:
-            raise _cut_off(self._path(file), self._manifest.files[file].size, byte + count)
+            raise _cut_off(self._path(file), self.manifest.files[file].size, byte + count)
 
     def shaped(self, item: ReadItem, memory: Array) -> Array:
         """Return what `load` has put into some memory."""
-        dtype = self._manifest.arrays[item.name].dtype
+        dtype = self.manifest.arrays[item.name].dtype
         shaped: Array = memory[: item.nbytes].view(dtype.newbyteorder("<"))
         return shaped.reshape(item.region.sizes)
 
     def _check(self, item: ReadItem, data: Array) -> None:
-        array = self._manifest.arrays[item.name]
+        array = self.manifest.arrays[item.name]
         stored = array.boxes[item.number]
         grid = ChunkGrid.of(stored.box.sizes, array.dtype.itemsize)
         begin = item.first * DIGEST_BYTES
@@ -437,25 +436,20 @@ class Files:
             a, b = (np.frombuffer(digests, np.int64) for digests in (actual, expected))
             first = int(np.flatnonzero(a != b)[0]) * DIGEST_BYTES
             digest = slice(first, first + DIGEST_BYTES)
-            raise self._damage(item, expected[digest], actual[digest])
-
-    def _damage(self, item: ReadItem, expected: bytes, actual: bytes) -> CheckpointCorruptError:
-        path = self._path(item.file)
-        stored = self._manifest.arrays[item.name].boxes[item.number]
-        return CheckpointCorruptError(
-            f"{path} is damaged: a part of {item.name!r} in dataset {stored.dataset!r} has digest "
-            f"{actual.hex()}, and was written with {expected.hex()}; restore the file from a copy, "
-            "or load another step"
-        )
+            raise CheckpointCorruptError(
+                f"{self._path(item.file)} is damaged: a part of {item.name!r} in dataset "
+                f"{stored.dataset!r} has digest {actual[digest].hex()}, and was written with "
+                f"{expected[digest].hex()}; restore the file from a copy, or load another step"
+            )
 
     def _path(self, number: int) -> Path:
-        return self._directory / self._manifest.files[number].name
+        return self._directory / self.manifest.files[number].name
 
     def _descriptor(self, number: int) -> int:
         if number not in self._open:
             while len(self._open) >= _MOST_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
-            path, expected = self._path(number), self._manifest.files[number].size
+            path, expected = self._path(number), self.manifest.files[number].size
             try:
                 descriptor = open_regular(path)
             except OSError as error:

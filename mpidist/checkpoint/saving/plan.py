@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
@@ -26,7 +26,7 @@ import xxhash
 from mpidist import __version__
 from mpidist._formatting import shorten
 from mpidist._types import Array
-from mpidist.arrays.boxes import Box, split_evenly
+from mpidist.arrays.boxes import Box, split_evenly, view_of_box
 from mpidist.arrays.shards import ShardedArray
 from mpidist.checkpoint.directory import clear, create_directory, step_directory, step_of
 from mpidist.checkpoint.format.files import hdf5_versions
@@ -226,10 +226,7 @@ def describe(flat: FlatState) -> LocalMetadata:
 def view_of(array: Array | ShardedArray, item: WriteItem) -> Array:
     """Return the elements that an item names: a view of what the rank holds."""
     held = array.pieces[item.held] if isinstance(array, ShardedArray) else array
-    if item.box == item.held:
-        return held
-    index: Any = (*item.box.relative_to(item.held).slices, ...)  # a view, also of a 0-d array
-    return cast("Array", held[index])
+    return held if item.box == item.held else view_of_box(held, item.held, item.box)
 
 
 @dataclass(frozen=True)

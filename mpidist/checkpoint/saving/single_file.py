@@ -10,15 +10,14 @@ is lost: parts that do not interleave, as parts of rows, an MPI library writes b
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mpidist._types import Array
-from mpidist.arrays.boxes import Box, boxes_of_at_most
+from mpidist.arrays.boxes import Box, boxes_of_at_most, view_of_box
 from mpidist.checkpoint.format import files
 from mpidist.checkpoint.format.files import naming, rename_synced, temporary
 from mpidist.checkpoint.format.manifest import (
@@ -72,19 +71,21 @@ def write_together(
     path = plan.directory / SINGLE_FILE
     part = temporary(path)
     arrays = broadcast_object(plan.coordinator and plan.coordinator[1].arrays, group)
-    made = call_now(_make, part, arrays, attributes) if group.rank == 0 else None
+    identity = np.frombuffer(plan.id.encode(), np.uint8)
+    made = call_now(_make, part, arrays, identity, attributes) if group.rank == 0 else None
     if broadcast_object(made is not None and made.exception() is not None, group):
         if made is not None:
             made.result()  # raises
         return Written(None, [])
-    filled = call_now(_fill, part, taken, attributes, group)
+    filled = call_now(_fill, part, taken, identity, group)
     barrier(group)  # from here on nobody needs the temporary name
     filled.result()
-    boxes = [
-        (source.name, _stored(source, arrays[source.name].shape))
-        for source in taken.result()
-        if not source.box.empty
-    ]
+    boxes = []
+    for source in taken.result():
+        if not source.box.empty:  # a region of the array's dataset
+            first = int(np.ravel_multi_index(source.box.offsets, arrays[source.name].shape))
+            stored = StoredBox(source.box, 0, source.name, first, source.digests())
+            boxes.append((source.name, stored))
     if made is None:
         return Written(None, boxes)
     size = part.stat().st_size
@@ -93,11 +94,13 @@ def write_together(
 
 
 def _make(
-    path: Path, arrays: Mapping[str, ArrayMetadata], attributes: Mapping[str, str | int]
+    path: Path,
+    arrays: Mapping[str, ArrayMetadata],
+    identity: Array,
+    attributes: Mapping[str, str | int],
 ) -> dict[str, StoredDataset]:
     """Make the file, and return its datasets, but for empty ones, in which no box lies."""
     datasets = [(name, array.shape, dtype_of(array.dtype)) for name, array in arrays.items()]
-    identity = _identity(attributes)
     datasets.append((ID_DATASET, identity.shape, identity.dtype))
     begins = files.create_file(path, datasets, attributes)
     return {
@@ -105,41 +108,20 @@ def _make(
     }
 
 
-def _identity(attributes: Mapping[str, str | int]) -> Array:
-    return np.frombuffer(str(attributes["id"]).encode(), np.uint8)
-
-
-def _fill(
-    path: Path,
-    taken: Future[list[HostBox]],
-    attributes: Mapping[str, str | int],
-    group: ProcessGroup,
-) -> None:
+def _fill(path: Path, taken: Future[list[HostBox]], identity: Array, group: ProcessGroup) -> None:
     """Write, close and sync the file."""
-    with files.parallel_file(path, group.mpi_comm) as file:
+    with files.parallel_file(path, group.mpi_comm) as write:
         if group.rank == 0:
-            identity = _identity(attributes)
-            file.write(ID_DATASET, Box.whole(identity.shape), identity)
+            write(ID_DATASET, Box.whole(identity.shape), identity)
         for source in taken.result():
             if source.box.empty:
                 continue
             for box in boxes_of_at_most(source.box, _BLOCK // source.dtype.itemsize):
-                file.write(source.name, box, _elements(source, box))
+                part = view_of_box(source.data, source.box, box)
+                write(source.name, box, np.ascontiguousarray(part, part.dtype.newbyteorder("<")))
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         with naming(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _elements(source: HostBox, box: Box) -> Array:
-    """Return the elements of a box inside another one, as they are stored."""
-    index: Any = (*box.relative_to(source.box).slices, ...)  # a view, also of a 0-d array
-    return np.ascontiguousarray(source.data[index], source.dtype.newbyteorder("<"))
-
-
-def _stored(source: HostBox, shape: Sequence[int]) -> StoredBox:
-    """Return what the manifest says of a box: a region of the array's dataset."""
-    first = int(np.ravel_multi_index(source.box.offsets, tuple(shape)))
-    return StoredBox(source.box, 0, source.name, first, source.digests())

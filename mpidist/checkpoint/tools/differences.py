@@ -89,13 +89,17 @@ def _arrays(
             text = f"{a.dtype}{builtins.list(a.shape)} and {b.dtype}{builtins.list(b.shape)}"
             yield Difference("array", name, text)
         else:
-            count = _Count()
+            elements, largest = 0, float("nan")
             for box in _unsettled(a.boxes, b.boxes, a.dtype.itemsize):
-                count.add(one.read(name, box), other.read(name, box))
-            if count.elements:
+                x, y = one.read(name, box), other.read(name, box)
+                differs = (x != y) & ~((x != x) & (y != y))  # noqa: PLR0124  # only NaN is not itself
+                if differs.any():
+                    elements += int(np.count_nonzero(differs))
+                    largest = float(np.fmax(largest, _largest(x[differs], y[differs])))
+            if elements:
                 total = Box.whole(a.shape).count
-                text = f"{count.elements} of {total} elements, by at most {count.largest:g}"
-                yield Difference("array", name, text, count.elements, count.largest)
+                text = f"{elements} of {total} elements, by at most {largest:g}"
+                yield Difference("array", name, text, elements, largest)
         if a is not None:
             progress(a.nbytes)
 
@@ -117,22 +121,6 @@ def _unsettled(
 
 def _table(digests: bytes) -> Array:
     return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
-
-
-class _Count:
-    """How many elements differ, and by how much."""
-
-    def __init__(self) -> None:
-        self.elements = 0
-        self.largest = float("nan")
-
-    def add(self, a: Array, b: Array) -> None:
-        """Look at elements of both arrays."""
-        differs = (a != b) & ~((a != a) & (b != b))  # noqa: PLR0124  # only NaN is not itself
-        count = int(np.count_nonzero(differs))
-        if count:
-            self.elements += count
-            self.largest = float(np.fmax(self.largest, _largest(a[differs], b[differs])))
 
 
 def _largest(a: Array, b: Array) -> float:

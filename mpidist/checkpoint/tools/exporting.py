@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -400,16 +400,12 @@ def _elements(tensor: Any, box: Box) -> Array:
     return part
 
 
-class Format(NamedTuple):
-    """The operations of a format."""
+_Write: TypeAlias = Callable[[Checkpoint, Path, IO[bytes], Progress], None]
+_Open: TypeAlias = Callable[[Path], AbstractContextManager[Foreign]]
 
-    write: Callable[[Checkpoint, Path, IO[bytes], Progress], None]
-    open: Callable[[Path], AbstractContextManager[Foreign]]
-
-
-FORMATS: Mapping[str, Format] = {
-    ".safetensors": Format(write_safetensors, open_safetensors),
-    ".npz": Format(write_npz, open_npz),
+FORMATS: Mapping[str, tuple[_Write, _Open]] = {
+    ".safetensors": (write_safetensors, open_safetensors),
+    ".npz": (write_npz, open_npz),
 }
 """By the end of the file's name."""
 
@@ -431,7 +427,7 @@ def export_to(path: Path, checkpoint: Checkpoint, *, progress: Progress = ignore
     Local. Memory: some blocks of 1 MiB, whatever the arrays' sizes. bfloat16 is a dtype of
     safetensors; in npz it is uint16, and the entry mpidist.json names the arrays.
     """
-    write = _format_of(path).write
+    write, _ = _format_of(path)
     path = absolute(path)
     if os.path.lexists(path):
         raise CheckpointError(f"{path} is there already, and never overwritten; remove it first")
@@ -470,7 +466,7 @@ def import_from(
     -----
     Local. Memory: some blocks of at most 8 MiB. Nothing is unpickled.
     """
-    opener = _format_of(file).open
+    _, opener = _format_of(file)
     file = absolute(file)
     try:
         with suppress(FileNotFoundError):  # reported below, after a package that is missing
@@ -515,7 +511,7 @@ def _step_of(foreign: Foreign, step: int | None, file: Path) -> int:
         raise UnsupportedOperationError(f"{file}: {error}; say it with --step") from None
 
 
-def _format_of(path: Path) -> Format:
+def _format_of(path: Path) -> tuple[_Write, _Open]:
     if path.suffix not in FORMATS:
         raise UnsupportedOperationError(
             f"{path}: the end of the name says the format; known are {' and '.join(FORMATS)}"

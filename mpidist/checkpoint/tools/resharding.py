@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -38,9 +37,7 @@ from mpidist.checkpoint.loading.reading import (
 )
 from mpidist.checkpoint.saving.plan import (
     ArrayMetadata,
-    GlobalPlan,
     LocalMetadata,
-    WriteItem,
     assemble,
     make_global_plan,
     report_of,
@@ -232,7 +229,23 @@ def build(
     try:
         create_directory(directory, header.id)
         try:
-            _write(directory, header, plan, sources, progress)
+            reports = []
+            for rank, items in enumerate(plan.local_plans):
+                boxes = []
+                for name, _, box in items:
+                    dtype = sources[name].dtype.newbyteorder("=")
+                    boxes.append(_StreamedBox(name, box, dtype, sources[name], progress))
+                attributes: dict[str, str | int] = {
+                    "id": header.id,
+                    "step": step,
+                    "rank": rank,
+                    "world_size": num_ranks,
+                }
+                written = write_file(directory / file_name(rank), boxes, attributes)
+                reports.append(report_of(written))
+            manifest = assemble(header, plan.arrays, reports)
+            view.create_view(directory / view.VIEW, manifest)
+            commit(directory, manifest)
         except BaseException:
             clear(directory, header.id)
             raise
@@ -244,40 +257,13 @@ def build(
     return Checkpoint(directory)
 
 
-def _write(
-    directory: Path,
-    header: Manifest,
-    plan: GlobalPlan,
-    sources: Mapping[str, ArraySource],
-    progress: Progress,
-) -> None:
-    reports = []
-    for rank, items in enumerate(plan.local_plans):
-        boxes = [StreamedBox.of(item, sources[item.name], progress) for item in items]
-        attributes: dict[str, str | int] = {
-            "id": header.id,
-            "step": header.step,
-            "rank": rank,
-            "world_size": header.world_size,
-        }
-        reports.append(report_of(write_file(directory / file_name(rank), boxes, attributes)))
-    manifest = assemble(header, plan.arrays, reports)
-    view.create_view(directory / view.VIEW, manifest)
-    commit(directory, manifest)
-
-
 @dataclass
-class StreamedBox(BoxSource):
+class _StreamedBox(BoxSource):
     """A box of an array that is read, digested and written some chunks at a time."""
 
     source: ArraySource
     progress: Progress
     _digests: list[bytes] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, item: WriteItem, source: ArraySource, progress: Progress) -> StreamedBox:
-        """Return the box of an item of a plan."""
-        return cls(item.name, item.box, source.dtype.newbyteorder("="), source, progress)
 
     def blocks(self) -> Iterator[tuple[int, Array]]:
         """Yield its bytes, some chunks at a time."""

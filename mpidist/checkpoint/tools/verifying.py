@@ -94,11 +94,13 @@ def _read(answer: JSON) -> Contents | str:
     if isinstance(answer, str):
         return answer
     identity, datasets = answer
-    return Contents(identity, {name: _dataset(*entry) for name, entry in datasets.items()})
-
-
-def _dataset(byte: int, shape: JSON, dtype: str, sources: JSON) -> Dataset:
-    return Dataset(byte, tuple(shape), dtype, tuple(map(tuple, sources)))
+    return Contents(
+        identity,
+        {
+            name: Dataset(byte, tuple(shape), dtype, tuple(map(tuple, sources)))
+            for name, (byte, shape, dtype, sources) in datasets.items()
+        },
+    )
 
 
 def verify(
@@ -151,23 +153,16 @@ def verify(
     dtypes = _dtypes(manifest)
     for number, file in enumerate(manifest.files):
         path = checkpoint.directory / file.name
-        problem = _of_file(path, file, manifest.id)
-        if problem is not None:
-            errors.append(problem)
+        try:
+            check_file(path, file, manifest.id)
+        except CheckpointError as error:
+            errors.append(error)
             broken.add(number)
         else:
             errors += _of_structure(path, seen[number], file, dtypes[number], manifest.id)
     errors += _of_chunks(checkpoint, manifest, broken, progress)
     errors += _of_view(checkpoint.directory / VIEW, seen[-1], manifest)
     return errors
-
-
-def _of_file(path: Path, file: StoredFile, identity: str) -> CheckpointError | None:
-    try:
-        check_file(path, file, identity)
-    except CheckpointError as error:
-        return error
-    return None
 
 
 def _dtypes(manifest: Manifest) -> builtins.list[dict[str, str]]:
