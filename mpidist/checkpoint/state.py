@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a program: arrays and values by name, out of objects and back in."""
+"""The state of a program as arrays and values by name, taken from objects and given back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stateful(Protocol):
     """An object that can be saved: modules, optimizers, samplers, anyone's own."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return all that it needs to go on.
+        """Return all that it needs to continue.
 
         Returns
         -------
@@ -38,7 +38,7 @@ class Stateful(Protocol):
         """
 
     def load_state_dict(self, state: Any, /) -> object:
-        """Go on from what `state_dict` returned, perhaps in another process."""
+        """Continue from what `state_dict` returned, perhaps in another process."""
 
 
 State: TypeAlias = Mapping[str, Any]
@@ -72,7 +72,7 @@ class FlatState:
 
 
 class _GeneratorState:
-    """A random generator of numpy, as other objects with a state are."""
+    """A random generator of numpy, with the methods of a `Stateful` object."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self._bits = generator.bit_generator

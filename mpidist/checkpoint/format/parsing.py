@@ -1,4 +1,4 @@
-"""Reading a manifest, and believing nothing that it does not prove.
+"""Reading a manifest, and checking everything in it before it is used.
 
 There may be hundreds of thousands of boxes, and all ranks wait for the one that reads them. So the
 loops over them are in C where possible: over one column of all boxes of all arrays at a time.
@@ -136,7 +136,7 @@ def _has_the_sum_of(array: Box, boxes: Sequence[Box]) -> bool:
 
 
 def parse_manifest(data: bytes, path: object) -> Manifest:
-    """Read the bytes of a manifest, and believe nothing that they do not prove.
+    """Read the bytes of a manifest, and check everything in them.
 
     Raises CheckpointCorruptError if it is cut off, damaged or edited, or contradicts itself, and
     CheckpointIncompatibleError if its format is a later one.
@@ -178,7 +178,7 @@ def _parse(data: bytes, path: object) -> Manifest:
 
 
 def _rest(data: bytes) -> bytes:
-    """Return what the digest of a manifest is of: its bytes, as they would be without it.
+    """Return what the digest of a manifest covers: its bytes without the digest.
 
     Not the JSON written anew: another program may write numbers in another way.
     """

@@ -1,4 +1,4 @@
-"""What programs see that know HDF5 only: the view of a checkpoint, and what is in its files."""
+"""What programs that know only HDF5 see: the view of a checkpoint, and what its files contain."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _table(digests: bytes) -> Array:
 
 
 def _largest(a: Array, b: Array) -> float:
-    """Return the largest absolute difference; NaN if there is none but with NaN."""
+    """Return the largest absolute difference of pairs without NaN; NaN if there are none."""
     with np.errstate(invalid="ignore", over="ignore"):
         if a.dtype.kind in "iu":  # in modular arithmetic the larger minus the smaller is right
             return float(

@@ -230,7 +230,7 @@ class _Archive:
         self._current: tuple[str, Array] | None = None
 
     def close(self) -> None:
-        """Let the temporary file go."""
+        """Close the temporary file."""
         self._current = None
         if self._file is not None:
             self._file.close()

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -37,6 +38,7 @@ from mpidist.checkpoint.loading.reading import (
 )
 from mpidist.checkpoint.saving.plan import (
     ArrayMetadata,
+    GlobalPlan,
     LocalMetadata,
     assemble,
     make_global_plan,
@@ -229,23 +231,7 @@ def build(
     try:
         create_directory(directory, header.id)
         try:
-            reports = []
-            for rank, items in enumerate(plan.local_plans):
-                boxes = []
-                for name, _, box in items:
-                    dtype = sources[name].dtype.newbyteorder("=")
-                    boxes.append(_StreamedBox(name, box, dtype, sources[name], progress))
-                attributes: dict[str, str | int] = {
-                    "id": header.id,
-                    "step": step,
-                    "rank": rank,
-                    "world_size": num_ranks,
-                }
-                written = write_file(directory / file_name(rank), boxes, attributes)
-                reports.append(report_of(written))
-            manifest = assemble(header, plan.arrays, reports)
-            view.create_view(directory / view.VIEW, manifest)
-            commit(directory, manifest)
+            _write(directory, header, plan, sources, progress)
         except BaseException:
             clear(directory, header.id)
             raise
@@ -255,6 +241,32 @@ def build(
         message = f"{directory} cannot be written: {type(error).__name__}: {error}"
         raise CheckpointError(message) from error
     return Checkpoint(directory)
+
+
+def _write(
+    directory: Path,
+    header: Manifest,
+    plan: GlobalPlan,
+    sources: Mapping[str, ArraySource],
+    progress: Progress,
+) -> None:
+    reports = []
+    for rank, items in enumerate(plan.local_plans):
+        boxes = []
+        for name, _, box in items:
+            dtype = sources[name].dtype.newbyteorder("=")
+            boxes.append(_StreamedBox(name, box, dtype, sources[name], progress))
+        attributes: dict[str, str | int] = {
+            "id": header.id,
+            "step": header.step,
+            "rank": rank,
+            "world_size": header.world_size,
+        }
+        written = write_file(directory / file_name(rank), boxes, attributes)
+        reports.append(report_of(written))
+    manifest = assemble(header, plan.arrays, reports)
+    view.create_view(directory / view.VIEW, manifest)
+    commit(directory, manifest)
 
 
 @dataclass

@@ -78,7 +78,7 @@ def _exit_text(code: int, stderr: bytes) -> str:
 
 
 def answer() -> None:
-    """Tell on standard output what is in the files that standard input names, a line for each."""
+    """Print what is in the files that standard input names, one line for each."""
     for line in sys.stdin:
         answer: JSON
         try:
