@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpidist._types import MAX, Array
+from mpidist.arrays.boxes import part_slices
 from mpidist.arrays.namespaces import array_namespace, is_device, pinned_empty
 from mpidist.backends.base import Backend, Traffic
 from mpidist.backends.device.base import DeviceBackend, DeviceWork
@@ -154,8 +155,7 @@ def _pieces(call: Collective, rank: int, pinned: _PinnedBuffers, first: int) -> 
         taken = None if call.out is None else _pinned(call.out)
         arrays = {"x": given and given.host, "out": taken and taken.host}
         if isinstance(call, AllGather) and taken is not None and given is None:
-            start = sum(call.counts[:rank])
-            own = slice(start, start + call.counts[rank])
+            own = part_slices(call.counts)[rank]
             given = _Copy(taken.device[own], taken.host[own])
         return [_Piece(replace(call, **arrays), [given] if given else [], [taken] if taken else [])]
     raise UnsupportedOperationError(

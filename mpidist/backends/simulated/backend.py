@@ -54,7 +54,7 @@ class _ThreadComparison:
         return any(signature.breaks for signature in self._close(number).values.values())
 
     def _close(self, number: int) -> Rendezvous:
-        self._network.leave(self._member.members[self._member.rank])
+        self._network.leave(self._member)
         return self._rendezvous.pop(number)
 
 
@@ -83,9 +83,8 @@ class _ThreadExchange:
         """Return the values of all members, in order of their ranks."""
         self._exchanges[member] += 1
         assert self._waiter is not None, "only in `blocking`"
-        names = range(len(member.members))
         key = (member.context, member.members, "exchange", self._exchanges[member])
-        rendezvous = self._network.gather(key, member, value, names=names, waiter=self._waiter)
+        rendezvous = self._network.gather(key, member, value, self._waiter)
         return [rendezvous.values[other] for other in member.members]
 
     def share(self, nbytes: int) -> memoryview:
@@ -204,13 +203,8 @@ class SimulatedBackend(Backend):
         """Make one transport per color; collective over all ranks, blocks."""
         self._sequencer.arrive(waiter, Route.ARRIVAL)
         self._splits += 1
-        rendezvous = self._network.gather(
-            (self._member.context, "split", self._splits),
-            self._member,
-            (color, key, self.rank),
-            names=range(self.size),
-            waiter=waiter,
-        )
+        split, value = (self._member.context, "split", self._splits), (color, key, self.rank)
+        rendezvous = self._network.gather(split, self._member, value, waiter)
         if color is None:
             return None
         same = sorted(
@@ -228,8 +222,8 @@ class SimulatedBackend(Backend):
             (self._member.context, key, self._created[key]),
             Member((), key.index(self.rank), members),
             None,
-            names=ranks,
-            waiter=waiter,
+            waiter,
+            ranks=ranks,
         )
         return self._child(ranks, rendezvous.number)
 

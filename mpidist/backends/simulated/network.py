@@ -63,6 +63,11 @@ class Member(NamedTuple):
     rank: int
     members: tuple[int, ...]
 
+    @property
+    def world_rank(self) -> int:
+        """The rank in the world."""
+        return self.members[self.rank]
+
 
 class _Address(NamedTuple):
     """What a message and its receive have in common: the receiver in its group, and the lane."""
@@ -93,6 +98,10 @@ class PostedReceive:
     work: ExchangeWork
     index: int
 
+    def fits(self, parcel: Parcel) -> bool:
+        """Whether it takes messages of this one's source."""
+        return self.source in (ANY_SOURCE, parcel.source)
+
     def take(self, parcel: Parcel) -> None:
         """Copy the bytes of a message, or note that it is too long."""
         self.work.sources[self.index] = parcel.source
@@ -106,30 +115,6 @@ class PostedReceive:
             )
             return
         np.copyto(self.buffer[: parcel.data.size], parcel.data)
-
-
-class Matcher:
-    """The messages that wait for their receive, and the receives that wait for their message."""
-
-    def __init__(self) -> None:
-        self._arrived: dict[_Address, list[Parcel]] = {}
-        self._posted: dict[_Address, list[PostedReceive]] = {}
-
-    def post(self, receive: PostedReceive) -> Parcel | None:
-        """Return the first message that fits a new receive; else the receive waits."""
-        wanted = receive.source
-        parcel = _take(self._arrived, receive.address, lambda p: wanted in (ANY_SOURCE, p.source))
-        if parcel is None:
-            self._posted.setdefault(receive.address, []).append(receive)
-        return parcel
-
-    def arrive(self, parcel: Parcel) -> PostedReceive | None:
-        """Return the first receive that fits a new message; else the message waits."""
-        source = parcel.source
-        receive = _take(self._posted, parcel.address, lambda s: s.source in (ANY_SOURCE, source))
-        if receive is None:
-            self._arrived.setdefault(parcel.address, []).append(parcel)
-        return receive
 
 
 def _take(table: dict[_Address, list[T]], address: _Address, fits: Callable[[T], bool]) -> T | None:
@@ -208,7 +193,8 @@ class Network:
         self._wakeups = [_Wakeup() for _ in range(size)]
         self._busy = [0] * size
         self._pending: list[deque[Callable[[], None]]] = [deque() for _ in range(size)]
-        self._matcher = Matcher()
+        self._arrived: dict[_Address, list[Parcel]] = {}
+        self._posted: dict[_Address, list[PostedReceive]] = {}
         self._late: list[tuple[float, int, Callable[[], None]]] = []
         self._last_due: dict[tuple[int, int], float] = {}
         self._sent: Counter[tuple[int, int]] = Counter()
@@ -286,27 +272,32 @@ class Network:
             self.run_pending(rank)
 
     def gather(
-        self, key: Hashable, member: Member, value: Any, *, names: Sequence[int], waiter: Waiter
+        self,
+        key: Hashable,
+        member: Member,
+        value: Any,
+        waiter: Waiter,
+        *,
+        ranks: Sequence[int] | None = None,
     ) -> Rendezvous:
         """Wait until all members of a group have given their values under one key.
 
-        `names` are the numbers by which the waiter knows the members.
+        `ranks` are theirs in the group of the waiter, if that is another one.
         """
-        rank = member.members[member.rank]
         rendezvous = self.offer(key, member, value)
 
         def missing() -> list[int]:
-            return [names[index] for index in rendezvous.missing(member)]
+            return [ranks[i] if ranks else i for i in rendezvous.missing(member)]
 
         try:
             waiter.wait_for(rendezvous.full, missing=missing)
         finally:
-            self.leave(rank)
+            self.leave(member)
         return rendezvous
 
     def offer(self, key: Hashable, member: Member, value: Any) -> Rendezvous:
         """Give a value under a key, and return at once; `leave` when all have been read."""
-        rank = member.members[member.rank]
+        rank = member.world_rank
         with self._lock:
             self._count_call(rank)
             rendezvous = self._rendezvous.setdefault(key, Rendezvous(len(member.members)))
@@ -319,10 +310,10 @@ class Network:
                     self._wakeups[other].wake()
         return rendezvous
 
-    def leave(self, rank: int) -> None:
+    def leave(self, member: Member) -> None:
         """Stop waiting for a rendezvous."""
         with self._lock:
-            self._busy[rank] -= 1
+            self._busy[member.world_rank] -= 1
 
     def memory(self, key: Hashable, nbytes: int, *, readers: int) -> memoryview:
         """Return the same memory, zero at first, for each of so many calls with one key."""
@@ -340,7 +331,7 @@ class Network:
         self, member: Member, sends: Sequence[Message], receives: Sequence[Message]
     ) -> ExchangeWork:
         """Post receives and send messages for one rank of a group."""
-        rank = member.members[member.rank]
+        rank = member.world_rank
         work = ExchangeWork(self, rank, len(sends), len(receives))
         eager = self._mode is DeliveryMode.EAGER
         parcels = []
@@ -354,8 +345,10 @@ class Network:
             for index, (array, peer, lane) in enumerate(receives):
                 address = _Address(member.context, member.rank, lane)
                 receive = PostedReceive(address, peer, as_bytes(array), work, index)
-                waiting = self._matcher.post(receive)
-                if waiting is not None:
+                waiting = _take(self._arrived, address, receive.fits)
+                if waiting is None:
+                    self._posted.setdefault(address, []).append(receive)
+                else:
                     self._match(waiting, receive)
             for parcel in parcels:
                 if eager:
@@ -385,8 +378,10 @@ class Network:
         heapq.heappush(self._late, (due, next(self._numbers), arrive))
 
     def _arrive(self, parcel: Parcel) -> None:
-        receive = self._matcher.arrive(parcel)
-        if receive is not None:
+        receive = _take(self._posted, parcel.address, lambda receive: receive.fits(parcel))
+        if receive is None:
+            self._arrived.setdefault(parcel.address, []).append(parcel)
+        else:
             self._match(parcel, receive)
 
     def _match(self, parcel: Parcel, receive: PostedReceive) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpidist._types import Array, ReduceOp
+from mpidist.arrays.boxes import part_slices
 from mpidist.arrays.namespaces import address_of, array_namespace
 from mpidist.backends.device.nccl.communicator import NcclCommunicator
 from mpidist.backends.device.nccl.dtypes import (
@@ -126,7 +127,7 @@ class Plans:
             return self.messages([Message(x, root, 0)], [])
         parts = _cut(out, counts)
         _copy(x, parts[self._rank])
-        return self.messages([], [Message(part, peer, 0) for peer, part in self._others(parts)])
+        return self.messages([], self._with_others(parts))
 
     def scatter(self, x: Array | None, out: Array, counts: Sequence[int], root: int) -> Operation:
         """Send each rank its part of `x` of one."""
@@ -134,7 +135,7 @@ class Plans:
             return self.messages([], [Message(out, root, 0)])
         parts = _cut(x, counts)
         _copy(parts[self._rank], out)
-        return self.messages([Message(part, peer, 0) for peer, part in self._others(parts)], [])
+        return self.messages(self._with_others(parts), [])
 
     def all_to_all(
         self, x: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
@@ -142,10 +143,7 @@ class Plans:
         """Send part `i` of `x` to rank `i`, and receive part `i` of `out` from it."""
         leaving, arriving = _cut(x, send_counts), _cut(out, recv_counts)
         _copy(leaving[self._rank], arriving[self._rank])
-        return self.messages(
-            [Message(part, peer, 0) for peer, part in self._others(leaving)],
-            [Message(part, peer, 0) for peer, part in self._others(arriving)],
-        )
+        return self.messages(self._with_others(leaving), self._with_others(arriving))
 
     def barrier(self) -> Operation:
         """Refuse: a barrier is one of the hosts."""
@@ -168,8 +166,8 @@ class Plans:
 
         return Operation(call, several=True)
 
-    def _others(self, parts: Sequence[Array]) -> list[tuple[int, Array]]:
-        return [(peer, part) for peer, part in enumerate(parts) if peer != self._rank]
+    def _with_others(self, parts: Sequence[Array]) -> list[Message]:
+        return [Message(part, peer, 0) for peer, part in enumerate(parts) if peer != self._rank]
 
 
 def _reduction(
@@ -195,11 +193,7 @@ def _reduction(
 
 def _cut(x: Array, counts: Sequence[int]) -> list[Array]:
     """Return the parts of a flat array, one per rank."""
-    parts, start = [], 0
-    for count in counts:
-        parts.append(x[start : start + count])
-        start += count
-    return parts
+    return [x[part] for part in part_slices(counts)]
 
 
 def _copy(x: Array, out: Any) -> None:
