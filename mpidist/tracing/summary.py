@@ -53,7 +53,7 @@ class RankTime:
     hidden: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallTime:
     """What the calls of one operation at one place cost, over all ranks.
 
@@ -234,31 +234,22 @@ def _length(spans: Spans) -> float:
 
 def _calls(events: Iterable[Any]) -> list[CallTime]:
     """Add up the operations of all ranks by verb and call site."""
-    calls: dict[tuple[str, str], int] = defaultdict(int)
-    nbytes: dict[tuple[str, str], list[int | None]] = defaultdict(list)
-    seconds: dict[tuple[str, str], float] = defaultdict(float)
-    waiting: dict[tuple[str, str], float] = defaultdict(float)
+    calls: dict[tuple[str, str], CallTime] = {}
     for event in events:
         category = event.get("cat")
         if event["ph"] == "e" or category not in ("blocking", "wait", "immediate", "message"):
             continue
         key = event["name"].removeprefix("wait "), event["args"]["site"]
+        call = calls.setdefault(key, CallTime(*key, 0, 0.0, 0.0, 0))
         if category != "wait":
-            calls[key] += 1
-            nbytes[key].append(event["args"].get("bytes"))
+            call.calls += 1
+            nbytes = event["args"].get("bytes")
+            unknown = nbytes is None or call.nbytes is None
+            call.nbytes = None if unknown else call.nbytes + nbytes
         if category in _BUSY:
-            seconds[key] += event["dur"] / 1e6
-            waiting[key] += _waited(event)
-    times = [
-        CallTime(*key, calls[key], seconds[key], waiting[key], _sum(nbytes[key]))
-        for key in {**seconds, **calls}
-    ]
-    return sorted(times, key=lambda call: -call.seconds)
-
-
-def _sum(numbers: Sequence[int | None]) -> int | None:
-    known = [number for number in numbers if number is not None]
-    return sum(known) if len(known) == len(numbers) else None
+            call.seconds += event["dur"] / 1e6
+            call.waiting += _waited(event)
+    return sorted(calls.values(), key=lambda call: -call.seconds)
 
 
 # -- steps -----------------------------------------------------------------------------------------

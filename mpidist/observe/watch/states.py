@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -204,18 +204,8 @@ class RankState:
             }
         )
 
-    @classmethod
-    def read(
-        cls,
-        recording: Recording,
-        *,
-        rank: int,
-        node: int,
-        process: str,
-        status: Status,
-        stacks: str,
-    ) -> RankState:
-        """Read the record of a rank of this node; `stacks` is what `own_stacks` returned there."""
+    def read(self, recording: Recording, stacks: str) -> RankState:
+        """Return it with what a rank of this node has recorded, and `own_stacks` returned there."""
         cells, now = recording.cells, monotonic_ns()
         wait, threads = None, []
         if sequence := cells[Head.WAITS_FOR]:
@@ -224,13 +214,10 @@ class RankState:
         with contextlib.suppress(ValueError):  # nothing has been written yet, or half of it
             threads = json.loads(stacks)
         claimed = cells[Head.CLAIMED] if cells[Head.CLAIMED] > cells[Head.REPORTED] else 0
-        if status is Status.ALIVE and cells[Head.LEAVING]:
-            status = Status.LEAVING
-        return cls(
-            rank=rank,
-            node=node,
-            process=process,
-            status=status,
+        leaving = self.status is Status.ALIVE and cells[Head.LEAVING]
+        return replace(
+            self,
+            status=Status.LEAVING if leaving else self.status,
             records=tuple(recording.records()),
             now=now,
             wait=wait,

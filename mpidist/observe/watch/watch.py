@@ -176,14 +176,8 @@ class Watch:
             asked = ask and rank not in stacks and self._listens(rank)
             if status is Status.ALIVE and (asked or self._is_held(rank)):
                 status = Status.SILENT
-            states[rank] = RankState.read(
-                self._recordings[rank],
-                rank=rank,
-                node=self._nodes[rank],
-                process=self._process_name(rank),
-                status=status,
-                stacks=stacks.get(rank, ""),
-            )
+            state = RankState(rank, self._nodes[rank], self._process_name(rank), status)
+            states[rank] = state.read(self._recordings[rank], stacks.get(rank, ""))
         return states
 
     def all_states(self) -> dict[int, RankState]:
