@@ -27,10 +27,9 @@ from mpidist.point_to_point._messages import (
     Receive,
     ReceiveWork,
     Send,
-    exchange_on_device,
-    prepare_batch,
     prepare_receive,
     prepare_send,
+    start_exchange,
 )
 
 __all__ = [
@@ -233,10 +232,7 @@ def exchange(
     -----
     Immediate. Any set of messages is free of deadlock if each send has a receive.
     """
-    arrays = (*(receive.out for receive in receives), *(message.x for message in sends))
-    if any(map(is_device, arrays)):
-        return exchange_on_device(group, sends, receives, timeout)
-    return prepare_batch(group, sends, receives, timeout)()
+    return start_exchange(group, sends, receives, timeout)
 
 
 def send_object(

@@ -405,41 +405,35 @@ def _start_on_device(
     )
 
 
-def exchange_on_device(
+def start_exchange(
     group: ProcessGroup, sends: Sequence[Send], receives: Sequence[Receive], timeout: Timeout
 ) -> Work[list[Array]]:
-    """Start messages of which some are of device arrays: NCCL has to get these at once."""
-    leaving = [device_send(message, group) for message in sends if is_device(message.x)]
-    order = sorted(range(len(receives)), key=lambda index: not is_device(receives[index].out))
-    arriving = [device_receive(receive, group) for receive in receives if is_device(receive.out)]
-    host = prepare_batch(
-        group,
-        [message for message in sends if not is_device(message.x)],
-        [receives[index] for index in order[len(arriving) :]],
-        timeout,
-    )
-    landings = [message for message, _ in arriving]
-    finish = [end for _, end in arriving]
-    device = _start_on_device(group, leaving, landings, lambda: [end() for end in finish], timeout)
-
-    def in_order(results: list[list[Array]]) -> list[Array]:
-        received = dict(zip(order, (x for result in results for x in result), strict=True))
-        return [received[index] for index in range(len(received))]
-
-    return Work.all([device, host()]).then(in_order)
-
-
-def prepare_batch(
-    group: ProcessGroup, sends: Sequence[Send], receives: Sequence[Receive], timeout: Timeout
-) -> Callable[[], Work[list[Array]]]:
-    """Check several messages of host arrays, and return what starts them."""
+    """Start several messages; those of device arrays together, as NCCL has to get them."""
     # All are checked before one is started: a receive left behind would take another's message.
-    arriving = [prepare_receive(receive, group, timeout) for receive in receives]
-    leaving = [prepare_send(message, group, timeout) for message in sends]
+    from_device = [device_send(message, group) for message in sends if is_device(message.x)]
+    to_device = {i: device_receive(r, group) for i, r in enumerate(receives) if is_device(r.out)}
+    to_host = {
+        i: prepare_receive(receive, group, timeout)
+        for i, receive in enumerate(receives)
+        if i not in to_device
+    }
+    from_host = [prepare_send(m, group, timeout) for m in sends if not is_device(m.x)]
+    works: list[Work[Any]] = []
+    if from_device or to_device:
+        landings = [message for message, _ in to_device.values()]
+        finish = [end for _, end in to_device.values()]
+        works.append(
+            _start_on_device(
+                group, from_device, landings, lambda: [end() for end in finish], timeout
+            )
+        )
+    works += [start() for start in to_host.values()]
+    works += [start() for start in from_host]
 
-    def begin() -> Work[list[Array]]:
-        works: list[Work[Any]] = [start() for start in arriving]
-        works += [start() for start in leaving]
-        return Work.all(works).then(lambda results: results[: len(arriving)])
+    def in_order(results: list[Any]) -> list[Array]:
+        if from_device or to_device:
+            results = [*results[0], *results[1:]]
+        received = dict(zip((*to_device, *to_host), results, strict=False))
+        return [received[i] for i in range(len(receives))]
 
-    return begin
+    return Work.all(works).then(in_order)

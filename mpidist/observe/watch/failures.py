@@ -57,7 +57,7 @@ class Ending:
 
 
 class Failures:
-    """Why ranks of this node end, of which `rank` is this one and `recordings` has all.
+    """Why ranks of this node end; `rank` is this one, and all are in `recordings`.
 
     `alive` returns whether a rank may still fail, or say that it has.
     """
@@ -66,7 +66,7 @@ class Failures:
         self, rank: int, recordings: Mapping[int, Recording], alive: Callable[[int], bool]
     ) -> None:
         self._rank = rank
-        self._recordings = recordings
+        self._cells = {other: recording.cells for other, recording in recordings.items()}
         self._alive = alive
 
     def join(self, reason: str) -> Ending:
@@ -74,22 +74,22 @@ class Failures:
 
         The rank that writes the reason calls `spoken` afterwards.
         """
-        cells = self._recordings[self._rank].cells
+        cells = self._cells[self._rank]
         cells[Head.FAILED_AT] = monotonic_ns()
         cells[Head.FAILED] = digest = digest_of(reason)
         self._wait_for_others()
         deadline = time.monotonic() + _SPEAKING
         while True:
             same = self._same(digest)
-            first = min(same, key=lambda rank: (self._cells_of(rank)[Head.FAILED_AT], rank))
+            first = min(same, key=lambda rank: (self._cells[rank][Head.FAILED_AT], rank))
             if first == self._rank:
                 cells[Head.LISTED] = monotonic_ns()
                 time.sleep(_POLL)  # one that has taken its time before that has written it now
                 same = self._same(digest)
                 others = len(same) < len(self._all_alive())
                 return Ending(tuple(same), first, others=others, earlier=self._earlier(digest))
-            if self._cells_of(first)[Head.SPOKEN]:
-                late = cells[Head.FAILED_AT] > self._cells_of(first)[Head.LISTED]
+            if self._cells[first][Head.SPOKEN]:
+                late = cells[Head.FAILED_AT] > self._cells[first][Head.LISTED]
                 return Ending((self._rank,) if late else (), first, others=True)
             if time.monotonic() > deadline:
                 return Ending((self._rank,), self._rank, others=True)
@@ -97,7 +97,7 @@ class Failures:
 
     def spoken(self) -> None:
         """Let the others end: the reason has been written."""
-        self._cells_of(self._rank)[Head.SPOKEN] = monotonic_ns()
+        self._cells[self._rank][Head.SPOKEN] = monotonic_ns()
 
     def _wait_for_others(self) -> None:
         """Wait until all have arrived, or no more arrive."""
@@ -105,7 +105,7 @@ class Failures:
         count = 0
         while (now := time.monotonic()) < min(last + _PAUSE, began + _LONGEST):
             alive = self._all_alive()
-            came = sum(bool(self._cells_of(rank)[Head.FAILED]) for rank in alive)
+            came = sum(bool(self._cells[rank][Head.FAILED]) for rank in alive)
             if came == len(alive):
                 return
             if came > count:
@@ -114,19 +114,16 @@ class Failures:
 
     def _earlier(self, digest: int) -> int:
         """Return how many other reasons were listed before this one."""
-        now = self._cells_of(self._rank)[Head.LISTED]
-        heads = map(self._cells_of, self._recordings)
+        now = self._cells[self._rank][Head.LISTED]
+        heads = self._cells.values()
         return len({head[Head.FAILED] for head in heads if 0 < head[Head.LISTED] < now} - {digest})
 
-    def _cells_of(self, rank: int) -> memoryview:
-        return self._recordings[rank].cells
-
     def _all_alive(self) -> list[int]:
-        return [rank for rank in self._recordings if rank == self._rank or self._alive(rank)]
+        return [rank for rank in self._cells if rank == self._rank or self._alive(rank)]
 
     def _same(self, digest: int) -> list[int]:
         """Return the living ranks with this reason, this one among them."""
-        return [rank for rank in self._all_alive() if self._cells_of(rank)[Head.FAILED] == digest]
+        return [rank for rank in self._all_alive() if self._cells[rank][Head.FAILED] == digest]
 
 
 def digest_of(reason: str) -> int:
