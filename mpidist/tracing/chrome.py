@@ -114,12 +114,10 @@ def write_trace(parts: Iterable[TracePart], path: Path) -> None:
 @contextmanager
 def _open(descriptor: int, *, compressed: bool) -> Iterator[IO[str]]:
     with os.fdopen(descriptor, "wb") as raw:
-        if not compressed:
-            with io.TextIOWrapper(raw, encoding="utf-8") as file:
-                yield file
-            return
-        packed = gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=5, mtime=0)
-        with io.TextIOWrapper(packed, encoding="utf-8") as file:
+        binary: Any = raw
+        if compressed:
+            binary = gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=5, mtime=0)
+        with io.TextIOWrapper(binary, encoding="utf-8") as file:
             yield file
 
 

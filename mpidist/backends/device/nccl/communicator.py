@@ -7,7 +7,6 @@ Another binding would take this module's place. What the binding raises, `vendor
 from __future__ import annotations
 
 import importlib
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,8 +128,6 @@ class NcclCommunicator:
         self.rank: int = handle.rank_id()
         self._handle = handle
         self._stream = stream
-        # Nobody may ask for errors of what another thread is freeing.
-        self._ending = threading.Lock()
 
     @classmethod
     def connect(cls, size: int, rank: int, unique_id: bytes, stream: int) -> NcclCommunicator:
@@ -201,27 +198,21 @@ class NcclCommunicator:
         wire = wire_of_bytes(x.dtype)
         self._handle.recv(x.data.ptr, x.size * wire.items, wire.code, peer, self._stream)
 
-    # -- the end; from any thread ------------------------------------------------------------------
+    # -- the end; from any thread, one at a time ---------------------------------------------------
 
     def problem(self) -> TransportError | None:
-        """Return what went wrong since it was made; None if nothing, or if it is being ended."""
-        if not self._ending.acquire(blocking=False):
-            return None
+        """Return what went wrong since it was made; None if nothing."""
         try:
             self._handle.check_async_error()
         except vendor_errors() as error:
             harmless = _status_of(error) in (_SUCCESS, _IN_PROGRESS)
             return None if harmless else translate("asynchronously", error)
-        finally:
-            self._ending.release()
         return None
 
     def abort(self) -> None:
         """End all operations, wherever they are; local."""
-        with self._ending:
-            self._handle.abort()
+        self._handle.abort()
 
     def destroy(self) -> None:
         """Release it when its operations are over; may wait for the other ranks."""
-        with self._ending:
-            self._handle.destroy()
+        self._handle.destroy()

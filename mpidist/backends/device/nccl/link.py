@@ -110,7 +110,7 @@ class Link:
         self._inside: tuple[Callable[[], Waiter], float] | None = None
         self._failure: DistributedError | None = None
         # The watchdog may find an error while a rank does: a communicator is aborted once, and
-        # asked for errors only as long as it is there.
+        # nobody may ask for errors of what another thread is freeing.
         self._failing = threading.Lock()
         self._asking = threading.Lock()
         watchdog().watch(self)
