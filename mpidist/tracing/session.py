@@ -115,22 +115,15 @@ class Session:
         return cls(path, own, events, file)
 
     def end(self, *, together: bool = True) -> None:
-        """Write the trace.
+        """Write the trace; collective over the group.
 
-        Parameters
-        ----------
-        together : bool, optional
-            Whether all ranks wait for rank 0 to have written it, and hear of its errors. Otherwise
-            the others only wait until it has their parts.
+        If `together`, all ranks wait until rank 0 has written it, and raise its errors; otherwise
+        the others wait only until it has their parts.
 
         Raises
         ------
         OSError
             If a rank's part, or the trace, could not be written.
-
-        Notes
-        -----
-        Collective over the group.
         """
         self._stop()
         last = compare_clocks(self._group, self._clocks)

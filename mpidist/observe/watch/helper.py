@@ -23,13 +23,7 @@ _ROUND = 0.2
 
 
 class Helper:
-    """Serves the watches of one process.
-
-    Attributes
-    ----------
-    rounds : list of callable
-        Called about five times a second.
-    """
+    """Serves the watches of one process; calls what is in `rounds` five times a second."""
 
     def __init__(self) -> None:
         self.rounds: list[Callable[[], None]] = []

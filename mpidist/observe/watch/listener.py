@@ -47,19 +47,9 @@ _SIOCGIFADDR = 0x8915
 
 
 class Listener:
-    """Answers the other nodes.
+    """Answers the other nodes, by a function that is called in a thread of its own.
 
-    Parameters
-    ----------
-    answer : callable
-        Returns the answer; called in a thread of its own.
-
-    Attributes
-    ----------
-    address : str
-        Where it listens: the one address by which the other nodes reach this one.
-    port : int
-        TCP port at that address.
+    It listens at `address`, the only one by which the other nodes reach this one, and `port`.
     """
 
     def __init__(self, answer: Callable[[], bytes]) -> None:

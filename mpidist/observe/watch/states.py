@@ -104,16 +104,9 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A rank that waits for an immediate operation.
+    """A rank that waits for an immediate operation, by its `sequence` among the rank's records.
 
-    Attributes
-    ----------
-    sequence : int
-        The operation's among the records of the rank.
-    site : Site
-        Where `Work.wait` was called.
-    seconds : float
-        How long it has waited.
+    `site` is where `Work.wait` was called, so many seconds ago.
     """
 
     sequence: int
