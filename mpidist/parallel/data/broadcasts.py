@@ -116,8 +116,8 @@ class BucketOrder:
     buckets are laid out anew in that order, in the same memory. What `Parameter.grad` returned
     before that, inside `no_sync`, must not be used any more; what it returns afterwards stays the
     same array. PyTorch does so, too. With a hook of the user's, which may keep something per
-    bucket, the first layout stays. With a `ShardedOptimizer` each bucket keeps its gradients, and
-    only the order in which buckets start changes.
+    bucket, the first layout stays. The units of an `FSDP`, and the buckets of a `ShardedOptimizer`,
+    keep their gradients, and only the order in which they are sent changes.
 
     Parameters
     ----------

@@ -166,8 +166,9 @@ class DataParallel(Closing, ABC):
 
         Notes
         -----
-        Collective over the group; blocks. Inside `no_sync` it is local. One all-reduce per bucket,
-        started while backward is still running.
+        Collective over the group; blocks. Inside `no_sync` it is local. With a `DDP` one all-reduce
+        per bucket, with an `FSDP` one reduce-scatter per unit, started while backward is still
+        running; the gradients of an FSDP are in its `shards`, and not in ``parameter.grad``.
         """
         dx, work = self.ibackward(ctx, dy)
         work.wait()
@@ -194,10 +195,10 @@ class DataParallel(Closing, ABC):
         Raises
         ------
         RuntimeError
-            If an earlier backward has not been waited for; if `op` is SUM and the reduced
-            gradients of an earlier backward were not zeroed; if a parameter does not belong to this
-            DDP any more; if backward makes other contributions than `ctx.uses` announced. The
-            message names the parameter.
+            If an earlier backward has not been waited for; if, with a `DDP`, `op` is SUM and the
+            reduced gradients of an earlier backward were not zeroed; if a parameter does not belong
+            to the model any more, or is another strategy's; if backward makes other contributions
+            than `ctx.uses` announced. The message names the parameter.
 
         Notes
         -----
