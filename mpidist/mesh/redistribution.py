@@ -251,41 +251,41 @@ def _complete(
     nodes, rank
         As for `plan_redistribution`.
     """
-    boxes, layers = held
-    holders: dict[tuple[Box, tuple[int, ...]], list[int]] = {}
-    for holder, box in enumerate(boxes):
-        if box is not None:
-            holders.setdefault((box, layers[holder]), []).append(holder)
+    has = list(zip(*held, strict=True))
+    holders: dict[tuple[Box | None, tuple[int, ...]], list[int]] = {}
+    for holder, held_there in enumerate(has):
+        holders.setdefault(held_there, []).append(holder)
+    coordinates, wanted = target.coordinates(), target.boxes()
 
-    def nearest(to: int, among: Sequence[int]) -> int:
+    def nearest(to: int, what: tuple[Box | None, tuple[int, ...]]) -> int:
         """Return who sends: the rank itself, else one of its node, or of its line of the mesh.
 
         The latter gives all of them equally much to send.
         """
 
-        def distance(holder: int) -> tuple[bool, bool, int, int]:
+        def distance(holder: int) -> tuple[bool, int, int]:
             steps = sum(map(ne, coordinates[holder], coordinates[to]))
-            return holder != to, nodes[holder] != nodes[to], steps, (holder - to) % len(nodes)
+            return nodes[holder] != nodes[to], steps, (holder - to) % len(nodes)
 
-        return min(among, key=distance)
+        return to if has[to] == what else min(holders[what], key=distance)
 
-    coordinates, wanted = target.coordinates(), target.boxes()
+    own, layer = has[rank]
     receives = [
-        (nearest(rank, among), common)
-        for (box, layer), among in holders.items()
-        if layer == layers[rank] and (common := box.intersect(wanted[rank])) is not None
+        (nearest(rank, what), common)
+        for what in holders
+        if what[0] is not None
+        and what[1] == layer
+        and (common := what[0].intersect(wanted[rank])) is not None
     ]
-    own, sends = boxes[rank], []
-    if own is not None:
-        mates = holders[own, layers[rank]]
-        sends = [
-            (to, common)
-            for to, box in enumerate(wanted)
-            if layers[to] == layers[rank]
-            and _fill_at(target, kept, coordinates[to]) is None
-            and (common := own.intersect(box)) is not None
-            and nearest(to, mates) == rank
-        ]
+    sends = [
+        (to, common)
+        for to, box in enumerate(wanted)
+        if own is not None
+        and has[to][1] == layer
+        and _fill_at(target, kept, coordinates[to]) is None
+        and (common := own.intersect(box)) is not None
+        and nearest(to, has[rank]) == rank
+    ]
     fill = _fill_at(target, kept, coordinates[rank])
     arriving = () if fill is not None else tuple(sorted(receives, key=lambda pair: pair[0]))
     return Redistribution(first, op, Phase(own, wanted[rank], tuple(sends), arriving), fill)
