@@ -142,11 +142,12 @@ class DTensor:
         boxes = _sharding_of(total, mesh, checked, mesh).boxes()
         for rank, (box, part) in enumerate(zip(boxes, shapes, strict=True)):
             if part != box.sizes:
+                added = ", the sum of all parts," * (shape is None)
                 raise SizeMismatchError(
                     f"{what}: rank {rank} gave a part of shape {part}; by {list(checked)} on the "
-                    f"mesh {mesh.dimensions} its part of an array of shape {total} has shape "
-                    f"{box.sizes}. mpidist.mesh.box_at says which parts ranks have: the longer "
-                    "ones come first"
+                    f"mesh {mesh.dimensions} its part of an array of shape {total}{added} has to "
+                    f"have shape {box.sizes}. mpidist.mesh.box_at says which parts ranks have: the "
+                    "longer ones come first"
                 )
         self._fill(array, mesh, checked, total)
 

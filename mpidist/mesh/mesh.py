@@ -300,10 +300,12 @@ def _lengths(group: ProcessGroup, sizes: Mapping[str, int]) -> tuple[int, ...]:
     known = prod(number for number in numbers if number != -1)
     left, remainder = divmod(group.size, known)
     if remainder or (left != 1 and -1 not in numbers):
-        fits = "make up" if -1 not in numbers else "divide"
+        if -1 in numbers:
+            needed = f"a multiple of {known} ranks for {given}; start as many"
+        else:
+            needed = f"{known} ranks for {given}; start as many, or give one size as -1, the rest"
         raise InvalidWorldSizeError(
-            f"DeviceMesh on {group}: the sizes must {fits} the {group.size} ranks of the group; "
-            f"{given} is {known}. Start as many ranks, or give one size as -1: what is left"
+            f"DeviceMesh on {group}: the group has {group.size} ranks. Expected {needed}"
         )
     return tuple(left if number == -1 else number for number in numbers)
 

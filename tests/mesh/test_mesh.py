@@ -175,12 +175,12 @@ def test_sizes_are_positive_numbers_of_which_one_may_be_left_open(sizes):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"dp": 3}, r"must make up the 4 ranks of the group; dp=3 is 3\. Start as many"),
-        ({"dp": 2, "tp": 4}, r"make up the 4 ranks of the group; dp=2, tp=4 is 8"),
-        ({"dp": 2}, "dp=2 is 2"),
-        ({"dp": -1, "tp": 3}, r"must divide the 4 ranks of the group; dp=-1, tp=3 is 3"),
-        ({"dp": -1, "tp": 8}, "must divide"),
-        ({"dp": 2**70}, "make up the 4 ranks"),
+        ({"dp": 3}, r"has 4 ranks\. Expected 3 ranks for dp=3; start as many, or give one size as"),
+        ({"dp": 2, "tp": 4}, "has 4 ranks. Expected 8 ranks for dp=2, tp=4; "),
+        ({"dp": 2}, "Expected 2 ranks for dp=2"),
+        ({"dp": -1, "tp": 3}, "Expected a multiple of 3 ranks for dp=-1, tp=3; start as many$"),
+        ({"dp": -1, "tp": 8}, "a multiple of 8 ranks"),
+        ({"dp": 2**70}, f"Expected {2**70} ranks"),
     ],
     ids=str,
 )
