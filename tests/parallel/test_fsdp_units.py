@@ -8,9 +8,10 @@ import pytest
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.shards import FlatPart, Part, ShardedArray
 from mpidist.nn import Embedding, LayerNorm, Linear, Recompute, ReLU, Residual, Sequential
-from mpidist.parallel import BucketSizes, Cut
+from mpidist.parallel import FSDP, BucketSizes, Cut
 from mpidist.parallel.sharded.flat_parameters import FlatLayout, FlatParameters
 from mpidist.parallel.sharded.units import find_units
+from mpidist.testing import run_ranks
 
 KIB = 1 << 10
 
@@ -195,3 +196,21 @@ def test_a_range_of_elements_as_a_part_of_the_whole():
     next(iter(sharded.pieces.values()))[...] = -1
     assert flat[0] == -1
     assert Box((0, 2), (1, 2)) in sharded.pieces
+
+
+def test_an_fsdp_shows_its_units_as_a_table():
+    def body(group):
+        model = transformer()
+        model.layers[0].weight.trainable = False
+        return repr(FSDP(model, group, units=128 * KIB))
+
+    (shown,) = run_ranks(1, body)
+    assert shown.splitlines() == [
+        "FSDP over group 'world/fsdp', rank 0 of 1, FULL_SHARD, 5 units:",
+        "  bytes    dtype          unit",
+        "512 KiB  float32  frozen  0",
+        "128 KiB  float32          1",
+        "128 KiB  float32          2",
+        "  1 KiB  float32          (outermost)",
+        "512 KiB  float32          4",
+    ]

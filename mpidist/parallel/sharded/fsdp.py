@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
+from mpidist._formatting import columns, format_bytes
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays.namespaces import REDUCTIONS, is_device
 from mpidist.errors import UnsupportedOperationError
@@ -180,6 +181,20 @@ class FSDP(DataParallel):
         self.model_state = ModelState(self, self.parameter_shards)
         self._passes = 0
         self._whole = False
+
+    def __repr__(self) -> str:
+        """Return the group, and a table of the units."""
+        rows = [
+            (
+                format_bytes(unit.nbytes),
+                str(unit.dtype),
+                "" if unit.trainable else "frozen",
+                unit.name,
+            )
+            for unit in self.units
+        ]
+        head = f"FSDP over {self.group!r}, {self.strategy.name}, {len(self.units)} units:"
+        return "\n".join([head, *columns(("bytes", "dtype", "", "unit"), rows, left=2)])
 
     # -- a step --------------------------------------------------------------------------------
 
