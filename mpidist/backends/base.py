@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpidist.backends.device.base import DeviceBackend
     from mpidist.backends.node.memory import NodeMemory
     from mpidist.backends.node.signatures import Described
-    from mpidist.backends.node.sums import NodeSums
+    from mpidist.backends.node.sums import Sums
 
 __all__ = ["Backend", "Capabilities", "Traffic"]
 
@@ -81,7 +81,7 @@ class Backend(ABC):
         self.capabilities = capabilities
         self.crossovers = Crossovers()
         self._table: Mapping[int, Crossovers] = {}
-        self.sums: NodeSums | None = None
+        self.sums: Sums | None = None
         self.engine = Engine()
         self._collectives = 0
 
@@ -101,6 +101,27 @@ class Backend(ABC):
         Work of tuple of int
             Complete when all are; its result is the source of each receive.
         """
+
+    def swap(
+        self, sent: Array, received: Sequence[Array], peers: Sequence[int], lane: int
+    ) -> Work[Any]:
+        """Start sending the same short array to some ranks, and receiving one of each.
+
+        Parameters
+        ----------
+        sent : Array, uint8, 1-D
+            Less than 1 GiB.
+        received : sequence of Array, uint8, 1-D
+            Where to receive the array of each rank, which may be shorter.
+        peers : sequence of int
+            The ranks.
+        lane : int
+            As of a `Message`.
+        """
+        return self.exchange(
+            [Message(sent, peer, lane) for peer in peers],
+            [Message(array, peer, lane) for array, peer in zip(received, peers, strict=True)],
+        )
 
     @abstractmethod
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> Backend | None:

@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure every path over the sizes; collective over `world`."""
     bench = BenchmarkRun("crossovers", world, options)
-    if world.transport.sums is None:
+    if world.transport.sums is None or world.num_nodes > 1:
         raise BenchmarkError(
             "bench crossovers: expected ranks of one node that share memory, under MPI; start it "
             "on one node with as many ranks as a job has there"

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ from mpidist.backends.node.memory import NodeMemory
 from mpidist.backends.node.shared_memory import share
 from mpidist.backends.node.signatures import Route
 from mpidist.backends.node.topology import NodeTopology
-from mpidist.backends.verbs import Collective
+from mpidist.backends.verbs import Barrier, Collective
 from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then, wait_until
 from mpidist.errors import TransportError
 
@@ -94,6 +94,25 @@ class _Requests(Work[tuple[int, ...]]):
     def wait(self, timeout: float | None = None) -> tuple[int, ...]:
         wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
         return self._sources or ()
+
+
+class _Swap(Work[None]):
+    """Requests of a short exchange, whose sources are known; `_Requests` at less cost."""
+
+    def __init__(self, mpi: Any, requests: list[Any], *, keep: object) -> None:
+        self._mpi = mpi
+        self._testall: Callable[[list[Any]], bool] = mpi.Request.Testall
+        self._requests = requests
+        self._keep = keep
+
+    def done(self) -> bool:
+        try:
+            return self._testall(self._requests)
+        except self._mpi.Exception as error:
+            raise _translate(self._mpi, "arrival", error) from error
+
+    def wait(self, timeout: float | None = None) -> None:
+        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
 @contextlib.contextmanager
@@ -208,6 +227,18 @@ class MpiBackend(Backend):
             ]
         return _Requests(self._mpi, requests, keep=(sends, receives), receives=len(receives))
 
+    def swap(
+        self, sent: Array, received: Sequence[Array], peers: Sequence[int], lane: int
+    ) -> Work[Any]:
+        """Start sending the same short array to some ranks; `exchange` at less cost."""
+        comm = self._comm
+        try:
+            requests = [comm.Irecv(received[i], peer, lane) for i, peer in enumerate(peers)]
+            requests += [comm.Isend(sent, peer, lane) for peer in peers]
+        except self._mpi.Exception as error:
+            raise _translate(self._mpi, "arrival", error) from error
+        return _Swap(self._mpi, requests, keep=(sent, received))
+
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> MpiBackend | None:
         """Make one transport per color; collective over all ranks, blocks."""
         self._arrive(waiter)
@@ -313,6 +344,9 @@ class MpiBackend(Backend):
     def run(self, collective: Collective, *, waiter: Waiter) -> None:
         """Perform a collective: by shared memory, or by the library's blocking call."""
         if self.node_memory.run(collective, waiter):
+            return
+        if isinstance(collective, Barrier):
+            self._arrive(waiter)  # returns when all ranks have called it: there is no more to do
             return
         call = collective.by(self._calls)
         steps = self._by_messages(collective) if call is None else None

@@ -1,4 +1,4 @@
-"""How the ranks of a group compare their calls: in shared memory, or by a small sum.
+"""How ranks that share no memory compare their calls by a small sum, and how a difference is told.
 
 Either way the comparison is the arrival of a collective at the same time: a rank learns that the
 calls are the same when it learns that all ranks have called.
@@ -19,7 +19,7 @@ import numpy as np
 from mpidist._formatting import format_ranges
 from mpidist._types import Array
 from mpidist.backends import algorithms
-from mpidist.backends.node.sequencer import fence
+from mpidist.backends.node.sequencer import Payload, fence
 from mpidist.backends.node.signatures import CallSignature, Described, splitmix64
 from mpidist.backends.work import Steps, Work
 from mpidist.errors import CollectiveMismatchError
@@ -59,7 +59,15 @@ class SumComparison:
         self._size = size
         self._sums: dict[int, tuple[Array, Work[Any]]] = {}
 
-    def arrive(self, number: int, signature: CallSignature) -> None:
+    in_slots = False
+
+    def arrive_and_compare(
+        self, number: int, signature: CallSignature, payload: Payload | None = None
+    ) -> bool:
+        """Return False: the ranks need not wait for each other in a sum."""
+        return False
+
+    def arrive(self, number: int, signature: CallSignature, payload: Payload | None = None) -> None:
         """Start the all-reduce; at the call, so that its order is the same on all ranks."""
         numbers = (*_hashes(signature.digest), int(signature.breaks), signature.balance or 0)
         sums = np.array(numbers, np.uint64)

@@ -36,17 +36,23 @@ from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.sequencer import Sequencer
 from mpidist.backends.node.signatures import ComparedCall, Route
 from mpidist.backends.node.topology import NodeTopology
-from mpidist.backends.work import ConditionSteps, Steps, conditions
+from mpidist.backends.work import ConditionSteps, Steps, StepsWork, conditions
 
 __all__ = [
     "DirectPath",
     "NodeContext",
+    "accumulation_dtype",
     "all_gather",
     "all_reduce",
     "broadcast",
     "prepare_all_reduce",
     "reduce_scatter",
+    "sum_widely",
+    "write_result",
 ]
+
+_PIPELINED = 512 << 10
+"""Bytes of a worker's slice that are sent to each other node at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +104,23 @@ def all_reduce(context: NodeContext, lane: int, array: RegisteredArray, op: Redu
     outer = context.between_nodes(lane)
     if outer is None:
         return
-    parts, wide = slice_of(context.topology, array.arrays), _accumulation_dtype(array.dtype)
-    total = parts[0] if wide == array.dtype else np.empty(parts[0].size, wide)
-    quietly(_sum_widely, parts, op, total)
-    yield from algorithms.all_reduce(outer, total, total, undivided(op))
-    quietly(_write_result, total, op, context.transport.size, parts)
+    parts, wide = slice_of(context.topology, array.arrays), accumulation_dtype(array.dtype)
+    step = max(_PIPELINED * outer.size // wide.itemsize, 1)
+    travelling: tuple[StepsWork, Array, list[Array]] | None = None
+    for start in range(0, parts[0].size, step):
+        # While one piece is on its way, the next one is combined.
+        pieces = [part[start : start + step] for part in parts]
+        total = pieces[0] if wide == array.dtype else np.empty(pieces[0].size, wide)
+        quietly(sum_widely, pieces, op, total)
+        if travelling is not None:
+            yield travelling[0]
+        work = StepsWork(algorithms.rank_order_all_reduce(outer, total, total, undivided(op)))
+        if travelling is not None:
+            quietly(write_result, travelling[1], op, context.transport.size, travelling[2])
+        travelling = work, total, pieces
+    if travelling is not None:
+        yield travelling[0]
+        quietly(write_result, travelling[1], op, context.transport.size, travelling[2])
 
 
 def prepare_all_reduce(
@@ -190,11 +208,11 @@ def reduce_scatter(
         own = [array[parts[me]] for array in arrays]
         quietly(reduce_into, own, combination(op, out.dtype), out)
         return
-    wide, all_ranks = _accumulation_dtype(out.dtype), Lane(context.transport, lane)
+    wide, all_ranks = accumulation_dtype(out.dtype), Lane(context.transport, lane)
 
     def combined(rank: int) -> Array:
         total = np.empty(counts[rank], wide)
-        quietly(_sum_widely, [array[parts[rank]] for array in arrays], op, total)
+        quietly(sum_widely, [array[parts[rank]] for array in arrays], op, total)
         return total
 
     sends = [
@@ -216,7 +234,7 @@ def reduce_scatter(
     )
     total = np.empty(counts[me], wide)
     quietly(reduce_into, received, combination(undivided(op), wide), total)
-    quietly(_write_result, total, op, context.transport.size, [out])
+    quietly(write_result, total, op, context.transport.size, [out])
 
 
 def _share(node: tuple[int, ...], topology: NodeTopology) -> list[int]:
@@ -230,18 +248,18 @@ def _spread(source: Array, targets: list[Array]) -> None:
             np.copyto(target, source)
 
 
-def _accumulation_dtype(dtype: DType) -> DType:
+def accumulation_dtype(dtype: DType) -> DType:
     """Return the dtype in which numbers are combined over nodes: half types are rounded once."""
     return np.dtype(np.float32) if dtype in HALVES else dtype
 
 
-def _sum_widely(parts: list[Array], op: ReduceOp, total: Array) -> None:
+def sum_widely(parts: list[Array], op: ReduceOp, total: Array) -> None:
     """Combine a node's parts, without dividing yet."""
     wide = [part.astype(total.dtype, copy=False) for part in parts]
     reduce_into(wide, combination(undivided(op), total.dtype), total)
 
 
-def _write_result(total: Array, op: ReduceOp, size: int, parts: list[Array]) -> None:
+def write_result(total: Array, op: ReduceOp, size: int, parts: list[Array]) -> None:
     """Divide the total for MEAN, and copy it to its targets, rounded to their dtype."""
     if op is MEAN:
         total /= size

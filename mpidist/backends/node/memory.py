@@ -14,9 +14,12 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.backends.algorithms import Exchanger, Lane, ring_all_gather
+from mpidist.backends.combine import silent_context
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.node.comparison import refuse
-from mpidist.backends.node.direct_path import DirectPath
+from mpidist.backends.node.direct_path import DirectPath, NodeContext
+from mpidist.backends.node.host_sums import HostSums
+from mpidist.backends.node.leaders import MOST_NODES, PAYLOAD_NBYTES, LeaderComparison
 from mpidist.backends.node.registered_memory import Block, Registry
 from mpidist.backends.node.sequencer import (
     SMALL_NBYTES,
@@ -27,7 +30,7 @@ from mpidist.backends.node.sequencer import (
 )
 from mpidist.backends.node.shared_memory import NodeExchange, mappings_of, share_files
 from mpidist.backends.node.signatures import Described, Route
-from mpidist.backends.node.sums import NodeSums
+from mpidist.backends.node.sums import NodeSums, Sums
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.verbs import AllReduce, Collective
 from mpidist.backends.work import ConditionSteps, Steps, Waiter
@@ -63,8 +66,9 @@ class NodeMemory:
         The order of the group's collectives.
     registered : Registry
         The registered memory of the group.
-    sums : NodeSums or None
-        The blocking sums in shared memory; None where not all ranks share it.
+    sums : Sums or None
+        The sums in shared memory, and on few nodes those of short arrays; None where there are
+        none.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class NodeMemory:
         direct: bool = True,
     ) -> None:
         self.registered = Registry()
-        self.sums: NodeSums | None = None
+        self.sums: Sums | None = None
         self._transport = transport
         self._topology = topology
         self._exchange = exchange
@@ -86,21 +90,42 @@ class NodeMemory:
         self._crossovers = Crossovers()
         self._direct: DirectPath | None = None
         memory = None
-        if direct and supported() and max(map(len, topology.nodes)) > 1:
+        alone = max(map(len, topology.nodes)) == 1
+        if direct and supported() and not alone:
             memory = self._share(ArrivalCounters.nbytes(1))
+        leaders = direct and 1 < len(topology.nodes) <= MOST_NODES and (alone or memory is not None)
         if memory is None:
             # Counters of this rank alone, and no others to read them.
             counters = ArrivalCounters(bytearray(ArrivalCounters.nbytes(1)), 0, 1)
-            alone = NodeTopology((transport.rank,), 0, 1, ((transport.rank,),))
-            comparison = compare() if transport.size > 1 else None
-            self.sequencer = Sequencer(counters, alone, comparison, self._refuse)
-            return
-        counters = ArrivalCounters(memory, topology.rank, len(topology.local))
-        comparison = compare() if len(topology.nodes) > 1 else None
+            topology = NodeTopology(
+                (transport.rank,), 0, 1, topology.nodes if alone else ((transport.rank,),)
+            )
+        else:
+            counters = ArrivalCounters(memory, topology.rank, len(topology.local))
+        comparison: SignatureComparison | None = None
+        parts: list[memoryview] | None = None
+        if leaders:
+            stride = Block.stride(2 * PAYLOAD_NBYTES + LeaderComparison.published_nbytes)
+            shared = memoryview(bytearray(stride)) if alone else self._share(stride)
+            if shared is not None:
+                whole = _cut(shared, stride)
+                parts = [part[: 2 * PAYLOAD_NBYTES] for part in whole]
+                published = whole[0][2 * PAYLOAD_NBYTES :][: LeaderComparison.published_nbytes]
+                comparison = LeaderComparison(counters, topology, transport, lane_of, published)
+        if comparison is None and (
+            len(self._topology.nodes) > 1 or (memory is None and transport.size > 1)
+        ):
+            comparison = compare()
         self.sequencer = Sequencer(counters, topology, comparison, self._refuse)
-        self._direct = path = DirectPath(self.sequencer, transport, lane_of)
-        if path.context.single_node:
-            self.sums = NodeSums(self.sequencer, path.context, self.registered, self._parts)
+        if memory is not None:
+            self._direct = DirectPath(self.sequencer, transport, lane_of)
+        context = NodeContext(topology, transport, silent_context())
+        if memory is not None and len(topology.nodes) == 1:
+            self.sums = NodeSums(self.sequencer, context, self.registered, self._parts)
+        elif parts is not None:
+            self.sums = HostSums(
+                self.sequencer, context, self.registered, parts, self._parts, lane_of
+            )
 
     def use(self, crossovers: Crossovers) -> None:
         """Choose the paths by these sizes from now on; the same on all ranks."""

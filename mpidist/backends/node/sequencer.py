@@ -4,7 +4,9 @@
 in the order of the calls. Each rank publishes the signature of its call. When all ranks have
 arrived at a number they compare the signatures, and only then is a result handed out: a collective
 is complete on no rank before all have called it. Where all ranks of the group share memory they
-compare signatures there, else by an all-reduce of 32 bytes; see `mpidist.backends.node.comparison`.
+compare signatures there; on a few nodes there, and by a message between each two nodes, see
+`mpidist.backends.node.leaders`; else by an all-reduce of 32 bytes, see
+`mpidist.backends.node.comparison`.
 
 A collective on host arrays over MPI begins when the calls have been compared, so that a difference
 leaves the group usable. If a part of the call was begun earlier (an immediate call of simulated
@@ -28,6 +30,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from mpidist._types import Array
 from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.signatures import (
     CallSignature,
@@ -89,10 +92,36 @@ def supported() -> bool:
     return platform.machine() in ("x86_64", "AMD64")
 
 
-class SignatureComparison(Protocol):
-    """The arrivals of one group, by the number of the operation."""
+class Payload(Protocol):
+    """An array that travels with the arrival of its operation."""
 
-    def arrive(self, number: int, signature: CallSignature) -> None:
+    def pack(self, message: Array) -> int:
+        """Write the node's array behind the header of the message, and return its bytes."""
+
+    def unpack(self, messages: Sequence[Array]) -> None:
+        """Read the arrays of all nodes, in their order; each message begins with its header."""
+
+
+class SignatureComparison(Protocol):
+    """The arrivals of one group, by the number of the operation.
+
+    Attributes
+    ----------
+    in_slots : bool
+        Whether arrivals use the slots of `ArrivalCounters`, of which there are `RING`.
+    """
+
+    in_slots: bool
+
+    def arrive_and_compare(
+        self, number: int, signature: CallSignature, payload: Payload | None = None
+    ) -> bool:
+        """Arrive, if all may do so soon, and return whether all have with the same signature.
+
+        Where they have not, `arrive` follows, which does nothing if this rank has arrived here.
+        """
+
+    def arrive(self, number: int, signature: CallSignature, payload: Payload | None = None) -> None:
         """Publish that this rank has called an operation with this signature."""
 
     def all_arrived(self, number: int) -> bool:
@@ -128,6 +157,8 @@ class ArrivalCounters:
 
     # In words of 8 bytes. A slot holds a call signature and the number of its operation; the part
     # of a rank begins with a slot of its counters: last operation finished, last phase reached.
+    in_slots = True
+
     _SLOT = 8
     _BUFFERS = _SLOT * (RING + 1) * 8
     _PART = -(-(_BUFFERS + 2 * SMALL_NBYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -152,7 +183,7 @@ class ArrivalCounters:
 
     # -- operations, by their number -------------------------------------------------------------
 
-    def arrive(self, number: int, signature: CallSignature) -> None:
+    def arrive(self, number: int, signature: CallSignature, payload: Payload | None = None) -> None:
         """Publish this rank's arrival at operation `number`, after all earlier writes (release)."""
         slot = number % RING
         if self._written[slot] is not signature:
@@ -166,7 +197,9 @@ class ArrivalCounters:
         """Whether the other ranks have arrived at operation `number`."""
         return self._all_at(self._SLOT * (1 + number % RING) + _NUMBER, number)
 
-    def arrive_and_compare(self, number: int, signature: CallSignature) -> bool:
+    def arrive_and_compare(
+        self, number: int, signature: CallSignature, payload: Payload | None = None
+    ) -> bool:
         """Arrive, spin for a few microseconds, and return whether all have with the same call."""
         # One body, not three methods: this is part of every blocking sum.
         slot = number % RING
@@ -197,16 +230,22 @@ class ArrivalCounters:
 
     def equal(self, number: int, signature: CallSignature) -> bool:
         """Whether all arrived with this signature, and with balances that add up to 0."""
+        same = self.same_call(number, signature)
+        return same and (signature.balance is None or self.balance(number) == 0)
+
+    def same_call(self, number: int, signature: CallSignature) -> bool:
+        """Whether all arrived with this signature, but for the balance."""
         values, offset = self._values, self._SLOT * (1 + number % RING) + _DIGEST
         digest = signature.digest
-        for start in self._others:
+        for start in self._others:  # noqa: SIM110  # part of every operation
             if values[start + offset] != digest:
                 return False
-        return signature.balance is None or self._balanced(number)
+        return True
 
-    def _balanced(self, number: int) -> bool:
+    def balance(self, number: int) -> int:
+        """Return the sum of the balances of all ranks, modulo 2**64."""
         offset = self._SLOT * (1 + number % RING) + _BALANCE
-        return sum(self._values[start + offset] for start in self._starts) % 2**64 == 0
+        return sum(self._values[start + offset] for start in self._starts) % 2**64
 
     def breaks(self, number: int) -> bool:
         """Whether any rank made a call of which a part is under way."""
@@ -339,6 +378,7 @@ class Sequencer:
         # With counters that all share, most blocking calls are over within a few microseconds.
         self._by_counters = comparison is None
         self._comparison: SignatureComparison = comparison or counters
+        self._in_slots = self._comparison.in_slots
         self._refuse = refuse
         self._arrived = 0
         self._free = 0
@@ -367,7 +407,9 @@ class Sequencer:
             self._check(number, signature, waiter)
         self.counters.finish(number)
 
-    def begin_blocking(self, signature: CallSignature, waiters: Waiters) -> int:
+    def begin_blocking(
+        self, signature: CallSignature, waiters: Waiters, payload: Payload | None = None
+    ) -> int:
         """Begin an operation, the earlier ones being finished, and wait until all ranks have.
 
         Parameters
@@ -376,6 +418,8 @@ class Sequencer:
             The signature of this rank's call.
         waiters : callable
             Makes the waiter of the call, where it has to wait longer.
+        payload : Payload, optional
+            What travels with the arrival, where ranks are on several nodes.
 
         Returns
         -------
@@ -390,23 +434,23 @@ class Sequencer:
         # As short as it can be: this is part of every small sum.
         self.begun = self._arrived = number = self.begun + 1
         if (
-            self._by_counters
-            and (number <= self._free + RING or self._slot_free(number))
-            and self.counters.arrive_and_compare(number, signature)
-        ):
+            number <= self._free + RING or not self._in_slots or self._slot_free(number)
+        ) and self._comparison.arrive_and_compare(number, signature, payload):
             return number
-        self._begin_slowly(number, signature, waiters())
+        self._begin_slowly(number, signature, waiters(), payload)
         return number
 
-    def _begin_slowly(self, number: int, signature: CallSignature, waiter: Waiter) -> None:
+    def _begin_slowly(
+        self, number: int, signature: CallSignature, waiter: Waiter, payload: Payload | None
+    ) -> None:
         """Arrive at an operation, and wait until all ranks have with the same signature."""
         counters, comparison = self.counters, self._comparison
-        if self._by_counters and not self._slot_free(number):
+        if self._in_slots and not self._slot_free(number):
             waiter.wait_for(
                 lambda: self._slot_free(number),
                 missing=lambda: self._ranks(counters.unfinished(number - RING)),
             )
-        comparison.arrive(number, signature)
+        comparison.arrive(number, signature, payload)
         waiter.wait_for(
             lambda: comparison.all_arrived(number), missing=lambda: self.missing(number)
         )
@@ -510,7 +554,7 @@ class Sequencer:
 
     def try_to_arrive(self, number: int, signature: CallSignature) -> bool:
         """Arrive at an operation unless an earlier one has still to arrive, or the ring is full."""
-        if self._by_counters and (self._arrived < number - 1 or not self._slot_free(number)):
+        if self._in_slots and (self._arrived < number - 1 or not self._slot_free(number)):
             return False
         self._comparison.arrive(number, signature)
         self._arrived = number
@@ -518,7 +562,8 @@ class Sequencer:
 
     def all_arrived(self, number: int) -> bool:
         """Whether all ranks have arrived, and the earlier operations are finished here."""
-        return self.counters.finished == number - 1 and self._comparison.all_arrived(number)
+        # Polled first: leaders pass on the arrivals of their nodes, also of what cannot begin yet.
+        return self._comparison.all_arrived(number) and self.counters.finished == number - 1
 
     # -- the state of the ring----------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from mpidist.backends.verbs import AllReduce
 from mpidist.backends.work import Condition, ConditionSteps, Waiter
 from mpidist.observe.recorder import Name
 
-__all__ = ["NodeSums", "Sum"]
+__all__ = ["NodeSums", "PreparedSum", "Sum", "Sums", "remember"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -66,7 +66,26 @@ class Sum(Protocol):
         """Combine `x` of all ranks into `out`, which may be `x`."""
 
 
-class _PreparedSum:
+class Sums(Protocol):
+    """The all_reduces of a group that need neither the library nor messages in lanes."""
+
+    def take(self, sizes: Crossovers) -> None:
+        """Choose the kind of sum by these sizes from now on; the same on all ranks."""
+
+    def find(self, x: Array, op: ReduceOp) -> Sum | None:
+        """Return the sum of `x` in place, if one like it has been prepared before."""
+
+    def prepared(self, call: AllReduce) -> Sum | None:
+        """Return a sum if one like it has been prepared before; local, unlike `prepare`."""
+
+    def prepare(self, call: AllReduce, waiter: Waiter) -> Sum | None:
+        """Return a sum, or None where another way is faster; collective."""
+
+    def steps(self, call: AllReduce, waiter: Waiter) -> ConditionSteps[None] | None:
+        """Return the steps of an immediate sum of at most `SMALL_NBYTES`, or None for messages."""
+
+
+class PreparedSum:
     """What the three kinds share.
 
     Parameters
@@ -99,7 +118,7 @@ class _PreparedSum:
         self._signature = signature_of(call, route, array)
 
 
-class SmallSum(_PreparedSum):
+class SmallSum(PreparedSum):
     """Each rank publishes its array together with its arrival, and combines all arrays itself.
 
     One barrier; p arrays read per rank.
@@ -152,7 +171,7 @@ class SmallSum(_PreparedSum):
         sequencer.counters.finish(number)
 
 
-class RegisteredSum(_PreparedSum):
+class RegisteredSum(PreparedSum):
     """Sums arrays in registered memory in place.
 
     Two barriers; see `direct_path.all_reduce`. The registered array refers to this object, so this
@@ -179,7 +198,7 @@ class RegisteredSum(_PreparedSum):
         sequencer.finish_together(number, waiters)
 
 
-class ScratchSum(_PreparedSum):
+class ScratchSum(PreparedSum):
     """Sums ordinary arrays by way of scratch buffers in shared memory.
 
     For each chunk a rank copies the slices that the others combine into its buffer, combines its
@@ -232,7 +251,7 @@ class ScratchSum(_PreparedSum):
     def _chunk(self, inputs: Array) -> _Chunk:
         """Return the slices of every rank's buffer for a chunk, in the current half."""
         key = (self._buffers.half, inputs.size)
-        return self._chunks.get(key) or _remember(self._chunks, key, self._cut(inputs))
+        return self._chunks.get(key) or remember(self._chunks, key, self._cut(inputs))
 
     def _cut(self, inputs: Array) -> _Chunk:
         me, buffers = self._me, self._buffers.arrays(self._buffers.half, inputs.dtype, inputs.size)
@@ -395,7 +414,7 @@ class NodeSums:
         if prepared is None:
             prepared = self._make(call.x, call.op, array, waiter)
             if prepared is not None:
-                _remember(sums, key, prepared)
+                remember(sums, key, prepared)
         return prepared
 
     def steps(self, call: AllReduce, waiter: Waiter) -> ConditionSteps[None] | None:
@@ -412,7 +431,7 @@ class NodeSums:
         if small is None:
             context, buffers = self._context, self._small_buffers
             small = SmallSum(self._sequencer, context, buffers, x, call.op, waiter)
-            _remember(self._immediate, key, small)
+            remember(self._immediate, key, small)
         return small.steps(x, call.out, waiter)
 
     def _choose(
@@ -464,7 +483,7 @@ def _chunk_bytes(size: int) -> int:
     return max(_ALL_CHUNKS // size, _SHORTEST_CHUNK) // _PAGE * _PAGE
 
 
-def _remember(kept: dict[K, V], key: K, value: V) -> V:
+def remember(kept: dict[K, V], key: K, value: V) -> V:
     """Keep what was prepared; all is forgotten where there is too much of it."""
     if len(kept) >= _REMEMBERED:
         kept.clear()

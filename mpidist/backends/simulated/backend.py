@@ -16,6 +16,7 @@ from mpidist._types import Array
 from mpidist.backends.base import Backend, Traffic
 from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.node.memory import NodeMemory
+from mpidist.backends.node.sequencer import Payload
 from mpidist.backends.node.signatures import CallSignature, Route
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.simulated.faults import JobAborted
@@ -32,7 +33,15 @@ class _ThreadComparison:
         self._member = member
         self._rendezvous: dict[int, Rendezvous] = {}
 
-    def arrive(self, number: int, signature: CallSignature) -> None:
+    in_slots = False
+
+    def arrive_and_compare(
+        self, number: int, signature: CallSignature, payload: Payload | None = None
+    ) -> bool:
+        """Return False: threads compare when they wait."""
+        return False
+
+    def arrive(self, number: int, signature: CallSignature, payload: Payload | None = None) -> None:
         key = (self._member.context, self._member.members, "call", number)
         self._rendezvous[number] = self._network.offer(key, self._member, signature)
 
