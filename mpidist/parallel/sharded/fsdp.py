@@ -123,7 +123,7 @@ class FSDP(DataParallel):
     byte per parameter, and two barriers.
 
     A backward adds to the gradients of earlier ones, until `step` or `zero_grad`; the sums are
-    slices, too, so that accumulating needs no more memory. `no_sync` saves the messages, at the
+    slices, too, so that accumulating needs no whole gradients. `no_sync` saves the messages, at the
     price of whole gradients on each rank.
 
     The bits of parameters are those of `DDP`, as long as messages are long enough for sums in the

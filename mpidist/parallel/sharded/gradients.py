@@ -84,7 +84,7 @@ class UnitGradients:
         self._counting = False
         self._arrived: list[str] = []
         self._sent = self._received = 0
-        self._own_nbytes = self._own_peak = 0  # of gradients that are in no message buffer
+        self._own_nbytes = self._own_peak = 0  # of what is neither in a buffer nor in a shard
         self.relayout(self.names[::-1])
         for parameter in named.values():
             parameter.attach_later(self._memory_for)
@@ -142,8 +142,7 @@ class UnitGradients:
         name = self._names[parameter]
         unit = self._unit_of[name]
         if not self._counting or unit.index >= self._sent + len(self._buffers):
-            self._own_nbytes += parameter.size * parameter.dtype.itemsize
-            self._own_peak = max(self._own_peak, self._own_nbytes)
+            self._count(parameter.size * parameter.dtype.itemsize)
             return None
         self._receive(unit.index - len(self._buffers))
         return unit.views[name]
@@ -163,7 +162,8 @@ class UnitGradients:
             self._receive(unit.index - len(self._buffers))
             for name, (used, copied) in unit.send().items():
                 self._used[self._index[name]] = used
-                self._own_nbytes -= copied
+                self._count(-copied)
+            self._count(unit.result_nbytes)
             self._sent += 1
             if self._sent == len(self._plan):
                 self._used_work = iall_reduce(self._used, self._group, op=MAX, out=self._used)
@@ -171,8 +171,15 @@ class UnitGradients:
     def _receive(self, last: int, timeout: float | None = None) -> None:
         """Wait for the reductions of the first units, up to this one."""
         while self._received <= last:
-            self._plan[self._received].receive(timeout)
+            unit = self._plan[self._received]
+            result_nbytes = unit.result_nbytes
+            unit.receive(timeout)
+            self._count(-result_nbytes)
             self._received += 1
+
+    def _count(self, nbytes: int) -> None:
+        self._own_nbytes += nbytes
+        self._own_peak = max(self._own_peak, self._own_nbytes)
 
     def progress(self) -> None:
         """Let the units under way make progress."""
@@ -264,7 +271,7 @@ class UnitGradients:
 
     @property
     def buffers_nbytes(self) -> int:
-        """Bytes of the message buffers, and of gradients in memory of their own."""
+        """Bytes of the message buffers, and of gradients and results in memory of their own."""
         return int(self._memory.nbytes) + self._own_nbytes
 
     @property
@@ -346,6 +353,12 @@ class _UnitGradient:
                 self._data, self._cut_over, op=self._op, out=self._result, counts=self._flat.counts
             )
         return sent
+
+    @property
+    def result_nbytes(self) -> int:
+        """Bytes of a result under way that is added to an earlier one when it is there."""
+        alone = self._result is not self.reduced and self._result is not self._data
+        return int(self._result.nbytes) if alone else 0
 
     def done(self) -> bool:
         """Whether `receive` will not block."""
