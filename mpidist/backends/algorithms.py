@@ -25,7 +25,6 @@ from mpidist.backends.work import Message, Steps, Work
 __all__ = [
     "Lane",
     "all_reduce",
-    "direct_all_reduce",
     "dissemination_barrier",
     "linear_gather",
     "linear_scatter",
@@ -272,28 +271,6 @@ def rank_order_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Ste
     yield from pairwise_reduce_scatter(lane, x, result, counts, op)
     own[...] = result
     yield from ring_all_gather(lane, None, out, counts)
-
-
-def direct_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:
-    """Exchange slices with all ranks at once, combine in rank order, send the result to all.
-
-    Two rounds, for few ranks and long arrays: a slice for each rank is received at the same time.
-
-    Cost: 2 (p - 1) messages, 2 (p - 1) / p n bytes; the slices of all ranks take n bytes.
-    """
-    counts = _even_counts(x.size, lane.size)
-    given, results, me = _parts(x, counts), _parts(out, counts), lane.rank
-    others = [rank for rank in range(lane.size) if rank != me]
-    heard = [given[me] if rank == me else np.empty_like(given[me]) for rank in range(lane.size)]
-    yield lane.exchange(
-        [(given[rank], rank) for rank in others], [(heard[rank], rank) for rank in others]
-    )
-    total = np.empty_like(results[me])  # what this rank gave may be the third, and lie in `out`
-    reduce_in_rank_order(heard, op, total)
-    results[me][...] = total
-    yield lane.exchange(
-        [(results[me], rank) for rank in others], [(results[rank], rank) for rank in others]
-    )
 
 
 def all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:

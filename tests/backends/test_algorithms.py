@@ -111,7 +111,6 @@ ALL_REDUCES = {
     "recursive doubling": algorithms.recursive_doubling_all_reduce,
     "ring": algorithms.ring_all_reduce,
     "rank order": algorithms.rank_order_all_reduce,
-    "direct": algorithms.direct_all_reduce,
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpidist._types import MEAN, Array, ReduceOp
-from mpidist.backends.algorithms import Lane, direct_all_reduce, undivided
+from mpidist.backends.algorithms import Lane, rank_order_all_reduce, undivided
 from mpidist.backends.combine import combination, even_slices, quietly
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.node.direct_path import (
@@ -145,7 +145,7 @@ class LongHostSum(PreparedSum):
                 _complete(before.work, waiters)
             work = None
             if outer is not None:
-                steps = direct_all_reduce(outer, total, total, undivided(self._op))
+                steps = rank_order_all_reduce(outer, total, total, undivided(self._op))
                 work = StepsWork(steps)
             if before is not None:
                 self._hand_out(before, out, waiters)
@@ -229,11 +229,11 @@ class MessageHostSum(PreparedSum):
         sequencer.wait_for_earlier(waiters)
         number = sequencer.begin_blocking(self._signature, waiters)
         lane = Lane(self._transport, self._lane_of(number))
-        _complete(StepsWork(direct_all_reduce(lane, x, out, self._op)), waiters)
+        _complete(StepsWork(rank_order_all_reduce(lane, x, out, self._op)), waiters)
         sequencer.counters.finish(number)
 
 
-_BY_MESSAGES = 4 << 20
+_BY_MESSAGES = 8 << 20
 """Bytes from which nodes of one rank each do better than MPICH's own all-reduce over TCP."""
 
 _PIECES, _LEAST_PIECE, _MOST_PIECE = 8, 1 << 20, 2 << 20
