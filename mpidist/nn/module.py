@@ -87,6 +87,10 @@ def check_gradient(layer: Module, dy: Array, shape: tuple[int, ...]) -> None:
         )
 
 
+_under_construction: set[int] = set()
+"""The identities of the modules whose outermost constructor has not ended."""
+
+
 def _labelling(constructor: Callable[..., None]) -> Callable[..., None]:
     """Let a constructor end by labelling the tree below its module.
 
@@ -96,15 +100,16 @@ def _labelling(constructor: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(constructor)
     def wrapper(self: Module, *args: Any, **kwargs: Any) -> None:
-        # One that is called by the constructor of a subclass does not end the construction.
-        outermost = vars(self).setdefault("_constructor", wrapper) is wrapper
+        if id(self) in _under_construction:  # the constructor of a subclass has called this one
+            constructor(self, *args, **kwargs)
+            return
+        # Not in the module: a constructor may copy it, or exchange all that it holds.
+        _under_construction.add(id(self))
         try:
             constructor(self, *args, **kwargs)
         finally:
-            if outermost:
-                del vars(self)["_constructor"]
-        if outermost:
-            self.relabel()
+            _under_construction.discard(id(self))
+        self.relabel()
 
     return wrapper
 
@@ -135,9 +140,12 @@ class Module(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("__init__", "__post_init__"):
-            if name in vars(cls):
-                setattr(cls, name, _labelling(vars(cls)[name]))
+        if "__init__" in vars(cls):
+            cls.__init__ = _labelling(vars(cls)["__init__"])  # type: ignore[method-assign]
+        # Of a dataclass, also where it comes from a class that is no module.
+        owner = next(base for base in cls.__mro__ if "__post_init__" in vars(base))
+        if owner is cls or not issubclass(owner, Module):
+            cls.__post_init__ = _labelling(vars(owner)["__post_init__"])  # type: ignore[method-assign]
 
     @_labelling  # noqa: B027  # nothing, unless it is overridden
     def __post_init__(self) -> None:

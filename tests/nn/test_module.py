@@ -430,6 +430,35 @@ def test_a_constructor_that_is_replaced_later_labels_too(monkeypatch):
     assert [layer.layer_index for layer in Net().layers] == [0, 1]
 
 
+def test_a_dataclass_is_labelled_after_what_a_class_that_is_no_module_adds():
+    class Adds:
+        def __post_init__(self) -> None:
+            self.last = Linear(1, 1, rng=0)
+
+    @dataclasses.dataclass(eq=False)
+    class Mixed(Adds, Two):
+        pass
+
+    names = [p.name for p in Mixed(ReLU(), Linear(1, 1, rng=0)).parameters()]
+    assert names == ["second.weight", "second.bias", "last.weight", "last.bias"]
+
+
+def test_a_constructor_may_call_itself_copy_the_module_and_exchange_its_attributes():
+    class Net(Sequential):
+        def __init__(self, depth: int) -> None:
+            if depth:
+                self.__init__(depth - 1)  # type: ignore[misc]
+                self.unfinished = copy.copy(self)
+            else:
+                super().__init__(Linear(1, 1, rng=0))
+                self.__dict__ = dict(vars(self))
+
+    net = Net(1)
+    assert vars(net.unfinished).keys() < vars(net).keys()
+    names = [p.name for p in net.layers[0].parameters()]
+    assert names == ["0.weight", "0.bias"]
+
+
 def test_a_frozen_dataclass_may_be_a_layer():
     @dataclasses.dataclass(frozen=True, eq=False)
     class Frozen(ReLU):
