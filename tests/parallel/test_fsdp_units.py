@@ -87,7 +87,7 @@ def test_tied_parameters_are_a_unit_that_several_modules_need():
     assert units["0 + 4"].parameters == ("0.weight",)
     assert units["0 + 4"].modules == ("0", "4")
     assert units["1 + 2"].parameters == ("1.inner.0.weight",)
-    assert units["2"].parameters == ("2.inner.2.weight",)
+    assert units["1 to 2"].parameters == ("1.inner.2.weight", "2.inner.2.weight")
     # Where the outermost module needs it too, it is whole all along.
     assert found(model, ["4"]) == [("(outermost)", tuple(n for n, _ in model.named_parameters()))]
 
@@ -213,4 +213,26 @@ def test_an_fsdp_shows_its_units_as_a_table():
         "128 KiB  float32          2",
         "  1 KiB  float32          (outermost)",
         "512 KiB  float32          4",
+    ]
+
+
+def test_neighbours_that_fit_together_are_one_unit():
+    model = transformer()
+    assert found(model, 512 * KIB) == [
+        ("0", ("0.weight",)),
+        ("1 to 2", tuple(f"{b}.inner.{layer}.weight" for b in "12" for layer in "02")),
+        ("(outermost)", ("3.weight", "3.bias")),
+        ("4", ("4.weight",)),
+    ]
+    layers = Sequential(*(linear(128, 128) for _ in range(7)))
+    units = find_units(layers, 200 * KIB)
+    assert [unit.modules for unit in units] == [("0", "1", "2"), ("3", "4", "5"), ("6",)]
+    assert [unit.nbytes for unit in units] == [192 * KIB, 192 * KIB, 64 * KIB]
+    # Not those that are tied, of another dtype, or below another module.
+    layers.layers[4].weight = layers.layers[2].weight
+    layers.layers[6].weight.trainable = False
+    nested = Sequential(layers, Sequential(*(linear(128, 128) for _ in range(5))))
+    assert [unit.modules for unit in find_units(nested, 200 * KIB)] == [
+        *(("0.0", "0.1"), ("0.2", "0.4"), ("0.3", "0.5"), ("0.6",)),
+        *(("1.0", "1.1", "1.2"), ("1.3", "1.4")),
     ]

@@ -74,9 +74,10 @@ class FSDP(DataParallel):
         What is split.
     units : int, sequence of str or callable, optional
         Which parameters travel together. An int: at most so many bytes, 32 MiB when omitted; the
-        units are the largest subtrees of the model that hold no more, and a larger parameter is one
-        by itself. Names of modules, in which ``*`` stands for anything, or a function of a name and
-        a module: these modules are units, and all other parameters are one more.
+        units are the largest subtrees of the model that hold no more, neighbours together if they
+        fit, and a larger parameter is one by itself. Names of modules, in which ``*`` stands for
+        anything, or a function of a name and a module: these modules are units, and all other
+        parameters are one more.
     op : ReduceOp, optional
         `MEAN` or `SUM` of the ranks' gradients; see `DDP`.
     cut : Cut, optional

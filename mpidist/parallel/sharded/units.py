@@ -76,10 +76,10 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
     module : Module
         The model.
     units : int, sequence of str, callable or BucketSizes
-        How. An int: the largest subtrees that hold at most so many bytes of parameters are units;
-        a larger parameter is one by itself; modules of less than 64 KiB stay with the module
-        around. Names or a callable: these modules are units, one inside another without it, and
-        all other parameters are one unit.
+        How. An int: the largest subtrees that hold at most so many bytes of parameters are units,
+        neighbours together if they fit; a larger parameter is one by itself; modules of less than
+        64 KiB stay with the module around. Names or a callable: these modules are units, one inside
+        another without it, and all other parameters are one unit.
 
     Returns
     -------
@@ -118,7 +118,43 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
             first = f", {next(iter(chunk))}" if several else ""
             result.append(_unit(title + first, modules, chunk))
     position = {name: i for i, name in enumerate(named)}
-    return tuple(sorted(result, key=lambda unit: min(position[n] for n in unit.parameters)))
+    result.sort(key=lambda unit: min(position[name] for name in unit.parameters))
+    return tuple(result if limit is None else _joined(result, limit))
+
+
+def _joined(units: Sequence[Unit], limit: int) -> Iterator[Unit]:
+    """Join neighbours under one module, as long as they hold no more than the limit together."""
+    joined: list[Unit] = []
+    for unit in units:
+        if joined and not _fits(joined, unit, limit):
+            yield _join(joined)
+            joined = []
+        joined.append(unit)
+    yield _join(joined)
+
+
+def _fits(joined: Sequence[Unit], unit: Unit, limit: int) -> bool:
+    first = joined[0]
+    alike = (first.dtype, first.trainable) == (unit.dtype, unit.trainable)
+    # Tied parameters, and those of the outermost module, are needed at other times.
+    alone = len(first.modules) == len(unit.modules) == 1 and first.modules[0] and unit.modules[0]
+    same = first.modules[0].rpartition(".")[0] == unit.modules[0].rpartition(".")[0]
+    total = sum(other.nbytes for other in joined) + unit.nbytes
+    return bool(alike and alone and same and total <= limit)
+
+
+def _join(units: Sequence[Unit]) -> Unit:
+    if len(units) == 1:
+        return units[0]
+    modules = tuple(dict.fromkeys(name for unit in units for name in unit.modules))
+    return Unit(
+        f"{modules[0]} to {modules[-1]}",
+        modules,
+        tuple(name for unit in units for name in unit.parameters),
+        sum(unit.nbytes for unit in units),
+        units[0].dtype,
+        units[0].trainable,
+    )
 
 
 def _unit(name: str, modules: tuple[str, ...], parameters: Mapping[str, Parameter]) -> Unit:
