@@ -150,7 +150,8 @@ job.wait()
 
 def is_sleep(pid: int) -> bool:
     try:
-        return b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        # Not the command line: that of nsenter, which becomes sleep, has the word, too.
+        return Path(f"/proc/{pid}/comm").read_bytes() == b"sleep\n"
     except OSError:
         return False
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -30,7 +31,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class Checked(NamedTuple, Generic[T, U]):
+@dataclass(frozen=True, slots=True)
+class Checked(Generic[T, U]):
     """What one rank was given.
 
     Attributes

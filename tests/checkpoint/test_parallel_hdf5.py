@@ -126,7 +126,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(
 @with_mpi
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
-    ("failing", "module", "name"), [(0, files, "create_file"), (1, single_file, "_elements")]
+    ("failing", "module", "name"), [(0, files, "create_file"), (1, single_file, "view_of_box")]
 )
 def test_a_rank_without_memory_fails_the_save_on_all(
     world: ProcessGroup, directory: Path, failing: int, module: Any, name: str

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpidist._types import MEAN, Array, ReduceOp
-from mpidist.backends.algorithms import Lane, rank_order_all_reduce, undivided
+from mpidist.backends import algorithms
+from mpidist.backends.algorithms import Lane, undivided
 from mpidist.backends.combine import combination, even_slices, quietly
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.node.direct_path import (
@@ -145,8 +146,8 @@ class LongHostSum(PreparedSum):
                 _complete(before.work, waiters)
             work = None
             if outer is not None:
-                steps = rank_order_all_reduce(outer, total, total, undivided(self._op))
-                work = StepsWork(steps)
+                op = undivided(self._op)
+                work = StepsWork(algorithms.rank_order_all_reduce(outer, total, total, op))
             if before is not None:
                 self._hand_out(before, out, waiters)
             before = _Travelling(half, start, total, work)
@@ -229,7 +230,8 @@ class MessageHostSum(PreparedSum):
         sequencer.wait_for_earlier(waiters)
         number = sequencer.begin_blocking(self._signature, waiters)
         lane = Lane(self._transport, self._lane_of(number))
-        _complete(StepsWork(rank_order_all_reduce(lane, x, out, self._op)), waiters)
+        steps = algorithms.rank_order_all_reduce(lane, x, out, self._op)
+        _complete(StepsWork(steps), waiters)
         sequencer.counters.finish(number)
 
 
