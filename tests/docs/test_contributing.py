@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpidist import collectives
 from mpidist.errors import CollectiveMismatchError
 from mpidist.testing import run_ranks
+from mpidist.testing.contract import _verbs
+from mpidist.testing.contract._memory import HOST
+from mpidist.testing.contract._verbs import Trial, attempt_later, call
 from tests.docs.pages import ROOT
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -90,7 +94,14 @@ def test_the_verb_of_the_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in made:
             monkeypatch.setattr(module, name, names[name], raising=False)
 
+    for name in ("shift", "ishift"):
+        monkeypatch.setattr(collectives, name, names[name], raising=False)
+    (row,) = re.findall(r"```python\n( *Verb\(.*?)```", CONTRIBUTING, re.DOTALL)
+    trial = Trial(eval(dedent(row), dict(vars(_verbs))))
+
     def passed(group: Any) -> list[int]:
+        call(trial, group, HOST)()
+        attempt_later(trial, group, HOST)
         x = np.full((2, 3), group.rank)
         with pytest.raises(CollectiveMismatchError, match="shift int64"):
             names["shift"](x[: 1 + (group.rank == 1)], group)
