@@ -208,11 +208,7 @@ class ProcessGroup(Closing):
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         """Refuse to be copied or pickled."""
-        raise TypeError(
-            f"{self} cannot be copied or pickled, nor can what holds it: it connects processes. "
-            "Pass it on as it is, or make another with duplicate(); of a DDP copy its module, "
-            "between two steps; of an optimizer its state_dict()"
-        )
+        self._state.refuse_copy()
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""

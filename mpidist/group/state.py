@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpidist.backends.base import Backend
 from mpidist.backends.verbs import AllReduce, Collective
@@ -232,6 +232,18 @@ class GroupState:
         self.reason: str | None = None
         self._limit = _MANY
         _STATES.add(self)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Refuse to be copied or pickled, and so with all that holds it."""
+        self.refuse_copy()
+
+    def refuse_copy(self) -> NoReturn:
+        """Raise TypeError, and say what can be copied."""
+        raise TypeError(
+            f"{self} cannot be copied or pickled, nor can what holds it: it connects processes. "
+            "Pass it on as it is, or make another with duplicate(); of a DDP copy its module, "
+            "between two steps; of an optimizer its state_dict()"
+        )
 
     def __repr__(self) -> str:
         """Return name, rank and size, as messages show them."""
