@@ -30,7 +30,7 @@ __all__ = ["init"]
 _TIMEOUT = 1800.0
 _WARN_AFTER = 60.0
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of what ranks exchange: messages, shared memory, arguments. Each change adds one."""
 
 _VERSION_NBYTES = 64
