@@ -34,7 +34,7 @@ from mpidist.backends.node.shared_memory import share
 from mpidist.backends.node.signatures import Route
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.verbs import Barrier, Collective
-from mpidist.backends.work import Engine, Message, Steps, Waiter, Work, then, wait_until
+from mpidist.backends.work import Engine, Message, PolledWork, Steps, Waiter, Work, then, wait_until
 from mpidist.errors import TransportError
 
 __all__ = ["MpiBackend"]
@@ -96,7 +96,7 @@ class _Requests(Work[tuple[int, ...]]):
         return self._sources or ()
 
 
-class _Swap(Work[None]):
+class _Swap(PolledWork):
     """Requests of a short exchange, whose sources are known; `_Requests` at less cost."""
 
     def __init__(self, mpi: Any, requests: list[Any], *, keep: object) -> None:
@@ -110,9 +110,6 @@ class _Swap(Work[None]):
             return self._testall(self._requests)
         except self._mpi.Exception as error:
             raise _translate(self._mpi, "arrival", error) from error
-
-    def wait(self, timeout: float | None = None) -> None:
-        wait_until(self.done, timeout=float("inf") if timeout is None else timeout)
 
 
 @contextlib.contextmanager
