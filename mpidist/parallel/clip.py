@@ -54,7 +54,8 @@ def clip_grad_norm(
     TypeError
         If `parameters` is something else.
     ValueError
-        If `max_norm` is not positive, or, without `group`, an iterator has been used up.
+        If `max_norm` is not positive, or, without `group`, an iterator has been used up, or a
+        parameter is a part of a whole one.
 
     Notes
     -----
@@ -71,10 +72,13 @@ def clip_grad_norm(
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
+    named = named_list(parameters, "clip_grad_norm")
+    if group is None:
+        _check_whole(named)
+    spread = [] if group is None else named
     # A rank that raised for want of a shard would leave the others waiting.
-    spread = [] if group is None else named_list(parameters, "clip_grad_norm")
     host, device = gradient_arrays(
-        parameters if group is None else spread, "clip_grad_norm", may_be_empty=group is not None
+        named or parameters, "clip_grad_norm", may_be_empty=group is not None
     )
     counted = (host, device)
     if not all(_counts(parameter) for _, parameter in spread):
@@ -93,6 +97,18 @@ def clip_grad_norm(
             for grad in device:
                 gradient_kernels.scale(grad, max_norm / norm)
     return norm
+
+
+def _check_whole(named: list[tuple[str, Parameter]]) -> None:
+    """Raise if a parameter is a part of a whole: its norm differs from rank to rank."""
+    for name, parameter in named:
+        if parameter.part is not None and parameter.size != math.prod(parameter.part.shape):
+            raise ValueError(
+                f"clip_grad_norm: '{name}' is this rank's part of a parameter of shape "
+                f"{parameter.part.shape}, and the ranks would scale their parts by different "
+                "factors; give the ranks that have the others, as in "
+                "clip_grad_norm(optimizer.shards(), max_norm, group=optimizer.group)"
+            )
 
 
 def _counts(parameter: Parameter) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpidist.arrays.namespaces import BFLOAT16
+from mpidist.arrays.shards import FlatPart
 from mpidist.nn import Parameter
 from mpidist.parallel import clip_grad_norm
 from mpidist.testing import run_ranks
@@ -73,6 +74,15 @@ def test_the_factor_is_not_rounded_to_the_dtype(dtype, large):
     wide = np.complex128 if grad.dtype.kind == "c" else np.float64
     np.testing.assert_array_equal(p.grad, (grad.astype(wide) * (1 / norm)).astype(dtype))
     assert np.linalg.norm(p.grad.astype(wide)) == pytest.approx(1.0, rel=4e-3)
+
+
+def test_parts_of_parameters_need_the_ranks_that_have_the_others():
+    """By the norm of its parts alone, each rank would scale by another factor."""
+    whole, part = with_grad(np.ones(4)), with_grad(np.ones(2))
+    whole.part, part.part = FlatPart((4,), 0), FlatPart((4,), 2)
+    assert clip_grad_norm([("0.weight", whole)], 9.0) == 2.0
+    with pytest.raises(ValueError, match=r"'0\.bias' is this rank's part of .*\(4,\).*group="):
+        clip_grad_norm([("0.weight", whole), ("0.bias", part)], 1.0)
 
 
 def test_squares_that_overflow_together_are_an_infinite_norm_on_all_ranks():
