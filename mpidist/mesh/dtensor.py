@@ -319,7 +319,8 @@ class DTensor:
         CollectiveMismatchError
             On all ranks, if they ask for different things; nobody gets a result then.
         SizeMismatchError, UnsupportedOperationError
-            If the placements do not fit, or `mesh` has other ranks.
+            If the placements do not fit, `mesh` has other ranks, or `local` has been replaced by an
+            array of another shape.
 
         Notes
         -----
@@ -363,6 +364,12 @@ class DTensor:
         what = f"redistribute on {group}"
         to = self.mesh if mesh is None else mesh
         check_same_ranks(self.mesh, to, what)
+        if tuple(self.local.shape) != self.box.sizes:  # another array may have been put there
+            raise SizeMismatchError(
+                f"{what}: x.local is an array of shape {tuple(self.local.shape)} now, and this "
+                f"rank's part by {list(self.placements)} of an array of shape {self.shape} has "
+                f"shape {self.box.sizes}; make a DTensor of what has another shape"
+            )
         checked = check_placements(placements, to.ndim, len(self.shape), what)
         check_partial(checked, self.dtype, what)
         source = _sharding_of(self.shape, self.mesh, self.placements, self.mesh)

@@ -486,6 +486,21 @@ def test_arguments_of_a_redistribution_are_checked_before_anything_moves():
     on_mesh(4, body, dp=2, tp=2)
 
 
+def test_an_array_of_another_shape_put_in_its_place_is_refused():
+    """Of one that is larger, a part would be taken."""
+
+    def body(group, mesh):
+        x = DTensor(ONES, mesh, [Shard(0), Replicate()])
+        x.local = np.ones((3, 3))
+        for move in (x.full, lambda: x.redistribute([Shard(1)] * 2)):
+            with pytest.raises(SizeMismatchError, match=r"\(3, 3\) now, .*has shape \(2, 3\)"):
+                move()
+        x.local = 2 * ONES
+        np.testing.assert_array_equal(x.full(), np.full((4, 3), 2.0))
+
+    on_mesh(4, body, dp=2, tp=2)
+
+
 def test_a_partial_array_is_no_shard():
     def body(group, mesh):
         x = DTensor(ONES, mesh, [Shard(0), Partial()])
