@@ -95,6 +95,7 @@ class DataParallel(Closing, ABC):
         self._pending: _StepWork | None = None
         self._syncing = True
         self._failure: str | None = None
+        self._failure_in_no_sync: str | None = None
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield the module's parameters as `Module.named_parameters` does, for an optimizer."""
@@ -265,6 +266,8 @@ class DataParallel(Closing, ABC):
         -----
         Local. For accumulation over micro-batches: all but the last inside, with dropout's
         `sample_offset` counting on. Use it on all ranks alike. Buffers are not synchronised inside.
+        After an exception in a backward inside, gradients have to be forgotten (`zero_grad`) before
+        the next one: which contributions have been added is not known.
         """
         before = self._syncing
         self._syncing = False
@@ -317,11 +320,16 @@ class DataParallel(Closing, ABC):
     ) -> tuple[T, Work[None]]:
         """Run a pass that makes these contributions, and start the reduction."""
         self._check_idle()
+        self._check_added_whole()
         self._gradients.check(uses)
         if not self._syncing:
             self._gradients.accumulate()
-            with region("backward"):
-                return run(), _NoWork()
+            try:
+                with region("backward"):
+                    return run(), _NoWork()
+            except BaseException as error:
+                self._failure_in_no_sync = repr(error)
+                raise
         try:
             # Buffers first: their broadcast has the whole of backward to arrive.
             self._broadcasts = []
@@ -342,6 +350,19 @@ class DataParallel(Closing, ABC):
     def _start(self, broadcast: BufferSync | BucketOrder) -> None:
         broadcast.start()
         self._broadcasts.append(broadcast)
+
+    def _check_added_whole(self) -> None:
+        """Raise if a backward that failed may have added some of its contributions."""
+        if self._failure_in_no_sync is None:
+            return
+        if any(parameter.unreduced_grad() is not None for parameter in self.parameters()):
+            raise RuntimeError(
+                f"{type(self).__name__} on {self.group}: an earlier backward inside no_sync failed "
+                f"half way ({self._failure_in_no_sync}), so the gradients of this rank may have "
+                "some of its contributions and not others; forget them (zero_grad), and run the "
+                "passes of this step again"
+            )
+        self._failure_in_no_sync = None
 
     def _abandon(self, error: BaseException) -> None:
         self._gradients.release()
