@@ -88,6 +88,18 @@ def _frozen(name, when=True):
             r"no module is named 'block\.\*'; the modules are 0, 1, 2",
             lambda g: FSDP(model(), g, units=["0", "block.*"]),
         ),
+        (TypeError, r"of names of modules.*got \[0, 2\]", lambda g: FSDP(model(), g, units=[0, 2])),
+        (TypeError, r"such as lambda.*got <class", lambda g: FSDP(model(), g, units=Linear)),
+        (
+            TypeError,
+            r"strategy must be one of ShardingStrategy\.FULL_SHARD, .*; got 'no_shard'",
+            lambda g: FSDP(model(), g, strategy="no_shard"),
+        ),
+        (
+            TypeError,
+            r"cut must be one of Cut\.ROWS, .*; got 'parameters'",
+            lambda g: FSDP(model(), g, cut="parameters"),
+        ),
         (UnsupportedOperationError, "MEAN or SUM, got", lambda g: FSDP(model(), g, op=MAX)),
         (
             UnsupportedOperationError,

@@ -103,7 +103,8 @@ class FSDP(DataParallel):
     Raises
     ------
     TypeError
-        If `module` is no Module, or `units` cannot be understood.
+        If `module` is no Module, `strategy` or `cut` is none of theirs, or `units` cannot be
+        understood.
     CollectiveMismatchError
         On every rank, naming a rank, if names, shapes, dtypes, units or arguments differ between
         ranks. Nothing has been changed then.
@@ -151,6 +152,8 @@ class FSDP(DataParallel):
         if not isinstance(module, Module):
             raise TypeError(f"{what}: expected {what}(model, group), got a {type(module).__name__}")
         check_group(group, what)
+        _check_choice("strategy", strategy, ShardingStrategy)
+        _check_choice("cut", cut, Cut)
         named = dict(module.named_parameters())
         arguments = {"strategy": strategy, "op": op, "cut": cut, "units": units}
         verify_same(_description(module, arguments), group, operation=what)
@@ -339,6 +342,13 @@ def _description(module: Module, arguments: Mapping[str, Any]) -> Description:
         *(describe("buffer", name, array) for name, array in module.named_buffers()),
         *((f"argument '{name}'", str(value)) for name, value in arguments.items()),
     )
+
+
+def _check_choice(argument: str, value: object, kind: type[Enum]) -> None:
+    """Raise unless a value is one of an enumeration, and not only the name of one."""
+    if not isinstance(value, kind):
+        choices = ", ".join(map(str, kind))
+        raise TypeError(f"FSDP: {argument} must be one of {choices}; got {value!r}")
 
 
 def _check_arguments(

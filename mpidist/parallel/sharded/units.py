@@ -181,12 +181,17 @@ def _small_enough(module: Module, limit: int) -> Callable[[str, Module], bool]:
 
 def _rule(module: Module, units: Units) -> Callable[[str, Module], bool]:
     """Return a function that says which modules the user has chosen."""
-    if callable(units):
+    if callable(units) and not isinstance(units, type):
         return units
-    if isinstance(units, str) or not isinstance(units, Sequence):
+    if (
+        isinstance(units, str)
+        or not isinstance(units, Sequence)
+        or not all(isinstance(name, str) for name in units)
+    ):
         raise TypeError(
             "FSDP: units must be a number of bytes, a list of names of modules, or a function of a "
-            f"name and a module, got {units!r}"
+            "name and a module, such as lambda name, module: isinstance(module, Linear); got "
+            f"{units!r}"
         )
     patterns, known = tuple(units), [name for name, _ in module.named_modules()]
     for pattern in patterns:
