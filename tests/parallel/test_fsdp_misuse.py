@@ -230,7 +230,20 @@ def test_whole_within_a_pass_and_a_step_within_whole():
             assert all(p.data.size for p in fsdp.parameters())
             optimizer.step()
 
+    class CuriousBackwards(ReLU):
+        def backward_input(self, ctx, dy):
+            with self.fsdp.whole():
+                return super().backward_input(ctx, dy)
+
+    def within_backward(group, backward):
+        made = model()
+        made.layers = (made.layers[0], CuriousBackwards(), made.layers[2])
+        made.layers[1].fsdp = fsdp = FSDP(made, group)
+        getattr(fsdp, backward)(forward(fsdp), DY)
+
     refused(RuntimeError, r"FSDP\.whole on .*: called within a pass", within_a_pass)
+    for name in ("backward", "ibackward", "backward_input"):
+        refused(RuntimeError, "called within a pass", partial(within_backward, backward=name))
     refused(RuntimeError, r"step on .*: called inside FSDP\.whole\(\)", step_within)
 
 
@@ -345,6 +358,34 @@ def test_after_an_exception_in_backward_the_job_is_over():
                 continue
 
     refused(RuntimeError, r"FSDP on .*failed half way \(MemoryError\('backward'\)\).*end the", act)
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP])
+def test_after_an_exception_inside_no_sync_gradients_have_to_be_forgotten(strategy):
+    """Else the contributions made before it would be added twice."""
+
+    def body(group, fails):
+        made, layer = model(), Failing()
+        made.layers = (made.layers[0], layer, made.layers[2])
+        wrapped = strategy(made, group)
+        forget = made.zero_grad if strategy is DDP else wrapped.zero_grad
+        if fails and group.rank == 1:
+            layer.failing = ("backward",)
+            with wrapped.no_sync(), pytest.raises(MemoryError):
+                wrapped.backward(forward(wrapped), DY)
+            layer.failing = ()
+            with wrapped.no_sync(), pytest.raises(RuntimeError, match=r"MemoryError.*zero_grad"):
+                wrapped.backward(forward(wrapped), DY)
+            forget()
+        with wrapped.no_sync():
+            wrapped.backward(forward(wrapped), DY)
+        wrapped.backward(forward(wrapped), DY)
+        parameters = made.parameters() if strategy is DDP else wrapped.shards()
+        return [np.array(p.grad) for p in parameters]
+
+    for found, expected in zip(run_ranks(2, body, True), run_ranks(2, body, False), strict=True):
+        for grad, right in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(grad, right)
 
 
 def test_evaluation_is_possible_at_any_time():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from mpidist._formatting import columns, format_bytes
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays.namespaces import REDUCTIONS, is_device
+from mpidist.backends.work import Work
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.mode import Mode
@@ -28,6 +29,8 @@ from mpidist.parallel.sharded.stores import by_node
 from mpidist.parallel.sharded.units import UNIT_BYTES, Units, find_units
 
 __all__ = ["FSDP", "ShardingStrategy"]
+
+T = TypeVar("T")
 
 
 class ShardingStrategy(Enum):
@@ -209,11 +212,13 @@ class FSDP(DataParallel):
         -----
         Local. After an exception the model can be used at once.
         """
-        self._passes += 1
-        try:
+        with self._within_pass():
             return super().forward(x, mode)
-        finally:
-            self._passes -= 1
+
+    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+        """Run the first half of backward, as `DDP.backward_input`."""
+        with self._within_pass():
+            return super().backward_input(ctx, dy)
 
     def shards(self) -> list[Parameter]:
         """Return this rank's slices of the trainable parameters, with their reduced gradients.
@@ -285,6 +290,21 @@ class FSDP(DataParallel):
                 f"ShardedOptimizer.step on {self.group}: called inside FSDP.whole(), where "
                 "parameters are read; leave it first"
             )
+
+    def _run_backward(
+        self, uses: Mapping[Parameter, int], run: Callable[[], T]
+    ) -> tuple[T, Work[None]]:
+        with self._within_pass():
+            return super()._run_backward(uses, run)
+
+    @contextmanager
+    def _within_pass(self) -> Iterator[None]:
+        """Count the passes under way, also where one raises."""
+        self._passes += 1
+        try:
+            yield
+        finally:
+            self._passes -= 1
 
     # -- states --------------------------------------------------------------------------------
 
