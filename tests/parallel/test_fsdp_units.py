@@ -92,6 +92,14 @@ def test_tied_parameters_are_a_unit_that_several_modules_need():
     assert found(model, ["4"]) == [("(outermost)", tuple(n for n, _ in model.named_parameters()))]
 
 
+def test_a_module_may_hold_one_that_it_is_within():
+    model = Sequential(linear(4, 4), linear(4, 4))
+    model.layers[0].around = model
+    rest = ("(outermost)", ("1.weight",))
+    assert found(model, ["0"]) == [("0", ("0.weight",)), rest]
+    assert [names for _, names in found(model, 64)] == [("0.weight",), ("1.weight",)]
+
+
 def test_a_unit_has_one_dtype_and_is_trained_or_not():
     model = Sequential(linear(4, 4), Linear(4, 4, rng=0, dtype=np.float64), linear(4, 4))
     model.layers[2].weight.trainable = False

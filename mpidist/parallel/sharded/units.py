@@ -212,16 +212,19 @@ def _needed_by(
     """
     needed: dict[Parameter, dict[str, None]] = {}
 
-    def walk(part: Module, name: str, within: str) -> None:
+    def walk(part: Module, name: str, within: str, around: frozenset[int]) -> None:
         for parameter in _held_directly(part):
             needed.setdefault(parameter, {})[within] = None
+        around |= {id(part)}
         for child_name, child in part.named_children():
+            if id(child) in around:
+                continue  # a module may hold one that it is within
             path = ".".join(filter(None, (name, child_name)))
             # A Recompute and what it wraps have one name, and are one.
             begins = (nested or not within) and path != name and is_unit(path, child)
-            walk(child, path, path if begins else within)
+            walk(child, path, path if begins else within, around)
 
-    walk(module, "", "")
+    walk(module, "", "", frozenset())
     return {parameter: tuple(names) for parameter, names in needed.items()}
 
 
