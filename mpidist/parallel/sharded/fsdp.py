@@ -13,6 +13,7 @@ from mpidist.arrays.namespaces import REDUCTIONS, is_device
 from mpidist.backends.work import Work
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
+from mpidist.mesh import DeviceMesh
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
@@ -40,11 +41,14 @@ class ShardingStrategy(Enum):
     -----
     `FULL_SHARD`: parameters, gradients and the optimizer's state. `SHARD_GRAD_OP`: gradients and
     the optimizer's state; on one node, where parameters stand once for all ranks, it is the same.
-    `NO_SHARD`: nothing; every rank has all, as with `DDP`.
+    `HYBRID_SHARD`: as `FULL_SHARD` among the ranks of a node, and every node has all; gradients are
+    summed over the nodes, and parameters never travel. `NO_SHARD`: nothing; every rank has all, as
+    with `DDP`.
     """
 
     FULL_SHARD = "full_shard"
     SHARD_GRAD_OP = "shard_grad_op"
+    HYBRID_SHARD = "hybrid_shard"
     NO_SHARD = "no_shard"
 
 
@@ -71,10 +75,13 @@ class FSDP(DataParallel):
     ----------
     module : Module
         The model, built alike on every rank. Parameters and buffers are overwritten with rank 0's.
-    group : ProcessGroup
-        The ranks taking part. A group of its own is made of them.
+    group : ProcessGroup or DeviceMesh
+        The ranks taking part. Groups of its own are made of them. Of a mesh of two dimensions the
+        first one replicates and the second one shards: ``DeviceMesh.by_node(world)``, or
+        ``mesh["replicate", "shard"]`` of a larger one; the ranks along the second share a node.
     strategy : ShardingStrategy, optional
-        What is split.
+        What is split. When omitted, HYBRID_SHARD with a mesh of two dimensions, else FULL_SHARD.
+        HYBRID_SHARD over a group is that over ``DeviceMesh.by_node(group)``.
     units : int, sequence of str or callable, optional
         Which parameters travel together. An int: at most so many bytes, 32 MiB when omitted; the
         units are the largest subtrees of the model that hold no more, neighbours together if they
@@ -91,7 +98,7 @@ class FSDP(DataParallel):
     module : Module
         The model. Its parameters are read-only views.
     group : ProcessGroup
-        The FSDP's own, of the same ranks, in the order of their slices.
+        The FSDP's own, of the same ranks, by local rank and then by node.
     units : tuple of Unit
         What travels together, in the order of a forward pass.
     strategy : ShardingStrategy
@@ -111,28 +118,32 @@ class FSDP(DataParallel):
     CollectiveMismatchError
         On every rank, naming a rank, if names, shapes, dtypes, units or arguments differ between
         ranks. Nothing has been changed then.
+    InvalidWorldSizeError
+        If the strategy is HYBRID_SHARD over a group, and its nodes have different numbers of ranks.
     UnsupportedOperationError
-        If a parameter is no float or complex; if `op` is neither MEAN nor SUM; if the strategy is
-        FULL_SHARD, and the ranks are on several nodes or the parameters on a device.
+        If a parameter is no float or complex; if `op` is neither MEAN nor SUM; if the ranks over
+        which FULL_SHARD or HYBRID_SHARD shards are on several nodes, or the parameters on a device;
+        if a mesh has more than two dimensions, or a strategy other than its number of them says.
     ValueError
         If a name in `units` matches no module, a parameter is read-only, or none is trainable.
 
     Notes
     -----
-    Collective over `group`; blocks. Costs a broadcast of every parameter and buffer, the group, and
-    the collective allocation of the parameters' and the buffers' memory.
+    Collective over `group`; blocks. Costs a broadcast of every parameter and buffer, the groups,
+    and the collective allocation of the parameters' and the buffers' memory.
 
     On one node nothing is gathered: parameters stand in memory that all ranks of the node see
     ([Note: parameters once per node] in `mpidist.parallel.sharded.stores`), and forward
     communicates nothing. A step costs, per rank, a reduce-scatter of each unit, an all-reduce of a
-    byte per parameter, and two barriers.
+    byte per parameter, and two barriers. With HYBRID_SHARD this is within a node, but for the
+    bytes, and this rank's slices of gradients are all-reduced over the nodes.
 
     A backward adds to the gradients of earlier ones, until `step` or `zero_grad`; the sums are
     slices, too, so that accumulating needs no whole gradients. `no_sync` saves the messages, at the
     price of whole gradients on each rank.
 
     The bits of parameters are those of `DDP`, as long as messages are long enough for sums in the
-    order of the ranks, which they are from 32 KiB on.
+    order of the ranks, which they are from 32 KiB on. Over several nodes sums have another order.
 
     References
     ----------
@@ -144,9 +155,9 @@ class FSDP(DataParallel):
     def __init__(
         self,
         module: Module,
-        group: ProcessGroup,
+        group: ProcessGroup | DeviceMesh,
         *,
-        strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD,
+        strategy: ShardingStrategy | None = None,
         units: Units = UNIT_BYTES,
         op: ReduceOp = MEAN,
         cut: Cut = Cut.ROWS,
@@ -154,13 +165,20 @@ class FSDP(DataParallel):
         what = type(self).__name__
         if not isinstance(module, Module):
             raise TypeError(f"{what}: expected {what}(model, group), got a {type(module).__name__}")
+        mesh = group if isinstance(group, DeviceMesh) else None
+        group = group.group if isinstance(group, DeviceMesh) else group
         check_group(group, what)
+        if strategy is None:
+            two = mesh is not None and mesh.ndim == 2
+            strategy = ShardingStrategy.HYBRID_SHARD if two else ShardingStrategy.FULL_SHARD
         _check_choice("strategy", strategy, ShardingStrategy)
         _check_choice("cut", cut, Cut)
         named = dict(module.named_parameters())
-        arguments = {"strategy": strategy, "op": op, "cut": cut, "units": units}
+        arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
+        arguments["mesh"] = None if mesh is None else mesh.dimensions
         verify_same(_description(module, arguments), group, operation=what)
         _check_arguments(named, group, strategy, op)
+        mesh = _mesh(mesh, group, strategy)
         self.units = find_units(module, units)
         verify_same(
             tuple((f"unit '{unit.name}'", str(unit.parameters)) for unit in self.units),
@@ -172,17 +190,19 @@ class FSDP(DataParallel):
         ordered = by_node(group, f"{group.name}/fsdp")
         arrays = {name: parameter.data for name, parameter in named.items()}
         broadcast_in_place([*arrays.values(), *dict(module.named_buffers()).values()], ordered)
-        cut_over: ProcessGroup | None = ordered
-        if strategy is ShardingStrategy.NO_SHARD:
-            cut_over = ordered.split(ordered.rank, name=f"{ordered.name}/rank")
-        assert cut_over is not None, "every rank gave a color"
+        cut_over, self._replicas = _groups(ordered, mesh, strategy)
         layouts = [unit.layout(arrays, cut) for unit in self.units]
         self.parameter_shards = ParameterShards(
-            named, layouts, cut_over, first=cut_over is ordered or ordered.rank == 0
+            named, layouts, cut_over, first=self._replicas is None or self._replicas.rank == 0
         )
         trainable = {name: p for name, p in named.items() if p.trainable}
         self._unit_gradients = UnitGradients(
-            trainable, self.parameter_shards, ordered, op=op, strategy=what
+            trainable,
+            self.parameter_shards,
+            ordered,
+            replicas=self._replicas,
+            op=op,
+            strategy=what,
         )
         super().__init__(module, ordered, op=op, gradients=self._unit_gradients)
         self.model_state = ModelState(self, self.parameter_shards)
@@ -346,9 +366,9 @@ class FSDP(DataParallel):
         ``parameter.data = parameter.data.copy()``.
         """
         self.zero_grad()
-        if self.parameter_shards.group is not self.group:
-            self.parameter_shards.group.close()
-        self.group.close()
+        made = (self.parameter_shards.group, self._replicas or self.group, self.group)
+        for group in dict.fromkeys(made):  # each once, in one order on all ranks
+            group.close()
 
 
 def _description(module: Module, arguments: Mapping[str, Any]) -> Description:
@@ -387,16 +407,59 @@ def _check_arguments(
             raise UnsupportedOperationError(
                 f"FSDP: '{name}' has dtype {parameter.dtype}; gradients are float or complex"
             )
+    in_shared_memory = (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
     if strategy is ShardingStrategy.FULL_SHARD and group.num_nodes > 1:
         raise UnsupportedOperationError(
             f"FSDP on {group}: FULL_SHARD works on one node, and these ranks are on "
-            f"{group.num_nodes}; use ShardingStrategy.SHARD_GRAD_OP, with which parameters stand "
-            "once on each node"
+            f"{group.num_nodes}; use ShardingStrategy.HYBRID_SHARD, with which each node has the "
+            "whole model split over its ranks, or SHARD_GRAD_OP, with which parameters stand once "
+            "on each node, and gradients and optimizer state are split over all ranks"
         )
-    if strategy is ShardingStrategy.FULL_SHARD and any(is_device(p.data) for p in named.values()):
+    if strategy in in_shared_memory and any(is_device(p.data) for p in named.values()):
         raise UnsupportedOperationError(
-            f"FSDP on {group}: FULL_SHARD keeps parameters where the ranks of a node share memory, "
-            "and these lie on a device; use ShardingStrategy.SHARD_GRAD_OP, with which each rank "
-            "has all parameters and its slices of gradients and optimizer state"
+            f"FSDP on {group}: {strategy.name} keeps parameters where the ranks of a node share "
+            "memory, and these lie on a device; use ShardingStrategy.SHARD_GRAD_OP, with which "
+            "each rank has all parameters and its slices of gradients and optimizer state"
         )
     check_can_be_sharded(named, "FSDP", group)
+
+
+def _mesh(
+    mesh: DeviceMesh | None, group: ProcessGroup, strategy: ShardingStrategy
+) -> DeviceMesh | None:
+    """Return the mesh over which to replicate and to shard, if the strategy has one."""
+    if mesh is not None and mesh.ndim != 1 + (strategy is ShardingStrategy.HYBRID_SHARD):
+        raise UnsupportedOperationError(
+            "FSDP: expected two dimensions for HYBRID_SHARD, of which the first replicates and the "
+            f"second shards, or one for the other strategies; got {strategy.name} and {mesh}. "
+            "Take the dimensions that are meant, as in mesh['replicate', 'shard']"
+        )
+    if strategy is not ShardingStrategy.HYBRID_SHARD:
+        return None
+    mesh = DeviceMesh.by_node(group) if mesh is None else mesh
+    if mesh.names[1] in mesh.across_nodes:
+        raise UnsupportedOperationError(
+            f"FSDP: HYBRID_SHARD shards among ranks of one node, and those along "
+            f"'{mesh.names[1]}', the second dimension, are on several: {mesh}. Use "
+            "DeviceMesh.by_node(group), or ShardingStrategy.SHARD_GRAD_OP, with which parameters "
+            "stand once on each node"
+        )
+    return mesh
+
+
+def _groups(
+    ordered: ProcessGroup, mesh: DeviceMesh | None, strategy: ShardingStrategy
+) -> tuple[ProcessGroup, ProcessGroup | None]:
+    """Make the group over which parameters are cut, and that of the ranks with the same slices."""
+    if strategy is ShardingStrategy.NO_SHARD:
+        alone = ordered.split(ordered.rank, name=f"{ordered.name}/rank")
+        assert alone is not None, "every rank gave a color"
+        return alone, ordered
+    if mesh is None:
+        return ordered, None
+    row, column = mesh.coordinate
+    shard = ordered.split(row, column, name=f"{ordered.name}/shard")
+    replicas = ordered.split(column, row, name=f"{ordered.name}/replicate")
+    assert shard is not None, "every rank gave a color"
+    assert replicas is not None, "every rank gave a color"
+    return shard, replicas

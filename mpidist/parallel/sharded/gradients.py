@@ -8,6 +8,11 @@ a gradient is kept in memory of its own, and copied when its unit's turn comes. 
 tied parameters, which are begun by the first layer and completed by the last, and those inside
 `no_sync`, of which many are added. Which buffer a unit has depends on the order alone, which is the
 same on all ranks, whatever layers a rank passes over: of those it sends zeros.
+
+[Note: replicas] Where several groups of ranks hold the same slices, a unit is reduced in two
+stages: reduce-scattered in each group, then this rank's slice is reduced over its replicas, the
+ranks that hold the same one. The buffer is free after the first stage. A rank waits for a second
+stage only when it has started those of all units, so no order of waits can be a circle.
 """
 
 from __future__ import annotations
@@ -43,7 +48,10 @@ class UnitGradients:
     parameters : ParameterShards
         Their flat arrays, and the shards that receive the reduction.
     group : ProcessGroup
-        All ranks. Where `parameters` are not cut, but whole on each rank, all receive all.
+        All ranks.
+    replicas : ProcessGroup or None
+        The ranks that hold the same slices as this one, of several groups over which `parameters`
+        are cut; None where there is only one.
     op : ReduceOp
         `MEAN` or `SUM` of the ranks' gradients.
     strategy : str
@@ -60,6 +68,7 @@ class UnitGradients:
         parameters: ParameterShards,
         group: ProcessGroup,
         *,
+        replicas: ProcessGroup | None,
         op: ReduceOp,
         strategy: str,
     ) -> None:
@@ -70,8 +79,8 @@ class UnitGradients:
         self._group = group
         self._strategy = strategy
         flats = [flat for flat in parameters.store.flats if named.keys() & flat.views.keys()]
-        cut_over = parameters.group if parameters.group.size == group.size else None
-        self._units = [_UnitGradient(f, named, self._shards, group, cut_over, op) for f in flats]
+        groups = parameters.group, replicas
+        self._units = [_UnitGradient(flat, named, self._shards, *groups, op) for flat in flats]
         self._unit_of = {name: unit for unit in self._units for name in unit.parameters}
         nbytes = max(1, *(flat.data.nbytes for flat in flats))
         shape = (min(len(flats), 2), round_up(nbytes, ALIGNMENT_BYTES))
@@ -83,7 +92,7 @@ class UnitGradients:
         self._used_work: Work[Any] | None = None
         self._counting = False
         self._arrived: list[str] = []
-        self._sent = self._received = 0
+        self._sent = self._received = self._finished = 0
         self._own_nbytes = self._own_peak = 0  # of what is neither in a buffer nor in a shard
         self.relayout(self.names[::-1])
         for parameter in named.values():
@@ -123,7 +132,7 @@ class UnitGradients:
     def expect(self, uses: Mapping[Parameter, int]) -> None:
         """Count contributions from now on; units that expect none are sent in their turn."""
         self._counting = True
-        self._arrived, self._sent, self._received = [], 0, 0
+        self._arrived, self._sent, self._received, self._finished = [], 0, 0, 0
         for unit in self._units:
             unit.missing = set(unit.parameters)
         idle = []
@@ -169,13 +178,21 @@ class UnitGradients:
                 self._used_work = iall_reduce(self._used, self._group, op=MAX, out=self._used)
 
     def _receive(self, last: int, timeout: float | None = None) -> None:
-        """Wait for the reductions of the first units, up to this one."""
+        """Wait until the buffers of the first units, up to this one, are free."""
         while self._received <= last:
             unit = self._plan[self._received]
-            result_nbytes = unit.result_nbytes
+            before = unit.result_nbytes
             unit.receive(timeout)
-            self._count(-result_nbytes)
+            self._count(unit.result_nbytes - before)
             self._received += 1
+
+    def _finish(self, timeout: float | None = None) -> None:
+        """Wait until the slices of the unit that is next are reduced over all ranks."""
+        unit = self._plan[self._finished]
+        before = unit.result_nbytes
+        unit.finish(timeout)
+        self._count(unit.result_nbytes - before)
+        self._finished += 1
 
     def _count(self, nbytes: int) -> None:
         self._own_nbytes += nbytes
@@ -183,8 +200,10 @@ class UnitGradients:
 
     def progress(self) -> None:
         """Let the units under way make progress."""
-        while self._received < self._sent and self._plan[self._received].done():
+        while self._received < self._sent and self._plan[self._received].received():
             self._receive(self._received)
+        while self._finished < self._received and self._plan[self._finished].done():
+            self._finish()
 
     def check_complete(self, operation: str) -> None:
         """Raise an error that names the gradients that are missing, if any are."""
@@ -200,13 +219,15 @@ class UnitGradients:
         """Whether `wait` will not block."""
         self.progress()
         used = self._used_work
-        return self._received == len(self._plan) and (used is None or used.done())
+        return self._finished == len(self._plan) and (used is None or used.done())
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the reduction; the shards have gradients afterwards, the parameters do not."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for index in range(self._received, self._sent):
             self._receive(index, _left(deadline))
+        while self._finished < self._sent:
+            self._finish(_left(deadline))
         if self._used_work is not None:
             self._used_work.wait(_left(deadline))
             self._used_work = None
@@ -306,14 +327,14 @@ class _UnitGradient:
         flat: FlatParameters,
         named: Mapping[str, Parameter],
         shards: Mapping[str, Parameter],
-        group: ProcessGroup,
-        cut_over: ProcessGroup | None,
+        cut_over: ProcessGroup,
+        replicas: ProcessGroup | None,
         op: ReduceOp,
     ) -> None:
         self.parameters = {name: named[name] for name in flat.views}
         self._flat = flat
-        self._group = group
         self._cut_over = cut_over
+        self._replicas = replicas
         self._op = op
         self.index = 0
         self.views: dict[str, Array] = {}
@@ -323,8 +344,9 @@ class _UnitGradient:
         for name in self.parameters:
             shards[name].attach(flat.within(name, self.reduced))
         self._data = self.reduced[:0]
-        self._result = self.reduced
-        self._work: Work[Any] | None = None
+        self._result: Array | None = None  # where the reduction under way arrives
+        self._work: Work[Any] | None = None  # that leaves the buffer free
+        self._sum: Work[Any] | None = None  # over the replicas, after it
 
     def use(self, index: int, memory: Array) -> None:
         """Have this place in the order, and this message buffer, from now on."""
@@ -342,9 +364,9 @@ class _UnitGradient:
             copied = 0 if parameter.grad_memory is view else parameter.grad_nbytes
             sent[name] = (grad is not None, copied)
             parameter.detach()  # it is closed until the next backward
-        if self._cut_over is None:
-            self._work = iall_reduce(self._data, self._group, op=self._op, out=self._data)
+        if self._replicas is not None and self._cut_over.size == 1:
             self._result = self._data
+            self._work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
         else:
             new = self.reduced_before
             empty_like = array_namespace(self.reduced).empty_like
@@ -357,21 +379,41 @@ class _UnitGradient:
     @property
     def result_nbytes(self) -> int:
         """Bytes of a result under way that is added to an earlier one when it is there."""
-        alone = self._result is not self.reduced and self._result is not self._data
-        return int(self._result.nbytes) if alone else 0
+        if self._result is None or self._result is self.reduced or self._result is self._data:
+            return 0
+        return int(self._result.nbytes)
 
-    def done(self) -> bool:
+    def received(self) -> bool:
         """Whether `receive` will not block."""
         return self._work is None or self._work.done()
 
     def receive(self, timeout: float | None = None) -> None:
-        """Wait for the reduction, and have it in `reduced`."""
+        """Wait until the message buffer is free, and start the sum over the replicas, if any."""
         assert self._work is not None, "it has been sent"
         self._work.wait(timeout)
         self._work = None
+        result = self._result
+        if self._replicas is None or result is None or result is self._data:
+            self._take()
+        else:
+            self._sum = iall_reduce(result, self._replicas, op=self._op, out=result)
+
+    def done(self) -> bool:
+        """Whether `finish` will not block."""
+        return self._sum is None or self._sum.done()
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait until `reduced` has this rank's slice of the reduction over all ranks."""
+        if self._sum is not None:
+            self._sum.wait(timeout)
+            self._sum = None
+            self._take()
+
+    def _take(self) -> None:
+        """Have in `reduced` what has arrived."""
         if self.reduced_before:
             self.reduced += self._result
         elif self._result is not self.reduced:
             self.reduced[...] = self._result
         self.reduced_before = True
-        self._result = self.reduced
+        self._result = None
