@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mpidist import checkpoint
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.group import ProcessGroup
 from mpidist.nn import (
@@ -217,3 +219,36 @@ def train(
     else:
         strategy.close()
     return {name: array.copy() for name, array in model.state_dict().items()}
+
+
+def run_with_checkpoint(
+    group: ProcessGroup, strategy: ShardingStrategy | None, steps: range, directory: Path
+) -> dict[str, Array]:
+    """Make some steps with clipping; the first ones are saved, later ones go on from there.
+
+    `strategy` None: with a `DDP`.
+    """
+    model = plain(np.random.default_rng(group.rank), np.float64)
+    held: DDP | FSDP
+    optimizer: Any
+    if strategy is None:
+        held = DDP(model, group)
+        optimizer = FACTORY(model.named_parameters())
+    else:
+        held = FSDP(model, group, units=UNIT, strategy=strategy)
+        optimizer = ShardedOptimizer(held, optimizer=FACTORY)
+    state = {"model": held, "optimizer": optimizer}
+    if steps.start:
+        checkpoint.load(directory, state, group)
+    for step in steps:
+        rng = np.random.default_rng([step, group.rank])
+        y, ctx = held.forward(rng.normal(size=(4, WIDTH)), Mode(training=True, step=step))
+        optimizer.zero_grad()
+        held.backward(ctx, cross_entropy(y, rng.integers(0, 9, 4))[1])
+        held.clip_grad_norm(0.1)
+        optimizer.step()
+    if not steps.start:
+        checkpoint.save(directory, state, group, step=steps.stop)
+    found = {name: p.data.copy() for name, p in model.named_parameters()}
+    held.close()
+    return found

@@ -9,19 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpidist import checkpoint
-from mpidist.collectives import broadcast_object
-from mpidist.nn import Linear, Mode, Sequential, cross_entropy
+import mpidist
+from mpidist.collectives import all_gather_object, broadcast_object
+from mpidist.nn import Linear, Mode, Sequential
 from mpidist.optim import AdamW
 from mpidist.parallel import (
-    DDP,
     FSDP,
     MemoryUse,
     ShardedOptimizer,
     ShardingStrategy,
     memory_ledger,
 )
-from tests.parallel.fsdp import CASES, FACTORY, STRATEGIES, UNIT, WIDTH, plain, train
+from tests.parallel.fsdp import CASES, STRATEGIES, run_with_checkpoint, train
 from tests.parallel.sharded import assert_same
 from tests.parallel.training import assert_close
 
@@ -46,6 +45,21 @@ def test_it_trains_as_ddp_does(world, case, full):
                 assert_close(got, expected, rtol={np.float64: 1e-12, np.float32: 1e-5}[dtype])
 
 
+@pytest.mark.ranks(2, full=(4,))
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c == "tied" else pytest.mark.full) for c in CASES]
+)
+def test_on_pretended_nodes_it_trains_as_ddp_does(world, monkeypatch, case):
+    monkeypatch.setenv("MPIDIST_RANKS_PER_NODE", str(world.size // 2))
+    with mpidist.init("mpi", timeout=20) as nodes:
+        assert nodes.num_nodes == 2
+        expected = train(nodes, CASES[case], "ddp")
+        got = train(nodes, CASES[case], ShardingStrategy.HYBRID_SHARD)
+        assert_close(got, expected)
+        for theirs in all_gather_object(got, nodes):
+            assert_same(theirs, got)
+
+
 @pytest.mark.ranks(2, full=(3, 4))
 def test_large_units_have_the_bits_of_ddp_on_any_number_of_ranks(world):
     case = CASES["one unit"]
@@ -55,41 +69,15 @@ def test_large_units_have_the_bits_of_ddp_on_any_number_of_ranks(world):
     )
 
 
-def run(world, strategy, steps, directory=None):
-    """Make some steps with clipping, from a checkpoint of another run if there is one."""
-    model = plain(np.random.default_rng(world.rank), np.float64)
-    if strategy is None:
-        held = DDP(model, world)
-        optimizer = FACTORY(model.named_parameters())
-    else:
-        held = FSDP(model, world, units=UNIT, strategy=strategy)
-        optimizer = ShardedOptimizer(held, optimizer=FACTORY)
-    state = {"model": held, "optimizer": optimizer}
-    if steps.start:
-        checkpoint.load(directory, state, world)
-    for step in steps:
-        rng = np.random.default_rng([step, world.rank])
-        y, ctx = held.forward(rng.normal(size=(4, WIDTH)), Mode(training=True, step=step))
-        optimizer.zero_grad()
-        held.backward(ctx, cross_entropy(y, rng.integers(0, 9, 4))[1])
-        held.clip_grad_norm(0.1)
-        optimizer.step()
-    if not steps.start:
-        checkpoint.save(directory, state, world, step=steps.stop)
-    found = {name: p.data.copy() for name, p in model.named_parameters()}
-    held.close()
-    return found
-
-
 @pytest.mark.ranks(2, full=(3, 4))
 @pytest.mark.parametrize("loads", [None, *STRATEGIES], ids=str)
 def test_a_run_goes_on_from_the_checkpoint_of_another(world, loads, tmp_path):
     own = broadcast_object(str(tmp_path), world)  # rank 0's, on all
-    expected = run(world, None, range(4), Path(own) / "whole")
+    expected = run_with_checkpoint(world, None, range(4), Path(own) / "whole")
     for saves in (None, ShardingStrategy.FULL_SHARD):
         directory = Path(own) / str(saves)
-        run(world, saves, range(2), directory)
-        assert_close(run(world, loads, range(2, 4), directory), expected)
+        run_with_checkpoint(world, saves, range(2), directory)
+        assert_close(run_with_checkpoint(world, loads, range(2, 4), directory), expected)
 
 
 # -- memory ----------------------------------------------------------------------------------------
