@@ -279,7 +279,11 @@ def test_curve_is_the_same_on_any_number_of_ranks(
 @pytest.mark.any_mpi
 @pytest.mark.mpirun
 def test_strategies_have_one_curve(run: Run, mpirun: list[str], tmp_path: Path, full: bool) -> None:
-    others = ("zero", "full_shard", *(("shard_grad_op", "no_shard") if full else ()))
+    others = (
+        "zero",
+        "full_shard",
+        *(("shard_grad_op", "hybrid_shard", "no_shard") if full else ()),
+    )
     for strategy in ("ddp", *others):
         options = ("--strategy", strategy, "--no-plot", "--out", strategy)
         ended = run(*SHORT, *options, launcher=(*mpirun, "-n", "3"))

@@ -11,7 +11,8 @@ from mpidist import checkpoint
 from mpidist._types import SUM
 from mpidist.collectives import all_gather_object, barrier, broadcast_object
 from mpidist.group import ProcessGroup
-from mpidist.parallel import ShardedOptimizer
+from mpidist.parallel import ShardedOptimizer, ShardingStrategy
+from tests.parallel import fsdp
 from tests.parallel.joined_batch import check_joined
 from tests.parallel.sharded import RULES, alone, assert_same, give, mixture, values, whole_numbers
 from tests.parallel.training import CASES, assert_close, train_alone, train_rank
@@ -28,6 +29,15 @@ def test_ddp_equals_one_process_on_the_joined_batch(world: ProcessGroup) -> None
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_synchronised_norm_normalises_the_joined_batch(world: ProcessGroup, dtype: str) -> None:
     check_joined(world, "one has none", dtype)
+
+
+def test_fsdp_shards_in_each_host_and_replicates_over_them(world: ProcessGroup) -> None:
+    case = fsdp.CASES["tied"]
+    expected = fsdp.train(world, case, "ddp")
+    got = fsdp.train(world, case, ShardingStrategy.HYBRID_SHARD)
+    assert_close(got, expected)
+    for theirs in all_gather_object(got, world):
+        assert_same(theirs, got)
 
 
 def test_a_sharded_optimizer_goes_on_from_its_checkpoint(world: ProcessGroup) -> None:

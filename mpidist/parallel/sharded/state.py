@@ -55,8 +55,8 @@ class ModelState:
 
         Notes
         -----
-        Local; copies nothing. The slices of all ranks are the parameters, each element once (with
-        `ShardingStrategy.NO_SHARD`, once per rank).
+        Local; copies nothing. The slices of all ranks are the parameters, each element once; with
+        `ShardingStrategy.HYBRID_SHARD` once per node, with `NO_SHARD` once per rank.
         """
         state = self._model.module.state_dict() | self._parameters.state_dict()
         order = self._model.order
