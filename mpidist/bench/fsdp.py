@@ -1,8 +1,9 @@
 """A training step with FSDP, beside DDP and sharded optimizers on the same ranks.
 
-A step is forward, backward and the update by AdamW, of the model of ``bench ddp``. Sizes are the
-bytes of all parameters. The row of each series has the values `parameters`, `layers`, `width`, and
-`held`, the bytes of parameters, gradients, buffers and optimizer state that rank 0 holds, at most.
+A step is forward, backward and the update by AdamW, of the model of ``bench ddp``; over several
+nodes FSDP shards within each and replicates over them (HYBRID_SHARD). Sizes are the bytes of all
+parameters. The row of each series has the values `parameters`, `layers`, `width`, and `held`, the
+bytes of parameters, gradients, buffers and optimizer state that rank 0 holds, at most.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mpidist.bench.harness import BenchmarkRun, add_effort, add_number, positive
 from mpidist.bench.report import Comparison, Report
 from mpidist.bench.times import Series
 from mpidist.group import ProcessGroup
+from mpidist.mesh import DeviceMesh
 from mpidist.optim import AdamW, Optimizer
 from mpidist.parallel import DDP, FSDP, MemoryUse, ShardedOptimizer, memory_use
 
@@ -35,7 +37,7 @@ COMPARISONS = (
 )
 
 _LEGEND = {
-    FULL_SHARD: "FSDP(model, world, units=...) and a ShardedOptimizer of it",
+    FULL_SHARD: "FSDP(model, DeviceMesh.by_node(world), units=...) and a ShardedOptimizer of it",
     ZERO1: "DDP(model, world) and ShardedOptimizer(ddp, world): only the state is sharded",
     ZERO2: "ShardedOptimizer(model, world): gradients, too; buckets instead of units",
     REPLICATED: "DDP(model, world) and AdamW: every rank has all",
@@ -91,8 +93,8 @@ def _series(
     rng = np.random.default_rng(world.rank)
     x, dy = rng.standard_normal((2, batch, shape.width), np.float32)
     models = [make_model(shape) for _ in range(4)]
-    fsdp, zero1 = FSDP(models[0], world, units=units), DDP(models[1], world)
-    replicated = DDP(models[3], world)
+    fsdp = FSDP(models[0], DeviceMesh.by_node(world), units=units)
+    zero1, replicated = DDP(models[1], world), DDP(models[3], world)
     optimizers: dict[str, Any] = {
         FULL_SHARD: ShardedOptimizer(fsdp, optimizer=_FACTORY),
         ZERO1: ShardedOptimizer(zero1, world, optimizer=_FACTORY),

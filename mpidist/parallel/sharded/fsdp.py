@@ -455,7 +455,7 @@ def _groups(
         alone = ordered.split(ordered.rank, name=f"{ordered.name}/rank")
         assert alone is not None, "every rank gave a color"
         return alone, ordered
-    if mesh is None:
+    if mesh is None or mesh.sizes[0] == 1:
         return ordered, None
     row, column = mesh.coordinate
     shard = ordered.split(row, column, name=f"{ordered.name}/shard")
