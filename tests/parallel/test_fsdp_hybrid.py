@@ -10,6 +10,7 @@ import pytest
 
 from mpidist import checkpoint
 from mpidist._types import SUM
+from mpidist.collectives import iall_reduce, ireduce_scatter
 from mpidist.errors import (
     CollectiveMismatchError,
     InvalidWorldSizeError,
@@ -19,8 +20,8 @@ from mpidist.mesh import DeviceMesh
 from mpidist.nn import Linear, Mode, Sequential
 from mpidist.optim import AdamW
 from mpidist.parallel import FSDP, MemoryUse, ShardedOptimizer, ShardingStrategy, full_state_dict
-from mpidist.parallel.sharded import stores
-from mpidist.testing import run_ranks
+from mpidist.parallel.sharded import gradients, stores
+from mpidist.testing import DeliveryMode, Faults, run_ranks
 from tests.parallel.fsdp import CASES, run_with_checkpoint, train
 from tests.parallel.sharded import (
     RULES,
@@ -57,6 +58,15 @@ def test_over_nodes_it_trains_as_ddp_does(case, full):
         for got in ranks:
             assert_close(got, expected)
             assert_same(got, ranks[0])
+
+
+@pytest.mark.parametrize("mode", DeliveryMode)
+def test_messages_may_come_late(mode):
+    options = {"mode": mode, "faults": Faults(delay=0.01), "ranks_per_node": 2}
+    expected = on_nodes(4, 2, train, CASES["plain"], "ddp")[0]
+    for node_memory in (True, False):
+        for got in run_ranks(4, train, CASES["plain"], HYBRID, node_memory=node_memory, **options):
+            assert_close(got, expected)
 
 
 MESHES = {
@@ -129,13 +139,53 @@ def test_parameters_never_travel(monkeypatch):
         on_nodes(4, 2, train, CASES["plain"], ShardingStrategy.SHARD_GRAD_OP)
 
 
+def test_a_buffer_is_free_before_the_sum_over_nodes_has_come(monkeypatch):
+    events = []
+
+    def watched(start, word):
+        def started(x, group, **options):
+            work = start(x, group, **options)
+            if group.ranks[group.rank] == 0 and x.dtype == np.float32:  # not the bytes of use
+                number = sum(event == (word, event[1]) for event in events)
+                events.append((word, number))
+                finish = work.wait
+                work.done = lambda: False
+                work.wait = lambda timeout=None: (
+                    events.append((f"{word} ends", number)),
+                    finish(timeout),
+                )
+            return work
+
+        return started
+
+    monkeypatch.setattr(gradients, "ireduce_scatter", watched(ireduce_scatter, "scatter"))
+    monkeypatch.setattr(gradients, "iall_reduce", watched(iall_reduce, "sum"))
+
+    def body(group):
+        fsdp = FSDP(layers(4), DeviceMesh.by_node(group), units=4 * 64 * 64)
+        y, ctx = fsdp.forward(np.ones((1, 64), np.float32), Mode(training=True))
+        fsdp.backward(ctx, np.ones_like(y))
+
+    on_nodes(4, 2, body)
+    assert events == [
+        *(("scatter", 0), ("scatter", 1)),
+        *(("scatter ends", 0), ("sum", 0), ("scatter", 2)),
+        *(("scatter ends", 1), ("sum", 1), ("scatter", 3)),
+        *(("scatter ends", 2), ("sum", 2), ("scatter ends", 3), ("sum", 3)),
+        *(("sum ends", number) for number in range(4)),
+    ]
+
+
+def layers(count):
+    rng = np.random.default_rng(0)
+    return Sequential(*(Linear(64, 64, rng=rng, bias=False) for _ in range(count)))
+
+
 def test_the_ledger_says_a_share_of_the_node_and_two_units():
     unit = 4 * 64 * 64
 
     def body(group):
-        rng = np.random.default_rng(0)
-        model = Sequential(*(Linear(64, 64, rng=rng, bias=False) for _ in range(8)))
-        fsdp = FSDP(model, DeviceMesh.by_node(group), units=unit)
+        fsdp = FSDP(layers(8), DeviceMesh.by_node(group), units=unit)
         optimizer = ShardedOptimizer(fsdp, optimizer=partial(AdamW, lr=0.1))
         y, ctx = fsdp.forward(np.ones((1, 64), np.float32), Mode(training=True))
         optimizer.backward(ctx, np.ones_like(y))
