@@ -148,11 +148,12 @@ _PARTS = (
     "job.start",
     "collectives",
     "point_to_point",
-    "mesh",
     "observe.regions",
     "tracing",
+    "mesh",
 )
-"""The modules that offer these names, each after those on which it stands."""
+"""The modules that offer these names, each after those on which it stands: a name is looked for in
+this order, and what is looked into is imported."""
 
 
 def __getattr__(name: str) -> Any:
