@@ -86,7 +86,7 @@ class Sums(Protocol):
 
 
 class PreparedSum:
-    """What the three kinds share.
+    """What the kinds share, those over several nodes, too.
 
     Parameters
     ----------
