@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import shutil
 import signal
@@ -55,7 +57,8 @@ def clean_environment() -> dict[str, str]:
     dict of str to str
         One BLAS thread per rank; Open MPI is allowed to run as root where the user is root; paths
         change at the package's own crossovers, whatever was measured on this machine; reports
-        do not go into the current directory.
+        do not go into the current directory; an mpirun of Open MPI keeps its files where no other
+        looks.
     """
     foreign = (*_LAUNCHER_PREFIXES, *_OUTER_PYTEST)
     # Another thread may change the environment meanwhile, as pytest does: no key is sure to stay.
@@ -64,9 +67,25 @@ def clean_environment() -> dict[str, str]:
     environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     environment["MPIDIST_CROSSOVERS"] = "registered=32768"
     environment["MPIDIST_DUMP"] = tempfile.gettempdir()
+    environment["PRTE_MCA_prte_tmpdir_base"] = f"{_sessions().name}/{next(_numbers)}"
     if os.geteuid() == 0:
         environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     return environment
+
+
+_numbers = itertools.count()
+
+
+@functools.cache
+def _sessions() -> tempfile.TemporaryDirectory[str]:
+    """Return the directory of the session directories, which goes when this process ends.
+
+    Notes
+    -----
+    By default they are /tmp/ompi.PID. One that was killed leaves its own there, and a later mpirun
+    that gets the same process number ends with "The PMIx server's listener thread failed to start".
+    """
+    return tempfile.TemporaryDirectory(prefix="mpidist-mpirun-")
 
 
 def marked_processes(value: str, *, name: str = MARK) -> list[int]:

@@ -24,3 +24,8 @@ def test_environment_may_change_while_it_is_read() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+def test_every_job_of_open_mpi_has_a_session_directory_of_its_own() -> None:
+    first, second = (clean_environment()["PRTE_MCA_prte_tmpdir_base"] for _ in range(2))
+    assert first != second
