@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -73,6 +73,26 @@ class TorchCheckpoints:
     def load(self, path: Path) -> None:
         """Load from it; collective, blocks."""
         self._dcp.load(self._state, checkpoint_id=path)
+
+
+def shard_fully(model: Any, units: Sequence[Sequence[str]], ranks: int) -> None:
+    """Shard a model of torch by its FSDP2, ``fully_shard``, over so many ranks.
+
+    Each unit is given by the names of its parameters; a module is whole in the first unit that has
+    one of its own. Collective.
+    """
+    purpose = "the peer FSDP2"
+    fsdp: Any = require("torch.distributed.fsdp", extra="torch", purpose=purpose)
+    meshes: Any = require("torch.distributed.device_mesh", extra="torch", purpose=purpose)
+    mesh = meshes.init_device_mesh("cpu", (ranks,))
+    sharded: set[str] = set()
+    for parameters in units:
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+        names = [name for name in owners if name not in sharded]
+        if names:
+            fsdp.fully_shard([model.get_submodule(name) for name in names], mesh=mesh)
+        sharded.update(names)
+    fsdp.fully_shard(model, mesh=mesh)
 
 
 @contextmanager
