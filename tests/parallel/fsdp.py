@@ -183,7 +183,7 @@ def wrap(model: Module, group: ProcessGroup, case: Case, kind: Any, options: Any
         sizes = BucketSizes(UNIT, UNIT)
         return DDP(model, group, op=case.op, sizes=sizes), FACTORY(model.named_parameters())
     if kind == "naive":
-        naive = NaiveFullShard(model, group, op=case.op)
+        naive = NaiveFullShard(model, group, op=case.op, **options)
         return naive, FACTORY([(shard.name, shard) for shard in naive.shards])
     options = {"units": UNIT, "op": case.op} | case.options | options
     fsdp = FSDP(model, group, strategy=kind, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -12,7 +12,7 @@ from mpidist._types import Array, ReduceOp
 from mpidist.backends.work import Work
 from mpidist.group.group import ProcessGroup
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module
+from mpidist.nn.module import Context, Module, check_fits
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.surround import after_backward
 from mpidist.observe.regions import region
@@ -278,6 +278,10 @@ class DataParallel(Closing, ABC):
 
     # -- states --------------------------------------------------------------------------------
 
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the model, and the order of the buckets."""
+
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise unless a state fits, and no gradients are in flight.
 
@@ -294,7 +298,8 @@ class DataParallel(Closing, ABC):
             If gradients are under way.
         """
         self._check_idle()
-        self.module.check_state_dict(without_order(state))
+        own = without_order(self.state_dict())
+        check_fits(type(self.module).__name__, own, without_order(state))
         self._order.check(state.get(BUCKET_ORDER))
 
     def lay_out(self, state: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mpidist._formatting import columns, format_bytes
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays.namespaces import REDUCTIONS, is_device
+from mpidist.arrays.namespaces import BFLOAT16, REDUCTIONS, is_device
 from mpidist.backends.work import Work
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
@@ -25,6 +25,7 @@ from mpidist.parallel.sharded.flat_parameters import Cut
 from mpidist.parallel.sharded.gradients import UnitGradients
 from mpidist.parallel.sharded.memory import MemoryUse
 from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can_be_sharded
+from mpidist.parallel.sharded.precision import Precision, inner_pass, input_gradient
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.stores import by_node
 from mpidist.parallel.sharded.units import UNIT_BYTES, Units, find_units
@@ -92,6 +93,9 @@ class FSDP(DataParallel):
         `MEAN` or `SUM` of the ranks' gradients; see `DDP`.
     cut : Cut, optional
         Where units may be cut into slices.
+    precision : Precision, optional
+        In which dtypes layers compute, gradients are reduced and forward returns; that in which the
+        model was built, when omitted. Shards keep it in any case.
 
     Attributes
     ----------
@@ -105,6 +109,8 @@ class FSDP(DataParallel):
         What is split.
     cut : Cut
         Where units are cut.
+    precision : Precision
+        The dtypes.
     parameter_shards : ParameterShards
         The slices of this rank.
     model_state : ModelState
@@ -113,8 +119,8 @@ class FSDP(DataParallel):
     Raises
     ------
     TypeError
-        If `module` is no Module, `strategy` or `cut` is none of theirs, or `units` cannot be
-        understood.
+        If `module` is no Module, `strategy`, `cut` or `precision` is none of theirs, or `units`
+        cannot be understood.
     CollectiveMismatchError
         On every rank, naming a rank, if names, shapes, dtypes, units or arguments differ between
         ranks. Nothing has been changed then.
@@ -161,6 +167,7 @@ class FSDP(DataParallel):
         units: Units = UNIT_BYTES,
         op: ReduceOp = MEAN,
         cut: Cut = Cut.ROWS,
+        precision: Precision = Precision(),  # noqa: B008 - frozen
     ) -> None:
         what = type(self).__name__
         if not isinstance(module, Module):
@@ -173,13 +180,21 @@ class FSDP(DataParallel):
             strategy = ShardingStrategy.HYBRID_SHARD if two else ShardingStrategy.FULL_SHARD
         _check_choice("strategy", strategy, ShardingStrategy)
         _check_choice("cut", cut, Cut)
+        if not isinstance(precision, Precision):
+            raise TypeError(
+                f"FSDP: precision must be a Precision, such as Precision(parameters={precision!r});"
+                f" got {precision!r}"
+            )
         named = dict(module.named_parameters())
         arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
+        arguments["precision"] = precision
         arguments["mesh"] = None if mesh is None else mesh.dimensions
         verify_same(_description(module, arguments), group, operation=what)
-        _check_arguments(named, group, strategy, op)
+        _check_arguments(named, group, strategy, op, precision)
         mesh = _mesh(mesh, group, strategy)
-        self.units = find_units(module, units)
+        self.units = tuple(
+            unit.stored_in(precision.stored(unit.dtype)) for unit in find_units(module, units)
+        )
         verify_same(
             tuple((f"unit '{unit.name}'", str(unit.parameters)) for unit in self.units),
             group,
@@ -187,6 +202,7 @@ class FSDP(DataParallel):
         )
         self.strategy = strategy
         self.cut = cut
+        self.precision = precision
         ordered = by_node(group, f"{group.name}/fsdp")
         arrays = {name: parameter.data for name, parameter in named.items()}
         broadcast_in_place([*arrays.values(), *dict(module.named_buffers()).values()], ordered)
@@ -202,6 +218,7 @@ class FSDP(DataParallel):
             ordered,
             replicas=self._replicas,
             op=op,
+            precision=precision,
             strategy=what,
         )
         super().__init__(module, ordered, op=op, gradients=self._unit_gradients)
@@ -230,15 +247,23 @@ class FSDP(DataParallel):
 
         Notes
         -----
-        Local. After an exception the model can be used at once.
+        Local. After an exception the model can be used at once. Input and output are cast as
+        `precision` says; in backward their gradients are.
         """
         with self._within_pass():
-            return super().forward(x, mode)
+            y, ctx = super().forward(self.precision.cast_input(x), mode)
+        return self.precision.cast_output(y), self.precision.context(ctx, x, y)
+
+    def ibackward(self, ctx: Context, dy: Array) -> tuple[Array, Work[None]]:
+        """Run backward, and return while gradients are under way, as `DDP.ibackward`."""
+        dx, work = super().ibackward(*inner_pass(ctx, dy))
+        return input_gradient(ctx, dx), work
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Run the first half of backward, as `DDP.backward_input`."""
         with self._within_pass():
-            return super().backward_input(ctx, dy)
+            dx, wctx = super().backward_input(*inner_pass(ctx, dy))
+        return input_gradient(ctx, dx), wctx
 
     def shards(self) -> list[Parameter]:
         """Return this rank's slices of the trainable parameters, with their reduced gradients.
@@ -350,7 +375,7 @@ class FSDP(DataParallel):
         Local.
         """
         return MemoryUse(
-            parameters=self.parameter_shards.store.nbytes,
+            parameters=self.parameter_shards.nbytes,
             gradients=self._unit_gradients.shards_nbytes,
             optimizer_state=0,
             buffers=self._unit_gradients.buffers_nbytes,
@@ -396,6 +421,7 @@ def _check_arguments(
     group: ProcessGroup,
     strategy: ShardingStrategy,
     op: ReduceOp,
+    precision: Precision,
 ) -> None:
     """Raise what is wrong with the arguments; they are the same on all ranks."""
     if op not in (MEAN, SUM):
@@ -420,6 +446,12 @@ def _check_arguments(
             f"FSDP on {group}: {strategy.name} keeps parameters where the ranks of a node share "
             "memory, and these lie on a device; use ShardingStrategy.SHARD_GRAD_OP, with which "
             "each rank has all parameters and its slices of gradients and optimizer state"
+        )
+    if precision.parameters == BFLOAT16 and any(is_device(p.data) for p in named.values()):
+        raise UnsupportedOperationError(
+            f"FSDP on {group}: layers on a device do not compute in bfloat16; use "
+            "Precision(parameters=numpy.float16), or Precision(reduction='bfloat16'), with which "
+            "gradients travel so"
         )
     check_can_be_sharded(named, "FSDP", group)
 

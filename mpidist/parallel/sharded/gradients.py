@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidist._types import MAX, Array, ReduceOp
+from mpidist._types import MAX, Array, DType, ReduceOp
 from mpidist.arrays.boxes import round_up
 from mpidist.arrays.namespaces import array_namespace, is_device
 from mpidist.backends.work import Work
@@ -32,8 +32,10 @@ from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.data.buckets import ALIGNMENT_BYTES
 from mpidist.parallel.data.reducer import check_known
+from mpidist.parallel.gradient_kernels import cast
 from mpidist.parallel.sharded.flat_parameters import FlatParameters
 from mpidist.parallel.sharded.parameter_shards import ParameterShards
+from mpidist.parallel.sharded.precision import Precision
 
 __all__ = ["UnitGradients"]
 
@@ -54,6 +56,8 @@ class UnitGradients:
         are cut; None where there is only one.
     op : ReduceOp
         `MEAN` or `SUM` of the ranks' gradients.
+    precision : Precision
+        In which dtype they are added and reduced; the slices have that of the shards.
     strategy : str
         The class that it is for; named in errors.
 
@@ -70,6 +74,7 @@ class UnitGradients:
         *,
         replicas: ProcessGroup | None,
         op: ReduceOp,
+        precision: Precision,
         strategy: str,
     ) -> None:
         self.names = tuple(named)
@@ -78,13 +83,16 @@ class UnitGradients:
         self._shards = parameters.shards
         self._group = group
         self._strategy = strategy
-        flats = [flat for flat in parameters.store.flats if named.keys() & flat.views.keys()]
         groups = parameters.group, replicas
-        self._units = [_UnitGradient(flat, named, self._shards, *groups, op) for flat in flats]
+        self._units = [
+            _UnitGradient(flat, own, named, self._shards, *groups, op, precision.reduced(own.dtype))
+            for flat, own in zip(parameters.store.flats, parameters.own, strict=True)
+            if named.keys() & flat.views.keys()
+        ]
         self._unit_of = {name: unit for unit in self._units for name in unit.parameters}
-        nbytes = max(1, *(flat.data.nbytes for flat in flats))
-        shape = (min(len(flats), 2), round_up(nbytes, ALIGNMENT_BYTES))
-        device = "gpu" if is_device(flats[0].data) else "cpu"
+        nbytes = max(1, *(unit.nbytes for unit in self._units))
+        shape = (min(len(self._units), 2), round_up(nbytes, ALIGNMENT_BYTES))
+        device = "gpu" if is_device(parameters.store.flats[0].data) else "cpu"
         self._memory: Array = group.empty(shape, np.uint8, device=device)
         self._buffers = [self._memory[i] for i in range(len(self._memory))]
         self._index = {name: i for i, name in enumerate(self.names)}
@@ -146,13 +154,14 @@ class UnitGradients:
             self._unit_of[self._names[parameter]].missing.discard(self._names[parameter])
         self._send_complete()
 
-    def _memory_for(self, parameter: Parameter) -> Array | None:
-        """Return the part of its unit's message buffer, or None where that is another one's yet."""
+    def _memory_for(self, parameter: Parameter) -> Array:
+        """Return the part of its unit's message buffer, or new memory while that is another's."""
         name = self._names[parameter]
         unit = self._unit_of[name]
         if not self._counting or unit.index >= self._sent + len(self._buffers):
-            self._count(parameter.size * parameter.dtype.itemsize)
-            return None
+            own: Array = array_namespace(self._memory).empty(parameter.shape, unit.dtype)
+            self._count(own.nbytes)
+            return own
         self._receive(unit.index - len(self._buffers))
         return unit.views[name]
 
@@ -316,8 +325,10 @@ class _UnitGradient:
         The gradients of its parameters in the message buffer.
     missing : set of str
         Names of the parameters whose gradients are to come.
+    dtype : dtype
+        In which gradients are added and reduced.
     reduced : Array, shape of this rank's slice
-        Where the shards have their gradients.
+        Where the shards have their gradients, of the dtype of the shards.
     reduced_before : bool
         Whether there are some of an earlier backward in `reduced`, to which others are added.
     """
@@ -325,12 +336,15 @@ class _UnitGradient:
     def __init__(
         self,
         flat: FlatParameters,
+        own: Array,
         named: Mapping[str, Parameter],
         shards: Mapping[str, Parameter],
         cut_over: ProcessGroup,
         replicas: ProcessGroup | None,
         op: ReduceOp,
+        dtype: DType,
     ) -> None:
+        self.dtype = dtype
         self.parameters = {name: named[name] for name in flat.views}
         self._flat = flat
         self._cut_over = cut_over
@@ -339,20 +353,24 @@ class _UnitGradient:
         self.index = 0
         self.views: dict[str, Array] = {}
         self.missing: set[str] = set()
-        self.reduced: Array = array_namespace(flat.own).empty_like(flat.own)
+        self.reduced: Array = array_namespace(own).empty_like(own)
         self.reduced_before = False
         for name in self.parameters:
             shards[name].attach(flat.within(name, self.reduced))
-        self._data = self.reduced[:0]
+        self._data = flat.own[:0]
         self._result: Array | None = None  # where the reduction under way arrives
         self._work: Work[Any] | None = None  # that leaves the buffer free
         self._sum: Work[Any] | None = None  # over the replicas, after it
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradients of all its parameters in a message buffer."""
+        return self._flat.layout.length * self.dtype.itemsize
+
     def use(self, index: int, memory: Array) -> None:
         """Have this place in the order, and this message buffer, from now on."""
-        layout = self._flat.layout
-        self.index, self._data = index, memory[: layout.nbytes].view(layout.dtype)
-        self.views = layout.buffer(self._data).views
+        self.index, self._data = index, memory[: self.nbytes].view(self.dtype)
+        self.views = self._flat.layout.buffer(self._data).views
 
     def send(self) -> dict[str, tuple[bool, int]]:
         """Start the reduction; return which parameters this rank has used, and what was copied."""
@@ -368,9 +386,9 @@ class _UnitGradient:
             self._result = self._data
             self._work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
         else:
-            new = self.reduced_before
-            empty_like = array_namespace(self.reduced).empty_like
-            self._result = empty_like(self.reduced) if new else self.reduced
+            new = self.reduced_before or self.reduced.dtype != self.dtype
+            empty = array_namespace(self._data).empty
+            self._result = empty(self.reduced.shape, self.dtype) if new else self.reduced
             self._work = ireduce_scatter(
                 self._data, self._cut_over, op=self._op, out=self._result, counts=self._flat.counts
             )
@@ -411,9 +429,12 @@ class _UnitGradient:
 
     def _take(self) -> None:
         """Have in `reduced` what has arrived."""
+        result = self._result
+        assert result is not None, "it has been sent"
         if self.reduced_before:
-            self.reduced += self._result
-        elif self._result is not self.reduced:
-            self.reduced[...] = self._result
+            with np.errstate(all="ignore"):  # infinities are for GradScaler to find
+                self.reduced += result
+        elif result is not self.reduced:
+            cast(result, self.reduced)
         self.reduced_before = True
         self._result = None

@@ -241,12 +241,11 @@ class ShardedOptimizer(Closing):
         """
         self._model.check_can_step()
         self._model.shards()
-        store = self.parameter_shards.store
-        store.begin_write()
+        self.parameter_shards.begin_write()
         for optimizer in self.optimizers:
             optimizer.step()
         with region("publish"):
-            store.end_write()
+            self.parameter_shards.end_write()
         if isinstance(self._model, FSDP):
             self._model.zero_grad()  # the ranks hold no whole gradient that could be used again
 
@@ -411,7 +410,7 @@ class _ShardedDDP:
 
     def memory_use(self) -> MemoryUse:
         gradients = sum(parameter.grad_nbytes for parameter in self._named.values())
-        return MemoryUse(self.parameter_shards.store.nbytes, gradients, 0)
+        return MemoryUse(self.parameter_shards.nbytes, gradients, 0)
 
     def close(self) -> None:
         self.wait()
