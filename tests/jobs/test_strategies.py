@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,18 @@ from mpidist.testing import run_ranks
 from mpidist.train import StopSignal
 from tests.jobs.running import read_arrays, read_records
 
-SHARDED = ("zero", "shard_grad_op", "full_shard", "hybrid_shard", "no_shard")
-STRATEGIES = ("ddp", *SHARDED)
+SHARES = {
+    "ddp": (1, 1, 1),
+    "zero": (2, 1, 2),
+    "shard_grad_op": (2, 2, 2),
+    "full_shard": (2, 2, 2),
+    "hybrid_shard": (2, 2, 2),
+    "no_shard": (1, 1, 1),
+}
+"""Over how many of two ranks of a node parameters, gradients and state are split."""
+
+STRATEGIES = tuple(SHARES)
+DIGITS_KIB = 38_282 * 4 / 1024
 
 Train = Callable[..., list[int]]
 
@@ -23,9 +34,7 @@ Train = Callable[..., list[int]]
 def train(job: SimpleNamespace) -> Train:
     """Run train.py on threads that are ranks of one node; return their exit codes."""
 
-    def run(out: Path, strategy: str, *options: str, ranks: int = 4) -> list[int]:
-        if strategy == "hybrid_shard" and "--mesh" not in options:
-            options += ("--mesh", "replicate=2,shard=-1")
+    def run(out: Path, strategy: str, *options: str, ranks: int) -> list[int]:
         parsed = job.train.parser().parse_args(
             ["--no-progress", "--no-plot", "--out", str(out), "--strategy", strategy, *options]
         )
@@ -45,11 +54,19 @@ def losses(out: Path) -> list[tuple[int, str, float]]:
 
 
 @pytest.mark.parametrize("first", STRATEGIES)
-def test_a_run_goes_on_under_another_strategy(
-    train: Train, tmp_path: Path, full: bool, first: str
+def test_a_strategy_holds_its_share_and_another_one_goes_on(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], full: bool, first: str
 ) -> None:
     options = ("--steps", "4", "--log-every", "1", "--checkpoint-every", "2")
-    assert train(tmp_path / "whole", first, *options) == [0] * 4
+    assert train(tmp_path / "whole", first, *options, ranks=2) == [0, 0]
+    assert ledger(capsys.readouterr().out) == pytest.approx(
+        [
+            DIGITS_KIB / SHARES[first][0],
+            DIGITS_KIB / SHARES[first][1],
+            2 * DIGITS_KIB / SHARES[first][2],
+        ],
+        rel=0.02,
+    )
     expected = losses(tmp_path / "whole")
     arrays = read_arrays(tmp_path / "whole/checkpoints")
     following = STRATEGIES[(STRATEGIES.index(first) + 1) % len(STRATEGIES)]
@@ -57,10 +74,8 @@ def test_a_run_goes_on_under_another_strategy(
         out = tmp_path / second
         shutil.copytree(tmp_path / "whole", out)
         shutil.rmtree(out / "checkpoints/step-000004")
-        assert train(out, second, *options, "--resume") == [0] * 4
-        header, *_, resumed = (
-            r for r in read_records(out / "metrics.jsonl") if r["kind"] in ("run", "resume")
-        )
+        assert train(out, second, *options, "--resume", ranks=2) == [0, 0]
+        header, resumed = (r for r in read_records(out / "metrics.jsonl") if "strategy" in r)
         assert (header["strategy"], resumed["strategy"], resumed["step"]) == (first, second, 2)
         got = losses(out)
         assert [record[:2] for record in got] == [record[:2] for record in expected]
@@ -72,34 +87,12 @@ def test_a_run_goes_on_under_another_strategy(
         assert kept == {name for name in arrays if "buckets" not in name}
 
 
-def test_the_ledger_shows_what_a_strategy_saves(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    held = {}
-    for strategy in STRATEGIES:
-        assert train(tmp_path / strategy, strategy, "--steps", "1") == [0] * 4
-        said = capsys.readouterr().out
-        assert said.count("\nall data (PSS)") == 1
-        assert "\nKiB " in said
-        rows = [line.rsplit(maxsplit=2) for line in said.splitlines()]
-        held[strategy] = {
-            name: float(rank.replace(",", ""))
-            for name, rank, _ in (row for row in rows if len(row) == 3)
-            if name in ("parameters", "gradients", "optimizer state")
-        }
-    whole = 38_282 * 4 / 1024
-    four = {"parameters": whole, "gradients": whole, "optimizer state": 2 * whole}
-    shares = {
-        "ddp": (1, 1, 1),
-        "zero": (4, 1, 4),
-        "shard_grad_op": (4, 4, 4),
-        "full_shard": (4, 4, 4),
-        "hybrid_shard": (2, 2, 2),  # each of two replicas has all, on two ranks
-        "no_shard": (1, 1, 1),
-    }
-    for strategy, by in shares.items():
-        expected = {name: four[name] / share for name, share in zip(four, by, strict=True)}
-        assert held[strategy] == pytest.approx(expected, rel=0.02), strategy
+def ledger(said: str) -> list[float]:
+    """Return what a rank holds, as train.py prints it: parameters, gradients, state, in KiB."""
+    (table,) = re.findall(r"^KiB +this rank +its node\n((?:.+\n){7})", said, re.MULTILINE)
+    rows = [line.rsplit(maxsplit=2) for line in table.splitlines()]
+    assert [name for name, *_ in rows[:3]] == ["parameters", "gradients", "optimizer state"]
+    return [float(rank) for _, rank, _ in rows[:3]]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +107,7 @@ def test_the_ledger_shows_what_a_strategy_saves(
 def test_a_mesh_that_does_not_fit_is_refused_and_nothing_is_written(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], mesh: str, said: str
 ) -> None:
-    assert train(tmp_path / "out", "hybrid_shard", "--mesh", mesh) == [2] * 4
+    assert train(tmp_path / "out", "hybrid_shard", "--mesh", mesh, ranks=4) == [2] * 4
     error = capsys.readouterr().err
     assert error.count("train.py: error: --strategy hybrid_shard: DeviceMesh on group") == 1
     assert said in error
@@ -124,7 +117,7 @@ def test_a_mesh_that_does_not_fit_is_refused_and_nothing_is_written(
 def test_a_mesh_goes_by_the_names_of_its_dimensions(train: Train, tmp_path: Path) -> None:
     options = ("--steps", "2", "--log-every", "1")
     for out, mesh in (("rows", "replicate=1,shard=4"), ("columns", "shard=2,replicate=2")):
-        assert train(tmp_path / out, "hybrid_shard", "--mesh", mesh, *options) == [0] * 4
+        assert train(tmp_path / out, "hybrid_shard", "--mesh", mesh, *options, ranks=4) == [0] * 4
     header = read_records(tmp_path / "columns/metrics.jsonl")[0]
     assert header["mesh"] == {"shard": 2, "replicate": 2}
     rows, columns = losses(tmp_path / "rows"), losses(tmp_path / "columns")
