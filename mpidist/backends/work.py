@@ -10,8 +10,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
+from mpidist._arguments import seconds
 from mpidist._types import Array
 from mpidist.errors import CollectiveTimeoutError
 
@@ -22,6 +24,7 @@ __all__ = [
     "ANY_SOURCE",
     "Condition",
     "ConditionSteps",
+    "Deadline",
     "Engine",
     "Message",
     "PolledWork",
@@ -112,6 +115,30 @@ def wait_until(
         time.sleep(_SLEEP)
 
 
+class Deadline:
+    """By when several waits, one after the other, have to be over.
+
+    Parameters
+    ----------
+    timeout : float or datetime.timedelta, optional
+        Seconds from now on for all of them; when omitted, each has its group's timeout.
+    what : str, optional
+        What the timeout is given to; named in the error if it is no number of seconds.
+    """
+
+    def __init__(
+        self, timeout: float | timedelta | None = None, what: str = "Work.wait: timeout"
+    ) -> None:
+        self._end: float | None = None
+        if timeout is not None:
+            self._end = time.monotonic() + seconds(timeout, what, least=0.0)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds for the next wait; None is its group's timeout."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+
 class Work(ABC, Generic[T]):
     """An operation under way.
 
@@ -200,11 +227,13 @@ class _AllWork(Work[list[T]]):
 
     def wait(self, timeout: float | None = None) -> list[T]:
         """Wait for one after the other."""
-        return [work.wait(timeout) for work in self._works]
+        deadline = Deadline(timeout)
+        return [work.wait(deadline.left) for work in self._works]
 
     def synchronize(self, timeout: float | None = None) -> list[T]:
         """Block the host until all are complete."""
-        return [work.synchronize(timeout) for work in self._works]
+        deadline = Deadline(timeout)
+        return [work.synchronize(deadline.left) for work in self._works]
 
     def missing(self) -> Sequence[int]:
         """Return the ranks for which any of them waits."""

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
-from mpidist.backends.work import Work
+from mpidist.backends.work import Deadline, Work
 from mpidist.group.group import ProcessGroup
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, check_fits
@@ -409,10 +409,10 @@ class _StepWork(Work[None]):
             self._finish(timeout)
 
     def _finish(self, timeout: float | None) -> None:
-        model = self._model
+        model, deadline = self._model, Deadline(timeout)
         for broadcast in model._broadcasts:
-            broadcast.wait(timeout)
-        model._gradients.wait(timeout)
+            broadcast.wait(deadline.left)
+        model._gradients.wait(deadline.left)
         for broadcast in model._broadcasts:
             broadcast.apply()
         model._pending = None

@@ -17,7 +17,6 @@ stage only when it has started those of all units, so no order of waits can be a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 from mpidist._types import MAX, Array, DType, ReduceOp
 from mpidist.arrays.boxes import round_up
 from mpidist.arrays.namespaces import array_namespace, is_device
-from mpidist.backends.work import Work
+from mpidist.backends.work import Deadline, Work
 from mpidist.collectives import iall_reduce, ireduce_scatter
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
@@ -232,13 +231,13 @@ class UnitGradients:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the reduction; the shards have gradients afterwards, the parameters do not."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         for index in range(self._received, self._sent):
-            self._receive(index, _left(deadline))
+            self._receive(index, deadline.left)
         while self._finished < self._sent:
-            self._finish(_left(deadline))
+            self._finish(deadline.left)
         if self._used_work is not None:
-            self._used_work.wait(_left(deadline))
+            self._used_work.wait(deadline.left)
             self._used_work = None
         self._counting = False
         reason = (
@@ -308,10 +307,6 @@ class UnitGradients:
     def peak_buffers_nbytes(self) -> int:
         """The most that `buffers_nbytes` has been."""
         return int(self._memory.nbytes) + self._own_peak
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
 
 
 class _UnitGradient:
