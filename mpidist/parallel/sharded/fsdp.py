@@ -28,7 +28,7 @@ from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can
 from mpidist.parallel.sharded.precision import Precision, inner_pass, input_gradient
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.stores import by_node
-from mpidist.parallel.sharded.units import UNIT_BYTES, Units, find_units
+from mpidist.parallel.sharded.units import UNIT_BYTES, Unit, Units, find_units
 
 __all__ = ["FSDP", "ShardingStrategy"]
 
@@ -115,6 +115,8 @@ class FSDP(DataParallel):
         The slices of this rank.
     model_state : ModelState
         What a checkpoint holds of the model, as `state_dict` returns it.
+    has_optimizer : bool
+        Whether a `ShardedOptimizer` updates the slices; there is one at a time.
 
     Raises
     ------
@@ -178,6 +180,12 @@ class FSDP(DataParallel):
         if strategy is None:
             two = mesh is not None and mesh.ndim == 2
             strategy = ShardingStrategy.HYBRID_SHARD if two else ShardingStrategy.FULL_SHARD
+        named = dict(module.named_parameters())
+        arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
+        arguments["precision"] = precision
+        arguments["mesh"] = None if mesh is None else mesh.dimensions
+        # First together: what only one rank refuses would leave the others waiting for it.
+        verify_same(_description(module, arguments), group, operation=what)
         _check_choice("strategy", strategy, ShardingStrategy)
         _check_choice("cut", cut, Cut)
         if not isinstance(precision, Precision):
@@ -185,20 +193,11 @@ class FSDP(DataParallel):
                 f"FSDP: precision must be a Precision, such as Precision(parameters={precision!r});"
                 f" got {precision!r}"
             )
-        named = dict(module.named_parameters())
-        arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
-        arguments["precision"] = precision
-        arguments["mesh"] = None if mesh is None else mesh.dimensions
-        verify_same(_description(module, arguments), group, operation=what)
         _check_arguments(named, group, strategy, op, precision)
         mesh = _mesh(mesh, group, strategy)
         self.units = tuple(
-            unit.stored_in(precision.stored(unit.dtype)) for unit in find_units(module, units)
-        )
-        verify_same(
-            tuple((f"unit '{unit.name}'", str(unit.parameters)) for unit in self.units),
-            group,
-            operation=what,
+            unit.stored_in(precision.stored(unit.dtype))
+            for unit in _find_same_units(module, units, group)
         )
         self.strategy = strategy
         self.cut = cut
@@ -223,6 +222,7 @@ class FSDP(DataParallel):
         )
         super().__init__(module, ordered, op=op, gradients=self._unit_gradients)
         self.model_state = ModelState(self, self.parameter_shards)
+        self.has_optimizer = False
         self._passes = 0
         self._whole = False
 
@@ -328,12 +328,13 @@ class FSDP(DataParallel):
         finally:
             self._whole = before
 
-    def check_can_step(self) -> None:
-        """Raise RuntimeError if parameters must not be written now."""
-        if self._whole:
+    def check_can_write(self, operation: str) -> None:
+        """Raise RuntimeError, which names the operation, if parameters must not be written now."""
+        if self._whole or self._passes:
+            where = "inside FSDP.whole()" if self._whole else "within a pass of the model"
             raise RuntimeError(
-                f"ShardedOptimizer.step on {self.group}: called inside FSDP.whole(), where "
-                "parameters are read; leave it first"
+                f"{operation} on {self.group}: called {where}, where parameters are read; leave it "
+                "first"
             )
 
     def _run_backward(
@@ -356,6 +357,11 @@ class FSDP(DataParallel):
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the model's state, as `ModelState.state_dict`."""
         return self.model_state.state_dict()
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise unless a state fits, and may be loaded now; see `DDP.check_state_dict`."""
+        self.check_can_write("FSDP.load_state_dict")
+        super().check_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy values into the model, each rank into its slices; `ModelState.load_state_dict`."""
@@ -407,6 +413,28 @@ def _description(module: Module, arguments: Mapping[str, Any]) -> Description:
         *(describe("buffer", name, array) for name, array in module.named_buffers()),
         *((f"argument '{name}'", str(value)) for name, value in arguments.items()),
     )
+
+
+def _find_same_units(module: Module, units: Units, group: ProcessGroup) -> tuple[Unit, ...]:
+    """Cut a model into units; raise on all ranks if they differ, or one cannot."""
+    made: tuple[Unit, ...] = ()
+    failure: Exception | None = None
+    try:
+        made = find_units(module, units)
+    except Exception as error:  # noqa: BLE001  # of the user's function, too; raised below
+        failure = error
+    result = f"{len(made)} units" if failure is None else repr(failure)
+    verify_same(
+        (
+            ("what 'units' gives", result),
+            *((f"unit '{unit.name}'", str(unit.parameters)) for unit in made),
+        ),
+        group,
+        operation="FSDP",
+    )
+    if failure is not None:
+        raise failure
+    return made
 
 
 def _check_choice(argument: str, value: object, kind: type[Enum]) -> None:

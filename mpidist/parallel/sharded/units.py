@@ -110,7 +110,9 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
             _unit(f"bucket {i}", ("",), {name: named[name] for name in names})
             for i, names in enumerate(buckets)
         )
-    limit = int(units) if isinstance(units, (int, np.integer)) else None
+    limit = None
+    if isinstance(units, (int, np.integer)) and not isinstance(units, bool):
+        limit = int(units)
     is_unit = _rule(module, units) if limit is None else _small_enough(module, limit)
     names_of = {parameter: name for name, parameter in named.items()}
     groups: dict[tuple[tuple[str, ...], DType, bool], list[str]] = {}
