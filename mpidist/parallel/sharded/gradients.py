@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidist._types import MAX, Array, DType, ReduceOp
+from mpidist._types import MAX, Array, ReduceOp
 from mpidist.arrays.boxes import round_up
 from mpidist.arrays.namespaces import array_namespace, is_device
 from mpidist.backends.work import Deadline, Work
@@ -32,9 +32,9 @@ from mpidist.nn.parameter import Parameter
 from mpidist.parallel.data.buckets import ALIGNMENT_BYTES
 from mpidist.parallel.data.reducer import check_known
 from mpidist.parallel.gradient_kernels import cast
-from mpidist.parallel.sharded.flat_parameters import FlatParameters
 from mpidist.parallel.sharded.parameter_shards import ParameterShards
 from mpidist.parallel.sharded.precision import Precision
+from mpidist.parallel.sharded.transfers import traced
 
 __all__ = ["UnitGradients"]
 
@@ -82,10 +82,9 @@ class UnitGradients:
         self._shards = parameters.shards
         self._group = group
         self._strategy = strategy
-        groups = parameters.group, replicas
         self._units = [
-            _UnitGradient(flat, own, named, self._shards, *groups, op, precision.reduced(own.dtype))
-            for flat, own in zip(parameters.store.flats, parameters.own, strict=True)
+            _UnitGradient(number, parameters, named, replicas, op, precision)
+            for number, flat in enumerate(parameters.store.flats)
             if named.keys() & flat.views.keys()
         ]
         self._unit_of = {name: unit for unit in self._units for name in unit.parameters}
@@ -314,6 +313,8 @@ class _UnitGradient:
 
     Attributes
     ----------
+    number : int
+        Its place in `FSDP.units`.
     index : int
         Its place in the order of the units.
     views : dict of str to Array
@@ -330,19 +331,19 @@ class _UnitGradient:
 
     def __init__(
         self,
-        flat: FlatParameters,
-        own: Array,
+        number: int,
+        parameters: ParameterShards,
         named: Mapping[str, Parameter],
-        shards: Mapping[str, Parameter],
-        cut_over: ProcessGroup,
         replicas: ProcessGroup | None,
         op: ReduceOp,
-        dtype: DType,
+        precision: Precision,
     ) -> None:
-        self.dtype = dtype
+        flat, own = parameters.store.flats[number], parameters.own[number]
+        self.number = number
+        self.dtype = precision.reduced(own.dtype)
         self.parameters = {name: named[name] for name in flat.views}
         self._flat = flat
-        self._cut_over = cut_over
+        self._cut_over = parameters.group
         self._replicas = replicas
         self._op = op
         self.index = 0
@@ -351,7 +352,7 @@ class _UnitGradient:
         self.reduced: Array = array_namespace(own).empty_like(own)
         self.reduced_before = False
         for name in self.parameters:
-            shards[name].attach(flat.within(name, self.reduced))
+            parameters.shards[name].attach(flat.within(name, self.reduced))
         self._data = flat.own[:0]
         self._result: Array | None = None  # where the reduction under way arrives
         self._work: Work[Any] | None = None  # that leaves the buffer free
@@ -379,14 +380,15 @@ class _UnitGradient:
             parameter.detach()  # it is closed until the next backward
         if self._replicas is not None and self._cut_over.size == 1:
             self._result = self._data
-            self._work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
+            work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
         else:
             new = self.reduced_before or self.reduced.dtype != self.dtype
             empty = array_namespace(self._data).empty
             self._result = empty(self.reduced.shape, self.dtype) if new else self.reduced
-            self._work = ireduce_scatter(
+            work = ireduce_scatter(
                 self._data, self._cut_over, op=self._op, out=self._result, counts=self._flat.counts
             )
+        self._work = traced(f"unit {self.number}: reduce", work)
         return sent
 
     @property
@@ -409,7 +411,8 @@ class _UnitGradient:
         if self._replicas is None or result is None or result is self._data:
             self._take()
         else:
-            self._sum = iall_reduce(result, self._replicas, op=self._op, out=result)
+            total = iall_reduce(result, self._replicas, op=self._op, out=result)
+            self._sum = traced(f"unit {self.number}: sum over replicas", total)
 
     def done(self) -> bool:
         """Whether `finish` will not block."""
