@@ -20,7 +20,7 @@ from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays.boxes import part_slices, split_evenly
 from mpidist.arrays.namespaces import HALVES, reduce_in_rank_order
 from mpidist.backends.combine import quietly
-from mpidist.backends.work import Message, Steps, Work
+from mpidist.backends.work import Message, PersistentExchange, Steps, Work
 
 __all__ = [
     "Lane",
@@ -53,10 +53,10 @@ class Exchanger(Protocol):
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
         """Start sending and receiving."""
 
-    def swap(
+    def persistent_exchange(
         self, sent: Array, received: Sequence[Array], peers: Sequence[int], lane: int
-    ) -> Work[Any]:
-        """Start sending the same short array to some ranks, and receiving one of each."""
+    ) -> PersistentExchange:
+        """Prepare to send the same short array to some ranks, and to receive one of each."""
 
 
 class Lane:

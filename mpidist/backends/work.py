@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 from mpidist._arguments import seconds
 from mpidist._types import Array
@@ -27,6 +27,7 @@ __all__ = [
     "Deadline",
     "Engine",
     "Message",
+    "PersistentExchange",
     "PolledWork",
     "Steps",
     "StepsWork",
@@ -295,6 +296,16 @@ class Message(NamedTuple):
     array: Array
     peer: int
     lane: int
+
+
+class PersistentExchange(Protocol):
+    """The same messages between the same ranks, again and again, in arrays that are used again."""
+
+    def start(self, nbytes: int) -> None:
+        """Start sending so many bytes, and receiving; what was started before is complete."""
+
+    def done(self) -> bool:
+        """Poll: whether what was started has been sent and received."""
 
 
 Steps: TypeAlias = Generator["Work[Any]", None, None]

@@ -9,7 +9,7 @@ until all ranks have made the same call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class ShortHostSum(PreparedSum):
         sequencer: Sequencer,
         context: NodeContext,
         parts: list[memoryview],
+        messages: list[Array],
         x: Array,
         op: ReduceOp,
         call: ComparedCall,
@@ -56,12 +57,14 @@ class ShortHostSum(PreparedSum):
         self._wide = wide = accumulation_dtype(x.dtype)
         self._divisor = context.transport.size if op is MEAN else 1
         self._alone = len(parts) == 1
-        self._stop = HEADER_NBYTES + x.size * wide.itemsize
+        self._nbytes = x.size * wide.itemsize
         self._combine = combination(undivided(op), wide)
         arrays = [np.frombuffer(part, np.uint8).reshape(2, -1)[:, : x.nbytes] for part in parts]
         self._inputs = [both[0].view(x.dtype) for both in arrays]
         self._result = arrays[0][1].view(x.dtype)
         self._wider = None if wide == x.dtype else np.empty(x.size, wide)
+        self._nodes = [m[HEADER_NBYTES:][: self._nbytes].view(wide) for m in messages]
+        self._own = context.topology.node_of(context.transport.rank)
         self._x = self._out = self._result  # the caller's, while the leader is inside of a call
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
@@ -79,22 +82,22 @@ class ShortHostSum(PreparedSum):
             self._x = self._out = self._result
         sequencer.counters.finish(number)
 
-    def pack(self, message: Array) -> int:
-        """Combine the arrays of this node behind the header; see `Payload`."""
-        node = message[HEADER_NBYTES : self._stop].view(self._wide)
+    def pack(self) -> int:
+        """Combine the arrays of this node; see `Payload`."""
+        node = self._nodes[self._own]
         if self._alone:
             node[...] = self._x
         else:
             parts = [self._x, *self._inputs[1:]]
-            wide = [part.astype(self._wide, copy=False) for part in parts]
-            self._run(self._combine, wide, node)
-        return self._stop - HEADER_NBYTES
+            if self._wider is not None:
+                parts = [part.astype(self._wide) for part in parts]
+            self._run(self._combine, parts, node)
+        return self._nbytes
 
-    def unpack(self, messages: Sequence[Array]) -> None:
+    def unpack(self) -> None:
         """Combine the arrays of all nodes; see `Payload`."""
-        nodes = [message[HEADER_NBYTES : self._stop].view(self._wide) for message in messages]
         total = self._out if self._wider is None else self._wider
-        self._run(self._combine, nodes, total)
+        self._run(self._combine, self._nodes, total)
         if self._divisor > 1:
             self._run(np.divide, total, self._divisor, total)
         if total is not self._out:
@@ -260,6 +263,8 @@ class HostSums:
         Knows the arrays that lie in shared memory, which need not be copied.
     parts : list of buffer
         Memory of each rank of this node, `2 * PAYLOAD_NBYTES`; that of its leader holds the result.
+    messages : list of Array
+        Those of the leaders, on a leader; see `mpidist.backends.node.leaders`.
     share : callable
         Returns memory of so many bytes of each rank of the node, or None; collective, blocks.
     lane_of : callable
@@ -272,6 +277,7 @@ class HostSums:
         context: NodeContext,
         registered: Registry,
         parts: list[memoryview],
+        messages: list[Array],
         share: Callable[[int, Waiter], list[memoryview] | None],
         lane_of: Callable[[int], int],
     ) -> None:
@@ -279,6 +285,7 @@ class HostSums:
         self._context = context
         self._registered = registered
         self._parts = parts
+        self._messages = messages
         self._share = share
         self._lane_of = lane_of
         self._one_each = max(map(len, context.topology.nodes)) == 1
@@ -323,7 +330,7 @@ class HostSums:
     def _make(self, x: Array, op: ReduceOp, waiter: Waiter) -> Sum | None:
         sequencer, context, lane_of = self._sequencer, self._context, self._lane_of
         if x.size * accumulation_dtype(x.dtype).itemsize <= PAYLOAD_NBYTES:
-            return ShortHostSum(sequencer, context, self._parts, x, op, waiter)
+            return ShortHostSum(sequencer, context, self._parts, self._messages, x, op, waiter)
         if self._one_each:
             if x.nbytes < _BY_MESSAGES:
                 return None
