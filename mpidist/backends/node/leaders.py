@@ -36,7 +36,7 @@ the balance."""
 _EQUAL, _DIFFERENT, _BREAKING = 1, 2, 3
 """What is published: the calls are the same, differ, or differ where a part is under way."""
 
-_SPINS, _POLLS = 30, 200
+_SPINS, _POLLS = 4, 200
 """How often arrivals are polled before the core is yielded in between, and before all is driven."""
 
 
@@ -115,13 +115,12 @@ class LeaderComparison:
         """Arrive, poll for some microseconds, and return whether all have with the same call."""
         self.arrive(number, signature, payload)
         published, index = self._published, 2 * (number % RING)
-        spins = _SPINS if self._leads else 4
         for polls in range(_POLLS):
             if published[index + 1] == number:
                 return published[index] == _EQUAL
             if self._leads:
                 self._drive()
-            if polls >= spins:
+            if polls >= _SPINS:
                 sched_yield()
         return False
 
@@ -184,7 +183,7 @@ class LeaderComparison:
         (number, payload), self._sent = self._sent, None
         verdict = _EQUAL
         own, others = self._header, self._headers
-        if own[3] or not own[1] or any(header != own for header in others):
+        if own[3] or not own[1] or others.count(own) < len(others):
             nodes = [own, *others]
             same = all(node[1] and node[0] == own[0] for node in nodes)
             if not same or sum(node[3] for node in nodes) % 2**64:
