@@ -108,6 +108,7 @@ def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
         torch: Any = require("torch", extra="torch", purpose="the peer Gloo")
         require("torch.distributed", extra="torch", purpose="the peer Gloo")
         problem = "" if torch.distributed.is_gloo_available() else "this torch has no Gloo"
+        problem = problem or _unreachable(group)
     except BackendUnavailableError as error:
         torch, problem = None, str(error)
     problem = _first(problem, group)
@@ -120,6 +121,16 @@ def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
         yield Gloo(torch, torch.__version__)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _unreachable(group: ProcessGroup) -> str:
+    """Return why the other nodes could not reach this one by its name, or nothing."""
+    if group.num_nodes > 1:
+        try:
+            socket.getaddrinfo(socket.gethostname(), None)
+        except OSError as error:  # torch would try again for a minute
+            return f"the name of the host {socket.gethostname()} is not known ({error})"
+    return ""
 
 
 def _start(torch: Any, group: ProcessGroup) -> str:
