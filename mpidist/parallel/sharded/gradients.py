@@ -11,8 +11,9 @@ same on all ranks, whatever layers a rank passes over: of those it sends zeros.
 
 [Note: replicas] Where several groups of ranks hold the same slices, a unit is reduced in two
 stages: reduce-scattered in each group, then this rank's slice is reduced over its replicas, the
-ranks that hold the same one. The buffer is free after the first stage. A rank waits for a second
-stage only when it has started those of all units, so no order of waits can be a circle.
+ranks that hold the same one, in pieces, so that one is added while the next one travels. The buffer
+is free after the first stage. A rank waits for a second stage only when it has started those of all
+units, so no order of waits can be a circle.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from mpidist.parallel.sharded.precision import Precision
 from mpidist.parallel.sharded.transfers import traced
 
 __all__ = ["UnitGradients"]
+
+_PIECE_NBYTES = 2 << 20
+"""Most bytes of a slice that are reduced over the replicas at a time."""
 
 
 class UnitGradients:
@@ -91,7 +95,9 @@ class UnitGradients:
         nbytes = max(1, *(unit.nbytes for unit in self._units))
         shape = (min(len(self._units), 2), round_up(nbytes, ALIGNMENT_BYTES))
         device = "gpu" if is_device(parameters.store.flats[0].data) else "cpu"
-        self._memory: Array = group.empty(shape, np.uint8, device=device)
+        # In the group that reduces it: for another one it would be ordinary memory.
+        over = parameters.group if replicas is None or parameters.group.size > 1 else replicas
+        self._memory: Array = over.empty(shape, np.uint8, device=device)
         self._buffers = [self._memory[i] for i in range(len(self._memory))]
         self._index = {name: i for i, name in enumerate(self.names)}
         self._used = np.zeros(len(named), np.uint8)
@@ -411,8 +417,10 @@ class _UnitGradient:
         if self._replicas is None or result is None or result is self._data:
             self._take()
         else:
-            total = iall_reduce(result, self._replicas, op=self._op, out=result)
-            self._sum = traced(f"unit {self.number}: sum over replicas", total)
+            step = _PIECE_NBYTES // result.itemsize
+            pieces = [result[start : start + step] for start in range(0, result.size, step)]
+            sums = [iall_reduce(p, self._replicas, op=self._op, out=p) for p in pieces]
+            self._sum = traced(f"unit {self.number}: sum over replicas", Work.all(sums))
 
     def done(self) -> bool:
         """Whether `finish` will not block."""
