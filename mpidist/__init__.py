@@ -82,6 +82,7 @@ __all__ = [
     "ReceiveWork",
     "ReduceOp",
     "Replicate",
+    "ScheduleError",
     "SelfSendError",
     "Send",
     "Shard",

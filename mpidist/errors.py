@@ -7,6 +7,7 @@
     ├── InvalidWorldSizeError            a number of ranks that the operation cannot serve
     ├── InvalidRankError                 a rank outside the group
     ├── SelfSendError                    a message addressed to its own sender
+    ├── ScheduleError                    a pipeline's schedule that cannot be run
     ├── SizeMismatchError                shapes, dtypes or counts that do not fit together
     ├── UnsupportedOperationError        a verb, op or dtype that this transport does not offer
     ├── BackendUnavailableError          a library that is missing here
@@ -46,6 +47,7 @@ __all__ = [
     "LaunchError",
     "NoConnectionError",
     "PeerLostError",
+    "ScheduleError",
     "SelfSendError",
     "SizeMismatchError",
     "TransportError",
@@ -74,6 +76,10 @@ class InvalidRankError(DistributedError, ValueError):
 
 class SelfSendError(InvalidRankError):
     """A rank sent a message to itself, or waits for one from itself."""
+
+
+class ScheduleError(DistributedError, ValueError):
+    """A schedule of a pipeline lacks a pass, or would wait for ever."""
 
 
 class SizeMismatchError(DistributedError, ValueError):

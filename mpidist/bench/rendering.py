@@ -15,7 +15,6 @@ from mpidist.bench.report import (
     BOUND,
     GLOO,
     LIBRARY,
-    LINK,
     ORDINARY,
     REGISTERED,
     Measure,
@@ -126,7 +125,6 @@ _STYLES: Mapping[str, Mapping[str, Any]] = {
     ORDINARY: {"color": "#56B4E9", "marker": "s"},
     LIBRARY: {"color": "#D55E00", "marker": "^"},
     GLOO: {"color": "#009E73", "marker": "v"},
-    LINK: {"color": "0.35", "linestyle": ":", "linewidth": 1.2},
     BOUND: {"color": "0.35", "linestyle": "--", "linewidth": 1.2},
 }
 _OTHERS = ("#CC79A7", "#E69F00", "#F0E442", "#000000")

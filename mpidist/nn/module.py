@@ -455,7 +455,13 @@ class Module(ABC):
         ValueError
             Listing every name that is missing or unknown and every shape or dtype that differs.
         """
-        check_fits(type(self).__name__, self.state_dict(), state)
+        own = self.state_dict()
+        problems = _differences(own, with_present_names(state, own))
+        if problems:
+            raise ValueError(
+                f"load_state_dict: the state does not fit {type(self).__name__}; nothing was "
+                "changed:\n  " + "\n  ".join(problems)
+            )
 
 
 class ParameterFree(Module):
@@ -493,12 +499,7 @@ def _as_sharded(array: Array | ShardedArray) -> ShardedArray:
     return ShardedArray(array.shape, array.dtype, {Box.whole(array.shape): array})
 
 
-def check_fits(model: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the model, unless a state has the names, shapes and dtypes of `own`.
-
-    All names that are missing or unknown, and all shapes and dtypes that differ, are listed.
-    """
-    state = with_present_names(state, own)
+def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     problems = [f"{name}: missing" for name in own if name not in state]
     problems += [f"{name}: not in this model" for name in state if name not in own]
     for name, array in own.items():
@@ -507,8 +508,4 @@ def check_fits(model: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> 
             problems.append(
                 f"{name}: expected {array.shape} {array.dtype}, got {given.shape} {given.dtype}"
             )
-    if problems:
-        raise ValueError(
-            f"load_state_dict: the state does not fit {model}; nothing was changed:\n  "
-            + "\n  ".join(problems)
-        )
+    return problems

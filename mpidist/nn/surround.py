@@ -11,6 +11,9 @@ from mpidist.nn.module import Module
 PASSES = ("forward", "backward", "backward_input", "backward_weight")
 """The methods of a module that compute."""
 
+BACKWARD_PASSES = PASSES[1:]
+"""Those of them that are backward passes: the whole one, and its halves."""
+
 
 def surround(
     module: Module, around: Callable[[str, Callable[[], Any]], Any], passes: Sequence[str] = PASSES
@@ -96,10 +99,10 @@ def _shadow(
     return call
 
 
-def after_backward(
-    modules: Iterable[Module], call: Callable[[], None]
+def after_passes(
+    modules: Iterable[Module], call: Callable[[], None], passes: Sequence[str] = PASSES
 ) -> AbstractContextManager[None]:
-    """Call `call` at the end of each backward pass of these modules, inside a ``with`` block.
+    """Call `call` at the end of each pass of these modules, inside a ``with`` block.
 
     Parameters
     ----------
@@ -108,6 +111,8 @@ def after_backward(
     call : callable
         Takes nothing. What is to be done between the layers of a model, such as letting
         communication make progress.
+    passes : sequence of str, optional
+        Which of the passes.
 
     Returns
     -------
@@ -120,7 +125,7 @@ def after_backward(
         call()
         return result
 
-    surrounds = [_Surround(module, around, PASSES[1:]) for module in modules]
+    surrounds = [_Surround(module, around, passes) for module in modules]
     return _Together(surrounds) if surrounds else nullcontext()
 
 

@@ -9,6 +9,10 @@ from mpidist.parallel.data.reducer import GradientReducer
 from mpidist.parallel.data.sync_batch_norm import SyncBatchNorm2d, synchronize_batch_norms
 from mpidist.parallel.grad_scaler import GradScaler
 from mpidist.parallel.metrics import Metrics
+from mpidist.parallel.pipeline.generators import gpipe, interleaved, one_f_one_b, zb_h1
+from mpidist.parallel.pipeline.pipeline import Evaluation, Pipeline, StepResult
+from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
+from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline, simulate
 from mpidist.parallel.sharded.flat_parameters import Cut
 from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
 from mpidist.parallel.sharded.memory import (
@@ -19,7 +23,6 @@ from mpidist.parallel.sharded.memory import (
     proportional_set_size,
 )
 from mpidist.parallel.sharded.naive_full_shard import NaiveFullShard
-from mpidist.parallel.sharded.precision import Precision
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.units import UNIT_BYTES, Unit
 from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer, full_state_dict
@@ -31,9 +34,12 @@ __all__ = [
     "FIRST_BUCKET_BYTES",
     "FSDP",
     "UNIT_BYTES",
+    "Action",
     "BucketSizes",
     "Compression",
+    "Costs",
     "Cut",
+    "Evaluation",
     "GradScaler",
     "GradientReducer",
     "Hook",
@@ -44,17 +50,27 @@ __all__ = [
     "NaiveDataParallel",
     "NaiveFullShard",
     "OptimizerFactory",
-    "Precision",
+    "Pass",
+    "Pipeline",
+    "Schedule",
     "ShardedOptimizer",
     "ShardingStrategy",
+    "Span",
+    "StepResult",
     "Strategy",
     "SyncBatchNorm2d",
+    "Timeline",
     "Unit",
     "clip_grad_norm",
     "full_state_dict",
+    "gpipe",
+    "interleaved",
     "memory_ledger",
     "memory_use",
+    "one_f_one_b",
     "plain",
     "proportional_set_size",
+    "simulate",
     "synchronize_batch_norms",
+    "zb_h1",
 ]

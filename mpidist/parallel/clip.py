@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -70,8 +71,7 @@ def clip_grad_norm(
     Pascanu, Mikolov, Bengio (2013), On the difficulty of training recurrent neural networks,
     section 3.2, algorithm 1.
     """
-    if not max_norm > 0:
-        raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
+    check_max_norm(max_norm)
     named = named_list(parameters, "clip_grad_norm")
     if group is None:
         _check_whole(named)
@@ -86,11 +86,28 @@ def clip_grad_norm(
         counted = gradient_arrays(own, "clip_grad_norm", may_be_empty=True)
     with np.errstate(all="ignore"):
         squares = _add(
-            [*map(_sum_of_squares, counted[0]), gradient_kernels.sum_of_squares(counted[1])]
+            [*map(sum_of_squares, counted[0]), gradient_kernels.sum_of_squares(counted[1])]
         )
         if group is not None:
             squares = float(all_reduce(np.array(squares), group))
-        norm = math.sqrt(squares)
+    return clip_to_norm(host, device, [squares], max_norm)
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Raise unless it is positive."""
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
+
+
+def clip_to_norm(
+    host: Sequence[Array], device: Sequence[Array], squares: Sequence[float], max_norm: float
+) -> float:
+    """Scale gradients down so that a norm whose squares are given is at most `max_norm`; return it.
+
+    The squares are added without rounding in between, so that their order does not matter.
+    """
+    with np.errstate(all="ignore"):
+        norm = math.sqrt(_add(squares))
         if math.isfinite(norm) and norm > max_norm:
             for grad in host:
                 _scale(grad, max_norm / norm)
@@ -116,7 +133,7 @@ def _counts(parameter: Parameter) -> bool:
     return parameter.part is None or parameter.part.first
 
 
-def _add(numbers: list[float]) -> float:
+def _add(numbers: Sequence[float]) -> float:
     """Return the sum, rounded once; infinite where it is beyond the range of a float."""
     try:
         return math.fsum(numbers)
@@ -133,7 +150,8 @@ def _scale(grad: Array, factor: float) -> None:
         grad *= factor
 
 
-def _sum_of_squares(x: Array) -> float:
+def sum_of_squares(x: Array) -> float:
+    """Return the sum of the squares of a gradient on the host, in float64."""
     wide = np.complex128 if x.dtype.kind == "c" else np.float64
     flat = x.reshape(-1)
     total = 0.0

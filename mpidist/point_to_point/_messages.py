@@ -311,10 +311,18 @@ def device_receive(receive: Receive, group: ProcessGroup) -> tuple[Message, Call
 
 
 def prepare_send(
-    message: Send, group: ProcessGroup, timeout: Timeout, *, is_object: bool = False
+    message: Send,
+    group: ProcessGroup,
+    timeout: Timeout,
+    *,
+    is_object: bool = False,
+    name: str | None = None,
 ) -> Callable[[], Work[None]]:
-    """Check the arguments of `send` or `send_object`, and return what starts it."""
-    verb = "send_object" if is_object else "send"
+    """Check the arguments of `send` or `send_object`, and return what starts it.
+
+    `name` is what it is called in errors and records, instead of the verb.
+    """
+    verb = name or ("send_object" if is_object else "send")
     if is_device(message.x):
         leaving = device_send(message, group)
         return lambda: _start_on_device(group, [leaving], [], nothing, timeout)
@@ -338,10 +346,18 @@ def prepare_send(
 
 
 def prepare_receive(
-    receive: Receive, group: ProcessGroup, timeout: Timeout, *, is_object: bool = False
+    receive: Receive,
+    group: ProcessGroup,
+    timeout: Timeout,
+    *,
+    is_object: bool = False,
+    name: str | None = None,
 ) -> Callable[[], ReceiveWork]:
-    """Check the arguments of `recv` or `recv_object`, and return what starts it."""
-    verb = "recv_object" if is_object else "recv"
+    """Check the arguments of `recv` or `recv_object`, and return what starts it.
+
+    `name` is what it is called in errors and records, instead of the verb.
+    """
+    verb = name or ("recv_object" if is_object else "recv")
     if is_device(receive.out):
         arriving, finish = device_receive(receive, group)
         receipt = Receipt(source=arriving.peer)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpidist.nn import Dropout, Linear, Mode, ReLU, Residual, Sequential
-from mpidist.nn.surround import after_backward, surround
+from mpidist.nn.surround import BACKWARD_PASSES, PASSES, after_passes, surround
 
 TRAIN = Mode(training=True)
 
@@ -93,15 +93,17 @@ def test_results_can_be_exchanged_and_errors_end_it():
     assert layer.forward(x, TRAIN)[0].tolist() == [[1, 1]]
 
 
-def test_after_backward_calls_at_halves_and_at_overridden_passes():
+def test_after_passes_calls_at_halves_and_at_overridden_passes():
     model, calls = Sequential(Residual(Dropout(0.0)), ReLU()), []
     x = np.ones((1, 2), np.float32)
-    with after_backward(model.layers, lambda: calls.append(1)):
-        y, ctx = model.forward(x, TRAIN)
-        assert len(calls) == 0
-        model.backward(ctx, y)
-        assert len(calls) == 2
-        _, wctx = model.backward_input(ctx, y)
-        assert len(calls) == 4
-        model.backward_weight(wctx)
-        assert len(calls) == 6
+    for passes, before in ((BACKWARD_PASSES, 0), (PASSES, 2)):
+        calls.clear()
+        with after_passes(model.layers, lambda: calls.append(1), passes):
+            y, ctx = model.forward(x, TRAIN)
+            assert len(calls) == before
+            model.backward(ctx, y)
+            assert len(calls) == before + 2
+            _, wctx = model.backward_input(ctx, y)
+            assert len(calls) == before + 4
+            model.backward_weight(wctx)
+            assert len(calls) == before + 6

@@ -100,7 +100,7 @@ def load(
         If a file is damaged, cut off or missing. Arrays may have been filled in part.
     CheckpointIncompatibleError
         If a name, shape or dtype is another one than was saved, or an object does not take what was
-        saved, or the format is a later one.
+        saved, on any rank, or the format is a later one.
     CheckpointError
         If a file cannot be read.
     CollectiveMismatchError
@@ -129,6 +129,7 @@ def load(
     targets = _all_or_none(
         lambda: _matched(flatten(state), manifest, checkpoint.directory), together, what
     )
+    _check_left_over(targets, checkpoint.directory, together, what)
     node = together.node_group()
     with region("checkpoint read"), Files(checkpoint.directory, manifest, verify=verify) as files:
         _all_or_none(lambda: _fill(files, targets, node), together, what)
@@ -207,11 +208,14 @@ class _Targets:
         What the objects of the state are given.
     former : dict of str to str
         Names in the checkpoint of what has another name now.
+    left_over : list of str
+        What was saved of objects, or items of lists, that this rank's have no part for.
     """
 
     by_name: dict[str, ArrayTargets] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     former: dict[str, str] = field(default_factory=dict)
+    left_over: list[str] = field(default_factory=list)
     _copies: list[tuple[Array, Array]] = field(default_factory=list)
 
     def add(self, name: str, box: Box, memory: Array) -> None:
@@ -324,14 +328,32 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
                 targets.arrays[name] = ShardedArray(array.shape, array.dtype, pieces)
             else:
                 targets.arrays[name] = pieces[full]
-    problems += _left_over(flat, manifest, set(targets.former.values()))
+    targets.left_over = list(_left_over(flat, manifest, set(targets.former.values())))
     if problems:
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        listed = "\n  ".join(problems[:20])
-        raise CheckpointIncompatibleError(
-            f"{directory} is of another state; nothing was changed:\n  {listed}{more}"
-        )
+        raise _of_another_state(directory, problems + targets.left_over)
     return targets
+
+
+def _of_another_state(directory: Path, problems: Sequence[str]) -> CheckpointIncompatibleError:
+    more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+    listed = "\n  ".join(problems[:20])
+    return CheckpointIncompatibleError(
+        f"{directory} is of another state; nothing was changed:\n  {listed}{more}"
+    )
+
+
+def _check_left_over(targets: _Targets, directory: Path, group: ProcessGroup, what: str) -> None:
+    """Refuse a checkpoint of which some arrays have no target on any rank.
+
+    Of a model whose layers are spread over the ranks, each has targets for its own.
+    """
+    if not _any_failed(group, failed=bool(targets.left_over)):
+        return
+    everyone = all_gather_object(targets.left_over, group)
+    problems = [p for p in everyone[0] if all(p in left for left in everyone)]
+    if problems:
+        error = _of_another_state(directory, problems)
+        raise CheckpointIncompatibleError(f"{what}: rank 0: {error}")
 
 
 def _left_over(flat: FlatState, manifest: Manifest, former: set[str]) -> Iterator[str]:

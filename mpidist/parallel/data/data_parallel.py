@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
-from mpidist.backends.work import Deadline, Work
+from mpidist.backends.work import Work
 from mpidist.group.group import ProcessGroup
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module, check_fits
+from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
-from mpidist.nn.surround import after_backward
+from mpidist.nn.surround import BACKWARD_PASSES, after_passes
 from mpidist.observe.regions import region
 from mpidist.parallel.data.broadcasts import BucketOrder, BufferSync, OrderedGradients
 
@@ -88,8 +88,8 @@ class DataParallel(Closing, ABC):
         buffers = dict(module.named_buffers())
         self._buffers = BufferSync(buffers, group) if buffers else None
         # A layer without a gradient would let a bucket in flight wait for the next one that has.
-        self._progress_between_layers = after_backward(
-            _layers_without_parameters(module), gradients.progress
+        self._progress_between_layers = after_passes(
+            _layers_without_parameters(module), gradients.progress, BACKWARD_PASSES
         )
         self._broadcasts: list[BufferSync | BucketOrder] = []  # those of the step in flight
         self._pending: _StepWork | None = None
@@ -205,7 +205,39 @@ class DataParallel(Closing, ABC):
         -----
         Collective over the group; does not block. Inside `no_sync` it is local.
         """
-        return self._run_backward(ctx.uses, lambda: self.module.backward(ctx, dy))
+        return self.irun_backward(ctx.uses, lambda: self.module.backward(ctx, dy))
+
+    def irun_backward(
+        self, uses: Mapping[Parameter, int], run: Callable[[], T]
+    ) -> tuple[T, Work[None]]:
+        """Run a pass that adds to gradients, and return while the last ones are still under way.
+
+        `ibackward` of a pass that is run by somebody else, such as a half of backward.
+
+        Parameters
+        ----------
+        uses : mapping of Parameter to int
+            The contributions that it makes, as ``ctx.uses`` says.
+        run : callable
+            The pass; takes nothing.
+
+        Returns
+        -------
+        result : object
+            What `run` returns.
+        work : Work
+            As that of `ibackward`.
+
+        Raises
+        ------
+        RuntimeError
+            As `ibackward`.
+
+        Notes
+        -----
+        Collective over the group; does not block. Inside `no_sync` it is local.
+        """
+        return self._run_backward(uses, run)
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Run the first half of backward, which touches no parameter's gradient.
@@ -278,10 +310,6 @@ class DataParallel(Closing, ABC):
 
     # -- states --------------------------------------------------------------------------------
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the model, and the order of the buckets."""
-
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise unless a state fits, and no gradients are in flight.
 
@@ -298,8 +326,7 @@ class DataParallel(Closing, ABC):
             If gradients are under way.
         """
         self._check_idle()
-        own = without_order(self.state_dict())
-        check_fits(type(self.module).__name__, own, without_order(state))
+        self.module.check_state_dict(without_order(state))
         self._order.check(state.get(BUCKET_ORDER))
 
     def lay_out(self, state: Mapping[str, Any]) -> None:
@@ -409,10 +436,10 @@ class _StepWork(Work[None]):
             self._finish(timeout)
 
     def _finish(self, timeout: float | None) -> None:
-        model, deadline = self._model, Deadline(timeout)
+        model = self._model
         for broadcast in model._broadcasts:
-            broadcast.wait(deadline.left)
-        model._gradients.wait(deadline.left)
+            broadcast.wait(timeout)
+        model._gradients.wait(timeout)
         for broadcast in model._broadcasts:
             broadcast.apply()
         model._pending = None

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: a model cut into stages, schedules as data, and the loop that runs them."""

@@ -1,0 +1,537 @@
+"""`Pipeline`: a model whose layers are spread over ranks, and the loop that runs any schedule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpidist._closing import Closing
+from mpidist._types import SUM, Array
+from mpidist.arrays.namespaces import is_host
+from mpidist.collectives import all_gather, all_gather_object, all_reduce
+from mpidist.errors import ScheduleError, UnsupportedOperationError
+from mpidist.group.group import ProcessGroup, check_group
+from mpidist.nn.containers import Sequential
+from mpidist.nn.losses import cross_entropy
+from mpidist.nn.mode import EVAL, Mode
+from mpidist.nn.parameter import Parameter
+from mpidist.nn.surround import after_passes
+from mpidist.parallel.clip import check_max_norm, clip_to_norm, sum_of_squares
+from mpidist.parallel.data.ddp import DDP
+from mpidist.parallel.data.verify import Description, describe, verify_same
+from mpidist.parallel.gradient_kernels import gradient_arrays
+from mpidist.parallel.pipeline.edges import Edges, largest_tag
+from mpidist.parallel.pipeline.generators import SCHEDULES
+from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
+from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
+from mpidist.parallel.pipeline.stages import Cuts, check_model, cut_model, starts_of
+
+__all__ = ["Evaluation", "Pipeline", "StepResult"]
+
+_MISSING, _OTHER = -1, -2
+"""What is said instead of a number of samples: there is no array, or none of the host."""
+
+
+class StepResult(NamedTuple):
+    """What a step gave.
+
+    Attributes
+    ----------
+    loss : float
+        Of the whole batch, on the rank of the last stage; NaN on the others.
+    samples : int
+        Of the batch, on the rank of the last stage; 0 on the others. The weight of `loss` in a
+        `Metrics`.
+    """
+
+    loss: float
+    samples: int
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation gave.
+
+    Attributes
+    ----------
+    loss : float
+        Of the whole batch, on the rank of the last stage; NaN on the others, and without a target.
+    samples : int
+        Of the batch, on the rank of the last stage; 0 on the others.
+    outputs : Array or None
+        What the model gives for the batch, on the rank of the last stage; None on the others.
+    """
+
+    loss: float
+    samples: int
+    outputs: Array | None
+
+
+class Pipeline(Closing):
+    """A model whose layers are spread over ranks, which work on parts of a batch at the same time.
+
+    ::
+
+        pipe = Pipeline(build_model(), group, micro_batches=8, schedule="1f1b")
+        optimizer = AdamW(pipe.named_parameters(), lr=1e-3)
+        for step, (x, target) in enumerate(batches):     # the same batch, not a share, on each rank
+            optimizer.zero_grad()
+            result = pipe.step(x, target, Mode(training=True, step=step))
+            pipe.clip_grad_norm(1.0)
+            optimizer.step()
+            metrics.add("loss", result.loss, result.samples)
+
+    Each rank trains its stages: it has their parameters, gradients and optimizer state only. The
+    gradients have the bits of one process that runs the same micro-batches one after the other,
+    under every schedule, cut and number of ranks.
+
+    Parameters
+    ----------
+    model : Sequential
+        The whole model, built alike on every rank. The pipeline keeps the layers of its stages;
+        what else refers to the model keeps all of them in memory.
+    group : ProcessGroup
+        The ranks. The pipeline uses a duplicate of it.
+    micro_batches : int
+        How many parts each batch is cut into, of sizes that differ by one sample at most. Some
+        are empty where there are fewer samples.
+    schedule : str or Schedule, optional
+        ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zb-h1"``, or any schedule of `micro_batches`
+        for as many ranks as the group has.
+    loss : callable, optional
+        As `cross_entropy`, the default: ``loss(y, target, denominator=n)`` returns the sum over the
+        samples divided by `n`, and its gradient by `y`.
+    cut : sequence of int, "layers" or "parameters", optional
+        The numbers of the layers with which all stages but the first begin; or what the stages
+        have about equally many of.
+    data_parallel : callable, optional
+        Makes the `DDP` of a stage, over the ranks that have the same stage of other pipelines:
+        ``lambda stage: DDP(stage, mesh["dp"].group, op=SUM)``. Each pipeline then has its share of
+        the batch, and gradients are summed over all of them.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        What a step runs.
+    stages : mapping of int to Sequential
+        The stages of this rank. Their layers and parameters have the names of the whole model.
+    starts : tuple of int
+        The first layer of each stage, of all ranks.
+    replicas : mapping of int to DDP
+        What `data_parallel` has made of the stages; empty without it.
+    group : ProcessGroup
+        The pipeline's own.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no `Sequential`, or one that runs its layers in a way of its own.
+    CollectiveMismatchError
+        On every rank, naming a rank, if names, shapes, dtypes or arguments differ between ranks.
+    ScheduleError
+        If there is no such schedule, or it is of other numbers of ranks or micro-batches.
+    ValueError
+        If there are fewer layers than stages, or `cut` does not fit.
+    UnsupportedOperationError
+        If a parameter is on a device, or held by layers of two stages; if the messages of a step
+        would need more tags than the transport has.
+
+    Notes
+    -----
+    Collective over `group`; blocks. Costs the group, and two small exchanges. Initial values are
+    those that the rank of a stage has drawn: give all ranks the same seed.
+
+    Batch normalisation has the statistics of one micro-batch, as it has in one process that runs
+    micro-batches.
+
+    References
+    ----------
+    Huang et al. (2019), GPipe: Efficient Training of Giant Neural Networks using Pipeline
+    Parallelism, section 2.
+    """
+
+    def __init__(
+        self,
+        model: Sequential,
+        group: ProcessGroup,
+        *,
+        micro_batches: int,
+        schedule: str | Schedule = "1f1b",
+        loss: Loss = cross_entropy,
+        cut: Cuts = "parameters",
+        data_parallel: Callable[[Sequential], DDP] | None = None,
+    ) -> None:
+        check_group(group, "Pipeline")
+        check_model(model, "Pipeline")
+        arguments = {"micro_batches": micro_batches, "schedule": schedule, "cut": cut}
+        verify_same(_description(model, arguments), group, operation="Pipeline")
+        self.schedule = _schedule(schedule, group, micro_batches)
+        self.starts = starts_of(model, cut, self.schedule.stages)
+        parts = cut_model(model, self.starts)
+        if largest_tag(self.schedule) > group.capabilities.max_tag:
+            most = (group.capabilities.max_tag + 1) // (2 * self.schedule.stages)
+            raise UnsupportedOperationError(
+                f"Pipeline on {group}: the messages of {self.schedule.stages} stages and "
+                f"{micro_batches} micro-batches need tags up to {largest_tag(self.schedule)}, and "
+                f"there are {group.capabilities.max_tag}; take at most {most} micro-batches"
+            )
+        self.group = group.duplicate(f"{group.name}/pipeline")
+        self.stages: Mapping[int, Sequential] = {
+            stage: part
+            for stage, part in enumerate(parts)
+            if self.schedule.rank_of_stage[stage] == group.rank
+        }
+        self.replicas: dict[int, DDP] = {}
+        if data_parallel is not None:
+            self.replicas = {s: _replica(data_parallel, part) for s, part in self.stages.items()}
+        self._loss = loss
+        leaves = [
+            module
+            for part in self.stages.values()
+            for _, module in part.named_modules()
+            if not any(module.named_children())
+        ]
+        # [Note: progress] A message makes progress while its sender or receiver is inside of a
+        # call: over TCP the larger ones wait for it. Layers are where a stage can be interrupted.
+        self._progress = self.group.operations.progress
+        self._between_layers = after_passes(leaves, self._progress)
+        self._failure: str | None = None
+
+    def __repr__(self) -> str:
+        """Return the group, the schedule and the stages of this rank."""
+        stages = "\n".join(f"stage {stage}: {part!r}" for stage, part in self.stages.items())
+        return (
+            f"Pipeline over {self.group!r}, schedule '{self.schedule.name}', "
+            f"{self.schedule.micro_batches} micro-batches:\n{stages}"
+        )
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        x: Array | None,
+        target: Array | None,
+        mode: Mode,
+        *,
+        denominator: float | None = None,
+    ) -> StepResult:
+        """Run a batch forward and backward, and add to the gradients of this rank's parameters.
+
+        Parameters
+        ----------
+        x : Array, shape (samples, ...), or None
+            The batch, on the host. Only the rank of the first stage uses it.
+        target : Array, shape (samples, ...), or None
+            What the loss compares with. Only the rank of the last stage uses it.
+        mode : Mode
+            The same on all ranks. Micro-batches draw what their samples would draw in one batch.
+        denominator : float, optional
+            What the sum of the losses is divided by; the same on all ranks. When omitted, the
+            number of elements of `target`, so that the loss is that of the joined batch, whatever
+            the sizes of the micro-batches.
+
+        Returns
+        -------
+        StepResult
+            Loss and number of samples, on the rank of the last stage.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, before anything moves, if there is no `x` where it is used, or no
+            `target`, or they have different numbers of samples.
+        CollectiveMismatchError
+            On all ranks, before anything moves, if modes or denominators differ.
+        CollectiveTimeoutError, PeerLostError
+            Naming the action of this rank, and the one it waits for: ``pipeline 2F3, waits for 1F3
+            of rank 1``.
+        RuntimeError
+            If an earlier step has failed half way, or, on all ranks and before anything moves, if
+            gradients that have been summed over the data axis were not zeroed.
+
+        Notes
+        -----
+        Collective over the group, and over the ranks of the data axis; blocks. Costs one all-gather
+        of 32 bytes per rank, and for each
+        micro-batch, between two stages on different ranks, a message of an activation and one of
+        its gradient. What a layer raises has a note that names the action.
+        """
+        actions = self.schedule.actions[self.group.rank]
+        run = self._run("step", actions, x, target, mode, denominator)
+        return StepResult(run.loss, run.samples)
+
+    def evaluate(
+        self,
+        x: Array | None,
+        target: Array | None = None,
+        mode: Mode = EVAL,
+        *,
+        denominator: float | None = None,
+    ) -> Evaluation:
+        """Run a batch forward only.
+
+        Parameters
+        ----------
+        x : Array, shape (samples, ...), or None
+            The batch, on the host. Only the rank of the first stage uses it.
+        target : Array, shape (samples, ...), or None
+            Only the rank of the last stage uses it; without it there is no loss.
+        mode : Mode, optional
+            The same on all ranks.
+        denominator : float, optional
+            As for `step`.
+
+        Returns
+        -------
+        Evaluation
+            Loss, number of samples, and outputs, on the rank of the last stage.
+
+        Raises
+        ------
+        ValueError, CollectiveMismatchError, CollectiveTimeoutError, PeerLostError, RuntimeError
+            As `step`.
+
+        Notes
+        -----
+        Collective over the group; blocks. The forward passes of the schedule in their order, and
+        nothing is kept of them. At any time between two steps.
+        """
+        actions = self.schedule.actions[self.group.rank]
+        forward = [action for action in actions if action.kind is Pass.FORWARD]
+        run = self._run("evaluate", forward, x, target, mode, denominator)
+        outputs = np.concatenate(run.outputs) if run.outputs else None
+        return Evaluation(run.loss, run.samples, outputs)
+
+    def _run(
+        self,
+        verb: str,
+        actions: Sequence[Action],
+        x: Array | None,
+        target: Array | None,
+        mode: Mode,
+        denominator: float | None,
+    ) -> StageRun:
+        """Agree with the other ranks on what is run, run it, and return what it has given."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"Pipeline.{verb} on {self.group}: an earlier step failed half way "
+                f"({self._failure}), so the ranks do not agree any more on what is under way; end "
+                "the job"
+            )
+        samples = self._agree(verb, x, target, mode, denominator)
+        last = self.schedule.stages - 1
+        batch = MicroBatches(
+            bounds=_bounds(samples, self.schedule.micro_batches),
+            x=x if 0 in self.stages else None,
+            target=target if last in self.stages else None,
+            mode=mode,
+            denominator=self._denominator(target) if denominator is None else denominator,
+        )
+        contributions = Contributions(self.replicas, self.schedule.micro_batches - 1)
+        run = StageRun(self.stages, last, batch, self._loss, contributions)
+        try:
+            with self._between_layers:
+                run.run(actions, Edges(self.schedule, actions, self.group))
+        except BaseException as error:
+            self._failure = repr(error)
+            raise
+        return run
+
+    def _denominator(self, target: Array | None) -> float:
+        """Return the size of the whole target, over the data axis where gradients are summed."""
+        last = self.schedule.stages - 1
+        size = target.size if last in self.stages and target is not None else 0
+        ddp = self.replicas.get(last)
+        if ddp is not None and ddp.op is SUM:
+            size = int(all_reduce(np.array(size), ddp.group))
+        return float(max(size, 1))
+
+    def _holds_sums(self) -> bool:
+        """Whether there are gradients that have been summed over the data axis."""
+        summed = (ddp for ddp in self.replicas.values() if ddp.op is SUM)
+        return any(p.grad is not None for ddp in summed for p in ddp.parameters())
+
+    def _agree(
+        self,
+        verb: str,
+        x: Array | None,
+        target: Array | None,
+        mode: Mode,
+        denominator: float | None,
+    ) -> int:
+        """Return the number of samples of the batch, or raise on all ranks alike."""
+        described = (("call", verb), ("mode", str(mode)), ("denominator", str(denominator)))
+        digest = hashlib.sha256(repr(described).encode()).digest()[:8]
+        own = [
+            _samples(x),
+            _samples(target),
+            int.from_bytes(digest, "little", signed=True),
+            verb == "step" and self._holds_sums(),
+        ]
+        facts = all_gather(np.array([own], np.int64), self.group)
+        if (facts[:, 2] != facts[0, 2]).any():
+            verify_same(described, self.group, operation=f"Pipeline.{verb}")
+        if facts[:, 3].any():
+            raise RuntimeError(
+                f"Pipeline.step on {self.group}: gradients of an earlier step are sums over the "
+                "data axis, and would be summed again; zero_grad() on all ranks before each step"
+            )
+        first, last = self.schedule.rank_of_stage[0], self.schedule.rank_of_stage[-1]
+        given = {"x": (first, int(facts[first, 0])), "target": (last, int(facts[last, 1]))}
+        if verb == "evaluate" and given["target"][1] == _MISSING:
+            del given["target"]
+        for name, (rank, samples) in given.items():
+            if samples < 0:
+                got = "none" if samples == _MISSING else "something else"
+                raise ValueError(
+                    f"Pipeline.{verb} on {self.group}: expected {name} on rank {rank}, an array on "
+                    f"the host whose first axis counts the samples, got {got}"
+                )
+        if len({samples for _, samples in given.values()}) > 1:
+            raise ValueError(
+                f"Pipeline.{verb} on {self.group}: x on rank {first} has {facts[first, 0]} "
+                f"samples, and target on rank {last} has {facts[last, 1]}; give both the same "
+                "batch"
+            )
+        return given["x"][1]
+
+    # -- parameters and states ---------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield this rank's parameters under their names in the whole model, for an optimizer."""
+        for part in self.stages.values():
+            yield from part.named_parameters()
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield this rank's parameters."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of this rank's parameters."""
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
+    def clip_grad_norm(self, max_norm: float) -> float:
+        """Scale the gradients of all ranks down so that their norm together is at most `max_norm`.
+
+        Parameters
+        ----------
+        max_norm : float
+            Positive.
+
+        Returns
+        -------
+        float
+            The norm before clipping, with the bits of `clip_grad_norm` of the whole model in one
+            process; the same on all ranks.
+
+        Raises
+        ------
+        ValueError
+            If `max_norm` is not positive.
+
+        Notes
+        -----
+        Collective over the group; blocks. One exchange of 8 bytes per parameter.
+        """
+        check_max_norm(max_norm)
+        named = list(self.named_parameters())
+        grads, _ = gradient_arrays(named, "Pipeline.clip_grad_norm", may_be_empty=True)
+        with np.errstate(all="ignore"):
+            own = [sum_of_squares(grad) for grad in grads]
+        everyone = all_gather_object(own, self.group)
+        return clip_to_norm(grads, [], list(chain.from_iterable(everyone)), max_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return parameters and buffers of this rank's stages, under their names in the model.
+
+        Returns
+        -------
+        dict of str to Array
+            The living arrays. A checkpoint that all ranks save together holds the whole model, and
+            loads into any other cut of it, or one process.
+        """
+        return {name: array for p in self.stages.values() for name, array in p.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy values into the parameters and buffers of this rank's stages, in place.
+
+        Parameters
+        ----------
+        state : mapping of str to Array
+            As `state_dict` returns it, or of the whole model.
+
+        Raises
+        ------
+        ValueError
+            Listing names that are missing and shapes or dtypes that differ; nothing has been
+            changed then.
+        """
+        states = [
+            (part, {name: state[name] for name in part.state_dict() if name in state})
+            for part in self.stages.values()
+        ]
+        for part, own in states:
+            part.check_state_dict(own)
+        for part, own in states:
+            part.load_state_dict(own)
+
+    def close(self) -> None:
+        """Release the pipeline's groups; the stages stay as they are."""
+        for ddp in self.replicas.values():
+            ddp.close()
+        self.group.close()
+
+
+def _description(model: Sequential, arguments: Mapping[str, Any]) -> Description:
+    return (
+        *(describe("parameter", name, p.data) for name, p in model.named_parameters()),
+        *(describe("buffer", name, array) for name, array in model.named_buffers()),
+        ("number of layers", str(len(model.layers))),
+        *((f"argument '{name}'", str(value)) for name, value in arguments.items()),
+    )
+
+
+def _schedule(given: str | Schedule, group: ProcessGroup, micro_batches: int) -> Schedule:
+    """Return the schedule of this name, or the given one if it fits."""
+    if isinstance(given, Schedule):
+        if (given.ranks, given.micro_batches) != (group.size, micro_batches):
+            raise ScheduleError(
+                f"Pipeline on {group}: expected a schedule of {group.size} ranks and "
+                f"{micro_batches} micro-batches, got '{given.name}' of {given.ranks} and "
+                f"{given.micro_batches}"
+            )
+        return given
+    if given not in SCHEDULES:
+        raise ScheduleError(
+            f"Pipeline on {group}: expected a schedule, or one of the names "
+            f"{', '.join(SCHEDULES)}; got {given!r}"
+        )
+    return SCHEDULES[given](group.size, micro_batches)
+
+
+def _replica(data_parallel: Callable[[Sequential], DDP], stage: Sequential) -> DDP:
+    """Return the DDP that was made of a stage."""
+    made = data_parallel(stage)
+    if not isinstance(made, DDP) or made.module is not stage:
+        raise TypeError(
+            "Pipeline: expected data_parallel to return a DDP of the stage that it is given, as "
+            f"lambda stage: DDP(stage, group, op=SUM); got {made!r}"
+        )
+    return made
+
+
+def _samples(array: Array | None) -> int:
+    """Return the number of samples, or why there is none."""
+    if array is None:
+        return _MISSING
+    return len(array) if is_host(array) and array.ndim > 0 else _OTHER
+
+
+def _bounds(samples: int, micro_batches: int) -> tuple[int, ...]:
+    """Return where the micro-batches begin, and the end of the last; the first ones are larger."""
+    size, larger = divmod(samples, micro_batches)
+    return tuple(m * size + min(m, larger) for m in range(micro_batches + 1))

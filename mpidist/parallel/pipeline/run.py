@@ -1,0 +1,201 @@
+"""The loop that runs the actions of a rank, whatever their schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from mpidist._types import Array
+from mpidist.backends.work import Work
+from mpidist.nn.containers import Sequential
+from mpidist.nn.mode import Mode
+from mpidist.nn.module import Context
+from mpidist.nn.parameter import Parameter
+from mpidist.observe.regions import region
+from mpidist.parallel.data.ddp import DDP
+from mpidist.parallel.pipeline.edges import Edges
+from mpidist.parallel.pipeline.schedule import Action, Pass
+
+__all__ = ["Contributions", "Loss", "MicroBatches", "StageRun"]
+
+T = TypeVar("T")
+
+
+class Loss(Protocol):
+    """A loss that gives its value and its gradient, such as `cross_entropy` and `mse_loss`."""
+
+    def __call__(self, y: Array, target: Array, /, *, denominator: float) -> tuple[Array, Array]:
+        """Return the sum over the samples divided by `denominator`, and its gradient by `y`."""
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """A batch, and how it is cut.
+
+    Attributes
+    ----------
+    bounds : tuple of int
+        The first sample of each micro-batch, and the number of all samples.
+    x, target : Array or None
+        None on ranks that do not use them.
+    mode : Mode
+        Of the first sample.
+    denominator : float
+        For the loss.
+    """
+
+    bounds: tuple[int, ...]
+    x: Array | None
+    target: Array | None
+    mode: Mode
+    denominator: float
+
+    def part(self, array: Array | None, micro_batch: int) -> Array:
+        """Return a micro-batch of `x` or `target`."""
+        assert array is not None, "asked only where it is used, and all ranks have compared"
+        return array[self.bounds[micro_batch] : self.bounds[micro_batch + 1]]
+
+    def mode_of(self, micro_batch: int) -> Mode:
+        """Return the mode of a micro-batch, which draws as the whole batch does."""
+        return self.mode.shifted(self.bounds[micro_batch])
+
+
+class Contributions:
+    """The passes that add to the parameters' gradients, and their sums over the data axis.
+
+    Parameters
+    ----------
+    replicas : mapping of int to DDP
+        Of each stage of this rank, where there is a data axis; else empty.
+    last : int
+        The last micro-batch, with which a stage's gradients are complete.
+    """
+
+    def __init__(self, replicas: Mapping[int, DDP], last: int) -> None:
+        self._replicas = replicas
+        self._last = last
+        self._works: list[Work[None]] = []
+
+    def add(self, action: Action, uses: Mapping[Parameter, int], run: Callable[[], T]) -> T:
+        """Run a pass; after the last one of a stage its gradients travel while others run."""
+        ddp = self._replicas.get(action.stage)
+        if ddp is None:
+            return run()
+        if action.micro_batch < self._last:
+            with ddp.no_sync():
+                return ddp.irun_backward(uses, run)[0]
+        result, work = ddp.irun_backward(uses, run)
+        self._works.append(work)
+        return result
+
+    def finish(self) -> None:
+        """Wait for the sums."""
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+
+class StageRun:
+    """One step of this rank, or one evaluation, and what is alive between its actions.
+
+    Parameters
+    ----------
+    stages : mapping of int to Sequential
+        Those of this rank.
+    last : int
+        The last stage of the pipeline, after which the loss comes.
+    batch : MicroBatches
+        What is run.
+    loss : Loss
+        As `cross_entropy`.
+    contributions : Contributions
+        Takes the passes that add to gradients.
+
+    Attributes
+    ----------
+    loss : float
+        Summed over the micro-batches in their order; NaN where there is none.
+    samples : int
+        Of the batch, where the last stage is; 0 elsewhere.
+    outputs : list of Array
+        Of the last stage, in a run without backward passes.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Sequential],
+        last: int,
+        batch: MicroBatches,
+        loss: Loss,
+        contributions: Contributions,
+    ) -> None:
+        self._stages = stages
+        self._last = last
+        self._batch = batch
+        self._loss = loss
+        self._contexts: dict[tuple[int, int], Context] = {}
+        self._contributions = contributions
+        self._halves: dict[tuple[int, int], tuple[Mapping[Parameter, int], Any]] = {}
+        self._gradients: dict[int, Array] = {}
+        self.loss = 0.0 if batch.target is not None else float("nan")
+        self.samples = batch.bounds[-1] if last in stages else 0
+        self.outputs: list[Array] = []
+
+    def run(self, actions: Sequence[Action], edges: Edges) -> None:
+        """Run actions in their order.
+
+        Forward passes only are an evaluation, of which no context is kept.
+        """
+        trains = any(action.kind is not Pass.FORWARD for action in actions)
+        for index, action in enumerate(actions):
+            edges.post(index)
+            try:
+                with region(str(action)):
+                    if action.kind is Pass.FORWARD:
+                        self._forward(action, edges, trains=trains)
+                    else:
+                        self._backward(action, edges)
+            except Exception as error:
+                # `add_note` begins with Python 3.11.
+                notes = getattr(error, "__notes__", [])
+                error.__notes__ = [*notes, f"in pipeline {action}"]  # type: ignore[attr-defined]
+                raise
+        edges.finish()
+        self._contributions.finish()
+        left = (self._contexts, self._halves, self._gradients)
+        assert not any(left), "a schedule has a backward pass for each forward pass"
+
+    def _forward(self, action: Action, edges: Edges, *, trains: bool) -> None:
+        stage, _, micro = action
+        x = edges.receive(action) if stage else self._batch.part(self._batch.x, micro)
+        y, ctx = self._stages[stage].forward(x, self._batch.mode_of(micro))
+        if trains:
+            self._contexts[stage, micro] = ctx
+        if stage < self._last:
+            edges.send(action, y)
+            return
+        if not trains:
+            self.outputs.append(y)
+        if self._batch.target is not None:
+            target = self._batch.part(self._batch.target, micro)
+            loss, dy = self._loss(y, target, denominator=self._batch.denominator)
+            self.loss += float(loss)
+            if trains:
+                self._gradients[micro] = dy
+
+    def _backward(self, action: Action, edges: Edges) -> None:
+        stage, kind, micro = action
+        module, key = self._stages[stage], (stage, micro)
+        if kind is Pass.BACKWARD_WEIGHT:
+            uses, wctx = self._halves.pop(key)
+            self._contributions.add(action, uses, lambda: module.backward_weight(wctx))
+            return
+        dy = self._gradients.pop(micro) if stage == self._last else edges.receive(action)
+        ctx = self._contexts.pop(key)
+        if kind is Pass.BACKWARD:
+            dx = self._contributions.add(action, ctx.uses, lambda: module.backward(ctx, dy))
+        else:
+            dx, wctx = module.backward_input(ctx, dy)
+            self._halves[key] = ctx.uses, wctx
+        edges.send(action, dx)

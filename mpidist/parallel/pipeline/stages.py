@@ -1,0 +1,131 @@
+"""Stages: where a model is cut, and what each part holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from mpidist.arrays.namespaces import is_device
+from mpidist.errors import UnsupportedOperationError
+from mpidist.nn.containers import Sequential
+from mpidist.nn.surround import PASSES
+
+__all__ = ["Cuts", "check_model", "cut_model", "starts_of"]
+
+Cuts: TypeAlias = Sequence[int] | Literal["layers", "parameters"]
+"""Where a model is cut into stages; see `Pipeline`."""
+
+
+def check_model(model: Sequential, operation: str) -> None:
+    """Raise unless a model is a chain of layers on the host."""
+    if not isinstance(model, Sequential):
+        raise TypeError(
+            f"{operation}: expected a Sequential, whose layers are cut into stages, got a "
+            f"{type(model).__name__}"
+        )
+    own = [name for name in PASSES if getattr(type(model), name) is not getattr(Sequential, name)]
+    if own:
+        raise TypeError(
+            f"{operation}: {type(model).__name__} has a {own[0]} of its own, which the stages "
+            "would not run; give a plain Sequential of its layers"
+        )
+    for name, parameter in model.named_parameters():
+        if is_device(parameter.data):
+            raise UnsupportedOperationError(
+                f"{operation}: parameter '{name}' is on a device, and pipelines carry host arrays "
+                "only; model.to('cpu') first"
+            )
+
+
+def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
+    """Return the first layer of each stage.
+
+    Parameters
+    ----------
+    model : Sequential
+        What is cut.
+    cut : sequence of int, "layers" or "parameters"
+        The first layers of all stages but the first, or what is to be equal.
+    stages : int
+        How many are wanted.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer layers than stages, or `cut` is not ascending, leaves a stage without
+        layers, or is of another number of stages.
+    """
+    layers = len(model.layers)
+    if layers < stages:
+        raise ValueError(
+            f"Pipeline: expected at least as many layers as the {stages} stages, got {layers}; "
+            f"take at most {layers} stages, or cut layers into smaller ones"
+        )
+    if not isinstance(cut, str):
+        starts = (0, *map(int, cut))
+        if len(starts) != stages or any(a >= b for a, b in pairwise((*starts, layers))):
+            raise ValueError(
+                f"Pipeline: expected as cut {stages - 1} ascending numbers of layers from 1 to "
+                f"{layers - 1}, the first layers of all of the {stages} stages but the first, got "
+                f"{list(cut)}"
+            )
+        return starts
+    if cut == "layers":
+        return tuple(stage * layers // stages for stage in range(stages))
+    if cut == "parameters":
+        # A layer counts as one element more, so that those without parameters are spread, too.
+        return _balanced([1 + sum(p.size for p in m.parameters()) for m in model.layers], stages)
+    raise ValueError(
+        f"Pipeline: expected as cut 'layers', 'parameters' or numbers of layers, got {cut!r}"
+    )
+
+
+def _balanced(weights: Sequence[int], stages: int) -> tuple[int, ...]:
+    """Return where stages begin whose greatest weight is as small as possible.
+
+    The classical recurrence: the best cut of the first n layers into k stages is the best one,
+    over the last stage's beginning, of what is before it into k - 1.
+    """
+    ends = np.concatenate([[0], np.cumsum(weights)])
+    best = ends.astype(float)
+    begins: list[list[int]] = []
+    for stage in range(1, stages):
+        new, begin = np.full(len(ends), np.inf), [0] * len(ends)
+        for n in range(stage + 1, len(ends)):
+            greatest = np.maximum(best[stage:n], ends[n] - ends[stage:n])
+            begin[n] = stage + int(np.argmin(greatest))
+            new[n] = greatest[begin[n] - stage]
+        best = new
+        begins.append(begin)
+    starts = [len(weights)]
+    for begin in reversed(begins):
+        starts.append(begin[starts[-1]])
+    return (0, *reversed(starts[1:]))
+
+
+def cut_model(model: Sequential, starts: Sequence[int]) -> list[Sequential]:
+    """Return the stages, whose layers are those of the model.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If two stages hold the same parameter or buffer.
+    """
+    parts = [model.part(a, b) for a, b in pairwise((*starts, len(model.layers)))]
+    holders: dict[int, int] = {}
+    for stage, part in enumerate(parts):
+        held = [(name, id(p)) for name, p in part.named_parameters()]
+        held += [(name, id(b)) for name, b in part.named_buffers()]
+        for name, identity in held:
+            first = holders.setdefault(identity, stage)
+            if first != stage:
+                raise UnsupportedOperationError(
+                    f"Pipeline: '{name}' of stage {stage} is held by stage {first}, too, and "
+                    "parameters cannot be tied over stages; cut the model so that one stage has "
+                    f"both layers (stages begin with the layers {list(starts)}), or give each its "
+                    "own"
+                )
+    return parts

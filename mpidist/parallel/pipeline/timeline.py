@@ -1,0 +1,171 @@
+"""`simulate`: when each action of a schedule would run, given what the passes cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
+
+__all__ = ["Costs", "Span", "Timeline", "simulate"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """How long the passes of each stage take, in any one unit.
+
+    Attributes
+    ----------
+    forward, backward_input, backward_weight : tuple of float
+        By stage. A whole backward pass takes as long as its two halves.
+    """
+
+    forward: tuple[float, ...]
+    backward_input: tuple[float, ...]
+    backward_weight: tuple[float, ...]
+
+    @classmethod
+    def unit(cls, stages: int) -> Costs:
+        """Return the costs with which schedules are compared: 1 for each of the three passes."""
+        return cls((1.0,) * stages, (1.0,) * stages, (1.0,) * stages)
+
+    def of(self, action: Action) -> float:
+        """Return how long an action takes."""
+        halves = {
+            Pass.FORWARD: (self.forward,),
+            Pass.BACKWARD: (self.backward_input, self.backward_weight),
+            Pass.BACKWARD_INPUT: (self.backward_input,),
+            Pass.BACKWARD_WEIGHT: (self.backward_weight,),
+        }
+        return sum(half[action.stage] for half in halves[action.kind])
+
+
+class Span(NamedTuple):
+    """When an action began and ended."""
+
+    action: Action
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each action of each rank runs.
+
+    Attributes
+    ----------
+    spans : tuple of tuple of Span
+        Of each rank, in order; in the unit of the costs.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    def __str__(self) -> str:
+        """Return what `picture` does."""
+        return self.picture()
+
+    @property
+    def span(self) -> float:
+        """From the beginning of the first action to the end of the last."""
+        return max(spans[-1].ended for spans in self.spans)
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """How long each rank waits, until the last rank ends."""
+        return tuple(self.span - sum(s.ended - s.began for s in spans) for spans in self.spans)
+
+    @property
+    def bubble(self) -> float:
+        """Time that all ranks together wait, over the time that they work."""
+        useful = self.span * len(self.spans) - sum(self.idle)
+        return sum(self.idle) / useful if useful else 0.0
+
+    def picture(self, *, width: int = 0) -> str:
+        """Return a drawing: a line per rank, time from left to right.
+
+        Parameters
+        ----------
+        width : int, optional
+            Characters of a line; when omitted, so many that the shortest action can be read.
+
+        Returns
+        -------
+        str
+            An action is shown as its letter and micro-batch, with its stage first where a rank has
+            several; dots are waiting.
+        """
+        several = any(len({s.action.stage for s in spans}) > 1 for spans in self.spans)
+        labels = [
+            [str(s.action) if several else str(s.action).lstrip("0123456789") for s in spans]
+            for spans in self.spans
+        ]
+        longest = 1 + max(len(label) for row in labels for label in row)
+        shortest = min(
+            (s.ended - s.began for row in self.spans for s in row if s.ended > s.began), default=1.0
+        )
+        scale = (width or longest * self.span / shortest) / (self.span or 1.0)
+        lines = []
+        for spans, row in zip(self.spans, labels, strict=True):
+            line = ["."] * round(self.span * scale)
+            for (_, began, ended), label in zip(spans, row, strict=True):
+                start, stop = round(began * scale), round(ended * scale)
+                line[start:stop] = f"{label:-<{stop - start - 1}} "[: stop - start]
+            lines.append("".join(line).rstrip())
+        digits = len(str(len(lines) - 1))
+        return "\n".join(f"rank {rank:{digits}} {line}" for rank, line in enumerate(lines))
+
+
+def simulate(schedule: Schedule, costs: Costs | None = None, *, message: float = 0.0) -> Timeline:
+    """Return when each action would run if every rank began the next one as soon as it could.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        What is run.
+    costs : Costs, optional
+        What it costs; `Costs.unit` when omitted.
+    message : float, optional
+        How long a result is on its way to another rank.
+
+    Returns
+    -------
+    Timeline
+        The first action begins at 0.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many costs as stages.
+
+    Examples
+    --------
+    >>> from mpidist.parallel import one_f_one_b, simulate
+    >>> timeline = simulate(one_f_one_b(3, 4))
+    >>> print(timeline)
+    rank 0 F0 F1 F2 ............B0--- F3 B1--- ...B2--- ...B3---
+    rank 1 ...F0 F1 ......B0--- F2 B1--- F3 B2--- ...B3--- ......
+    rank 2 ......F0 B0--- F1 B1--- F2 B2--- F3 B3--- ............
+    >>> timeline.bubble
+    0.5
+    """
+    costs = Costs.unit(schedule.stages) if costs is None else costs
+    given: Sequence[int] = [*map(len, (costs.forward, costs.backward_input, costs.backward_weight))]
+    if set(given) != {schedule.stages}:
+        raise ValueError(
+            f"simulate: expected costs of the {schedule.stages} stages of schedule "
+            f"'{schedule.name}', got {given}"
+        )
+    ended: dict[Action, float] = {}
+    free = [0.0] * schedule.ranks
+    spans: list[list[Span]] = [[] for _ in range(schedule.ranks)]
+    for action in schedule.order:
+        rank = schedule.rank_of_stage[action.stage]
+        arrivals = [
+            ended[need] + message * (schedule.rank_of_stage[need.stage] != rank)
+            for need in schedule.needs(action)
+        ]
+        began = max([free[rank], *arrivals])
+        free[rank] = ended[action] = began + costs.of(action)
+        spans[rank].append(Span(action, began, ended[action]))
+    return Timeline(tuple(map(tuple, spans)))

@@ -1,0 +1,336 @@
+"""A pipeline has the bits of one process, under every schedule; and refuses what cannot be."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections import ChainMap
+from functools import partial
+
+import numpy as np
+import pytest
+
+from mpidist import checkpoint
+from mpidist.errors import (
+    ScheduleError,
+)
+from mpidist.nn import (
+    Context,
+    Linear,
+    Mode,
+    Module,
+    ReLU,
+    Sequential,
+    cross_entropy,
+    mse_loss,
+)
+from mpidist.optim import AdamW
+from mpidist.parallel import (
+    Action,
+    Metrics,
+    Pass,
+    Pipeline,
+    Schedule,
+    clip_grad_norm,
+)
+from mpidist.parallel.pipeline.generators import SCHEDULES
+from mpidist.testing import DeliveryMode, Faults, run_ranks
+from tests.parallel.pipeline import (
+    MODE,
+    SAMPLES,
+    alone,
+    assert_same_bits,
+    batch,
+    build,
+    gradients,
+    joined,
+    step,
+)
+
+on_schedules = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+# -- bits ----------------------------------------------------------------------------------------
+
+
+@on_schedules
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_step_has_the_bits_of_one_process(ranks, schedule, full):
+    ran = 0
+    for micro in (5, 6, 8, 12, 16) if full else (5, 12):
+        try:
+            SCHEDULES[schedule](ranks, micro)
+        except ScheduleError:  # of which test_pipeline_schedules knows which numbers it names
+            continue
+        got = joined(run_ranks(ranks, partial(step, schedule=schedule), micro))
+        assert_same_bits(got, alone(micro))
+        ran += 1
+    assert ran >= 1
+
+
+@pytest.mark.parametrize("mode", DeliveryMode)
+@on_schedules
+def test_however_messages_move_bits_are_the_same(schedule, mode):
+    faults = Faults(delay=0.002)
+    body = partial(step, schedule=schedule)
+    got = run_ranks(4, body, 4, mode=mode, faults=faults, seed=1)
+    assert_same_bits(joined(got), alone(4))
+
+
+@pytest.mark.full
+@on_schedules
+def test_on_eight_ranks(schedule):
+    # Twelve layers make no 16 stages, which interleaved would have.
+    ranks = 6 if schedule == "interleaved" else 8
+    got = run_ranks(ranks, partial(step, schedule=schedule, cut="layers"), 2 * ranks)
+    assert_same_bits(joined(got), alone(2 * ranks))
+
+
+@pytest.mark.parametrize("samples", [1, 3, 8])
+def test_micro_batches_may_be_empty(samples):
+    got = run_ranks(3, partial(step, samples=samples, schedule="zb-h1"), 5)
+    assert_same_bits(joined(got), alone(5, samples=samples))
+
+
+@pytest.mark.parametrize("cut", ["layers", "parameters", (1, 2, 11), (4, 8, 9)], ids=str)
+def test_cuts_do_not_change_bits(cut):
+    assert_same_bits(joined(run_ranks(4, partial(step, cut=cut), 6)), alone(6))
+
+
+@on_schedules
+def test_a_step_is_that_of_the_joined_batch_in_float64(schedule):
+    got = joined(run_ranks(4, partial(step, dtype=np.float64, schedule=schedule), 8))
+    expected = alone(1, dtype=np.float64)
+    assert got.loss == pytest.approx(expected.loss, rel=1e-12)
+    for name, array in expected.grads.items():
+        error = np.abs(got.grads[name] - array).max()
+        assert error <= 1e-12 * np.abs(array).max(), name
+
+
+def random_schedule(rng: random.Random) -> Schedule:
+    """Draw stages, ranks, micro-batches, halves or whole passes, and an order that can be run."""
+    stages, micros = rng.randrange(1, 7), rng.randrange(1, 6)
+    ranks = rng.randrange(1, min(stages, 4) + 1)
+    rank_of_stage = [*range(ranks), *(rng.randrange(ranks) for _ in range(stages - ranks))]
+    rng.shuffle(rank_of_stage)
+    halves = {(s, m): rng.random() < 0.5 for s in range(stages) for m in range(micros)}
+    order: list[Action] = []
+    over: set[tuple[int, str, int]] = (
+        set()
+    )  # F, gradient (G) or weights (W) of stage and micro-batch
+
+    def can_begin(stage: int, what: str, m: int) -> bool:
+        if (stage, what, m) in over or (m and (stage, what, m - 1) not in over):
+            return False
+        if what == "W":
+            return halves[stage, m] and (stage, "G", m) in over
+        if what == "F":
+            return stage == 0 or (stage - 1, "F", m) in over
+        waits = not halves[stage, m] and m > 0 and (stage, "W", m - 1) not in over
+        after = stage == stages - 1 or (stage + 1, "G", m) in over
+        return (stage, "F", m) in over and after and not waits
+
+    everything = [(s, w, m) for s in range(stages) for w in "FGW" for m in range(micros)]
+    while ready := [one for one in everything if can_begin(*one)]:
+        stage, what, m = one = rng.choice(ready)
+        over.add(one)
+        whole = what == "G" and not halves[stage, m]
+        if whole:
+            over.add((stage, "W", m))
+        kind = {"F": "F", "G": "B" if whole else "I", "W": "W"}[what]
+        order.append(Action(stage, Pass(kind), m))
+    assert len(over) == len(everything)
+    own = (tuple(a for a in order if rank_of_stage[a.stage] == r) for r in range(ranks))
+    return Schedule("random", tuple(rank_of_stage), micros, tuple(own))
+
+
+def test_random_orders_on_random_ranks_have_the_same_bits(full):
+    rng = random.Random(1)
+    expected = {micro: alone(micro) for micro in range(1, 6)}
+    for _ in range(2000 if full else 20):
+        schedule = random_schedule(rng)
+        mode = rng.choice(list(DeliveryMode))
+        body = partial(step, schedule=schedule, cut="layers")
+        got = run_ranks(schedule.ranks, body, schedule.micro_batches, mode=mode)
+        assert_same_bits(joined(got), expected[schedule.micro_batches])
+
+
+# -- a run of several steps ------------------------------------------------------------------------
+
+
+def train(group, schedule, steps=3, micro=4):
+    """Train with another batch size in each step, clip, and evaluate in between."""
+    x, target = batch()
+    metrics = Metrics(group)
+    with Pipeline(build(), group, micro_batches=micro, schedule=schedule) as pipe:
+        optimizer = AdamW(pipe.named_parameters(), lr=0.01)
+        norms, means, outputs = [], [], []
+        for i in range(steps):
+            rows = slice(i, SAMPLES - 7 * i)
+            optimizer.zero_grad()
+            result = pipe.step(x[rows], target[rows], Mode(True, step=i))
+            norms.append(pipe.clip_grad_norm(0.5))
+            optimizer.step()
+            metrics.add("loss", result.loss, result.samples)
+            means.append(metrics.reduce()["loss"])
+            outputs.append(pipe.evaluate(x[: 5 - i]).outputs)
+        state = {name: array.copy() for name, array in pipe.state_dict().items()}
+    return norms, means, outputs, state
+
+
+def train_alone(steps=3, micro=4):
+    x, target = batch()
+    model = build()
+    optimizer = AdamW(model.named_parameters(), lr=0.01)
+    norms, means, outputs = [], [], []
+    for i in range(steps):
+        rows = np.arange(i, SAMPLES - 7 * i)
+        optimizer.zero_grad()
+        loss = 0.0
+        for part in np.array_split(rows, micro):
+            y, ctx = model.forward(x[part], Mode(True, step=i, sample_offset=int(part[0]) - i))
+            own, dy = cross_entropy(y, target[part], denominator=target[rows].size)
+            model.backward(ctx, dy)
+            loss += float(own)
+        norms.append(clip_grad_norm(model, 0.5))
+        optimizer.step()
+        means.append(loss)
+        y = [model.forward(p, Mode(False))[0] for p in np.array_split(x[: 5 - i], micro)]
+        outputs.append(np.concatenate(y))
+    return norms, means, outputs, model.state_dict()
+
+
+@on_schedules
+def test_training_has_the_bits_of_one_process(schedule):
+    norms, means, outputs, state = train_alone()
+    everyone = run_ranks(2, train, schedule)
+    for own_norms, own_means, _, own_state in everyone:
+        assert own_norms == norms  # the bits of the norm of the whole model
+        assert own_means == pytest.approx(means, rel=1e-15)
+        for name, array in own_state.items():
+            np.testing.assert_array_equal(array, state[name], err_msg=name, strict=True)
+    assert everyone[0][2] == [None] * 3
+    for got, expected in zip(everyone[1][2], outputs, strict=True):
+        np.testing.assert_array_equal(got, expected, strict=True)
+    assert set(state) == set().union(*(own for *_, own in everyone))
+
+
+def test_steps_add_up_until_gradients_are_forgotten():
+    def body(group):
+        x, target = batch()
+        with Pipeline(build(np.float64), group, micro_batches=3) as pipe:
+            pipe.step(x, target, MODE)
+            once = gradients(pipe)
+            pipe.step(x, target, MODE)
+            twice = gradients(pipe)
+            pipe.zero_grad()
+            assert gradients(pipe) == {}
+            pipe.step(x, target, MODE, denominator=2.0 * target.size)
+            return [(once[n], twice[n], half) for n, half in gradients(pipe).items()]
+
+    for rank in run_ranks(2, body):
+        for once, twice, half in rank:
+            np.testing.assert_allclose(twice, 2 * once, rtol=1e-12)
+            np.testing.assert_allclose(half, once / 2, rtol=1e-12)
+
+
+def test_another_loss_and_an_evaluation_with_a_target():
+    rng = np.random.default_rng(0)
+    x, target = rng.normal(size=(2, 7, 3))
+
+    def model():
+        return Sequential(
+            Linear(3, 3, rng=0, dtype=np.float64), ReLU(), Linear(3, 3, rng=1, dtype=np.float64)
+        )
+
+    def body(group):
+        with Pipeline(model(), group, micro_batches=3, loss=mse_loss) as pipe:
+            return pipe.evaluate(x, target), pipe.evaluate(x)
+
+    (_, _), (with_target, without) = run_ranks(2, body)
+    y, _ = model().forward(x, Mode(False))
+    assert with_target.loss == pytest.approx(((y - target) ** 2).mean(), rel=1e-12)
+    assert np.isnan(without.loss)
+    for result in (with_target, without):
+        assert result.samples == 7
+        np.testing.assert_allclose(result.outputs, y, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("saves", "loads"), [(2, 1), (2, 4), (4, 3), (1, 2)])
+def test_a_checkpoint_of_one_cut_loads_into_another(tmp_path, saves, loads):
+    def save(group):
+        with Pipeline(build(), group, micro_batches=2) as pipe:
+            for parameter in pipe.parameters():
+                parameter.data += 1
+            optimizer = AdamW(pipe.named_parameters(), lr=0.1)
+            pipe.step(*batch(), MODE)
+            optimizer.step()
+            checkpoint.save(tmp_path, {"model": pipe, "optimizer": optimizer}, group, step=1)
+            return pipe.state_dict()
+
+    def load(group):
+        with Pipeline(build(), group, micro_batches=3, cut="layers") as pipe:
+            optimizer = AdamW(pipe.named_parameters(), lr=0.1)
+            checkpoint.load(tmp_path, {"model": pipe, "optimizer": optimizer}, group)
+            return pipe.state_dict()
+
+    expected = dict(ChainMap(*run_ranks(saves, save)))
+    got = dict(ChainMap(*run_ranks(loads, load)))
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+# -- what is alive --------------------------------------------------------------------------------
+
+
+class Token:
+    """Something that a context holds."""
+
+
+class Probe(Module):
+    """Passes arrays on, and counts contexts that are alive on its rank."""
+
+    def __init__(self, tokens: weakref.WeakSet, peaks: list[int], arrays: list) -> None:
+        vars(self).update(tokens=tokens, peaks=peaks, arrays=arrays)
+
+    def forward(self, x, mode):
+        token, y = Token(), x + 0
+        self.tokens.add(token)
+        self.peaks.append(len(self.tokens))
+        self.arrays.append(weakref.ref(y))
+        return y, Context(token)
+
+    def backward_input(self, ctx, dy):
+        dx = dy + 0
+        self.arrays.append(weakref.ref(dx))
+        return dx, ctx.saved
+
+    def backward_weight(self, wctx):
+        pass
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@on_schedules
+def test_contexts_are_alive_as_long_as_the_schedule_says(ranks, schedule):
+    micro = 2 * ranks
+
+    def body(group):
+        tokens, peaks, arrays = weakref.WeakSet(), [], []
+        stages = SCHEDULES[schedule](ranks, micro).stages
+        model = Sequential(*(Probe(tokens, peaks, arrays) for _ in range(stages)))
+        x = np.ones((micro, 2))
+        with Pipeline(model, group, micro_batches=micro, schedule=schedule, loss=mse_loss) as pipe:
+            pipe.step(x, x, MODE)
+            assert not tokens
+            assert [array() for array in arrays if array() is not None] == []
+            assert len(arrays) == 2 * micro * stages // ranks
+            return max(peaks), pipe.schedule.peaks[group.rank]
+
+    gc.disable()  # references in a circle would be found by it
+    try:
+        results = run_ranks(ranks, body)
+    finally:
+        gc.enable()
+    assert [peak for peak, _ in results] == [peak for _, peak in results]

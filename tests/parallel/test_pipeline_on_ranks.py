@@ -1,0 +1,50 @@
+"""Pipelines on real ranks: the bits of one process, over each MPI library."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpidist.collectives import all_gather_object
+from mpidist.errors import ScheduleError
+from mpidist.nn import Linear, ReLU, Sequential, mse_loss
+from mpidist.parallel import Pipeline
+from mpidist.parallel.pipeline.generators import SCHEDULES
+from tests.parallel.pipeline import MODE, alone, assert_same_bits, joined, step
+
+on_ranks = pytest.mark.ranks(2, 4, full=(1, 3))
+
+
+@on_ranks
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_has_the_bits_of_one_process(world, schedule, full):
+    for micro in (5, 6, 8, 12, 16) if full else (12,):
+        try:
+            SCHEDULES[schedule](world.size, micro)
+        except ScheduleError:
+            continue
+        got = all_gather_object(step(world, micro, schedule=schedule), world)
+        assert_same_bits(joined(got), alone(micro))
+
+
+@on_ranks
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_long_messages_have_the_bits_of_one_process(world, schedule):
+    """Activations of 512 KiB, which the library sends only when both ranks are inside of a call."""
+    rng, width, micro = np.random.default_rng(3), 256, 2 * world.size
+
+    def model():
+        layers = [Linear(width, width, rng=seed, bias=False) for seed in range(2 * world.size)]
+        return Sequential(*(module for layer in layers for module in (layer, ReLU())))
+
+    x, target = rng.normal(size=(2, 512 * micro, width)).astype(np.float32)
+    whole = model()
+    for part in np.split(np.arange(len(x)), micro):
+        y, ctx = whole.forward(x[part], MODE)
+        _, dy = mse_loss(y, target[part], denominator=target.size)
+        whole.backward(ctx, dy)
+    expected = {name: p.grad for name, p in whole.named_parameters()}
+    with Pipeline(model(), world, micro_batches=micro, schedule=schedule, loss=mse_loss) as pipe:
+        pipe.step(x, target, MODE)
+        for name, parameter in pipe.named_parameters():
+            np.testing.assert_array_equal(parameter.grad, expected[name], err_msg=name)

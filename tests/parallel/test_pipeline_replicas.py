@@ -1,0 +1,189 @@
+"""Pipelines beside each other: gradients are summed over the data axis while stages still run."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from functools import partial
+
+import numpy as np
+import pytest
+
+from mpidist._types import MEAN, SUM
+from mpidist.collectives import all_gather_object
+from mpidist.mesh import DeviceMesh
+from mpidist.nn import Linear, Mode, Sequential
+from mpidist.optim import AdamW
+from mpidist.parallel import DDP, BucketSizes, Pipeline, ShardedOptimizer
+from mpidist.parallel.pipeline.generators import SCHEDULES
+from mpidist.testing import DeliveryMode, run_ranks
+from tests.parallel.pipeline import SAMPLES, alone, batch, build, gradients
+
+TINY = BucketSizes(first=1, rest=600)
+"""So that a stage has several buckets."""
+
+
+def share(mesh, samples=SAMPLES):
+    """Return an uneven share of the batch: of three parts the first pipeline has one."""
+    index, number = mesh["dp"].group.rank, mesh["dp"].group.size
+    ends = [samples * (i + 1) * (i + 2) // (number * (number + 1)) for i in range(-1, number)]
+    return slice(ends[index], ends[index + 1])
+
+
+def step(group, schedule, *, dp, op=SUM, steps=1, dtype=np.float64, **options):
+    """Run steps of a pipeline per row of a mesh; return the gradients of the last one."""
+    with DeviceMesh(group, dp=dp, pp=group.size // dp) as mesh:
+        data = mesh["dp"].group
+
+        def replica(stage):
+            return DDP(stage, data, op=op, sizes=TINY)
+
+        x, target = batch()
+        rows = share(mesh) if op is SUM else slice(0, SAMPLES)
+        pipe = Pipeline(
+            build(dtype),
+            mesh["pp"].group,
+            micro_batches=4,
+            schedule=schedule,
+            data_parallel=replica,
+            **options,
+        )
+        with pipe:
+            for _ in range(steps):
+                pipe.zero_grad()
+                mode = Mode(True, seed=5, step=3, sample_offset=2 + rows.start)
+                result = pipe.step(x[rows], target[rows], mode)
+            return result, gradients(pipe), mesh["dp"].group.rank
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("dp", "ranks"), [(2, 4), (3, 6), (2, 2)])
+def test_uneven_shares_make_the_gradient_of_the_joined_batch(schedule, dp, ranks):
+    expected = alone(1, dtype=np.float64)
+    got = run_ranks(ranks, partial(step, dp=dp, steps=2), schedule, mode=DeliveryMode.POLLED)
+    for row in range(dp):
+        grads = ChainMap(*(own for _, own, index in got if index == row))
+        assert grads.keys() == expected.grads.keys()
+        for name, array in expected.grads.items():
+            error = np.abs(grads[name] - array).max()
+            assert error <= 1e-12 * np.abs(array).max(), name
+    losses = [result.loss for result, _, _ in got if result.samples]
+    assert sum(losses) == pytest.approx(expected.loss, rel=1e-12)
+
+
+def test_means_of_equal_shares_are_the_gradient_of_one():
+    expected = alone(1, dtype=np.float64)
+    got = run_ranks(4, partial(step, dp=2, op=MEAN, steps=2), "zb-h1")
+    for name, array in ChainMap(*(own for _, own, _ in got)).items():
+        np.testing.assert_allclose(array, expected.grads[name], rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_pipeline_alone_has_the_bits_of_one_process(schedule):
+    expected = alone(4)
+    got = run_ranks(2, partial(step, dp=1, dtype=np.float32), schedule)
+    for name, array in ChainMap(*(own for _, own, _ in got)).items():
+        np.testing.assert_array_equal(array, expected.grads[name], err_msg=name, strict=True)
+
+
+def test_buckets_travel_before_the_step_is_over():
+    """The last stage is done with its micro-batches while the first ones still run."""
+
+    def body(group):
+        with DeviceMesh(group, dp=1, pp=2) as mesh:
+            events = []
+
+            def replica(stage):
+                ddp = DDP(stage, mesh["dp"].group, op=SUM)
+                run = ddp.irun_backward
+
+                def noted(uses, pass_):
+                    result = run(uses, pass_)
+                    events.append("syncs" if ddp._syncing else "adds")
+                    return result
+
+                ddp.irun_backward = noted
+                return ddp
+
+            model = build()
+            with Pipeline(
+                model,
+                mesh["pp"].group,
+                micro_batches=2,
+                schedule="interleaved",
+                data_parallel=replica,
+            ) as pipe:
+                pipe.step(*batch(), Mode(True))
+            return events
+
+    # Two stages per rank: that of the end is complete before the other one has begun its last.
+    assert run_ranks(2, body) == [["adds", "syncs", "adds", "syncs"]] * 2
+
+
+def test_an_optimizer_may_be_sharded_over_the_data_axis():
+    def body(group, sharded):
+        with DeviceMesh(group, dp=2, pp=2) as mesh:
+            data = mesh["dp"].group
+            pipe = Pipeline(
+                build(np.float64),
+                mesh["pp"].group,
+                micro_batches=3,
+                data_parallel=lambda stage: DDP(stage, data, op=SUM),
+            )
+            (ddp,) = pipe.replicas.values()
+            rule = partial(AdamW, lr=0.01)
+            optimizer = ShardedOptimizer(ddp, data, optimizer=rule) if sharded else rule(ddp)
+            rows, (x, target) = share(mesh), batch()
+            for i in range(3):
+                optimizer.zero_grad()
+                pipe.step(x[rows], target[rows], Mode(True, step=i, sample_offset=rows.start))
+                pipe.clip_grad_norm(0.5)
+                optimizer.step()
+            return {name: p.data.copy() for name, p in pipe.named_parameters()}
+
+    expected, got = (run_ranks(4, body, sharded) for sharded in (False, True))
+    for own, other in zip(expected, got, strict=True):
+        for name, array in own.items():
+            np.testing.assert_allclose(other[name], array, rtol=1e-12, err_msg=name)
+
+
+def test_sums_that_were_not_zeroed_are_refused_on_all_ranks():
+    def body(group):
+        with DeviceMesh(group, dp=2, pp=2) as mesh:
+            pipe = Pipeline(
+                build(),
+                mesh["pp"].group,
+                micro_batches=3,
+                data_parallel=lambda stage: DDP(stage, mesh["dp"].group, op=SUM),
+            )
+            pipe.step(*batch(), Mode(True))
+            if group.rank == 0:
+                pipe.zero_grad()
+            with pytest.raises(
+                RuntimeError, match=r"sums over the data axis.*zero_grad\(\) on all"
+            ):
+                pipe.step(*batch(), Mode(True))
+            pipe.zero_grad()
+            pipe.step(*batch(), Mode(True))
+
+    # Of the pipeline of rank 0 one rank has zeroed; the other one has not.
+    run_ranks(4, body)
+
+
+def test_what_is_no_replica_of_the_stage_is_refused():
+    def body(group):
+        other = Sequential(Linear(2, 2, rng=0))
+        for make in (lambda stage: stage, lambda _: DDP(other, group)):
+            with pytest.raises(TypeError, match="to return a DDP of the stage that it is given"):
+                Pipeline(build(), group, micro_batches=2, data_parallel=make)
+
+    run_ranks(2, body)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_two_by_two_real_ranks(world, schedule):
+    expected = alone(1, dtype=np.float64)
+    everyone = all_gather_object(step(world, schedule, dp=2), world)
+    for name, array in ChainMap(*(own for _, own, _ in everyone)).items():
+        error = np.abs(array - expected.grads[name]).max()
+        assert error <= 1e-12 * np.abs(expected.grads[name]).max(), name

@@ -1,0 +1,284 @@
+"""Schedules as data: what they cost, what is refused, and that a refusal is right."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+
+from mpidist.errors import ScheduleError
+from mpidist.parallel import (
+    Action,
+    Costs,
+    Pass,
+    Schedule,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    simulate,
+    zb_h1,
+)
+
+F, W = Pass.FORWARD, Pass.BACKWARD_WEIGHT
+
+BUBBLES = {
+    (2, 4): (0.250, 0.250, 0.125, 0.083),
+    (4, 4): (0.750, 0.750, 0.375, 0.250),
+    (4, 8): (0.375, 0.375, 0.188, 0.125),
+    (4, 16): (0.188, 0.188, 0.094, 0.062),
+    (8, 8): (0.875, 0.875, 0.438, 0.292),
+    (8, 16): (0.438, 0.438, 0.219, 0.146),
+}
+"""Of gpipe, 1f1b, interleaved, zb-h1: idle over useful time; torch 2.13's own tables give them."""
+
+GENERATORS = (gpipe, one_f_one_b, interleaved, zb_h1)
+
+
+@pytest.mark.parametrize(("sizes", "bubbles"), BUBBLES.items())
+def test_bubbles_are_those_of_theory(sizes, bubbles):
+    ranks, micro = sizes
+    theory = ranks - 1
+    formulas = (theory / micro, theory / micro, theory / (2 * micro), theory / (3 * micro))
+    for generator, bubble, formula in zip(GENERATORS, bubbles, formulas, strict=True):
+        got = simulate(generator(ranks, micro)).bubble
+        assert round(got, 3) == pytest.approx(bubble, abs=0.0011), generator
+        assert got == pytest.approx(formula, rel=1e-12), generator
+
+
+PEAKS = {
+    (gpipe, 4, 8): (8, 8, 8, 8),
+    (one_f_one_b, 4, 8): (4, 3, 2, 1),
+    (one_f_one_b, 8, 16): (8, 7, 6, 5, 4, 3, 2, 1),
+    (interleaved, 2, 4): (5, 3),
+    (interleaved, 4, 4): (8, 8, 7, 5),
+    (interleaved, 4, 8): (11, 9, 7, 5),
+    (interleaved, 8, 8): (16, 16, 16, 16, 15, 13, 11, 9),
+    (interleaved, 8, 16): (23, 21, 19, 17, 15, 13, 11, 9),
+    (zb_h1, 4, 8): (4, 4, 4, 4),
+    (zb_h1, 8, 16): (8,) * 8,
+    (zb_h1, 4, 1): (1, 1, 1, 1),
+}
+
+
+def test_peaks_are_those_of_theory():
+    assert {key: key[0](*key[1:]).peaks for key in PEAKS} == PEAKS
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_any_number_of_micro_batches_works_or_is_refused_with_those_that_fit(generator, ranks):
+    for micro in range(1, 2 * ranks + 3):
+        if generator is interleaved and micro % ranks:
+            below = micro // ranks * ranks
+            fitting = f"take {below} or {below + ranks}$" if below else f"take {ranks}$"
+            with pytest.raises(ScheduleError, match=fitting):
+                generator(ranks, micro)
+        else:
+            schedule = generator(ranks, micro)
+            assert Schedule.parse(schedule.text()) == schedule
+            assert pickle.loads(pickle.dumps(schedule)) == schedule
+
+
+def test_numbers_below_one_are_refused():
+    for generator in GENERATORS:
+        with pytest.raises(ScheduleError, match=r"micro_batches of at least 1, got 0"):
+            generator(2, 0)
+        with pytest.raises(ScheduleError, match=r"ranks of at least 1, got 0"):
+            generator(0, 2)
+    with pytest.raises(ScheduleError, match=r"chunks of at least 1, got 0"):
+        interleaved(2, 2, chunks=0)
+
+
+def test_more_chunks_wait_less():
+    bubbles = [simulate(interleaved(4, 8, chunks=chunks)).bubble for chunks in (1, 2, 4)]
+    assert bubbles == pytest.approx([3 / 8, 3 / 16, 3 / 32])
+
+
+# -- the simulation ------------------------------------------------------------------------------
+
+
+def test_a_simulation_with_costs_is_the_one_by_hand():
+    schedule = one_f_one_b(2, 2)  # 0F0 0F1 0B0 0B1, 1F0 1B0 1F1 1B1
+    costs = Costs(forward=(1, 2), backward_input=(3, 4), backward_weight=(1, 1))
+    timeline = simulate(schedule, costs, message=0.5)
+    spans = [[(str(s.action), s.began, s.ended) for s in rank] for rank in timeline.spans]
+    assert spans == [
+        [("0F0", 0, 1), ("0F1", 1, 2), ("0B0", 9, 13), ("0B1", 16, 20)],
+        [("1F0", 1.5, 3.5), ("1B0", 3.5, 8.5), ("1F1", 8.5, 10.5), ("1B1", 10.5, 15.5)],
+    ]
+    assert timeline.span == 20
+    assert timeline.idle == (10, 6)
+    assert timeline.bubble == 16 / 24
+
+
+def test_costs_of_another_number_of_stages_are_refused():
+    with pytest.raises(ValueError, match=r"costs of the 2 stages .* got \[3, 3, 3\]"):
+        simulate(gpipe(2, 2), Costs.unit(3))
+
+
+def test_a_picture_has_a_line_per_rank():
+    assert str(simulate(one_f_one_b(2, 2))).splitlines() == [
+        "rank 0 F0 F1 ......B0--- ...B1---",
+        "rank 1 ...F0 B0--- F1 B1--- ......",
+    ]
+    assert simulate(interleaved(1, 1)).picture() == "rank 0 0F0 1F0 1B0---- 0B0----"
+    assert len(simulate(gpipe(2, 2)).picture(width=40).splitlines()[1]) == len("rank 1 ") + 40
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+BY_HAND = """
+by-hand: 2 micro-batches      # comments do not count
+ranks of the stages: 0 1 0
+
+0F0 0F1 2F0 2B0 2F1 0B0 2B1 0B1
+1F0 1F1 1I0 1W0 1I1 1W1
+"""
+
+
+def test_a_schedule_may_be_written_by_hand():
+    schedule = Schedule.parse(BY_HAND)
+    assert (schedule.name, schedule.rank_of_stage, schedule.micro_batches) == (
+        "by-hand",
+        (0, 1, 0),
+        2,
+    )
+    assert schedule.actions[1][2] == Action(1, Pass.BACKWARD_INPUT, 0)
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("by-hand: 2 micro-batches", "by hand", "expected the lines 'NAME: 8 micro-batches'"),
+        ("0 1 0", "zero", "ranks of the stages: 0 1 2 3"),
+        ("1I0", "1X0", "'1X0' is no action"),
+        ("2 micro", "0 micro", "at least 1 micro-batch"),
+        ("0 1 0", "0 2 0", "stages on each of the ranks 0 to 1"),
+        ("0 1 0", "0 1", "rank 0 has 2F0 as its action 2, but there are 2 stages"),
+        ("0 1 0", "1 0 0", "rank 0 has 0F0 as its action 0, but stage 0 is on rank 1"),
+        ("1W1", "", "stage 1 has the passes 'FI' of micro-batch 1 on rank 1"),
+        ("1W1", "1W1 1B1", "stage 1 has the passes 'FBIW' of micro-batch 1"),
+        ("2B1", "2B0 2B1", "stage 2 has the passes 'FBB' of micro-batch 0 on rank 0"),
+        ("1F0 1F1", "1F1 1F0", "rank 1 runs 1F0 after 1F1"),
+        ("1W0 1I1 1W1", "1I1 1W1 1W0", "rank 1 runs 1W0 after 1W1"),
+        ("1I0 1W0", "1W0 1I0", "rank 1 at its action 2, 1W0, needs 1I0, action 3 of rank 1"),
+        (
+            "0F0 0F1 2F0 2B0 2F1 0B0",
+            "0F0 2F0 2B0 0B0 0F1 2F1",
+            (
+                "rank 0 at its action 3, 0B0, needs 1I0, action 2 of rank 1; "
+                "rank 1 at its action 1, 1F1, needs 0F1, action 4 of rank 0"
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused_with_the_reason(old, new, words):
+    text = BY_HAND.replace(old, new)
+    assert text != BY_HAND
+    with pytest.raises(ScheduleError) as caught:
+        Schedule.parse(text)
+    assert words in str(caught.value)
+
+
+# -- whether refusals are right --------------------------------------------------------------------
+
+
+def unchecked(schedule: Schedule, actions: tuple[tuple[Action, ...], ...]) -> Schedule:
+    """Return a schedule of other actions, whether it can be run or not."""
+    made = object.__new__(Schedule)
+    vars(made).update(
+        name="unchecked",
+        rank_of_stage=schedule.rank_of_stage,
+        micro_batches=schedule.micro_batches,
+        actions=actions,
+    )
+    return made
+
+
+def swapped(schedule: Schedule, swaps: int, rng: random.Random) -> tuple[tuple[Action, ...], ...]:
+    """Exchange neighbours, of different stages or kinds, so that each of these stays ascending."""
+    ranks = [list(actions) for actions in schedule.actions]
+    while swaps:
+        actions = rng.choice(ranks)
+        i = rng.randrange(len(actions) - 1)
+        if actions[i][:2] != actions[i + 1][:2]:
+            actions[i : i + 2] = reversed(actions[i : i + 2])
+            swaps -= 1
+    return tuple(map(tuple, ranks))
+
+
+def ends(schedule: Schedule) -> bool:
+    """Whether what has to be before what has no circle, by the rules of a pipeline alone."""
+    last, before = schedule.stages - 1, TopologicalSorter[tuple[int, str, int]]()
+    everything = {(a.stage, a.kind.value, a.micro_batch) for r in schedule.actions for a in r}
+    for actions in schedule.actions:
+        previous = None
+        for stage, kind, micro in actions:
+            this = (stage, kind.value, micro)
+            before.add(this, *([] if previous is None else [previous]))
+            previous = this
+            if kind is F:
+                needs = [(stage - 1, "F", micro)] if stage else []
+            elif kind is W:
+                needs = [(stage, "I", micro)]
+            else:
+                needs = [(stage, "F", micro)]
+                needs += [(stage + 1, k, micro) for k in "BI" if stage < last]
+            before.add(this, *(need for need in needs if need in everything))
+    try:
+        before.prepare()
+    except CycleError:
+        return False
+    return True
+
+
+def permutations(count: int) -> Iterator[tuple[Schedule, Schedule]]:
+    rng = random.Random(0)
+    for _ in range(count):
+        generator, ranks = rng.choice(GENERATORS), rng.choice([2, 3, 4])
+        schedule = generator(ranks, ranks * rng.choice([1, 2]))
+        yield schedule, unchecked(schedule, swapped(schedule, rng.randrange(1, 12), rng))
+
+
+def test_of_random_orders_exactly_those_that_end_are_accepted():
+    accepted = refused = 0
+    for schedule, permuted in permutations(2000):
+        fields = (permuted.name, schedule.rank_of_stage, schedule.micro_batches, permuted.actions)
+        if ends(permuted):
+            Schedule(*fields)
+            accepted += 1
+        else:
+            with pytest.raises(ScheduleError, match="never ends"):
+                Schedule(*fields)
+            refused += 1
+    assert min(accepted, refused) >= 200, (accepted, refused)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_each_deletion_and_each_duplicate_is_refused(generator):
+    schedule = generator(3, 3)
+    for rank, actions in enumerate(schedule.actions):
+        for i in range(len(actions)):
+            for changed in (actions[:i] + actions[i + 1 :], (*actions[: i + 1], *actions[i:])):
+                everyone = (*schedule.actions[:rank], changed, *schedule.actions[rank + 1 :])
+                with pytest.raises(ScheduleError, match="has the passes"):
+                    Schedule("changed", schedule.rank_of_stage, 3, everyone)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_each_descending_pair_is_refused(generator):
+    schedule = generator(2, 4)
+    for rank, actions in enumerate(schedule.actions):
+        for i, action in enumerate(actions):
+            if action.micro_batch == 3:
+                continue
+            j = actions.index(action._replace(micro_batch=action.micro_batch + 1))
+            changed = list(actions)
+            changed[i], changed[j] = changed[j], changed[i]
+            everyone = (*schedule.actions[:rank], tuple(changed), *schedule.actions[rank + 1 :])
+            with pytest.raises(ScheduleError, match=r"rank \d runs \d[FBIW]\d after"):
+                Schedule("changed", schedule.rank_of_stage, 4, everyone)
