@@ -4,6 +4,7 @@
     mpirun -n 4 python jobs/train.py --task digits
     mpirun -n 4 python jobs/train.py --task text --out runs/text
     mpirun -n 2 python jobs/train.py --task text --strategy full_shard
+    mpirun -n 4 python jobs/train.py --strategy hybrid_shard --mesh replicate=2,shard=-1
     mpirun -n 2 python jobs/train.py --task text --device gpu
     sbatch jobs/ddp-one-node.sbatch --task text --out runs/text
 
@@ -26,8 +27,7 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from task import Task
 
     from mpidist.group import ProcessGroup
-    from mpidist.nn import Parameter
-    from mpidist.optim import Optimizer
-    from mpidist.parallel import DDP, FSDP, Compression, ShardedOptimizer
     from mpidist.train import Checkpoints, MetricsFile, Plan, Record, Run, StopSignal
 
 DIVERGED = 1
@@ -80,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.compression != "none" and options.strategy not in ("ddp", "zero"):
         p.error(f"--compression goes with --strategy ddp or zero, not with {options.strategy}")
+    if options.mesh is not None and options.strategy != "hybrid_shard":
+        p.error(f"--mesh goes with --strategy hybrid_shard, not with {options.strategy}")
     options.out = options.out or Path("runs", options.task)
     options.checkpoint_dir = options.checkpoint_dir or options.out / CHECKPOINTS
     limit_threads()
@@ -125,13 +124,24 @@ def run(options: argparse.Namespace) -> int:
 
 def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -> int:
     """Train on these ranks. Return the exit code."""
-    from mpidist import CheckpointIncompatibleError
+    from strategies import make_optimizer, make_strategy
+
+    from mpidist.errors import (
+        CheckpointIncompatibleError,
+        InvalidWorldSizeError,
+        UnsupportedOperationError,
+    )
     from mpidist.train import Checkpoints, Run, make_sampler
 
     task = make_task(options)
     task.model.to(options.device)
     plan = make_plan(options, task)
-    model = make_strategy(options, task, world)
+    try:
+        model = make_strategy(options, task, world)
+    except (InvalidWorldSizeError, UnsupportedOperationError) as error:  # on all ranks
+        if world.rank == 0:
+            say(f"train.py: error: --strategy {options.strategy}: {error}", sys.stderr)
+        return REFUSED
     optimizer = make_optimizer(options, task, plan, model, world)
     checkpoints = Checkpoints(options.checkpoint_dir, world, keep=options.keep)
     run = Run(model, optimizer, make_sampler(task.train, plan, world))
@@ -159,12 +169,30 @@ def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -
         announce(options, task, plan, world, step=optimizer.step_count)
     with file:
         train_and_record(options, task, plan, run, checkpoints, file, stop, world)
-    done = optimizer.step_count == plan.steps
+    return conclude(options, task, plan, run, stop, world)
+
+
+def conclude(
+    options: argparse.Namespace,
+    task: Task,
+    plan: Plan,
+    run: Run,
+    stop: StopSignal,
+    world: ProcessGroup,
+) -> int:
+    """Print what the ranks have held and the result, or where to go on. Return the exit code."""
+    from strategies import measure_memory
+
+    steps = run.optimizer.step_count
+    done = steps == plan.steps
+    ledger = measure_memory(task, run.optimizer, world)
+    if world.rank == 0:
+        say(f"{ledger}")
     if world.rank == 0 and done:
         report(options, task, ranks=world.size)
     elif world.rank == 0:
         say(
-            f"stopped by {signal.Signals(stop.stopping).name} after step {optimizer.step_count} of "
+            f"stopped by {signal.Signals(stop.stopping).name} after step {steps} of "
             f"{plan.steps}; --resume goes on from {options.checkpoint_dir}"
         )
     return 0 if done else STOPPED
@@ -296,11 +324,13 @@ def announce(
     """Print what is going to happen."""
     name, nats = task.baseline
     going_on = f", going on after step {step:,}" if step else ""
+    mesh = options.mesh and ", ".join(f"{name}={size}" for name, size in options.mesh.items())
+    strategy = f"{options.strategy} over ({mesh})" if mesh else options.strategy
     say(
         f"{options.task}: {len(task.train):,} samples to learn from and {len(task.held_out):,} "
         f"held out, {sum(p.size for p in task.model.parameters()):,} parameters\n"
-        f"{plan.steps:,} steps of {plan.batch_size} samples{going_on}, ranks: {world.size}; "
-        f"{name}: {nats:.3f} nats per target"
+        f"{plan.steps:,} steps of {plan.batch_size} samples{going_on}, ranks: {world.size}, "
+        f"strategy: {strategy}; {name}: {nats:.3f} nats per target"
     )
 
 
@@ -337,48 +367,6 @@ def make_plan(options: argparse.Namespace, task: Task) -> Plan:
             min(per_epoch, math.ceil(steps / 10)), math.ceil(len(task.held_out) / batch_size)
         ),
     )
-
-
-def make_compression(options: argparse.Namespace) -> Compression | None:
-    """Choose how gradients travel."""
-    from mpidist.parallel import Compression
-
-    return {"none": None, "fp16": Compression.FP16, "bf16": Compression.BF16}[options.compression]
-
-
-def choose_optimizer(
-    options: argparse.Namespace, task: Task, plan: Plan
-) -> Callable[[list[tuple[str, Parameter]]], Optimizer]:
-    """Choose how to make an optimizer, with a warm-up over a tenth of the steps."""
-    from mpidist.optim import SGD, Adam, AdamW, WarmupCosine
-
-    peak = options.lr or task.defaults.lr * (10 if options.optimizer == "sgd" else 1)
-    rate = WarmupCosine(peak, warmup_steps=plan.steps // 10, total_steps=plan.steps)
-    if options.optimizer == "sgd":
-        return partial(SGD, lr=rate, momentum=0.9, nesterov=True)
-    return partial({"adam": Adam, "adamw": AdamW}[options.optimizer], lr=rate)
-
-
-def make_strategy(options: argparse.Namespace, task: Task, world: ProcessGroup) -> DDP | FSDP:
-    """Put the model on all ranks."""
-    from mpidist import SUM
-    from mpidist.parallel import DDP, FSDP, ShardingStrategy
-
-    if options.strategy in ("ddp", "zero"):
-        return DDP(task.model, world, op=SUM, compression=make_compression(options))
-    return FSDP(task.model, world, op=SUM, strategy=ShardingStrategy(options.strategy))
-
-
-def make_optimizer(
-    options: argparse.Namespace, task: Task, plan: Plan, model: DDP | FSDP, world: ProcessGroup
-) -> Optimizer | ShardedOptimizer:
-    """Make the optimizer, sharded or not."""
-    from mpidist.parallel import ShardedOptimizer
-
-    build = choose_optimizer(options, task, plan)
-    if options.strategy == "ddp":
-        return build(list(task.model.named_parameters()))
-    return ShardedOptimizer(model, world, optimizer=build)
 
 
 def train_and_record(
@@ -440,6 +428,7 @@ def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "optimizer": options.optimizer,
         "strategy": options.strategy,
+        "mesh": options.mesh,
         "compression": options.compression,
         "python": sys.version.split()[0],
         "numpy": np.__version__,

@@ -86,6 +86,14 @@ def _add_optimizer(p: argparse._ArgumentGroup) -> None:
         help="the same as --strategy zero",
     )
     p.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="replicate=N,shard=M",
+        help="with --strategy hybrid_shard: N groups of M ranks, each of which shares the model "
+        "and is on one node; -1 is what is left; the dimension that is named last counts fastest "
+        "(default: nodes x ranks of a node)",
+    )
+    p.add_argument(
         "--lr",
         type=_positive(float),
         help="highest learning rate, reached after a tenth of the steps and then lowered to 0 "
@@ -170,6 +178,19 @@ def _step(text: str) -> int | str:
     if text != "latest" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'latest'")
     return text if text == "latest" else int(text)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        sizes = {name.strip(): int(size) for name, size in pairs}
+    except ValueError:
+        sizes = {}
+    if sorted(sizes) != ["replicate", "shard"] or len(pairs) != len(sizes):
+        raise argparse.ArgumentTypeError(
+            f"expected a number of ranks for both, as in replicate=2,shard=-1; got {text!r}"
+        )
+    return sizes
 
 
 def _directory(text: str) -> Path:

@@ -187,6 +187,20 @@ def launcher_rank() -> int:
     return 0
 
 
+def launched_remotely() -> bool:
+    """Whether daemons of Open MPI's launcher, PRRTE, start ranks of this job on other nodes."""
+    if "PRTE_LAUNCHED" not in os.environ:
+        return False
+    # NAMESPACE@0.DAEMON;tcp4://ADDRESS: mpirun itself is daemon 0, and serves its own node.
+    remote = "@0.0;" not in os.environ.get("PMIX_SERVER_URI2", "")
+    return remote or _integer("OMPI_COMM_WORLD_LOCAL_SIZE") != _integer("OMPI_COMM_WORLD_SIZE")
+
+
+def delay_aborts_of_open_mpi(delay: int) -> None:
+    """Let Open MPI wait so many seconds before it ends a job by itself; changes the environment."""
+    os.environ.setdefault("OMPI_MCA_opal_abort_delay", str(delay))
+
+
 def mark_rank() -> None:
     """Leave a mark for the processes that this rank starts or forks; changes the environment."""
     import json

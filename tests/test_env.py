@@ -23,6 +23,9 @@ VARIABLES = (
     "PMI_PORT",
     "SLURM_PROCID",
     "SLURM_STEP_TASKS_PER_NODE",
+    "PRTE_LAUNCHED",
+    "PMIX_SERVER_URI2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
 )
 
 
@@ -73,6 +76,44 @@ def test_no_evidence(environment: pytest.MonkeyPatch, variables: dict[str, str])
     for name, value in variables.items():
         environment.setenv(name, value)
     assert env.launcher_evidence() is None
+
+
+REMOTE = {
+    "PRTE_LAUNCHED": "1",
+    "PMIX_SERVER_URI2": "prterun-n1-4711@0.1;tcp4://127.0.0.1:33059",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+LOCAL = REMOTE | {"PMIX_SERVER_URI2": "prterun-n1-4711@0.0;tcp4://127.0.0.1:33059"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "remotely"),
+    [
+        ({}, False),
+        (LOCAL, False),
+        # all ranks on one node, which is not that of mpirun
+        (REMOTE, True),
+        # a rank of mpirun's node, and others elsewhere
+        (LOCAL | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+    ],
+)
+def test_whether_open_mpi_has_daemons_on_other_nodes(
+    environment: pytest.MonkeyPatch, variables: dict[str, str], remotely: bool
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert env.launched_remotely() is remotely
+
+
+def test_a_delay_of_open_mpi_that_is_set_is_kept(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("OMPI_MCA_opal_abort_delay", "60")
+    env.delay_aborts_of_open_mpi(5)
+    assert env.settings()["OMPI_MCA_opal_abort_delay"] == "60"
+    environment.delenv("OMPI_MCA_opal_abort_delay")
+    env.delay_aborts_of_open_mpi(5)
+    assert env.settings()["OMPI_MCA_opal_abort_delay"] == "5"
 
 
 def test_store_evidence_needs_both(environment: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,9 @@ class Noted:
     def mark(self, name: str, began: int, ended: int) -> None:
         self.regions.append((name, began, ended))
 
+    def transfer(self, name: str, began: int, ended: int, exposed: int) -> None:
+        raise AssertionError("a region is no transfer")
+
 
 @contextmanager
 def listening() -> Iterator[Noted]:

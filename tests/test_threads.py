@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from datetime import timedelta
@@ -109,6 +110,58 @@ def test_a_call_may_have_a_deadline_of_its_own(call: object, timeout: object) ->
                 call(group, timeout)  # type: ignore[operator]
 
     run_ranks(2, body, timeout=60)
+
+
+def register_eight_bytes(group: ProcessGroup, timeout: float | None) -> object:
+    descriptor = os.memfd_create("registered")
+    try:
+        os.ftruncate(descriptor, 8)
+        return group.register(descriptor, 8, timeout=timeout)
+    finally:
+        os.close(descriptor)
+
+
+CALLS_OF_GROUPS = {
+    "split": lambda group, timeout: group.split(0, timeout=timeout),
+    "new_group": lambda group, timeout: group.new_group([1, 0], timeout=timeout),
+    "duplicate": lambda group, timeout: group.duplicate("another", timeout=timeout),
+    "empty": lambda group, timeout: group.empty(3, timeout=timeout),
+    "shared": lambda group, timeout: group.shared(3, timeout=timeout),
+    "register": register_eight_bytes,
+    "unregister": lambda group, timeout: group.unregister(np.ones(3), timeout=timeout),
+}
+
+
+def groups_and_memory_have_a_deadline(world: ProcessGroup) -> None:
+    """Make what rank 1 does not make, each on a group that is broken by it."""
+    for name, call in CALLS_OF_GROUPS.items():
+        verb = name.replace("duplicate", "split")
+        group = world.duplicate(verb)
+        if world.rank == 0:
+            with pytest.raises(
+                mpidist.UnsupportedOperationError, match=rf"{verb}.* on .*: timeout"
+            ):
+                call(group, "soon")
+            late = (
+                rf"{verb}.* not complete after 0\.2 s.*; the call's own timeout sets the deadline"
+            )
+            with pytest.raises(mpidist.CollectiveTimeoutError, match=late):
+                call(group, 0.2)
+            with pytest.raises(mpidist.GroupBrokenError):
+                mpidist.barrier(group)
+        mpidist.barrier(world)
+    with_time = [call(world, 60.0) for verb, call in CALLS_OF_GROUPS.items() if verb[0] != "u"]
+    assert all(made is not None for made in with_time)
+    world.unregister(with_time[-1], timeout=60.0)
+
+
+def test_groups_and_memory_may_have_a_deadline_of_their_own() -> None:
+    run_ranks(2, groups_and_memory_have_a_deadline, node_memory=True, timeout=60)
+
+
+@pytest.mark.ranks(2)
+def test_groups_and_memory_may_have_a_deadline_of_their_own_over_mpi(world: ProcessGroup) -> None:
+    groups_and_memory_have_a_deadline(world)
 
 
 def test_a_deadline_that_is_none_is_refused_before_anything_has_begun() -> None:

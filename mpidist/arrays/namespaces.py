@@ -40,15 +40,17 @@ _BOOL: frozenset[DType] = frozenset({np.dtype(np.bool_)})
 _INTEGERS: frozenset[DType] = frozenset(
     np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)
 )
-_FLOATS: frozenset[DType] = HALVES | {np.dtype(np.float32), np.dtype(np.float64)}
+FLOATS: frozenset[DType] = HALVES | {np.dtype(np.float32), np.dtype(np.float64)}
+"""Real dtypes of parameters and gradients."""
+
 _COMPLEX: frozenset[DType] = frozenset({np.dtype(np.complex64), np.dtype(np.complex128)})
 
-DTYPES: frozenset[DType] = _BOOL | _INTEGERS | _FLOATS | _COMPLEX
+DTYPES: frozenset[DType] = _BOOL | _INTEGERS | FLOATS | _COMPLEX
 """Every dtype that mpidist moves."""
 
 _WHERE_DEFINED: dict[ReduceOp, frozenset[DType]] = {
     SUM: DTYPES,
-    MEAN: _FLOATS | _COMPLEX,
+    MEAN: FLOATS | _COMPLEX,
     PROD: DTYPES,
     MIN: DTYPES - _COMPLEX,
     MAX: DTYPES - _COMPLEX,

@@ -11,7 +11,8 @@ Thakur, Rabenseifner, Gropp (2005), Optimization of Collective Communication Ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,9 +21,10 @@ from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays.boxes import part_slices, split_evenly
 from mpidist.arrays.namespaces import HALVES, reduce_in_rank_order
 from mpidist.backends.combine import quietly
-from mpidist.backends.work import Message, Steps, Work
+from mpidist.backends.work import Message, PersistentExchange, Steps, Work
 
 __all__ = [
+    "AHEAD",
     "Lane",
     "all_reduce",
     "dissemination_barrier",
@@ -30,6 +32,7 @@ __all__ = [
     "linear_scatter",
     "pairwise_all_to_all",
     "pairwise_reduce_scatter",
+    "pipelined_all_reduce",
     "rank_order_all_reduce",
     "recursive_doubling_all_reduce",
     "reduce",
@@ -44,6 +47,10 @@ SHORT = 2048
 """Bytes up to which latency, not bandwidth, decides (Thakur et al., section 4.5)."""
 
 
+AHEAD = 2
+"""Pieces of `pipelined_all_reduce` that are being gathered while another one is made."""
+
+
 class Exchanger(Protocol):
     """What an algorithm needs of a transport."""
 
@@ -53,10 +60,10 @@ class Exchanger(Protocol):
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work[Any]:
         """Start sending and receiving."""
 
-    def swap(
+    def persistent_exchange(
         self, sent: Array, received: Sequence[Array], peers: Sequence[int], lane: int
-    ) -> Work[Any]:
-        """Start sending the same short array to some ranks, and receiving one of each."""
+    ) -> PersistentExchange:
+        """Prepare to send the same short array to some ranks, and to receive one of each."""
 
 
 class Lane:
@@ -271,6 +278,89 @@ def rank_order_all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Ste
     yield from pairwise_reduce_scatter(lane, x, result, counts, op)
     own[...] = result
     yield from ring_all_gather(lane, None, out, counts)
+
+
+def pipelined_all_reduce(
+    lane: Lane | None, pieces: Iterable[Array], op: ReduceOp, deliver: Callable[[Array], None]
+) -> Steps:
+    """Combine pieces of an array in rank order, each in place, several on their way at a time.
+
+    For few ranks, as each sends to all others at once: of two ranks each sends its piece, of more
+    each sends their slices, and then the result of its own slice. All ranks start the messages of
+    all pieces in the same order, so that they can share a lane.
+
+    Parameters
+    ----------
+    lane : Lane or None
+        The ranks; None for a rank that goes through the pieces in step with others, and sends none.
+    pieces : iterable of Array, 1-D
+        All ranks give pieces of the same lengths. The next one is asked for while `AHEAD` + 1
+        earlier ones may be on their way.
+    op : ReduceOp
+        How to combine.
+    deliver : callable
+        Called with each piece, in their order, when it is complete.
+
+    Notes
+    -----
+    Cost of a piece: 2 (p - 1) messages, 2 (p - 1) / p n bytes; between two ranks 1 message. Memory:
+    of a piece as much as this rank receives.
+    """
+    gathered: deque[_PieceSum] = deque()
+    spread: deque[_PieceSum] = deque()
+
+    def advance(to_gather: int, to_spread: int) -> Steps:
+        """Go on until no more than so many pieces are being gathered, and spread."""
+        while len(gathered) > to_gather:
+            yield gathered[0].work
+            spread.append(gathered.popleft())
+            spread[-1].combine(op)
+            while len(spread) > to_spread:
+                yield spread[0].work
+                deliver(spread.popleft().total)
+
+    for piece in pieces:
+        gathered.append(_PieceSum(lane, piece))
+        yield from advance(AHEAD, 1)
+    yield from advance(0, 0)
+
+
+class _PieceSum:
+    """A piece of an array whose slices are gathered, combined, and spread."""
+
+    def __init__(self, lane: Lane | None, total: Array) -> None:
+        self.total = total
+        self.work: Work[Any] = Work.all(())
+        self._lane = lane
+        if lane is None:
+            return
+        self._others = [rank for rank in range(lane.size) if rank != lane.rank]
+        cut = lane.size > 2  # between two ranks it takes one message less to send all of it
+        counts = _even_counts(total.size, lane.size)
+        self._slices = _parts(total, counts) if cut else [total] * lane.size
+        self._own = self._slices[lane.rank]
+        self._heard = [np.empty_like(self._own) for _ in self._others]
+        self.work = lane.exchange(
+            [(self._slices[rank], rank) for rank in self._others],
+            list(zip(self._heard, self._others, strict=True)),
+        )
+
+    def combine(self, op: ReduceOp) -> None:
+        """Combine what has been gathered, and start to spread it."""
+        lane = self._lane
+        if lane is None:
+            return
+        own, heard = self._own, self._heard
+        # The first sum may overwrite `own` only if that is one of its parts.
+        out = own if lane.rank < 2 else heard[0]
+        reduce_in_rank_order([*heard[: lane.rank], own, *heard[lane.rank :]], op, out)
+        if out is not own:
+            own[...] = out
+        if lane.size > 2:
+            self.work = lane.exchange(
+                [(own, rank) for rank in self._others],
+                [(self._slices[rank], rank) for rank in self._others],
+            )
 
 
 def all_reduce(lane: Lane, x: Array, out: Array, op: ReduceOp) -> Steps:

@@ -19,7 +19,15 @@ from mpidist.backends.capabilities import Capabilities
 from mpidist.backends.crossovers import Crossovers, choose
 from mpidist.backends.node.comparison import compare
 from mpidist.backends.verbs import Collective
-from mpidist.backends.work import Engine, Message, Steps, StepsWork, Waiter, Work
+from mpidist.backends.work import (
+    Engine,
+    Message,
+    PersistentExchange,
+    Steps,
+    StepsWork,
+    Waiter,
+    Work,
+)
 from mpidist.errors import BackendUnavailableError
 from mpidist.observe.recorder import Recorder
 
@@ -40,6 +48,7 @@ class Traffic(IntEnum):
     PAYLOAD = 2
     CREATE = 3
     SEQUENCED = 4
+    ARRIVAL = 5
 
 
 class Backend(ABC):
@@ -102,26 +111,23 @@ class Backend(ABC):
             Complete when all are; its result is the source of each receive.
         """
 
-    def swap(
+    def persistent_exchange(
         self, sent: Array, received: Sequence[Array], peers: Sequence[int], lane: int
-    ) -> Work[Any]:
-        """Start sending the same short array to some ranks, and receiving one of each.
+    ) -> PersistentExchange:
+        """Prepare to send the same short array to some ranks, and to receive one of each.
 
         Parameters
         ----------
         sent : Array, uint8, 1-D
-            Less than 1 GiB.
+            Less than 1 GiB. A start sends the beginning of it.
         received : sequence of Array, uint8, 1-D
             Where to receive the array of each rank, which may be shorter.
         peers : sequence of int
             The ranks.
         lane : int
-            As of a `Message`.
+            As of a `Message`; for these messages alone.
         """
-        return self.exchange(
-            [Message(sent, peer, lane) for peer in peers],
-            [Message(array, peer, lane) for array, peer in zip(received, peers, strict=True)],
-        )
+        return _RepeatedExchange(self, sent, received, peers, lane)
 
     @abstractmethod
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> Backend | None:
@@ -364,3 +370,28 @@ class Backend(ABC):
         """Open the lane of the next collective; the same one on all ranks."""
         self._collectives += 1
         return algorithms.Lane(self, self.lane(Traffic.COLLECTIVE, self._collectives))
+
+
+class _RepeatedExchange:
+    """A `PersistentExchange` by an `exchange` for each start."""
+
+    def __init__(
+        self,
+        transport: Backend,
+        sent: Array,
+        received: Sequence[Array],
+        peers: Sequence[int],
+        lane: int,
+    ) -> None:
+        self._transport = transport
+        self._sent = sent
+        self._receives = [Message(x, p, lane) for x, p in zip(received, peers, strict=True)]
+        self._work: Work[Any] | None = None
+
+    def start(self, nbytes: int) -> None:
+        sent = self._sent[:nbytes]
+        sends = [Message(sent, peer, lane) for _, peer, lane in self._receives]
+        self._work = self._transport.exchange(sends, self._receives)
+
+    def done(self) -> bool:
+        return self._work is None or self._work.done()

@@ -10,8 +10,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
+from mpidist._arguments import seconds
 from mpidist._types import Array
 from mpidist.errors import CollectiveTimeoutError
 
@@ -22,8 +24,10 @@ __all__ = [
     "ANY_SOURCE",
     "Condition",
     "ConditionSteps",
+    "Deadline",
     "Engine",
     "Message",
+    "PersistentExchange",
     "PolledWork",
     "Steps",
     "StepsWork",
@@ -110,6 +114,30 @@ def wait_until(
         if waited >= timeout:
             raise WaitTimeout
         time.sleep(_SLEEP)
+
+
+class Deadline:
+    """By when several waits, one after the other, have to be over.
+
+    Parameters
+    ----------
+    timeout : float or datetime.timedelta, optional
+        Seconds from now on for all of them; when omitted, each has its group's timeout.
+    what : str, optional
+        What the timeout is given to; named in the error if it is no number of seconds.
+    """
+
+    def __init__(
+        self, timeout: float | timedelta | None = None, what: str = "Work.wait: timeout"
+    ) -> None:
+        self._end: float | None = None
+        if timeout is not None:
+            self._end = time.monotonic() + seconds(timeout, what, least=0.0)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds for the next wait; None is its group's timeout."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
 
 class Work(ABC, Generic[T]):
@@ -200,11 +228,13 @@ class _AllWork(Work[list[T]]):
 
     def wait(self, timeout: float | None = None) -> list[T]:
         """Wait for one after the other."""
-        return [work.wait(timeout) for work in self._works]
+        deadline = Deadline(timeout)
+        return [work.wait(deadline.left) for work in self._works]
 
     def synchronize(self, timeout: float | None = None) -> list[T]:
         """Block the host until all are complete."""
-        return [work.synchronize(timeout) for work in self._works]
+        deadline = Deadline(timeout)
+        return [work.synchronize(deadline.left) for work in self._works]
 
     def missing(self) -> Sequence[int]:
         """Return the ranks for which any of them waits."""
@@ -266,6 +296,16 @@ class Message(NamedTuple):
     array: Array
     peer: int
     lane: int
+
+
+class PersistentExchange(Protocol):
+    """The same messages between the same ranks, again and again, in arrays that are used again."""
+
+    def start(self, nbytes: int) -> None:
+        """Start sending so many bytes, and receiving; what was started before is complete."""
+
+    def done(self) -> bool:
+        """Poll: whether what was started has been sent and received."""
 
 
 Steps: TypeAlias = Generator["Work[Any]", None, None]

@@ -1,7 +1,7 @@
 """The sum of float32 arrays over all ranks, in place.
 
 Beside mpidist: the MPI library, Gloo through torch if it is installed, and the bound, which is the
-arithmetic and the copies alone.
+arithmetic and the copies alone; over several nodes also the link, which is the network alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,18 @@ from mpidist._types import Array
 from mpidist.arrays.boxes import split_evenly
 from mpidist.backends.node.registered_memory import Block
 from mpidist.bench.harness import BenchmarkRun, add_effort, sweep
+from mpidist.bench.link import TcpRing, open_link
 from mpidist.bench.peers import Gloo, find_library, open_gloo
-from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Comparison, Report
+from mpidist.bench.report import (
+    BOUND,
+    GLOO,
+    LIBRARY,
+    LINK,
+    ORDINARY,
+    REGISTERED,
+    Comparison,
+    Report,
+)
 from mpidist.bench.times import Series
 from mpidist.bench.verbs import DTYPE, Arrays, checked, library_call, our_call, prepare
 from mpidist.group import ProcessGroup
@@ -32,6 +42,8 @@ _COMPARISONS = (
     Comparison("ord/library", ORDINARY, LIBRARY),
     Comparison("reg/Gloo", REGISTERED, GLOO),
     Comparison("of bound", REGISTERED, BOUND),
+    Comparison("reg/link", REGISTERED, LINK),
+    Comparison("ord/link", ORDINARY, LINK),
 )
 
 _LEGEND = {
@@ -39,6 +51,7 @@ _LEGEND = {
     ORDINARY: "the same, x made by numpy",
     LIBRARY: "comm.Allreduce(MPI.IN_PLACE, x) of mpi4py, x made by numpy",
     GLOO: "torch.distributed.all_reduce(torch.from_numpy(x))",
+    LINK: "raw TCP sockets between nodes, both ways at once, of the least bytes that a sum sends",
     BOUND: "the additions and copies alone, on private memory, by all ranks at once; no meeting",
 }
 
@@ -67,8 +80,10 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     if shared_cores:
         notes.append("no bound: there are more ranks than cores, and they would take turns")
     peer = nullcontext("Gloo was left out") if options.no_gloo else open_gloo(world)
-    with peer as gloo:
+    with peer as gloo, open_link(world) as link:
         notes.append(gloo if isinstance(gloo, str) else gloo.describe())
+        if isinstance(link, str) and world.num_nodes > 1:
+            notes.append(link)
 
         def make(nbytes: int) -> list[Series]:
             series = mpidist_and_library(world, nbytes, notes, rewrite=options.rewrite)
@@ -76,6 +91,8 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
                 arrays = _in_place(world, partial(np.empty, dtype=DTYPE), nbytes)
                 call = partial(gloo.torch.distributed.all_reduce, gloo.torch.from_numpy(arrays.x))
                 series.append(checked(GLOO, call, arrays, world, rewrite=options.rewrite))
+            if isinstance(link, TcpRing):
+                series.append(Series(LINK, link.transfer(nbytes)))
             return series if shared_cores else [*series, bound_series(world, nbytes)]
 
         bench.measure_sizes("all_reduce", options.sizes, make)

@@ -247,16 +247,17 @@ def _theirs(
     torch.set_num_threads(1)  # a rank has one core
     try:
         x, dy = torch.randn(2, options.batch, shape.width)
-        wrapped = torch.nn.parallel.DistributedDataParallel(_torch_model(torch, shape))
+        wrapped = torch.nn.parallel.DistributedDataParallel(torch_model(torch, shape))
         yield [
             Series(_TORCH_DDP, partial(_torch_step, wrapped, x, dy)),
-            Series(_TORCH, partial(_torch_step, _torch_model(torch, shape), x, dy)),
+            Series(_TORCH, partial(_torch_step, torch_model(torch, shape), x, dy)),
         ]
     finally:
         torch.set_num_threads(threads)
 
 
-def _torch_model(torch: Any, shape: Shape) -> Any:
+def torch_model(torch: Any, shape: Shape) -> Any:
+    """Return the model of a shape in torch."""
     layers: list[Any] = []
     for _ in range(shape.layers):
         layers += [torch.nn.Linear(shape.width, shape.width), torch.nn.ReLU()]

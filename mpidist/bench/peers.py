@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -75,6 +75,26 @@ class TorchCheckpoints:
         self._dcp.load(self._state, checkpoint_id=path)
 
 
+def shard_fully(model: Any, units: Sequence[Sequence[str]], ranks: int) -> None:
+    """Shard a model of torch by its FSDP2, ``fully_shard``, over so many ranks.
+
+    Each unit is given by the names of its parameters; a module is whole in the first unit that has
+    one of its own. Collective.
+    """
+    purpose = "the peer FSDP2"
+    fsdp: Any = require("torch.distributed.fsdp", extra="torch", purpose=purpose)
+    meshes: Any = require("torch.distributed.device_mesh", extra="torch", purpose=purpose)
+    mesh = meshes.init_device_mesh("cpu", (ranks,))
+    sharded: set[str] = set()
+    for parameters in units:
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+        names = [name for name in owners if name not in sharded]
+        if names:
+            fsdp.fully_shard([model.get_submodule(name) for name in names], mesh=mesh)
+        sharded.update(names)
+    fsdp.fully_shard(model, mesh=mesh)
+
+
 @contextmanager
 def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
     """Start torch.distributed with Gloo on the ranks of a group, if all of them have torch.
@@ -88,6 +108,7 @@ def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
         torch: Any = require("torch", extra="torch", purpose="the peer Gloo")
         require("torch.distributed", extra="torch", purpose="the peer Gloo")
         problem = "" if torch.distributed.is_gloo_available() else "this torch has no Gloo"
+        problem = problem or _unreachable(group)
     except BackendUnavailableError as error:
         torch, problem = None, str(error)
     problem = _first(problem, group)
@@ -100,6 +121,16 @@ def open_gloo(group: ProcessGroup) -> Iterator[Gloo | str]:
         yield Gloo(torch, torch.__version__)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _unreachable(group: ProcessGroup) -> str:
+    """Return why the other nodes could not reach this one by its name, or nothing."""
+    if group.num_nodes > 1:
+        try:
+            socket.getaddrinfo(socket.gethostname(), None)
+        except OSError as error:  # torch would try again for a minute
+            return f"the name of the host {socket.gethostname()} is not known ({error})"
+    return ""
 
 
 def _start(torch: Any, group: ProcessGroup) -> str:

@@ -15,6 +15,7 @@ from mpidist.bench.report import (
     BOUND,
     GLOO,
     LIBRARY,
+    LINK,
     ORDINARY,
     REGISTERED,
     Measure,
@@ -125,6 +126,7 @@ _STYLES: Mapping[str, Mapping[str, Any]] = {
     ORDINARY: {"color": "#56B4E9", "marker": "s"},
     LIBRARY: {"color": "#D55E00", "marker": "^"},
     GLOO: {"color": "#009E73", "marker": "v"},
+    LINK: {"color": "0.35", "linestyle": ":", "linewidth": 1.2},
     BOUND: {"color": "0.35", "linestyle": "--", "linewidth": 1.2},
 }
 _OTHERS = ("#CC79A7", "#E69F00", "#F0E442", "#000000")

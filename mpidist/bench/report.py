@@ -148,6 +148,9 @@ LIBRARY = "library"
 GLOO = "Gloo"
 """Series: torch.distributed on Gloo."""
 
+LINK = "link"
+"""Series: the network between the nodes, without MPI."""
+
 BOUND = "bound"
 """Series: the additions and copies that the operation cannot do without."""
 

@@ -28,7 +28,7 @@ from mpidist.errors import (
     SizeMismatchError,
     UnsupportedOperationError,
 )
-from mpidist.group.operations import C, Operations
+from mpidist.group.operations import C, Operations, Timeout
 from mpidist.group.state import GroupState
 
 if TYPE_CHECKING:
@@ -302,7 +302,12 @@ class ProcessGroup(Closing):
     # -- making groups -------------------------------------------------------------------------
 
     def split(
-        self, color: int | None, key: int = 0, *, name: str | None = None
+        self,
+        color: int | None,
+        key: int = 0,
+        *,
+        name: str | None = None,
+        timeout: Timeout = None,
     ) -> ProcessGroup | None:
         """Cut the group into one group per color.
 
@@ -314,26 +319,37 @@ class ProcessGroup(Closing):
             Order in the new group; ties keep the order of this one.
         name : str, optional
             For messages.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
         ProcessGroup or None
-            This rank's new group; None if its color was.
+            This rank's new group; None if its color was. It inherits the deadline of this one.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not arrive within the group's timeout.
 
         Notes
         -----
         Collective over the group; blocks.
         """
         self._check_color(color, key)
-        with self.operations.performing("split") as waiter:
+        with self.operations.performing("split", timeout=timeout) as waiter:
             backend = self.transport.split(color, key, waiter=waiter)
             if self.transport.device is not None:
                 device = self.transport.device.split(color, key, backend, waiter)
                 if backend is not None:
                     backend.device = device
-        return None if backend is None else self._child(backend, name or f"{self.name}/{color}")
+        if backend is None:
+            return None
+        return self._child(backend, name or f"{self.name}/{color}", timeout)
 
-    def new_group(self, ranks: Sequence[int], *, name: str | None = None) -> ProcessGroup | None:
+    def new_group(
+        self, ranks: Sequence[int], *, name: str | None = None, timeout: Timeout = None
+    ) -> ProcessGroup | None:
         """Make the group of some ranks.
 
         Parameters
@@ -342,17 +358,22 @@ class ProcessGroup(Closing):
             Ranks of this group in the order of the new one.
         name : str, optional
             For messages.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
         ProcessGroup or None
-            The new group; None at once on a rank that is not a member.
+            The new group; None at once on a rank that is not a member. It inherits the deadline of
+            this one.
 
         Raises
         ------
         InvalidRankError
             If a rank lies outside the group, is named twice or is no integer, or there is none. A
             boolean mask is no list of ranks.
+        CollectiveTimeoutError
+            If a member does not arrive within the group's timeout.
 
         Notes
         -----
@@ -362,19 +383,20 @@ class ProcessGroup(Closing):
         if self.rank not in ranks:
             return None
         what = f"new_group({list(ranks)})" + ("" if name is None else f" of {name}")
-        with self.operations.performing(what, among=ranks) as waiter:
+        with self.operations.performing(what, among=ranks, timeout=timeout) as waiter:
             backend = self.transport.create(ranks, waiter=waiter)
             if self.transport.device is not None:
                 backend.device = self.transport.device.create(backend)
         label = name or f"{self.name}[{','.join(map(str, ranks))}]"
-        return self._child(backend, label)
+        return self._child(backend, label, timeout)
 
-    def duplicate(self, name: str) -> ProcessGroup:
+    def duplicate(self, name: str, *, timeout: Timeout = None) -> ProcessGroup:
         """Make another group of the same ranks, whose operations never match this one's.
 
-        Collective over the group; blocks. A subsystem that communicates by itself uses one.
+        Collective over the group; blocks, as `split`. A subsystem that communicates by itself uses
+        one.
         """
-        duplicate = self.split(0, self.rank, name=name)
+        duplicate = self.split(0, self.rank, name=name, timeout=timeout)
         assert duplicate is not None, "every rank gave color 0"
         return duplicate
 
@@ -400,7 +422,7 @@ class ProcessGroup(Closing):
             self._closed_with += [] if group is None else [group]
         return self._related[kind]
 
-    def _child(self, backend: Backend, name: str) -> ProcessGroup:
+    def _child(self, backend: Backend, name: str, timeout: Timeout) -> ProcessGroup:
         options: dict[str, Any] = {
             "name": name,
             "timeout": self.timeout,
@@ -410,15 +432,15 @@ class ProcessGroup(Closing):
         backend.join(self.transport)
         lone = Layout((0,) * backend.size)
         group = ProcessGroup(backend, ranks=range(backend.size), layout=lone, **options)
-        ranks, identity = group._introduce(self.ranks[self.rank])
+        ranks, identity = group._introduce(self.ranks[self.rank], timeout)
         return ProcessGroup(backend, ranks=ranks, layout=self._layout, identity=identity, **options)
 
-    def _introduce(self, number: int) -> tuple[list[int], int]:
+    def _introduce(self, number: int, timeout: Timeout = None) -> tuple[list[int], int]:
         """Return the number of each rank, and an identity drawn by rank 0; collective, blocks."""
         numbers = np.empty((self.size, 2), np.int64)
         own = np.array([number, int.from_bytes(os.urandom(7), "little")], np.int64)
         counts = (own.size,) * self.size
-        self.operations.run(AllGather(own, numbers.reshape(-1), counts), lambda: None)
+        self.operations.run(AllGather(own, numbers.reshape(-1), counts), lambda: None, timeout)
         return numbers[:, 0].tolist(), int(numbers[0, 1])
 
     def _gather_bytes(self, own: bytes) -> list[bytes]:
@@ -437,6 +459,7 @@ class ProcessGroup(Closing):
         dtype: npt.DTypeLike = np.float32,
         *,
         device: str | None = None,
+        timeout: Timeout = None,
     ) -> Array:
         """Make an array in memory on which the transport works directly.
 
@@ -450,6 +473,8 @@ class ProcessGroup(Closing):
             The same on all ranks.
         device : {"cpu", "gpu"}, optional
             Where it lies: on the host, which it does when omitted, or on the current device.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
@@ -466,6 +491,8 @@ class ProcessGroup(Closing):
             If a length is negative.
         BackendUnavailableError
             If it is to lie on a GPU, and there is none.
+        CollectiveTimeoutError
+            If a rank does not arrive within the group's timeout.
 
         Notes
         -----
@@ -485,12 +512,18 @@ class ProcessGroup(Closing):
             raise UnsupportedOperationError(
                 f"empty on {self}: device must be 'cpu' or 'gpu', got {device!r}"
             )
-        memory = self._memory("empty", shape, dtype, self.transport.allocate)
+        memory = self._memory("empty", shape, dtype, self.transport.allocate, timeout)
         if memory is None:
             return np.empty(shape, dtype)
         return memory.view(dtype).reshape(shape)
 
-    def shared(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array | None:
+    def shared(
+        self,
+        shape: int | Sequence[int],
+        dtype: npt.DTypeLike = np.float32,
+        *,
+        timeout: Timeout = None,
+    ) -> Array | None:
         """Make one array that all ranks of the group see, where they share memory.
 
         Parameters
@@ -499,6 +532,8 @@ class ProcessGroup(Closing):
             The same on all ranks.
         dtype : dtype, optional
             The same on all ranks.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
@@ -512,6 +547,8 @@ class ProcessGroup(Closing):
             If the ranks ask for different numbers of bytes; on all of them, and nothing is made.
         SizeMismatchError
             If a length is negative.
+        CollectiveTimeoutError
+            If a rank does not arrive within the group's timeout.
 
         Notes
         -----
@@ -520,13 +557,13 @@ class ProcessGroup(Closing):
         write over what another has read likewise. Each rank provides an equal share of the pages.
         Collectives take it as any other array, and no two ranks may receive in one place of it.
         """
-        memory = self._memory("shared", shape, dtype, self.transport.share)
+        memory = self._memory("shared", shape, dtype, self.transport.share, timeout)
         if memory is not None:
             return memory.view(dtype).reshape(shape)
         fresh = np.empty(shape, dtype)
         return fresh if self.size == 1 or not fresh.nbytes else None
 
-    def register(self, descriptor: int, nbytes: int) -> Array:
+    def register(self, descriptor: int, nbytes: int, *, timeout: Timeout = None) -> Array:
         """Register memory that another library has made, so that collectives work on it directly.
 
         Parameters
@@ -536,6 +573,8 @@ class ProcessGroup(Closing):
             writing; each rank gives its own. It may be closed afterwards.
         nbytes : int
             Bytes at the beginning of the file, the same on all ranks.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
@@ -550,6 +589,8 @@ class ProcessGroup(Closing):
             node, or memory for it is missing. On all ranks, and nothing is registered.
         CollectiveMismatchError
             If the ranks give different numbers of bytes; on all of them, and nothing is registered.
+        CollectiveTimeoutError
+            If a rank does not arrive within the group's timeout.
 
         Notes
         -----
@@ -558,10 +599,10 @@ class ProcessGroup(Closing):
         what lies at its addresses later would be taken for it.
         """
         make = partial(self.transport.register, descriptor)
-        memory = self._memory("register", nbytes, np.uint8, make)
+        memory = self._memory("register", nbytes, np.uint8, make, timeout)
         return np.empty(0, np.uint8) if memory is None else memory
 
-    def unregister(self, x: Array) -> None:
+    def unregister(self, x: Array, *, timeout: Timeout = None) -> None:
         """Forget memory that `register` has registered.
 
         Parameters
@@ -569,19 +610,23 @@ class ProcessGroup(Closing):
         x : Array
             Any contiguous array in it, such as the one that `register` returned; every rank gives
             one.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Raises
         ------
         BackendUnavailableError
             If the array of any rank is not in registered memory, or the arrays are in memory of
             different calls of `register`; on all ranks, and nothing changes.
+        CollectiveTimeoutError
+            If a rank does not arrive within the group's timeout.
 
         Notes
         -----
         Collective over the group; blocks. It waits for what is under way on the group. The arrays
         stay valid, as ordinary ones.
         """
-        with self.operations.performing("unregister") as waiter:
+        with self.operations.performing("unregister", timeout=timeout) as waiter:
             self.transport.unregister(x, waiter=waiter)
 
     def _memory(
@@ -590,6 +635,7 @@ class ProcessGroup(Closing):
         shape: int | Sequence[int],
         dtype: npt.DTypeLike,
         make: Callable[..., Array | None],
+        timeout: Timeout,
     ) -> Array | None:
         """Make bytes for an array of this shape; None for no bytes, or where there are none."""
         dtype = np.dtype(dtype)
@@ -597,7 +643,8 @@ class ProcessGroup(Closing):
         if any(length < 0 for length in shape):
             raise SizeMismatchError(f"{operation} on {self}: no array has the shape {shape}")
         nbytes = prod(shape) * dtype.itemsize
-        with self.operations.performing(f"{operation} {dtype}{list(shape)}") as waiter:
+        what = f"{operation} {dtype}{list(shape)}"
+        with self.operations.performing(what, timeout=timeout) as waiter:
             # A block has parts of one size: with another stride, ranks would overlap.
             own, sizes = np.array([min(nbytes, 2**63 - 1)]), np.empty(self.size, np.int64)
             self.transport.run(AllGather(own, sizes, (1,) * self.size), waiter=waiter)

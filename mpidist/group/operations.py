@@ -410,7 +410,9 @@ class Operations:
         return self._begin(verb, name, number, frame, peers=peers, timeout=limit)
 
     @contextmanager
-    def performing(self, what: str, among: Sequence[int] | None = None) -> Iterator[GroupWaiter]:
+    def performing(
+        self, what: str, among: Sequence[int] | None = None, timeout: Timeout = None
+    ) -> Iterator[GroupWaiter]:
         """Begin what blocks and is no `Collective`; yield what waits for it.
 
         Parameters
@@ -419,15 +421,18 @@ class Operations:
             For messages; of a collective the first word is the same on all ranks.
         among : sequence of int, optional
             The ranks that it depends on; all, as a collective, when omitted.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this operation; the group's when omitted.
         """
         frame = caller(3)
         if among is not None:
-            waiter = self._message(what, "", Peers(frozenset(among)), frame)
+            waiter = self._message(what, "", Peers(frozenset(among)), frame, timeout)
         else:
+            limit = None if timeout is None else self._seconds(timeout, what)
             number = self._count(what)
             # The rest of what it is differs legitimately, or is compared by itself.
             name = self._journal.name(what, Kind.BLOCKING, alike=what.partition(" ")[0])
-            waiter = self._begin(what, name, number, frame)
+            waiter = self._begin(what, name, number, frame, timeout=limit)
         with _Blocking(self, waiter):
             if self._watch.debug and among is None:
                 waiter.wait_for(self._backend.compare(waiter.describe()).done)

@@ -14,6 +14,7 @@ from mpidist.arrays.namespaces import REDUCTIONS, is_device
 from mpidist.collectives import all_gather_object
 from mpidist.errors import CollectiveMismatchError, DistributedError, UnsupportedOperationError
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Timeout
 from mpidist.mesh.mesh import DeviceMesh
 from mpidist.mesh.placements import Partial, Placement, Shard
 
@@ -50,7 +51,9 @@ class Checked(Generic[T, U]):
     shared: U
 
 
-def agree(group: ProcessGroup, verb: str, check: Callable[[], Checked[T, U]]) -> tuple[T, list[U]]:
+def agree(
+    group: ProcessGroup, verb: str, check: Callable[[], Checked[T, U]], timeout: Timeout = None
+) -> tuple[T, list[U]]:
     """Check arguments on each rank, and raise on all of them if they are wrong on one, or differ.
 
     Returns
@@ -66,7 +69,7 @@ def agree(group: ProcessGroup, verb: str, check: Callable[[], Checked[T, U]]) ->
         sent: Any = (checked.facts, checked.shared)
     except DistributedError as error:
         checked = sent = error
-    everyone = all_gather_object(sent, group)
+    everyone = all_gather_object(sent, group, timeout=timeout)
     if isinstance(checked, DistributedError):
         raise checked
     for theirs in everyone:

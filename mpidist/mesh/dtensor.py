@@ -16,6 +16,7 @@ from mpidist.arrays.shards import ShardedArray
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import check_array, check_rank
 from mpidist.errors import SizeMismatchError, UnsupportedOperationError
+from mpidist.group.operations import Timeout
 from mpidist.mesh.agreement import (
     Checked,
     agree,
@@ -219,6 +220,7 @@ class DTensor:
         placements: Sequence[Placement],
         *,
         root: int | None = 0,
+        timeout: Timeout = None,
     ) -> DTensor:
         """Spread an array over a mesh.
 
@@ -233,6 +235,8 @@ class DTensor:
         root : int or None, optional
             The rank of ``mesh.group`` that has the array. None: every rank has it, the same one,
             and takes its part.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
@@ -246,6 +250,8 @@ class DTensor:
         CollectiveMismatchError
             On all ranks, if they give different meshes, placements or roots, or, where each gives
             the array, different shapes or dtypes.
+        CollectiveTimeoutError
+            If a rank does not arrive within the group's timeout.
         InvalidRankError
             If `root` is no rank of the mesh.
         SizeMismatchError, UnsupportedOperationError
@@ -275,7 +281,7 @@ class DTensor:
                 facts["memory"] = memory_of(array)
             return Checked(array, facts, (array.shape, array.dtype, is_device(array)))
 
-        array, described = agree(group, "DTensor.distribute", check)
+        array, described = agree(group, "DTensor.distribute", check, timeout)
         kind = described[source]
         assert kind is not None, "it has the array"
         shape, dtype, on_device = kind
@@ -288,7 +294,7 @@ class DTensor:
         if root is not None:
             title = f"{dtype}{list(shape)} of rank {root} to {list(checked)} on {mesh.dimensions}"
             steps = partial(exchange_boxes, plan, array, local, group.rank)
-            return Transfer(group, title, steps, local, made).run()
+            return Transfer(group, title, steps, local, made, timeout).run()
         assert array is not None, "every rank has it"
         local[...] = view_of(array, plan.box) if plan.fill is None else plan.fill
         return made
@@ -296,7 +302,11 @@ class DTensor:
     # -- moving ----------------------------------------------------------------------------------
 
     def redistribute(
-        self, placements: Sequence[Placement], *, mesh: DeviceMesh | None = None
+        self,
+        placements: Sequence[Placement],
+        *,
+        mesh: DeviceMesh | None = None,
+        timeout: Timeout = None,
     ) -> DTensor:
         """Return the same array with other placements, or on another mesh.
 
@@ -306,6 +316,8 @@ class DTensor:
             One per dimension of the mesh that it gets.
         mesh : DeviceMesh, optional
             Another mesh of the same ranks, made of the same group.
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
@@ -318,6 +330,8 @@ class DTensor:
         ------
         CollectiveMismatchError
             On all ranks, if they ask for different things; nobody gets a result then.
+        CollectiveTimeoutError
+            If a rank does not arrive within the group's timeout.
         SizeMismatchError, UnsupportedOperationError
             If the placements do not fit, `mesh` has other ranks, or `local` has been replaced by an
             array of another shape.
@@ -332,20 +346,29 @@ class DTensor:
         the ranks wait for each other to compare their calls. What becomes a `Partial` lies as
         `distribute` says.
         """
-        return self._plan(placements, mesh).run()
+        return self._plan(placements, mesh, timeout).run()
 
     def iredistribute(
-        self, placements: Sequence[Placement], *, mesh: DeviceMesh | None = None
+        self,
+        placements: Sequence[Placement],
+        *,
+        mesh: DeviceMesh | None = None,
+        timeout: Timeout = None,
     ) -> Work[DTensor]:
         """Start a `redistribute`; `local` belongs to it until the Work is complete.
 
         Of device arrays the hosts wait for each other before it returns, and without NCCL until the
         partial sums have been added up.
         """
-        return self._plan(placements, mesh).start()
+        return self._plan(placements, mesh, timeout).start()
 
-    def full(self) -> Array:
+    def full(self, *, timeout: Timeout = None) -> Array:
         """Return the whole array on every rank.
+
+        Parameters
+        ----------
+        timeout : float or datetime.timedelta, optional
+            Seconds for this call; the group's when omitted.
 
         Returns
         -------
@@ -356,9 +379,11 @@ class DTensor:
         -----
         Collective over the mesh; blocks. The cost is that of `redistribute` to `Replicate`.
         """
-        return self.redistribute([Replicate()] * self.mesh.ndim).local
+        return self.redistribute([Replicate()] * self.mesh.ndim, timeout=timeout).local
 
-    def _plan(self, placements: Sequence[Placement], mesh: DeviceMesh | None) -> Transfer[DTensor]:
+    def _plan(
+        self, placements: Sequence[Placement], mesh: DeviceMesh | None, timeout: Timeout
+    ) -> Transfer[DTensor]:
         """Check what `redistribute` was asked for, and plan it."""
         group = self.mesh.group
         what = f"redistribute on {group}"
@@ -384,7 +409,7 @@ class DTensor:
         if to is not self.mesh:
             title += f" on {to.dimensions} of ranks {format_ranges(to.ranks, ordered=True)}"
         steps = partial(exchange_boxes, plan, self.local, local, group.rank)
-        return Transfer(group, title, steps, local, made)
+        return Transfer(group, title, steps, local, made, timeout)
 
     # -- what it is ------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from mpidist.backends.algorithms import Lane
 from mpidist.backends.verbs import AllToAll, Collective
 from mpidist.backends.work import Steps, Work
 from mpidist.group import ProcessGroup
+from mpidist.group.operations import Timeout
 from mpidist.mesh.redistribution import Phase, Redistribution
 
 __all__ = ["Exchange", "Redistribute", "Transfer", "exchange_boxes", "view_of"]
@@ -170,6 +171,8 @@ class Transfer(Generic[T]):
         Where they arrive.
     made : T
         The result, when they have.
+    timeout : float or datetime.timedelta, optional
+        Seconds for this call; the group's when omitted.
     """
 
     group: ProcessGroup
@@ -177,25 +180,28 @@ class Transfer(Generic[T]):
     steps: Callable[[Exchange], Steps]
     out: Array
     made: T
+    timeout: Timeout
 
     def run(self) -> T:
         """Perform it."""
         if is_device(self.out):
             return self._start_on_device().wait()
-        return self.group.operations.run(Redistribute(self.title, self.steps), lambda: self.made)
+        call = Redistribute(self.title, self.steps)
+        return self.group.operations.run(call, lambda: self.made, self.timeout)
 
     def start(self) -> Work[T]:
         """Start it."""
         if is_device(self.out):
             return self._start_on_device()
-        return self.group.operations.start(Redistribute(self.title, self.steps), lambda: self.made)
+        call = Redistribute(self.title, self.steps)
+        return self.group.operations.start(call, lambda: self.made, self.timeout)
 
     def _start_on_device(self) -> Work[T]:
         """Put it on the current stream, when the hosts have compared their calls.
 
         Each exchange is an all_to_all, which is what transports of device arrays know.
         """
-        self.group.operations.run(Redistribute(self.title, None), lambda: None)
+        self.group.operations.run(Redistribute(self.title, None), lambda: None, self.timeout)
         work: Work[Any] | None = None
         for work in self.steps(self._all_to_all):
             work.wait()
@@ -224,4 +230,4 @@ class Transfer(Generic[T]):
         call = AllToAll(
             joined, landed, tuple(leaving), tuple(arriving), shape=(), rows=(), listed=self.title
         )
-        return self.group.operations.start(call, finish)
+        return self.group.operations.start(call, finish, self.timeout)

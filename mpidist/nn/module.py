@@ -455,13 +455,7 @@ class Module(ABC):
         ValueError
             Listing every name that is missing or unknown and every shape or dtype that differs.
         """
-        own = self.state_dict()
-        problems = _differences(own, with_present_names(state, own))
-        if problems:
-            raise ValueError(
-                f"load_state_dict: the state does not fit {type(self).__name__}; nothing was "
-                "changed:\n  " + "\n  ".join(problems)
-            )
+        check_fits(type(self).__name__, self.state_dict(), state)
 
 
 class ParameterFree(Module):
@@ -499,7 +493,12 @@ def _as_sharded(array: Array | ShardedArray) -> ShardedArray:
     return ShardedArray(array.shape, array.dtype, {Box.whole(array.shape): array})
 
 
-def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+def check_fits(model: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the model, unless a state has the names, shapes and dtypes of `own`.
+
+    All names that are missing or unknown, and all shapes and dtypes that differ, are listed.
+    """
+    state = with_present_names(state, own)
     problems = [f"{name}: missing" for name in own if name not in state]
     problems += [f"{name}: not in this model" for name in state if name not in own]
     for name, array in own.items():
@@ -508,4 +507,8 @@ def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{name}: expected {array.shape} {array.dtype}, got {given.shape} {given.dtype}"
             )
-    return problems
+    if problems:
+        raise ValueError(
+            f"load_state_dict: the state does not fit {model}; nothing was changed:\n  "
+            + "\n  ".join(problems)
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.flat import FlatBuffer
-from mpidist.arrays.namespaces import array_namespace
+from mpidist.arrays.namespaces import HALVES, array_namespace
 from mpidist.arrays.shards import FlatPart, Part
 
 
@@ -193,9 +194,10 @@ class Parameter:
 
         Returns
         -------
-        Array, shape and dtype of the gradient, or None
+        Array, shape and dtype of the parameter, or None
             Uninitialised memory. A layer passes it as ``out=`` and then hands it to `add_grad`.
-            None (which ``out=`` understands too) when the contribution must be added.
+            None (which ``out=`` understands too) when the contribution must be added, or the
+            gradient has another dtype than the parameter.
 
         Raises
         ------
@@ -205,10 +207,8 @@ class Parameter:
         self._check_open()
         if self._has_grad or not self.trainable:
             return None
-        if self._grad is None:
-            given = None if self._memory_for is None else self._memory_for(self)
-            self._grad = self._new_array() if given is None else given
-        return self._grad
+        memory = self._own_memory()
+        return memory if memory.dtype == self._dtype else None
 
     def empty_grad(self) -> Array:
         """Return memory for one contribution: `first_grad`, or a new array if it must be added.
@@ -228,7 +228,8 @@ class Parameter:
         ----------
         g : Array, shape of the parameter
             The contribution. The array returned by `first_grad` is taken as it stands; any
-            other array is copied or added, and stays the caller's. Dropped if not `trainable`.
+            other array is copied or added, and stays the caller's. It is rounded to the dtype of
+            the gradient; infinite where it is beyond its range. Dropped if not `trainable`.
 
         Raises
         ------
@@ -302,7 +303,8 @@ class Parameter:
         ----------
         memory_for : callable
             Called as ``memory_for(parameter)`` where there is no memory; returns an array of the
-            shape of the parameter, or None, for an array of its own. `detach` ends its use.
+            shape of the parameter, or None, for an array of its own. It may have another float
+            dtype, which contributions are rounded to. `detach` ends its use.
 
         Raises
         ------
@@ -383,21 +385,29 @@ class Parameter:
         self._closed = ""
 
     def _accumulate(self, g: Array) -> None:
-        memory = self.first_grad()
-        if memory is None:
-            grad = self._grad
-            assert grad is not None, "there was a contribution"
-            if g is grad:
-                raise RuntimeError(
-                    f"add_grad: the gradient of parameter '{self.name}' was handed in twice; "
-                    "write into first_grad() only when it returns an array"
-                )
-            array_namespace(grad).add(grad, g, out=grad, casting="same_kind")
+        grad = self._own_memory()
+        if not self._has_grad:
+            # A layer that wrote into first_grad() itself has nothing left to copy.
+            if g is not grad:
+                with _rounding(g, grad):
+                    grad[...] = g
+            self._has_grad = True
             return
-        # A layer that wrote into first_grad() itself has nothing left to copy.
-        if g is not memory:
-            memory[...] = g
-        self._has_grad = True
+        if g is grad:
+            raise RuntimeError(
+                f"add_grad: the gradient of parameter '{self.name}' was handed in twice; "
+                "write into first_grad() only when it returns an array"
+            )
+        casting = "unsafe" if grad.dtype in HALVES else "same_kind"
+        with _rounding(g, grad):
+            array_namespace(grad).add(grad, g, out=grad, casting=casting)
+
+    def _own_memory(self) -> Array:
+        """Return the memory of the gradient, which is asked for if there is none yet."""
+        if self._grad is None:
+            given = None if self._memory_for is None else self._memory_for(self)
+            self._grad = self._new_array() if given is None else given
+        return self._grad
 
     def _new_array(self) -> Array:
         array: Array = array_namespace(self._empty).empty(self._shape, self._dtype)
@@ -420,6 +430,11 @@ class Parameter:
                 f"{operation}: parameter '{self.name}' is still counting contributions "
                 f"({self._remaining} to come); call release() first"
             )
+
+
+def _rounding(g: Array, grad: Array) -> AbstractContextManager[None]:
+    """Let what is beyond the range of a narrower dtype become infinite, as in a reduction."""
+    return nullcontext() if g.dtype == grad.dtype else np.errstate(all="ignore")
 
 
 @runtime_checkable

@@ -20,6 +20,9 @@ class Marks(Protocol):
     def mark(self, name: str, began: int, ended: int) -> None:
         """Receive a region that has ended; times in nanoseconds of `time.monotonic_ns`."""
 
+    def transfer(self, name: str, began: int, ended: int, exposed: int) -> None:
+        """Receive what was under way, and how many nanoseconds the program waited for it."""
+
 
 listener: ContextVar[Marks | None] = ContextVar("mpidist_listener", default=None)
 """The trace that keeps the regions of this thread. Ranks may be threads of one process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -79,6 +80,11 @@ class Optimizer:
             for name, p in self._params.items()
         }
         self._fused = FusedUpdates(rule, self._params, self._state)
+
+    def __repr__(self) -> str:
+        """Return the kind, the rule and the learning rate of the next step."""
+        rule = self._rule if is_dataclass(self._rule) else type(self._rule).__name__
+        return f"{type(self).__name__} of {len(self._params)} parameters, {rule}, lr={self.lr!r}"
 
     @property
     def step_count(self) -> int:

@@ -23,6 +23,7 @@ from mpidist.parallel.sharded.memory import (
     proportional_set_size,
 )
 from mpidist.parallel.sharded.naive_full_shard import NaiveFullShard
+from mpidist.parallel.sharded.precision import Precision
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.units import UNIT_BYTES, Unit
 from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer, full_state_dict
@@ -52,6 +53,7 @@ __all__ = [
     "OptimizerFactory",
     "Pass",
     "Pipeline",
+    "Precision",
     "Schedule",
     "ShardedOptimizer",
     "ShardingStrategy",

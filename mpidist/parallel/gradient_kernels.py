@@ -14,7 +14,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.arrays.flat import FlatBuffer
-from mpidist.arrays.namespaces import HALVES, array_namespace, is_device
+from mpidist.arrays.namespaces import HALVES, array_namespace, is_device, like_device
 from mpidist.nn.parameter import Parameters, named_list
 
 __all__ = ["all_finite_divided", "cast", "gradient_arrays", "scale", "scaled", "sum_of_squares"]
@@ -77,20 +77,27 @@ def gradient_arrays(
 
 
 def cast(x: Array, out: Array) -> None:
-    """Copy elements into an array of another float type, rounding to nearest.
+    """Copy elements into an array of another float type or elsewhere, rounding to nearest.
 
     Parameters
     ----------
     x : Array, float
-        The elements, on a device.
+        The elements, on the host or on a device.
     out : Array, shape of `x`, float
         Receives them. Infinite where an element is beyond its range.
 
     Notes
     -----
-    Local; does not block the host.
+    Local; blocks the host where one is on a device and the other is not.
     """
-    _cast(array_namespace(x))(x, out)
+    x = like_device(out, x)
+    if is_device(x) and x.dtype != out.dtype:
+        _cast(array_namespace(x))(x, out)
+        return
+    # A gradient beyond a half's range becomes an infinity, for GradScaler to find. An error on
+    # this rank would leave the others waiting.
+    with np.errstate(all="ignore"):
+        array_namespace(out).copyto(out, x, casting="unsafe")
 
 
 @cache

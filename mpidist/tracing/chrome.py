@@ -2,8 +2,8 @@
 
 A process is a rank. Its thread 0 is the thread that began the trace: regions, and inside them
 ``compute``, blocking collectives and waits, which never overlap. Thread 1 is what is in flight:
-immediate operations and messages, as pairs of asynchronous events. Other threads that communicate
-follow.
+immediate operations, messages and transfers of units, as pairs of asynchronous events. Other
+threads that communicate follow.
 
 References
 ----------
@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple
 
 from mpidist._new_file import create_unique
 from mpidist.tracing.clock import Clock, Reading
-from mpidist.tracing.parts import TracePart, TraceRow
+from mpidist.tracing.parts import TRANSFER, TracePart, TraceRow
 
 COMPUTE = "compute"
 """Category and name of the main thread's time in no collective and no wait."""
@@ -38,7 +38,7 @@ MERGED = 1
 """Version of what this module writes into ``otherData``."""
 
 _BUSY = ("blocking", "wait")
-_FLYING = ("immediate", "message")
+_FLYING = ("immediate", "message", TRANSFER)
 
 _ARRAY = re.compile(r"(\w+)\[([\d, ]*)\]")
 
@@ -255,7 +255,7 @@ def _pairs(
     timed: list[tuple[int, int, dict[str, Any]]] = []
     for count, row in enumerate(sorted(rows, key=lambda row: row.began)):
         common = {
-            "name": _verb(row),
+            "name": row.what if row.kind == TRANSFER else _verb(row),
             "cat": row.kind,
             "id": hex(lane.rank << 32 | count),
             "pid": lane.rank,
@@ -304,6 +304,8 @@ def _filling(began: int, ended: int, around: Sequence[TraceRow]) -> Iterator[Tra
 
 def _args(row: TraceRow, arrivals: dict[tuple[int, int], _Arrival]) -> dict[str, Any]:
     """Describe an operation; of a collective also for which rank it waited, and how long."""
+    if row.kind == TRANSFER:
+        return {"exposed_ms": row.number / 1e6}
     args: dict[str, Any] = {"what": row.what, "group": row.group, "site": row.site}
     args["number"] = row.number
     nbytes = bytes_of(row.what)

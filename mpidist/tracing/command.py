@@ -83,6 +83,7 @@ def render_summary(summary: Summary, command: str, *, top: int = 10) -> str:
         [f"$ {command}", f"{len(summary.ranks)} ranks on {count}; times in ms"],
         [*_ranks(summary)],
         [*_calls(summary, top)],
+        [*_transfers(summary)],
         [*_steps(summary, top)],
         [f"note: {note}" for note in summary.notes],
     ]
@@ -134,6 +135,26 @@ def _calls(summary: Summary, top: int) -> Iterator[str]:
     others = summary.calls[len(shown) :]
     if others:
         yield f"and {len(others)} more, {_ms(sum(call.seconds for call in others))} in all"
+
+
+def _transfers(summary: Summary) -> Iterator[str]:
+    if not summary.transfers:
+        return
+    yield "Transfers of units, sum over the ranks"
+    yield from columns(
+        ("in flight", "hidden", "exposed", "transfers", "exposed per transfer", "transfer"),
+        [
+            (
+                *map(_ms, (transfer.seconds, transfer.hidden, transfer.exposed)),
+                str(transfer.count),
+                _ms(transfer.exposed / transfer.count),
+                transfer.name,
+            )
+            for transfer in summary.transfers
+        ],
+        left=1,
+    )
+    yield "exposed: the part of in flight in which the rank waited for it. hidden: the rest."
 
 
 def _steps(summary: Summary, top: int) -> Iterator[str]:

@@ -31,7 +31,7 @@ _SECONDS = 1.0
 _KINDS = ("blocking", "immediate", "message", "wait")
 """The kinds of operations, indexed by `mpidist.observe.recorder.Kind`."""
 
-REGION = "region"
+REGION, TRANSFER = "region", "transfer"
 
 
 class TraceRow(NamedTuple):
@@ -40,11 +40,12 @@ class TraceRow(NamedTuple):
     Attributes
     ----------
     kind : str
-        ``blocking``, ``immediate``, ``message``, ``wait`` or ``region``.
+        ``blocking``, ``immediate``, ``message``, ``wait``, ``region`` or ``transfer``.
     what, group : str
-        Name of the operation or region; name of the group.
+        Name of the operation, region or transfer; name of the group.
     identity, number : int
-        Of the group and the operation; the same on all ranks of a collective.
+        Of the group and the operation; the same on all ranks of a collective. Of a transfer
+        `number` is the nanoseconds that were waited for it.
     site : str
         The caller's file and line.
     began, ended : int
@@ -102,6 +103,12 @@ class Events:
             self.outer_marks.mark(name, began, ended)
         self._take((name, began, ended), ended)
 
+    def transfer(self, name: str, began: int, ended: int, exposed: int) -> None:
+        """Take what was under way, which may overlap with anything."""
+        if self.outer_marks is not None:
+            self.outer_marks.transfer(name, began, ended, exposed)
+        self._take((name, began, ended, exposed), ended)
+
     def _take(self, event: Any, ended: int) -> None:
         if not self._left:
             self.dropped += 1
@@ -126,6 +133,9 @@ class Events:
         if len(event) == 3:
             name, began, ended = event
             return TraceRow(REGION, name, "", 0, 0, "", began, ended, thread)
+        if len(event) == 4:
+            name, began, ended, exposed = event
+            return TraceRow(TRANSFER, name, "", 0, exposed, "", began, ended, thread)
         kind, what, identity, number, site, began, ended = event
         texts = self._texts.get((what, identity, site))
         if texts is None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mpidist.observe.regions import STEP
 from mpidist.tracing.chrome import COMPUTE, MAIN, MERGED
+from mpidist.tracing.parts import TRANSFER
 
 Spans: TypeAlias = "list[tuple[float, float]]"
 """Disjoint spans of time, in order."""
@@ -82,6 +84,31 @@ class CallTime:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferTime:
+    """What the transfers of one kind of one unit took, over all ranks, inside the steps.
+
+    Attributes
+    ----------
+    name : str
+        Such as ``unit 3: reduce``.
+    count : int
+        Number of transfers, of all ranks.
+    seconds : float
+        From their starts until they were found complete; the sum of `hidden` and `exposed`.
+    hidden : float
+        The part of it in which the ranks went on.
+    exposed : float
+        The part of it in which they waited for the transfer.
+    """
+
+    name: str
+    count: int
+    seconds: float
+    hidden: float
+    exposed: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepTime:
     """One training step.
 
@@ -127,12 +154,13 @@ class Lateness:
 class Summary:
     """A trace added up; the notes say what is missing from it.
 
-    Ranks are in order, as are the steps that all of them made. The longest calls come first, and
-    the ranks that were last most often.
+    Ranks and units are in order, as are the steps that all ranks made. The longest calls come
+    first, and the ranks that were last most often.
     """
 
     ranks: list[RankTime]
     calls: list[CallTime]
+    transfers: list[TransferTime]
     steps: list[StepTime]
     lateness: list[Lateness]
     notes: list[str]
@@ -170,6 +198,7 @@ def summarise(document: Mapping[str, Any]) -> Summary:
     return Summary(
         ranks=[_rank_time(rank, events[rank["rank"]]) for rank in about["ranks"]],
         calls=_calls(event for own in events.values() for event in own),
+        transfers=_transfers(events),
         steps=steps,
         lateness=_lateness(steps),
         notes=notes,
@@ -180,8 +209,7 @@ def _rank_time(about: Mapping[str, Any], events: Sequence[Any]) -> RankTime:
     main = [event for event in events if event["ph"] == "X" and event["tid"] == MAIN]
     compute = _union(_span(event) for event in main if event["cat"] == COMPUTE)
     busy = [event for event in main if event["cat"] in _BUSY]
-    begun = {event["id"]: event["ts"] / 1e6 for event in events if event["ph"] == "b"}
-    flights = _union((begun[e["id"]], e["ts"] / 1e6) for e in events if e["ph"] == "e")
+    flights = _union(flight[1:] for flight in _flights(events) if flight[0]["cat"] != TRANSFER)
     in_flight = _length(flights)
     return RankTime(
         rank=about["rank"],
@@ -193,6 +221,15 @@ def _rank_time(about: Mapping[str, Any], events: Sequence[Any]) -> RankTime:
         in_flight=in_flight,
         hidden=_length(_common(flights, compute)) / in_flight if in_flight else None,
     )
+
+
+def _flights(events: Sequence[Any]) -> Iterator[tuple[Any, float, float]]:
+    """Yield what was in flight: the event at its begin, and begin and end in seconds."""
+    begun = {event["id"]: event for event in events if event["ph"] == "b"}
+    for event in events:
+        if event["ph"] == "e":
+            begin = begun[event["id"]]
+            yield begin, begin["ts"] / 1e6, event["ts"] / 1e6
 
 
 def _span(event: Mapping[str, Any]) -> tuple[float, float]:
@@ -250,6 +287,31 @@ def _calls(events: Iterable[Any]) -> list[CallTime]:
             call.seconds += event["dur"] / 1e6
             call.waiting += _waited(event)
     return sorted(calls.values(), key=lambda call: -call.seconds)
+
+
+def _transfers(events: Mapping[int, Sequence[Any]]) -> list[TransferTime]:
+    """Add up the transfers of all ranks by name: those that begin within a step, if there are any.
+
+    Outside are those of loading a state, for instance.
+    """
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for own in events.values():
+        steps = _step_spans(own)
+        for begin, began, ended in _flights(own):
+            inside = any(start <= began < end for start, end in steps)
+            if begin["cat"] == TRANSFER and (inside or not steps):
+                exposed = begin["args"]["exposed_ms"] / 1e3
+                times[begin["name"]].append((ended - began, min(exposed, ended - began)))
+    transfers = []
+    for name in sorted(times, key=_by_number):
+        seconds, exposed = map(sum, zip(*times[name], strict=True))
+        transfers.append(TransferTime(name, len(times[name]), seconds, seconds - exposed, exposed))
+    return transfers
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Return what sorts unit 10 behind unit 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 # -- steps -----------------------------------------------------------------------------------------

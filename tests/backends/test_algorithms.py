@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +131,40 @@ def test_all_reduces(size: int, name: str) -> None:
             for run in runs:
                 np.testing.assert_allclose(run.result, total(size, count, op), rtol=1e-15)
                 assert run.result.tobytes() == runs[0].result.tobytes()
+
+
+LENGTHS = [[23], [16, 16, 16, 16, 16, 16, 5], []]
+"""Of the pieces of an array: one, more than are on their way at a time, none."""
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=len)
+@pytest.mark.parametrize("mode", Mode)
+def test_pipelined_all_reduce(size: int, lengths: list[int], mode: Mode) -> None:
+    for op, dtype in ((SUM, np.float64), (MAX, np.int32), (SUM, np.float32)):
+
+        def body(lane: Lane, op: ReduceOp = op, dtype: Any = dtype) -> tuple[Steps, Array]:
+            x = values(lane.rank, sum(lengths), dtype)
+            pieces = np.split(x, np.cumsum(lengths)[:-1]) if lengths else []
+            delivered: list[Array] = []
+
+            def deliver(piece: Array) -> None:
+                assert piece is pieces[len(delivered)]
+                delivered.append(piece)
+
+            def made() -> Iterator[Array]:
+                for number, piece in enumerate(pieces):
+                    assert number <= len(delivered) + algorithms.AHEAD + 1
+                    yield piece
+
+            return algorithms.pipelined_all_reduce(lane, made(), op, deliver), x
+
+        runs = play(size, body, mode)
+        nbytes = sum(lengths) * np.dtype(dtype).itemsize
+        for run in runs:
+            np.testing.assert_array_equal(run.result, total(size, sum(lengths), op, dtype))
+            assert len(run.sent) == (1 if size == 2 else 2 * (size - 1)) * len(lengths)
+        assert sum(sum(run.sent) for run in runs) == 2 * (size - 1) * nbytes
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
+from datetime import timedelta
 
 import pytest
 
@@ -148,3 +150,27 @@ def test_works_of_a_generator_are_all_waited_for_each_time() -> None:
     assert both.wait() == 2
     done = Work.all(map(StepsWork, [phases([Fake(9)], [])]))
     assert [done.done(), done.done()] == [False, False]
+
+
+@pytest.mark.parametrize("method", ["wait", "synchronize"])
+def test_works_that_are_waited_for_together_have_one_deadline(method: str) -> None:
+    given: list[float | None] = []
+
+    class Slow(Work[None]):
+        def done(self) -> bool:
+            return False
+
+        def wait(self, timeout: float | None = None) -> None:
+            given.append(timeout)
+            time.sleep(0.05)
+
+    together = getattr(Work.all([Slow(), Slow(), Slow()]), method)
+    together(timedelta(seconds=0.08))
+    first, second, third = given
+    assert first == pytest.approx(0.08, abs=0.02)
+    assert second is not None
+    assert 0 < second <= 0.03
+    assert third == 0.0
+    given.clear()
+    together()
+    assert given == [None] * 3

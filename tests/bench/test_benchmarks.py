@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import socket
+import threading
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,7 +25,8 @@ from mpidist.bench import (
 from mpidist.bench.all_reduce import bound_series
 from mpidist.bench.command import BENCHMARKS
 from mpidist.bench.harness import BenchmarkError
-from mpidist.bench.report import BOUND, GLOO, LIBRARY, ORDINARY, REGISTERED, Report
+from mpidist.bench.link import TcpRing
+from mpidist.bench.report import BOUND, GLOO, LIBRARY, LINK, ORDINARY, REGISTERED, Report
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
 from mpidist.testing import run_ranks
@@ -56,6 +59,37 @@ def test_all_reduce_without_gloo(world: ProcessGroup) -> None:
     assert report.machine.ranks == world.size
     assert report.machine.mpi
     assert "Gloo was left out" in report.notes
+
+
+@pytest.mark.any_mpi
+@pytest.mark.hosts(2)
+def test_all_reduce_over_hosts_has_the_link(world: ProcessGroup) -> None:
+    report = report_of(all_reduce, world, *SMALL, "--no-gloo")
+    assert series_of(report) - {BOUND} == {REGISTERED, ORDINARY, LIBRARY, LINK}
+
+
+@pytest.mark.parametrize("nbytes", [4, 1 << 20])
+def test_the_link_sends_and_receives_the_least_bytes_of_four_nodes(nbytes: int) -> None:
+    after, next_node = socket.socketpair()
+    node_before, before = socket.socketpair()
+    share = 6 * nbytes // 4
+    heard = bytearray()
+
+    def neighbours() -> None:
+        node_before.sendall(bytes(share))
+        while len(heard) < share:
+            heard.extend(next_node.recv(share))
+
+    thread = threading.Thread(target=neighbours)
+    thread.start()
+    with after, next_node, node_before, before:
+        TcpRing(after, before, 4).transfer(nbytes)()
+        thread.join(20)
+        assert len(heard) == share
+        for connection in (next_node, before):
+            connection.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                connection.recv(1)
 
 
 @pytest.mark.any_mpi

@@ -1,20 +1,36 @@
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mpidist import nn
+from mpidist.bench import fsdp
+from mpidist.bench.ddp import Shape, make_model
+from mpidist.bench.report import Report
+from mpidist.group import ProcessGroup
+from mpidist.optim import AdamW
+from mpidist.testing import run_ranks
 from tests._ranks.launcher import clean_environment
+
+STRATEGIES = ["DDP+sharded", "sharded", "DDP"]
 
 
 @pytest.mark.any_mpi
 @pytest.mark.mpirun
 @pytest.mark.timeout(120)
-def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_path):
+@pytest.mark.parametrize("peer", [True, False], ids=["torch", "no torch"])
+def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_path, peer):
+    if peer and find_spec("torch") is None:
+        pytest.skip("torch is missing")
     words = ["bench", "fsdp", "--millions", "0.1", "--units", "0.1", "--repeats", "5"]
+    words += [] if peer else ["--no-torch"]
     command = [*mpirun, "-n", "2", sys.executable, "-m", "mpidist", *words]
     environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
     job = subprocess.run(
@@ -27,14 +43,58 @@ def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_pa
     )
     assert job.returncode == 0, job.stderr
     rows = {row["series"]: row for row in json.loads((tmp_path / "r").read_text())["rows"]}
-    assert list(rows) == ["FSDP", "DDP+sharded", "sharded", "DDP"]
-    held = {name: row["values"]["held"] for name, row in rows.items()}
+    theirs = ["torch FSDP2", "torch alone"] * peer
+    assert list(rows) == ["FULL_SHARD", *STRATEGIES, "alone", *theirs]
+    held = {name: rows[name]["values"]["held"] for name in ["FULL_SHARD", *STRATEGIES]}
     layer = 4 * 160 * 161
     whole = 4 * layer
     assert rows["DDP"]["nbytes"] == whole
     # Half of parameters, gradients and two arrays of state, and two units of a layer.
-    assert held["FSDP"] == pytest.approx(2 * whole + 2 * layer, rel=0.01)
+    assert held["FULL_SHARD"] == pytest.approx(2 * whole + 2 * layer, rel=0.01)
     assert held["DDP+sharded"] == pytest.approx(2.5 * whole, rel=0.01)
     assert held["DDP"] == pytest.approx(4 * whole, rel=0.01)
-    assert "0.10 million parameters, rank 0 holds: FSDP" in job.stdout
-    assert "FSDP/DDP+sharded" in job.stdout
+    assert "0.10 million, rank 0 holds: FULL_SHARD" in job.stdout
+    assert "0.10 million, FULL_SHARD over DDP+sharded" in job.stdout
+    assert ("0.10 million, added over FSDP2's" in job.stdout) == peer
+    assert ("torch was left out" in job.stdout) != peer
+
+
+@pytest.mark.hosts(2)
+@pytest.mark.timeout(120)
+def test_over_two_hosts_fsdp_is_compared_with_ddp(world: ProcessGroup) -> None:
+    report = fsdp.run(world, _options("--millions", "0.1", "--units", "0.1", "--no-torch"))
+    rows = {row.series: row for row in report.rows}
+    assert list(rows) == ["HYBRID_SHARD", *STRATEGIES, "alone"]
+    whole, layer = 16 * 160 * 161, 4 * 160 * 161
+    assert rows["HYBRID_SHARD"].values["held"] == pytest.approx(2 * whole + 2 * layer, rel=0.01)
+    assert [target.what for target in report.targets] == ["0.10 million, HYBRID_SHARD over DDP"]
+    assert report.targets[0].value == pytest.approx(_median(report, "HYBRID_SHARD", "DDP"))
+
+
+def test_the_shares_that_ranks_update_alone_are_the_whole_update() -> None:
+    x, dy = np.random.default_rng(0).standard_normal((2, 4, 32), np.float32)
+
+    def shares(world: ProcessGroup) -> list[np.ndarray]:
+        model = make_model(Shape(32, 2))
+        fsdp.make_step(model, fsdp.Alone(model, world), x, dy)
+        return [p.data.reshape(-1)[fsdp.share(p.size, world)] for p in model.parameters()]
+
+    model = make_model(Shape(32, 2))
+    optimizer = AdamW(model.named_parameters(), lr=1e-4)
+    _, ctx = model.forward(x, nn.Mode(training=True))
+    model.backward(ctx, dy)
+    optimizer.step()
+    parts = zip(*run_ranks(3, shares), strict=True)
+    for parameter, parts_of_one in zip(model.parameters(), parts, strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts_of_one), parameter.data.reshape(-1))
+
+
+def _options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    fsdp.configure(parser)
+    return parser.parse_args([*words, "--repeats", "5"])
+
+
+def _median(report: Report, name: str, reference: str) -> float:
+    medians = {row.series: row.times.median for row in report.rows}
+    return medians[name] / medians[reference]

@@ -42,7 +42,9 @@ def it_happens():
 
 EARLY = """\
 # Not within the deadline of init: a busy machine starts ranks one by one.
-from mpi4py import MPI
+from mpidist.backends.mpi.library import load_mpi
+
+load_mpi()
 import mpidist.job.end
 """
 

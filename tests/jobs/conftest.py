@@ -1,18 +1,30 @@
-"""Fixtures that start jobs/train.py and leave no process of it behind."""
+"""Fixtures that import the modules of jobs/, or start jobs/train.py and leave no process behind."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests._ranks.launcher import MARK, clean_environment, default_dispositions, end_job
 from tests.jobs.running import ROOT, SCRIPT, Run, Start
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The modules in jobs/, imported as train.py imports them: from the script's own folder."""
+    names = [path.stem for path in SCRIPT.parent.glob("*.py")]
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Iterator
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,18 +13,6 @@ import numpy as np
 import pytest
 
 from mpidist.nn import EVAL
-
-JOBS = Path(__file__).parents[2] / "jobs"
-
-
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules in jobs/, imported as train.py imports them: from the script's own folder."""
-    names = ("task", "digits_task", "text_task", "train")
-    monkeypatch.syspath_prepend(str(JOBS))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def test_digits_are_the_uci_test_set(job: SimpleNamespace) -> None:

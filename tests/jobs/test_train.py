@@ -35,6 +35,7 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
             "--device",
             "--strategy",
             "--sharded-optimizer",
+            "--mesh",
             "--compression",
             "--log-every",
             "--checkpoint-dir",
@@ -69,6 +70,17 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         (
             ("--compression", "bf16", "--strategy", "full_shard"),
             "--compression goes with --strategy ddp or zero, not with full_shard",
+        ),
+        (
+            ("--mesh", "replicate=2,shard=-1"),
+            "--mesh goes with --strategy hybrid_shard, not with ddp",
+        ),
+        *(
+            (
+                ("--mesh", text),
+                f"expected a number of ranks for both, as in replicate=2,shard=-1; got '{text}'",
+            )
+            for text in ("2", "replicate=2", "replicate=2,shard=x", "dp=2,tp=2", "shard=1,shard=2")
         ),
         (("--out", str(SCRIPT)), f"cannot write {SCRIPT}: it is a file; 512 KiB needed"),
     ],

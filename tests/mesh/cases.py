@@ -7,7 +7,9 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import pytest
 
+import mpidist
 from mpidist import (
     BXOR,
     LAND,
@@ -23,6 +25,8 @@ from mpidist import (
 )
 from mpidist.arrays.namespaces import BFLOAT16, to_host, ufunc_of
 from mpidist.collectives import all_gather_object
+from mpidist.errors import CollectiveTimeoutError
+from mpidist.group import ProcessGroup
 
 MESHES = [(4,), (2, 2), (1, 4), (2, 1, 2)]
 OPS = [SUM, MEAN, MAX, PROD, BXOR, LAND]
@@ -209,3 +213,23 @@ CHOSEN = [
     Case((2, 2), (5, 3), (S(0), P), (S(0),), to=(4,)),
 ]
 """One for each thing that can be different."""
+
+
+def check_deadlines(world: ProcessGroup) -> None:
+    """Check that what rank 0 alone calls ends at the deadline of the call, not of the group."""
+    calls = [
+        lambda x, mesh: DTensor.distribute(x, mesh, [Shard(0)], timeout=0.2),
+        lambda x, mesh: DTensor(x, mesh, [Partial()]).redistribute([Shard(0)], timeout=0.2),
+        lambda x, mesh: DTensor(x, mesh, [Partial()]).iredistribute([Shard(0)], timeout=0.2).wait(),
+        lambda x, mesh: DTensor(x, mesh, [Partial()]).full(timeout=0.2),
+    ]
+    for number, call in enumerate(calls):
+        with world.duplicate("late") as group, DeviceMesh(group, all=-1) as mesh:
+            x = np.arange(8.0)
+            if group.rank == 0:
+                late = r"not complete after 0\.2 s.*; the call's own timeout sets the deadline"
+                with pytest.raises(CollectiveTimeoutError, match=late):
+                    call(x, mesh)
+            elif number:
+                DTensor(x, mesh, [Partial()])
+            mpidist.barrier(world)

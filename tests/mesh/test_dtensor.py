@@ -36,7 +36,7 @@ from mpidist.errors import (
 from mpidist.mesh import box_at
 from mpidist.mesh.transfer import exchange_boxes
 from mpidist.testing import DeliveryMode, run_ranks
-from tests.mesh.cases import CHOSEN, check_case, hand_cut, some_case
+from tests.mesh.cases import CHOSEN, check_case, check_deadlines, hand_cut, some_case
 
 EXAMPLES = int(os.environ.get("MPIDIST_TEST_EXAMPLES", "0"))
 
@@ -131,6 +131,11 @@ def test_partial_sums_are_added_in_the_order_of_the_ranks_whatever_becomes_of_th
 
         for node_memory in (False, True):
             on_mesh(4, body, dp=2, tp=2, node_memory=node_memory)
+
+
+@pytest.mark.parametrize("node_memory", [False, True])
+def test_a_call_may_have_a_deadline_of_its_own(node_memory):
+    run_ranks(3, check_deadlines, node_memory=node_memory, timeout=60)
 
 
 def test_only_what_changes_hands_is_sent(monkeypatch):

@@ -11,7 +11,7 @@ import mpidist
 from mpidist import DeviceMesh, DTensor, Partial, Replicate, Shard
 from mpidist.collectives import all_gather_object
 from mpidist.errors import CollectiveMismatchError
-from tests.mesh.cases import CHOSEN, check_case, some_case
+from tests.mesh.cases import CHOSEN, check_case, check_deadlines, some_case
 
 pytestmark = pytest.mark.ranks(4)
 
@@ -27,6 +27,10 @@ def test_random_redistributions_are_numpys(world, full):
     for _ in range(400 if full else 40):
         case, immediate = some_case(random), random.random() < 0.5
         check_case(world, case, immediate=immediate)
+
+
+def test_a_call_may_have_a_deadline_of_its_own(world):
+    check_deadlines(world)
 
 
 def test_sub_meshes_sum_and_are_closed_with_the_mesh(world):

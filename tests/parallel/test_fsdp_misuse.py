@@ -11,7 +11,14 @@ from mpidist._types import MAX, SUM
 from mpidist.errors import CollectiveMismatchError, UnsupportedOperationError
 from mpidist.nn import EVAL, Linear, Mode, Parameter, ReLU, Sequential
 from mpidist.optim import SGD, AdamW
-from mpidist.parallel import DDP, FSDP, Cut, ShardedOptimizer, ShardingStrategy
+from mpidist.parallel import (
+    DDP,
+    FSDP,
+    BucketSizes,
+    Cut,
+    ShardedOptimizer,
+    ShardingStrategy,
+)
 from mpidist.testing import run_ranks
 
 RULE = partial(SGD, lr=0.5)
@@ -63,11 +70,45 @@ def refused(error, match, act, size=2, **options):
             r"unit '2'|unit '0'|unit '\(outermost\)'",
         ),
         (lambda g: FSDP(_frozen("0.bias", g.rank), g), "frozen parameter '0.bias'"),
+        (
+            lambda g: FSDP(_halved() if g.rank else model(), g),
+            r"parameter '0\.bias' is \(5,\) float32 on rank 1 and \(5,\) float64 on rank 0",
+        ),
+        (
+            lambda g: FSDP(Sequential(model()) if g.rank else model(), g),
+            r"rank 1 lacks parameter '0\.weight', .* and rank 1 has parameter '0\.0\.weight'",
+        ),
+        (
+            lambda g: FSDP(model(), g, strategy="no_shard" if g.rank else None),
+            "'strategy' is no_shard on rank 1 and ShardingStrategy.FULL_SHARD on rank 0",
+        ),
+        (
+            lambda g: FSDP(model(), g, units=lambda *_: 1 / (1 - g.rank)),
+            r"what 'units' gives is ZeroDivisionError\('division by zero'\) on rank 1 and 2 units",
+        ),
     ],
-    ids=["shapes", "strategy", "cut", "bytes", "names", "functions", "frozen"],
+    ids=[
+        "shapes",
+        "strategy",
+        "cut",
+        "bytes",
+        "names of units",
+        "functions",
+        "frozen",
+        "dtypes",
+        "names",
+        "wrong on one",
+        "raises on one",
+    ],
 )
 def test_ranks_that_differ_are_named(make, match):
     refused(CollectiveMismatchError, match, make)
+
+
+def _halved():
+    made = model()
+    made.layers[0].bias.data = made.layers[0].bias.data.astype(np.float32)
+    return made
 
 
 def _frozen(name, when=True):
@@ -82,6 +123,13 @@ def _frozen(name, when=True):
         (TypeError, r"expected FSDP\(model, group\), got a ProcessGroup", lambda g: FSDP(g, g)),
         (TypeError, "got a DDP", lambda g: FSDP(DDP(model(), g), g)),
         (ValueError, "a positive number of bytes, got 0", lambda g: FSDP(model(), g, units=0)),
+        (TypeError, "units must be a number.*got True", lambda g: FSDP(model(), g, units=True)),
+        (TypeError, "units must be a number.*got nan", lambda g: FSDP(model(), g, units=np.nan)),
+        (
+            ZeroDivisionError,
+            "division by zero",
+            lambda g: FSDP(model(), g, units=lambda *_: 1 / 0),
+        ),
         (TypeError, "a list of names of modules.*got '0'", lambda g: FSDP(model(), g, units="0")),
         (
             ValueError,
@@ -211,7 +259,60 @@ def test_a_step_with_gradients_of_this_rank_alone():
     refused(RuntimeError, r"'0\.weight' holds a gradient of this rank alone; run the last", act)
 
 
-def test_whole_within_a_pass_and_a_step_within_whole():
+def test_a_step_without_gradients_changes_nothing():
+    """As with an optimizer of a whole model."""
+
+    def body(group):
+        fsdp, optimizer = started(group)
+        before = {name: p.data.copy() for name, p in fsdp.named_parameters()}
+        optimizer.step()
+        forward(fsdp)
+        optimizer.step()
+        for name, p in fsdp.named_parameters():
+            np.testing.assert_array_equal(p.data, before[name])
+
+    run_ranks(2, body, node_memory=True)
+
+
+def test_parameters_are_not_written_while_they_are_read():
+    class Writing(ReLU):
+        """Writes in its pass, as it is told."""
+
+        def forward(self, x, mode):
+            self.write()
+            return super().forward(x, mode)
+
+    def within_a_pass(group, write):
+        made = model()
+        made.layers = (made.layers[0], Writing(), made.layers[2])
+        fsdp = FSDP(made, group)
+        optimizer = ShardedOptimizer(fsdp, optimizer=RULE)
+        made.layers[1].write = lambda: write(fsdp, optimizer)
+        forward(fsdp)
+
+    def within_whole(group, write):
+        fsdp, optimizer = started(group)
+        with fsdp.whole():
+            write(fsdp, optimizer)
+
+    def step(_, optimizer):
+        optimizer.step()
+
+    def load(fsdp, _):
+        fsdp.load_state_dict(fsdp.state_dict())
+
+    for write, name in ((step, r"ShardedOptimizer\.step"), (load, r"FSDP\.load_state_dict")):
+        for act, where in (
+            (within_a_pass, "within a pass of the model"),
+            (within_whole, r"inside FSDP\.whole\(\)"),
+        ):
+            words = (
+                rf"{name} on group 'world/fsdp', rank \d of 2: called {where}, .* leave it first"
+            )
+            refused(RuntimeError, words, partial(act, write=write))
+
+
+def test_whole_within_a_pass():
     class Curious(ReLU):
         def forward(self, x, mode):
             with self.fsdp.whole():
@@ -222,13 +323,6 @@ def test_whole_within_a_pass_and_a_step_within_whole():
         made.layers = (made.layers[0], Curious(), made.layers[2])
         made.layers[1].fsdp = fsdp = FSDP(made, group)
         forward(fsdp)
-
-    def step_within(group):
-        fsdp, optimizer = started(group)
-        fsdp.backward(forward(fsdp), DY)
-        with fsdp.whole():
-            assert all(p.data.size for p in fsdp.parameters())
-            optimizer.step()
 
     class CuriousBackwards(ReLU):
         def backward_input(self, ctx, dy):
@@ -244,7 +338,6 @@ def test_whole_within_a_pass_and_a_step_within_whole():
     refused(RuntimeError, r"FSDP\.whole on .*: called within a pass", within_a_pass)
     for name in ("backward", "ibackward", "backward_input"):
         refused(RuntimeError, "called within a pass", partial(within_backward, backward=name))
-    refused(RuntimeError, r"step on .*: called inside FSDP\.whole\(\)", step_within)
 
 
 def test_an_optimizer_of_the_modules_own_parameters():
@@ -260,6 +353,27 @@ def test_an_optimizer_of_the_modules_own_parameters():
 
     refused(ValueError, r"made an optimizer of \['0\.bias'.*slices.*those of the module", sharded)
     refused(RuntimeError, r"'0\.weight' has been reduced.*update .*by a ShardedOptimizer", plain)
+
+
+def test_a_second_optimizer_of_one_fsdp():
+    """The first one's step uses the gradients up, so that the other one would have none."""
+
+    def act(group):
+        fsdp, _ = started(group)
+        ShardedOptimizer(fsdp, optimizer=RULE)
+
+    refused(ValueError, r"world/fsdp', rank . of 2: the FSDP has one already.*several optim", act)
+
+    def one_after_the_other(group):
+        fsdp = FSDP(model(), group)
+        with pytest.raises(ValueError, match="made no optimizer"):
+            ShardedOptimizer(fsdp, optimizer=lambda _: [])
+        for _ in range(2):
+            with ShardedOptimizer(fsdp, optimizer=RULE) as optimizer:
+                fsdp.backward(forward(fsdp), DY)
+                optimizer.step()
+
+    run_ranks(2, one_after_the_other, node_memory=True)
 
 
 class OfMatrices(SGD):
@@ -287,10 +401,14 @@ def test_what_an_fsdp_has_is_not_given_twice():
     def ranks(group):
         ShardedOptimizer(FSDP(model(), group), group.split(group.rank), optimizer=RULE)
 
+    def sizes(group):
+        ShardedOptimizer(FSDP(model(), group), optimizer=RULE, sizes=BucketSizes())
+
     def none(group):
         ShardedOptimizer(model(), optimizer=RULE)
 
     refused(ValueError, "op belongs to the FSDP", op)
+    refused(ValueError, r"sizes are those of .* FSDP\(model, group, units=\.\.\.\)", sizes)
     refused(ValueError, "give the group that the FSDP was made over", ranks)
     refused(UnsupportedOperationError, "ShardedOptimizer: the group must be a Process", none)
 

@@ -14,11 +14,12 @@ from mpidist.arrays.namespaces import is_device, like_device, to_host
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.nn import Mode, cross_entropy
-from mpidist.optim import AdamW
+from mpidist.optim import SGD, AdamW
 from mpidist.parallel import (
     DDP,
     FSDP,
     Cut,
+    Precision,
     ShardedOptimizer,
     ShardingStrategy,
     full_state_dict,
@@ -101,6 +102,35 @@ def test_states_go_from_the_host_to_a_device_and_back(group: ProcessGroup) -> No
             taken.load_state_dict(given.state_dict())
         for name, array in target[0].module.state_dict().items():
             np.testing.assert_array_equal(to_host(array), values[name])
+
+
+def test_with_halves_beside_single_precision_it_trains_as_on_the_host(group: ProcessGroup) -> None:
+    def steps(device):
+        model = CASES["plain"].build(np.random.default_rng(group.rank), np.float32)
+        model.to(device)
+        precision = Precision(np.float16, np.float32, np.float32)
+        fsdp = FSDP(model, group, strategy=GRADIENTS, units=UNIT, precision=precision)
+        optimizer = ShardedOptimizer(fsdp, optimizer=partial(SGD, lr=0.1))
+        here = next(model.parameters()).data
+        assert here.dtype == np.float16
+        for step, (x, target) in enumerate(batches(np.float32)):
+            own = slice(group.rank, None, group.size)
+            y, ctx = fsdp.forward(like_device(here, x[own]), Mode(True, step=step))
+            optimizer.backward(ctx, cross_entropy(y, like_device(here, target[own]))[1])
+            optimizer.step()
+        return {n: to_host(shard.data).copy() for n, shard in fsdp.parameter_shards.shards.items()}
+
+    expected = steps("cpu")
+    for name, array in steps("gpu").items():
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, expected[name], atol=2e-3)
+
+
+def test_what_layers_on_a_device_cannot_do_is_refused(group: ProcessGroup) -> None:
+    model = CASES["plain"].build(np.random.default_rng(0), np.float32)
+    model.to("gpu")
+    with pytest.raises(UnsupportedOperationError, match="do not compute in bfloat16; use"):
+        FSDP(model, group, strategy=GRADIENTS, precision=Precision("bfloat16"))
 
 
 def test_what_needs_shared_memory_is_refused(group: ProcessGroup) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mpidist.nn import GELU, Dropout, LayerNorm, Linear, Module, Recompute, Residual, Sequential
 from mpidist.parallel import BucketSizes, Cut, ShardingStrategy
 from mpidist.testing import run_ranks
-from tests.parallel.fsdp import CLASSES, STRATEGIES, UNIT, WIDTH, Case, linear, train
+from tests.parallel.fsdp import CLASSES, SHORT, STRATEGIES, UNIT, WIDTH, Case, linear, train
 from tests.parallel.sharded import assert_same
 from tests.parallel.training import Routed, assert_close, even, uneven
 
@@ -73,6 +73,7 @@ def test_it_trains_as_ddp_does(seed: int) -> None:
         micro_batches=draw.choice([1, 1, 2, 3]),
         accumulate=draw.random() < 0.5,
         halves=draw.random() < 0.3,
+        exact=SHORT,
         options={"units": draw.choice(UNITS), "cut": draw.choice(list(Cut))},
     )
     strategy = draw.choice(STRATEGIES)
@@ -80,8 +81,10 @@ def test_it_trains_as_ddp_does(seed: int) -> None:
     if strategy is not ShardingStrategy.FULL_SHARD:
         nodes["ranks_per_node"] = draw.choice([None, 2])
     size = draw.choice([1, 2, 3, 4])
+    if strategy is ShardingStrategy.HYBRID_SHARD and size == 3:
+        nodes["ranks_per_node"] = None  # it refuses nodes with different numbers of ranks
     expected = run_ranks(size, train, case, "ddp", **nodes)[0]
     first, *others = run_ranks(size, train, case, strategy, **nodes)
-    assert_close(first, expected, rtol=1e-9)  # small gradients make AdamW's steps coarse
+    assert_close(first, expected)
     for other in others:
         assert_same(other, first)

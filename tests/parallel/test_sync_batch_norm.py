@@ -225,6 +225,17 @@ def test_a_norm_without_a_group_is_refused():
         synchronize_batch_norms(BatchNorm2d(3), None)
 
 
+def test_what_is_no_model_or_no_norm_is_refused(single):
+    ddp = DDP(Sequential(BatchNorm2d(2)), single)
+    for wrong in (3, None, BatchNorm2d, ddp):
+        words = rf"\(model, group\), got a {type(wrong).__name__} first; exchange the norms"
+        with pytest.raises(TypeError, match=words):
+            synchronize_batch_norms(wrong, single)
+    with pytest.raises(TypeError, match=r"expected a BatchNorm2d, got a Linear; synchronize_"):
+        SyncBatchNorm2d.of(Linear(2, 2, rng=0), single)
+    ddp.close()
+
+
 class Pair(NamedTuple):
     left: Module
     right: Module

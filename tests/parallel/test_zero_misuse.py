@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from mpidist._types import SUM
 from mpidist.errors import CollectiveMismatchError
+from mpidist.nn import Parameter
 from mpidist.optim import SGD
 from mpidist.parallel import DDP, ShardedOptimizer
 from mpidist.testing import run_ranks
@@ -72,6 +75,46 @@ def test_a_module_has_one_sharded_optimizer():
 )
 def test_a_factory_uses_what_it_is_given_once(factory, match):
     refused(ValueError, match, lambda g: ShardedOptimizer(mixture(), g, optimizer=factory))
+
+
+@pytest.mark.parametrize(
+    ("model", "factory", "match"),
+    [
+        (mixture, 3, r"optimizer must be a function .* partial\(AdamW, lr=1e-3\); got 3"),
+        (mixture, SGD({"w": Parameter(np.ones(1))}.items(), lr=1), "a function.*got SGD of 1 para"),
+        (mixture, lambda _: None, "a function that makes an Optimizer.*got None"),
+        (mixture, lambda named: {"a": SGD(named, lr=1)}, "a function .*got {'a': SGD of 6 param"),
+        (lambda: 3, RULES["adam"], "expected a Module, an FSDP or a DDP, got one of type int"),
+        (lambda: Given, RULES["adam"], "expected a Module.* got one of type ABCMeta"),
+    ],
+)
+def test_what_is_no_model_or_no_factory(model, factory, match):
+    refused(TypeError, match, lambda g: ShardedOptimizer(model(), g, optimizer=factory))
+
+
+@pytest.mark.parametrize(
+    ("factories", "match"),
+    [
+        (("sgd", "adam"), "optimizer 0 is Adam of 6 .* on rank 1 and SGD of 6 .* on rank 0"),
+        (("sgd", "momentum"), r"SGDRule\(momentum=0\.9, .* on rank 1 and SGD of .*momentum=0\.0"),
+        (
+            (partial(SGD, lr=0.25), partial(SGD, lr=0.5)),
+            r"optimizer 0 is .*, lr=0\.5 on rank 1 and .*, lr=0\.25 on rank 0",
+        ),
+        (
+            (lambda n: [SGD(n[:1], lr=1), SGD(n[1:], lr=1)], lambda n: SGD(n, lr=1)),
+            "rank 1 lacks optimizer 1|optimizer 0 is SGD of 6 parameters",
+        ),
+    ],
+)
+def test_ranks_with_different_optimizers_are_told(factories, match):
+    """Each would update its slices in its own way."""
+
+    def act(group):
+        factory = factories[group.rank]
+        ShardedOptimizer(mixture(), group, optimizer=RULES.get(factory, factory))
+
+    refused(CollectiveMismatchError, rf"ShardedOptimizer over group .*{match}", act)
 
 
 def test_adam_refuses_halves_here_too():

@@ -17,6 +17,7 @@ from tests.slurm.cluster import ROOT, Cluster, Job, segments
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
 
 NODES = ("--nodes=2", "--ntasks-per-node=1", "jobs/ddp-nodes.sbatch")
+FSDP_NODES = ("--nodes=2", "--ntasks-per-node=2", "jobs/fsdp-nodes.sbatch")
 ONE_NODE = ("--ntasks=2", "jobs/ddp-one-node.sbatch")
 STEPS = 120
 
@@ -44,9 +45,10 @@ def wait_for_step(job: Job, out: Path, step: int) -> None:
     [
         # What --signal=B:USR1 sends, and what scancel --signal=USR1 does: to the ranks only.
         (NODES, ["--batch"], "start {n}, on n[0-1]"),
+        (FSDP_NODES, ["--batch"], "start {n}, on n[0-1]"),
         pytest.param(ONE_NODE, [], "start {n}, on n0", marks=pytest.mark.full),
     ],
-    ids=["two nodes", "one node"],
+    ids=["two nodes", "two nodes, fsdp", "one node"],
 )
 def test_signalled_requeued_and_resumed_has_the_bits_of_undisturbed(
     pmi2: Cluster, tmp_path: Path, script: tuple[str, ...], to: list[str], started: str
@@ -71,6 +73,7 @@ def test_signalled_requeued_and_resumed_has_the_bits_of_undisturbed(
     for name, array in mine.items():
         assert array.tobytes() == theirs[name].tobytes(), name
     records = read_records(tmp_path / "stopped/metrics.jsonl")
+    assert records[0]["strategy"] == ("hybrid_shard" if script is FSDP_NODES else "ddp")
     steps = [record["step"] for record in records if record["kind"] == "train"]
     assert steps == sorted(set(steps))
     assert steps[-1] == STEPS
@@ -148,11 +151,28 @@ def test_the_gpus_that_slurm_hands_out_are_asked_for_and_missed(
     assert not (tmp_path / "out").exists()
 
 
+def lines_of(script: str) -> list[str]:
+    return (ROOT / "jobs" / script).read_text().splitlines()
+
+
 def test_the_scripts_differ_in_their_nodes_only() -> None:
-    one, several = (
-        (ROOT / name).read_text().splitlines()
-        for name in ("jobs/ddp-one-node.sbatch", "jobs/ddp-nodes.sbatch")
-    )
+    one, several = lines_of("ddp-one-node.sbatch"), lines_of("ddp-nodes.sbatch")
     changed = [(a, b) for a, b in zip(one, several, strict=True) if a != b]
     assert all(a.startswith(("# ", "#SBATCH --n")) for a, _ in changed)
     assert len(changed) <= 5
+
+
+def test_the_script_of_fsdp_differs_in_the_strategy_and_the_memory_only() -> None:
+    ddp, fsdp = lines_of("ddp-nodes.sbatch"), lines_of("fsdp-nodes.sbatch")
+    added = [line.strip() for line in fsdp if line not in ddp and not line.startswith("# ")]
+    assert added == [
+        "#SBATCH --job-name=fsdp",
+        "#SBATCH --mem=0",
+        '"${PYTHON:-.venv/bin/python}" jobs/train.py --strategy hybrid_shard \\',
+        '--no-progress --resume --checkpoint-every 100 "$@" &',
+    ]
+    removed = [line.strip() for line in ddp if line not in fsdp and not line.startswith("# ")]
+    assert removed == [
+        "#SBATCH --job-name=ddp",
+        *[line.strip() for line in ddp if "jobs/train.py" in line and "PYTHON" in line],
+    ]

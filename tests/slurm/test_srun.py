@@ -84,13 +84,13 @@ import mpidist
 from mpidist.backends import algorithms
 
 lanes = []
-plain = algorithms.rank_order_all_reduce
+plain = algorithms.pipelined_all_reduce
 
 def noted(lane, *args):
     lanes.append(lane.size)
     return plain(lane, *args)
 
-algorithms.rank_order_all_reduce = noted  # what slices go through on their way to the other node
+algorithms.pipelined_all_reduce = noted  # what slices go through on their way to the other node
 with mpidist.init() as world:
     parts = [
         np.random.default_rng(rank).standard_normal(500_003).astype(np.float32)

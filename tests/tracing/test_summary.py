@@ -10,8 +10,17 @@ import pytest
 
 from mpidist import cli
 from mpidist.tracing.parts import TracePart, TraceRow
-from mpidist.tracing.summary import CallTime, Lateness, StepTime, Summary, load, summarise
-from tests.tracing.parts import part, row, trace_of
+from mpidist.tracing.summary import (
+    CallTime,
+    Lateness,
+    StepTime,
+    Summary,
+    TransferTime,
+    load,
+    summarise,
+)
+from tests.tracing.format import check_trace
+from tests.tracing.parts import MS, part, row, trace_of
 
 SUM = "all_reduce SUM float32[1000]"
 
@@ -124,6 +133,33 @@ def test_operations_are_added_up_by_place(tmp_path: Path) -> None:
         CallTime("all_reduce", "other.py:5", 1, pytest.approx(0.010), 0, 4000),
         CallTime("iall_reduce", "train.py:1", 1, pytest.approx(0.005), 0, 4000),
     ]
+
+
+def test_transfers_of_units_are_hidden_but_for_what_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = []
+    for rank in range(2):
+        rows = [
+            row("region", "step", 0, 60),
+            row("transfer", "unit 10: reduce", 10, 50, 15 * MS),
+            row("transfer", "unit 9: gather", 20, 25, 0),
+            row("transfer", "unit 9: gather", 30, 35 + rank, 5 * MS),
+            row("transfer", "unit 9: gather", 70, 80, 10 * MS),  # in no step
+        ]
+        parts.append(part(rank, rows))
+    document = trace_of(parts, tmp_path)
+    check_trace(document)
+    summary = summarise(document)
+    seconds = [0.021, 0.011, 0.010, 0.080, 0.050, 0.030]
+    assert summary.transfers == [
+        TransferTime("unit 9: gather", 4, *map(pytest.approx, seconds[:3])),
+        TransferTime("unit 10: reduce", 2, *map(pytest.approx, seconds[3:])),
+    ]
+    assert [rank.in_flight for rank in summary.ranks] == [0, 0]  # of its operations alone
+    assert run("summary", str(tmp_path / "trace.json")) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["80.00", "50.00", "30.00", "2", "15.00", "unit", "10:", "reduce"] in lines
 
 
 def run(*words: str) -> int:

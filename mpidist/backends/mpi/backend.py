@@ -34,13 +34,25 @@ from mpidist.backends.node.shared_memory import share
 from mpidist.backends.node.signatures import Route
 from mpidist.backends.node.topology import NodeTopology
 from mpidist.backends.verbs import Barrier, Collective
-from mpidist.backends.work import Engine, Message, PolledWork, Steps, Waiter, Work, then, wait_until
+from mpidist.backends.work import (
+    Engine,
+    Message,
+    PersistentExchange,
+    Steps,
+    Waiter,
+    Work,
+    then,
+    wait_until,
+)
 from mpidist.errors import TransportError
 
 __all__ = ["MpiBackend"]
 
 _CHUNK = 2**30
 """Bytes of the longest single message; longer ones travel in several."""
+
+_MOST_LENGTHS = 256
+"""Lengths of the messages of a `PersistentExchange` for which requests are kept."""
 
 
 class _Requests(Work[tuple[int, ...]]):
@@ -96,20 +108,79 @@ class _Requests(Work[tuple[int, ...]]):
         return self._sources or ()
 
 
-class _Swap(PolledWork):
-    """Requests of a short exchange, whose sources are known; `_Requests` at less cost."""
+class _PersistentRequests:
+    """A `PersistentExchange` by persistent requests: one of each receive, one of each length sent.
 
-    def __init__(self, mpi: Any, requests: list[Any], *, keep: object) -> None:
+    Starting and testing them takes half the time of making new ones.
+    """
+
+    def __init__(
+        self,
+        mpi: Any,
+        comm: Any,
+        sent: Array,
+        received: Sequence[Array],
+        peers: list[int],
+        lane: int,
+    ) -> None:
         self._mpi = mpi
-        self._testall: Callable[[list[Any]], bool] = mpi.Request.Testall
-        self._requests = requests
-        self._keep = keep
+        self._start: Callable[[list[Any]], None] = mpi.Prequest.Startall
+        self._testall: Callable[[list[Any]], bool] = mpi.Prequest.Testall
+        self._send: Callable[[int], list[Any]] = lambda nbytes: [
+            comm.Send_init(sent[:nbytes], peer, lane) for peer in peers
+        ]
+        self._receives = [
+            comm.Recv_init(x, peer, lane) for x, peer in zip(received, peers, strict=True)
+        ]
+        self._prepared: dict[int, list[Any]] = {}
+        self._requests: list[Any] = self._receives
+        self._keep = sent, received
+        self._error: TransportError | None = None
+
+    def start(self, nbytes: int) -> None:
+        requests = self._prepared.get(nbytes)
+        try:
+            if requests is None:
+                requests = self._prepare(nbytes)
+            self._requests = requests
+            self._start(requests)
+        except self._mpi.Exception as error:
+            raise self._failed(error) from error
 
     def done(self) -> bool:
+        if self._error is not None:
+            raise self._error
         try:
             return self._testall(self._requests)
         except self._mpi.Exception as error:
-            raise _translate(self._mpi, "arrival", error) from error
+            raise self._failed(error) from error
+
+    def Free(self) -> None:  # noqa: N802  # as a communicator, beside which it is released
+        """Free the requests, unless a failure has left some active: the library still has them."""
+        if self._error is None and self._testall(self._requests):
+            self._free_sends()
+            for request in self._receives:
+                request.Free()
+        else:
+            _LEFT.append(self)
+
+    def _prepare(self, nbytes: int) -> list[Any]:
+        if len(self._prepared) >= _MOST_LENGTHS:
+            self._free_sends()
+        requests = self._prepared[nbytes] = [*self._receives, *self._send(nbytes)]
+        return requests
+
+    def _free_sends(self) -> None:
+        for requests in self._prepared.values():
+            for request in requests[len(self._receives) :]:
+                request.Free()
+        self._prepared.clear()
+        self._requests = self._receives
+
+    def _failed(self, error: Any) -> TransportError:
+        # Kept: a request that has failed is inactive, and looks as if it were complete.
+        self._error = _translate(self._mpi, "arrival", error)
+        return self._error
 
 
 @contextlib.contextmanager
@@ -141,6 +212,9 @@ _ENGINE = Engine()
 """What this process has under way: MPI is one for all its groups, and so is progress."""
 
 _ALIVE_LOCK = threading.Lock()
+
+_LEFT: list[_PersistentRequests] = []
+"""What failures have left active, with its arrays."""
 
 
 class MpiBackend(Backend):
@@ -180,17 +254,19 @@ class MpiBackend(Backend):
         # The ranks of this node, which share memory.
         self._local = comm if len(set(nodes)) == 1 else comm.Split(self._node, self.rank)
         self.inside: tuple[Waiter, float] | None = None
+        self._persistent: list[_PersistentRequests] = []
         self.node_memory: NodeMemory = NodeMemory(
             self,
             self._topology,
             _CommExchange(self, self._local),
             lane_of=partial(self.lane, Traffic.SEQUENCED),
+            arrival_lane=self.lane(Traffic.ARRIVAL, 0),
             compare=lambda: SumComparison(self._add, self.size),
         )
         self.sums = self.node_memory.sums
         self._sequencer = self.node_memory.sequencer
         comms = (comm,) if self._local is comm else (comm, self._local)
-        self._dropping = weakref.finalize(self, communicators.drop, *comms)
+        self._dropping = weakref.finalize(self, communicators.drop, *self._persistent, *comms)
         self._dropping.atexit = False
         with _ALIVE_LOCK:
             self._alive.add(self)
@@ -224,17 +300,14 @@ class MpiBackend(Backend):
             ]
         return _Requests(self._mpi, requests, keep=(sends, receives), receives=len(receives))
 
-    def swap(
+    def persistent_exchange(
         self, sent: Array, received: Sequence[Array], peers: Sequence[int], lane: int
-    ) -> Work[Any]:
-        """Start sending the same short array to some ranks; `exchange` at less cost."""
-        comm = self._comm
-        try:
-            requests = [comm.Irecv(received[i], peer, lane) for i, peer in enumerate(peers)]
-            requests += [comm.Isend(sent, peer, lane) for peer in peers]
-        except self._mpi.Exception as error:
-            raise _translate(self._mpi, "arrival", error) from error
-        return _Swap(self._mpi, requests, keep=(sent, received))
+    ) -> PersistentExchange:
+        """Prepare to send and to receive by persistent requests, until `close`."""
+        with _translated(self._mpi, "exchange"):
+            made = _PersistentRequests(self._mpi, self._comm, sent, received, list(peers), lane)
+        self._persistent.append(made)
+        return made
 
     def split(self, color: int | None, key: int, *, waiter: Waiter) -> MpiBackend | None:
         """Make one transport per color; collective over all ranks, blocks."""
@@ -301,6 +374,8 @@ class MpiBackend(Backend):
         with _ALIVE_LOCK:
             self._alive.discard(self)
         self._dropping.detach()
+        for requests in self._persistent:
+            requests.Free()
         if self._local != self._comm:
             self._local.Free()
         self._comm.Free()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mpidist import env
 from mpidist.errors import BackendUnavailableError
 
 __all__ = ["abort_job", "library_name", "load_mpi", "world_ranks"]
@@ -20,6 +21,10 @@ _CURE = (
 )
 
 
+_ABORT_DELAY = 5
+"""Seconds that Open MPI waits before it aborts; see [Note: how a job of PRRTE ends]."""
+
+
 def library_name(mpi: Any) -> str:
     """Return name and version of the MPI library, the beginning of its description of itself."""
     text: str = mpi.Get_library_version()
@@ -30,11 +35,22 @@ def library_name(mpi: Any) -> str:
 def load_mpi() -> Any:
     """Import and return ``mpi4py.MPI``, which initialises MPI.
 
+    [Note: how a job of PRRTE ends] A rank that calls MPI_Abort tells the daemon of its node, and
+    exits. In PRRTE 3.0.14, the launcher of Open MPI 5, daemons on other nodes than mpirun's lose
+    it if the order to kill the job arrives between the end of the rank's output and that of its
+    process: `prte_odls_base_default_kill_local_procs` no longer waits for the process then, and
+    `proc_errors` of errmgr_prted.c takes the rank for one that is still to end. mpirun waits for it
+    for ever, as it did in one of twenty jobs over two nodes. A rank that exits with a code other
+    than 0 ends the job without that. Open MPI itself aborts when a connection breaks, as those to a
+    lost rank do: it is told to wait first, for longer than the launcher needs to end the rank.
+
     Raises
     ------
     BackendUnavailableError
         If mpi4py or an MPI library is missing.
     """
+    if env.launched_remotely():
+        env.delay_aborts_of_open_mpi(_ABORT_DELAY)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError, OSError) as error:
@@ -56,9 +72,11 @@ def abort_job(mpi: Any, code: int) -> NoReturn:
     """
     try:
         _unlink_library_memory()
-        mpi.COMM_WORLD.Abort(code)
+        if not env.launched_remotely():
+            mpi.COMM_WORLD.Abort(code)
     finally:
-        # Some libraries only ask the launcher to end the job, and return.
+        # Some libraries only ask the launcher to end the job, and return. And see
+        # [Note: how a job of PRRTE ends].
         os._exit(code)
 
 

@@ -11,7 +11,8 @@ it exchanges messages with the workers of the same local rank on the other nodes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.sequencer import Sequencer
 from mpidist.backends.node.signatures import ComparedCall, Route
 from mpidist.backends.node.topology import NodeTopology
-from mpidist.backends.work import ConditionSteps, Steps, StepsWork, conditions
+from mpidist.backends.work import ConditionSteps, Steps, conditions
 
 __all__ = [
     "DirectPath",
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 _PIPELINED = 512 << 10
-"""Bytes of a worker's slice that are sent to each other node at a time."""
+"""Bytes of a worker's slice that are one piece of `algorithms.pipelined_all_reduce`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def all_reduce(context: NodeContext, lane: int, array: RegisteredArray, op: Redu
 
     Each worker combines one slice of its node's arrays and writes the result into all of them: of
     q workers of p ranks of a node each, p / q of an array read and written. Over nodes the slices
-    are all-reduced, 2 (m - 1) / m / q of an array sent per worker for m nodes.
+    are all-reduced in pieces, 2 (m - 1) / m / q of an array sent per worker for m nodes.
     """
     if context.single_node:
         quietly(*prepare_all_reduce(context, array, op))
@@ -105,22 +106,20 @@ def all_reduce(context: NodeContext, lane: int, array: RegisteredArray, op: Redu
     if outer is None:
         return
     parts, wide = slice_of(context.topology, array.arrays), accumulation_dtype(array.dtype)
-    step = max(_PIPELINED * outer.size // wide.itemsize, 1)
-    travelling: tuple[StepsWork, Array, list[Array]] | None = None
-    for start in range(0, parts[0].size, step):
-        # While one piece is on its way, the next one is combined.
-        pieces = [part[start : start + step] for part in parts]
-        total = pieces[0] if wide == array.dtype else np.empty(pieces[0].size, wide)
-        quietly(sum_widely, pieces, op, total)
-        if travelling is not None:
-            yield travelling[0]
-        work = StepsWork(algorithms.rank_order_all_reduce(outer, total, total, undivided(op)))
-        if travelling is not None:
-            quietly(write_result, travelling[1], op, context.transport.size, travelling[2])
-        travelling = work, total, pieces
-    if travelling is not None:
-        yield travelling[0]
-        quietly(write_result, travelling[1], op, context.transport.size, travelling[2])
+    step = max(_PIPELINED // wide.itemsize, 1)
+    under_way: deque[list[Array]] = deque()
+
+    def combined() -> Iterator[Array]:
+        for start in range(0, parts[0].size, step):
+            under_way.append(pieces := [part[start : start + step] for part in parts])
+            total = pieces[0] if wide == array.dtype else np.empty(pieces[0].size, wide)
+            quietly(sum_widely, pieces, op, total)
+            yield total
+
+    def deliver(total: Array) -> None:
+        quietly(write_result, total, op, context.transport.size, under_way.popleft())
+
+    yield from algorithms.pipelined_all_reduce(outer, combined(), undivided(op), deliver)
 
 
 def prepare_all_reduce(

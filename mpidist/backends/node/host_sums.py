@@ -9,9 +9,10 @@ until all ranks have made the same call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from mpidist.backends.node.sequencer import Sequencer, Waiters
 from mpidist.backends.node.signatures import ComparedCall, Route
 from mpidist.backends.node.sums import PreparedSum, Sum, remember
 from mpidist.backends.verbs import AllReduce
-from mpidist.backends.work import ConditionSteps, StepsWork, Waiter
+from mpidist.backends.work import ConditionSteps, Waiter, Work
 
 __all__ = ["HostSums"]
 
@@ -48,6 +49,7 @@ class ShortHostSum(PreparedSum):
         sequencer: Sequencer,
         context: NodeContext,
         parts: list[memoryview],
+        messages: list[Array],
         x: Array,
         op: ReduceOp,
         call: ComparedCall,
@@ -56,12 +58,14 @@ class ShortHostSum(PreparedSum):
         self._wide = wide = accumulation_dtype(x.dtype)
         self._divisor = context.transport.size if op is MEAN else 1
         self._alone = len(parts) == 1
-        self._stop = HEADER_NBYTES + x.size * wide.itemsize
+        self._nbytes = x.size * wide.itemsize
         self._combine = combination(undivided(op), wide)
         arrays = [np.frombuffer(part, np.uint8).reshape(2, -1)[:, : x.nbytes] for part in parts]
         self._inputs = [both[0].view(x.dtype) for both in arrays]
         self._result = arrays[0][1].view(x.dtype)
         self._wider = None if wide == x.dtype else np.empty(x.size, wide)
+        self._nodes = [m[HEADER_NBYTES:][: self._nbytes].view(wide) for m in messages]
+        self._own = context.topology.node_of(context.transport.rank)
         self._x = self._out = self._result  # the caller's, while the leader is inside of a call
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
@@ -79,22 +83,22 @@ class ShortHostSum(PreparedSum):
             self._x = self._out = self._result
         sequencer.counters.finish(number)
 
-    def pack(self, message: Array) -> int:
-        """Combine the arrays of this node behind the header; see `Payload`."""
-        node = message[HEADER_NBYTES : self._stop].view(self._wide)
+    def pack(self) -> int:
+        """Combine the arrays of this node; see `Payload`."""
+        node = self._nodes[self._own]
         if self._alone:
             node[...] = self._x
         else:
             parts = [self._x, *self._inputs[1:]]
-            wide = [part.astype(self._wide, copy=False) for part in parts]
-            self._run(self._combine, wide, node)
-        return self._stop - HEADER_NBYTES
+            if self._wider is not None:
+                parts = [part.astype(self._wide) for part in parts]
+            self._run(self._combine, parts, node)
+        return self._nbytes
 
-    def unpack(self, messages: Sequence[Array]) -> None:
+    def unpack(self) -> None:
         """Combine the arrays of all nodes; see `Payload`."""
-        nodes = [message[HEADER_NBYTES : self._stop].view(self._wide) for message in messages]
         total = self._out if self._wider is None else self._wider
-        self._run(self._combine, nodes, total)
+        self._run(self._combine, self._nodes, total)
         if self._divisor > 1:
             self._run(np.divide, total, self._divisor, total)
         if total is not self._out:
@@ -106,10 +110,10 @@ class ShortHostSum(PreparedSum):
 class LongHostSum(PreparedSum):
     """A sum that follows the arrival, piece by piece.
 
-    The ranks of a node copy a piece into memory that they share; each worker combines its slice of
-    it, all-reduces that with the workers of its local rank on the other nodes, and gives the result
-    to its node. While a slice is on its way, the next piece is copied and combined: two halves of
-    the memory are used in turn. 2 (m - 1) / m of an array are sent per node, for m nodes.
+    The ranks of a node copy a piece into memory that they share, but for the slices that they
+    combine themselves; each worker combines its slice, all-reduces that with the workers of its
+    local rank on the other nodes, and gives the result to its node. While some pieces are on their
+    way, the next one is copied and combined: `_SLOTS` parts of the memory are used in turn.
     """
 
     def __init__(
@@ -128,83 +132,70 @@ class LongHostSum(PreparedSum):
         self._op = op
         self._wide = accumulation_dtype(x.dtype)
         self._step = _piece_nbytes(x.nbytes) // x.itemsize
-        arrays = [np.frombuffer(part, np.uint8).reshape(4, -1) for part in parts]
-        # Of each half: what every rank gives, and what every worker has combined.
-        self._given = [[both[half].view(x.dtype) for both in arrays] for half in (0, 1)]
-        self._results = [[both[2 + half].view(x.dtype) for both in arrays] for half in (0, 1)]
+        arrays = [
+            np.frombuffer(part, np.uint8).view(x.dtype).reshape(2, _SLOTS, -1) for part in parts
+        ]
+        # By slot: what every rank gives, and what every worker has combined.
+        self._given = [[both[0, slot] for both in arrays] for slot in range(_SLOTS)]
+        self._results = [[both[1, slot] for both in arrays] for slot in range(_SLOTS)]
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
         """Combine; see `Sum`."""
         sequencer = self._sequencer
         sequencer.wait_for_earlier(waiters)
         number = sequencer.begin_blocking(self._signature, waiters)
-        outer = self._context.between_nodes(self._lane_of(number))
-        before: _Travelling | None = None
-        for half, start in zip(cycle((0, 1)), range(0, x.size, self._step), strict=False):
-            total = self._combine(half, x[start : start + self._step], waiters)
-            if before is not None:
-                _complete(before.work, waiters)
-            work = None
-            if outer is not None:
-                op = undivided(self._op)
-                work = StepsWork(algorithms.rank_order_all_reduce(outer, total, total, op))
-            if before is not None:
-                self._hand_out(before, out, waiters)
-            before = _Travelling(half, start, total, work)
-        if before is not None:
-            _complete(before.work, waiters)
-            self._hand_out(before, out, waiters)
+        lane = self._context.between_nodes(self._lane_of(number))
+        slots, step = range(_SLOTS), self._step
+        given, received = (
+            zip(cycle(slots), [flat[at : at + step] for at in range(0, x.size, step)], strict=False)
+            for flat in (x, out)
+        )
+        combined = (self._combine(slot, piece, waiters) for slot, piece in given)
+
+        def deliver(total: Array) -> None:
+            self._hand_out(*next(received), total, waiters)
+
+        op = undivided(self._op)
+        for work in algorithms.pipelined_all_reduce(lane, combined, op, deliver):
+            _complete(work, waiters)
         sequencer.counters.finish(number)
 
-    def _combine(self, half: int, x: Array, waiters: Waiters) -> Array:
+    def _combine(self, slot: int, x: Array, waiters: Waiters) -> Array:
         """Copy a piece, and return the sum of this rank's slice of it over the node."""
-        topology, given = self._context.topology, self._given[half]
-        given[topology.rank][: x.size] = x
+        topology, given = self._context.topology, self._given[slot]
+        me, slices = topology.rank, even_slices(x.size, x.itemsize, topology.workers)
+        for worker, part in enumerate(slices):
+            if worker != me:
+                given[me][part] = x[part]
         self._sequencer.phase_barrier(waiters)
-        if topology.rank >= topology.workers:
+        if me >= topology.workers:
             return np.empty(0, self._wide)
-        own = even_slices(x.size, x.itemsize, topology.workers)[topology.rank]
-        total = np.empty(own.stop - own.start, self._wide)
-        quietly(sum_widely, [part[own] for part in given], self._op, total)
+        own = slices[me]
+        parts = [(x if rank == me else array)[own] for rank, array in enumerate(given)]
+        total: Array = self._results[slot][me][: parts[me].size]
+        if self._wide != x.dtype:
+            total = np.empty(total.size, self._wide)
+        quietly(sum_widely, parts, self._op, total)
         return total
 
-    def _hand_out(self, piece: _Travelling, out: Array, waiters: Waiters) -> None:
+    def _hand_out(self, slot: int, out: Array, total: Array, waiters: Waiters) -> None:
         """Give this rank's slice to the node, and copy the slices of all workers to `out`."""
-        topology, results = self._context.topology, self._results[piece.half]
-        whole = out[piece.start : piece.start + self._step]
-        if topology.rank < topology.workers:
-            own = results[topology.rank][: piece.total.size]
-            quietly(write_result, piece.total, self._op, self._context.transport.size, [own])
+        topology, results = self._context.topology, self._results[slot]
+        me, slices = topology.rank, even_slices(out.size, out.itemsize, topology.workers)
+        if me < topology.workers:
+            targets = [out[slices[me]]]
+            if total.dtype != out.dtype:
+                targets.append(results[me][: total.size])
+            quietly(write_result, total, self._op, self._context.transport.size, targets)
         self._sequencer.phase_barrier(waiters)
-        slices = even_slices(whole.size, whole.itemsize, topology.workers)
         for worker, part in enumerate(slices):
-            whole[part] = results[worker][: part.stop - part.start]
+            if worker != me:
+                out[part] = results[worker][: part.stop - part.start]
 
 
-class _Travelling(NamedTuple):
-    """A piece of an array that is on its way to other nodes.
-
-    Attributes
-    ----------
-    half : int
-        Of the memory that it uses.
-    start : int
-        Its first element.
-    total : Array
-        This rank's slice of it, combined; empty where the rank is no worker.
-    work : StepsWork or None
-        Complete when it is combined over all nodes.
-    """
-
-    half: int
-    start: int
-    total: Array
-    work: StepsWork | None
-
-
-def _complete(work: StepsWork | None, waiters: Waiters) -> None:
+def _complete(work: Work[Any], waiters: Waiters) -> None:
     """Wait until messages are over."""
-    if work is not None and not work.done():
+    if not work.done():
         waiters().wait_for(work.done, missing=work.missing)
 
 
@@ -229,17 +220,34 @@ class MessageHostSum(PreparedSum):
         sequencer = self._sequencer
         sequencer.wait_for_earlier(waiters)
         number = sequencer.begin_blocking(self._signature, waiters)
-        lane = Lane(self._transport, self._lane_of(number))
-        steps = algorithms.rank_order_all_reduce(lane, x, out, self._op)
-        _complete(StepsWork(steps), waiters)
+        lane, size = Lane(self._transport, self._lane_of(number)), self._transport.size
+        wide, step = accumulation_dtype(x.dtype), _piece_nbytes(x.nbytes) // x.itemsize
+        under_way: deque[Array] = deque()
+
+        def combined() -> Iterator[Array]:
+            for start in range(0, x.size, step):
+                under_way.append(piece := out[start : start + step])
+                total = piece if wide == x.dtype else np.empty(piece.size, wide)
+                quietly(sum_widely, [x[start : start + step]], self._op, total)
+                yield total
+
+        def deliver(total: Array) -> None:
+            quietly(write_result, total, self._op, size, [under_way.popleft()])
+
+        op = undivided(self._op)
+        for work in algorithms.pipelined_all_reduce(lane, combined(), op, deliver):
+            _complete(work, waiters)
         sequencer.counters.finish(number)
 
 
 _BY_MESSAGES = 8 << 20
 """Bytes from which nodes of one rank each do better than MPICH's own all-reduce over TCP."""
 
-_PIECES, _LEAST_PIECE, _MOST_PIECE = 8, 1 << 20, 2 << 20
+_PIECES, _LEAST_PIECE, _MOST_PIECE = 4, 256 << 10, 1 << 20
 """Into how many pieces an array is cut, and bytes of the shortest and of the longest one."""
+
+_SLOTS = algorithms.AHEAD + 2
+"""Pieces whose memory is in use: those on their way, and one that is made or handed out."""
 
 
 def _piece_nbytes(nbytes: int) -> int:
@@ -260,6 +268,8 @@ class HostSums:
         Knows the arrays that lie in shared memory, which need not be copied.
     parts : list of buffer
         Memory of each rank of this node, `2 * PAYLOAD_NBYTES`; that of its leader holds the result.
+    messages : list of Array
+        Those of the leaders, on a leader; see `mpidist.backends.node.leaders`.
     share : callable
         Returns memory of so many bytes of each rank of the node, or None; collective, blocks.
     lane_of : callable
@@ -272,6 +282,7 @@ class HostSums:
         context: NodeContext,
         registered: Registry,
         parts: list[memoryview],
+        messages: list[Array],
         share: Callable[[int, Waiter], list[memoryview] | None],
         lane_of: Callable[[int], int],
     ) -> None:
@@ -279,6 +290,7 @@ class HostSums:
         self._context = context
         self._registered = registered
         self._parts = parts
+        self._messages = messages
         self._share = share
         self._lane_of = lane_of
         self._one_each = max(map(len, context.topology.nodes)) == 1
@@ -323,18 +335,18 @@ class HostSums:
     def _make(self, x: Array, op: ReduceOp, waiter: Waiter) -> Sum | None:
         sequencer, context, lane_of = self._sequencer, self._context, self._lane_of
         if x.size * accumulation_dtype(x.dtype).itemsize <= PAYLOAD_NBYTES:
-            return ShortHostSum(sequencer, context, self._parts, x, op, waiter)
+            return ShortHostSum(sequencer, context, self._parts, self._messages, x, op, waiter)
         if self._one_each:
             if x.nbytes < _BY_MESSAGES:
                 return None
             return MessageHostSum(sequencer, context, op, waiter, lane_of)
         if self._scratch is None and not self._scratch_refused:
             sequencer.arrive(waiter, Route.SCRATCH)
-            self._scratch = self._share(4 * _MOST_PIECE, waiter)
+            self._scratch = self._share(2 * _SLOTS * _MOST_PIECE, waiter)
             self._scratch_refused = self._scratch is None
         if self._scratch is None:
             return None
-        parts = [part[: 4 * _MOST_PIECE] for part in self._scratch]
+        parts = [part[: 2 * _SLOTS * _MOST_PIECE] for part in self._scratch]
         return LongHostSum(sequencer, context, parts, x, op, waiter, lane_of)
 
 

@@ -8,9 +8,9 @@ travels in the same message: see `mpidist.backends.node.sequencer.Payload`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import deque
 from os import sched_yield
-from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from mpidist.backends.algorithms import Exchanger
 from mpidist.backends.node.sequencer import RING, ArrivalCounters, Payload, fence
 from mpidist.backends.node.signatures import CallSignature
 from mpidist.backends.node.topology import NodeTopology
-from mpidist.backends.work import Work
 
 __all__ = ["HEADER_NBYTES", "MOST_NODES", "PAYLOAD_NBYTES", "LeaderComparison"]
 
@@ -31,37 +30,21 @@ PAYLOAD_NBYTES = 64 << 10
 """Bytes of the longest array that travels with an arrival."""
 
 HEADER_NBYTES = 32
-"""Bytes before it: digest, whether the node agrees and whether a difference breaks, balance."""
-
-_HEADER = Struct("=4Q")
+"""Bytes before it, four words: digest, whether the node agrees, whether a difference breaks, and
+the balance."""
 
 _EQUAL, _DIFFERENT, _BREAKING = 1, 2, 3
 """What is published: the calls are the same, differ, or differ where a part is under way."""
 
-_SPINS, _POLLS = 30, 200
+_SPINS, _POLLS = 4, 200
 """How often arrivals are polled before the core is yielded in between, and before all is driven."""
-
-
-class _Exchange:
-    """The messages of one operation between the leaders."""
-
-    __slots__ = ("header", "nodes", "payload", "work")
-
-    def __init__(
-        self,
-        header: tuple[int, ...],
-        nodes: list[Array],
-        payload: Payload | None,
-        work: Work[Any],
-    ) -> None:
-        self.header = header
-        self.nodes = nodes
-        self.payload = payload
-        self.work = work
 
 
 class LeaderComparison:
     """Compares the calls of ranks on several nodes; see `SignatureComparison`.
+
+    The leaders exchange what their nodes have called for one operation after the other, always in
+    the same arrays: the messages of an operation are sent when those of the earlier one are over.
 
     Parameters
     ----------
@@ -71,11 +54,15 @@ class LeaderComparison:
         The nodes, at most `MOST_NODES`.
     transport : Exchanger
         Carries the messages of the leaders.
-    lane_of : callable
-        Returns the lane of the operation with a number. Its first message between two leaders is
-        that of the arrival.
+    lane : int
+        Of these messages alone.
     published : buffer
         `published_nbytes` bytes, zero at first, shared by the ranks of this node.
+
+    Attributes
+    ----------
+    messages : list of Array, uint8
+        On a leader, the message of each node, in their order; see `Payload`.
     """
 
     in_slots = True
@@ -86,23 +73,29 @@ class LeaderComparison:
         counters: ArrivalCounters,
         topology: NodeTopology,
         transport: Exchanger,
-        lane_of: Callable[[int], int],
+        lane: int,
         published: Any,
     ) -> None:
         self._counters = counters
-        self._transport = transport
-        self._lane_of = lane_of
         self._published = memoryview(published).cast("B").cast("Q")
         self._local = topology.local
         self._alone = len(topology.local) == 1
         self._leads = topology.rank == 0
-        leaders = [node[0] for node in topology.nodes]
-        self._node = topology.node_of(transport.rank)
-        self._peers = [leader for leader in leaders if leader != leaders[self._node]]
-        self._calls: dict[int, tuple[CallSignature, Payload | None]] = {}
-        self._exchanges: dict[int, _Exchange] = {}
-        self._spare: list[Array] = []
         self._arrived = 0
+        self.messages: list[Array] = []
+        if not self._leads:
+            return
+        node = topology.node_of(transport.rank)
+        length = HEADER_NBYTES + PAYLOAD_NBYTES
+        self.messages = [np.empty(length, np.uint8) for _ in topology.nodes]
+        headers = [memoryview(m.data)[:HEADER_NBYTES].cast("Q") for m in self.messages]
+        self._header, self._headers = headers[node], [*headers[:node], *headers[node + 1 :]]
+        received = [*self.messages[:node], *self.messages[node + 1 :]]
+        peers = [ranks[0] for ranks in topology.nodes if ranks != topology.nodes[node]]
+        self._exchange = transport.persistent_exchange(self.messages[node], received, peers, lane)
+        self._calls: deque[tuple[int, CallSignature, Payload | None]] = deque()
+        self._sent: tuple[int, Payload | None] | None = None
+        self._driven = threading.Lock()
 
     # -- as the sequencer asks -------------------------------------------------------------------
 
@@ -113,8 +106,8 @@ class LeaderComparison:
         self._arrived = number
         self._counters.arrive(number, signature)
         if self._leads:
-            self._calls[number] = signature, payload
-            self._send(number)
+            self._calls.append((number, signature, payload))
+            self._drive()
 
     def arrive_and_compare(
         self, number: int, signature: CallSignature, payload: Payload | None = None
@@ -122,25 +115,20 @@ class LeaderComparison:
         """Arrive, poll for some microseconds, and return whether all have with the same call."""
         self.arrive(number, signature, payload)
         published, index = self._published, 2 * (number % RING)
-        spins = _SPINS if self._leads else 4
         for polls in range(_POLLS):
-            if published[index + 1] == number or (self._leads and self.all_arrived(number)):
+            if published[index + 1] == number:
                 return published[index] == _EQUAL
-            if polls >= spins:
+            if self._leads:
+                self._drive()
+            if polls >= _SPINS:
                 sched_yield()
         return False
 
     def all_arrived(self, number: int) -> bool:
         """Whether all ranks have called it; polled."""
-        if self._published[2 * (number % RING) + 1] == number:
-            return True
-        if not self._leads:
-            return False
-        exchange = self._exchanges.get(number) or self._send(number)
-        if exchange is None or not exchange.work.done():
-            return False
-        self._decide(number, exchange)
-        return True
+        if self._leads:
+            self._drive()
+        return self._published[2 * (number % RING) + 1] == number
 
     def missing(self, number: int) -> list[int]:
         """Return the ranks of this node that have not called it."""
@@ -156,49 +144,53 @@ class LeaderComparison:
 
     # -- between the leaders ---------------------------------------------------------------------
 
-    def _send(self, number: int) -> _Exchange | None:
-        """Send what this node has called to the other leaders, if all of its ranks have."""
+    def _drive(self) -> None:
+        """Send what this node has called, and decide, as far as that goes now."""
+        # Another thread, which waits for another operation, may be driving it just now.
+        if not self._driven.acquire(blocking=False):
+            return
+        try:
+            while self._sent is not None or self._send():
+                if not self._exchange.done():
+                    return
+                self._decide()
+        finally:
+            self._driven.release()
+
+    def _send(self) -> bool:
+        """Send the next call to the other leaders, if all ranks of the node have made it."""
         counters = self._counters
-        if not self._alone and not counters.all_arrived(number):
-            return None
-        signature, payload = self._calls.pop(number)
+        if not self._calls or not (self._alone or counters.all_arrived(self._calls[0][0])):
+            return False
+        number, signature, payload = self._calls.popleft()
         agree, balance, breaks = True, signature.balance or 0, signature.breaks
         if not self._alone:
             agree = counters.same_call(number, signature)
             if signature.balance is not None or not agree:
                 balance, breaks = counters.balance(number), counters.breaks(number)
-        message = self._buffer()
-        header = (signature.digest, agree, breaks, balance)
-        _HEADER.pack_into(message.data, 0, *header)
+        header = self._header
+        header[0], header[1], header[2], header[3] = signature.digest, agree, breaks, balance
         length = HEADER_NBYTES
-        if payload is not None and agree:
-            length += payload.pack(message)
-        received = [self._buffer() for _ in self._peers]
-        lane = self._lane_of(number)
-        work = self._transport.swap(message[:length], received, self._peers, lane)
-        nodes = [*received[: self._node], message, *received[self._node :]]
-        self._exchanges[number] = exchange = _Exchange(header, nodes, payload, work)
-        return exchange
+        if payload is not None:
+            length += payload.pack() if agree else 0
+        self._sent = number, payload
+        self._exchange.start(length)
+        return True
 
-    def _decide(self, number: int, exchange: _Exchange) -> None:
+    def _decide(self) -> None:
         """Publish whether all nodes have called the same."""
-        nodes, payload = exchange.nodes, exchange.payload
-        headers = [_HEADER.unpack_from(buffer.data) for buffer in nodes]
-        verdict, own = _EQUAL, exchange.header
-        if own[3] or not own[1] or headers.count(own) < len(headers):
-            same = all(agree and digest == own[0] for digest, agree, _, _ in headers)
-            if not same or sum(balance for *_, balance in headers) % 2**64:
-                verdict = _BREAKING if any(breaks for _, _, breaks, _ in headers) else _DIFFERENT
+        assert self._sent is not None, "asked before"
+        (number, payload), self._sent = self._sent, None
+        verdict = _EQUAL
+        own, others = self._header, self._headers
+        if own[3] or not own[1] or others.count(own) < len(others):
+            nodes = [own, *others]
+            same = all(node[1] and node[0] == own[0] for node in nodes)
+            if not same or sum(node[3] for node in nodes) % 2**64:
+                verdict = _BREAKING if any(node[2] for node in nodes) else _DIFFERENT
         if verdict == _EQUAL and payload is not None:
-            payload.unpack(nodes)
-        del self._exchanges[number]
-        self._spare += nodes
+            payload.unpack()
         index = 2 * (number % RING)
         self._published[index] = verdict
         fence()
         self._published[index + 1] = number
-
-    def _buffer(self) -> Array:
-        return (
-            self._spare.pop() if self._spare else np.empty(HEADER_NBYTES + PAYLOAD_NBYTES, np.uint8)
-        )

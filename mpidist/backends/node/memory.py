@@ -54,6 +54,8 @@ class NodeMemory:
         Connects the ranks of this node.
     lane_of : callable
         Returns the lane of the operation with a number.
+    arrival_lane : int
+        The lane of the messages by which leaders compare calls.
     compare : callable
         Makes the comparison of calls by other means than shared memory, for a group whose ranks do
         not all share it.
@@ -78,6 +80,7 @@ class NodeMemory:
         exchange: NodeExchange,
         *,
         lane_of: Callable[[int], int],
+        arrival_lane: int,
         compare: Callable[[], SignatureComparison],
         direct: bool = True,
     ) -> None:
@@ -104,6 +107,7 @@ class NodeMemory:
             counters = ArrivalCounters(memory, topology.rank, len(topology.local))
         comparison: SignatureComparison | None = None
         parts: list[memoryview] | None = None
+        messages: list[Array] = []
         if leaders:
             stride = Block.stride(2 * PAYLOAD_NBYTES + LeaderComparison.published_nbytes)
             shared = memoryview(bytearray(stride)) if alone else self._share(stride)
@@ -111,7 +115,10 @@ class NodeMemory:
                 whole = _cut(shared, stride)
                 parts = [part[: 2 * PAYLOAD_NBYTES] for part in whole]
                 published = whole[0][2 * PAYLOAD_NBYTES :][: LeaderComparison.published_nbytes]
-                comparison = LeaderComparison(counters, topology, transport, lane_of, published)
+                comparison = LeaderComparison(
+                    counters, topology, transport, arrival_lane, published
+                )
+                messages = comparison.messages
         if comparison is None and (
             len(self._topology.nodes) > 1 or (memory is None and transport.size > 1)
         ):
@@ -124,7 +131,7 @@ class NodeMemory:
             self.sums = NodeSums(self.sequencer, context, self.registered, self._parts)
         elif parts is not None:
             self.sums = HostSums(
-                self.sequencer, context, self.registered, parts, self._parts, lane_of
+                self.sequencer, context, self.registered, parts, messages, self._parts, lane_of
             )
 
     def use(self, crossovers: Crossovers) -> None:

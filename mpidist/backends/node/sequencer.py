@@ -30,7 +30,6 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from mpidist._types import Array
 from mpidist.backends.node.registered_memory import RegisteredArray
 from mpidist.backends.node.signatures import (
     CallSignature,
@@ -93,13 +92,13 @@ def supported() -> bool:
 
 
 class Payload(Protocol):
-    """An array that travels with the arrival of its operation."""
+    """An array that travels with the arrival of its operation, behind the header of a message."""
 
-    def pack(self, message: Array) -> int:
-        """Write the node's array behind the header of the message, and return its bytes."""
+    def pack(self) -> int:
+        """Write the node's array into the message of the node, and return its bytes."""
 
-    def unpack(self, messages: Sequence[Array]) -> None:
-        """Read the arrays of all nodes, in their order; each message begins with its header."""
+    def unpack(self) -> None:
+        """Read the arrays of all nodes from their messages."""
 
 
 class SignatureComparison(Protocol):

@@ -176,6 +176,7 @@ class SimulatedBackend(Backend):
             topology,
             _ThreadExchange(network, self._member, topology),
             lane_of=partial(self.lane, Traffic.SEQUENCED),
+            arrival_lane=self.lane(Traffic.ARRIVAL, 0),
             compare=lambda: _ThreadComparison(network, self._member),
             direct=network.node_memory,
         )

@@ -10,7 +10,7 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import array_namespace
-from mpidist.backends.work import Work
+from mpidist.backends.work import Deadline, Work
 from mpidist.collectives import broadcast, ibroadcast
 from mpidist.group import ProcessGroup
 from mpidist.nn.names import former_names
@@ -79,8 +79,9 @@ class BufferSync:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for rank 0's values."""
+        deadline = Deadline(timeout)
         for work in self._works:
-            work.wait(timeout)
+            work.wait(deadline.left)
 
     def apply(self) -> None:
         """Write rank 0's values into the buffers."""

@@ -15,8 +15,8 @@ from mpidist.backends.work import Work
 from mpidist.collectives import iall_reduce
 from mpidist.collectives._reductions import plan_all_reduce
 from mpidist.group import ProcessGroup
-from mpidist.parallel import gradient_kernels
 from mpidist.parallel.data.buckets import Bucket, Exchange
+from mpidist.parallel.gradient_kernels import cast
 
 __all__ = ["Compression", "Hook", "exchange_for", "plain"]
 
@@ -103,7 +103,7 @@ class _NarrowedAllReduce:
 
     def __call__(self) -> Work[None]:
         narrow = self._narrow
-        _cast(self._data, narrow)
+        cast(self._data, narrow)
         work = iall_reduce(narrow, self._group, op=self._op, out=narrow)
         return _WideningWork(work, narrow, self._data)
 
@@ -122,15 +122,5 @@ class _WideningWork(Work[None]):
     def wait(self, timeout: float | None = None) -> None:
         self._work.wait(timeout)
         if self._data is not None:
-            _cast(self._narrow, self._data)
+            cast(self._narrow, self._data)
             self._data = None  # a second wait must not overwrite what the caller made of it
-
-
-def _cast(x: Array, out: Array) -> None:
-    if is_device(x):
-        gradient_kernels.cast(x, out)
-        return
-    # A gradient beyond the half's range becomes an infinity, for GradScaler to find. An error on
-    # this rank would leave the others waiting.
-    with np.errstate(all="ignore"):
-        np.copyto(out, x, casting="unsafe")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from mpidist._closing import Closing
 from mpidist._types import Array, ReduceOp
-from mpidist.backends.work import Work
+from mpidist.backends.work import Deadline, Work
 from mpidist.group.group import ProcessGroup
 from mpidist.nn.mode import Mode
-from mpidist.nn.module import Context, Module
+from mpidist.nn.module import Context, Module, check_fits
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.surround import BACKWARD_PASSES, after_passes
 from mpidist.observe.regions import region
@@ -310,6 +310,10 @@ class DataParallel(Closing, ABC):
 
     # -- states --------------------------------------------------------------------------------
 
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the model, and the order of the buckets."""
+
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise unless a state fits, and no gradients are in flight.
 
@@ -326,7 +330,8 @@ class DataParallel(Closing, ABC):
             If gradients are under way.
         """
         self._check_idle()
-        self.module.check_state_dict(without_order(state))
+        own = without_order(self.state_dict())
+        check_fits(type(self.module).__name__, own, without_order(state))
         self._order.check(state.get(BUCKET_ORDER))
 
     def lay_out(self, state: Mapping[str, Any]) -> None:
@@ -436,10 +441,10 @@ class _StepWork(Work[None]):
             self._finish(timeout)
 
     def _finish(self, timeout: float | None) -> None:
-        model = self._model
+        model, deadline = self._model, Deadline(timeout)
         for broadcast in model._broadcasts:
-            broadcast.wait(timeout)
-        model._gradients.wait(timeout)
+            broadcast.wait(deadline.left)
+        model._gradients.wait(deadline.left)
         for broadcast in model._broadcasts:
             broadcast.apply()
         model._pending = None

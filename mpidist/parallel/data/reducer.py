@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Container, Mapping, Sequence
 
-from mpidist._arguments import seconds
 from mpidist._closing import Closing
 from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.arrays.flat import FlatBuffer
 from mpidist.arrays.namespaces import REDUCTIONS, is_device
+from mpidist.backends.work import Deadline
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.parameter import Parameter
@@ -243,13 +242,10 @@ class GradientReducer(Closing):
         all-reduce of their own.
         """
         self.check_complete("GradientReducer.wait")
-        if timeout is not None:
-            timeout = seconds(timeout, "GradientReducer.wait: timeout", least=0.0)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout, "GradientReducer.wait: timeout")
         for bucket in self._buckets:
             if bucket.work is not None:
-                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-                bucket.work.wait(left)
+                bucket.work.wait(deadline.left)
         used = self._used()
         for bucket in self._buckets:
             bucket.work, bucket.missing = None, set(bucket.grads)

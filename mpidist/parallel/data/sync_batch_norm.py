@@ -86,7 +86,17 @@ class SyncBatchNorm2d(BatchNorm2d):
         -------
         SyncBatchNorm2d
             With the same `Parameter` objects, buffers and place among the model's layers.
+
+        Raises
+        ------
+        TypeError
+            If `norm` is none.
         """
+        if not isinstance(norm, BatchNorm2d):
+            raise TypeError(
+                f"SyncBatchNorm2d.of: expected a BatchNorm2d, got a {type(norm).__name__}; "
+                "synchronize_batch_norms(model, group) exchanges those of a model"
+            )
         channels, dtype = norm.weight.shape[0], norm.weight.dtype
         sync = cls(channels, group, eps=norm.eps, momentum=norm.momentum, dtype=dtype)
         for name in ("weight", "bias", *norm.buffer_names, "layer_index"):
@@ -129,14 +139,20 @@ def synchronize_batch_norms(module: Module, group: ProcessGroup) -> Module:
     Raises
     ------
     TypeError
-        If a norm is of a class of its own derived from `BatchNorm2d`, whose arithmetic is not
-        known here; nothing has been exchanged then.
+        If `module` is no Module; if a norm is of a class of its own derived from `BatchNorm2d`,
+        whose arithmetic is not known here; nothing has been exchanged then.
 
     Notes
     -----
     Local. Parameters and buffers are the same objects under the same names, so states, optimizers
     and layer indices are those of before. Do it before a `DDP` is made of the model.
     """
+    if not isinstance(module, Module):
+        raise TypeError(
+            "synchronize_batch_norms: expected synchronize_batch_norms(model, group), got a "
+            f"{type(module).__name__} first; exchange the norms of the model inside a DDP or FSDP "
+            "before that is made"
+        )
     check_group(group, "synchronize_batch_norms")
     norms = {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm2d)}
     for name, norm in norms.items():

@@ -67,10 +67,13 @@ class FlatLayout:
     cut: Cut = Cut.ELEMENTS
 
     @classmethod
-    def of(cls, like: Mapping[str, Array], cut: Cut = Cut.ELEMENTS) -> FlatLayout:
-        """Lay out arrays of one dtype, one behind the other."""
+    def of(
+        cls, like: Mapping[str, Array], cut: Cut = Cut.ELEMENTS, *, dtype: DType | None = None
+    ) -> FlatLayout:
+        """Lay out arrays one behind the other; they are of one dtype, unless it is given."""
         shapes = {name: tuple(array.shape) for name, array in like.items()}
-        (dtype,) = {array.dtype for array in like.values()}
+        if dtype is None:
+            (dtype,) = {array.dtype for array in like.values()}
         spans, offset = {}, 0
         for name, shape in shapes.items():
             spans[name] = Box((offset,), (like[name].size,))
@@ -83,8 +86,8 @@ class FlatLayout:
         return self.length * self.dtype.itemsize
 
     def buffer(self, storage: Array) -> FlatBuffer:
-        """Return memory of this length as a buffer with a view per parameter."""
-        return FlatBuffer(self.shapes, self.dtype, alignment=_line(self.dtype), storage=storage)
+        """Return memory of this length, of any dtype, as a buffer with a view per parameter."""
+        return FlatBuffer(self.shapes, storage.dtype, alignment=_line(self.dtype), storage=storage)
 
     def counts(self, owners: int, size: int) -> tuple[int, ...]:
         """Return the number of elements of each rank's slice.

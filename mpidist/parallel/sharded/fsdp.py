@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mpidist._formatting import columns, format_bytes
 from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays.namespaces import REDUCTIONS, is_device
+from mpidist.arrays.namespaces import BFLOAT16, REDUCTIONS, is_device
 from mpidist.backends.work import Work
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
@@ -25,9 +25,10 @@ from mpidist.parallel.sharded.flat_parameters import Cut
 from mpidist.parallel.sharded.gradients import UnitGradients
 from mpidist.parallel.sharded.memory import MemoryUse
 from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can_be_sharded
+from mpidist.parallel.sharded.precision import Precision, inner_pass, input_gradient
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.stores import by_node
-from mpidist.parallel.sharded.units import UNIT_BYTES, Units, find_units
+from mpidist.parallel.sharded.units import UNIT_BYTES, Unit, Units, find_units
 
 __all__ = ["FSDP", "ShardingStrategy"]
 
@@ -92,6 +93,9 @@ class FSDP(DataParallel):
         `MEAN` or `SUM` of the ranks' gradients; see `DDP`.
     cut : Cut, optional
         Where units may be cut into slices.
+    precision : Precision, optional
+        In which dtypes layers compute, gradients are reduced and forward returns; that in which the
+        model was built, when omitted. Shards keep it in any case.
 
     Attributes
     ----------
@@ -105,16 +109,20 @@ class FSDP(DataParallel):
         What is split.
     cut : Cut
         Where units are cut.
+    precision : Precision
+        The dtypes.
     parameter_shards : ParameterShards
         The slices of this rank.
     model_state : ModelState
         What a checkpoint holds of the model, as `state_dict` returns it.
+    has_optimizer : bool
+        Whether a `ShardedOptimizer` updates the slices; there is one at a time.
 
     Raises
     ------
     TypeError
-        If `module` is no Module, `strategy` or `cut` is none of theirs, or `units` cannot be
-        understood.
+        If `module` is no Module, `strategy`, `cut` or `precision` is none of theirs, or `units`
+        cannot be understood.
     CollectiveMismatchError
         On every rank, naming a rank, if names, shapes, dtypes, units or arguments differ between
         ranks. Nothing has been changed then.
@@ -161,6 +169,7 @@ class FSDP(DataParallel):
         units: Units = UNIT_BYTES,
         op: ReduceOp = MEAN,
         cut: Cut = Cut.ROWS,
+        precision: Precision = Precision(),  # noqa: B008 - frozen
     ) -> None:
         what = type(self).__name__
         if not isinstance(module, Module):
@@ -171,22 +180,28 @@ class FSDP(DataParallel):
         if strategy is None:
             two = mesh is not None and mesh.ndim == 2
             strategy = ShardingStrategy.HYBRID_SHARD if two else ShardingStrategy.FULL_SHARD
-        _check_choice("strategy", strategy, ShardingStrategy)
-        _check_choice("cut", cut, Cut)
         named = dict(module.named_parameters())
         arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
+        arguments["precision"] = precision
         arguments["mesh"] = None if mesh is None else mesh.dimensions
+        # First together: what only one rank refuses would leave the others waiting for it.
         verify_same(_description(module, arguments), group, operation=what)
-        _check_arguments(named, group, strategy, op)
+        _check_choice("strategy", strategy, ShardingStrategy)
+        _check_choice("cut", cut, Cut)
+        if not isinstance(precision, Precision):
+            raise TypeError(
+                f"FSDP: precision must be a Precision, such as Precision(parameters={precision!r});"
+                f" got {precision!r}"
+            )
+        _check_arguments(named, group, strategy, op, precision)
         mesh = _mesh(mesh, group, strategy)
-        self.units = find_units(module, units)
-        verify_same(
-            tuple((f"unit '{unit.name}'", str(unit.parameters)) for unit in self.units),
-            group,
-            operation=what,
+        self.units = tuple(
+            unit.stored_in(precision.stored(unit.dtype))
+            for unit in _find_same_units(module, units, group)
         )
         self.strategy = strategy
         self.cut = cut
+        self.precision = precision
         ordered = by_node(group, f"{group.name}/fsdp")
         arrays = {name: parameter.data for name, parameter in named.items()}
         broadcast_in_place([*arrays.values(), *dict(module.named_buffers()).values()], ordered)
@@ -202,10 +217,12 @@ class FSDP(DataParallel):
             ordered,
             replicas=self._replicas,
             op=op,
+            precision=precision,
             strategy=what,
         )
         super().__init__(module, ordered, op=op, gradients=self._unit_gradients)
         self.model_state = ModelState(self, self.parameter_shards)
+        self.has_optimizer = False
         self._passes = 0
         self._whole = False
 
@@ -230,15 +247,23 @@ class FSDP(DataParallel):
 
         Notes
         -----
-        Local. After an exception the model can be used at once.
+        Local. After an exception the model can be used at once. Input and output are cast as
+        `precision` says; in backward their gradients are.
         """
         with self._within_pass():
-            return super().forward(x, mode)
+            y, ctx = super().forward(self.precision.cast_input(x), mode)
+        return self.precision.cast_output(y), self.precision.context(ctx, x, y)
+
+    def ibackward(self, ctx: Context, dy: Array) -> tuple[Array, Work[None]]:
+        """Run backward, and return while gradients are under way, as `DDP.ibackward`."""
+        dx, work = super().ibackward(*inner_pass(ctx, dy))
+        return input_gradient(ctx, dx), work
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Run the first half of backward, as `DDP.backward_input`."""
         with self._within_pass():
-            return super().backward_input(ctx, dy)
+            dx, wctx = super().backward_input(*inner_pass(ctx, dy))
+        return input_gradient(ctx, dx), wctx
 
     def shards(self) -> list[Parameter]:
         """Return this rank's slices of the trainable parameters, with their reduced gradients.
@@ -303,12 +328,13 @@ class FSDP(DataParallel):
         finally:
             self._whole = before
 
-    def check_can_step(self) -> None:
-        """Raise RuntimeError if parameters must not be written now."""
-        if self._whole:
+    def check_can_write(self, operation: str) -> None:
+        """Raise RuntimeError, which names the operation, if parameters must not be written now."""
+        if self._whole or self._passes:
+            where = "inside FSDP.whole()" if self._whole else "within a pass of the model"
             raise RuntimeError(
-                f"ShardedOptimizer.step on {self.group}: called inside FSDP.whole(), where "
-                "parameters are read; leave it first"
+                f"{operation} on {self.group}: called {where}, where parameters are read; leave it "
+                "first"
             )
 
     def _run_backward(
@@ -332,6 +358,11 @@ class FSDP(DataParallel):
         """Return this rank's part of the model's state, as `ModelState.state_dict`."""
         return self.model_state.state_dict()
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise unless a state fits, and may be loaded now; see `DDP.check_state_dict`."""
+        self.check_can_write("FSDP.load_state_dict")
+        super().check_state_dict(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy values into the model, each rank into its slices; `ModelState.load_state_dict`."""
         self.model_state.load_state_dict(state)
@@ -350,7 +381,7 @@ class FSDP(DataParallel):
         Local.
         """
         return MemoryUse(
-            parameters=self.parameter_shards.store.nbytes,
+            parameters=self.parameter_shards.nbytes,
             gradients=self._unit_gradients.shards_nbytes,
             optimizer_state=0,
             buffers=self._unit_gradients.buffers_nbytes,
@@ -384,6 +415,28 @@ def _description(module: Module, arguments: Mapping[str, Any]) -> Description:
     )
 
 
+def _find_same_units(module: Module, units: Units, group: ProcessGroup) -> tuple[Unit, ...]:
+    """Cut a model into units; raise on all ranks if they differ, or one cannot."""
+    made: tuple[Unit, ...] = ()
+    failure: Exception | None = None
+    try:
+        made = find_units(module, units)
+    except Exception as error:  # noqa: BLE001  # of the user's function, too; raised below
+        failure = error
+    result = f"{len(made)} units" if failure is None else repr(failure)
+    verify_same(
+        (
+            ("what 'units' gives", result),
+            *((f"unit '{unit.name}'", str(unit.parameters)) for unit in made),
+        ),
+        group,
+        operation="FSDP",
+    )
+    if failure is not None:
+        raise failure
+    return made
+
+
 def _check_choice(argument: str, value: object, kind: type[Enum]) -> None:
     """Raise unless a value is one of an enumeration, and not only the name of one."""
     if not isinstance(value, kind):
@@ -396,6 +449,7 @@ def _check_arguments(
     group: ProcessGroup,
     strategy: ShardingStrategy,
     op: ReduceOp,
+    precision: Precision,
 ) -> None:
     """Raise what is wrong with the arguments; they are the same on all ranks."""
     if op not in (MEAN, SUM):
@@ -420,6 +474,12 @@ def _check_arguments(
             f"FSDP on {group}: {strategy.name} keeps parameters where the ranks of a node share "
             "memory, and these lie on a device; use ShardingStrategy.SHARD_GRAD_OP, with which "
             "each rank has all parameters and its slices of gradients and optimizer state"
+        )
+    if precision.parameters == BFLOAT16 and any(is_device(p.data) for p in named.values()):
+        raise UnsupportedOperationError(
+            f"FSDP on {group}: layers on a device do not compute in bfloat16; use "
+            "Precision(parameters=numpy.float16), or Precision(reduction='bfloat16'), with which "
+            "gradients travel so"
         )
     check_can_be_sharded(named, "FSDP", group)
 

@@ -11,13 +11,13 @@ same on all ranks, whatever layers a rank passes over: of those it sends zeros.
 
 [Note: replicas] Where several groups of ranks hold the same slices, a unit is reduced in two
 stages: reduce-scattered in each group, then this rank's slice is reduced over its replicas, the
-ranks that hold the same one. The buffer is free after the first stage. A rank waits for a second
-stage only when it has started those of all units, so no order of waits can be a circle.
+ranks that hold the same one, in pieces, so that one is added while the next one travels. The buffer
+is free after the first stage. A rank waits for a second stage only when it has started those of all
+units, so no order of waits can be a circle.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,16 +26,21 @@ import numpy as np
 from mpidist._types import MAX, Array, ReduceOp
 from mpidist.arrays.boxes import round_up
 from mpidist.arrays.namespaces import array_namespace, is_device
-from mpidist.backends.work import Work
+from mpidist.backends.work import Deadline, Work
 from mpidist.collectives import iall_reduce, ireduce_scatter
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.data.buckets import ALIGNMENT_BYTES
 from mpidist.parallel.data.reducer import check_known
-from mpidist.parallel.sharded.flat_parameters import FlatParameters
+from mpidist.parallel.gradient_kernels import cast
 from mpidist.parallel.sharded.parameter_shards import ParameterShards
+from mpidist.parallel.sharded.precision import Precision
+from mpidist.parallel.sharded.transfers import traced
 
 __all__ = ["UnitGradients"]
+
+_PIECE_NBYTES = 2 << 20
+"""Most bytes of a slice that are reduced over the replicas at a time."""
 
 
 class UnitGradients:
@@ -54,6 +59,8 @@ class UnitGradients:
         are cut; None where there is only one.
     op : ReduceOp
         `MEAN` or `SUM` of the ranks' gradients.
+    precision : Precision
+        In which dtype they are added and reduced; the slices have that of the shards.
     strategy : str
         The class that it is for; named in errors.
 
@@ -70,6 +77,7 @@ class UnitGradients:
         *,
         replicas: ProcessGroup | None,
         op: ReduceOp,
+        precision: Precision,
         strategy: str,
     ) -> None:
         self.names = tuple(named)
@@ -78,14 +86,18 @@ class UnitGradients:
         self._shards = parameters.shards
         self._group = group
         self._strategy = strategy
-        flats = [flat for flat in parameters.store.flats if named.keys() & flat.views.keys()]
-        groups = parameters.group, replicas
-        self._units = [_UnitGradient(flat, named, self._shards, *groups, op) for flat in flats]
+        self._units = [
+            _UnitGradient(number, parameters, named, replicas, op, precision)
+            for number, flat in enumerate(parameters.store.flats)
+            if named.keys() & flat.views.keys()
+        ]
         self._unit_of = {name: unit for unit in self._units for name in unit.parameters}
-        nbytes = max(1, *(flat.data.nbytes for flat in flats))
-        shape = (min(len(flats), 2), round_up(nbytes, ALIGNMENT_BYTES))
-        device = "gpu" if is_device(flats[0].data) else "cpu"
-        self._memory: Array = group.empty(shape, np.uint8, device=device)
+        nbytes = max(1, *(unit.nbytes for unit in self._units))
+        shape = (min(len(self._units), 2), round_up(nbytes, ALIGNMENT_BYTES))
+        device = "gpu" if is_device(parameters.store.flats[0].data) else "cpu"
+        # In the group that reduces it: for another one it would be ordinary memory.
+        over = parameters.group if replicas is None or parameters.group.size > 1 else replicas
+        self._memory: Array = over.empty(shape, np.uint8, device=device)
         self._buffers = [self._memory[i] for i in range(len(self._memory))]
         self._index = {name: i for i, name in enumerate(self.names)}
         self._used = np.zeros(len(named), np.uint8)
@@ -146,13 +158,14 @@ class UnitGradients:
             self._unit_of[self._names[parameter]].missing.discard(self._names[parameter])
         self._send_complete()
 
-    def _memory_for(self, parameter: Parameter) -> Array | None:
-        """Return the part of its unit's message buffer, or None where that is another one's yet."""
+    def _memory_for(self, parameter: Parameter) -> Array:
+        """Return the part of its unit's message buffer, or new memory while that is another's."""
         name = self._names[parameter]
         unit = self._unit_of[name]
         if not self._counting or unit.index >= self._sent + len(self._buffers):
-            self._count(parameter.size * parameter.dtype.itemsize)
-            return None
+            own: Array = array_namespace(self._memory).empty(parameter.shape, unit.dtype)
+            self._count(own.nbytes)
+            return own
         self._receive(unit.index - len(self._buffers))
         return unit.views[name]
 
@@ -223,13 +236,13 @@ class UnitGradients:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the reduction; the shards have gradients afterwards, the parameters do not."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         for index in range(self._received, self._sent):
-            self._receive(index, _left(deadline))
+            self._receive(index, deadline.left)
         while self._finished < self._sent:
-            self._finish(_left(deadline))
+            self._finish(deadline.left)
         if self._used_work is not None:
-            self._used_work.wait(_left(deadline))
+            self._used_work.wait(deadline.left)
             self._used_work = None
         self._counting = False
         reason = (
@@ -301,58 +314,65 @@ class UnitGradients:
         return int(self._memory.nbytes) + self._own_peak
 
 
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
-
-
 class _UnitGradient:
     """The gradient of one unit: its part of a message buffer, and this rank's reduced slice.
 
     Attributes
     ----------
+    number : int
+        Its place in `FSDP.units`.
     index : int
         Its place in the order of the units.
     views : dict of str to Array
         The gradients of its parameters in the message buffer.
     missing : set of str
         Names of the parameters whose gradients are to come.
+    dtype : dtype
+        In which gradients are added and reduced.
     reduced : Array, shape of this rank's slice
-        Where the shards have their gradients.
+        Where the shards have their gradients, of the dtype of the shards.
     reduced_before : bool
         Whether there are some of an earlier backward in `reduced`, to which others are added.
     """
 
     def __init__(
         self,
-        flat: FlatParameters,
+        number: int,
+        parameters: ParameterShards,
         named: Mapping[str, Parameter],
-        shards: Mapping[str, Parameter],
-        cut_over: ProcessGroup,
         replicas: ProcessGroup | None,
         op: ReduceOp,
+        precision: Precision,
     ) -> None:
+        flat, own = parameters.store.flats[number], parameters.own[number]
+        self.number = number
+        self.dtype = precision.reduced(own.dtype)
         self.parameters = {name: named[name] for name in flat.views}
         self._flat = flat
-        self._cut_over = cut_over
+        self._cut_over = parameters.group
         self._replicas = replicas
         self._op = op
         self.index = 0
         self.views: dict[str, Array] = {}
         self.missing: set[str] = set()
-        self.reduced: Array = array_namespace(flat.own).empty_like(flat.own)
+        self.reduced: Array = array_namespace(own).empty_like(own)
         self.reduced_before = False
         for name in self.parameters:
-            shards[name].attach(flat.within(name, self.reduced))
-        self._data = self.reduced[:0]
+            parameters.shards[name].attach(flat.within(name, self.reduced))
+        self._data = flat.own[:0]
         self._result: Array | None = None  # where the reduction under way arrives
         self._work: Work[Any] | None = None  # that leaves the buffer free
         self._sum: Work[Any] | None = None  # over the replicas, after it
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradients of all its parameters in a message buffer."""
+        return self._flat.layout.length * self.dtype.itemsize
+
     def use(self, index: int, memory: Array) -> None:
         """Have this place in the order, and this message buffer, from now on."""
-        layout = self._flat.layout
-        self.index, self._data = index, memory[: layout.nbytes].view(layout.dtype)
-        self.views = layout.buffer(self._data).views
+        self.index, self._data = index, memory[: self.nbytes].view(self.dtype)
+        self.views = self._flat.layout.buffer(self._data).views
 
     def send(self) -> dict[str, tuple[bool, int]]:
         """Start the reduction; return which parameters this rank has used, and what was copied."""
@@ -366,14 +386,15 @@ class _UnitGradient:
             parameter.detach()  # it is closed until the next backward
         if self._replicas is not None and self._cut_over.size == 1:
             self._result = self._data
-            self._work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
+            work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
         else:
-            new = self.reduced_before
-            empty_like = array_namespace(self.reduced).empty_like
-            self._result = empty_like(self.reduced) if new else self.reduced
-            self._work = ireduce_scatter(
+            new = self.reduced_before or self.reduced.dtype != self.dtype
+            empty = array_namespace(self._data).empty
+            self._result = empty(self.reduced.shape, self.dtype) if new else self.reduced
+            work = ireduce_scatter(
                 self._data, self._cut_over, op=self._op, out=self._result, counts=self._flat.counts
             )
+        self._work = traced(f"unit {self.number}: reduce", work)
         return sent
 
     @property
@@ -396,7 +417,10 @@ class _UnitGradient:
         if self._replicas is None or result is None or result is self._data:
             self._take()
         else:
-            self._sum = iall_reduce(result, self._replicas, op=self._op, out=result)
+            step = _PIECE_NBYTES // result.itemsize
+            pieces = [result[start : start + step] for start in range(0, result.size, step)]
+            sums = [iall_reduce(p, self._replicas, op=self._op, out=p) for p in pieces]
+            self._sum = traced(f"unit {self.number}: sum over replicas", Work.all(sums))
 
     def done(self) -> bool:
         """Whether `finish` will not block."""
@@ -411,9 +435,12 @@ class _UnitGradient:
 
     def _take(self) -> None:
         """Have in `reduced` what has arrived."""
+        result = self._result
+        assert result is not None, "it has been sent"
         if self.reduced_before:
-            self.reduced += self._result
-        elif self._result is not self.reduced:
-            self.reduced[...] = self._result
+            with np.errstate(all="ignore"):  # infinities are for GradScaler to find
+                self.reduced += result
+        elif result is not self.reduced:
+            cast(result, self.reduced)
         self.reduced_before = True
         self._result = None

@@ -18,6 +18,7 @@ __all__ = ["MemoryLedger", "MemoryUse", "memory_ledger", "memory_use", "proporti
 
 _ROLLUP = Path("/proc/self/smaps_rollup")
 _DATA = ("Pss_Anon:", "Pss_Shmem:")
+_UNITS = {"GiB": 2**30, "MiB": 2**20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class MemoryLedger:
     node_pss: int | None
 
     def __str__(self) -> str:
-        """Return a table in MiB."""
+        """Return a table, in the largest unit of which this rank holds ten or more."""
         rows = [
             ("parameters", self.rank.parameters, self.node.parameters),
             ("gradients", self.rank.gradients, self.node.gradients),
@@ -78,8 +79,13 @@ class MemoryLedger:
             ("total", self.rank.total, self.node.total),
             ("all data (PSS)", self.rank_pss, self.node_pss),
         ]
-        lines = [f"{'MiB':<20}{'this rank':>12}{'its node':>12}"]
-        lines += [f"{what:<20}{_mebibytes(rank)}{_mebibytes(node)}" for what, rank, node in rows]
+        name, unit = next(
+            (known for known in _UNITS.items() if self.rank.total >= 10 * known[1]), ("KiB", 2**10)
+        )
+        lines = [f"{name:<20}{'this rank':>12}{'its node':>12}"]
+        lines += [
+            f"{what:<20}{_count(rank, unit)}{_count(node, unit)}" for what, rank, node in rows
+        ]
         return "\n".join(lines)
 
 
@@ -172,5 +178,5 @@ def proportional_set_size() -> int | None:
     return sum(int(fields[1]) for fields in lines) * 1024 if lines else None
 
 
-def _mebibytes(count: int | None) -> str:
-    return f"{'not told':>12}" if count is None else f"{count / 2**20:>12.1f}"
+def _count(count: int | None, unit: int) -> str:
+    return f"{'not told':>12}" if count is None else f"{count / unit:>12,.1f}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mpidist._types import Array
-from mpidist.arrays.namespaces import is_device, is_host
+from mpidist.arrays.namespaces import array_namespace, is_device, is_host
 from mpidist.arrays.shards import ShardedArray, copy_in
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
-from mpidist.parallel.sharded.flat_parameters import FlatLayout
+from mpidist.parallel.gradient_kernels import cast
+from mpidist.parallel.sharded.flat_parameters import FlatLayout, FlatParameters
 from mpidist.parallel.sharded.stores import make_store
 
 __all__ = ["ParameterShards", "check_can_be_sharded", "read_only"]
@@ -37,6 +38,9 @@ class ParameterShards:
         The ranks over which parameters are cut.
     store : ParameterStore
         Their memory.
+    own : tuple of Array
+        This rank's slice of each flat array, in the dtype in which the parameters were given: that
+        of the store, or one beside it, of which the store has the rounded values.
     shards : dict of str to Parameter
         This rank's slice of each trainable parameter, with its `part`; some are empty.
     held : dict of str to ShardedArray
@@ -60,19 +64,42 @@ class ParameterShards:
         self.store = make_store(group, layouts, on_device=on_device)
         flat_of = {name: flat for flat in self.store.flats for name in flat.views}
         self._flat_of = flat_of
+        self.own = tuple(_own(flat, named) for flat in self.store.flats)
+        own_of = dict(zip(self.store.flats, self.own, strict=True))
         self.shards: dict[str, Parameter] = {}
         self.held: dict[str, ShardedArray] = {}
         for name, parameter in named.items():
             flat = flat_of[name]
-            own, part = flat.within(name, flat.own), flat.part(name, first=first)
+            own, part = flat.within(name, own_of[flat]), flat.part(name, first=first)
             self.held[name] = part.sharded(own)
             if parameter.trainable:
                 self.shards[name] = Parameter(own, name=name)
                 self.shards[name].part = part
         copy_in(self.held, {name: parameter.data for name, parameter in named.items()})
-        self.store.end_write()
+        self.end_write()
         for name, parameter in named.items():
             parameter.data = read_only(flat_of[name].views[name])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's share of the store, and of slices beside it."""
+        return self.store.nbytes + sum(own.nbytes for _, own in self._masters())
+
+    def begin_write(self) -> None:
+        """Return when this rank may write its slices, as `ParameterStore.begin_write`."""
+        self.store.begin_write()
+
+    def end_write(self) -> None:
+        """Let all ranks have what all have written, as `ParameterStore.end_write`."""
+        for flat, own in self._masters():
+            cast(own, flat.own)
+        self.store.end_write()
+
+    def _masters(self) -> Iterator[tuple[FlatParameters, Array]]:
+        """Yield the slices that the store has rounded copies of."""
+        for flat, own in zip(self.store.flats, self.own, strict=True):
+            if own is not flat.own:
+                yield flat, own
 
     def part_of(self, name: str, whole: Array) -> Array:
         """Return the part of an array of a parameter's shape that belongs to this rank's slice."""
@@ -88,6 +115,15 @@ class ParameterShards:
             )
             for name, held in self.held.items()
         }
+
+
+def _own(flat: FlatParameters, named: Mapping[str, Parameter]) -> Array:
+    """Return this rank's slice in the dtype of the parameters, of the store if it has that."""
+    dtype = named[next(iter(flat.views))].dtype
+    if dtype == flat.own.dtype:
+        return flat.own
+    own: Array = array_namespace(flat.own).zeros(flat.own.shape, dtype)
+    return own
 
 
 def read_only(view: Array) -> Array:

@@ -88,15 +88,15 @@ class ModelState:
         values when it returns.
         """
         self._model.check_state_dict(state)
-        store, held = self._parameters.store, self._parameters.held
+        held = self._parameters.held
         own = self._model.module.state_dict()
         state = with_present_names(state, own)
         check_held("ModelState.load_state_dict", held, state)
-        store.begin_write()
+        self._parameters.begin_write()
         copy_in(held, state)
         for name in own.keys() - held.keys():  # buffers
             own[name][...] = like_device(own[name], state[name])
-        store.end_write()
+        self._parameters.end_write()
         self._model.lay_out(state)
 
 

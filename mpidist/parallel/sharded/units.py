@@ -10,7 +10,7 @@ would hold, a tied one, is a unit of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -51,7 +51,7 @@ class Unit:
     nbytes : int
         Bytes of the parameters.
     dtype : dtype
-        Of the parameters.
+        Of the parameters, as the layers see them.
     trainable : bool
         Whether they have gradients.
     """
@@ -64,8 +64,16 @@ class Unit:
     trainable: bool
 
     def layout(self, arrays: Mapping[str, Array], cut: Cut) -> FlatLayout:
-        """Return how its parameters lie in a flat array."""
-        return FlatLayout.of({name: arrays[name] for name in self.parameters}, cut)
+        """Return how its parameters lie in a flat array of its dtype."""
+        return FlatLayout.of(
+            {name: arrays[name] for name in self.parameters}, cut, dtype=self.dtype
+        )
+
+    def stored_in(self, dtype: DType) -> Unit:
+        """Return this unit with its parameters in another dtype."""
+        return replace(
+            self, nbytes=self.nbytes // self.dtype.itemsize * dtype.itemsize, dtype=dtype
+        )
 
 
 def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
@@ -102,7 +110,9 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
             _unit(f"bucket {i}", ("",), {name: named[name] for name in names})
             for i, names in enumerate(buckets)
         )
-    limit = int(units) if isinstance(units, (int, np.integer)) else None
+    limit = None
+    if isinstance(units, (int, np.integer)) and not isinstance(units, bool):
+        limit = int(units)
     is_unit = _rule(module, units) if limit is None else _small_enough(module, limit)
     names_of = {parameter: name for name, parameter in named.items()}
     groups: dict[tuple[tuple[str, ...], DType, bool], list[str]] = {}

@@ -23,6 +23,7 @@ from mpidist.optim import Optimizer
 from mpidist.optim.optimizer import check_same_state
 from mpidist.parallel.data.buckets import BucketSizes
 from mpidist.parallel.data.ddp import DDP
+from mpidist.parallel.data.verify import verify_same
 from mpidist.parallel.sharded.flat_parameters import Cut
 from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
 from mpidist.parallel.sharded.memory import MemoryUse, array_bytes
@@ -83,7 +84,8 @@ class ShardedOptimizer(Closing):
     op : ReduceOp, optional
         `MEAN`, when omitted, or `SUM` over the ranks' gradients; DDP and FSDP have their own.
     sizes : BucketSizes, optional
-        How many parameters are reduced and sliced together; an FSDP has its units.
+        How many parameters are reduced and sliced together, of a module or a DDP; an FSDP has its
+        units.
 
     Attributes
     ----------
@@ -102,14 +104,18 @@ class ShardedOptimizer(Closing):
 
     Raises
     ------
+    TypeError
+        If `model` is none, or `optimizer` no such function.
     CollectiveMismatchError
-        On every rank, if names, shapes, dtypes or arguments differ between ranks.
+        On every rank, if names, shapes, dtypes or arguments differ between ranks, or what the
+        factory makes: kinds, rules, learning rates.
     UnsupportedOperationError
         If some parameters lie on a device and some do not.
     ValueError
-        If a parameter is read-only, as another `ShardedOptimizer` leaves it; if the factory uses a
-        parameter twice, or one that it was not given; if its optimizer needs whole parameters that
-        are cut; if `op` is given together with a DDP or an FSDP, or that has other ranks.
+        If a parameter is read-only, as another `ShardedOptimizer` leaves it, or the FSDP has one;
+        if the factory uses a parameter twice, or one that it was not given; if its optimizer needs
+        whole parameters that are cut; if `op` is given together with a DDP or an FSDP, or that has
+        other ranks; if `sizes` is given together with an FSDP.
 
     Notes
     -----
@@ -136,8 +142,10 @@ class ShardedOptimizer(Closing):
         *,
         optimizer: OptimizerFactory,
         op: ReduceOp | None = None,
-        sizes: BucketSizes = BucketSizes(),  # noqa: B008 - frozen
+        sizes: BucketSizes | None = None,
     ) -> None:
+        if not callable(optimizer):
+            raise _no_factory(optimizer)
         self._owns_model = not isinstance(model, FSDP)
         self._model = _sharded(model, group, op, sizes)
         self.module = self._model.module
@@ -145,11 +153,16 @@ class ShardedOptimizer(Closing):
         self.parameter_shards = self._model.parameter_shards
         self.model_state = self._model.model_state
         shards = self.parameter_shards.shards
-        made = optimizer(list(shards.items()))
-        self.optimizers = (made,) if isinstance(made, Optimizer) else tuple(made)
+        self.optimizers = _made_by(optimizer, shards)
         check_parameters(self.optimizers, shards)
         if self._model.cut is not Cut.PARAMETERS:
             check_elementwise(self.optimizers)
+        verify_same(
+            tuple((f"optimizer {i}", repr(made)) for i, made in enumerate(self.optimizers)),
+            self.group,
+            operation="ShardedOptimizer",
+        )
+        self._model.has_optimizer = True
 
     @property
     def shared(self) -> bool:
@@ -230,7 +243,8 @@ class ShardedOptimizer(Closing):
         Raises
         ------
         RuntimeError
-            If a parameter has a gradient that was never reduced.
+            If a parameter has a gradient that was never reduced; if it is called within a pass of
+            an FSDP, or inside `FSDP.whole`.
 
         Notes
         -----
@@ -239,14 +253,13 @@ class ShardedOptimizer(Closing):
         between ranks of the same local rank before the second one. Scattered gradients are used up:
         ``parameter.grad`` is None afterwards. Those of a DDP stay until they are zeroed.
         """
-        self._model.check_can_step()
+        self._model.check_can_write("ShardedOptimizer.step")
         self._model.shards()
-        store = self.parameter_shards.store
-        store.begin_write()
+        self.parameter_shards.begin_write()
         for optimizer in self.optimizers:
             optimizer.step()
         with region("publish"):
-            store.end_write()
+            self.parameter_shards.end_write()
         if isinstance(self._model, FSDP):
             self._model.zero_grad()  # the ranks hold no whole gradient that could be used again
 
@@ -327,6 +340,7 @@ class ShardedOptimizer(Closing):
         The parameters stay readable, as they are. To write them again, give each memory of its own:
         ``parameter.data = parameter.data.copy()``. An `FSDP` or a `DDP` that was given stays open.
         """
+        self._model.has_optimizer = False
         if self._owns_model:
             self._model.close()
 
@@ -375,6 +389,7 @@ class _ShardedDDP:
     """
 
     cut = Cut.ELEMENTS
+    has_optimizer = False  # another one is refused, since the parameters are read-only
 
     def __init__(self, ddp: DDP, group: ProcessGroup, sizes: BucketSizes) -> None:
         self._ddp = ddp
@@ -401,8 +416,8 @@ class _ShardedDDP:
                 shard.add_grad(part)
         return list(self.parameter_shards.shards.values())
 
-    def check_can_step(self) -> None:
-        """They are always written in a step."""
+    def check_can_write(self, operation: str) -> None:
+        """They can always be written."""
 
     def zero_grad(self) -> None:
         self.wait()
@@ -411,23 +426,49 @@ class _ShardedDDP:
 
     def memory_use(self) -> MemoryUse:
         gradients = sum(parameter.grad_nbytes for parameter in self._named.values())
-        return MemoryUse(self.parameter_shards.store.nbytes, gradients, 0)
+        return MemoryUse(self.parameter_shards.nbytes, gradients, 0)
 
     def close(self) -> None:
         self.wait()
         self.group.close()
 
 
+def _made_by(factory: OptimizerFactory, shards: Mapping[str, Parameter]) -> tuple[Optimizer, ...]:
+    """Return what the factory makes of this rank's slices."""
+    made = factory(list(shards.items()))
+    optimizers = tuple(made) if isinstance(made, (list, tuple)) else (made,)
+    if not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+        raise _no_factory(made)
+    return optimizers
+
+
+def _no_factory(got: object) -> TypeError:
+    return TypeError(
+        "ShardedOptimizer: optimizer must be a function that makes an Optimizer, or several, of "
+        f"this rank's slices, such as partial(AdamW, lr=1e-3); got {got!r}"
+    )
+
+
 def _sharded(
-    model: Module | DDP | FSDP, group: ProcessGroup | None, op: ReduceOp | None, sizes: BucketSizes
+    model: Module | DDP | FSDP,
+    group: ProcessGroup | None,
+    op: ReduceOp | None,
+    sizes: BucketSizes | None,
 ) -> FSDP | _ShardedDDP:
     """Return the model with its parameters sharded."""
+    if not isinstance(model, (Module, DDP, FSDP)):
+        raise TypeError(
+            "ShardedOptimizer: expected a Module, an FSDP or a DDP, got one of type "
+            f"{type(model).__name__}"
+        )
     if group is not None or not isinstance(model, FSDP):
         check_group(group, "ShardedOptimizer")
     if isinstance(model, (DDP, FSDP)):
         _check_strategy(model, group, op)
     if isinstance(model, FSDP):
+        _check_free(model, sizes)
         return model
+    sizes = BucketSizes() if sizes is None else sizes
     assert group is not None, "it has been checked"
     if isinstance(model, DDP):
         return _ShardedDDP(model, group, sizes)
@@ -439,6 +480,20 @@ def _sharded(
         op=op or MEAN,
         cut=Cut.ELEMENTS,
     )
+
+
+def _check_free(model: FSDP, sizes: BucketSizes | None) -> None:
+    if sizes is not None:
+        raise ValueError(
+            f"ShardedOptimizer on {model.group}: sizes are those of the buckets of a module or a "
+            "DDP; what travels together in an FSDP is said by FSDP(model, group, units=...)"
+        )
+    if model.has_optimizer:
+        raise ValueError(
+            f"ShardedOptimizer on {model.group}: the FSDP has one already, whose step uses the "
+            "gradients up; for parameters that are updated differently let its factory return "
+            "several optimizers, or close() the first ShardedOptimizer"
+        )
 
 
 def _check_strategy(model: DDP | FSDP, group: ProcessGroup | None, op: ReduceOp | None) -> None:
