@@ -28,6 +28,17 @@ def code_of(page: Path) -> str:
     return "\n".join(dedent(block["code"]) for block in blocks)
 
 
+_PRINTED = re.compile(
+    r"^\.\. code-block:: text\n   :class: printed\n\n((?:(?:   .*)?\n)+)", re.MULTILINE
+)
+
+
+def printed_of(page: Path) -> list[str]:
+    """Return the blocks of text that the page's program prints on four ranks."""
+    text = page.read_text(encoding="utf-8")
+    return [dedent(block).strip("\n") for block in _PRINTED.findall(text)]
+
+
 PAGES = [page for page in sorted(DOCS.rglob("*.rst")) if code_of(page)]
 
 
