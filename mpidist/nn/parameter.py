@@ -66,6 +66,7 @@ class Parameter:
         "_memory_for",
         "_on_ready",
         "_remaining",
+        "_sealed",
         "_shape",
         "name",
         "part",
@@ -74,6 +75,7 @@ class Parameter:
 
     def __init__(self, data: Array, *, name: str = "", trainable: bool = True) -> None:
         self.data = data
+        self._sealed = ""  # where the values are, while they are not here
         self.name = name
         self.trainable = trainable
         self.part: Part | FlatPart | None = None
@@ -104,10 +106,7 @@ class Parameter:
             If the parameter is sealed.
         """
         if self._data is None:
-            raise RuntimeError(
-                f"parameter '{self.name}' is sealed: its values are not here just now; what has "
-                "sealed it gives them back for the passes that need them"
-            )
+            raise RuntimeError(f"parameter '{self.name}' {self._sealed}")
         return self._data
 
     @data.setter
@@ -118,14 +117,29 @@ class Parameter:
         # The kind of memory, host or device, is still known while there are no values.
         self._empty: Array = array_namespace(data).empty(0, data.dtype)
 
-    def seal(self) -> None:
-        """Drop the values; shape, dtype and gradient stay. Setting `data` ends it."""
-        self._data = None
+    def seal(
+        self,
+        reason: str = "is sealed: its values are not here just now; what has sealed it gives them "
+        "back for the passes that need them",
+    ) -> None:
+        """Drop the values; shape, dtype and gradient stay. Setting `data` ends it.
+
+        Parameters
+        ----------
+        reason : str, optional
+            Where the values are meanwhile, and what to do; the words of the error.
+        """
+        self._data, self._sealed = None, reason
 
     @property
     def is_sealed(self) -> bool:
         """Whether the values are not here, so that `data` raises."""
         return self._data is None
+
+    @property
+    def like(self) -> Array:
+        """An array of no elements in the memory, host or device, and the dtype of the values."""
+        return self._empty
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -355,7 +355,7 @@ def _take(model: Strategy, data: ArrayDataset, batch: Batch) -> tuple[Array, Arr
     """Return this rank's samples where the model's parameters are."""
     x, target = data.take(batch.indices)
     for parameter in model.module.parameters():
-        return like_device(parameter.data, x), like_device(parameter.data, target)
+        return like_device(parameter.like, x), like_device(parameter.like, target)
     return x, target
 
 

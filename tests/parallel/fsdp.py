@@ -233,9 +233,11 @@ def train(
         optimizer.step()
     if kind == "naive":
         strategy.gather()
-    else:
+    with strategy.whole() if isinstance(strategy, FSDP) else nullcontext():
+        state = {name: array.copy() for name, array in model.state_dict().items()}
+    if kind != "naive":
         strategy.close()
-    return {name: array.copy() for name, array in model.state_dict().items()}
+    return state
 
 
 def run_with_checkpoint(
@@ -266,6 +268,7 @@ def run_with_checkpoint(
         optimizer.step()
     if not steps.start:
         checkpoint.save(directory, state, group, step=steps.stop)
-    found = {name: p.data.copy() for name, p in model.named_parameters()}
+    with held.whole() if isinstance(held, FSDP) else nullcontext():
+        found = {name: p.data.copy() for name, p in model.named_parameters()}
     held.close()
     return found

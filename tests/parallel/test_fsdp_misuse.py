@@ -176,15 +176,6 @@ def test_a_model_of_which_nothing_is_trained():
     refused(ValueError, "no trainable parameter", act)
 
 
-def test_several_nodes():
-    refused(
-        UnsupportedOperationError,
-        r"FULL_SHARD works on one node, and these ranks are on 2; use .*SHARD_GRAD_OP",
-        lambda g: FSDP(model(), g),
-        ranks_per_node=1,
-    )
-
-
 @pytest.mark.parametrize("second", [FSDP, DDP, partial(ShardedOptimizer, optimizer=RULE)])
 def test_parameters_have_one_strategy(second):
     def act(group):

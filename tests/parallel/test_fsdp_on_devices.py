@@ -1,8 +1,9 @@
-"""FSDP on arrays of a device: parameters whole on each, gradients and state in slices."""
+"""FSDP on arrays of a device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from types import ModuleType
 
@@ -29,6 +30,7 @@ from tests.parallel.training import assert_close
 
 pytestmark = [pytest.mark.ranks(2, full=(1, 4)), pytest.mark.timeout(90)]
 
+FULL = ShardingStrategy.FULL_SHARD
 GRADIENTS = ShardingStrategy.SHARD_GRAD_OP
 FACTORY = partial(AdamW, lr=0.02, weight_decay=0.1)
 
@@ -54,7 +56,7 @@ def train(group, case, kind, backwards=1):
         else:
             strategy = FSDP(model, group, strategy=kind[0], units=UNIT, cut=kind[1])
             optimizer = ShardedOptimizer(strategy, optimizer=FACTORY)
-    here = next(model.parameters()).data
+    here = next(model.parameters()).like
     norms = []
     for step, (x, target) in enumerate(batches(np.float64)):
         start, stop = len(x) * group.rank // group.size, len(x) * (group.rank + 1) // group.size
@@ -66,9 +68,10 @@ def train(group, case, kind, backwards=1):
             strategy.backward(ctx, dy)
         norms.append(strategy.clip_grad_norm(0.3))
         optimizer.step()
-    state = {name: to_host(array).copy() for name, array in model.state_dict().items()}
+    with strategy.whole() if isinstance(strategy, FSDP) else nullcontext():
+        state = {name: to_host(array).copy() for name, array in model.state_dict().items()}
     if kind != "host":
-        assert all(is_device(p.data) for p in model.parameters())
+        assert all(is_device(p.like) for p in model.parameters())
         whole = full_state_dict(optimizer)
         state |= {key: value for key, value in whole.items() if key.endswith("/mean")}
     return state, norms
@@ -77,13 +80,17 @@ def train(group, case, kind, backwards=1):
 @pytest.mark.parametrize("case", ["plain", "tied", "frozen", "recomputed", "awkward sizes"])
 def test_training_is_that_of_ddp_on_the_host(group: ProcessGroup, case: str, full: bool) -> None:
     expected, norms = train(group, case, "host")
-    kinds = [(GRADIENTS, Cut.ROWS), (ShardingStrategy.NO_SHARD, Cut.ROWS), "after ddp"]
-    for kind in (*kinds, (GRADIENTS, Cut.ELEMENTS)) if full else kinds[:1]:
+    kinds = [
+        *((FULL, Cut.ROWS), (GRADIENTS, Cut.ROWS), "after ddp"),
+        *((ShardingStrategy.NO_SHARD, Cut.ROWS), (ShardingStrategy.HYBRID_SHARD, Cut.ROWS)),
+        *((FULL, Cut.PARAMETERS), (GRADIENTS, Cut.ELEMENTS)),
+    ]
+    for kind in kinds if full else kinds[:2]:
         got, theirs = train(group, case, kind)
         assert_close({name: got[name] for name in expected}, expected, rtol=1e-9)
         np.testing.assert_allclose(theirs, norms, rtol=1e-9)
-    if kinds[0][0] is GRADIENTS:
-        twice, _ = train(group, case, kinds[0], backwards=2)
+    for kind in kinds[:2]:
+        twice, _ = train(group, case, kind, backwards=2)
         assert_close({name: twice[name] for name in expected}, expected, rtol=1e-9)
 
 
@@ -111,7 +118,7 @@ def test_with_halves_beside_single_precision_it_trains_as_on_the_host(group: Pro
         precision = Precision(np.float16, np.float32, np.float32)
         fsdp = FSDP(model, group, strategy=GRADIENTS, units=UNIT, precision=precision)
         optimizer = ShardedOptimizer(fsdp, optimizer=partial(SGD, lr=0.1))
-        here = next(model.parameters()).data
+        here = next(model.parameters()).like
         assert here.dtype == np.float16
         for step, (x, target) in enumerate(batches(np.float32)):
             own = slice(group.rank, None, group.size)
@@ -133,11 +140,9 @@ def test_what_layers_on_a_device_cannot_do_is_refused(group: ProcessGroup) -> No
         FSDP(model, group, strategy=GRADIENTS, precision=Precision("bfloat16"))
 
 
-def test_what_needs_shared_memory_is_refused(group: ProcessGroup) -> None:
+def test_a_model_on_two_kinds_of_memory_is_refused(group: ProcessGroup) -> None:
     model = CASES["plain"].build(np.random.default_rng(0), np.float64)
     model.to("gpu")
-    with pytest.raises(UnsupportedOperationError, match="SHARD_GRAD_OP, with which each rank"):
-        FSDP(model, group)
     first = model.layers[0].weight
     first.data = to_host(first.data)
     with pytest.raises(UnsupportedOperationError, match="some parameters lie on a device"):

@@ -47,3 +47,18 @@ def test_what_is_waited_for_is_exposed(tmp_path: Path, strategy: ShardingStrateg
     # The first unit of backward has a buffer of its own, and the third one waits for it.
     waited = sum(transfer.exposed for transfer in found.values())
     assert waited > 0.8 * (2 if hybrid else 3) * 2 * NAP
+
+
+def test_gathers_of_units_are_transfers_too(tmp_path: Path) -> None:
+    def body(group: ProcessGroup) -> None:
+        model = Sequential(*(Linear(64, 64, rng=i, bias=False) for i in range(3)))
+        fsdp = FSDP(model, group, units=["*"])
+        with mpidist.trace(tmp_path / "trace.json", group), mpidist.region("step"):
+            y, ctx = fsdp.forward(np.ones((1, 64), np.float32), Mode(True))
+            fsdp.backward(ctx, y)
+
+    run_ranks(2, body, node_memory=True, ranks_per_node=1)
+    found = {t.name: t.count for t in summarise(load(tmp_path / "trace.json")).transfers}
+    # Two ranks; units 1 and 2 are still in their slots when backward begins.
+    gathers = {f"unit {unit}: gather": 2 * (2 if unit == 0 else 1) for unit in range(3)}
+    assert found == gathers | {f"unit {unit}: reduce": 2 for unit in range(3)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -237,7 +238,7 @@ class DataParallel(Closing, ABC):
         -----
         Collective over the group; does not block. Inside `no_sync` it is local.
         """
-        return self._run_backward(uses, run)
+        return self._run_backward("backward", uses, run)
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Run the first half of backward, which touches no parameter's gradient.
@@ -282,7 +283,8 @@ class DataParallel(Closing, ABC):
         Collective over the group; blocks. Inside `no_sync` it is local.
         """
         uses, inner = wctx
-        _, work = self._run_backward(uses, lambda: self.module.backward_weight(inner))
+        run = functools.partial(self.module.backward_weight, inner)
+        _, work = self._run_backward("backward_weight", uses, run)
         work.wait()
 
     def wait(self) -> None:
@@ -353,9 +355,9 @@ class DataParallel(Closing, ABC):
     # -- the passes ----------------------------------------------------------------------------
 
     def _run_backward(
-        self, uses: Mapping[Parameter, int], run: Callable[[], T]
+        self, _: str, uses: Mapping[Parameter, int], run: Callable[[], T]
     ) -> tuple[T, Work[None]]:
-        """Run a pass that makes these contributions, and start the reduction."""
+        """Run the pass of this name, which makes these contributions; start the reduction."""
         self._check_idle()
         self._check_added_whole()
         self._gradients.check(uses)

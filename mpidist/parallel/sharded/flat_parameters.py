@@ -89,6 +89,10 @@ class FlatLayout:
         """Return memory of this length, of any dtype, as a buffer with a view per parameter."""
         return FlatBuffer(self.shapes, storage.dtype, alignment=_line(self.dtype), storage=storage)
 
+    def views(self, data: Array) -> dict[str, Array]:
+        """Return the parameters in a flat array of this length; writes nothing."""
+        return {n: data[span.slices].reshape(self.shapes[n]) for n, span in self.spans.items()}
+
     def counts(self, owners: int, size: int) -> tuple[int, ...]:
         """Return the number of elements of each rank's slice.
 
@@ -145,30 +149,32 @@ class FlatParameters:
     ----------
     layout : FlatLayout
         Names, shapes and positions of the parameters.
-    data : Array, shape (length,)
-        Memory for all parameters.
+    own : Array, shape (counts[rank],)
+        This rank's slice, in memory of its own or as a part of the whole flat array.
     counts : sequence of int
         Elements of each rank's slice.
     rank : int
-        This rank, whose slice `own` is.
+        This rank.
 
     Attributes
     ----------
-    layout, data, counts
+    layout, own, counts
         The arguments; `counts` as a tuple.
-    views : dict of str to Array
-        The parameters, of their shapes: views of `data`.
-    own : Array, shape (counts[rank],)
-        This rank's slice: a view of `data`.
     """
 
-    def __init__(self, layout: FlatLayout, data: Array, counts: Sequence[int], rank: int) -> None:
+    def __init__(self, layout: FlatLayout, own: Array, counts: Sequence[int], rank: int) -> None:
         self.layout = layout
-        self.data = data
+        self.own = own
         self.counts = tuple(counts)
-        self.views = layout.buffer(data).views
         self._slice = Box((sum(self.counts[:rank]),), (self.counts[rank],))
-        self.own = data[self._slice.slices]
+
+    @classmethod
+    def sliced(
+        cls, layout: FlatLayout, data: Array, counts: Sequence[int], rank: int
+    ) -> FlatParameters:
+        """Take this rank's slice out of a whole flat array, of shape (length,)."""
+        start = sum(counts[:rank])
+        return cls(layout, data[start : start + counts[rank]], counts, rank)
 
     def box(self, name: str) -> Box:
         """Return what this rank owns of a parameter.

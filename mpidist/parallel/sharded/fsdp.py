@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -22,13 +23,15 @@ from mpidist.parallel.data.broadcasts import broadcast_in_place
 from mpidist.parallel.data.data_parallel import DataParallel
 from mpidist.parallel.data.verify import Description, describe, verify_same
 from mpidist.parallel.sharded.flat_parameters import Cut
+from mpidist.parallel.sharded.gathers import UnitGathers
 from mpidist.parallel.sharded.gradients import UnitGradients
 from mpidist.parallel.sharded.memory import MemoryUse
 from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can_be_sharded
 from mpidist.parallel.sharded.precision import Precision, inner_pass, input_gradient
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.stores import by_node
-from mpidist.parallel.sharded.units import UNIT_BYTES, Unit, Units, find_units
+from mpidist.parallel.sharded.unit_store import UnitStore
+from mpidist.parallel.sharded.units import UNIT_BYTES, Unit, Units, find_stages, find_units
 
 __all__ = ["FSDP", "ShardingStrategy"]
 
@@ -41,7 +44,8 @@ class ShardingStrategy(Enum):
     Notes
     -----
     `FULL_SHARD`: parameters, gradients and the optimizer's state. `SHARD_GRAD_OP`: gradients and
-    the optimizer's state; on one node, where parameters stand once for all ranks, it is the same.
+    the optimizer's state, and every node has all parameters; on one node, where they stand once for
+    all ranks, it is the same.
     `HYBRID_SHARD`: as `FULL_SHARD` among the ranks of a node, and every node has all; gradients are
     summed over the nodes, and parameters never travel. `NO_SHARD`: nothing; every rank has all, as
     with `DDP`.
@@ -51,6 +55,10 @@ class ShardingStrategy(Enum):
     SHARD_GRAD_OP = "shard_grad_op"
     HYBRID_SHARD = "hybrid_shard"
     NO_SHARD = "no_shard"
+
+
+_GATHERS = (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
+"""The strategies with which parameters are whole only while they are needed."""
 
 
 class FSDP(DataParallel):
@@ -68,7 +76,7 @@ class FSDP(DataParallel):
             clip_grad_norm(optimizer.shards(), 1.0, group=fsdp.group)
             optimizer.step()                         # all ranks have the new parameters
 
-    With N ranks on a node and P bytes of parameters a rank's share is P / N of parameters, P / N of
+    With N ranks and P bytes of parameters a rank's share is P / N of parameters, P / N of
     gradients, and as much of each array of the optimizer's state; and two message buffers of one
     unit. The result is that of `DDP` and the same optimizer.
 
@@ -96,11 +104,15 @@ class FSDP(DataParallel):
     precision : Precision, optional
         In which dtypes layers compute, gradients are reduced and forward returns; that in which the
         model was built, when omitted. Shards keep it in any case.
+    prefetch : int, optional
+        How many units are gathered ahead of the one that computes, where parameters are gathered.
+        Each takes memory of the size of the largest unit, once per node where it can be shared.
 
     Attributes
     ----------
     module : Module
-        The model. Its parameters are read-only views.
+        The model. Its parameters are read-only views; where they are gathered, ``data`` raises
+        outside the passes that need it.
     group : ProcessGroup
         The FSDP's own, of the same ranks, by local rank and then by node.
     units : tuple of Unit
@@ -129,9 +141,10 @@ class FSDP(DataParallel):
     InvalidWorldSizeError
         If the strategy is HYBRID_SHARD over a group, and its nodes have different numbers of ranks.
     UnsupportedOperationError
-        If a parameter is no float or complex; if `op` is neither MEAN nor SUM; if the ranks over
-        which FULL_SHARD or HYBRID_SHARD shards are on several nodes, or the parameters on a device;
-        if a mesh has more than two dimensions, or a strategy other than its number of them says.
+        If a parameter is no float or complex; if `op` is neither MEAN nor SUM; if some parameters
+        lie on a device and some do not; if the ranks over which HYBRID_SHARD shards are on several
+        nodes; if a mesh has more than two dimensions, or a strategy other than its number of them
+        says.
     ValueError
         If a name in `units` matches no module, a parameter is read-only, or none is trainable.
 
@@ -142,9 +155,15 @@ class FSDP(DataParallel):
 
     On one node nothing is gathered: parameters stand in memory that all ranks of the node see
     ([Note: parameters once per node] in `mpidist.parallel.sharded.stores`), and forward
-    communicates nothing. A step costs, per rank, a reduce-scatter of each unit, an all-reduce of a
-    byte per parameter, and two barriers. With HYBRID_SHARD this is within a node, but for the
-    bytes, and this rank's slices of gradients are all-reduced over the nodes.
+    communicates nothing. Over several nodes, on a device, or without memory to share, FULL_SHARD
+    gathers each unit for forward and for backward ([Note: gathered units] in
+    `mpidist.parallel.sharded.unit_store`); then forward is collective and blocks, inside `no_sync`
+    as well. That costs a rank two gathers of P, divided by the ranks of its node where these share
+    memory, and an all-reduce of 16 bytes for each unit and pass.
+
+    A step costs, per rank, a reduce-scatter of each unit, an all-reduce of a byte per parameter,
+    and two barriers. With HYBRID_SHARD this is within a node, but for the bytes, and this rank's
+    slices of gradients are all-reduced over the nodes.
 
     A backward adds to the gradients of earlier ones, until `step` or `zero_grad`; the sums are
     slices, too, so that accumulating needs no whole gradients. `no_sync` saves the messages, at the
@@ -170,6 +189,7 @@ class FSDP(DataParallel):
         op: ReduceOp = MEAN,
         cut: Cut = Cut.ROWS,
         precision: Precision = Precision(),  # noqa: B008 - frozen
+        prefetch: int = 1,
     ) -> None:
         what = type(self).__name__
         if not isinstance(module, Module):
@@ -182,7 +202,7 @@ class FSDP(DataParallel):
             strategy = ShardingStrategy.HYBRID_SHARD if two else ShardingStrategy.FULL_SHARD
         named = dict(module.named_parameters())
         arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
-        arguments["precision"] = precision
+        arguments["precision"], arguments["prefetch"] = precision, prefetch
         arguments["mesh"] = None if mesh is None else mesh.dimensions
         # First together: what only one rank refuses would leave the others waiting for it.
         verify_same(_description(module, arguments), group, operation=what)
@@ -193,7 +213,8 @@ class FSDP(DataParallel):
                 f"FSDP: precision must be a Precision, such as Precision(parameters={precision!r});"
                 f" got {precision!r}"
             )
-        _check_arguments(named, group, strategy, op, precision)
+        prefetch = _prefetch(prefetch)
+        _check_arguments(named, group, op, precision)
         mesh = _mesh(mesh, group, strategy)
         self.units = tuple(
             unit.stored_in(precision.stored(unit.dtype))
@@ -207,9 +228,19 @@ class FSDP(DataParallel):
         broadcast_in_place([*arrays.values(), *dict(module.named_buffers()).values()], ordered)
         cut_over, self._replicas = _groups(ordered, mesh, strategy)
         layouts = [unit.layout(arrays, cut) for unit in self.units]
+        stages = find_stages(module, self.units) if strategy in _GATHERS else ()
         self.parameter_shards = ParameterShards(
-            named, layouts, cut_over, first=self._replicas is None or self._replicas.rank == 0
+            named,
+            layouts,
+            cut_over,
+            first=self._replicas is None or self._replicas.rank == 0,
+            stages=[stage.units for stage in stages],
+            slots=1 + prefetch,
         )
+        store = self.parameter_shards.store
+        self._gathers: UnitGathers | None = None
+        if isinstance(store, UnitStore):
+            self._gathers = UnitGathers(named, stages, store, cut_over, prefetch=prefetch)
         trainable = {name: p for name, p in named.items() if p.trainable}
         self._unit_gradients = UnitGradients(
             trainable,
@@ -247,10 +278,12 @@ class FSDP(DataParallel):
 
         Notes
         -----
-        Local. After an exception the model can be used at once. Input and output are cast as
-        `precision` says; in backward their gradients are.
+        Local, after an exception the model can be used at once; where parameters are gathered,
+        collective over the group. A rank that raises then does so when the others have ended their
+        pass, and all can run it again. Input and output are cast as `precision` says; in backward
+        their gradients are.
         """
-        with self._within_pass():
+        with self._within_pass("forward"):
             y, ctx = super().forward(self.precision.cast_input(x), mode)
         return self.precision.cast_output(y), self.precision.context(ctx, x, y)
 
@@ -261,7 +294,7 @@ class FSDP(DataParallel):
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Run the first half of backward, as `DDP.backward_input`."""
-        with self._within_pass():
+        with self._within_pass("backward_input"):
             dx, wctx = super().backward_input(*inner_pass(ctx, dy))
         return input_gradient(ctx, dx), wctx
 
@@ -313,9 +346,10 @@ class FSDP(DataParallel):
 
         Notes
         -----
-        Local, since on one node they are readable at any time, and SHARD_GRAD_OP keeps them on each
-        node. For an evaluation by hand, or an export, that is to work with every strategy. No step
-        is made inside.
+        For an evaluation by hand, or an export. No step is made inside. Where parameters are
+        gathered it is collective over the group and blocks: they are gathered into new memory, P
+        bytes once per node where it can be shared, and passes inside are local. Elsewhere they are
+        readable at any time, and it does nothing.
         """
         if self._passes:
             raise RuntimeError(
@@ -324,7 +358,8 @@ class FSDP(DataParallel):
             )
         before, self._whole = self._whole, True
         try:
-            yield
+            with self._gathers.whole() if self._gathers else nullcontext():
+                yield
         finally:
             self._whole = before
 
@@ -338,17 +373,27 @@ class FSDP(DataParallel):
             )
 
     def _run_backward(
-        self, uses: Mapping[Parameter, int], run: Callable[[], T]
+        self, name: str, uses: Mapping[Parameter, int], run: Callable[[], T]
     ) -> tuple[T, Work[None]]:
-        with self._within_pass():
-            return super()._run_backward(uses, run)
+        reduces = self._syncing and name == "backward"
+
+        def gathered() -> T:  # only once nothing is wrong that would end the pass on this rank
+            with self._within_pass(name, reduces=reduces):
+                return run()
+
+        if reduces and self._gathers is not None and not self._whole:
+            self._unit_gradients.wait_only_for(0)
+        return super()._run_backward(name, uses, gathered)
 
     @contextmanager
-    def _within_pass(self) -> Iterator[None]:
-        """Count the passes under way, also where one raises."""
+    def _within_pass(self, name: str, *, reduces: bool = False) -> Iterator[None]:
+        """Count the passes under way, also where one raises, and gather what they need."""
+        gathers = None if name == "backward_weight" else self._gathers
+        gradients = self._unit_gradients if reduces else None
         self._passes += 1
         try:
-            yield
+            with gathers.within_pass(name, gradients) if gathers else nullcontext():
+                yield
         finally:
             self._passes -= 1
 
@@ -380,12 +425,13 @@ class FSDP(DataParallel):
         -----
         Local.
         """
+        slots = self.parameter_shards.store.buffers_nbytes
         return MemoryUse(
             parameters=self.parameter_shards.nbytes,
             gradients=self._unit_gradients.shards_nbytes,
             optimizer_state=0,
-            buffers=self._unit_gradients.buffers_nbytes,
-            peak_buffers=self._unit_gradients.peak_buffers_nbytes,
+            buffers=slots + self._unit_gradients.buffers_nbytes,
+            peak_buffers=slots + self._unit_gradients.peak_buffers_nbytes,
         )
 
     # -- the end -------------------------------------------------------------------------------
@@ -393,10 +439,13 @@ class FSDP(DataParallel):
     def close(self) -> None:
         """Wait for what is under way, and release the FSDP's group.
 
-        The parameters stay readable, as they are. To write them again, give each memory of its own:
-        ``parameter.data = parameter.data.copy()``.
+        The parameters stay as they are, readable unless they are gathered: copy those inside
+        `whole` before. To write them again, give each memory of its own: ``parameter.data =
+        parameter.data.copy()``.
         """
         self.zero_grad()
+        if self._gathers is not None:
+            self._gathers.close()
         made = (self.parameter_shards.group, self._replicas or self.group, self.group)
         for group in dict.fromkeys(made):  # each once, in one order on all ranks
             group.close()
@@ -407,7 +456,11 @@ def _description(module: Module, arguments: Mapping[str, Any]) -> Description:
         arguments = {**arguments, "units": "a function"}
     return (
         *(
-            describe("parameter" if p.trainable else "frozen parameter", name, p.data)
+            describe(
+                "parameter" if p.trainable else "frozen parameter",
+                name,
+                p.like if p.is_sealed else p.data,  # sealed ones are refused later, by name
+            )
             for name, p in module.named_parameters()
         ),
         *(describe("buffer", name, array) for name, array in module.named_buffers()),
@@ -444,10 +497,19 @@ def _check_choice(argument: str, value: object, kind: type[Enum]) -> None:
         raise TypeError(f"FSDP: {argument} must be one of {choices}; got {value!r}")
 
 
+def _prefetch(count: int) -> int:
+    try:
+        count = operator.index(count)
+    except TypeError:
+        raise TypeError(f"FSDP: prefetch must be a number of units, got {count!r}") from None
+    if count < 0:
+        raise ValueError(f"FSDP: prefetch must not be negative, got {count}")
+    return count
+
+
 def _check_arguments(
     named: Mapping[str, Parameter],
     group: ProcessGroup,
-    strategy: ShardingStrategy,
     op: ReduceOp,
     precision: Precision,
 ) -> None:
@@ -461,21 +523,7 @@ def _check_arguments(
             raise UnsupportedOperationError(
                 f"FSDP: '{name}' has dtype {parameter.dtype}; gradients are float or complex"
             )
-    in_shared_memory = (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
-    if strategy is ShardingStrategy.FULL_SHARD and group.num_nodes > 1:
-        raise UnsupportedOperationError(
-            f"FSDP on {group}: FULL_SHARD works on one node, and these ranks are on "
-            f"{group.num_nodes}; use ShardingStrategy.HYBRID_SHARD, with which each node has the "
-            "whole model split over its ranks, or SHARD_GRAD_OP, with which parameters stand once "
-            "on each node, and gradients and optimizer state are split over all ranks"
-        )
-    if strategy in in_shared_memory and any(is_device(p.data) for p in named.values()):
-        raise UnsupportedOperationError(
-            f"FSDP on {group}: {strategy.name} keeps parameters where the ranks of a node share "
-            "memory, and these lie on a device; use ShardingStrategy.SHARD_GRAD_OP, with which "
-            "each rank has all parameters and its slices of gradients and optimizer state"
-        )
-    if precision.parameters == BFLOAT16 and any(is_device(p.data) for p in named.values()):
+    if precision.parameters == BFLOAT16 and any(is_device(p.like) for p in named.values()):
         raise UnsupportedOperationError(
             f"FSDP on {group}: layers on a device do not compute in bfloat16; use "
             "Precision(parameters=numpy.float16), or Precision(reduction='bfloat16'), with which "

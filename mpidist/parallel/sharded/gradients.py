@@ -9,6 +9,13 @@ tied parameters, which are begun by the first layer and completed by the last, a
 `no_sync`, of which many are added. Which buffer a unit has depends on the order alone, which is the
 same on all ranks, whatever layers a rank passes over: of those it sends zeros.
 
+[Note: waits in backward] Where parameters are gathered, a rank in backward may wait for others to
+agree on a gather, and these for its gradients. So nobody waits for a reduction there that some rank
+may not have started: how many all ranks have started they tell each other whenever they agree. What
+cannot be sent or have a buffer for now is so later, at the end of the pass at the latest; a
+gradient is in memory of its own meanwhile. If all ranks go through the units in one order, this
+does not happen: when they agree on a unit, the gradients of those before are on their way.
+
 [Note: replicas] Where several groups of ranks hold the same slices, a unit is reduced in two
 stages: reduce-scattered in each group, then this rank's slice is reduced over its replicas, the
 ranks that hold the same one, in pieces, so that one is added while the next one travels. The buffer
@@ -89,12 +96,12 @@ class UnitGradients:
         self._units = [
             _UnitGradient(number, parameters, named, replicas, op, precision)
             for number, flat in enumerate(parameters.store.flats)
-            if named.keys() & flat.views.keys()
+            if named.keys() & flat.layout.spans.keys()
         ]
         self._unit_of = {name: unit for unit in self._units for name in unit.parameters}
         nbytes = max(1, *(unit.nbytes for unit in self._units))
         shape = (min(len(self._units), 2), round_up(nbytes, ALIGNMENT_BYTES))
-        device = "gpu" if is_device(parameters.store.flats[0].data) else "cpu"
+        device = "gpu" if is_device(parameters.store.flats[0].own) else "cpu"
         # In the group that reduces it: for another one it would be ordinary memory.
         over = parameters.group if replicas is None or parameters.group.size > 1 else replicas
         self._memory: Array = over.empty(shape, np.uint8, device=device)
@@ -105,6 +112,7 @@ class UnitGradients:
         self._counting = False
         self._arrived: list[str] = []
         self._sent = self._received = self._finished = 0
+        self._sent_by_all: int | None = None
         self._own_nbytes = self._own_peak = 0  # of what is neither in a buffer nor in a shard
         self.relayout(self.names[::-1])
         for parameter in named.values():
@@ -158,11 +166,38 @@ class UnitGradients:
             self._unit_of[self._names[parameter]].missing.discard(self._names[parameter])
         self._send_complete()
 
+    @property
+    def sent(self) -> int:
+        """How many units this rank has started to reduce in this pass."""
+        return self._sent
+
+    def wait_only_for(self, sent_by_all: int | None) -> None:
+        """Do not wait for the reduction of other units than the first that all ranks have started.
+
+        Parameters
+        ----------
+        sent_by_all : int or None
+            Their number; None: it may be waited for all. See [Note: waits in backward].
+        """
+        self._sent_by_all = sent_by_all
+        if self._counting:
+            self.progress()
+            self._send_complete()
+
+    def _has_buffer(self, unit: _UnitGradient) -> bool:
+        """Whether a unit can have its message buffer without a risk in waiting for it."""
+        last = unit.index - len(self._buffers)
+        if last < self._received or self._sent_by_all is None or last < self._sent_by_all:
+            return True
+        self.progress()
+        return last < self._received
+
     def _memory_for(self, parameter: Parameter) -> Array:
         """Return the part of its unit's message buffer, or new memory while that is another's."""
         name = self._names[parameter]
         unit = self._unit_of[name]
-        if not self._counting or unit.index >= self._sent + len(self._buffers):
+        is_next = self._counting and unit.index < self._sent + len(self._buffers)
+        if not is_next or not self._has_buffer(unit):
             own: Array = array_namespace(self._memory).empty(parameter.shape, unit.dtype)
             self._count(own.nbytes)
             return own
@@ -181,6 +216,8 @@ class UnitGradients:
         """Start the reduction of complete units, in order; see [Note: order of buckets]."""
         while self._sent < len(self._plan) and not self._plan[self._sent].missing:
             unit = self._plan[self._sent]
+            if not self._has_buffer(unit):
+                return
             self._receive(unit.index - len(self._buffers))
             for name, (used, copied) in unit.send().items():
                 self._used[self._index[name]] = used
@@ -347,7 +384,7 @@ class _UnitGradient:
         flat, own = parameters.store.flats[number], parameters.own[number]
         self.number = number
         self.dtype = precision.reduced(own.dtype)
-        self.parameters = {name: named[name] for name in flat.views}
+        self.parameters = {name: named[name] for name in flat.layout.spans}
         self._flat = flat
         self._cut_over = parameters.group
         self._replicas = replicas

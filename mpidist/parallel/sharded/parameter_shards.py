@@ -12,9 +12,17 @@ from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.gradient_kernels import cast
 from mpidist.parallel.sharded.flat_parameters import FlatLayout, FlatParameters
-from mpidist.parallel.sharded.stores import make_store
+from mpidist.parallel.sharded.stores import NodeStore, ParameterStore, make_store, shared_blocks
+from mpidist.parallel.sharded.unit_store import UnitStore
 
-__all__ = ["ParameterShards", "check_can_be_sharded", "read_only"]
+__all__ = ["SEALED", "ParameterShards", "check_can_be_sharded", "read_only"]
+
+
+SEALED = (
+    "is sharded: its values are whole only while its unit runs in a pass of the FSDP; read it "
+    "inside fsdp.whole()"
+)
+"""What is wrong where a parameter is read that is not whole."""
 
 
 class ParameterShards:
@@ -31,6 +39,11 @@ class ParameterShards:
         The ranks in the order of their slices, as `by_node` makes it.
     first : bool, optional
         Whether this rank counts and writes its slices, of several groups that hold the same.
+    stages : sequence of tuple of int, optional
+        Indices of the flat arrays that are whole together, only while they are needed, where the
+        ranks share no memory.
+    slots : int, optional
+        How many of these are whole at once.
 
     Attributes
     ----------
@@ -58,11 +71,13 @@ class ParameterShards:
         group: ProcessGroup,
         *,
         first: bool = True,
+        stages: Sequence[tuple[int, ...]] = (),
+        slots: int = 1,
     ) -> None:
         self.group = group
-        on_device = any(is_device(parameter.data) for parameter in named.values())
-        self.store = make_store(group, layouts, on_device=on_device)
-        flat_of = {name: flat for flat in self.store.flats for name in flat.views}
+        on_device = any(is_device(parameter.like) for parameter in named.values())
+        self.store = _make_store(group, layouts, stages, slots, on_device=on_device)
+        flat_of = {name: flat for flat in self.store.flats for name in flat.layout.spans}
         self._flat_of = flat_of
         self.own = tuple(_own(flat, named) for flat in self.store.flats)
         own_of = dict(zip(self.store.flats, self.own, strict=True))
@@ -78,7 +93,13 @@ class ParameterShards:
         copy_in(self.held, {name: parameter.data for name, parameter in named.items()})
         self.end_write()
         for name, parameter in named.items():
-            parameter.data = read_only(flat_of[name].views[name])
+            if name in self.store.whole:
+                parameter.data = read_only(self.store.whole[name])
+            else:
+                stored = flat_of[name].own
+                if parameter.dtype != stored.dtype:  # which its gradient has, too
+                    parameter.data = array_namespace(stored).empty(parameter.shape, stored.dtype)
+                parameter.seal(SEALED)
 
     @property
     def nbytes(self) -> int:
@@ -119,11 +140,28 @@ class ParameterShards:
 
 def _own(flat: FlatParameters, named: Mapping[str, Parameter]) -> Array:
     """Return this rank's slice in the dtype of the parameters, of the store if it has that."""
-    dtype = named[next(iter(flat.views))].dtype
+    dtype = named[next(iter(flat.layout.spans))].dtype
     if dtype == flat.own.dtype:
         return flat.own
     own: Array = array_namespace(flat.own).zeros(flat.own.shape, dtype)
     return own
+
+
+def _make_store(
+    group: ProcessGroup,
+    layouts: Sequence[FlatLayout],
+    stages: Sequence[tuple[int, ...]],
+    slots: int,
+    *,
+    on_device: bool,
+) -> ParameterStore:
+    if not stages:
+        return make_store(group, layouts, on_device=on_device)
+    if group.num_nodes == 1 and not on_device:
+        blocks = shared_blocks(group, [layout.nbytes for layout in layouts])
+        if blocks is not None:  # nothing need be gathered
+            return NodeStore(group, layouts, blocks)
+    return UnitStore(group, layouts, stages, slots=slots, on_device=on_device)
 
 
 def read_only(view: Array) -> Array:
@@ -138,13 +176,15 @@ def check_can_be_sharded(
     named: Mapping[str, Parameter], strategy: str, group: ProcessGroup
 ) -> None:
     """Raise unless these parameters can be moved into flat arrays."""
-    if len({is_device(parameter.data) for parameter in named.values()}) > 1:
+    if len({is_device(parameter.like) for parameter in named.values()}) > 1:
         raise UnsupportedOperationError(
             f"{strategy} on {group}: some parameters lie on a device and some do not; move the "
             "whole model (model.to)"
         )
     for name, parameter in named.items():
-        if not getattr(parameter.data.flags, "writeable", True):  # arrays on a device have no flag
+        if parameter.is_sealed or not getattr(
+            parameter.data.flags, "writeable", True
+        ):  # arrays on a device have no flag
             raise ValueError(
                 f"{strategy} on {group}: parameter '{name}' is read-only, as another FSDP or "
                 "ShardedOptimizer leaves it; for parameters that are updated differently let the "

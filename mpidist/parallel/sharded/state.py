@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpidist._types import Array
 from mpidist.arrays.namespaces import like_device
 from mpidist.arrays.shards import check_held, copy_in
 from mpidist.nn.names import with_present_names
@@ -58,7 +59,7 @@ class ModelState:
         Local; copies nothing. The slices of all ranks are the parameters, each element once; with
         `ShardingStrategy.HYBRID_SHARD` once per node, with `NO_SHARD` once per rank.
         """
-        state = self._model.module.state_dict() | self._parameters.state_dict()
+        state: dict[str, Any] = {**self._parameters.state_dict(), **self._buffers()}
         order = self._model.order
         return state | {BUCKET_ORDER: None if order is None else list(order)}
 
@@ -89,15 +90,18 @@ class ModelState:
         """
         self._model.check_state_dict(state)
         held = self._parameters.held
-        own = self._model.module.state_dict()
-        state = with_present_names(state, own)
+        buffers = self._buffers()
+        state = with_present_names(state, [*held, *buffers])
         check_held("ModelState.load_state_dict", held, state)
         self._parameters.begin_write()
         copy_in(held, state)
-        for name in own.keys() - held.keys():  # buffers
-            own[name][...] = like_device(own[name], state[name])
+        for name, buffer in buffers.items():
+            buffer[...] = like_device(buffer, state[name])
         self._parameters.end_write()
         self._model.lay_out(state)
+
+    def _buffers(self) -> dict[str, Array]:
+        return dict(self._model.module.named_buffers())
 
 
 def parameter_of(key: str) -> str:

@@ -23,7 +23,15 @@ from mpidist.collectives import all_gather, all_reduce, barrier
 from mpidist.group import ProcessGroup
 from mpidist.parallel.sharded.flat_parameters import FlatLayout, FlatParameters
 
-__all__ = ["NodeStore", "ParameterStore", "RankStore", "by_node", "make_store"]
+__all__ = [
+    "NodeStore",
+    "ParameterStore",
+    "RankStore",
+    "by_node",
+    "make_store",
+    "owners_by_node",
+    "shared_blocks",
+]
 
 
 class ParameterStore(ABC):
@@ -33,12 +41,21 @@ class ParameterStore(ABC):
     ----------
     flats : tuple of FlatParameters
         All parameters, a flat array per bucket of gradients.
+    whole : dict of str to Array
+        The parameters that are whole at any time, by name: views of the memory.
     nbytes : int
         This rank's share of the memory.
+    buffers_nbytes : int
+        This rank's share of memory for parameters that are whole only in some passes.
+    shared : bool
+        Whether what is whole is so once per node; if not, once per rank.
     """
 
     flats: tuple[FlatParameters, ...]
+    whole: dict[str, Array]
     nbytes: int
+    buffers_nbytes: int = 0
+    shared: bool
 
     @abstractmethod
     def begin_write(self) -> None:
@@ -64,25 +81,29 @@ class NodeStore(ParameterStore):
     layouts : sequence of FlatLayout
         The layout of each flat array.
     blocks : sequence of Array
-        The memory of each flat array, shared by the ranks of this node.
+        The memory of each flat array, of dtype uint8, shared by the ranks of this node.
 
     Notes
     -----
     Collective over `group`.
     """
 
+    shared = True
+
     def __init__(
         self, group: ProcessGroup, layouts: Sequence[FlatLayout], blocks: Sequence[Array]
     ) -> None:
         self._node = group.node_group()
         self._peers = group.cross_group()
-        smallest = int(all_reduce(np.array(group.local_size), group, op=MIN))
         self._first = group.local_rank * group.num_nodes
-        owners = smallest * group.num_nodes
+        pairs = zip(layouts, blocks, strict=True)
+        self._blocks = [block.view(layout.dtype) for layout, block in pairs]
+        owners = owners_by_node(group)
         self.flats = tuple(
-            FlatParameters(layout, block, layout.counts(owners, group.size), group.rank)
-            for layout, block in zip(layouts, blocks, strict=True)
+            FlatParameters.sliced(layout, block, layout.counts(owners, group.size), group.rank)
+            for layout, block in zip(layouts, self._blocks, strict=True)
         )
+        self.whole = _views(layouts, self._blocks)
         total = sum(block.nbytes for block in blocks)
         self.nbytes = split_evenly(total, group.local_size)[group.local_rank][1]
 
@@ -94,10 +115,10 @@ class NodeStore(ParameterStore):
         """Fetch other nodes' slices, then wait for the ranks of this node: all have written."""
         peers = self._peers
         if peers is not None and peers.size > 1:
-            for flat in self.flats:
+            for flat, block in zip(self.flats, self._blocks, strict=True):
                 before = sum(flat.counts[: self._first])
                 counts = flat.counts[self._first : self._first + peers.size]
-                region = flat.data[before : before + sum(counts)]
+                region = block[before : before + sum(counts)]
                 all_gather(flat.own, peers, out=region, counts=counts)
         barrier(self._node)
 
@@ -115,29 +136,39 @@ class RankStore(ParameterStore):
         Whether they lie on this rank's device.
     """
 
+    shared = False
+
     def __init__(
         self, group: ProcessGroup, layouts: Sequence[FlatLayout], *, on_device: bool = False
     ) -> None:
         self._group = group
         empty = device_empty if on_device else np.empty
+        self._blocks = [empty(layout.length, layout.dtype) for layout in layouts]
         self.flats = tuple(
-            FlatParameters(
-                layout,
-                empty(layout.length, layout.dtype),
-                layout.counts(group.size, group.size),
-                group.rank,
-            )
-            for layout in layouts
+            FlatParameters.sliced(layout, block, layout.counts(group.size, group.size), group.rank)
+            for layout, block in zip(layouts, self._blocks, strict=True)
         )
-        self.nbytes = sum(flat.data.nbytes for flat in self.flats)
+        self.whole = _views(layouts, self._blocks)
+        self.nbytes = sum(block.nbytes for block in self._blocks)
 
     def begin_write(self) -> None:
         """Do nothing: nobody else reads this rank's copy."""
 
     def end_write(self) -> None:
         """Send this rank's slices to all, and receive theirs."""
-        for flat in self.flats:
-            all_gather(flat.own, self._group, out=flat.data, counts=flat.counts)
+        for flat, block in zip(self.flats, self._blocks, strict=True):
+            all_gather(flat.own, self._group, out=block, counts=flat.counts)
+
+
+def _views(layouts: Sequence[FlatLayout], blocks: Sequence[Array]) -> dict[str, Array]:
+    """Return all parameters as views of their flat arrays."""
+    pairs = zip(layouts, blocks, strict=True)
+    return {n: view for layout, block in pairs for n, view in layout.views(block).items()}
+
+
+def owners_by_node(group: ProcessGroup) -> int:
+    """Return how many ranks own slices by [Note: order of slices]; collective."""
+    return int(all_reduce(np.array(group.local_size), group, op=MIN)) * group.num_nodes
 
 
 def by_node(group: ProcessGroup, name: str) -> ProcessGroup:
@@ -171,16 +202,31 @@ def make_store(
     -----
     Collective over `group`; blocks.
     """
-    if on_device:
-        return RankStore(group, layouts, on_device=True)
+    blocks = None if on_device else shared_blocks(group, [layout.nbytes for layout in layouts])
+    if blocks is None:
+        return RankStore(group, layouts, on_device=on_device)
+    return NodeStore(group, layouts, blocks)
+
+
+def shared_blocks(group: ProcessGroup, sizes: Sequence[int]) -> list[Array] | None:
+    """Make memory that the ranks of each node share, of these numbers of bytes.
+
+    Returns
+    -------
+    list of Array, or None
+        Of dtype uint8, not initialised. None on all ranks of the group if some node has no such
+        memory.
+
+    Notes
+    -----
+    Collective over `group`; blocks.
+    """
     node = group.node_group()
     blocks: list[Array] = []
-    for layout in layouts:
-        block = node.shared(layout.length, layout.dtype)
+    for nbytes in sizes:
+        block = node.shared(nbytes, np.uint8)
         if block is None:
             break  # on all ranks of this node
         blocks.append(block)
-    shared = np.array(len(blocks) == len(layouts))
-    if all_reduce(shared, group, op=LAND):
-        return NodeStore(group, layouts, blocks)
-    return RankStore(group, layouts)
+    shared = np.array(len(blocks) == len(sizes))
+    return blocks if all_reduce(shared, group, op=LAND) else None

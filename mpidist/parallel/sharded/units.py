@@ -23,7 +23,7 @@ from mpidist.nn.parameter import Parameter
 from mpidist.parallel.data.buckets import BucketSizes, assign_buckets
 from mpidist.parallel.sharded.flat_parameters import Cut, FlatLayout
 
-__all__ = ["UNIT_BYTES", "Unit", "Units", "find_units"]
+__all__ = ["UNIT_BYTES", "Stage", "Unit", "Units", "find_stages", "find_units"]
 
 UNIT_BYTES = 32 << 20
 """Most bytes of parameters in a unit: large messages, and memory for two of them."""
@@ -74,6 +74,25 @@ class Unit:
         return replace(
             self, nbytes=self.nbytes // self.dtype.itemsize * dtype.itemsize, dtype=dtype
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """Units that are needed together, by modules of which none holds one that needs others.
+
+    Attributes
+    ----------
+    name : str
+        Of the units.
+    units : tuple of int
+        Their indices.
+    modules : tuple of Module
+        In the passes of each of them the units are whole.
+    """
+
+    name: str
+    units: tuple[int, ...]
+    modules: tuple[Module, ...]
 
 
 def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
@@ -130,6 +149,57 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
     position = {name: i for i, name in enumerate(named)}
     result.sort(key=lambda unit: min(position[name] for name in unit.parameters))
     return tuple(result if limit is None else _joined(result, limit))
+
+
+def find_stages(module: Module, units: Sequence[Unit]) -> tuple[Stage, ...]:
+    """Return what can be made whole for the passes of some modules alone.
+
+    Parameters
+    ----------
+    module : Module
+        The model.
+    units : sequence of Unit
+        As `find_units` has cut it.
+
+    Returns
+    -------
+    tuple of Stage
+        In the order of the units. Those in none of them are needed while others are, by modules
+        around others: by the outermost one, for instance.
+    """
+    named = _by_name(module)
+    needs: dict[int, tuple[Module, set[int]]] = {}
+    for index, unit in enumerate(units):
+        for name in unit.modules:
+            needs.setdefault(id(named[name]), (named[name], set()))[1].add(index)
+    stay: set[int] = set()
+    for part, own in needs.values():
+        within = [needs[id(m)][1] for _, m in part.named_modules() if id(m) in needs]
+        if part is module or any(inner != own for inner in within):
+            stay |= own
+    stages: dict[tuple[int, ...], list[Module]] = {}
+    for part, own in needs.values():
+        if own - stay:
+            stages.setdefault(tuple(sorted(own - stay)), []).append(part)
+    return tuple(
+        Stage(" and ".join(units[i].name for i in indices), indices, tuple(modules))
+        for indices, modules in sorted(stages.items(), key=lambda stage: stage[0])
+    )
+
+
+def _by_name(module: Module) -> dict[str, Module]:
+    """Return the modules by all their names; of a wrapper and what it wraps, the wrapper."""
+    named: dict[str, Module] = {}
+
+    def walk(part: Module, name: str, around: frozenset[int]) -> None:
+        named.setdefault(name, part)
+        around |= {id(part)}
+        for child_name, child in part.named_children():
+            if id(child) not in around:
+                walk(child, ".".join(filter(None, (name, child_name))), around)
+
+    walk(module, "", frozenset())
+    return named
 
 
 def _joined(units: Sequence[Unit], limit: int) -> Iterator[Unit]:

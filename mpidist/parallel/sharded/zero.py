@@ -36,7 +36,7 @@ from mpidist.parallel.sharded.state import (
     merged_state,
     parameter_of,
 )
-from mpidist.parallel.sharded.stores import NodeStore, by_node
+from mpidist.parallel.sharded.stores import by_node
 from mpidist.parallel.sharded.units import find_units
 
 __all__ = ["OptimizerFactory", "ShardedOptimizer", "full_state_dict"]
@@ -167,7 +167,7 @@ class ShardedOptimizer(Closing):
     @property
     def shared(self) -> bool:
         """Whether there is one copy of the parameters per node; if not, there is one per rank."""
-        return isinstance(self.parameter_shards.store, NodeStore)
+        return self.parameter_shards.store.shared
 
     @property
     def step_count(self) -> int:
