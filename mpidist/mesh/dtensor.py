@@ -14,7 +14,7 @@ from mpidist.arrays.boxes import Box
 from mpidist.arrays.namespaces import as_native, device_empty, is_device
 from mpidist.arrays.shards import ShardedArray
 from mpidist.backends.work import Work
-from mpidist.collectives._checks import check_array, check_rank
+from mpidist.collectives._checks import check_array, check_rank, flat_source
 from mpidist.errors import SizeMismatchError, UnsupportedOperationError
 from mpidist.group.operations import Timeout
 from mpidist.mesh.agreement import (
@@ -36,7 +36,7 @@ from mpidist.mesh.placements import (
     cut_to,
 )
 from mpidist.mesh.redistribution import Sharding, plan_distribution, plan_redistribution
-from mpidist.mesh.transfer import Transfer, exchange_boxes, view_of
+from mpidist.mesh.transfer import Total, Transfer, exchange_boxes, view_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -342,9 +342,10 @@ class DTensor:
         nearest rank that has it: itself, then its node; at most p - 1 messages for p ranks. Where a
         `Partial` of n bytes per rank along k ranks ends, each first receives k - 1 messages of
         n / k bytes; so becoming `Replicate` costs 2 (k - 1) / k n bytes, becoming `Shard` half of
-        that. From `Replicate`, and to a `Partial` that is a sum, nothing is sent or received, but
-        the ranks wait for each other to compare their calls. What becomes a `Partial` lies as
-        `distribute` says.
+        that. Where the whole mesh is on one node, what is partial along all of it becomes
+        `Replicate` in shared memory, as by `all_reduce`. From `Replicate`, and to a `Partial` that
+        is a sum, nothing is sent or received, but the ranks wait for each other to compare their
+        calls. What becomes a `Partial` lies as `distribute` says.
         """
         return self._plan(placements, mesh, timeout).run()
 
@@ -400,7 +401,8 @@ class DTensor:
         source = _sharding_of(self.shape, self.mesh, self.placements, self.mesh)
         target = _sharding_of(self.shape, to, checked, self.mesh)
         plan = plan_redistribution(source, target, group.nodes, group.rank)
-        local = _empty_array(plan.box.sizes, self.dtype, on_device=is_device(self.local))
+        on_device = is_device(self.local)
+        local = _empty_array(plan.box.sizes, self.dtype, on_device=on_device)
         made = type(self).__new__(type(self))._fill(local, to, checked, self.shape)
         title = (
             f"{self.dtype}{list(self.shape)} of {list(self.placements)} on {self.mesh.dimensions} "
@@ -409,7 +411,11 @@ class DTensor:
         if to is not self.mesh:
             title += f" on {to.dimensions} of ranks {format_ranges(to.ranks, ordered=True)}"
         steps = partial(exchange_boxes, plan, self.local, local, group.rank)
-        return Transfer(group, title, steps, local, made, timeout)
+        total: Total | None = None
+        on_one_node = group.num_nodes == 1 and not on_device
+        if on_one_node and plan.op is not None and _is_total(self.placements, checked):
+            total = Total(flat_source(self.local), local.reshape(-1), plan.op, listed=title)
+        return Transfer(group, title, steps, local, made, timeout, total)
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -471,6 +477,12 @@ def _sharding_of(
     """Return how an array lies on a mesh, in the ranks of the group of a mesh of the same ranks."""
     rank_of = {rank: number for number, rank in enumerate(on.ranks)}
     return Sharding(shape, mesh.sizes, placements, tuple(rank_of[rank] for rank in mesh.ranks))
+
+
+def _is_total(source: Sequence[Placement], target: Sequence[Placement]) -> bool:
+    """Whether the summands of all ranks become the whole array on all of them."""
+    summands = all(isinstance(one, Partial) for one in source)
+    return summands and all(isinstance(one, Replicate) for one in target)
 
 
 def _empty_array(shape: Sequence[int], dtype: DType, *, on_device: bool) -> Array:

@@ -5,7 +5,8 @@ each rank gets what it lacks of its box from the nearest rank that holds it. The
 place where ranks divide work among them: each adds up a part of the partial sums, in the order of
 the ranks, or gets the part of the root's array that it then passes on. So all ranks that have an
 element in the end have the same bits, whatever the transport. A sum for all ranks costs what a
-reduce-scatter and an all-gather cost, a broadcast what a scatter and an all-gather cost.
+reduce-scatter and an all-gather cost, a broadcast what a scatter and an all-gather cost. Ranks of
+one node take a shorter way to a sum for all of them, `Total`.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ from mpidist.arrays.namespaces import (
     is_host,
     reduce_in_rank_order,
 )
-from mpidist.backends.algorithms import Lane
-from mpidist.backends.verbs import AllToAll, Collective
+from mpidist.backends.algorithms import Lane, rank_order_all_reduce
+from mpidist.backends.verbs import AllReduce, AllToAll, Collective, Performer
 from mpidist.backends.work import Steps, Work
 from mpidist.group import ProcessGroup
 from mpidist.group.operations import Timeout
 from mpidist.mesh.redistribution import Phase, Redistribution
 
-__all__ = ["Exchange", "Redistribute", "Transfer", "exchange_boxes", "view_of"]
+__all__ = ["Exchange", "Redistribute", "Total", "Transfer", "exchange_boxes", "view_of"]
 
 T = TypeVar("T")
 
@@ -155,6 +155,30 @@ class Redistribute(Collective):
             yield from self.move(lane.exchange)
 
 
+@dataclass(slots=True, eq=False)
+class Total(AllReduce):
+    """Combine what all ranks of one node have into what all get, in rank order.
+
+    It takes the place of a `Redistribute`, whose title is `listed` here. The order is part of what
+    a redistribution promises: sums in shared memory have it on one node, and on several they have
+    not.
+    """
+
+    verb: ClassVar[str] = Redistribute.verb
+
+    def describe(self) -> str:
+        """Return the title."""
+        return f"{self.verb} {self.listed}"
+
+    def steps(self, lane: Lane) -> Steps:
+        """Combine in rank order, whatever the size."""
+        return rank_order_all_reduce(lane, self.x, self.out, self.op)
+
+    def by(self, library: Performer[T]) -> T:
+        """Leave it to memory or messages: the library has an order of its own."""
+        return library.other(self)
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer(Generic[T]):
     """A redistribution that has been checked and planned.
@@ -173,6 +197,8 @@ class Transfer(Generic[T]):
         The result, when they have.
     timeout : float or datetime.timedelta, optional
         Seconds for this call; the group's when omitted.
+    total : Total, optional
+        Does the same faster.
     """
 
     group: ProcessGroup
@@ -181,20 +207,24 @@ class Transfer(Generic[T]):
     out: Array
     made: T
     timeout: Timeout
+    total: Total | None = None
 
     def run(self) -> T:
         """Perform it."""
         if is_device(self.out):
             return self._start_on_device().wait()
-        call = Redistribute(self.title, self.steps)
-        return self.group.operations.run(call, lambda: self.made, self.timeout)
+        return self.group.operations.run(self._call, lambda: self.made, self.timeout)
 
     def start(self) -> Work[T]:
         """Start it."""
         if is_device(self.out):
             return self._start_on_device()
-        call = Redistribute(self.title, self.steps)
-        return self.group.operations.start(call, lambda: self.made, self.timeout)
+        return self.group.operations.start(self._call, lambda: self.made, self.timeout)
+
+    @property
+    def _call(self) -> Collective:
+        """What does it for arrays of the host."""
+        return Redistribute(self.title, self.steps) if self.total is None else self.total
 
     def _start_on_device(self) -> Work[T]:
         """Put it on the current stream, when the hosts have compared their calls.

@@ -34,7 +34,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.mesh import box_at
-from mpidist.mesh.transfer import exchange_boxes
+from mpidist.mesh.transfer import Redistribute, Total
 from mpidist.testing import DeliveryMode, run_ranks
 from tests.mesh.cases import CHOSEN, check_case, check_deadlines, hand_cut, some_case
 
@@ -142,12 +142,18 @@ def test_only_what_changes_hands_is_sent(monkeypatch):
     """Bytes that each rank sends of an array of 1,024 on 2 x 2 ranks: the least there can be."""
     sent = [0] * 4
 
-    def counted(plan, x, out, rank, exchange):
-        def counting(sends, receives):
-            sent[rank] += sum(array.nbytes for array, _ in sends)
-            return exchange(sends, receives)
+    def counted(steps):
+        def counting(call, lane):
+            exchange = lane.exchange
 
-        return exchange_boxes(plan, x, out, rank, counting)
+            def count(sends=(), receives=()):
+                sent[lane.rank] += sum(array.nbytes for array, _ in sends)
+                return exchange(sends, receives)
+
+            lane.exchange = count
+            return steps(call, lane)
+
+        return counting
 
     quarter = 256
     pairs = [
@@ -174,7 +180,8 @@ def test_only_what_changes_hands_is_sent(monkeypatch):
         DTensor.distribute(np.zeros((16, 16), np.float32), mesh, [Replicate()] * 2)
         assert sent[group.rank] == (6 if group.rank == 0 else 3) * quarter
 
-    monkeypatch.setattr("mpidist.mesh.dtensor.exchange_boxes", counted)
+    for kind in (Redistribute, Total):
+        monkeypatch.setattr(kind, "steps", counted(kind.steps))
     on_mesh(4, body, dp=2, tp=2)
 
 

@@ -387,7 +387,7 @@ class NodeSums:
         if kept is None:
             return None
         sums, key, _ = kept
-        return sums.get(key if call.shape == call.x.shape else (key, call.shape))
+        return sums.get(_key_of(call, key))
 
     def prepare(self, call: AllReduce, waiter: Waiter) -> Sum | None:
         """Return a sum, or None where the library is faster.
@@ -407,9 +407,7 @@ class NodeSums:
         if kept is None:
             return None
         sums, key, array = kept
-        if call.shape != call.x.shape:
-            # Arrays of another shape, though as long, are another call; `find` never asks for them.
-            key = (key, call.shape)
+        key = _key_of(call, key)
         prepared = sums.get(key)
         if prepared is None:
             prepared = self._make(call.x, call.op, array, waiter)
@@ -476,6 +474,14 @@ class NodeSums:
             return None
         self._scratch = _Buffers(parts, chunk, _SKEW)
         return self._scratch
+
+
+def _key_of(call: AllReduce, key: object) -> object:
+    """Return the key of a call: one of an array of another shape, though as long, is another.
+
+    `NodeSums.find` asks for those alone whose key this leaves as it is.
+    """
+    return key if call.shape == call.x.shape else (key, call.shape, call.listed)
 
 
 def _chunk_bytes(size: int) -> int:
