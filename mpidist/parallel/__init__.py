@@ -9,7 +9,8 @@ from mpidist.parallel.data.reducer import GradientReducer
 from mpidist.parallel.data.sync_batch_norm import SyncBatchNorm2d, synchronize_batch_norms
 from mpidist.parallel.grad_scaler import GradScaler
 from mpidist.parallel.metrics import Metrics
-from mpidist.parallel.pipeline.generators import gpipe, interleaved, one_f_one_b, zb_h1
+from mpidist.parallel.pipeline.fitting import fitted
+from mpidist.parallel.pipeline.generators import gpipe, interleaved, one_f_one_b, zb_h1, zbv
 from mpidist.parallel.pipeline.pipeline import Evaluation, Pipeline, StepResult
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
 from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline, simulate
@@ -64,6 +65,7 @@ __all__ = [
     "Timeline",
     "Unit",
     "clip_grad_norm",
+    "fitted",
     "full_state_dict",
     "gpipe",
     "interleaved",
@@ -75,4 +77,5 @@ __all__ = [
     "simulate",
     "synchronize_batch_norms",
     "zb_h1",
+    "zbv",
 ]

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.deaths import endings, lifetimes, mismatches, sharded
+from tests.deaths import endings, lifetimes, mismatches, pipelines, sharded
 from tests.deaths.case import Case, Ending
 from tests.deaths.matrix import Matrix, Outcome
 
 pytestmark = [pytest.mark.mpirun, pytest.mark.alone, pytest.mark.usefixtures("matrices")]
 
-CASES = (*endings.CASES, *lifetimes.CASES, *mismatches.CASES, *sharded.CASES)
+CASES = (*endings.CASES, *lifetimes.CASES, *mismatches.CASES, *sharded.CASES, *pipelines.CASES)
 FIRST = 20  # lines
 FIRST_CASES = ("raise", "exit-0", "kill")
 """What happens most: tried on more ranks, and on hosts, in every run."""

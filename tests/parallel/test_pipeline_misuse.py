@@ -59,7 +59,7 @@ REFUSED = {
     "no such schedule": (
         {"schedule": "1F1B"},
         ScheduleError,
-        "one of the names gpipe, 1f1b, interleaved, zb-h1; got '1F1B'",
+        "one of the names gpipe, 1f1b, interleaved, zb-h1, zbv; got '1F1B'",
     ),
     "for other ranks": (
         {"schedule": one_f_one_b(3, 4)},
@@ -200,7 +200,7 @@ def test_an_exception_in_a_layer_has_a_note_with_the_action():
 
     with pytest.raises(KeyError, match="broken layer") as caught:
         run_ranks(3, body)
-    assert "in pipeline 1F2" in caught.value.__notes__
+    assert "in pipeline 1F2, after 0F2 of rank 0" in caught.value.__notes__
 
 
 def test_after_a_failure_no_step_can_be_made():
@@ -220,7 +220,7 @@ def test_a_shape_that_does_not_fit_is_named_where_it_arrives():
 
     with pytest.raises(ValueError, match=r"expected an input of shape \(..., 2\)") as caught:
         run_ranks(2, body)
-    assert "in pipeline 1F2" in caught.value.__notes__
+    assert "in pipeline 1F2, after 0F2 of rank 0" in caught.value.__notes__
 
 
 def test_a_missed_deadline_names_the_actions_of_both_ranks():

@@ -50,6 +50,14 @@ class Edges:
         self._local: dict[Action, Array] = {}
         self._leaving: list[Work[None]] = []
 
+    def describe(self, action: Action) -> str:
+        """Name an action of this rank, and the one whose result it takes."""
+        source = self._schedule.source(action)
+        if source is None:
+            return f"pipeline {action}"
+        rank = self._schedule.rank_of_stage[source.stage]
+        return f"pipeline {action}, after {source} of rank {rank}"
+
     def post(self, index: int) -> None:
         """Post the receives of the action of this number, and of those that follow closely."""
         stop = min(index + 1 + _AHEAD, len(self._actions))

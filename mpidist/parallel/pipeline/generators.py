@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from mpidist.errors import ScheduleError
+from mpidist.parallel.pipeline.fitting import fitted
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
+from mpidist.parallel.pipeline.timeline import Costs, simulate
 
-__all__ = ["SCHEDULES", "gpipe", "interleaved", "one_f_one_b", "zb_h1"]
+__all__ = ["SCHEDULES", "gpipe", "interleaved", "one_f_one_b", "zb_h1", "zbv"]
 
 
 def gpipe(ranks: int, micro_batches: int) -> Schedule:
@@ -178,11 +181,84 @@ def zb_h1(ranks: int, micro_batches: int) -> Schedule:
     return _schedule("zb-h1", ranks, micro_batches, actions)
 
 
+def zbv(ranks: int, micro_batches: int) -> Schedule:
+    """Return the zero-bubble schedule of two stages per rank, the first and the last on rank 0.
+
+    Parameters
+    ----------
+    ranks : int
+        Stages `r` and ``2 * ranks - 1 - r`` are on rank `r`.
+    micro_batches : int
+        How many parts a batch is cut into.
+
+    Returns
+    -------
+    Schedule
+        Each rank keeps at most ``2 * ranks`` contexts, of stages that are half as large as those of
+        `zb_h1`. Bubble ``(ranks - 1) / (6 * micro_batches)`` from ``2 * ranks - 1`` micro-batches
+        on, where forward and both halves of backward take equally long.
+
+    Raises
+    ------
+    ScheduleError
+        If a number is below 1.
+
+    Notes
+    -----
+    The rule of the paper; with fewer than ``2 * ranks - 1`` micro-batches what `fitted` makes for
+    equal costs and as many contexts, if that is shorter.
+
+    References
+    ----------
+    Qi, Wan, Amar, Lin (2024), Pipeline Parallelism with Controllable Memory, section 3.
+    """
+    _check_positive("zbv", ranks=ranks, micro_batches=micro_batches)
+    stages = 2 * ranks
+    rank_of_stage = (*range(ranks), *reversed(range(ranks)))
+    full = max(micro_batches, stages - 1)  # the rule needs so many; those that are not are left out
+
+    def actions(rank: int) -> Iterator[Action]:
+        numbers: Counter[tuple[int, Pass]] = Counter()
+        for stage, kind in _v_rule(rank, stages - 1 - rank, ranks - rank, full - ranks):
+            micro = numbers[stage, kind]
+            numbers[stage, kind] += 1
+            if micro < micro_batches:
+                yield Action(stage, kind, micro)
+
+    by_rule = Schedule(
+        "zbv", rank_of_stage, micro_batches, tuple(tuple(actions(r)) for r in range(ranks))
+    )
+    if micro_batches == full:
+        return by_rule
+    costs = Costs.unit(stages)
+    greedy = fitted(rank_of_stage, micro_batches, costs, limit=stages, name="zbv")
+    return min(by_rule, greedy, key=lambda schedule: simulate(schedule).span)
+
+
+def _v_rule(down: int, up: int, below: int, steady: int) -> Iterator[tuple[int, Pass]]:
+    """Yield the passes of a rank, whose first stage is `down` (also its number) and last is `up`.
+
+    `below` ranks are from this one to the last, itself included.
+    """
+    forward = {stage: (stage, Pass.FORWARD) for stage in (down, up)}
+    halves = {
+        stage: ((stage, Pass.BACKWARD_INPUT), (stage, Pass.BACKWARD_WEIGHT)) for stage in (down, up)
+    }
+    yield from [forward[down]] * (2 * below - 1)
+    yield from [forward[up], forward[down]] * down
+    yield from [forward[up], *halves[up]] * below
+    yield from [forward[down], *halves[down], forward[up], *halves[up]] * steady
+    yield from [halves[down][0], halves[up][0]] * down
+    yield from [*halves[down]] * below
+    yield from [halves[up][1], halves[down][1]] * down
+
+
 SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
     "zb-h1": zb_h1,
+    "zbv": zbv,
 }
 """By the name that a `Pipeline` takes."""
 

@@ -159,7 +159,8 @@ class StageRun:
             except Exception as error:
                 # `add_note` begins with Python 3.11.
                 notes = getattr(error, "__notes__", [])
-                error.__notes__ = [*notes, f"in pipeline {action}"]  # type: ignore[attr-defined]
+                note = f"in {edges.describe(action)}"
+                error.__notes__ = [*notes, note]  # type: ignore[attr-defined]
                 raise
         edges.finish()
         self._contributions.finish()
