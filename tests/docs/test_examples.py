@@ -43,7 +43,7 @@ def run(command: Sequence[object], directory: Path) -> str:
 
 
 def test_the_examples_are_found() -> None:
-    assert [example.name[:2] for example in EXAMPLES] == ["00", "01", "02", "03", "04"]
+    assert [example.name[:2] for example in EXAMPLES] == ["00", "01", "02", "03", "04", "05"]
 
 
 def said_by_rank_0(output: str, size: int) -> str:
@@ -84,6 +84,14 @@ def test_the_sharded_example_learns_and_holds_its_share() -> None:
         assert loss < 0.6  # by chance it is 0.69
         # Parameters, gradients and two arrays of state, cut at rows; and two buffers.
         assert held.total == pytest.approx(4 * whole / size + 2 * unit, rel=0.05)
+
+
+def test_the_pipeline_example_learns_the_same_under_every_schedule() -> None:
+    main = runpy.run_path(str(EXAMPLES_DIRECTORY / "05_pipeline.py"))["main"]
+    results = [run_ranks(2, main, schedule, 60) for schedule in ("1f1b", "zb-h1")]
+    losses = {loss for everyone in results for loss, _ in everyone}
+    assert len(losses) == 1
+    assert losses.pop() < 0.6  # by chance it is 0.69
 
 
 @pytest.mark.parametrize(

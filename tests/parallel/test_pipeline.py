@@ -7,6 +7,8 @@ import random
 import weakref
 from collections import ChainMap
 from functools import partial
+from itertools import pairwise
+from time import sleep
 
 import numpy as np
 import pytest
@@ -28,11 +30,16 @@ from mpidist.nn import (
 from mpidist.optim import AdamW
 from mpidist.parallel import (
     Action,
+    Costs,
     Metrics,
     Pass,
     Pipeline,
     Schedule,
+    Span,
+    Timeline,
     clip_grad_norm,
+    one_f_one_b,
+    simulate,
 )
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import DeliveryMode, Faults, run_ranks
@@ -58,7 +65,7 @@ on_schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_a_step_has_the_bits_of_one_process(ranks, schedule, full):
     ran = 0
-    for micro in (5, 6, 8, 12, 16) if full else (5, 12):
+    for micro in (5, 6, 8, 12, 16) if full else (12,):
         try:
             SCHEDULES[schedule](ranks, micro)
         except ScheduleError:  # of which test_pipeline_schedules knows which numbers it names
@@ -335,3 +342,69 @@ def test_contexts_are_alive_as_long_as_the_schedule_says(ranks, schedule):
     finally:
         gc.enable()
     assert [peak for peak, _ in results] == [peak for _, peak in results]
+
+
+# -- what a step has cost --------------------------------------------------------------------------
+
+
+class Sleeping(Module):
+    """Passes arrays on after some milliseconds: of a forward pass and of each half of backward."""
+
+    def __init__(self, forward, backward_input, backward_weight):
+        vars(self).update(ms=(forward, backward_input, backward_weight))
+
+    def forward(self, x, mode):
+        sleep(self.ms[0] / 1e3)
+        return x, Context(None)
+
+    def backward_input(self, ctx, dy):
+        sleep(self.ms[1] / 1e3)
+        return dy, None
+
+    def backward_weight(self, wctx):
+        sleep(self.ms[2] / 1e3)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zbv"])
+def test_a_timeline_has_what_each_rank_did(schedule):
+    """Stages sleep at least as long as asked, whatever the machine does; no less is measured."""
+    x = np.ones((4, 2))
+
+    def body(group):
+        model = Sequential(*(Sleeping(2, 4, 6) for _ in range(4)))
+        options = {"schedule": schedule, "cut": "layers", "loss": mse_loss}
+        with Pipeline(model, group, micro_batches=4, **options) as pipe:
+            return pipe.schedule, pipe.timeline(pipe.step(x, x, MODE))
+
+    (schedule, timeline), (_, other) = run_ranks(2, body)
+    assert timeline == other
+    layers = 4 // schedule.stages  # of each stage
+    for actions, spans in zip(schedule.actions, timeline.spans, strict=True):
+        assert tuple(span.action for span in spans) == actions
+        assert all(a.ended <= b.began for a, b in pairwise(spans))
+    costs = timeline.costs()
+    assert min(costs.forward) >= 0.002 * layers
+    if schedule.name == "1f1b":  # which runs halves together
+        assert min(costs.backward_input) >= 0.005 * layers
+    else:
+        assert min(costs.backward_input) >= 0.004 * layers
+        assert min(costs.backward_weight) >= 0.006 * layers
+    least = simulate(schedule, Costs(*((ms * layers / 1e3,) * schedule.stages for ms in (2, 4, 6))))
+    assert timeline.span >= least.span
+    began = {span.action: span.began for spans in timeline.spans for span in spans}
+    ended = {span.action: span.ended for spans in timeline.spans for span in spans}
+    starts = 0.05  # the ranks begin to count within so many seconds
+    for action in schedule.order:
+        for need in schedule.needs(action):
+            assert ended[need] <= began[action] + starts
+
+
+def test_the_costs_of_a_timeline_are_medians():
+    schedule = one_f_one_b(1, 3)
+    forward, backward = (1, 5, 2), (8, 2, 4)
+    spans, now = [], 0.0
+    for action in schedule.actions[0]:
+        cost = (forward if action.kind is Pass.FORWARD else backward)[action.micro_batch]
+        spans.append(Span(action, now, now + cost))
+        now += cost
+    assert Timeline((tuple(spans),)).costs() == Costs((2,), (2,), (2,))

@@ -17,7 +17,7 @@ from mpidist.errors import (
     ScheduleError,
     UnsupportedOperationError,
 )
-from mpidist.nn import Context, Linear, Mode, Module, ReLU, Sequential, mse_loss
+from mpidist.nn import Context, Linear, Mode, Module, ReLU, Sequential, cross_entropy, mse_loss
 from mpidist.parallel import Pipeline, interleaved, one_f_one_b
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import run_ranks
@@ -131,6 +131,12 @@ def test_ranks_that_differ_are_told_in_what():
 
     words = refused(other_schedule, CollectiveMismatchError)
     assert "argument 'schedule' is 1f1b on rank 1 and gpipe on rank 0" in words
+
+    def other_loss(group):
+        make(group, loss=(mse_loss, cross_entropy)[group.rank])
+
+    words = refused(other_loss, CollectiveMismatchError)
+    assert "argument 'loss' is cross_entropy on rank 1 and mse_loss on rank 0" in words
 
     def other_mode(group):
         with make(group, loss=mse_loss) as pipe:

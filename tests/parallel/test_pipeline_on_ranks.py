@@ -27,8 +27,10 @@ def test_a_step_has_the_bits_of_one_process(world, schedule, full):
         assert_same_bits(joined(got), alone(micro))
 
 
-@on_ranks
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.ranks(2, full=(4,))
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(s, marks=() if s == "zbv" else pytest.mark.full) for s in SCHEDULES]
+)
 def test_long_messages_have_the_bits_of_one_process(world, schedule):
     """Activations of 512 KiB, which the library sends only when both ranks are inside of a call."""
     rng, width, micro = np.random.default_rng(3), 256, 2 * world.size

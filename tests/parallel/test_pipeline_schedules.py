@@ -281,9 +281,9 @@ def permutations(count: int) -> Iterator[tuple[Schedule, Schedule]]:
         yield schedule, unchecked(schedule, swapped(schedule, rng.randrange(1, 12), rng))
 
 
-def test_of_random_orders_exactly_those_that_end_are_accepted():
+def test_of_random_orders_exactly_those_that_end_are_accepted(full):
     accepted = refused = 0
-    for schedule, permuted in permutations(2000):
+    for schedule, permuted in permutations(2000 if full else 400):
         fields = (permuted.name, schedule.rank_of_stage, schedule.micro_batches, permuted.actions)
         if ends(permuted):
             Schedule(*fields)
@@ -292,7 +292,7 @@ def test_of_random_orders_exactly_those_that_end_are_accepted():
             with pytest.raises(ScheduleError, match="never ends"):
                 Schedule(*fields)
             refused += 1
-    assert min(accepted, refused) >= 200, (accepted, refused)
+    assert min(accepted, refused) >= (200 if full else 40), (accepted, refused)
 
 
 @pytest.mark.parametrize("generator", GENERATORS)

@@ -70,16 +70,18 @@ class Edges:
                 self._arriving[action] = prepare_receive(receive, self._group, None, name=name)()
         self._posted = stop
 
-    def receive(self, action: Action) -> Array:
-        """Return what an action of this rank takes from another stage; waits for it."""
+    def receive(self, action: Action) -> Array | None:
+        """Return what an action of this rank takes from another stage, if any; waits for it."""
+        if self._schedule.source(action) is None:
+            return None
         if action in self._local:
             return self._local.pop(action)
         return self._arriving.pop(action).wait()
 
-    def send(self, action: Action, array: Array) -> None:
+    def send(self, action: Action, array: Array | None) -> None:
         """Pass the result of an action on to the stage that takes it, if there is one."""
         target = self._schedule.target(action)
-        if target is None:
+        if target is None or array is None:
             return
         rank = self._schedule.rank_of_stage[target.stage]
         if rank == self._group.rank:

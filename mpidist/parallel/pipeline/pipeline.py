@@ -29,6 +29,7 @@ from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
 from mpidist.parallel.pipeline.stages import Cuts, check_model, cut_model, starts_of
+from mpidist.parallel.pipeline.timeline import Span, Timeline
 
 __all__ = ["Evaluation", "Pipeline", "StepResult"]
 
@@ -46,10 +47,14 @@ class StepResult(NamedTuple):
     samples : int
         Of the batch, on the rank of the last stage; 0 on the others. The weight of `loss` in a
         `Metrics`.
+    spans : tuple of Span
+        When each action of this rank computed, in seconds from the beginning of the step, which is
+        that of all ranks but for the time of a short message.
     """
 
     loss: float
     samples: int
+    spans: tuple[Span, ...]
 
 
 class Evaluation(NamedTuple):
@@ -166,7 +171,13 @@ class Pipeline(Closing):
     ) -> None:
         check_group(group, "Pipeline")
         check_model(model, "Pipeline")
-        arguments = {"micro_batches": micro_batches, "schedule": schedule, "cut": cut}
+        arguments = {
+            "micro_batches": micro_batches,
+            "schedule": schedule,
+            "loss": getattr(loss, "__qualname__", type(loss).__name__),
+            "cut": cut,
+            "data_parallel": "None" if data_parallel is None else "given",
+        }
         verify_same(_description(model, arguments), group, operation="Pipeline")
         self.schedule = _schedule(schedule, group, micro_batches)
         self.starts = starts_of(model, cut, self.schedule.stages)
@@ -261,7 +272,7 @@ class Pipeline(Closing):
         """
         actions = self.schedule.actions[self.group.rank]
         run = self._run("step", actions, x, target, mode, denominator)
-        return StepResult(run.loss, run.samples)
+        return StepResult(run.loss, run.samples, tuple(run.spans))
 
     def evaluate(
         self,
@@ -296,8 +307,9 @@ class Pipeline(Closing):
 
         Notes
         -----
-        Collective over the group; blocks. The forward passes of the schedule in their order, and
-        nothing is kept of them. At any time between two steps.
+        Collective over the group, and with a data axis and no `denominator` also over the ranks of
+        the last stage; blocks. Runs the forward passes of the schedule in their order, and keeps
+        nothing of them. At any time between two steps.
         """
         actions = self.schedule.actions[self.group.rank]
         forward = [action for action in actions if action.kind is Pass.FORWARD]
@@ -397,6 +409,26 @@ class Pipeline(Closing):
                 "batch"
             )
         return given["x"][1]
+
+    def timeline(self, result: StepResult) -> Timeline:
+        """Return when each rank computed and waited in a step.
+
+        Parameters
+        ----------
+        result : StepResult
+            Of this rank; of the same step on all.
+
+        Returns
+        -------
+        Timeline
+            In seconds; the same on all ranks. Beside it, ``simulate(pipe.schedule,
+            timeline.costs())`` says how the step would be without messages and other programs.
+
+        Notes
+        -----
+        Collective over the group; blocks. One exchange of the spans.
+        """
+        return Timeline(tuple(all_gather_object(result.spans, self.group)))
 
     # -- parameters and states ---------------------------------------------------------------------
 

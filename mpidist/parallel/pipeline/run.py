@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 from mpidist._types import Array
@@ -16,6 +17,7 @@ from mpidist.observe.regions import region
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.schedule import Action, Pass
+from mpidist.parallel.pipeline.timeline import Span
 
 __all__ = ["Contributions", "Loss", "MicroBatches", "StageRun"]
 
@@ -120,6 +122,8 @@ class StageRun:
         Of the batch, where the last stage is; 0 elsewhere.
     outputs : list of Array
         Of the last stage, in a run without backward passes.
+    spans : list of Span
+        When each action computed, in seconds from the beginning of the step.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class StageRun:
         self.loss = 0.0 if batch.target is not None else float("nan")
         self.samples = batch.bounds[-1] if last in stages else 0
         self.outputs: list[Array] = []
+        self.spans: list[Span] = []
 
     def run(self, actions: Sequence[Action], edges: Edges) -> None:
         """Run actions in their order.
@@ -148,14 +153,21 @@ class StageRun:
         Forward passes only are an evaluation, of which no context is kept.
         """
         trains = any(action.kind is not Pass.FORWARD for action in actions)
+        result: Array | None
+        start = perf_counter()
         for index, action in enumerate(actions):
             edges.post(index)
             try:
+                received = edges.receive(action)
+                began = perf_counter()
                 with region(str(action)):
                     if action.kind is Pass.FORWARD:
-                        self._forward(action, edges, trains=trains)
+                        result = self._forward(action, received, trains=trains)
                     else:
-                        self._backward(action, edges)
+                        result = self._backward(action, received)
+                self.spans.append(Span(action, began - start, perf_counter() - start))
+                edges.send(action, result)
+                del received, result  # else they would live until the next action is over
             except Exception as error:
                 # `add_note` begins with Python 3.11.
                 notes = getattr(error, "__notes__", [])
@@ -167,15 +179,18 @@ class StageRun:
         left = (self._contexts, self._halves, self._gradients)
         assert not any(left), "a schedule has a backward pass for each forward pass"
 
-    def _forward(self, action: Action, edges: Edges, *, trains: bool) -> None:
+    def _forward(self, action: Action, received: Array | None, *, trains: bool) -> Array:
         stage, _, micro = action
-        x = edges.receive(action) if stage else self._batch.part(self._batch.x, micro)
+        x = self._batch.part(self._batch.x, micro) if received is None else received
         y, ctx = self._stages[stage].forward(x, self._batch.mode_of(micro))
         if trains:
             self._contexts[stage, micro] = ctx
-        if stage < self._last:
-            edges.send(action, y)
-            return
+        if stage == self._last:
+            self._end(y, micro, trains=trains)
+        return y
+
+    def _end(self, y: Array, micro: int, *, trains: bool) -> None:
+        """Take an output of the last stage: its loss, or itself."""
         if not trains:
             self.outputs.append(y)
         if self._batch.target is not None:
@@ -185,18 +200,17 @@ class StageRun:
             if trains:
                 self._gradients[micro] = dy
 
-    def _backward(self, action: Action, edges: Edges) -> None:
+    def _backward(self, action: Action, received: Array | None) -> Array | None:
         stage, kind, micro = action
         module, key = self._stages[stage], (stage, micro)
         if kind is Pass.BACKWARD_WEIGHT:
             uses, wctx = self._halves.pop(key)
             self._contributions.add(action, uses, lambda: module.backward_weight(wctx))
-            return
-        dy = self._gradients.pop(micro) if stage == self._last else edges.receive(action)
+            return None
+        dy = self._gradients.pop(micro) if received is None else received
         ctx = self._contexts.pop(key)
         if kind is Pass.BACKWARD:
-            dx = self._contributions.add(action, ctx.uses, lambda: module.backward(ctx, dy))
-        else:
-            dx, wctx = module.backward_input(ctx, dy)
-            self._halves[key] = ctx.uses, wctx
-        edges.send(action, dx)
+            return self._contributions.add(action, ctx.uses, lambda: module.backward(ctx, dy))
+        dx, wctx = module.backward_input(ctx, dy)
+        self._halves[key] = ctx.uses, wctx
+        return dx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
@@ -80,6 +81,22 @@ class Timeline:
         """Time that all ranks together wait, over the time that they work."""
         useful = self.span * len(self.spans) - sum(self.idle)
         return sum(self.idle) / useful if useful else 0.0
+
+    def costs(self) -> Costs:
+        """Return what the passes of each stage have cost here: medians over the micro-batches.
+
+        Of a whole backward pass each half counts as one half.
+        """
+        taken: dict[tuple[int, Pass], list[float]] = {}
+        for spans in self.spans:
+            for (stage, kind, _), began, ended in spans:
+                whole = kind is Pass.BACKWARD
+                halves = (Pass.BACKWARD_INPUT, Pass.BACKWARD_WEIGHT) if whole else (kind,)
+                for half in halves:
+                    taken.setdefault((stage, half), []).append((ended - began) / len(halves))
+        stages = 1 + max(stage for stage, _ in taken)
+        kinds = (Pass.FORWARD, Pass.BACKWARD_INPUT, Pass.BACKWARD_WEIGHT)
+        return Costs(*(tuple(median(taken[s, kind]) for s in range(stages)) for kind in kinds))
 
     def picture(self, *, width: int = 0) -> str:
         """Return a drawing: a line per rank, time from left to right.
