@@ -240,8 +240,8 @@ class MessageHostSum(PreparedSum):
         sequencer.counters.finish(number)
 
 
-_BY_MESSAGES = 8 << 20
-"""Bytes from which nodes of one rank each do better than MPICH's own all-reduce over TCP."""
+_BY_MESSAGES = 256 << 10
+"""Bytes from which nodes of one rank each need no longer than MPICH's own all-reduce over TCP."""
 
 _PIECES, _LEAST_PIECE, _MOST_PIECE = 4, 256 << 10, 1 << 20
 """Into how many pieces an array is cut, and bytes of the shortest and of the longest one."""
@@ -294,6 +294,7 @@ class HostSums:
         self._share = share
         self._lane_of = lane_of
         self._one_each = max(map(len, context.topology.nodes)) == 1
+        self._short = PAYLOAD_NBYTES // (len(context.topology.nodes) - 1)
         self._kept: dict[Any, Sum] = {}
         self._scratch: list[memoryview] | None = None
         self._scratch_refused = False
@@ -329,12 +330,12 @@ class HostSums:
 
     def _is_registered(self, x: Array, out: Array) -> bool:
         """Whether it is too long for an arrival, and summed where it lies."""
-        long = x is out and x.nbytes > PAYLOAD_NBYTES
+        long = x is out and x.nbytes > self._short
         return long and self._registered.find(x) is not None
 
     def _make(self, x: Array, op: ReduceOp, waiter: Waiter) -> Sum | None:
         sequencer, context, lane_of = self._sequencer, self._context, self._lane_of
-        if x.size * accumulation_dtype(x.dtype).itemsize <= PAYLOAD_NBYTES:
+        if x.size * accumulation_dtype(x.dtype).itemsize <= self._short:
             return ShortHostSum(sequencer, context, self._parts, self._messages, x, op, waiter)
         if self._one_each:
             if x.nbytes < _BY_MESSAGES:

@@ -27,7 +27,7 @@ MOST_NODES = 8
 """Nodes between which each leader sends a message to each other; with more, a sum has fewer."""
 
 PAYLOAD_NBYTES = 64 << 10
-"""Bytes of the longest array that travels with an arrival."""
+"""Bytes that a leader sends, to all others together, with an arrival."""
 
 HEADER_NBYTES = 32
 """Bytes before it, four words: digest, whether the node agrees, whether a difference breaks, and
@@ -36,8 +36,8 @@ the balance."""
 _EQUAL, _DIFFERENT, _BREAKING = 1, 2, 3
 """What is published: the calls are the same, differ, or differ where a part is under way."""
 
-_SPINS, _POLLS = 4, 200
-"""How often arrivals are polled before the core is yielded in between, and before all is driven."""
+_POLLS = 200
+"""How often arrivals are polled before everything else is driven, too."""
 
 
 class LeaderComparison:
@@ -115,13 +115,12 @@ class LeaderComparison:
         """Arrive, poll for some microseconds, and return whether all have with the same call."""
         self.arrive(number, signature, payload)
         published, index = self._published, 2 * (number % RING)
-        for polls in range(_POLLS):
+        for _ in range(_POLLS):
             if published[index + 1] == number:
                 return published[index] == _EQUAL
+            sched_yield()  # at once: the rank that it waits for may need this core
             if self._leads:
                 self._drive()
-            if polls >= _SPINS:
-                sched_yield()
         return False
 
     def all_arrived(self, number: int) -> bool:
