@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, ClassVar
 
@@ -197,6 +197,25 @@ class Optimizer:
                 if self._params[name].part is None:
                     array[...] = like_device(array, state[f"{name}/{slot}"])
         copy_in(own, state)
+
+    def state_arrays(self) -> list[Array]:
+        """Return the arrays of the state, the living ones, in the order of `move_state`."""
+        return [array for slots in self._state.values() for array in slots.values()]
+
+    def move_state(self, to: Callable[[Array], Array]) -> None:
+        """Replace each array of the state by what a function makes of it.
+
+        Parameters
+        ----------
+        to : callable
+            From an array to one of the same shape, dtype and values, in other memory.
+
+        Notes
+        -----
+        Local. For strategies that keep the state elsewhere.
+        """
+        for slots in self._state.values():
+            slots.update({slot: to(array) for slot, array in slots.items()})
 
     def _check(self, name: str, data: Array, grad: Array, state: Mapping[str, Array]) -> bool:
         """Return whether a parameter is on a device; ValueError unless all of it fits together."""

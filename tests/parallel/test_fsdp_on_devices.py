@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mpidist
-from mpidist.arrays.namespaces import is_device, like_device, to_host
+from mpidist.arrays.namespaces import is_device, like_device, to_device, to_host
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.nn import Mode, cross_entropy
@@ -133,11 +133,46 @@ def test_with_halves_beside_single_precision_it_trains_as_on_the_host(group: Pro
         np.testing.assert_allclose(array, expected[name], atol=2e-3)
 
 
+@pytest.mark.parametrize("precision", [Precision(), Precision(np.float32, np.float16)])
+def test_offloaded_to_the_host_it_has_the_same_bits(group: ProcessGroup, precision) -> None:
+    def steps(offload):
+        model = CASES["tied"].build(np.random.default_rng(group.rank), np.float64)
+        model.to("gpu")
+        fsdp = FSDP(
+            model, group, strategy=GRADIENTS, units=UNIT, precision=precision, offload=offload
+        )
+        optimizer = ShardedOptimizer(fsdp, optimizer=partial(SGD, lr=0.125, momentum=0.5))
+        for step, (x, target) in enumerate(batches(np.float64)):
+            own = slice(group.rank, None, group.size)
+            for _ in range(2):  # the second reduction is added to the first
+                y, ctx = fsdp.forward(to_device(x[own]), Mode(True, step=step))
+                optimizer.backward(ctx, cross_entropy(y, to_device(target[own]))[1])
+            optimizer.step()
+        held = [*optimizer.state_dict().values(), *fsdp.parameter_shards.held.values()]
+        held = [piece for v in held if hasattr(v, "pieces") for piece in v.pieces.values()]
+        assert {is_device(piece) for piece in held} == {offload is None}
+        whole = full_state_dict(optimizer)
+        return fsdp, optimizer.memory_use(), {k: to_host(v) for k, v in whole.items() if "/v" in k}
+
+    fsdp, before, expected = steps(None)
+    expected |= {name: to_host(p.data) for name, p in fsdp.named_parameters()}
+    fsdp, use, got = steps("host")
+    got |= {name: to_host(p.data) for name, p in fsdp.named_parameters()}
+    for name, array in expected.items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-12, atol=1e-15, err_msg=name)
+    masters = sum(array.nbytes for array in fsdp.parameter_shards.own)
+    assert (use.gradients, use.optimizer_state) == (0, 0)
+    assert use.offloaded == before.gradients + before.optimizer_state + masters
+    assert use.total < before.total
+
+
 def test_what_layers_on_a_device_cannot_do_is_refused(group: ProcessGroup) -> None:
     model = CASES["plain"].build(np.random.default_rng(0), np.float32)
     model.to("gpu")
     with pytest.raises(UnsupportedOperationError, match="do not compute in bfloat16; use"):
         FSDP(model, group, strategy=GRADIENTS, precision=Precision("bfloat16"))
+    with pytest.raises(UnsupportedOperationError, match="these lie on a device; use offload='host"):
+        FSDP(model, group, strategy=GRADIENTS, offload="/tmp")
 
 
 def test_a_model_on_two_kinds_of_memory_is_refused(group: ProcessGroup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from enum import Enum
@@ -26,7 +27,11 @@ from mpidist.parallel.sharded.flat_parameters import Cut
 from mpidist.parallel.sharded.gathers import UnitGathers
 from mpidist.parallel.sharded.gradients import UnitGradients
 from mpidist.parallel.sharded.memory import MemoryUse
-from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can_be_sharded
+from mpidist.parallel.sharded.parameter_shards import (
+    HOST,
+    ParameterShards,
+    check_can_be_sharded,
+)
 from mpidist.parallel.sharded.precision import Precision, inner_pass, input_gradient
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.stores import by_node
@@ -107,6 +112,11 @@ class FSDP(DataParallel):
     prefetch : int, optional
         How many units are gathered ahead of the one that computes, where parameters are gathered.
         Each takes memory of the size of the largest unit, once per node where it can be shared.
+    offload : str or path, optional
+        Where else to keep what would take memory. ``"host"``, for a model on a device: this rank's
+        slices, their gradients and the optimizer's state are in host memory, and are updated there.
+        Anything else is a directory, for a model on the host: parameters stand in a file there,
+        once per node, and so does each rank's state of the optimizer, both mapped into memory.
 
     Attributes
     ----------
@@ -123,6 +133,8 @@ class FSDP(DataParallel):
         Where units are cut.
     precision : Precision
         The dtypes.
+    offload : str or None
+        Where else to keep what would take memory.
     parameter_shards : ParameterShards
         The slices of this rank.
     model_state : ModelState
@@ -133,8 +145,8 @@ class FSDP(DataParallel):
     Raises
     ------
     TypeError
-        If `module` is no Module, `strategy`, `cut` or `precision` is none of theirs, or `units`
-        cannot be understood.
+        If `module` is no Module, `strategy`, `cut` or `precision` is none of theirs, `offload` is
+        no path, or `units` cannot be understood.
     CollectiveMismatchError
         On every rank, naming a rank, if names, shapes, dtypes, units or arguments differ between
         ranks. Nothing has been changed then.
@@ -145,6 +157,9 @@ class FSDP(DataParallel):
         lie on a device and some do not; if the ranks over which HYBRID_SHARD shards are on several
         nodes; if a mesh has more than two dimensions, or a strategy other than its number of them
         says.
+    OSError
+        On every rank, naming one, if a directory for `offload` does not exist, cannot be written,
+        or has too little space.
     ValueError
         If a name in `units` matches no module, a parameter is read-only, or none is trainable.
 
@@ -179,7 +194,7 @@ class FSDP(DataParallel):
     Fully Sharded Data Parallel, section 3.2.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but two by name, with a default
         self,
         module: Module,
         group: ProcessGroup | DeviceMesh,
@@ -190,6 +205,7 @@ class FSDP(DataParallel):
         cut: Cut = Cut.ROWS,
         precision: Precision = Precision(),  # noqa: B008 - frozen
         prefetch: int = 1,
+        offload: str | os.PathLike[str] | None = None,
     ) -> None:
         what = type(self).__name__
         if not isinstance(module, Module):
@@ -203,6 +219,7 @@ class FSDP(DataParallel):
         named = dict(module.named_parameters())
         arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
         arguments["precision"], arguments["prefetch"] = precision, prefetch
+        arguments["offload"] = offload
         arguments["mesh"] = None if mesh is None else mesh.dimensions
         # First together: what only one rank refuses would leave the others waiting for it.
         verify_same(_description(module, arguments), group, operation=what)
@@ -215,6 +232,7 @@ class FSDP(DataParallel):
             )
         prefetch = _prefetch(prefetch)
         _check_arguments(named, group, op, precision)
+        self.offload = _offload(offload, named, group, strategy)
         mesh = _mesh(mesh, group, strategy)
         self.units = tuple(
             unit.stored_in(precision.stored(unit.dtype))
@@ -236,6 +254,7 @@ class FSDP(DataParallel):
             first=self._replicas is None or self._replicas.rank == 0,
             stages=[stage.units for stage in stages],
             slots=1 + prefetch,
+            offload=self.offload,
         )
         store = self.parameter_shards.store
         self._gathers: UnitGathers | None = None
@@ -426,12 +445,15 @@ class FSDP(DataParallel):
         Local.
         """
         slots = self.parameter_shards.store.buffers_nbytes
+        shards, gradients = self.parameter_shards, self._unit_gradients.shards_nbytes
+        on_host = gradients if self.offload == HOST else 0
         return MemoryUse(
-            parameters=self.parameter_shards.nbytes,
-            gradients=self._unit_gradients.shards_nbytes,
+            parameters=shards.nbytes,
+            gradients=gradients - on_host,
             optimizer_state=0,
             buffers=slots + self._unit_gradients.buffers_nbytes,
             peak_buffers=slots + self._unit_gradients.peak_buffers_nbytes,
+            offloaded=shards.offloaded_nbytes + on_host,
         )
 
     # -- the end -------------------------------------------------------------------------------
@@ -530,6 +552,39 @@ def _check_arguments(
             "gradients travel so"
         )
     check_can_be_sharded(named, "FSDP", group)
+
+
+def _offload(
+    given: object,
+    named: Mapping[str, Parameter],
+    group: ProcessGroup,
+    strategy: ShardingStrategy,
+) -> str | None:
+    """Return `offload` as a string; raise unless what is offloaded is where that helps."""
+    if not isinstance(given, (str, os.PathLike, type(None))):
+        raise TypeError(f"FSDP: offload must be 'host' or the path of a directory, got {given!r}")
+    offload: str | None = None if given is None else os.fspath(given)
+    on_device = any(is_device(parameter.like) for parameter in named.values())
+    if offload == HOST and not on_device:
+        raise UnsupportedOperationError(
+            f"FSDP on {group}: offload='host' is for a model on a device, and this one lies on the "
+            "host; give a directory to keep its parameters in a file, or move the model first "
+            "(model.to('gpu'))"
+        )
+    if offload not in (None, HOST) and on_device:
+        raise UnsupportedOperationError(
+            f"FSDP on {group}: offload={offload!r} keeps parameters of the host in a file, and "
+            "these lie on a device; use offload='host'"
+        )
+    if offload not in (None, HOST) and (
+        strategy is ShardingStrategy.FULL_SHARD and group.num_nodes > 1
+    ):
+        raise UnsupportedOperationError(
+            f"FSDP on {group}: offload={offload!r} keeps parameters whole on a node, and with "
+            f"FULL_SHARD over {group.num_nodes} nodes none has all of them; use "
+            "ShardingStrategy.HYBRID_SHARD or SHARD_GRAD_OP"
+        )
+    return offload
 
 
 def _mesh(

@@ -32,7 +32,7 @@ import numpy as np
 
 from mpidist._types import MAX, Array, ReduceOp
 from mpidist.arrays.boxes import round_up
-from mpidist.arrays.namespaces import array_namespace, is_device
+from mpidist.arrays.namespaces import array_namespace, is_device, like_device
 from mpidist.backends.work import Deadline, Work
 from mpidist.collectives import iall_reduce, ireduce_scatter
 from mpidist.group import ProcessGroup
@@ -426,6 +426,7 @@ class _UnitGradient:
             work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
         else:
             new = self.reduced_before or self.reduced.dtype != self.dtype
+            new = new or is_device(self._data) is not is_device(self.reduced)
             empty = array_namespace(self._data).empty
             self._result = empty(self.reduced.shape, self.dtype) if new else self.reduced
             work = ireduce_scatter(
@@ -476,7 +477,7 @@ class _UnitGradient:
         assert result is not None, "it has been sent"
         if self.reduced_before:
             with np.errstate(all="ignore"):  # infinities are for GradScaler to find
-                self.reduced += result
+                self.reduced += like_device(self.reduced, result)
         elif result is not self.reduced:
             cast(result, self.reduced)
         self.reduced_before = True

@@ -35,6 +35,9 @@ class MemoryUse:
         gradients beside them, as inside `FSDP.no_sync`.
     peak_buffers : int
         The most that `buffers` has been.
+    offloaded : int
+        Bytes of parameters, gradients and state that ``FSDP(offload=...)`` keeps in host memory, or
+        in files, instead; they are no part of the others.
     """
 
     parameters: int
@@ -42,10 +45,11 @@ class MemoryUse:
     optimizer_state: int
     buffers: int = 0
     peak_buffers: int = 0
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        """All of them together, with the buffers at their peak, in bytes."""
+        """All of them but `offloaded` together, with the buffers at their peak, in bytes."""
         most = max(self.buffers, self.peak_buffers)
         return self.parameters + self.gradients + self.optimizer_state + most
 
@@ -79,6 +83,8 @@ class MemoryLedger:
             ("total", self.rank.total, self.node.total),
             ("all data (PSS)", self.rank_pss, self.node_pss),
         ]
+        if self.node.offloaded:
+            rows.insert(-1, ("offloaded", self.rank.offloaded, self.node.offloaded))
         name, unit = next(
             (known for known in _UNITS.items() if self.rank.total >= 10 * known[1]), ("KiB", 2**10)
         )
@@ -138,7 +144,7 @@ def memory_ledger(use: MemoryUse, group: ProcessGroup) -> MemoryLedger:
 
     Notes
     -----
-    Collective over `group`; blocks. A barrier and an all_reduce of 56 bytes in its `node_group`.
+    Collective over `group`; blocks. A barrier and an all_reduce of 64 bytes in its `node_group`.
     """
     # A page that another rank has yet to touch would count as this rank's alone.
     barrier(group.node_group())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from mpidist._types import Array
+import numpy as np
+
+from mpidist._types import Array, DType
 from mpidist.arrays.namespaces import array_namespace, is_device, is_host
 from mpidist.arrays.shards import ShardedArray, copy_in
 from mpidist.errors import UnsupportedOperationError
@@ -12,10 +14,11 @@ from mpidist.group import ProcessGroup
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.gradient_kernels import cast
 from mpidist.parallel.sharded.flat_parameters import FlatLayout, FlatParameters
+from mpidist.parallel.sharded.mapped_files import mapped_arrays
 from mpidist.parallel.sharded.stores import NodeStore, ParameterStore, make_store, shared_blocks
 from mpidist.parallel.sharded.unit_store import UnitStore
 
-__all__ = ["SEALED", "ParameterShards", "check_can_be_sharded", "read_only"]
+__all__ = ["HOST", "SEALED", "ParameterShards", "check_can_be_sharded", "read_only"]
 
 
 SEALED = (
@@ -23,6 +26,9 @@ SEALED = (
     "inside fsdp.whole()"
 )
 """What is wrong where a parameter is read that is not whole."""
+
+HOST = "host"
+"""What `offload` says of host memory; anything else is a directory."""
 
 
 class ParameterShards:
@@ -44,6 +50,9 @@ class ParameterShards:
         ranks share no memory.
     slots : int, optional
         How many of these are whole at once.
+    offload : str, optional
+        ``"host"``: this rank's slices of parameters on a device are in host memory; else the
+        directory of a file in which parameters stand once per node.
 
     Attributes
     ----------
@@ -53,7 +62,9 @@ class ParameterShards:
         Their memory.
     own : tuple of Array
         This rank's slice of each flat array, in the dtype in which the parameters were given: that
-        of the store, or one beside it, of which the store has the rounded values.
+        of the store, or a master beside it, of which the store has the rounded values.
+    offload : str or None
+        As given.
     shards : dict of str to Parameter
         This rank's slice of each trainable parameter, with its `part`; some are empty.
     held : dict of str to ShardedArray
@@ -73,13 +84,21 @@ class ParameterShards:
         first: bool = True,
         stages: Sequence[tuple[int, ...]] = (),
         slots: int = 1,
+        offload: str | None = None,
     ) -> None:
         self.group = group
+        self.offload = offload
         on_device = any(is_device(parameter.like) for parameter in named.values())
-        self.store = _make_store(group, layouts, stages, slots, on_device=on_device)
+        if offload is None or on_device:
+            self.store = _make_store(group, layouts, stages, slots, on_device=on_device)
+        else:
+            sizes = [layout.nbytes for layout in layouts]
+            blocks = mapped_arrays(sizes, offload, group, shared_by=group.node_group())
+            self.store = NodeStore(group, layouts, blocks)
         flat_of = {name: flat for flat in self.store.flats for name in flat.layout.spans}
         self._flat_of = flat_of
-        self.own = tuple(_own(flat, named) for flat in self.store.flats)
+        dtypes = [named[next(iter(flat.layout.spans))].dtype for flat in self.store.flats]
+        self.own = tuple(map(self._own, self.store.flats, dtypes))
         own_of = dict(zip(self.store.flats, self.own, strict=True))
         self.shards: dict[str, Parameter] = {}
         self.held: dict[str, ShardedArray] = {}
@@ -101,10 +120,30 @@ class ParameterShards:
                     parameter.data = array_namespace(stored).empty(parameter.shape, stored.dtype)
                 parameter.seal(SEALED)
 
+    def _own(self, flat: FlatParameters, dtype: DType) -> Array:
+        """Return this rank's slice: that of the store, if it has the dtype and is to be there."""
+        on_host = self.offload is not None and is_device(flat.own)
+        if dtype == flat.own.dtype and not on_host:
+            return flat.own
+        xp = np if on_host else array_namespace(flat.own)
+        own: Array = xp.zeros(flat.own.shape, dtype)
+        return own
+
     @property
     def nbytes(self) -> int:
-        """Bytes of this rank's share of the store, and of slices beside it."""
-        return self.store.nbytes + sum(own.nbytes for _, own in self._masters())
+        """Bytes of this rank's share of the store, and of masters, without what is offloaded."""
+        return self.store.nbytes + self._masters_nbytes - self.offloaded_nbytes
+
+    @property
+    def offloaded_nbytes(self) -> int:
+        """Bytes of what lies in host memory or in files instead."""
+        if self.offload is None:
+            return 0
+        return self._masters_nbytes if self.offload == HOST else self.store.nbytes
+
+    @property
+    def _masters_nbytes(self) -> int:
+        return sum(own.nbytes for _, own in self._masters())
 
     def begin_write(self) -> None:
         """Return when this rank may write its slices, as `ParameterStore.begin_write`."""
@@ -117,7 +156,7 @@ class ParameterShards:
         self.store.end_write()
 
     def _masters(self) -> Iterator[tuple[FlatParameters, Array]]:
-        """Yield the slices that the store has rounded copies of."""
+        """Yield the slices that the store has copies of, rounded or elsewhere."""
         for flat, own in zip(self.store.flats, self.own, strict=True):
             if own is not flat.own:
                 yield flat, own
@@ -136,15 +175,6 @@ class ParameterShards:
             )
             for name, held in self.held.items()
         }
-
-
-def _own(flat: FlatParameters, named: Mapping[str, Parameter]) -> Array:
-    """Return this rank's slice in the dtype of the parameters, of the store if it has that."""
-    dtype = named[next(iter(flat.layout.spans))].dtype
-    if dtype == flat.own.dtype:
-        return flat.own
-    own: Array = array_namespace(flat.own).zeros(flat.own.shape, dtype)
-    return own
 
 
 def _make_store(

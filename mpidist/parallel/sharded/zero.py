@@ -26,8 +26,9 @@ from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.data.verify import verify_same
 from mpidist.parallel.sharded.flat_parameters import Cut
 from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
+from mpidist.parallel.sharded.mapped_files import mapped_arrays
 from mpidist.parallel.sharded.memory import MemoryUse, array_bytes
-from mpidist.parallel.sharded.parameter_shards import ParameterShards, check_can_be_sharded
+from mpidist.parallel.sharded.parameter_shards import HOST, ParameterShards, check_can_be_sharded
 from mpidist.parallel.sharded.state import (
     ModelState,
     check_elementwise,
@@ -157,6 +158,22 @@ class ShardedOptimizer(Closing):
         check_parameters(self.optimizers, shards)
         if self._model.cut is not Cut.PARAMETERS:
             check_elementwise(self.optimizers)
+        if self.parameter_shards.offload not in (None, HOST):
+            self._move_state(self.parameter_shards.offload)
+
+    def _move_state(self, directory: str) -> None:
+        """Keep the state in a file."""
+        sizes = [array.nbytes for o in self.optimizers for array in o.state_arrays()]
+        arrays = iter(mapped_arrays(sizes, directory, self.group))
+
+        def moved(array: Array) -> Array:
+            memory: Array = next(arrays).view(array.dtype).reshape(array.shape)
+            if array.any():  # else pages of zeros need not be written
+                memory[...] = array
+            return memory
+
+        for optimizer in self.optimizers:
+            optimizer.move_state(moved)
         verify_same(
             tuple((f"optimizer {i}", repr(made)) for i, made in enumerate(self.optimizers)),
             self.group,
@@ -330,7 +347,10 @@ class ShardedOptimizer(Closing):
         -----
         Local.
         """
-        return replace(self._model.memory_use(), optimizer_state=array_bytes(self.state_dict()))
+        use, state = self._model.memory_use(), array_bytes(self.state_dict())
+        if self.parameter_shards.offload is not None:
+            return replace(use, offloaded=use.offloaded + state)
+        return replace(use, optimizer_state=state)
 
     # -- the end -------------------------------------------------------------------------------
 
