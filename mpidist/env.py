@@ -117,7 +117,7 @@ def crossovers() -> str | None:
 
 
 def debug() -> bool:
-    """Whether ``MPIDIST_DEBUG`` asks for all collectives to be compared before they begin."""
+    """Whether ``MPIDIST_DEBUG`` asks for checks that cost time, as of all calls on devices."""
     return os.environ.get("MPIDIST_DEBUG", "0") not in ("", "0")
 
 

@@ -14,7 +14,15 @@ from mpidist.collectives import all_gather_object
 from mpidist.nn import Linear, Mode, Module, Parameter, Recompute, ReLU, Sequential
 from mpidist.nn.module import Context, count_uses
 from mpidist.optim import AdamW
-from mpidist.parallel import DDP, FSDP, Cut, MemoryUse, ShardedOptimizer, ShardingStrategy
+from mpidist.parallel import (
+    DDP,
+    FSDP,
+    Cut,
+    MemoryUse,
+    Precision,
+    ShardedOptimizer,
+    ShardingStrategy,
+)
 from mpidist.parallel.sharded.gathers import UnitGathers
 from mpidist.parallel.sharded.unit_store import UnitStore
 from mpidist.testing import DeliveryMode, Faults, run_ranks
@@ -48,6 +56,23 @@ def test_it_trains_as_ddp_does(case, full):
             for got in ranks:
                 assert_close(got, expected)
                 assert_same(got, ranks[0])
+
+
+PRECISIONS = {
+    "float64": Precision(),
+    "float16 beside float64": Precision("float16", "float32", "float64"),
+    "float32 that travels as float16": Precision("float32", "float16", "float64"),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gathered_it_has_the_bits_of_what_stands_whole_on_each_node(precision):
+    options = {"case": CASES["tied"], "precision": PRECISIONS[precision]}
+    for size, per_node in ((4, 2), (3, 2)):
+        whole = partial(train, kind=ShardingStrategy.SHARD_GRAD_OP, **options)
+        expected = on_nodes(size, per_node, whole)[0]
+        for got in on_nodes(size, per_node, partial(train, kind=FULL, **options)):
+            assert_same(got, expected)
 
 
 @pytest.mark.parametrize("cut", Cut)
@@ -267,7 +292,8 @@ def test_the_order_of_the_pass_before_is_that_of_the_gathers_ahead(monkeypatch):
         model = Routed(blocks(4), lambda _: [2, 0, 3, 1])
         fsdp = FSDP(model, group, units=["blocks.*"])
         for _ in range(2):
-            events.clear()
+            if group.rank == 0:
+                events.clear()
             fsdp.load_state_dict(fsdp.state_dict())  # what is in the slots is out of date
             fsdp.forward(np.ones((2, 24), np.float32), TRAIN)
 
@@ -453,3 +479,36 @@ def test_a_unit_around_others_is_whole_at_any_time():
     expected = on_nodes(4, 2, body, "ddp")[0]
     for got in on_nodes(4, 2, body, FULL):
         assert_close(got, expected, rtol=1e-5)
+
+
+class Keeping(Linear):
+    """Wrong: keeps a view of its weight for backward."""
+
+    def forward(self, x, mode):
+        y, ctx = super().forward(x, mode)
+        return y, Context((ctx, self.weight.data), ctx.uses)
+
+    def backward_input(self, ctx, dy):
+        inner, weight = ctx.saved
+        _, wctx = super().backward_input(inner, dy)
+        return dy @ weight, wctx
+
+
+@pytest.mark.parametrize("kind", [Linear, Keeping])
+def test_in_debug_mode_what_is_not_whole_is_nan(kind, monkeypatch):
+    monkeypatch.setenv("MPIDIST_DEBUG", "1")
+
+    def body(group):
+        rng = np.random.default_rng(0)
+        model = Sequential(*(kind(24, 24, rng=rng) for _ in range(4)))
+        fsdp = FSDP(model, group, units=["?"])
+        optimizer = ShardedOptimizer(fsdp, optimizer=partial(AdamW, lr=0.1))
+        y, ctx = fsdp.forward(X, TRAIN)
+        dx = optimizer.backward(ctx, y)
+        optimizer.step()
+        with fsdp.whole():
+            values = [p.data for p in model.parameters()]
+            return np.isnan(dx).any(), any(np.isnan(value).any() for value in values)
+
+    wrong = kind is Keeping
+    assert on_nodes(4, 2, body) == [(wrong, wrong)] * 4

@@ -259,7 +259,7 @@ class FSDP(DataParallel):
         store = self.parameter_shards.store
         self._gathers: UnitGathers | None = None
         if isinstance(store, UnitStore):
-            self._gathers = UnitGathers(named, stages, store, cut_over, prefetch=prefetch)
+            self._gathers = UnitGathers(module, stages, store, cut_over, prefetch=prefetch)
         trainable = {name: p for name, p in named.items() if p.trainable}
         self._unit_gradients = UnitGradients(
             trainable,

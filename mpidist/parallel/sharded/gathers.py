@@ -14,13 +14,14 @@ on all ranks of a node, and nobody reads what was there before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
-from mpidist._types import MIN
+from mpidist import env
+from mpidist._types import LOR, MIN
 from mpidist.collectives import all_reduce
 from mpidist.errors import (
     CollectiveMismatchError,
@@ -30,7 +31,7 @@ from mpidist.errors import (
     TransportError,
 )
 from mpidist.group import ProcessGroup
-from mpidist.nn.parameter import Parameter
+from mpidist.nn.module import Module
 from mpidist.nn.surround import surround
 from mpidist.parallel.sharded.gradients import UnitGradients
 from mpidist.parallel.sharded.parameter_shards import SEALED, read_only
@@ -57,8 +58,8 @@ class UnitGathers:
 
     Parameters
     ----------
-    named : mapping of str to Parameter
-        The parameters of the model.
+    module : Module
+        The model.
     stages : sequence of Stage
         What is gathered together, and the modules that need it in their passes.
     store : UnitStore
@@ -75,28 +76,35 @@ class UnitGathers:
 
     def __init__(
         self,
-        named: Mapping[str, Parameter],
+        module: Module,
         stages: Sequence[Stage],
         store: UnitStore,
         group: ProcessGroup,
         *,
         prefetch: int,
     ) -> None:
-        self._named = named
+        self._named = dict(module.named_parameters())
         self._stages = stages
         self._store = store
         self._group = group
         self._prefetch = prefetch
         self._order = _GatherOrder(group.duplicate(f"{group.name}/order"), len(stages))
         self._surrounds = [
-            surround(module, self._around(number), ("forward", "backward", "backward_input"))
+            surround(part, self._around(number), ("forward", "backward", "backward_input"))
             for number, stage in enumerate(stages)
-            for module in stage.modules
+            for part in stage.modules
+        ]
+        # MPI moves messages only while it is called; in backward each gradient is an occasion.
+        self._surrounds += [
+            surround(leaf, self._then_progress, ("forward",))
+            for _, leaf in module.named_modules()
+            if not any(leaf.named_children())
         ]
         self._current: int | None = None  # on which all ranks agreed last, in this pass
         self._open: dict[int, int] = {}  # how many passes of its modules are under way, by stage
         self._gradients: UnitGradients | None = None  # those of the pass
         self._whole = False
+        self._poisons = bool(all_reduce(np.array(env.debug()), group, op=LOR))
         self._failure: str | None = None
 
     @contextmanager
@@ -119,7 +127,7 @@ class UnitGathers:
         if self._whole:
             yield
             return
-        self._gradients = gradients
+        self._gradients, self._current = gradients, None
         self._order.begin(kind)
         self._start_next()
         try:
@@ -169,6 +177,11 @@ class UnitGathers:
 
         return around
 
+    def _then_progress(self, _: str, run: Callable[[], Any]) -> Any:
+        result = run()
+        self._store.progress()
+        return result
+
     def _unshard(self, stage: int) -> None:
         if not self._open.get(stage):
             if self._open:
@@ -207,6 +220,8 @@ class UnitGathers:
             if self._store.holds(stage):
                 self._store.complete(stage)
         self._current = agreed
+        if self._poisons:
+            self._store.poison(self._needed())
         if agreed is not None:
             if not self._store.holds(agreed):
                 self._store.start(agreed, {agreed})
@@ -218,11 +233,16 @@ class UnitGathers:
         return agreed
 
     def _start_next(self) -> None:
-        following = self._order.next(self._prefetch)
-        keep = {stage for stage in (self._current, *following) if stage is not None}
-        for stage in following:
+        """Start to gather what comes next, in the order."""
+        needed = self._needed()
+        for stage in needed:
             if not self._store.holds(stage):
-                self._store.start(stage, keep)
+                self._store.start(stage, needed)
+
+    def _needed(self) -> list[int]:
+        """Return the stage that computes, and those to be gathered ahead of it."""
+        current = [] if self._current is None else [self._current]
+        return [*current, *self._order.next(self._prefetch)]
 
     def _end(self) -> None:
         """Take part in the gathers of others, until the pass is over on all ranks."""

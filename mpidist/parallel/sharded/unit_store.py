@@ -167,6 +167,20 @@ class UnitStore(ParameterStore):
             self.wait_for_node()
             self._complete.update(pending)
 
+    def poison(self, keep: Collection[int]) -> None:
+        """Fill complete stages with NaN, but for some, and hold them no longer; blocks.
+
+        No rank may be reading them. A layer that has kept a view of one gets no other unit's
+        values from it.
+        """
+        for slot, stage in enumerate(self._held):
+            if stage in self._complete and stage not in keep:
+                if not self.shared or self._group.local_rank == 0:
+                    self._slots[slot][...] = 255  # all bits set: NaN in each dtype of floats
+                self._held[slot] = None
+                self._complete.discard(stage)
+        self.wait_for_node()
+
     def names(self, stage: int) -> list[str]:
         """Return the names of the parameters of a stage."""
         offsets, _ = self._stages[stage]
