@@ -40,6 +40,15 @@ def test_fsdp_shards_in_each_host_and_replicates_over_them(world: ProcessGroup) 
         assert_same(theirs, got)
 
 
+def test_fsdp_shards_over_all_hosts_and_gathers_units(world: ProcessGroup) -> None:
+    case = fsdp.CASES["tied"]
+    expected = fsdp.train(world, case, "ddp")
+    got = fsdp.train(world, case, ShardingStrategy.FULL_SHARD)
+    assert_close(got, expected)
+    for theirs in all_gather_object(got, world):
+        assert_same(theirs, got)
+
+
 def test_a_sharded_optimizer_goes_on_from_its_checkpoint(world: ProcessGroup) -> None:
     directory = broadcast_object(tempfile.mkdtemp() if world.rank == 0 else None, world)
     expected, _ = alone(RULES["adamw"], world.size, 4)
