@@ -1,11 +1,11 @@
 """A training step with FSDP, beside DDP, sharded optimizers and torch's FSDP2 over Gloo.
 
-A step is forward, backward and the update by AdamW, of the model of ``bench ddp``. On one node FSDP
-is FULL_SHARD; over several it is HYBRID_SHARD, too, which shards within each. Sizes are the bytes
-of all parameters. The row of each series has the values `parameters`, `layers` and `width`; those
-of mpidist's strategies also `held`, the bytes of parameters, gradients, buffers and optimizer state
-that rank 0 holds, at most; and those that communicate also `added`, the seconds over the same step
-without communication.
+A step is forward, backward and the update by AdamW, of the model of ``bench ddp``. FSDP is
+FULL_SHARD; over several nodes it is HYBRID_SHARD, too, which shards within each. Sizes are the
+bytes of all parameters. The row of each series has the values `parameters`, `layers` and `width`;
+those of mpidist's strategies also `held`, the bytes of parameters, gradients, buffers and optimizer
+state that rank 0 holds, at most; and those that communicate also `added`, the seconds over the same
+step without communication.
 """
 
 from __future__ import annotations
@@ -170,12 +170,11 @@ def _ours(
     rng = np.random.default_rng(world.rank)
     x, dy = rng.standard_normal((2, batch, shape.width), np.float32)
     several = world.num_nodes > 1
-    names = [HYBRID_SHARD if several else FULL_SHARD, ZERO1, ZERO2, REPLICATED, ALONE]
+    names = [*([HYBRID_SHARD] if several else []), FULL_SHARD, ZERO1, ZERO2, REPLICATED, ALONE]
     with ExitStack() as stack:
         strategies = {}
         for name in names:
-            model = make_model(shape)
-            training, held = _training(name, model, world, units, stack)
+            model, training, held = _training(name, make_model(shape), world, units, stack)
             strategies[name] = _Trained(partial(make_step, model, training, x, dy), held)
             strategies[name].step()
         yield strategies
@@ -183,14 +182,15 @@ def _ours(
 
 def _training(
     name: str, model: nn.Module, world: ProcessGroup, units: int, stack: ExitStack
-) -> tuple[Any, Callable[[], MemoryUse] | None]:
-    """Return what trains a model by a strategy: ``zero_grad``, ``backward`` and ``step``."""
+) -> tuple[nn.Module | FSDP, Any, Callable[[], MemoryUse] | None]:
+    """Return what runs forward, and has ``zero_grad``, ``backward`` and ``step``, by a strategy."""
     factory = partial(AdamW, lr=_RATE)
     if name == ALONE:
-        return Alone(model, world), None
+        return model, Alone(model, world), None
     if name == REPLICATED:
         ddp, optimizer = stack.enter_context(DDP(model, world)), factory(model.named_parameters())
-        return _Replicated(ddp, optimizer), partial(memory_use, model, optimizer)
+        return model, _Replicated(ddp, optimizer), partial(memory_use, model, optimizer)
+    runs: nn.Module | FSDP = model
     if name == ZERO1:
         ddp = stack.enter_context(DDP(model, world))
         sharded = ShardedOptimizer(ddp, world, optimizer=factory)
@@ -198,9 +198,9 @@ def _training(
         sharded = ShardedOptimizer(model, world, optimizer=factory)
     else:
         strategy = ShardingStrategy[name]
-        fsdp = stack.enter_context(FSDP(model, world, strategy=strategy, units=units))
+        runs = fsdp = stack.enter_context(FSDP(model, world, strategy=strategy, units=units))
         sharded = ShardedOptimizer(fsdp, optimizer=factory)
-    return stack.enter_context(sharded), sharded.memory_use
+    return runs, stack.enter_context(sharded), sharded.memory_use
 
 
 class _Replicated(NamedTuple):
@@ -257,7 +257,7 @@ def share(size: int, group: ProcessGroup) -> slice:
     return slice(start, start + count)
 
 
-def make_step(model: nn.Module, training: Any, x: Array, dy: Array) -> None:
+def make_step(model: nn.Module | FSDP, training: Any, x: Array, dy: Array) -> None:
     """Train on one batch."""
     training.zero_grad()
     _, ctx = model.forward(x, nn.Mode(training=True))

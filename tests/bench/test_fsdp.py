@@ -64,11 +64,14 @@ def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_pa
 def test_over_two_hosts_fsdp_is_compared_with_ddp(world: ProcessGroup) -> None:
     report = fsdp.run(world, _options("--millions", "0.1", "--units", "0.1", "--no-torch"))
     rows = {row.series: row for row in report.rows}
-    assert list(rows) == ["HYBRID_SHARD", *STRATEGIES, "alone"]
+    assert list(rows) == ["HYBRID_SHARD", "FULL_SHARD", *STRATEGIES, "alone"]
     whole, layer = 16 * 160 * 161, 4 * 160 * 161
     assert rows["HYBRID_SHARD"].values["held"] == pytest.approx(2 * whole + 2 * layer, rel=0.01)
-    assert [target.what for target in report.targets] == ["0.10 million, HYBRID_SHARD over DDP"]
-    assert report.targets[0].value == pytest.approx(_median(report, "HYBRID_SHARD", "DDP"))
+    # A quarter of each; two buffers, and half of the node's two slots.
+    assert rows["FULL_SHARD"].values["held"] == pytest.approx(whole + 3 * layer, rel=0.01)
+    for target, name in zip(report.targets, ("HYBRID_SHARD", "FULL_SHARD"), strict=True):
+        assert target.what == f"0.10 million, {name} over DDP"
+        assert target.value == pytest.approx(_median(report, name, "DDP"))
 
 
 def test_the_shares_that_ranks_update_alone_are_the_whole_update() -> None:
