@@ -93,8 +93,9 @@ class Given(Module):
         return dy, dy
 
     def backward_weight(self, wctx: Any) -> None:
-        for name, grad in wctx.items():
-            getattr(self, name).add_grad(np.asarray(grad))
+        for name in self.names:
+            if name in wctx:
+                getattr(self, name).add_grad(np.asarray(wctx[name]))
 
 
 def whole_numbers(model: Module, rank: int, step: int) -> dict[str, Array]:

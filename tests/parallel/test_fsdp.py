@@ -31,7 +31,16 @@ from mpidist.parallel import (
 from mpidist.parallel.sharded import gradients
 from mpidist.parallel.sharded.units import find_units
 from mpidist.testing import run_ranks
-from tests.parallel.fsdp import CASES, ELEMENTS, SHORT, STRATEGIES, UNIT, batches, train
+from tests.parallel.fsdp import (
+    CASES,
+    ELEMENTS,
+    SHORT,
+    STRATEGIES,
+    UNIT,
+    batches,
+    run_with_checkpoint,
+    train,
+)
 from tests.parallel.sharded import (
     RULES,
     alone,
@@ -109,6 +118,19 @@ def test_it_is_the_slow_form(dtype, full):
 def test_it_is_one_process_on_the_joined_batch(full):
     for case in CASES if full else ("plain", "uneven, one rank empty", "recomputed"):
         assert_close(on_ranks(4, case, FULL), on_ranks(1, case, "ddp"))
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES], ids=str)
+def test_a_resumed_run_has_the_bits_of_one_without_a_break(strategy, tmp_path, full):
+    """As long as the strategy and the number of ranks are the same; None: a DDP."""
+    for size in (1, 2, 3, 4) if full else (4,):
+        per_node = 2 if strategy is ShardingStrategy.HYBRID_SHARD and size == 4 else None
+        on_nodes = partial(run_ranks, size, ranks_per_node=per_node, node_memory=True)
+        whole, half = tmp_path / f"whole-{size}", tmp_path / f"half-{size}"
+        expected = on_nodes(run_with_checkpoint, strategy, range(4), whole)
+        on_nodes(run_with_checkpoint, strategy, range(2), half)
+        for got in on_nodes(run_with_checkpoint, strategy, range(2, 4), half):
+            assert_same(got, expected[0])
 
 
 @pytest.mark.parametrize("cut", Cut)

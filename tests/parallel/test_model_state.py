@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,14 +13,13 @@ from mpidist._types import SUM
 from mpidist.arrays.boxes import Box
 from mpidist.arrays.shards import ShardedArray
 from mpidist.errors import CheckpointIncompatibleError
-from mpidist.nn import Mode
+from mpidist.nn import Mode, Sequential
 from mpidist.optim import Adam
 from mpidist.parallel import DDP, FSDP, BucketSizes, ShardedOptimizer, ShardingStrategy
 from mpidist.testing import run_ranks
 from tests.parallel.sharded import (
     RULES,
     Given,
-    alone,
     assert_same,
     fill,
     give,
@@ -40,15 +40,42 @@ KINDS = {
     "scattered": (3, 4),
     "after ddp": (4, 2),
     "fsdp": (4, 3),
+    "shard_grad_op": (3, 4),
+    "hybrid": (4, 2),
     "no_shard": (2, 3),
 }
 """Kinds of runs, and how many ranks save and load them."""
+ON_NODES = {**KINDS, "fsdp over nodes": (4, 3)}
 
 FSDP_STRATEGIES = {
     "fsdp": ShardingStrategy.FULL_SHARD,
-    "over nodes": ShardingStrategy.SHARD_GRAD_OP,
+    "fsdp over nodes": ShardingStrategy.FULL_SHARD,
+    "shard_grad_op": ShardingStrategy.SHARD_GRAD_OP,
+    "hybrid": ShardingStrategy.HYBRID_SHARD,
     "no_shard": ShardingStrategy.NO_SHARD,
 }
+
+
+def two_parts(seed=0):
+    """Build the parameters of `mixture` in two modules, which are units of their own."""
+    arrays = values(mixture(seed))
+    return Sequential(
+        *(Given(**{name: arrays[name] for name in names}) for names in ("abc", "def"))
+    )
+
+
+@cache
+def reference(steps):
+    """Return the parameters and the optimizer's state after so many steps in one process."""
+    model = two_parts()
+    optimizer = RULE(model.named_parameters())
+    for step in range(steps):
+        optimizer.zero_grad()
+        grads = whole_numbers(model, 0, step)
+        for name, parameter in model.named_parameters():
+            parameter.add_grad(grads[name])
+        optimizer.step()
+    return values(model), kept(optimizer.state_dict())
 
 
 def train(group, kind, start, stop, saved=None, directory=None):
@@ -56,15 +83,13 @@ def train(group, kind, start, stop, saved=None, directory=None):
 
     It begins with what was saved by hand, or in a directory; the first half is saved there.
     """
-    model = mixture(seed=5 if start else 0)
+    model = two_parts(seed=5 if start else 0)
     ddp = DDP(model, group, op=SUM, sizes=SIZES) if kind in ("ddp", "after ddp") else None
     if kind in ("module", "ddp"):
         optimizer = RULE(model.named_parameters())
         held = ddp or model
-    elif kind in ("fsdp", "no_shard"):
-        one_node = group.num_nodes == 1
-        strategy = FSDP_STRATEGIES[kind if one_node or kind == "no_shard" else "over nodes"]
-        held = FSDP(model, group, strategy=strategy, units=400, op=SUM)
+    elif kind in FSDP_STRATEGIES:
+        held = FSDP(model, group, strategy=FSDP_STRATEGIES[kind], units=400, op=SUM)
         optimizer = ShardedOptimizer(held, optimizer=RULE)
     else:
         op = None if ddp else SUM
@@ -79,7 +104,7 @@ def train(group, kind, start, stop, saved=None, directory=None):
     for step in range(start, stop):
         # What the ranks are given sums up to the same, however many they are.
         grads = {
-            name: grad if group.rank == 0 else np.zeros_like(grad)
+            name.partition(".")[2]: grad if group.rank == 0 else np.zeros_like(grad)
             for name, grad in whole_numbers(model, 0, step).items()
         }
         optimizer.zero_grad()
@@ -92,9 +117,9 @@ def train(group, kind, start, stop, saved=None, directory=None):
     return kept(held.state_dict()), kept(optimizer.state_dict())
 
 
-def together(parts, kind):
+def together(parts, kind, nodes=1):
     """Put together the model's and the optimizer's states of all ranks."""
-    copies = len(parts) if kind == "no_shard" else 1
+    copies = {"no_shard": len(parts), "hybrid": nodes}.get(kind, 1)
     return tuple(joined(states, copies) for states in zip(*parts, strict=True))
 
 
@@ -103,16 +128,41 @@ def halfway(kind):
     return together(run_ranks(KINDS[kind][0], train, kind, 0, 3), kind)
 
 
-@pytest.mark.parametrize("per_node", [None, 1, pytest.param(2, marks=pytest.mark.full)])
-@pytest.mark.parametrize("loads", KINDS)
-@pytest.mark.parametrize("saves", KINDS)
+@pytest.mark.parametrize(
+    ("saves", "loads", "per_node"),
+    [
+        pytest.param(
+            *(saves, loads, per_node),
+            marks=() if per_node is None or (saves, per_node) == ("ddp", 1) else pytest.mark.full,
+        )
+        for saves, loads, per_node in product(KINDS, KINDS, (None, 1, 2))
+    ],
+)
 def test_any_run_goes_on_from_any_other(saves, loads, per_node):
-    expected, unsharded = alone(RULE, 1, 6)
-    parts = run_ranks(KINDS[loads][1], train, loads, 3, 6, halfway(saves), ranks_per_node=per_node)
-    model, optimizer = together(parts, loads)
+    expected, state = reference(6)
+    size = KINDS[loads][1]
+    parts = run_ranks(size, train, loads, 3, 6, halfway(saves), ranks_per_node=per_node)
+    model, optimizer = together(parts, loads, nodes=-(-size // (per_node or size)))
     model.pop("buckets/order", None)
-    assert_same(model, values(expected))
-    assert_same(optimizer, unsharded.state_dict())
+    assert_same(model, expected)
+    assert_same(optimizer, state)
+
+
+def run(kind, size, *args):
+    """Run steps, some kinds on several nodes; return the states of all ranks together."""
+    per_node = max(size // 2, 1) if kind in ("hybrid", "fsdp over nodes") else size
+    parts = run_ranks(size, train, kind, *args, ranks_per_node=per_node, node_memory=True)
+    return together(parts, kind, nodes=-(-size // per_node))
+
+
+def assert_goes_on(kind, size, directory):
+    """Check that a run loads what was saved after 3 steps, and ends as one without a break."""
+    for stop in (3, 6):
+        expected, state = reference(stop)
+        model, optimizer = run(kind, size, 3, stop, None, directory)
+        model.pop("buckets/order", None)
+        assert_same(model, expected)
+        assert_same(optimizer, state)
 
 
 @pytest.mark.parametrize(
@@ -125,22 +175,30 @@ def test_any_run_goes_on_from_any_other(saves, loads, per_node):
         ("ddp", "scattered"),
         ("scattered", "after ddp"),
         ("fsdp", "module"),
-        ("fsdp", "ddp"),
-        ("scattered", "fsdp"),
+        ("fsdp over nodes", "hybrid"),
+        ("scattered", "fsdp over nodes"),
         ("ddp", "fsdp"),
         ("fsdp", "no_shard"),
-        ("no_shard", "scattered"),
+        ("no_shard", "shard_grad_op"),
+        ("shard_grad_op", "ddp"),
+        ("hybrid", "module"),
+        ("hybrid", "fsdp"),
     ],
 )
 def test_any_run_goes_on_from_the_checkpoint_of_any_other(saves, loads, tmp_path):
-    expected, unsharded = alone(RULE, 1, 6)
-    run_ranks(KINDS[saves][0], train, saves, 0, 3, None, tmp_path)
-    model, optimizer = together(
-        run_ranks(KINDS[loads][1], train, loads, 3, 6, None, tmp_path), loads
-    )
-    model.pop("buckets/order", None)
-    assert_same(model, values(expected))
-    assert_same(optimizer, unsharded.state_dict())
+    run(saves, ON_NODES[saves][0], 0, 3, None, tmp_path)
+    assert_goes_on(loads, ON_NODES[loads][1], tmp_path)
+
+
+RUNS = [(kind, size) for kind in ON_NODES for size in (1, 2, 3, 4) if kind != "module" or size == 1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("saves", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+def test_what_any_run_saves_every_other_loads(saves, tmp_path):
+    run(*saves, 0, 3, None, tmp_path)
+    for loads in RUNS:
+        assert_goes_on(*loads, tmp_path)
 
 
 def test_what_an_object_cannot_go_on_without_is_missed(tmp_path):
