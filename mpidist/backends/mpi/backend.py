@@ -157,12 +157,16 @@ class _PersistentRequests:
 
     def Free(self) -> None:  # noqa: N802  # as a communicator, beside which it is released
         """Free the requests, unless a failure has left some active: the library still has them."""
-        if self._error is None and self._testall(self._requests):
-            self._free_sends()
-            for request in self._receives:
-                request.Free()
-        else:
+        try:
+            over = self.done()
+        except TransportError:
+            over = False
+        if not over:
             _LEFT.append(self)
+            return
+        self._free_sends()
+        for request in self._receives:
+            request.Free()
 
     def _prepare(self, nbytes: int) -> list[Any]:
         if len(self._prepared) >= _MOST_LENGTHS:
