@@ -25,7 +25,7 @@ NODES = {"2 of 1": (2, 1), "4 of 1": (4, 1), "2 of 2": (4, 2), "2 and 1": (3, 2)
 """Ranks, and how many share a node."""
 
 MOST = PAYLOAD_NBYTES // 8
-"""Elements in float64 of the longest array that travels with the arrival on two nodes."""
+"""Elements in float64 of the longest array that travels with the arrival to one other node."""
 
 
 def on_nodes(nodes: str, body: Any, *args: Any) -> list[Any]:
@@ -66,8 +66,8 @@ def check_pairs(group: ProcessGroup) -> None:
 
 
 def check_lengths(group: ProcessGroup) -> None:
-    most = MOST // (group.num_nodes - 1)
-    for count in (0, 1, most, most + 1, 300_001):
+    edges = [MOST // others + more for others in (1, 2, 3) for more in (0, 1)]
+    for count in (0, 1, *edges, 300_001):
         check_value(group, ReduceOp.SUM, np.float64, count)
     check_value(group, ReduceOp.MEAN, np.float16, 4 * MOST)
 
