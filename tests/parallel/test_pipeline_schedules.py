@@ -6,6 +6,7 @@ import pickle
 import random
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -163,6 +164,25 @@ def test_a_picture_has_a_line_per_rank():
     ]
     assert simulate(interleaved(1, 1)).picture() == "rank 0 0F0 1F0 1B0---- 0B0----"
     assert len(simulate(gpipe(2, 2)).picture(width=40).splitlines()[1]) == len("rank 1 ") + 40
+
+
+def test_a_drawing_has_a_box_per_action_as_wide_as_it_takes():
+    schedule = interleaved(2, 2)
+    timeline = simulate(schedule)
+    root = ET.fromstring(timeline.svg(width=48 + 10 * 18))
+    boxes = {
+        (title.text or "").partition(":")[0]: rect
+        for rect in root.iter("{http://www.w3.org/2000/svg}rect")
+        for title in rect
+    }
+    assert boxes.keys() == {str(action) for actions in schedule.actions for action in actions}
+    scale = 10 * 18 / timeline.span
+    for rank, spans in enumerate(timeline.spans):
+        for action, began, ended in spans:
+            box = boxes[str(action)].attrib
+            assert float(box["x"]) == pytest.approx(48 + began * scale, abs=0.06)
+            assert float(box["width"]) == pytest.approx((ended - began) * scale, abs=0.06)
+            assert int(box["y"]) // 24 == rank
 
 
 # -- text ----------------------------------------------------------------------------------------

@@ -132,6 +132,57 @@ class Timeline:
         digits = len(str(len(lines) - 1))
         return "\n".join(f"rank {rank:{digits}} {line}" for rank, line in enumerate(lines))
 
+    def svg(self, *, width: int = 960) -> str:
+        """Return a drawing as SVG: a row per rank, a box per action, micro-batches as numbers.
+
+        Parameters
+        ----------
+        width : int, optional
+            Pixels of the whole drawing.
+
+        Returns
+        -------
+        str
+            The text of the file. Each box has the action, and its duration, as a title. Of a rank
+            with several stages, boxes of later ones are lighter.
+        """
+        scale = (width - _MARGIN) / (self.span or 1.0)
+        height = _ROW * len(self.spans)
+        size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">',
+            f'<rect width="{width}" height="{height}" fill="#f4f4f4"/>',
+        ]
+        for rank, spans in enumerate(self.spans):
+            y = _ROW * rank
+            lines.append(f'<text x="4" y="{y + 16}" font-size="12">rank {rank}</text>')
+            own = sorted({span.action.stage for span in spans})
+            for action, began, ended in spans:
+                x, extent = _MARGIN + began * scale, (ended - began) * scale
+                opacity = 1.0 - 0.5 * own.index(action.stage) / len(own)
+                lines.append(
+                    f'<rect x="{x:.1f}" y="{y + 2}" width="{extent:.1f}" height="{_ROW - 4}" '
+                    f'fill="{_COLORS[action.kind]}" fill-opacity="{opacity:.2f}" stroke="#fff">'
+                    f"<title>{action}: {ended - began:.4g}</title></rect>"
+                )
+                lines.append(
+                    f'<text x="{x + extent / 2:.1f}" y="{y + 16}" font-size="11" '
+                    f'text-anchor="middle">{action.micro_batch}</text>'
+                )
+        return "\n".join([*lines, "</svg>", ""])
+
+
+_MARGIN, _ROW = 48, 24
+"""Pixels before the first action, and of a rank, in a drawing."""
+
+_COLORS = {
+    Pass.FORWARD: "#7fb2e5",
+    Pass.BACKWARD: "#8fcf8f",
+    Pass.BACKWARD_INPUT: "#63c5b5",
+    Pass.BACKWARD_WEIGHT: "#e8c66a",
+}
+"""Of the boxes of a drawing."""
+
 
 def simulate(schedule: Schedule, costs: Costs | None = None, *, message: float = 0.0) -> Timeline:
     """Return when each action would run if every rank began the next one as soon as it could.
