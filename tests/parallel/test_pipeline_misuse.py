@@ -168,6 +168,22 @@ def test_batches_that_do_not_fit(name):
     assert run_ranks(2, body) == [0, 3]
 
 
+def test_models_and_batches_on_a_device(xp):
+    def on_device(group):
+        module = model(2, 2, 2)
+        module.to("gpu")
+        make(group, module)
+
+    words = refused(on_device, UnsupportedOperationError)
+    assert "parameter '0.weight' is on a device, and pipelines carry host arrays only" in words
+
+    def batch_on_device(group):
+        make(group, loss=mse_loss).step(xp.asarray(X), X, MODE)
+
+    words = refused(batch_on_device, ValueError)
+    assert "expected x on rank 0, an array on the host" in words
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
