@@ -163,6 +163,9 @@ def test_a_picture_has_a_line_per_rank():
         "rank 1 ...F0 B0--- F1 B1--- ......",
     ]
     assert simulate(interleaved(1, 1)).picture() == "rank 0 0F0 1F0 1B0---- 0B0----"
+    for width in range(1, 40):  # also where actions have no room
+        lines = simulate(one_f_one_b(2, 3), Costs((1, 50), (1, 1), (0, 1))).picture(width=width)
+        assert {len(line) for line in lines.splitlines()} <= {width + 6, width + 7}
     assert len(simulate(gpipe(2, 2)).picture(width=40).splitlines()[1]) == len("rank 1 ") + 40
 
 

@@ -127,7 +127,8 @@ class Timeline:
             line = ["."] * round(self.span * scale)
             for (_, began, ended), label in zip(spans, row, strict=True):
                 start, stop = round(began * scale), round(ended * scale)
-                line[start:stop] = f"{label:-<{stop - start - 1}} "[: stop - start]
+                box = label.ljust(stop - start - 1, "-") + " "
+                line[start:stop] = box[: stop - start]
             lines.append("".join(line).rstrip())
         digits = len(str(len(lines) - 1))
         return "\n".join(f"rank {rank:{digits}} {line}" for rank, line in enumerate(lines))
