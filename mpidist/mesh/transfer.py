@@ -120,7 +120,7 @@ def _receives(phase: Phase, parts: Sequence[Array], rank: int) -> list[tuple[Arr
     ]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Redistribute(Collective):
     """Exchange boxes, as every rank has planned.
 
@@ -155,7 +155,7 @@ class Redistribute(Collective):
             yield from self.move(lane.exchange)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Total(AllReduce):
     """Combine what all ranks of one node have into what all get, in rank order.
 
