@@ -75,7 +75,7 @@ def test_gathered_it_has_the_bits_of_what_stands_whole_on_each_node(precision):
             assert_same(got, expected)
 
 
-@pytest.mark.parametrize("cut", Cut)
+@pytest.mark.parametrize("cut", [Cut.ELEMENTS, Cut.PARAMETERS])
 def test_units_may_be_cut_anywhere(cut):
     expected = on_nodes(4, 2, train, CASES["tied"], "ddp")[0]
     for got in on_nodes(4, 2, partial(train, case=CASES["tied"], kind=FULL, cut=cut)):
@@ -116,7 +116,7 @@ def test_on_pretended_nodes_it_trains_as_ddp_does(world, monkeypatch, case):
 
 @pytest.mark.parametrize(
     ("saves", "loads"),
-    [(FULL, None), (None, FULL), pytest.param(FULL, FULL, marks=pytest.mark.full)],
+    [(FULL, None), *(pytest.param(saves, FULL, marks=pytest.mark.full) for saves in (None, FULL))],
 )
 def test_a_run_goes_on_from_the_checkpoint_of_another(saves, loads, tmp_path):
     expected = on_nodes(4, 2, run_with_checkpoint, None, range(4), tmp_path / "whole")[0]
@@ -271,10 +271,11 @@ def test_ranks_may_go_through_units_each_in_its_own_way(route, full):
             body = partial(train_routed, route=ROUTES[route], kind=FULL, prefetch=prefetch)
             for got in on_nodes(size, per_node, body):
                 assert_close(got, expected, rtol=1e-5)
-        # With replays in backward, units are entered forward there, too.
-        body = partial(train_routed, route=ROUTES[route], kind=FULL, wrap=Recompute)
-        for got in on_nodes(size, per_node, body):
-            assert_close(got, expected, rtol=1e-5)
+        if full or route == "each rank other units":
+            # With replays in backward, units are entered forward there, too.
+            body = partial(train_routed, route=ROUTES[route], kind=FULL, wrap=Recompute)
+            for got in on_nodes(size, per_node, body):
+                assert_close(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, pytest.param(2, marks=pytest.mark.full)])

@@ -81,21 +81,22 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.mark.full
-@pytest.mark.ranks(2, 4)
-def test_the_kernel_counts_what_the_ledger_says(world):
-    """The node's memory after a step, over what it is without a model, which has 200 MiB."""
-    wide, count = 1448, 25
-    whole = 4 * wide * wide * count
-    assert whole >= 199 << 20
-    x = np.ones((1, wide), np.float32)
+WIDE, COUNT = 1448, 25
+UNIT = 4 * WIDE * WIDE
+WHOLE = COUNT * UNIT
+
+
+def held_after_a_step(world):
+    """Return what the ledger says of the node, and the rise of what the kernel counts there."""
+    assert WHOLE >= 199 << 20
+    x = np.ones((1, WIDE), np.float32)
     trim()
     before = memory_ledger(MemoryUse(0, 0, 0), world)
     if before.node_pss is None:
         pytest.skip("the kernel does not tell the proportional set size")  # on all ranks
     rng = np.random.default_rng(0)
-    model = Sequential(*(Linear(wide, wide, rng=rng, bias=False) for _ in range(count)))
-    fsdp = FSDP(model, world, units=wide * wide * 4)
+    model = Sequential(*(Linear(WIDE, WIDE, rng=rng, bias=False) for _ in range(COUNT)))
+    fsdp = FSDP(model, world, units=UNIT)
     optimizer = ShardedOptimizer(fsdp, optimizer=partial(AdamW, lr=1e-3))
     y, ctx = fsdp.forward(x, Mode(training=True))
     optimizer.backward(ctx, np.ones_like(y))
@@ -103,8 +104,30 @@ def test_the_kernel_counts_what_the_ledger_says(world):
     del y, ctx
     trim()
     after = memory_ledger(optimizer.memory_use(), world)
-    use = after.node
-    assert use.parameters == use.gradients == whole
-    assert use.optimizer_state == 2 * whole
-    assert use.peak_buffers == world.size * 2 * 4 * wide * wide
-    assert after.node_pss - before.node_pss == pytest.approx(use.total, rel=0.05)
+    return after.node, after.node_pss - before.node_pss
+
+
+@pytest.mark.full
+@pytest.mark.ranks(2, 4)
+def test_the_kernel_counts_what_the_ledger_says(world):
+    """The node's memory after a step, over what it is without a model, which has 200 MiB."""
+    use, rise = held_after_a_step(world)
+    assert use.parameters == use.gradients == WHOLE
+    assert use.optimizer_state == 2 * WHOLE
+    assert use.peak_buffers == world.size * 2 * UNIT
+    assert rise == pytest.approx(use.total, rel=0.05)
+
+
+@pytest.mark.full
+@pytest.mark.ranks(2, 4)
+def test_the_kernel_counts_what_the_ledger_says_where_units_are_gathered(world, monkeypatch):
+    """On two pretended nodes, each of which holds half, and two units in slots."""
+    per_node = world.size // 2
+    monkeypatch.setenv("MPIDIST_RANKS_PER_NODE", str(per_node))
+    with mpidist.init("mpi", timeout=60) as nodes:
+        assert nodes.num_nodes == 2
+        use, rise = held_after_a_step(nodes)
+    assert use.parameters == use.gradients == pytest.approx(WHOLE / 2, rel=1e-3)
+    assert use.optimizer_state == 2 * use.gradients
+    assert use.peak_buffers == per_node * 2 * UNIT + 2 * UNIT
+    assert rise == pytest.approx(use.total, rel=0.05)
