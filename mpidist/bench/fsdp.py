@@ -1,11 +1,12 @@
 """A training step with FSDP, beside DDP, sharded optimizers and torch's FSDP2 over Gloo.
 
-A step is forward, backward and the update by AdamW, of the model of ``bench ddp``. FSDP is
-FULL_SHARD; over several nodes it is HYBRID_SHARD, too, which shards within each. Sizes are the
-bytes of all parameters. The row of each series has the values `parameters`, `layers` and `width`;
-those of mpidist's strategies also `held`, the bytes of parameters, gradients, buffers and optimizer
-state that rank 0 holds, at most; and those that communicate also `added`, the seconds over the same
-step without communication.
+A step is forward, backward and the update by AdamW, of the model of ``bench ddp``. Over several
+nodes HYBRID_SHARD is measured beside FULL_SHARD. Sizes are the bytes of all parameters. The row of
+each series has the values `parameters`, `layers` and `width`; those that communicate also `added`,
+the seconds over the same step without communication; and mpidist's strategies `held`, the bytes of
+parameters, gradients, buffers and optimizer state that rank 0 holds, at most, `messages`, in which
+gradients travel, and the bytes of the `largest` one. Sums in a node and between nodes are measured
+first; from these and the step alone ``plan`` predicts.
 """
 
 from __future__ import annotations
@@ -13,27 +14,49 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpidist import env, nn
-from mpidist._formatting import format_bytes
 from mpidist._types import Array
 from mpidist.arrays.boxes import split_evenly
+from mpidist.backends.work import Work
 from mpidist.bench.ddp import Shape, make_model, torch_model
 from mpidist.bench.harness import BenchmarkRun, add_effort, add_number, positive
 from mpidist.bench.peers import Gloo, open_gloo, shard_fully
 from mpidist.bench.report import Comparison, Measure, Report, Target
-from mpidist.bench.times import Series, Times
+from mpidist.bench.strategies import (
+    ALL_REDUCE,
+    ALONE,
+    GATHER,
+    REDUCE_SCATTER,
+    SCATTER,
+    STEP,
+    SUM,
+    UPDATE,
+    plan_strategies,
+    strategies_table,
+)
+from mpidist.bench.times import Effort, Series, Times, measure
+from mpidist.collectives import iall_gather, iall_reduce, ireduce_scatter
 from mpidist.group import ProcessGroup
 from mpidist.optim import AdamW
-from mpidist.parallel import DDP, FSDP, MemoryUse, ShardedOptimizer, ShardingStrategy, memory_use
+from mpidist.parallel import (
+    DDP,
+    FSDP,
+    BucketSizes,
+    MemoryUse,
+    ShardedOptimizer,
+    ShardingStrategy,
+    memory_use,
+)
 from mpidist.parallel.sharded.units import find_units
 
 FULL_SHARD, HYBRID_SHARD = ShardingStrategy.FULL_SHARD.name, ShardingStrategy.HYBRID_SHARD.name
-ZERO1, ZERO2, REPLICATED, ALONE = "DDP+sharded", "sharded", "DDP", "alone"
+ZERO1, ZERO2, REPLICATED = "DDP+sharded", "sharded", "DDP"
 FSDP2, TORCH_ALONE = "torch FSDP2", "torch alone"
 _RATE = 1e-4
 
@@ -55,6 +78,7 @@ _LEGEND = {
     ZERO2: "ShardedOptimizer(model, world): gradients, too; buckets instead of units",
     REPLICATED: "DDP(model, world) and AdamW: every rank has all",
     ALONE: "no communication: forward, backward, and AdamW of this rank's share of each parameter",
+    UPDATE: "of that the part of AdamW",
     FSDP2: "torch's fully_shard of the same units over Gloo, and torch's AdamW",
     TORCH_ALONE: "the same as alone, in torch",
 }
@@ -76,10 +100,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_effort(parser, seconds=10.0)
 
 
+_SIZES = (256 << 10, 4 << 20, 32 << 20)
+"""Bytes of the sums in a node."""
+
+_SIZES_BETWEEN = (1 << 20, 16 << 20)
+"""Bytes of a node's sums with others; shorter ones may fit into buffers on their way."""
+
+_REPEATS = 10
+
+_PLAN = "\nWhat the formulae of python -m mpidist plan say of these steps:"
+
+
 def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
     """Measure the step of each model; collective over `world`."""
     bench = BenchmarkRun("fsdp", world, options)
     targets: list[Target] = []
+    _measure_sums(bench)
     bench.notes.append(f"{options.batch} samples on each rank in each step")
     if env.omp_num_threads() != "1":
         bench.notes.append("set OMP_NUM_THREADS=1: numpy's threads take the cores of other ranks")
@@ -91,24 +127,68 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             units = int(options.units * (1 << 20))
             ours = _ours(world, shape, options.batch, units)
             theirs = _theirs(gloo, world, shape, options.batch, units)
-            with ours as strategies, theirs as peers:
-                series = [*(Series(name, s.step) for name, s in strategies.items()), *peers]
+            with ours as (strategies, alone), theirs as peers:
+                series = [Series(name, s.step) for name, s in strategies.items()]
+                series += [Series(UPDATE, alone.step), *peers]
                 times = bench.measure("FSDP step", shape.nbytes, series)
                 held = {name: s.held() for name, s in strategies.items() if s.held is not None}
-            bench.add("FSDP step", shape.nbytes, times, _values(shape, times, held))
+            values = _values(shape, times)
+            for name, use in held.items():
+                values[name] |= {"held": float(use.total)} | _messages(name, shape, units)
+            bench.add(STEP, shape.nbytes, times, values)
             targets += _targets(shape, times, world.num_nodes)
-            amounts = ", ".join(f"{name} {format_bytes(use.total)}" for name, use in held.items())
-            bench.notes.append(f"{shape.parameters / 1e6:.2f} million, rank 0 holds: {amounts}")
-    return bench.report(legend=_LEGEND, comparisons=COMPARISONS, targets=targets)
+    report = bench.report(legend=_LEGEND, comparisons=COMPARISONS, targets=targets)
+    steps = [step for step in plan_strategies(report, []) if step.measured is not None]
+    return replace(report, notes=(*report.notes, _PLAN, strategies_table(steps)))
 
 
-def _values(
-    shape: Shape, times: Mapping[str, Times], held: Mapping[str, MemoryUse]
-) -> dict[str, dict[str, float]]:
-    """Return what the rows of the series say beside their times."""
+def _measure_sums(bench: BenchmarkRun) -> None:
+    """Measure what a step's communication consists of: sums in a node and between nodes."""
+    world = bench.world
+    node, across = world.node_group(), world.cross_group()
+    for nbytes in _SIZES if world.local_size > 1 else ():
+        x = node.empty(nbytes // 4)
+        x.fill(0)
+        counts = [count for _, count in split_evenly(x.size, node.size)]
+        own = np.empty(counts[node.rank], np.float32)
+        for operation, begin in (
+            (ALL_REDUCE, partial(iall_reduce, x, node, out=x)),
+            (REDUCE_SCATTER, partial(ireduce_scatter, x, node, out=own, counts=counts)),
+        ):
+            _measure_sum(bench, operation, nbytes, begin)
+    if across is None or across.size == 1:
+        return
+    for nbytes in _SIZES_BETWEEN:
+        x, own = (np.zeros(nbytes // 4 // parts, np.float32) for parts in (node.size, world.size))
+        y = world.empty(nbytes // 4)
+        y.fill(0)
+        gathered = x[: own.size * across.size]
+        for operation, begin in (
+            (SUM, partial(iall_reduce, x, across, out=x)),
+            (GATHER, partial(iall_gather, own, across, out=gathered)),
+            (SCATTER, partial(ireduce_scatter, y, world, out=own)),
+        ):
+            _measure_sum(bench, operation, nbytes, begin)
+
+
+def _measure_sum(
+    bench: BenchmarkRun, operation: str, nbytes: int, begin: Callable[[], Work[Any]]
+) -> None:
+    """Measure an immediate operation, as steps use them."""
+    series = Series("sum", lambda: begin().wait())
+    bench.add(operation, nbytes, measure([series], bench.world, effort=Effort(repeats=_REPEATS)))
+
+
+def _messages(name: str, shape: Shape, units: int) -> dict[str, float]:
+    """Return in how many messages a strategy sends gradients, and the bytes of the largest one."""
+    cut = units if name in ShardingStrategy.__members__ else BucketSizes()
+    sizes = [unit.nbytes for unit in find_units(make_model(shape), cut)]
+    return {"messages": float(len(sizes)), "largest": float(max(sizes))}
+
+
+def _values(shape: Shape, times: Mapping[str, Times]) -> dict[str, dict[str, float]]:
+    """Return what the rows of the series say of the model and of their times."""
     values = {name: shape.values() for name in times}
-    for name, use in held.items():
-        values[name]["held"] = float(use.total)
     for name in times:
         added = _added(times, name)
         if added is not None:
@@ -119,7 +199,7 @@ def _values(
 def _added(times: Mapping[str, Times], name: str) -> float | None:
     """Return the seconds that communication adds; None where nothing was measured beside it."""
     alone = TORCH_ALONE if name == FSDP2 else ALONE
-    if name not in times or name in (ALONE, TORCH_ALONE):
+    if name not in times or name in (ALONE, UPDATE, TORCH_ALONE):
         return None
     return times[name].median - times[alone].median
 
@@ -165,42 +245,44 @@ class _Trained(NamedTuple):
 @contextmanager
 def _ours(
     world: ProcessGroup, shape: Shape, batch: int, units: int
-) -> Iterator[dict[str, _Trained]]:
-    """Give the strategies of mpidist, each of which has made a step."""
+) -> Iterator[tuple[dict[str, _Trained], Alone]]:
+    """Give the strategies of mpidist, each of which has made a step, and the one of `ALONE`."""
     rng = np.random.default_rng(world.rank)
     x, dy = rng.standard_normal((2, batch, shape.width), np.float32)
-    several = world.num_nodes > 1
-    names = [*([HYBRID_SHARD] if several else []), FULL_SHARD, ZERO1, ZERO2, REPLICATED, ALONE]
+    hybrid = [HYBRID_SHARD] if world.num_nodes > 1 else []
+    names = [FULL_SHARD, *hybrid, ZERO1, ZERO2, REPLICATED]
     with ExitStack() as stack:
         strategies = {}
         for name in names:
-            model, training, held = _training(name, make_model(shape), world, units, stack)
-            strategies[name] = _Trained(partial(make_step, model, training, x, dy), held)
-            strategies[name].step()
-        yield strategies
+            model = make_model(shape)
+            forward, training, held = _training(name, model, world, units, stack)
+            strategies[name] = _Trained(partial(make_step, forward, training, x, dy), held)
+        model = make_model(shape)
+        alone = Alone(model, world)
+        strategies[ALONE] = _Trained(partial(make_step, model.forward, alone, x, dy), None)
+        for strategy in strategies.values():
+            strategy.step()
+        yield strategies, alone
 
 
 def _training(
     name: str, model: nn.Module, world: ProcessGroup, units: int, stack: ExitStack
-) -> tuple[nn.Module | FSDP, Any, Callable[[], MemoryUse] | None]:
-    """Return what runs forward, and has ``zero_grad``, ``backward`` and ``step``, by a strategy."""
+) -> tuple[Callable[..., Any], Any, Callable[[], MemoryUse]]:
+    """Return a forward pass, what has ``zero_grad``, ``backward`` and ``step``, and its memory."""
     factory = partial(AdamW, lr=_RATE)
-    if name == ALONE:
-        return model, Alone(model, world), None
     if name == REPLICATED:
         ddp, optimizer = stack.enter_context(DDP(model, world)), factory(model.named_parameters())
-        return model, _Replicated(ddp, optimizer), partial(memory_use, model, optimizer)
-    runs: nn.Module | FSDP = model
+        return ddp.forward, _Replicated(ddp, optimizer), partial(memory_use, model, optimizer)
     if name == ZERO1:
         ddp = stack.enter_context(DDP(model, world))
-        sharded = ShardedOptimizer(ddp, world, optimizer=factory)
+        forward, sharded = ddp.forward, ShardedOptimizer(ddp, world, optimizer=factory)
     elif name == ZERO2:
-        sharded = ShardedOptimizer(model, world, optimizer=factory)
+        forward, sharded = model.forward, ShardedOptimizer(model, world, optimizer=factory)
     else:
         strategy = ShardingStrategy[name]
-        runs = fsdp = stack.enter_context(FSDP(model, world, strategy=strategy, units=units))
-        sharded = ShardedOptimizer(fsdp, optimizer=factory)
-    return runs, stack.enter_context(sharded), sharded.memory_use
+        fsdp = stack.enter_context(FSDP(model, world, strategy=strategy, units=units))
+        forward, sharded = fsdp.forward, ShardedOptimizer(fsdp, optimizer=factory)
+    return forward, stack.enter_context(sharded), sharded.memory_use
 
 
 class _Replicated(NamedTuple):
@@ -233,9 +315,8 @@ class Alone:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for parameter, _, shard in self._shares:
+        for parameter, *_ in self._shares:
             parameter.zero_grad()
-            shard.zero_grad()
 
     def backward(self, ctx: nn.Context, dy: Array) -> None:
         """Compute all gradients."""
@@ -246,6 +327,7 @@ class Alone:
         for parameter, own, shard in self._shares:
             assert parameter.grad is not None, "backward has been run"
             part = parameter.grad.reshape(-1)[own]
+            shard.zero_grad()
             shard.attach(part)
             shard.add_grad(part)
         self._optimizer.step()
@@ -257,10 +339,10 @@ def share(size: int, group: ProcessGroup) -> slice:
     return slice(start, start + count)
 
 
-def make_step(model: nn.Module | FSDP, training: Any, x: Array, dy: Array) -> None:
+def make_step(forward: Callable[..., Any], training: Any, x: Array, dy: Array) -> None:
     """Train on one batch."""
     training.zero_grad()
-    _, ctx = model.forward(x, nn.Mode(training=True))
+    _, ctx = forward(x, nn.Mode(training=True))
     training.backward(ctx, dy)
     training.step()
 

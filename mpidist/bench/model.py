@@ -32,6 +32,22 @@ _RECORD = 96
 """Bytes by which the nodes compare what their ranks call, before anything is written."""
 
 
+BACKWARD = 2 / 3
+"""The share of a step's computation that is its backward pass: two products of three."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class JobLayout:
+    """How many nodes, and how many ranks on each."""
+
+    nodes: int
+    ranks: int
+
+    def __str__(self) -> str:
+        """Return it as tables show it."""
+        return f"{self.nodes} x {self.ranks}"
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """A measured time: bytes of each rank's array, and the median seconds of the slowest rank."""

@@ -1,8 +1,9 @@
 """Predict all_reduce and training steps on other numbers of ranks and nodes.
 
-A model of latencies and bandwidths is fitted to the reports of ``bench all_reduce``, ``bench ddp``
-and ``bench p2p``, written with ``--json``. Every table says what was measured, what is
-extrapolated, and how far the model is off where the two can be compared.
+A model of latencies and bandwidths is fitted to the reports of ``bench all_reduce``, ``bench ddp``,
+``bench p2p`` and ``bench fsdp``, written with ``--json``. Every table says what was measured, what
+is extrapolated, and how far the model is off where the two can be compared. A report of
+``bench fsdp`` alone gives steps and memory of every strategy.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mpidist._formatting import columns, format_bytes, format_number
 from mpidist.bench.harness import BenchmarkError, add_files, check_files, positive, read_size
-from mpidist.bench.model import Errors, NetworkModel
-from mpidist.bench.predictions import BACKWARD, Fitted, JobLayout, JobPlan, make_plan
+from mpidist.bench.model import BACKWARD, Errors, JobLayout, NetworkModel
+from mpidist.bench.predictions import Fitted, JobPlan, make_plan
 from mpidist.bench.rendering import plot_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
+from mpidist.bench.strategies import strategies_table
 from mpidist.usage import write_once
 
 _FORMAT = 1
@@ -61,9 +63,13 @@ def run(options: argparse.Namespace) -> int:
     """Predict, and print, write and draw it; the exit code is 2 if it cannot be done as asked."""
     command = " ".join(["python", "-m", "mpidist", *options.argv])
     try:
-        _check(options)
         reports = {path.name: _load(path) for path in options.reports}
-        measured = {r.machine.ranks for r in reports.values() if r.benchmark == "all_reduce"}
+        _check(options, reports.values())
+        measured = {
+            r.machine.ranks // (r.machine.nodes if r.benchmark == "fsdp" else 1)
+            for r in reports.values()
+            if r.benchmark in ("all_reduce", "fsdp")
+        }
         layouts = product(options.nodes, options.ranks or sorted(measured))
         network = options.latency and NetworkModel(options.latency, options.bandwidth)
         plan = make_plan(
@@ -85,10 +91,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, reports: Collection[Report]) -> None:
     """Raise what would otherwise be found out after the work."""
     if (options.latency is None) != (options.bandwidth is None):
         raise BenchmarkError("plan: --latency and --bandwidth make a network only together")
+    if options.plot is not None and not any(r.benchmark == "all_reduce" for r in reports):
+        raise BenchmarkError("plan: --plot draws all_reduce, and needs a report of it")
     check_files(options, "plan")
 
 
@@ -102,15 +110,19 @@ def _load(path: Path) -> Report:
 def render_plan(plan: JobPlan, reports: dict[str, Report], command: str) -> str:
     """Return a plan as text: the numbers, the model beside the measurements, the predictions."""
     sources = [f"{name}: {_source(report)}" for name, report in reports.items()]
-    blocks = [
-        ["mpidist plan", f"$ {command}", *sources],
-        ["Fitted: time = meetings + bytes / bandwidth", _fits(plan.fitted), _FITS, *_across(plan)],
-        ["Measured, all_reduce: the model beside the medians", _compared(plan)],
-    ]
+    blocks = [["mpidist plan", f"$ {command}", *sources]]
+    if plan.fitted:
+        head = "Fitted: time = meetings + bytes / bandwidth"
+        blocks.append([head, _fits(plan.fitted), _FITS, *_across(plan)])
+        blocks.append(["Measured, all_reduce: the model beside the medians", _compared(plan)])
     if any(prediction.measured is None for prediction in plan.predictions):
         blocks.append(["Extrapolated, all_reduce: nobody has measured these", _predicted(plan)])
     if plan.steps:
         blocks.append(["DDP step, ms", _stepped(plan), _STEPS])
+    if plan.strategies:
+        blocks.append(
+            ["A step and the memory of a rank, by strategy", strategies_table(plan.strategies)]
+        )
     blocks.append(list(plan.notes))
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
@@ -123,6 +135,13 @@ _FITS = (
 _STEPS = (
     "alone: without communication, measured. model: all communication after the computation. "
     f"hidden: the network works during the whole backward pass, {BACKWARD:.2f} of the computation"
+)
+
+
+_STRATEGIES = (
+    "model: all communication after the computation. hidden: the network works during the passes. "
+    "rank 0 holds parameters, gradients, optimizer state and buffers; where nothing is measured, "
+    "the row is extrapolated"
 )
 
 
@@ -224,7 +243,7 @@ def _to_json(plan: JobPlan, command: str) -> str:
     """Return everything as JSON: seconds, bytes, and what was measured."""
     document: dict[str, Any] = {"format": _FORMAT, "command": command}
     document |= dataclasses.asdict(plan)
-    for written in (*document["predictions"], *document["steps"]):
+    for written in (*document["predictions"], *document["steps"], *document["strategies"]):
         written["extrapolated"] = written["measured"] is None
     return json.dumps(_finite(document), indent=1) + "\n"
 

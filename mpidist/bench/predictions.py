@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 
 from mpidist.bench.harness import BenchmarkError
 from mpidist.bench.model import (
+    BACKWARD,
     CostModel,
     Errors,
+    JobLayout,
     NetworkModel,
     NodeFit,
     NodeModel,
@@ -17,22 +20,8 @@ from mpidist.bench.model import (
     leave_one_out,
 )
 from mpidist.bench.report import ORDINARY, Report
+from mpidist.bench.strategies import StrategyStep, plan_strategies
 from mpidist.parallel import BUCKET_BYTES
-
-BACKWARD = 2 / 3
-"""The share of a step's computation that is its backward pass: two products of three."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class JobLayout:
-    """How many nodes, and how many ranks on each."""
-
-    nodes: int
-    ranks: int
-
-    def __str__(self) -> str:
-        """Return it as tables show it."""
-        return f"{self.nodes} x {self.ranks}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +80,8 @@ class JobPlan:
     """Everything that `make_plan` found.
 
     The model; one fit per measured number of ranks; where the network's numbers come from, empty
-    without a network; predictions by layout, then size; steps by model, then layout; and notes.
+    without a network; predictions by layout, then size; steps by model, then layout; notes; and the
+    steps of each strategy, by model, then layout.
     """
 
     model: CostModel
@@ -100,6 +90,7 @@ class JobPlan:
     predictions: tuple[Prediction, ...]
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
+    strategies: tuple[StrategyStep, ...] = ()
 
 
 def make_plan(
@@ -112,11 +103,18 @@ def make_plan(
 ) -> JobPlan:
     """Fit a model to reports, and predict.
 
-    The reports go by name, for messages: at least one of ``bench all_reduce`` on one node, any of
-    ``bench ddp`` on one node, and one of ``bench p2p`` between nodes, which `network` overrides.
-    `layouts` are predicted beside what was measured, at `sizes`, or at those that were measured.
-    Raises `BenchmarkError` if there is nothing to fit, or a network is missing.
+    The reports go by name, for messages: at least one of ``bench all_reduce`` on one node, or of
+    ``bench fsdp``; any of ``bench ddp`` on one node, and one of ``bench p2p`` between nodes, which
+    `network` overrides. `layouts` are predicted beside what was measured, at `sizes`, or at those
+    that were measured. Raises `BenchmarkError` if there is nothing to fit, or a network is missing.
     """
+    of_strategies = [report for report in reports.values() if report.benchmark == "fsdp"]
+    sums = {name: report for name, report in reports.items() if report.benchmark != "fsdp"}
+    if of_strategies and not sums:
+        _check_network(network or min(r.machine.nodes for r in of_strategies) > 1, layouts)
+        strategies = [plan_strategies(report, layouts, network) for report in of_strategies]
+        return JobPlan(CostModel(NodeModel(())), (), "", (), (), (), tuple(chain(*strategies)))
+    reports = sums
     notes: list[str] = []
     fitted = tuple(
         Fitted.of(ranks, points) for ranks, points in _inside(reports, series, notes).items()
@@ -125,11 +123,7 @@ def make_plan(
     for name, report in reports.items():
         if report.benchmark == "p2p" and network is None:
             network, source = _network(name, report), f"fitted to {name}"
-    if network is None and any(layout.nodes > 1 for layout in layouts):
-        raise BenchmarkError(
-            "plan: several nodes need a network; give --latency SECONDS and --bandwidth BYTES/S, "
-            "or the report of bench p2p with one rank on each of two nodes"
-        )
+    _check_network(network, layouts)
     model = CostModel(NodeModel(tuple(node.fit for node in fitted)), network)
     measured = {
         (JobLayout(1, node.fit.ranks), point.nbytes): point.seconds
@@ -154,7 +148,18 @@ def make_plan(
         if report.benchmark == "ddp"
         for step in _steps(name, report, wanted, model, notes)
     )
-    return JobPlan(model, fitted, source, predictions, steps, tuple(notes))
+    strategies = [plan_strategies(report, layouts, network) for report in of_strategies]
+    return JobPlan(
+        model, fitted, source, predictions, steps, tuple(notes), tuple(chain(*strategies))
+    )
+
+
+def _check_network(network: object, layouts: Sequence[JobLayout]) -> None:
+    if not network and any(layout.nodes > 1 for layout in layouts):
+        raise BenchmarkError(
+            "plan: several nodes need a network; give --latency SECONDS and --bandwidth BYTES/S, "
+            "or the report of bench p2p with one rank on each of two nodes"
+        )
 
 
 def _inside(reports: Mapping[str, Report], series: str, notes: list[str]) -> dict[int, list[Point]]:

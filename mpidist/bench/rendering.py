@@ -10,7 +10,8 @@ import numpy as np
 
 from mpidist._formatting import columns, format_bytes, format_number
 from mpidist._optional import require
-from mpidist.bench.predictions import Fitted, JobLayout, JobPlan, Step
+from mpidist.bench.model import JobLayout
+from mpidist.bench.predictions import Fitted, JobPlan, Step
 from mpidist.bench.report import (
     BOUND,
     GLOO,

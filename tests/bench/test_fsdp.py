@@ -14,6 +14,7 @@ from mpidist import nn
 from mpidist.bench import fsdp
 from mpidist.bench.ddp import Shape, make_model
 from mpidist.bench.report import Report
+from mpidist.bench.strategies import plan_strategies
 from mpidist.group import ProcessGroup
 from mpidist.optim import AdamW
 from mpidist.testing import run_ranks
@@ -44,7 +45,7 @@ def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_pa
     assert job.returncode == 0, job.stderr
     rows = {row["series"]: row for row in json.loads((tmp_path / "r").read_text())["rows"]}
     theirs = ["torch FSDP2", "torch alone"] * peer
-    assert list(rows) == ["FULL_SHARD", *STRATEGIES, "alone", *theirs]
+    assert list(rows) == ["sum", "FULL_SHARD", *STRATEGIES, "alone", "AdamW alone", *theirs]
     held = {name: rows[name]["values"]["held"] for name in ["FULL_SHARD", *STRATEGIES]}
     layer = 4 * 160 * 161
     whole = 4 * layer
@@ -53,7 +54,11 @@ def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_pa
     assert held["FULL_SHARD"] == pytest.approx(2 * whole + 2 * layer, rel=0.01)
     assert held["DDP+sharded"] == pytest.approx(2.5 * whole, rel=0.01)
     assert held["DDP"] == pytest.approx(4 * whole, rel=0.01)
-    assert "0.10 million, rank 0 holds: FULL_SHARD" in job.stdout
+    planned = plan_strategies(Report.load(tmp_path / "r"), [])
+    assert {step.strategy: step.counted for step in planned} == held
+    for step in planned:
+        assert step.held == pytest.approx(step.counted, rel=0.01)
+        assert step.strategy in job.stdout.partition("What the formulae")[2]
     assert "0.10 million, FULL_SHARD over DDP+sharded" in job.stdout
     assert ("0.10 million, added over FSDP2's" in job.stdout) == peer
     assert ("torch was left out" in job.stdout) != peer
@@ -63,15 +68,19 @@ def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_pa
 @pytest.mark.timeout(120)
 def test_over_two_hosts_fsdp_is_compared_with_ddp(world: ProcessGroup) -> None:
     report = fsdp.run(world, _options("--millions", "0.1", "--units", "0.1", "--no-torch"))
-    rows = {row.series: row for row in report.rows}
-    assert list(rows) == ["HYBRID_SHARD", "FULL_SHARD", *STRATEGIES, "alone"]
+    names = ["HYBRID_SHARD", "FULL_SHARD"]
+    rows = {row.series: row for row in report.rows if row.operation == "FSDP step"}
+    assert list(rows) == [*names[::-1], *STRATEGIES, "alone", "AdamW alone"]
     whole, layer = 16 * 160 * 161, 4 * 160 * 161
-    assert rows["HYBRID_SHARD"].values["held"] == pytest.approx(2 * whole + 2 * layer, rel=0.01)
-    # A quarter of each; two buffers, and half of the node's two slots.
-    assert rows["FULL_SHARD"].values["held"] == pytest.approx(whole + 3 * layer, rel=0.01)
-    for target, name in zip(report.targets, ("HYBRID_SHARD", "FULL_SHARD"), strict=True):
+    held = [rows[name].values["held"] for name in names]
+    assert held[0] == pytest.approx(2 * whole + 2 * layer, rel=0.01)
+    # Slots, of two units per host, are beside two message buffers; shares differ by a row.
+    assert held[1] == pytest.approx(whole + 2 * layer + layer, rel=0.02)
+    for name, target in zip(names, report.targets, strict=True):
         assert target.what == f"0.10 million, {name} over DDP"
-        assert target.value == pytest.approx(_median(report, name, "DDP"))
+        assert target.value == rows[name].times.median / rows["DDP"].times.median
+    for step in plan_strategies(report, []):
+        assert step.held == pytest.approx(step.counted, rel=0.02)
 
 
 def test_the_shares_that_ranks_update_alone_are_the_whole_update() -> None:
@@ -79,7 +88,7 @@ def test_the_shares_that_ranks_update_alone_are_the_whole_update() -> None:
 
     def shares(world: ProcessGroup) -> list[np.ndarray]:
         model = make_model(Shape(32, 2))
-        fsdp.make_step(model, fsdp.Alone(model, world), x, dy)
+        fsdp.make_step(model.forward, fsdp.Alone(model, world), x, dy)
         return [p.data.reshape(-1)[fsdp.share(p.size, world)] for p in model.parameters()]
 
     model = make_model(Shape(32, 2))
@@ -96,8 +105,3 @@ def _options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     fsdp.configure(parser)
     return parser.parse_args([*words, "--repeats", "5"])
-
-
-def _median(report: Report, name: str, reference: str) -> float:
-    medians = {row.series: row.times.median for row in report.rows}
-    return medians[name] / medians[reference]

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 from mpidist import cli
+from mpidist.bench import strategies
 from mpidist.bench.harness import BenchmarkError
 from mpidist.bench.model import (
     CostModel,
     Errors,
+    JobLayout,
     NetworkModel,
     NodeFit,
     NodeModel,
     Point,
     leave_one_out,
 )
-from mpidist.bench.predictions import JobLayout, make_plan
+from mpidist.bench.predictions import make_plan
 from mpidist.bench.report import ORDINARY, REGISTERED, Report
 from tests.bench.reports import MACHINE, row
 
@@ -220,3 +222,115 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
 def test_the_command_refuses_what_it_cannot_do(words, told, capsys):
     assert cli.main(["plan", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+NODE = {
+    strategies.ALL_REDUCE: NodeFit(2, 1e-4, 0.2e-9, 0.2e-9, float("inf")),
+    strategies.REDUCE_SCATTER: NodeFit(2, 1e-4, 0.1e-9, 0.1e-9, float("inf")),
+}
+BETWEEN = dict.fromkeys((strategies.SUM, strategies.GATHER, strategies.SCATTER), NETWORK)
+
+
+def fsdp_report(nodes=1):
+    """Return a report of 4 units of 1 MB on nodes of 2 ranks, with a step of 12 ms alone."""
+    rows = []
+    for nbytes in (1 << 18, 1 << 22, 1 << 25):
+        inside = {name: fit.time(nbytes) for name, fit in NODE.items()}
+        rows += [row("sum", nbytes, time, operation=name) for name, time in inside.items()]
+        if nodes > 1:
+            message = NETWORK.time(nbytes / nodes)
+            seconds = {
+                strategies.SUM: 2 * (nodes - 1) * message,
+                strategies.GATHER: (nodes - 1) * message,
+                strategies.SCATTER: inside[strategies.REDUCE_SCATTER] + (nodes - 1) * message,
+            }
+            rows += [row("sum", nbytes, time, operation=name) for name, time in seconds.items()]
+    values = {"parameters": 1e6, "messages": 4, "largest": 1e6, "held": 5e6}
+    medians = {"FULL_SHARD": 15e-3, "alone": 12e-3, "AdamW alone": 3e-3}
+    medians |= dict.fromkeys(("DDP", "DDP+sharded", "sharded"), 20e-3)
+    steps = [row(name, 4_000_000, time, operation="FSDP step") for name, time in medians.items()]
+    rows += [dataclasses.replace(step, values=values) for step in steps]
+    return report("fsdp", rows=rows, ranks=2 * nodes, nodes=nodes)
+
+
+def planned(steps, layout):
+    return {step.strategy: step for step in steps if step.layout == layout}
+
+
+def test_a_step_on_a_node_is_the_computation_and_what_its_ranks_reduce():
+    steps = planned(strategies.plan_strategies(fsdp_report(), []), JobLayout(1, 2))
+    assert "HYBRID_SHARD" not in steps  # there it is FULL_SHARD
+    update = 3e-3  # of half of the parameters
+    added = {name: step.seconds - 12e-3 for name, step in steps.items()}
+    assert added["FULL_SHARD"] == pytest.approx(4 * (1e-4 + 1e-4))
+    assert added["sharded"] == pytest.approx(added["FULL_SHARD"])
+    assert added["DDP+sharded"] == pytest.approx(4 * (1e-4 + 2e-4))
+    assert added["DDP"] == pytest.approx(4 * (1e-4 + 2e-4) + update)
+    assert (steps["FULL_SHARD"].measured, steps["FULL_SHARD"].counted) == (15e-3, 5e6)
+
+
+def test_what_is_sent_between_nodes_is_added_and_may_be_hidden_by_the_passes():
+    wide = NetworkModel(latency=1e-3, bandwidth=1e9)
+    steps = strategies.plan_strategies(fsdp_report(), [JobLayout(3, 2)], wide)
+    steps = planned(steps, JobLayout(3, 2))
+    passes, update = 9e-3, 1e-3  # of a sixth of the parameters
+    one = 4 * 2 * (1e-3 + 1e6 / 3 / 1e9)  # of 4 units 2 messages of a third
+    forward, backward, several = passes / 3, 2 * passes / 3, 3 / 4
+    reduced = 4 * (1e-4 + 1e-4)
+    expected = {
+        "FULL_SHARD": (update + reduced + 3 * one, forward + backward),
+        "HYBRID_SHARD": (3 * update + reduced + 2 * one, backward),
+        "sharded": (update + reduced + 2 * one, backward),
+        "DDP+sharded": (update + 4 * 3e-4 + 3 * one, backward),
+        "DDP": (6 * update + 4 * 3e-4 + 2 * one, backward),
+    }
+    for name, (seconds, most) in expected.items():
+        assert steps[name].seconds == pytest.approx(passes + seconds), name
+        assert steps[name].hidden == pytest.approx(passes + seconds - several * most), name
+        assert steps[name].measured is None
+
+
+def test_a_network_is_fitted_to_what_was_measured_between_nodes():
+    cluster = strategies.ClusterModel.of(fsdp_report(nodes=3))
+    for operation, network in cluster.network.items():
+        assert network.latency == pytest.approx(3e-6, rel=1e-3), operation
+        assert network.bandwidth == pytest.approx(10e9, rel=1e-3), operation
+
+
+def test_memory_is_what_is_split_and_two_messages():
+    steps = strategies.plan_strategies(fsdp_report(), [JobLayout(3, 2)], NETWORK)
+    here, apart = planned(steps, JobLayout(1, 2)), planned(steps, JobLayout(3, 2))
+    whole, unit = 4e6, 1e6
+    assert here["FULL_SHARD"].held == here["sharded"].held == 4 * whole / 2 + 2 * unit
+    assert here["DDP"].held == apart["DDP"].held == 4 * whole
+    assert here["DDP+sharded"].held == whole / 2 + whole + 2 * whole / 2
+    assert apart["DDP+sharded"].held == pytest.approx(whole / 2 + whole + 2 * whole / 6)
+    assert apart["HYBRID_SHARD"].held == 4 * whole / 2 + 2 * unit
+    assert apart["FULL_SHARD"].held == pytest.approx(4 * whole / 6 + 2 * unit + 2 * unit / 2)
+    assert apart["sharded"].held == pytest.approx(whole / 2 + 3 * whole / 6 + 2 * unit)
+
+
+def test_the_command_plans_strategies_from_a_report_of_fsdp_alone(tmp_path, capsys):
+    fsdp_report().save(tmp_path / "fsdp.json")
+    words = ["plan", str(tmp_path / "fsdp.json")]
+    assert cli.main([*words, *WIDE, "--json", str(tmp_path / "plan.json")]) == 0
+    text = capsys.readouterr().out
+    assert "A step and the memory of a rank, by strategy" in text
+    assert "Fitted" not in text
+    written = json.loads((tmp_path / "plan.json").read_text())["strategies"]
+    assert {(step["layout"]["nodes"], step["layout"]["ranks"]) for step in written} == {
+        (1, 2),
+        (1, 8),
+        (4, 2),
+        (4, 8),
+    }
+    assert [step["strategy"] for step in written if not step["extrapolated"]] == [
+        "FULL_SHARD",
+        "DDP+sharded",
+        "sharded",
+        "DDP",
+    ]
+    assert cli.main([*words, "--plot", str(tmp_path / "plan.png")]) == 2
+    assert "--plot draws all_reduce" in capsys.readouterr().err
+    assert cli.main([*words, "--nodes", "2"]) == 2
+    assert "several nodes need a network" in capsys.readouterr().err
