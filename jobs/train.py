@@ -70,11 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     p = parser()
     options = p.parse_args(arguments)
-    if options.device == "gpu" and options.strategy in ("full_shard", "hybrid_shard"):
-        p.error(
-            f"--strategy {options.strategy} keeps parameters on the host: take shard_grad_op on a "
-            "GPU"
-        )
     if options.compression != "none" and options.strategy not in ("ddp", "zero"):
         p.error(f"--compression goes with --strategy ddp or zero, not with {options.strategy}")
     if options.mesh is not None and options.strategy != "hybrid_shard":

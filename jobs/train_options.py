@@ -73,10 +73,10 @@ def _add_optimizer(p: argparse._ArgumentGroup) -> None:
         choices=("ddp", "zero", "shard_grad_op", "full_shard", "hybrid_shard", "no_shard"),
         default="ddp",
         help="what each rank keeps: ddp everything; zero the optimizer's state of its share of the "
-        "parameters, and the ranks of a node one copy of these; shard_grad_op and full_shard also "
-        "the gradients of its share only; hybrid_shard is full_shard on each of several nodes; "
-        "no_shard is ddp by the code of the latter; the curve stays the same; full_shard and "
-        "hybrid_shard with --device cpu only (default: %(default)s)",
+        "parameters, and the ranks of a node one copy of these; shard_grad_op also the gradients "
+        "of its share only; full_shard also of the parameters its share only, over all ranks; "
+        "hybrid_shard is full_shard on each of several nodes; no_shard is ddp by the code of the "
+        "latter; the curve stays the same (default: %(default)s)",
     )
     p.add_argument(
         "--sharded-optimizer",

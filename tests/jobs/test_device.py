@@ -32,11 +32,15 @@ def check_same(tmp_path: Path, *outs: str) -> None:
 
 
 @pytest.mark.mpirun
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", *(pytest.param(s, marks=pytest.mark.full) for s in ("full_shard", "hybrid_shard"))],
+)
 def test_two_ranks_train_as_the_host_does_and_go_on_there(
-    stand_in: ModuleType, run: Run, tmp_path: Path, mpirun: list[str]
+    stand_in: ModuleType, run: Run, tmp_path: Path, mpirun: list[str], strategy: str
 ) -> None:
     ranks = (*mpirun, "-n", "2")
-    options = ("--batch-size", "32", "--epochs", "0.2", *QUIET)
+    options = ("--batch-size", "32", "--epochs", "0.2", "--strategy", strategy, *QUIET)
     assert run("--out", "host", *options, launcher=ranks).returncode == 0
     ended = run(
         *("--device", "gpu", "--compression", "none", "--out", "device"),

@@ -64,10 +64,6 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         (("--steps", "1", "--epochs", "1"), "not allowed with argument"),
         (("--task", "speech"), "invalid choice: 'speech'"),
         (
-            ("--device", "gpu", "--strategy", "full_shard"),
-            "--strategy full_shard keeps parameters on",
-        ),
-        (
             ("--compression", "bf16", "--strategy", "full_shard"),
             "--compression goes with --strategy ddp or zero, not with full_shard",
         ),
