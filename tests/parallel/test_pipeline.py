@@ -152,6 +152,7 @@ def random_schedule(rng: random.Random) -> Schedule:
     return Schedule("random", tuple(rank_of_stage), micros, tuple(own))
 
 
+@pytest.mark.timeout(900)  # two thousand of them, in a full run, on a busy machine
 def test_random_orders_on_random_ranks_have_the_same_bits(full):
     rng = random.Random(1)
     expected = {micro: alone(micro) for micro in range(1, 6)}
