@@ -1,4 +1,4 @@
-"""What `train.py` makes of --strategy, --mesh, --optimizer and --compression."""
+"""What `train.py` makes of --strategy, --mesh, --units, --optimizer and --compression."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mpidist.optim import SGD, Adam, AdamW, Optimizer, WarmupCosine
 from mpidist.parallel import (
     DDP,
     FSDP,
+    UNIT_BYTES,
     Compression,
     MemoryLedger,
     ShardedOptimizer,
@@ -61,7 +62,9 @@ def make_strategy(options: argparse.Namespace, task: Task, world: ProcessGroup) 
     if options.mesh is not None:
         # FSDP goes by the order of the dimensions, a user by their names.
         ranks = DeviceMesh(world, **options.mesh)["replicate", "shard"]
-    return FSDP(task.model, ranks, op=SUM, strategy=ShardingStrategy(options.strategy))
+    units = UNIT_BYTES if options.units is None else options.units
+    strategy = ShardingStrategy(options.strategy)
+    return FSDP(task.model, ranks, op=SUM, strategy=strategy, units=units)
 
 
 def make_optimizer(

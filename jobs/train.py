@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from train_options import make_parser
 
+from mpidist._formatting import format_count
 from mpidist._stdout import accept_any_text
 from mpidist.usage import write_once
 
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         p.error(f"--compression goes with --strategy ddp or zero, not with {options.strategy}")
     if options.mesh is not None and options.strategy != "hybrid_shard":
         p.error(f"--mesh goes with --strategy hybrid_shard, not with {options.strategy}")
+    if options.units is not None and options.strategy in ("ddp", "zero"):
+        p.error(f"--units goes with the strategies of FSDP, not with {options.strategy}")
     options.out = options.out or Path("runs", options.task)
     options.checkpoint_dir = options.checkpoint_dir or options.out / CHECKPOINTS
     limit_threads()
@@ -324,7 +327,8 @@ def announce(
     say(
         f"{options.task}: {len(task.train):,} samples to learn from and {len(task.held_out):,} "
         f"held out, {sum(p.size for p in task.model.parameters()):,} parameters\n"
-        f"{plan.steps:,} steps of {plan.batch_size} samples{going_on}, ranks: {world.size}, "
+        f"{format_count(plan.steps, 'step')} of {format_count(plan.batch_size, 'sample')}"
+        f"{going_on}, ranks: {world.size}, "
         f"strategy: {strategy}; {name}: {nats:.3f} nats per target"
     )
 

@@ -94,6 +94,13 @@ def _add_optimizer(p: argparse._ArgumentGroup) -> None:
         "(default: nodes x ranks of a node)",
     )
     p.add_argument(
+        "--units",
+        type=_positive(int),
+        metavar="BYTES",
+        help="with the strategies of FSDP: at most so many bytes of parameters travel together; "
+        "over several nodes and on GPUs full_shard splits no model of one unit (default: 32 MiB)",
+    )
+    p.add_argument(
         "--lr",
         type=_positive(float),
         help="highest learning rate, reached after a tenth of the steps and then lowered to 0 "
@@ -172,6 +179,9 @@ def _seed(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
+
+
+_seed.__name__ = "int"  # argparse says "invalid int value"
 
 
 def _step(text: str) -> int | str:

@@ -56,6 +56,21 @@ def test_two_ranks_train_as_the_host_does_and_go_on_there(
     assert "going on after step 11" in ended.stdout
 
 
+@pytest.mark.mpirun
+@pytest.mark.parametrize(
+    "strategy", ["full_shard", pytest.param("hybrid_shard", marks=pytest.mark.full)]
+)
+def test_two_ranks_hold_a_model_together_on_devices(
+    stand_in: ModuleType, run: Run, tmp_path: Path, mpirun: list[str], strategy: str
+) -> None:
+    ranks = (*mpirun, "-n", "2")
+    options = ("--strategy", strategy, "--units", "70000", "--steps", "4", *QUIET)
+    assert run("--out", "host", *options, launcher=ranks).returncode == 0
+    ended = run(*("--device", "gpu", "--out", "device", *options), launcher=(*ranks, *ON_STAND_IN))
+    assert ended.returncode == 0, ended.stdout
+    check_same(tmp_path, "host", "device")
+
+
 def test_text_on_one_rank(stand_in: ModuleType, run: Run, tmp_path: Path) -> None:
     options = ("--task", "text", "--steps", "4", *QUIET)
     assert run("--out", "host", *options).returncode == 0

@@ -34,7 +34,9 @@ Train = Callable[..., list[int]]
 def train(job: SimpleNamespace) -> Train:
     """Run train.py on threads that are ranks of one node; return their exit codes."""
 
-    def run(out: Path, strategy: str, *options: str, ranks: int) -> list[int]:
+    def run(
+        out: Path, strategy: str, *options: str, ranks: int, ranks_per_node: int | None = None
+    ) -> list[int]:
         parsed = job.train.parser().parse_args(
             ["--no-progress", "--no-plot", "--out", str(out), "--strategy", strategy, *options]
         )
@@ -43,6 +45,7 @@ def train(job: SimpleNamespace) -> Train:
             ranks,
             lambda world: job.train.run_on(world, parsed, StopSignal()),
             node_memory=True,
+            ranks_per_node=ranks_per_node,
         )
 
     return run
@@ -122,3 +125,13 @@ def test_a_mesh_goes_by_the_names_of_its_dimensions(train: Train, tmp_path: Path
     assert header["mesh"] == {"shard": 2, "replicate": 2}
     rows, columns = losses(tmp_path / "rows"), losses(tmp_path / "columns")
     assert [loss for *_, loss in columns] == pytest.approx([loss for *_, loss in rows], rel=1e-6)
+
+
+def test_over_two_nodes_the_curve_is_the_same(train: Train, tmp_path: Path) -> None:
+    options = ("--steps", "3", "--log-every", "1")
+    assert train(tmp_path / "ddp", "ddp", *options, ranks=3, ranks_per_node=2) == [0] * 3
+    expected = [loss for *_, loss in losses(tmp_path / "ddp")]
+    for strategy in ("shard_grad_op", "full_shard"):  # units of less than a layer: gathered
+        out, units = tmp_path / strategy, ("--units", "70000")
+        assert train(out, strategy, *options, *units, ranks=3, ranks_per_node=2) == [0] * 3
+        assert [loss for *_, loss in losses(out)] == pytest.approx(expected, rel=1e-6)
