@@ -21,7 +21,7 @@ def spirals(rng, count):
     return (points * angle[:, None] / 6).astype(np.float32), arm
 
 
-def main(world, schedule="1f1b", steps=200):
+def main(world, schedule="1f1b", steps=60):
     hidden = [module for seed in range(1, 8) for module in (Linear(64, 64, rng=seed), GELU())]
     model = Sequential(Linear(2, 64, rng=0), GELU(), *hidden, Linear(64, 2, rng=8))
     samples = np.random.default_rng(3)  # the same samples on every rank
