@@ -10,7 +10,7 @@ import pytest
 
 from mpidist import checkpoint
 from mpidist._types import SUM
-from mpidist.collectives import iall_reduce, ireduce_scatter
+from mpidist.collectives import barrier, iall_reduce, ireduce_scatter
 from mpidist.errors import (
     CollectiveMismatchError,
     InvalidWorldSizeError,
@@ -124,6 +124,95 @@ def test_over_a_mesh_of_three_dimensions_its_sub_meshes_train_apart():
     for first, found in on_nodes(8, None, body):
         expected, _ = alone(RULES["momentum"], 4, 2, model=mixture(first))
         assert_same(found, values(expected))
+
+
+# -- without the sum over nodes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "per_node"), [(4, 2), (2, 1), (3, None)])
+def test_the_sum_over_nodes_may_wait_for_the_last_micro_batch(size, per_node):
+    """Of whole numbers, whose sums have one value in any order; one is unused but in the first."""
+
+    def grads(model, rank, batch):
+        given = whole_numbers(model, rank, batch)
+        return {name: g for name, g in given.items() if name != "a" or batch == 0}
+
+    def body(group):
+        model = mixture()
+        fsdp = FSDP(model, group, units=400, op=SUM, strategy=HYBRID)
+        optimizer = ShardedOptimizer(fsdp, optimizer=RULES["momentum"])
+        for _ in range(2):
+            give(optimizer, grads(model, group.rank, 2))  # reduced over all, then others join it
+            with fsdp.no_sync(nodes=True):
+                for batch in (0, 1):
+                    give(optimizer, grads(model, group.rank, batch))
+                fsdp.wait()
+            if fsdp._replicas is not None:
+                with pytest.raises(RuntimeError, match="are summed within each node alone; run"):
+                    optimizer.step()
+                held = fsdp.memory_use().buffers
+            give(optimizer, grads(model, group.rank, 3))
+            optimizer.step()
+            if fsdp._replicas is not None:
+                assert fsdp.memory_use().buffers < held
+        return values(model)
+
+    expected = mixture()
+    update = RULES["momentum"](expected.named_parameters())
+    for _ in range(2):
+        update.zero_grad()
+        for name, p in expected.named_parameters():
+            given = [grads(expected, r, b).get(name) for r in range(size) for b in range(4)]
+            p.add_grad(sum(g for g in given if g is not None))
+        update.step()
+    for found in on_nodes(size, per_node, body):
+        assert_same(found, values(expected))
+
+
+def test_inside_no_message_goes_to_another_node(monkeypatch):
+    over = []
+
+    def recorded(x, group, **options):
+        over.append(group.num_nodes)
+        return iall_reduce(x, group, **options)
+
+    def body(group):
+        model = mixture()
+        fsdp = FSDP(model, group, units=400, op=SUM, strategy=HYBRID)
+        optimizer = ShardedOptimizer(fsdp, optimizer=RULES["momentum"])
+        give(optimizer, whole_numbers(model, group.rank, 0))
+        fsdp.wait()
+        optimizer.zero_grad()
+        barrier(group)
+        if group.rank == 0:
+            over.clear()
+        barrier(group)
+        with fsdp.no_sync(nodes=True):
+            give(optimizer, whole_numbers(model, group.rank, 1))
+            fsdp.wait()
+        barrier(group)
+        inside = [*over]
+        barrier(group)
+        give(optimizer, whole_numbers(model, group.rank, 2))
+        fsdp.wait()
+        return inside
+
+    monkeypatch.setattr(gradients, "iall_reduce", recorded)
+    for inside in on_nodes(4, 2, body):
+        assert inside == [1] * 4  # the byte per parameter, on each rank
+    assert 2 in over
+
+
+def test_other_strategies_have_no_sum_over_nodes_to_leave_out():
+    def body(group):
+        fsdp = FSDP(model(), group, strategy=NO_SHARD)
+        with (
+            pytest.raises(UnsupportedOperationError, match="NO_SHARD has no such stage; use no_sy"),
+            fsdp.no_sync(nodes=True),
+        ):
+            pass
+
+    on_nodes(2, 1, body)
 
 
 # -- what it keeps, and what moves -----------------------------------------------------------------

@@ -317,6 +317,36 @@ class FSDP(DataParallel):
             dx, wctx = super().backward_input(*inner_pass(ctx, dy))
         return input_gradient(ctx, dx), wctx
 
+    @contextmanager
+    def no_sync(self, *, nodes: bool = False) -> Iterator[None]:
+        """Add up gradients without messages; the first backward outside reduces them all.
+
+        Parameters
+        ----------
+        nodes : bool, optional
+            With HYBRID_SHARD: leave out only the sum over the nodes (the first dimension of the
+            mesh). Backward reduces within each node, and adds up slices of P / N bytes per rank in
+            place of whole gradients.
+
+        Raises
+        ------
+        UnsupportedOperationError
+            If `nodes` is set with another strategy, whose sums have no such stage.
+
+        Notes
+        -----
+        Local; see `DDP.no_sync`. With `nodes` each backward inside is collective over the ranks of
+        a node. Use it on all ranks alike.
+        """
+        if nodes and self.strategy is not ShardingStrategy.HYBRID_SHARD:
+            raise UnsupportedOperationError(
+                f"FSDP.no_sync on {self.group}: nodes=True leaves out the sum over nodes of "
+                f"HYBRID_SHARD, and {self.strategy.name} has no such stage; use no_sync(), or no "
+                "context, with which gradients are added up as slices"
+            )
+        with self._unit_gradients.without_replicas() if nodes else super().no_sync():
+            yield
+
     def shards(self) -> list[Parameter]:
         """Return this rank's slices of the trainable parameters, with their reduced gradients.
 

@@ -20,12 +20,14 @@ does not happen: when they agree on a unit, the gradients of those before are on
 stages: reduce-scattered in each group, then this rank's slice is reduced over its replicas, the
 ranks that hold the same one, in pieces, so that one is added while the next one travels. The buffer
 is free after the first stage. A rank waits for a second stage only when it has started those of all
-units, so no order of waits can be a circle.
+units, so no order of waits can be a circle. Inside `no_sync(nodes=True)` there is no second stage:
+what the first one brings is added up, and added to the next reduction that has one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,9 @@ class UnitGradients:
         self._buffers = [self._memory[i] for i in range(len(self._memory))]
         self._index = {name: i for i, name in enumerate(self.names)}
         self._used = np.zeros(len(named), np.uint8)
+        self._used_before = np.zeros_like(self._used)  # in passes without the replicas
+        self._cut_over = parameters.group
+        self._skipping = self._skips = False  # the replicas: from now on, and in this pass
         self._used_work: Work[Any] | None = None
         self._counting = False
         self._arrived: list[str] = []
@@ -151,7 +156,7 @@ class UnitGradients:
 
     def expect(self, uses: Mapping[Parameter, int]) -> None:
         """Count contributions from now on; units that expect none are sent in their turn."""
-        self._counting = True
+        self._counting, self._skips = True, self._skipping
         self._arrived, self._sent, self._received, self._finished = [], 0, 0, 0
         for unit in self._units:
             unit.missing = set(unit.parameters)
@@ -165,6 +170,15 @@ class UnitGradients:
         for parameter in idle:  # only now, since a complete unit is sent at once
             self._unit_of[self._names[parameter]].missing.discard(self._names[parameter])
         self._send_complete()
+
+    @contextmanager
+    def without_replicas(self) -> Iterator[None]:
+        """Let backward passes that begin inside reduce without the replicas."""
+        before, self._skipping = self._skipping, True
+        try:
+            yield
+        finally:
+            self._skipping = before
 
     @property
     def sent(self) -> int:
@@ -219,13 +233,16 @@ class UnitGradients:
             if not self._has_buffer(unit):
                 return
             self._receive(unit.index - len(self._buffers))
-            for name, (used, copied) in unit.send().items():
+            before = unit.result_nbytes
+            for name, (used, copied) in unit.send(with_replicas=not self._skips).items():
                 self._used[self._index[name]] = used
                 self._count(-copied)
-            self._count(unit.result_nbytes)
+            self._count(unit.result_nbytes - before)
             self._sent += 1
             if self._sent == len(self._plan):
-                self._used_work = iall_reduce(self._used, self._group, op=MAX, out=self._used)
+                over = self._cut_over if self._skips else self._group
+                np.maximum(self._used, self._used_before, out=self._used)
+                self._used_work = iall_reduce(self._used, over, op=MAX, out=self._used)
 
     def _receive(self, last: int, timeout: float | None = None) -> None:
         """Wait until the buffers of the first units, up to this one, are free."""
@@ -286,9 +303,11 @@ class UnitGradients:
             f"has been reduced, and is spread over the ranks of {self._group} until step() or "
             "zero_grad(); read it in shards(), and update parameters by a ShardedOptimizer"
         )
+        self._used_before[...] = self._used if self._skips else 0
         for parameter, used in zip(self._names, self._used, strict=True):
             parameter.close(reason)
-            memory = self._shards[self._names[parameter]].first_grad() if used else None
+            takes = used and not self._skips
+            memory = self._shards[self._names[parameter]].first_grad() if takes else None
             if memory is not None:  # the reduction has been written there
                 self._shards[self._names[parameter]].add_grad(memory)
 
@@ -316,8 +335,9 @@ class UnitGradients:
 
     def zero(self) -> None:
         """Forget all gradients."""
+        self._used_before[...] = 0
         for unit in self._units:
-            unit.reduced_before = False
+            unit.reduced_before, unit.unsummed = False, None
         for parameter in self._names:
             parameter.release()
             parameter.detach()
@@ -334,6 +354,12 @@ class UnitGradients:
                     "this rank alone; run the last backward of a step by the strategy's "
                     "backward(ctx, dy), outside no_sync(), which reduces it"
                 )
+        if any(unit.unsummed is not None for unit in self._units):
+            raise RuntimeError(
+                f"{self._strategy} on {self._group}: the last backward was inside "
+                "no_sync(nodes=True), so gradients are summed within each node alone; run the last "
+                "backward of a step outside, or forget them (zero_grad)"
+            )
 
     @property
     def shards_nbytes(self) -> int:
@@ -370,6 +396,8 @@ class _UnitGradient:
         Where the shards have their gradients, of the dtype of the shards.
     reduced_before : bool
         Whether there are some of an earlier backward in `reduced`, to which others are added.
+    unsummed : Array or None, shape of this rank's slice
+        What passes without the replicas have left, to be reduced over them with the next one.
     """
 
     def __init__(
@@ -394,6 +422,8 @@ class _UnitGradient:
         self.missing: set[str] = set()
         self.reduced: Array = array_namespace(own).empty_like(own)
         self.reduced_before = False
+        self.unsummed: Array | None = None
+        self._with_replicas = replicas is not None
         for name in self.parameters:
             parameters.shards[name].attach(flat.within(name, self.reduced))
         self._data = flat.own[:0]
@@ -411,8 +441,9 @@ class _UnitGradient:
         self.index, self._data = index, memory[: self.nbytes].view(self.dtype)
         self.views = self._flat.layout.buffer(self._data).views
 
-    def send(self) -> dict[str, tuple[bool, int]]:
+    def send(self, *, with_replicas: bool) -> dict[str, tuple[bool, int]]:
         """Start the reduction; return which parameters this rank has used, and what was copied."""
+        self._with_replicas = with_replicas or self._replicas is None
         sent = {}
         for name, parameter in self.parameters.items():
             grad, view = parameter.unreduced_grad(), self.views[name]
@@ -421,11 +452,12 @@ class _UnitGradient:
             copied = 0 if parameter.grad_memory is view else parameter.grad_nbytes
             sent[name] = (grad is not None, copied)
             parameter.detach()  # it is closed until the next backward
-        if self._replicas is not None and self._cut_over.size == 1:
+        at_once = self._with_replicas and self.unsummed is None
+        if self._replicas is not None and self._cut_over.size == 1 and at_once:
             self._result = self._data
             work = iall_reduce(self._data, self._replicas, op=self._op, out=self._data)
         else:
-            new = self.reduced_before or self.reduced.dtype != self.dtype
+            new = self.reduced_before or not at_once or self.reduced.dtype != self.dtype
             new = new or is_device(self._data) is not is_device(self.reduced)
             empty = array_namespace(self._data).empty
             self._result = empty(self.reduced.shape, self.dtype) if new else self.reduced
@@ -437,10 +469,11 @@ class _UnitGradient:
 
     @property
     def result_nbytes(self) -> int:
-        """Bytes of a result under way that is added to an earlier one when it is there."""
+        """Bytes of a result under way that is added to an earlier one, and of `unsummed`."""
+        kept = 0 if self.unsummed is None else int(self.unsummed.nbytes)
         if self._result is None or self._result is self.reduced or self._result is self._data:
-            return 0
-        return int(self._result.nbytes)
+            return kept
+        return kept + int(self._result.nbytes)
 
     def received(self) -> bool:
         """Whether `receive` will not block."""
@@ -454,6 +487,13 @@ class _UnitGradient:
         result = self._result
         if self._replicas is None or result is None or result is self._data:
             self._take()
+            return
+        if self.unsummed is not None:
+            with np.errstate(all="ignore"):
+                result += self.unsummed
+            self.unsummed = None
+        if not self._with_replicas:
+            self.unsummed, self._result = result, None
         else:
             step = _PIECE_NBYTES // result.itemsize
             pieces = [result[start : start + step] for start in range(0, result.size, step)]

@@ -234,7 +234,7 @@ class ShardedOptimizer(Closing):
 
         Notes
         -----
-        Local; see `DDP.no_sync`.
+        Local; see `DDP.no_sync`. `FSDP.no_sync` can leave out the sum over nodes alone.
         """
         return self._model.no_sync()
 
