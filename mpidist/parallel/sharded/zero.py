@@ -158,6 +158,12 @@ class ShardedOptimizer(Closing):
         check_parameters(self.optimizers, shards)
         if self._model.cut is not Cut.PARAMETERS:
             check_elementwise(self.optimizers)
+        verify_same(
+            tuple((f"optimizer {i}", repr(made)) for i, made in enumerate(self.optimizers)),
+            self.group,
+            operation="ShardedOptimizer",
+        )
+        self._model.has_optimizer = True
         if self.parameter_shards.offload not in (None, HOST):
             self._move_state(self.parameter_shards.offload)
 
@@ -174,12 +180,6 @@ class ShardedOptimizer(Closing):
 
         for optimizer in self.optimizers:
             optimizer.move_state(moved)
-        verify_same(
-            tuple((f"optimizer {i}", repr(made)) for i, made in enumerate(self.optimizers)),
-            self.group,
-            operation="ShardedOptimizer",
-        )
-        self._model.has_optimizer = True
 
     @property
     def shared(self) -> bool:
