@@ -11,7 +11,7 @@ import numpy as np
 from mpidist._formatting import format_ranges
 from mpidist._types import Array, DType
 from mpidist.arrays.boxes import Box
-from mpidist.arrays.namespaces import as_native, device_empty, is_device
+from mpidist.arrays.namespaces import DTYPES, as_native, device_empty, is_device
 from mpidist.arrays.shards import ShardedArray
 from mpidist.backends.work import Work
 from mpidist.collectives._checks import check_array, check_rank, flat_source
@@ -193,7 +193,8 @@ class DTensor:
         Raises
         ------
         SizeMismatchError, UnsupportedOperationError
-            If the placements do not fit mesh and shape, or one of them is none.
+            If the placements do not fit mesh and shape, or one of them is none; if arrays of this
+            dtype are not sent.
 
         Notes
         -----
@@ -203,13 +204,19 @@ class DTensor:
         check_mesh(mesh, what)
         total = check_shape(shape, what)
         checked = check_placements(placements, mesh.ndim, len(total), what)
-        check_partial(checked, np.dtype(dtype), what)
+        native = np.dtype(dtype).newbyteorder("=")
+        if native not in DTYPES:
+            raise UnsupportedOperationError(
+                f"{what}: dtype must be boolean, integer, float or complex, of at most 64 bits per "
+                f"number; got {native}"
+            )
+        check_partial(checked, native, what)
         if device not in (None, "cpu", "gpu"):
             raise UnsupportedOperationError(
                 f"{what}: device must be 'cpu' or 'gpu', got {device!r}"
             )
         box = cut_to(Box.whole(total), mesh.sizes, checked, mesh.coordinate)
-        local = _empty_array(box.sizes, np.dtype(dtype), on_device=device == "gpu")
+        local = _empty_array(box.sizes, native, on_device=device == "gpu")
         return cls.__new__(cls)._fill(local, mesh, checked, total)
 
     @classmethod

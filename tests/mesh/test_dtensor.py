@@ -489,6 +489,16 @@ def test_arguments_of_a_redistribution_are_checked_before_anything_moves():
                 SizeMismatchError,
                 "DTensor.empty: shape must",
             ),
+            (
+                lambda: DTensor.empty((2,), mesh, [Replicate()] * 2, dtype=object),
+                UnsupportedOperationError,
+                "DTensor.empty: dtype must be boolean, integer.*; got object",
+            ),
+            (
+                lambda: DTensor.empty((2,), mesh, [Replicate()] * 2, dtype="M8[s]"),
+                UnsupportedOperationError,
+                r"got datetime64\[s\]",
+            ),
         ]:
             with pytest.raises(error, match=message):
                 call()
