@@ -250,6 +250,22 @@ def test_a_step_with_gradients_of_this_rank_alone():
     refused(RuntimeError, r"'0\.weight' holds a gradient of this rank alone; run the last", act)
 
 
+@pytest.mark.parametrize("wrap", [FSDP, DDP, None])
+def test_a_parameter_that_was_given_another_array(wrap):
+    """It would be read and never updated."""
+
+    def act(group):
+        made = model()
+        sharded = wrap(made, group) if wrap else made
+        optimizer = ShardedOptimizer(sharded, None if wrap is FSDP else group, optimizer=RULE)
+        made.layers[0].bias.data = np.zeros(5)
+        optimizer.backward(made.forward(X, TRAIN)[1], DY)
+        optimizer.step()
+
+    words = r"ShardedOptimizer\.step on .*, rank . of 2: parameter '0\.bias' has been given another"
+    refused(RuntimeError, words, act)
+
+
 def test_a_step_without_gradients_changes_nothing():
     """As with an optimizer of a whole model."""
 

@@ -111,9 +111,11 @@ class ParameterShards:
                 self.shards[name].part = part
         copy_in(self.held, {name: parameter.data for name, parameter in named.items()})
         self.end_write()
+        self._whole: dict[str, tuple[Parameter, Array]] = {}
         for name, parameter in named.items():
             if name in self.store.whole:
                 parameter.data = read_only(self.store.whole[name])
+                self._whole[name] = parameter, parameter.data
             else:
                 stored = flat_of[name].own
                 if parameter.dtype != stored.dtype:  # which its gradient has, too
@@ -144,6 +146,16 @@ class ParameterShards:
     @property
     def _masters_nbytes(self) -> int:
         return sum(own.nbytes for _, own in self._masters())
+
+    def check_in_place(self, operation: str) -> None:
+        """Raise RuntimeError if layers read another array than the one that is updated."""
+        for name, (parameter, data) in self._whole.items():
+            if parameter.data is not data:
+                raise RuntimeError(
+                    f"{operation} on {self.group}: parameter '{name}' has been given another array "
+                    "(parameter.data = ...), which no step updates; load values through the "
+                    "FSDP or ShardedOptimizer.model_state on all ranks"
+                )
 
     def begin_write(self) -> None:
         """Return when this rank may write its slices, as `ParameterStore.begin_write`."""

@@ -260,8 +260,8 @@ class ShardedOptimizer(Closing):
         Raises
         ------
         RuntimeError
-            If a parameter has a gradient that was never reduced; if it is called within a pass of
-            an FSDP, or inside `FSDP.whole`.
+            If a parameter has a gradient that was never reduced, or has been given another array;
+            if it is called within a pass of an FSDP, or inside `FSDP.whole`.
 
         Notes
         -----
@@ -271,6 +271,7 @@ class ShardedOptimizer(Closing):
         ``parameter.grad`` is None afterwards. Those of a DDP stay until they are zeroed.
         """
         self._model.check_can_write("ShardedOptimizer.step")
+        self.parameter_shards.check_in_place("ShardedOptimizer.step")
         self._model.shards()
         self.parameter_shards.begin_write()
         for optimizer in self.optimizers:
