@@ -145,6 +145,24 @@ def test_lists_come_back_as_they_were(tmp_path, asynchronous):
     assert checkpoint.load_full(tmp_path)["arrays/1"].tolist() == [[1, 1], [2, 2]]
 
 
+def test_parts_of_an_object_of_one_rank_are_not_left_over_without_a_word(tmp_path):
+    def save(group):
+        state = {"all": np.zeros(2)}
+        if group.rank == 1:
+            state["extra"] = [np.zeros(2), np.ones(3)]
+        checkpoint.save(tmp_path, state, group, step=1)
+
+    def load(group):
+        state = {"all": np.zeros(2)}
+        if group.rank == 1:
+            state["extra"] = [np.zeros(2)]
+        with pytest.raises(CheckpointIncompatibleError, match=r"rank 1: .*\n  extra/1: saved, but"):
+            checkpoint.load(tmp_path, state, group)
+
+    run_ranks(2, save)
+    run_ranks(2, load)
+
+
 @pytest.mark.parametrize(
     ("items", "words"),
     [

@@ -208,14 +208,18 @@ class _Targets:
         What the objects of the state are given.
     former : dict of str to str
         Names in the checkpoint of what has another name now.
-    left_over : list of str
-        What was saved of objects, or items of lists, that this rank's have no part for.
+    left_over : dict of str to str
+        What was saved of objects, or items of lists, that this rank's have no part for, and the
+        name of that object or list.
+    parents : set of str
+        The objects and lists of this rank's state.
     """
 
     by_name: dict[str, ArrayTargets] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     former: dict[str, str] = field(default_factory=dict)
-    left_over: list[str] = field(default_factory=list)
+    left_over: dict[str, str] = field(default_factory=dict)
+    parents: set[str] = field(default_factory=set)
     _copies: list[tuple[Array, Array]] = field(default_factory=list)
 
     def add(self, name: str, box: Box, memory: Array) -> None:
@@ -328,9 +332,10 @@ def _matched(flat: FlatState, manifest: Manifest, directory: Path) -> _Targets:
                 targets.arrays[name] = ShardedArray(array.shape, array.dtype, pieces)
             else:
                 targets.arrays[name] = pieces[full]
-    targets.left_over = list(_left_over(flat, manifest, set(targets.former.values())))
+    targets.left_over = dict(_left_over(flat, manifest, set(targets.former.values())))
+    targets.parents = {*flat.objects, *flat.lists}
     if problems:
-        raise _of_another_state(directory, problems + targets.left_over)
+        raise _of_another_state(directory, [*problems, *targets.left_over])
     return targets
 
 
@@ -343,31 +348,37 @@ def _of_another_state(directory: Path, problems: Sequence[str]) -> CheckpointInc
 
 
 def _check_left_over(targets: _Targets, directory: Path, group: ProcessGroup, what: str) -> None:
-    """Refuse a checkpoint of which some arrays have no target on any rank.
+    """Refuse a checkpoint of which some arrays have no target on any rank with their object.
 
     Of a model whose layers are spread over the ranks, each has targets for its own.
     """
     if not _any_failed(group, failed=bool(targets.left_over)):
         return
-    everyone = all_gather_object(targets.left_over, group)
-    problems = [p for p in everyone[0] if all(p in left for left in everyone)]
+    everyone = all_gather_object((targets.left_over, targets.parents), group)
+    found = {problem: parent for left, _ in everyone for problem, parent in left.items()}
+    problems = [
+        problem
+        for problem, parent in found.items()
+        if all(problem in left for left, parents in everyone if parent in parents)
+    ]
     if problems:
+        rank = next(rank for rank, (left, _) in enumerate(everyone) if problems[0] in left)
         error = _of_another_state(directory, problems)
-        raise CheckpointIncompatibleError(f"{what}: rank 0: {error}")
+        raise CheckpointIncompatibleError(f"{what}: rank {rank}: {error}")
 
 
-def _left_over(flat: FlatState, manifest: Manifest, former: set[str]) -> Iterator[str]:
-    """Say which arrays were saved of an object, or items of a list, that it does not have."""
+def _left_over(flat: FlatState, manifest: Manifest, former: set[str]) -> Iterator[tuple[str, str]]:
+    """Say what was saved of an object, or of a list, that it has no part for, and name it."""
     for name in manifest.arrays:
         parent = name
         while "/" in parent and parent not in flat.objects and parent not in flat.lists:
             parent = parent.rpartition("/")[0]
         if parent in flat.objects | flat.lists and not (name in flat.arrays or name in former):
-            yield f"{name}: saved, but {parent!r} has no such part"
+            yield f"{name}: saved, but {parent!r} has no such part", parent
     for name in manifest.values:
         parent = name.rpartition("/")[0]
         if parent in flat.lists and name not in flat.values:
-            yield f"{name}: saved, but {parent!r} has no such part"
+            yield f"{name}: saved, but {parent!r} has no such part", parent
 
 
 def _all_or_none(action: Callable[[], T], group: ProcessGroup, what: str) -> T:
