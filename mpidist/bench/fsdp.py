@@ -130,7 +130,7 @@ def run(world: ProcessGroup, options: argparse.Namespace) -> Report:
             with ours as (strategies, alone), theirs as peers:
                 series = [Series(name, s.step) for name, s in strategies.items()]
                 series += [Series(UPDATE, alone.step), *peers]
-                times = bench.measure("FSDP step", shape.nbytes, series)
+                times = bench.measure(STEP, shape.nbytes, series)
                 held = {name: s.held() for name, s in strategies.items() if s.held is not None}
             values = _values(shape, times)
             for name, use in held.items():
@@ -160,7 +160,7 @@ def _measure_sums(bench: BenchmarkRun) -> None:
         return
     for nbytes in _SIZES_BETWEEN:
         x, own = (np.zeros(nbytes // 4 // parts, np.float32) for parts in (node.size, world.size))
-        y = world.empty(nbytes // 4)
+        y = world.empty(own.size * world.size)  # as many for each rank
         y.fill(0)
         gathered = x[: own.size * across.size]
         for operation, begin in (
@@ -209,6 +209,7 @@ def _targets(shape: Shape, times: Mapping[str, Times], nodes: int) -> list[Targe
     bounds = {(FULL_SHARD, ZERO1): 1.05}
     if nodes > 1:
         bounds = {(HYBRID_SHARD, REPLICATED): 1.1, (FULL_SHARD, REPLICATED): 1.5}
+    millions = f"{shape.parameters / 1e6:.2f}"
     targets = [
         Target(
             what=f"{millions} million, {name} over {reference}",
@@ -217,7 +218,6 @@ def _targets(shape: Shape, times: Mapping[str, Times], nodes: int) -> list[Targe
             most=True,
             detail=f"{times[name].median * 1e3:.1f} ms, {times[reference].median * 1e3:.1f} ms",
         )
-        for millions in [f"{shape.parameters / 1e6:.2f}"]
         for (name, reference), bound in bounds.items()
         if name in times
     ]
@@ -225,7 +225,7 @@ def _targets(shape: Shape, times: Mapping[str, Times], nodes: int) -> list[Targe
     if added is not None and peer is not None:
         targets.append(
             Target(
-                what=f"{shape.parameters / 1e6:.2f} million, added over FSDP2's",
+                what=f"{millions} million, added over FSDP2's",
                 value=added / peer,
                 bound=1 / 3,
                 most=True,

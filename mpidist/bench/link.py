@@ -66,7 +66,7 @@ class TcpRing:
             while left:
                 count = before.recv_into(left)
                 if not count:
-                    raise ConnectionError("bench: the next node has closed its connection")
+                    raise ConnectionError("bench: the node before has closed its connection")
                 left = left[count:]
             if sender is not None:
                 sender.join()

@@ -121,7 +121,11 @@ def render_plan(plan: JobPlan, reports: dict[str, Report], command: str) -> str:
         blocks.append(["DDP step, ms", _stepped(plan), _STEPS])
     if plan.strategies:
         blocks.append(
-            ["A step and the memory of a rank, by strategy", strategies_table(plan.strategies)]
+            [
+                "A step and the memory of a rank, by strategy",
+                strategies_table(plan.strategies),
+                _STRATEGIES,
+            ]
         )
     blocks.append(list(plan.notes))
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"

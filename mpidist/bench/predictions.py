@@ -109,20 +109,26 @@ def make_plan(
     that were measured. Raises `BenchmarkError` if there is nothing to fit, or a network is missing.
     """
     of_strategies = [report for report in reports.values() if report.benchmark == "fsdp"]
-    sums = {name: report for name, report in reports.items() if report.benchmark != "fsdp"}
-    if of_strategies and not sums:
-        _check_network(network or min(r.machine.nodes for r in of_strategies) > 1, layouts)
-        strategies = [plan_strategies(report, layouts, network) for report in of_strategies]
-        return JobPlan(CostModel(NodeModel(())), (), "", (), (), (), tuple(chain(*strategies)))
-    reports = sums
-    notes: list[str] = []
-    fitted = tuple(
-        Fitted.of(ranks, points) for ranks, points in _inside(reports, series, notes).items()
-    )
+    for report in of_strategies:
+        alone = report.machine.ranks == report.machine.nodes
+        if alone and any(layout.ranks > 1 for layout in layouts):
+            raise BenchmarkError(
+                "plan: a report of bench fsdp with one rank on each node says nothing about sums "
+                "in a node; give one with several ranks on a node, or --ranks 1"
+            )
     source = "given" if network is not None else ""
     for name, report in reports.items():
         if report.benchmark == "p2p" and network is None:
             network, source = _network(name, report), f"fitted to {name}"
+    if of_strategies and {report.benchmark for report in reports.values()} <= {"fsdp", "p2p"}:
+        _check_network(network or min(r.machine.nodes for r in of_strategies) > 1, layouts)
+        strategies = [plan_strategies(report, layouts, network) for report in of_strategies]
+        return JobPlan(CostModel(NodeModel(())), (), source, (), (), (), tuple(chain(*strategies)))
+    reports = {name: report for name, report in reports.items() if report.benchmark != "fsdp"}
+    notes: list[str] = []
+    fitted = tuple(
+        Fitted.of(ranks, points) for ranks, points in _inside(reports, series, notes).items()
+    )
     _check_network(network, layouts)
     model = CostModel(NodeModel(tuple(node.fit for node in fitted)), network)
     measured = {

@@ -185,6 +185,7 @@ def test_steps_take_what_was_added_and_the_network():
         ({}, [], "nothing to fit"),
         ({"apart": report(nodes=2)}, [], "nothing to fit"),
         ({"four": report()}, [JobLayout(2, 4)], "--latency SECONDS and --bandwidth"),
+        ({"apart": report("fsdp", ranks=4, nodes=4)}, [JobLayout(4, 4)], "one rank on each node"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(reports, layouts, words):
@@ -308,6 +309,19 @@ def test_memory_is_what_is_split_and_two_messages():
     assert apart["HYBRID_SHARD"].held == 4 * whole / 2 + 2 * unit
     assert apart["FULL_SHARD"].held == pytest.approx(4 * whole / 6 + 2 * unit + 2 * unit / 2)
     assert apart["sharded"].held == pytest.approx(whole / 2 + 3 * whole / 6 + 2 * unit)
+
+
+def test_messages_between_nodes_carry_a_plan_of_strategies_to_several_nodes():
+    messages = [row(ORDINARY, p.nbytes, p.seconds, operation="ping-pong") for p in points(NETWORK)]
+    p2p = report("p2p", rows=messages, ranks=2, nodes=2)
+    plan = make_plan({"one": fsdp_report(), "p2p": p2p}, [JobLayout(3, 2)], series=REGISTERED)
+    assert plan.network_source == "fitted to p2p"
+    here = planned(plan.strategies, JobLayout(3, 2))
+    given = planned(
+        strategies.plan_strategies(fsdp_report(), [JobLayout(3, 2)], NETWORK), JobLayout(3, 2)
+    )
+    for name, step in given.items():
+        assert here[name].seconds == pytest.approx(step.seconds, rel=1e-3), name
 
 
 def test_the_command_plans_strategies_from_a_report_of_fsdp_alone(tmp_path, capsys):
