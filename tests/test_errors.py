@@ -20,6 +20,7 @@ ALSO: dict[type[Exception], set[str]] = {
         "CollectiveMismatchError",
         "InvalidRankError",
         "InvalidWorldSizeError",
+        "ScheduleError",
         "SelfSendError",
         "SizeMismatchError",
         "UnsupportedOperationError",
