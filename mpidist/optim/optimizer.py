@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -83,7 +83,12 @@ class Optimizer:
 
     def __repr__(self) -> str:
         """Return the kind, the rule and the learning rate of the next step."""
-        rule = self._rule if is_dataclass(self._rule) else type(self._rule).__name__
+        rule = type(self._rule).__name__
+        if is_dataclass(self._rule):
+            values = {f.name: getattr(self._rule, f.name) for f in fields(self._rule)}
+            # The repr of other values may hold an address, which differs between processes.
+            plain = {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
+            rule += f"({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
         return f"{type(self).__name__} of {len(self._params)} parameters, {rule}, lr={self.lr!r}"
 
     @property

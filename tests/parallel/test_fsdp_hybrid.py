@@ -169,6 +169,27 @@ def test_the_sum_over_nodes_may_wait_for_the_last_micro_batch(size, per_node):
         assert_same(found, values(expected))
 
 
+def test_on_one_node_there_is_no_sum_over_nodes_to_leave_out():
+    def body(group):
+        model = mixture()
+        fsdp = FSDP(model, group, units=400, op=SUM, strategy=HYBRID)
+        optimizer = ShardedOptimizer(fsdp, optimizer=RULES["momentum"])
+        with fsdp.no_sync(nodes=True):
+            give(optimizer, whole_numbers(model, group.rank, 0))
+            optimizer.step()
+        return values(model)
+
+    expected = mixture()
+    update = RULES["momentum"](expected.named_parameters())
+    for name, p in expected.named_parameters():
+        given = [whole_numbers(expected, rank, 0).get(name) for rank in range(2)]
+        if any(g is not None for g in given):
+            p.add_grad(sum(g for g in given if g is not None))
+    update.step()
+    for found in on_nodes(2, None, body):
+        assert_same(found, values(expected))
+
+
 def test_inside_no_message_goes_to_another_node(monkeypatch):
     over = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 from functools import partial
@@ -122,6 +123,46 @@ def test_where_it_cannot_be_all_ranks_are_told(error, where, patch, match, tmp_p
 
     on_ranks(2, body)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("strategy", [ShardingStrategy.HYBRID_SHARD, ShardingStrategy.NO_SHARD])
+def test_a_disk_that_is_full_on_one_node_is_told_to_all_ranks(strategy, tmp_path, monkeypatch):
+    calls, reserve = itertools.count(), os.posix_fallocate
+
+    def fills_up_once(descriptor, start, nbytes):
+        (fills_up if next(calls) == 0 else reserve)(descriptor, start, nbytes)
+
+    monkeypatch.setattr(mapped_files.os, "posix_fallocate", fills_up_once)
+
+    def body(group):
+        model = Linear(64, 64, rng=0, bias=False)
+        with pytest.raises(OSError, match=r"cannot keep 16 KiB .*No space left on device"):
+            FSDP(model, group, strategy=strategy, offload=tmp_path)
+        FSDP(model, group, strategy=strategy, offload=tmp_path).close()
+
+    on_ranks(4, body, per_node=2)
+
+
+def test_an_optimizer_may_be_made_when_there_is_room_for_its_state(tmp_path):
+    def body(group):
+        fsdp = FSDP(Linear(64, 64, rng=0, bias=False), group, offload=tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mapped_files.os, "posix_fallocate", fills_up)
+            with pytest.raises(OSError, match=r"cannot keep 32 KiB .*No space left on device"):
+                ShardedOptimizer(fsdp, optimizer=FACTORY)
+        ShardedOptimizer(fsdp, optimizer=FACTORY).close()
+
+    on_ranks(1, body)
+
+
+def test_a_path_named_host_is_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def body(group):
+        with pytest.raises(FileNotFoundError, match=r"offload='\./host'"):
+            FSDP(Linear(64, 64, rng=0), group, offload=Path("host"))
+
+    on_ranks(1, body)
 
 
 @pytest.mark.parametrize("link", [False, True])

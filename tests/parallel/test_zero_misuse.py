@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from mpidist._types import SUM
 from mpidist.errors import CollectiveMismatchError
 from mpidist.nn import Parameter
-from mpidist.optim import SGD
+from mpidist.optim import SGD, Optimizer, SGDRule
 from mpidist.parallel import DDP, ShardedOptimizer
 from mpidist.testing import run_ranks
 from tests.parallel.sharded import RULES, Given, assert_same, give, mixture, values, whole_numbers
@@ -22,6 +24,23 @@ def refused(error, match, act, size=2):
             act(group)
 
     run_ranks(size, body)
+
+
+@dataclass(frozen=True)
+class Clipped(SGDRule):
+    """A rule of a user's, with a function whose repr is that of this process."""
+
+    limit: Callable[[float], float] = abs
+
+
+def test_equal_rules_with_functions_of_their_own_are_no_mismatch():
+    def body(group):
+        def made(parameters):
+            return Optimizer(parameters, rule=Clipped(limit=lambda x: x), lr=0.1)
+
+        ShardedOptimizer(mixture(), group, optimizer=made).close()
+
+    run_ranks(2, body)
 
 
 def test_gradients_are_closed_until_the_step():

@@ -172,9 +172,9 @@ class FSDP(DataParallel):
     ([Note: parameters once per node] in `mpidist.parallel.sharded.stores`), and forward
     communicates nothing. Over several nodes, on a device, or without memory to share, FULL_SHARD
     gathers each unit for forward and for backward ([Note: gathered units] in
-    `mpidist.parallel.sharded.unit_store`); then forward is collective and blocks, inside `no_sync`
-    as well. That costs a rank two gathers of P, divided by the ranks of its node where these share
-    memory, and an all-reduce of 16 bytes for each unit and pass.
+    `mpidist.parallel.sharded.unit_store`); then all passes but `backward_weight` are collective and
+    block, inside `no_sync` as well. That costs a rank two gathers of P, divided by the ranks of its
+    node where these share memory, and an all-reduce of 16 bytes for each unit and pass.
 
     A step costs, per rank, a reduce-scatter of each unit, an all-reduce of a byte per parameter,
     and two barriers. With HYBRID_SHARD this is within a node, but for the bytes, and this rank's
@@ -247,15 +247,21 @@ class FSDP(DataParallel):
         cut_over, self._replicas = _groups(ordered, mesh, strategy)
         layouts = [unit.layout(arrays, cut) for unit in self.units]
         stages = find_stages(module, self.units) if strategy in _GATHERS else ()
-        self.parameter_shards = ParameterShards(
-            named,
-            layouts,
-            cut_over,
-            first=self._replicas is None or self._replicas.rank == 0,
-            stages=[stage.units for stage in stages],
-            slots=1 + prefetch,
-            offload=self.offload,
-        )
+        try:
+            self.parameter_shards = ParameterShards(
+                named,
+                layouts,
+                cut_over,
+                first=self._replicas is None or self._replicas.rank == 0,
+                stages=[stage.units for stage in stages],
+                slots=1 + prefetch,
+                offload=self.offload,
+                all_ranks=ordered,
+            )
+        except OSError:  # another directory may be tried
+            for made in dict.fromkeys((cut_over, self._replicas or ordered, ordered)):
+                made.close()
+            raise
         store = self.parameter_shards.store
         self._gathers: UnitGathers | None = None
         if isinstance(store, UnitStore):
@@ -297,10 +303,10 @@ class FSDP(DataParallel):
 
         Notes
         -----
-        Local, after an exception the model can be used at once; where parameters are gathered,
-        collective over the group. A rank that raises then does so when the others have ended their
-        pass, and all can run it again. Input and output are cast as `precision` says; in backward
-        their gradients are.
+        Local, and after an exception the model can be used at once. Where parameters are gathered
+        it is collective over the group and blocks; a rank that raises then does so when the others
+        have ended their pass, and all can run it again. Input and output are cast as `precision`
+        says; in backward their gradients are.
         """
         with self._within_pass("forward"):
             y, ctx = super().forward(self.precision.cast_input(x), mode)
@@ -312,7 +318,12 @@ class FSDP(DataParallel):
         return input_gradient(ctx, dx), work
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
-        """Run the first half of backward, as `DDP.backward_input`."""
+        """Run the first half of backward, as `DDP.backward_input`.
+
+        Notes
+        -----
+        Where parameters are gathered, collective over the group; blocks.
+        """
         with self._within_pass("backward_input"):
             dx, wctx = super().backward_input(*inner_pass(ctx, dy))
         return input_gradient(ctx, dx), wctx
@@ -335,7 +346,8 @@ class FSDP(DataParallel):
 
         Notes
         -----
-        Local; see `DDP.no_sync`. With `nodes` each backward inside is collective over the ranks of
+        Sends no gradient; see `DDP.no_sync`. Where parameters are gathered, passes inside are
+        collective all the same. With `nodes` each backward inside is collective over the ranks of
         a node. Use it on all ranks alike.
         """
         if nodes and self.strategy is not ShardingStrategy.HYBRID_SHARD:
@@ -430,8 +442,9 @@ class FSDP(DataParallel):
             with self._within_pass(name, reduces=reduces):
                 return run()
 
-        if reduces and self._gathers is not None and not self._whole:
-            self._unit_gradients.wait_only_for(0)
+        if reduces:
+            gathers = self._gathers is not None and not self._whole
+            self._unit_gradients.wait_only_for(0 if gathers else None)
         return super()._run_backward(name, uses, gathered)
 
     @contextmanager
@@ -593,7 +606,9 @@ def _offload(
     """Return `offload` as a string; raise unless what is offloaded is where that helps."""
     if not isinstance(given, (str, os.PathLike, type(None))):
         raise TypeError(f"FSDP: offload must be 'host' or the path of a directory, got {given!r}")
-    offload: str | None = None if given is None else os.fspath(given)
+    offload: str | None = None if given is None else os.fsdecode(given)
+    if offload == HOST and given != HOST:
+        offload = f"{os.curdir}{os.sep}{HOST}"  # a directory of that name
     on_device = any(is_device(parameter.like) for parameter in named.values())
     if offload == HOST and not on_device:
         raise UnsupportedOperationError(

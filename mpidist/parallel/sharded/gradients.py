@@ -112,6 +112,7 @@ class UnitGradients:
         self._used = np.zeros(len(named), np.uint8)
         self._used_before = np.zeros_like(self._used)  # in passes without the replicas
         self._cut_over = parameters.group
+        self._has_replicas = replicas is not None
         self._skipping = self._skips = False  # the replicas: from now on, and in this pass
         self._used_work: Work[Any] | None = None
         self._counting = False
@@ -156,7 +157,7 @@ class UnitGradients:
 
     def expect(self, uses: Mapping[Parameter, int]) -> None:
         """Count contributions from now on; units that expect none are sent in their turn."""
-        self._counting, self._skips = True, self._skipping
+        self._counting, self._skips = True, self._skipping and self._has_replicas
         self._arrived, self._sent, self._received, self._finished = [], 0, 0, 0
         for unit in self._units:
             unit.missing = set(unit.parameters)

@@ -49,7 +49,7 @@ def mapped_arrays(
     Raises
     ------
     OSError
-        On all ranks, naming one, if the file cannot be made there, is too large, or not be mapped.
+        On all ranks, naming one, if the file cannot be made there or mapped, or is too large.
 
     Notes
     -----
@@ -122,13 +122,15 @@ def _identity(descriptor: int) -> tuple[int, int]:
 
 def _agree(problem: OSError | None, nbytes: int, directory: str, group: ProcessGroup) -> None:
     """Raise OSError on all ranks if one has a problem."""
-    own = None if problem is None else (problem.errno, problem.strerror)
+    own = None
+    if problem is not None:
+        own = problem.errno or errno.EIO, problem.strerror or str(problem), nbytes
     for rank, failure in enumerate(all_gather_object(own, group)):
         if failure is not None:
-            number, text = failure
+            number, text, size = failure
             raise OSError(
                 number,
                 f"FSDP on {group}: offload={directory!r}: rank {rank} cannot keep "
-                f"{format_bytes(nbytes)} in a file there: {text}; give a directory of each node "
+                f"{format_bytes(size)} in a file there: {text}; give a directory of each node "
                 "that can be written, on a file system with space for it",
             )

@@ -31,8 +31,8 @@ class MemoryUse:
         Bytes. Of memory that the ranks of a node share, each rank counts an equal share, so that
         the sum over a node's ranks is what the node holds.
     buffers : int
-        Bytes of message buffers that are not gradients themselves, as a `DDP`'s are, and of whole
-        gradients beside them, as inside `FSDP.no_sync`.
+        Bytes of message buffers that are not gradients themselves, as a `DDP`'s are; of gradients
+        beside them, as inside `FSDP.no_sync`; and of the slots in which units are gathered.
     peak_buffers : int
         The most that `buffers` has been.
     offloaded : int

@@ -53,6 +53,8 @@ class ParameterShards:
     offload : str, optional
         ``"host"``: this rank's slices of parameters on a device are in host memory; else the
         directory of a file in which parameters stand once per node.
+    all_ranks : ProcessGroup, optional
+        All ranks that do this, where several groups hold the same; `group` when omitted.
 
     Attributes
     ----------
@@ -72,7 +74,7 @@ class ParameterShards:
 
     Notes
     -----
-    Collective over `group`; blocks.
+    Collective over `all_ranks`; blocks.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class ParameterShards:
         stages: Sequence[tuple[int, ...]] = (),
         slots: int = 1,
         offload: str | None = None,
+        all_ranks: ProcessGroup | None = None,
     ) -> None:
         self.group = group
         self.offload = offload
@@ -93,7 +96,8 @@ class ParameterShards:
             self.store = _make_store(group, layouts, stages, slots, on_device=on_device)
         else:
             sizes = [layout.nbytes for layout in layouts]
-            blocks = mapped_arrays(sizes, offload, group, shared_by=group.node_group())
+            everybody = all_ranks or group
+            blocks = mapped_arrays(sizes, offload, everybody, shared_by=group.node_group())
             self.store = NodeStore(group, layouts, blocks)
         flat_of = {name: flat for flat in self.store.flats for name in flat.layout.spans}
         self._flat_of = flat_of
@@ -111,11 +115,11 @@ class ParameterShards:
                 self.shards[name].part = part
         copy_in(self.held, {name: parameter.data for name, parameter in named.items()})
         self.end_write()
-        self._whole: dict[str, tuple[Parameter, Array]] = {}
+        self._read_by_layers: dict[str, tuple[Parameter, Array]] = {}
         for name, parameter in named.items():
             if name in self.store.whole:
                 parameter.data = read_only(self.store.whole[name])
-                self._whole[name] = parameter, parameter.data
+                self._read_by_layers[name] = parameter, parameter.data
             else:
                 stored = flat_of[name].own
                 if parameter.dtype != stored.dtype:  # which its gradient has, too
@@ -149,7 +153,7 @@ class ParameterShards:
 
     def check_in_place(self, operation: str) -> None:
         """Raise RuntimeError if layers read another array than the one that is updated."""
-        for name, (parameter, data) in self._whole.items():
+        for name, (parameter, data) in self._read_by_layers.items():
             if parameter.data is not data:
                 raise RuntimeError(
                     f"{operation} on {self.group}: parameter '{name}' has been given another array "

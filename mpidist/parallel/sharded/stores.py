@@ -2,11 +2,10 @@
 
 [Note: parameters once per node] `Parameter.data` are read-only views of memory that all ranks of
 the node see. A rank writes its own slices only, after a barrier (all have read) and before another
-(all have written). So all writes go through the owner of the store. Over several
-nodes the slices are exchanged among ranks with the same local rank. Where memory cannot be shared,
-every rank has a copy, and slices are gathered from all; parameters are read-only there, too, so
-that a program that works on one machine works on any. Arrays on a device are such copies, and
-cannot be made read-only.
+(all have written). So all writes go through the owner of the store. Over several nodes the slices
+are exchanged among ranks with the same local rank. Where memory cannot be shared, every rank has a
+copy, and slices are gathered from all; parameters are read-only there, too, so that a program that
+works on one machine works on any. Arrays on a device are such copies, and cannot be made read-only.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ class NodeStore(ParameterStore):
 
     [Note: order of slices] The group is ordered by local rank, then by node. So the slices of the
     ranks with one local rank, one on each node, are neighbours, and an all_gather among them
-    (`cross_group`) writes them into the memory of each node. Where nodes have
-    different numbers of ranks, those beyond the smallest number have no such group and own nothing.
+    (`cross_group`) writes them into the memory of each node. Where nodes have different numbers of
+    ranks, those beyond the smallest number have no such group and own nothing.
 
     Parameters
     ----------

@@ -7,9 +7,9 @@ rank on the other nodes ([Note: order of slices]); on a device, and where there 
 every rank has slots of its own. They are made once and are as large as what is needed together at
 most, so no order of events can take more memory.
 
-Units that are needed together, by one module, are a *stage*. Units with a module around the
-modules of others, as the outermost one is, would be whole during all of their passes: they are
-whole at any time, as all are in a `NodeStore`, and are exchanged in a step.
+Units that are needed together, by one module, are a *stage*. A unit whose module
+encloses modules of other units, as the outermost one does, would be whole during all of their
+passes: it is whole at any time, as all are in a `NodeStore`, and is exchanged in a step.
 """
 
 from __future__ import annotations

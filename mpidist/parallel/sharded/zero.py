@@ -163,9 +163,9 @@ class ShardedOptimizer(Closing):
             self.group,
             operation="ShardedOptimizer",
         )
-        self._model.has_optimizer = True
         if self.parameter_shards.offload not in (None, HOST):
             self._move_state(self.parameter_shards.offload)
+        self._model.has_optimizer = True
 
     def _move_state(self, directory: str) -> None:
         """Keep the state in a file."""
@@ -224,7 +224,7 @@ class ShardedOptimizer(Closing):
         reduce-scatter per unit, started while backward is still running (with a DDP, its
         all-reduces). What uses the gradients waits for them. Until then, and until `step` or
         `zero_grad` if they are scattered, ``parameter.grad`` raises: no rank has all of it; see
-        `shards`. A second backward adds to them. Inside `no_sync` it is local.
+        `shards`. A second backward adds to them. Inside `no_sync` no gradient is sent.
         """
         self._model.wait()
         return self._model.ibackward(ctx, dy)[0]
