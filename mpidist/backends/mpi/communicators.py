@@ -14,12 +14,12 @@ __all__ = ["drop", "make"]
 T = TypeVar("T")
 
 _DROPPED: deque[Any] = deque()
-"""Communicators of groups that were dropped without being closed."""
+"""Persistent requests and communicators of groups that were dropped without being closed."""
 
 
-def drop(*comms: Any) -> None:
-    """Release these communicators when none is left: here it might be inside a call of MPI."""
-    _DROPPED.extend(comms)
+def drop(*handles: Any) -> None:
+    """Free these, in their order, when no communicator is left: now may be inside a call of MPI."""
+    _DROPPED.extend(handles)
 
 
 def make(

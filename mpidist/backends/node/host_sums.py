@@ -241,7 +241,8 @@ class MessageHostSum(PreparedSum):
 
 
 _BY_MESSAGES = 256 << 10
-"""Bytes from which nodes of one rank each need no longer than MPICH's own all-reduce over TCP."""
+"""Bytes from which nodes of one rank each send messages of their own. On four hosts MPICH's
+all-reduce over TCP is up to a tenth faster until 4 MiB, and a third slower from 16 MiB on."""
 
 _PIECES, _LEAST_PIECE, _MOST_PIECE = 4, 256 << 10, 1 << 20
 """Into how many pieces an array is cut, and bytes of the shortest and of the longest one."""

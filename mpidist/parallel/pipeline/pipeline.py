@@ -266,9 +266,9 @@ class Pipeline(Closing):
         Notes
         -----
         Collective over the group, and over the ranks of the data axis; blocks. Costs one all-gather
-        of 32 bytes per rank, and for each
-        micro-batch, between two stages on different ranks, a message of an activation and one of
-        its gradient. What a layer raises has a note that names the action.
+        of 32 bytes per rank, and for each micro-batch, between two stages on different ranks, a
+        message of an activation and one of its gradient. What a layer raises has a note that names
+        the action.
         """
         actions = self.schedule.actions[self.group.rank]
         run = self._run("step", actions, x, target, mode, denominator)
