@@ -55,6 +55,7 @@ from tests.parallel.training import assert_close
 
 FULL = ShardingStrategy.FULL_SHARD
 OFTEN = ("plain", "tied", "accumulated")
+SELDOM = ("recomputed", "no_sync", "by names", "by predicate", "one unit", "awkward sizes")
 ROUNDING = {np.float64: 1e-12, np.float32: 1e-6}
 
 
@@ -76,7 +77,9 @@ def on_ranks(size, case, kind, dtype=np.float64, **options):
     return ranks[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.full if c in SELDOM else ()) for c in CASES]
+)
 def test_it_trains_as_ddp_does(case, full):
     for size in (1, 2, 3, 4) if full else (3,):
         expected = on_ranks(size, case, "ddp")

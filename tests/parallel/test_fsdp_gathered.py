@@ -32,7 +32,7 @@ from tests.parallel.training import assert_close
 
 FULL = ShardingStrategy.FULL_SHARD
 TRAIN = Mode(training=True)
-OFTEN = ("tied", "unused", "recomputed", "halves", "no_sync")
+OFTEN = ("tied", "unused", "halves")
 UNIT = 4 * 64 * 64
 
 

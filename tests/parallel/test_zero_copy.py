@@ -53,16 +53,16 @@ def test_a_step_makes_no_array_of_a_gradients_size(world):
 def test_nobody_writes_into_a_bucket_but_the_layers_and_the_reduction(world, monkeypatch):
     """Whatever zeroes, packs or unpacks would be seen when a layer asks for its memory."""
     asked = []
-    first_grad = Parameter.first_grad
+    own_memory = Parameter._own_memory
 
     def watched(parameter):
-        memory = first_grad(parameter)
-        if armed and memory is not None and parameter not in asked:
+        memory = own_memory(parameter)
+        if armed and parameter not in asked:
             assert np.isnan(memory).all(), parameter
             asked.append(parameter)
         return memory
 
-    monkeypatch.setattr(Parameter, "first_grad", watched)
+    monkeypatch.setattr(Parameter, "_own_memory", watched)
     armed = False
     with DDP(build(), world, sizes=SIZES) as ddp:
         steps(ddp, 1)

@@ -44,7 +44,7 @@ def wait_for_step(job: Job, out: Path, step: int) -> None:
     ("script", "to", "started"),
     [
         # What --signal=B:USR1 sends, and what scancel --signal=USR1 does: to the ranks only.
-        (NODES, ["--batch"], "start {n}, on n[0-1]"),
+        pytest.param(NODES, ["--batch"], "start {n}, on n[0-1]", marks=pytest.mark.full),
         (FSDP_NODES, ["--batch"], "start {n}, on n[0-1]"),
         pytest.param(ONE_NODE, [], "start {n}, on n0", marks=pytest.mark.full),
     ],
