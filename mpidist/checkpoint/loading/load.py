@@ -355,10 +355,10 @@ def _check_left_over(targets: _Targets, directory: Path, group: ProcessGroup, wh
     if not _any_failed(group, failed=bool(targets.left_over)):
         return
     everyone = all_gather_object((targets.left_over, targets.parents), group)
-    found = {problem: parent for left, _ in everyone for problem, parent in left.items()}
+    parent_of = {problem: parent for left, _ in everyone for problem, parent in left.items()}
     problems = [
         problem
-        for problem, parent in found.items()
+        for problem, parent in parent_of.items()
         if all(problem in left for left, parents in everyone if parent in parents)
     ]
     if problems:
