@@ -273,7 +273,8 @@ def swapped(schedule: Schedule, swaps: int, rng: random.Random) -> tuple[tuple[A
 
 def ends(schedule: Schedule) -> bool:
     """Whether what has to be before what has no circle, by the rules of a pipeline alone."""
-    last, before = schedule.stages - 1, TopologicalSorter[tuple[int, str, int]]()
+    last = schedule.stages - 1
+    before: TopologicalSorter[tuple[int, str, int]] = TopologicalSorter()
     everything = {(a.stage, a.kind.value, a.micro_batch) for r in schedule.actions for a in r}
     for actions in schedule.actions:
         previous = None
