@@ -191,8 +191,8 @@ def _step(text: str) -> int | str:
 
 
 def _mesh(text: str) -> dict[str, int]:
+    pairs = [part.split("=") for part in text.split(",")]
     try:
-        pairs = [part.split("=") for part in text.split(",")]
         sizes = {name.strip(): int(size) for name, size in pairs}
     except ValueError:
         sizes = {}
