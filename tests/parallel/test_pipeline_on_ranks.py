@@ -11,6 +11,7 @@ from mpidist.nn import Linear, ReLU, Sequential, mse_loss
 from mpidist.parallel import Pipeline
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from tests.parallel.pipeline import MODE, alone, assert_same_bits, joined, step
+from tests.parallel.test_pipeline_messages import SHAPES, run
 
 on_ranks = pytest.mark.ranks(2, 4, full=(1, 3))
 
@@ -47,6 +48,17 @@ def test_long_messages_have_the_bits_of_one_process(world, schedule):
         whole.backward(ctx, dy)
     expected = {name: p.grad for name, p in whole.named_parameters()}
     with Pipeline(model(), world, micro_batches=micro, schedule=schedule, loss=mse_loss) as pipe:
-        pipe.step(x, target, MODE)
-        for name, parameter in pipe.named_parameters():
-            np.testing.assert_array_equal(parameter.grad, expected[name], err_msg=name)
+        for _ in range(2):  # the second time without envelopes
+            pipe.zero_grad()
+            pipe.step(x, target, MODE)
+            for name, parameter in pipe.named_parameters():
+                np.testing.assert_array_equal(parameter.grad, expected[name], err_msg=name)
+
+
+@pytest.mark.ranks(2)
+def test_what_arrives_is_what_was_sent_whatever_shapes_follow_each_other(world):
+    steps = [*SHAPES, *np.repeat(list(SHAPES), 3)]
+    pairs, _ = run(world, steps)
+    assert len(pairs) == 2 * len(steps)
+    for got, expected in pairs:
+        np.testing.assert_array_equal(got, expected, strict=True)

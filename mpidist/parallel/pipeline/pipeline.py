@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from mpidist.parallel.gradient_kernels import gradient_arrays
 from mpidist.parallel.pipeline.edges import Edges, largest_tag
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
-from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
+from mpidist.parallel.pipeline.schedule import Pass, Schedule
 from mpidist.parallel.pipeline.stages import Cuts, check_model, cut_model, starts_of
 from mpidist.parallel.pipeline.timeline import Span, Timeline
 
@@ -207,8 +207,13 @@ class Pipeline(Closing):
         ]
         # [Note: progress] A message makes progress while its sender or receiver is inside of a
         # call: over TCP the larger ones wait for it. Layers are where a stage can be interrupted.
-        self._progress = self.group.operations.progress
-        self._between_layers = after_passes(leaves, self._progress)
+        self._between_layers = after_passes(leaves, self.group.transport.progress)
+        actions = self.schedule.actions[group.rank]
+        forward = [action for action in actions if action.kind is Pass.FORWARD]
+        self._edges = {
+            verb: Edges(self.schedule, of_verb, self.group)
+            for verb, of_verb in (("step", actions), ("evaluate", forward))
+        }
         self._failure: str | None = None
 
     def __repr__(self) -> str:
@@ -267,11 +272,11 @@ class Pipeline(Closing):
         -----
         Collective over the group, and over the ranks of the data axis; blocks. Costs one all-gather
         of 32 bytes per rank, and for each micro-batch, between two stages on different ranks, a
-        message of an activation and one of its gradient. What a layer raises has a note that names
+        message of an activation and one of its gradient. Shapes may change from step to step; one
+        that is that of the last step saves the envelope. What a layer raises has a note that names
         the action.
         """
-        actions = self.schedule.actions[self.group.rank]
-        run = self._run("step", actions, x, target, mode, denominator)
+        run = self._run("step", x, target, mode, denominator)
         return StepResult(run.loss, run.samples, tuple(run.spans))
 
     def evaluate(
@@ -311,16 +316,13 @@ class Pipeline(Closing):
         the last stage; blocks. Runs the forward passes of the schedule in their order, and keeps
         nothing of them. At any time between two steps.
         """
-        actions = self.schedule.actions[self.group.rank]
-        forward = [action for action in actions if action.kind is Pass.FORWARD]
-        run = self._run("evaluate", forward, x, target, mode, denominator)
+        run = self._run("evaluate", x, target, mode, denominator)
         outputs = np.concatenate(run.outputs) if run.outputs else None
         return Evaluation(run.loss, run.samples, outputs)
 
     def _run(
         self,
         verb: str,
-        actions: Sequence[Action],
         x: Array | None,
         target: Array | None,
         mode: Mode,
@@ -346,7 +348,7 @@ class Pipeline(Closing):
         run = StageRun(self.stages, last, batch, self._loss, contributions)
         try:
             with self._between_layers:
-                run.run(actions, Edges(self.schedule, actions, self.group))
+                run.run(self._edges[verb])
         except BaseException as error:
             self._failure = repr(error)
             raise

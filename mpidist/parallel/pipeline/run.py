@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -147,11 +147,12 @@ class StageRun:
         self.outputs: list[Array] = []
         self.spans: list[Span] = []
 
-    def run(self, actions: Sequence[Action], edges: Edges) -> None:
-        """Run actions in their order.
+    def run(self, edges: Edges) -> None:
+        """Run the actions whose messages `edges` has, in their order.
 
         Forward passes only are an evaluation, of which no context is kept.
         """
+        actions = edges.actions
         trains = any(action.kind is not Pass.FORWARD for action in actions)
         result: Array | None
         start = perf_counter()
