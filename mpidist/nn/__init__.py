@@ -32,8 +32,11 @@ from mpidist.nn.module import Context, Module, count_uses
 from mpidist.nn.normalization import BatchNorm2d, LayerNorm
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.pooling import AvgPool2d, MaxPool2d
+from mpidist.nn.skips import ADD, CONCAT, Merge, Pop, Stash
 
 __all__ = [
+    "ADD",
+    "CONCAT",
     "EVAL",
     "GELU",
     "AvgPool2d",
@@ -47,14 +50,17 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MaxPool2d",
+    "Merge",
     "Mode",
     "Module",
     "Parameter",
+    "Pop",
     "PositionEmbedding",
     "ReLU",
     "Recompute",
     "Residual",
     "Sequential",
+    "Stash",
     "count_uses",
     "cross_entropy",
     "mse_loss",

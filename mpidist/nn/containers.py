@@ -9,6 +9,7 @@ from typing import Any
 from mpidist._types import Array
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, children_of, count_uses
+from mpidist.nn.skips import SkipLayer, Skips, connections
 
 
 class Sequential(Module):
@@ -17,12 +18,20 @@ class Sequential(Module):
     Parameters
     ----------
     *layers : Module
-        In order of the forward pass. Their names are "0", "1", ...
+        In order of the forward pass. Their names are "0", "1", ... There may be connections that
+        skip layers, each from a `Stash` to a `Pop`.
 
     Raises
     ------
     TypeError
         If one is no Module.
+    ValueError
+        If a connection has not both ends, or has one twice, or ends before it begins.
+
+    Notes
+    -----
+    The passes of a `part` take what is stashed in other parts, and leave what others pop, in
+    `skips`; those of the whole need no such argument.
     """
 
     def __init__(self, *layers: Module) -> None:
@@ -32,6 +41,7 @@ class Sequential(Module):
                     f"Sequential: layer {i} is a {type(layer).__name__}, not a Module; pass "
                     "modules one by one: Sequential(*layers)"
                 )
+        connections(layers)
         self.layers = layers
 
     _first = 0
@@ -72,25 +82,39 @@ class Sequential(Module):
         part._first = self._first + start
         return part
 
-    def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
+    def forward(self, x: Array, mode: Mode, skips: Skips | None = None) -> tuple[Array, Context]:
         """Run the layers in order."""
+        skips = {} if skips is None else skips
         contexts = []
         for layer in self.layers:
-            x, ctx = layer.forward(x, mode)
+            if isinstance(layer, SkipLayer):
+                x, ctx = layer.forward(x, mode, skips)
+            else:
+                x, ctx = layer.forward(x, mode)
             contexts.append(ctx)
         return x, Context(tuple(contexts), count_uses(*contexts))
 
-    def backward(self, ctx: Context, dy: Array) -> Array:
+    def backward(self, ctx: Context, dy: Array, skips: Skips | None = None) -> Array:
         """Run the layers' whole backward passes, last first."""
+        skips = {} if skips is None else skips
         for layer, layer_ctx in zip(reversed(self.layers), reversed(ctx.saved), strict=True):
-            dy = layer.backward(layer_ctx, dy)
+            if isinstance(layer, SkipLayer):
+                dy = layer.backward(layer_ctx, dy, skips)
+            else:
+                dy = layer.backward(layer_ctx, dy)
         return dy
 
-    def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
+    def backward_input(
+        self, ctx: Context, dy: Array, skips: Skips | None = None
+    ) -> tuple[Array, Any]:
         """Run the first halves, last layer first."""
+        skips = {} if skips is None else skips
         wctxs = []
         for layer, layer_ctx in zip(reversed(self.layers), reversed(ctx.saved), strict=True):
-            dy, wctx = layer.backward_input(layer_ctx, dy)
+            if isinstance(layer, SkipLayer):
+                dy, wctx = layer.backward_input(layer_ctx, dy, skips)
+            else:
+                dy, wctx = layer.backward_input(layer_ctx, dy)
             wctxs.append(wctx)
         return dy, wctxs
 
