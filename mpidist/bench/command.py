@@ -27,6 +27,7 @@ from mpidist.bench import (
     nccl,
     overhead,
     p2p,
+    pipeline,
     tracing,
 )
 from mpidist.bench.harness import BenchmarkError, add_files, check_files
@@ -62,6 +63,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "overhead": overhead,
     "ddp": ddp,
     "fsdp": fsdp,
+    "pipeline": pipeline,
     "nccl": nccl,
     "checkpoint": checkpoint,
     "import": importing,

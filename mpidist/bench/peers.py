@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -93,6 +93,27 @@ def shard_fully(model: Any, units: Sequence[Sequence[str]], ranks: int) -> None:
             fsdp.fully_shard([model.get_submodule(name) for name in names], mesh=mesh)
         sharded.update(names)
     fsdp.fully_shard(model, mesh=mesh)
+
+
+def pipeline_step(
+    schedule: str, stage: Any, group: ProcessGroup, micro_batches: int, loss: Callable[..., Any]
+) -> Callable[[Any, Any], None]:
+    """Return a step of torch's schedule of this name, ``"gpipe"`` or ``"1f1b"``: of x and target.
+
+    It forgets the gradients, and adds those of all micro-batches. `loss` takes output and target.
+    """
+    purpose = "the peer torch.distributed.pipelining"
+    pipelining: Any = require("torch.distributed.pipelining", extra="torch", purpose=purpose)
+    kind = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B}[schedule]
+    part = pipelining.PipelineStage(stage, group.rank, group.size, "cpu")
+    made = kind(part, micro_batches, loss_fn=loss, scale_grads=False)
+    last = group.rank == group.size - 1
+
+    def step(x: Any, target: Any) -> None:
+        stage.zero_grad()
+        made.step(*((x,) if group.rank == 0 else ()), target=target if last else None)
+
+    return step
 
 
 @contextmanager
