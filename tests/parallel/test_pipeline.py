@@ -42,6 +42,7 @@ from mpidist.parallel import (
     simulate,
 )
 from mpidist.parallel.pipeline.generators import SCHEDULES
+from mpidist.parallel.pipeline.waits import describe_waits
 from mpidist.testing import DeliveryMode, Faults, run_ranks
 from tests.parallel.pipeline import (
     MODE,
@@ -410,3 +411,37 @@ def test_the_costs_of_a_timeline_are_medians():
         spans.append(Span(action, now, now + cost))
         now += cost
     assert Timeline((tuple(spans),)).costs() == Costs((2,), (2,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (0, "21.0 ms; rank 0 waited 71%, 71% for stage 1; rank 1 waited 14%, 5% for stage 0"),
+        (2, "25.0 ms; rank 0 waited 76%, 76% for stage 1; rank 1 waited 28%, 12% for stage 0"),
+    ],
+)
+def test_waits_are_told_with_the_layer_to_move(message, expected):
+    """By hand: F0 F1 B0 B1 on rank 0, F0 B0 F1 B1 on rank 1, which has three layers of four."""
+    schedule, costs = one_f_one_b(2, 2), Costs(*((1e-3, 3e-3) for _ in range(3)))
+    told = describe_waits(
+        schedule, simulate(schedule, costs, message=message * 1e-3), starts=(0, 1, 4)
+    )
+    step, *ranks, move = told.split("\n")
+    assert step == f"1f1b: {expected.split(';')[0]}, without messages 21.0 ms"
+    assert [line.replace(" of the step", "") for line in ranks] == expected.split("; ")[1:]
+    assert move == (
+        "move one layer from stage 1 to stage 0: about 18.0 ms without messages, if its layers "
+        "take equally long"
+    )
+
+
+@pytest.mark.parametrize("starts", [(0, 1, 2), (0, 20, 40)])
+def test_no_layer_is_to_move_where_that_helps_little(starts):
+    def body(group):
+        model = Sequential(*(ReLU() for _ in range(starts[-1])))
+        with Pipeline(model, group, micro_batches=2, cut=starts[1:-1]) as pipe:
+            return pipe.describe(simulate(pipe.schedule))
+
+    for told in run_ranks(2, body):
+        assert told.count("\n") == 2
+        assert "move" not in told

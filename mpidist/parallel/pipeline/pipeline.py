@@ -30,6 +30,7 @@ from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, Sta
 from mpidist.parallel.pipeline.schedule import Pass, Schedule
 from mpidist.parallel.pipeline.stages import Cuts, check_model, cut_model, starts_of
 from mpidist.parallel.pipeline.timeline import Span, Timeline
+from mpidist.parallel.pipeline.waits import describe_waits
 
 __all__ = ["Evaluation", "Pipeline", "StepResult"]
 
@@ -210,6 +211,7 @@ class Pipeline(Closing):
         self._between_layers = after_passes(leaves, self.group.transport.progress)
         actions = self.schedule.actions[group.rank]
         forward = [action for action in actions if action.kind is Pass.FORWARD]
+        self._layers = len(model.layers)
         self._edges = {
             verb: Edges(self.schedule, of_verb, self.group)
             for verb, of_verb in (("step", actions), ("evaluate", forward))
@@ -431,6 +433,23 @@ class Pipeline(Closing):
         Collective over the group; blocks. One exchange of the spans.
         """
         return Timeline(tuple(all_gather_object(result.spans, self.group)))
+
+    def describe(self, timeline: Timeline) -> str:
+        """Say in words who waited for whom in a step, and whether another cut would be better.
+
+        Parameters
+        ----------
+        timeline : Timeline
+            As `timeline` returns it.
+
+        Returns
+        -------
+        str
+            The span of the step, and what it would be without messages; a line for each rank; and
+            the layer to move to a neighbouring stage, if that makes the step shorter: as simulated,
+            with each stage's time divided equally among its layers.
+        """
+        return describe_waits(self.schedule, timeline, (*self.starts, self._layers))
 
     # -- parameters and states ---------------------------------------------------------------------
 
