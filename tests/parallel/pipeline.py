@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,18 @@ import numpy as np
 from mpidist._types import Array
 from mpidist.group import ProcessGroup
 from mpidist.nn import (
+    CONCAT,
     GELU,
     Dropout,
     Embedding,
     LayerNorm,
     Linear,
     Mode,
+    Pop,
     Recompute,
     Residual,
     Sequential,
+    Stash,
     cross_entropy,
 )
 from mpidist.parallel import Pipeline, StepResult
@@ -52,6 +55,33 @@ def build(dtype: Any = np.float32) -> Sequential:
     )
 
 
+def build_connected(dtype: Any = np.float32) -> Sequential:
+    """Return a model of 16 layers with connections over few and over nearly all of them."""
+    rng = np.random.default_rng(0)
+
+    def linear(d_in: int = WIDTH, d_out: int = WIDTH) -> Linear:
+        return Linear(d_in, d_out, rng=rng, dtype=dtype)
+
+    return Sequential(
+        Embedding(WORDS, WIDTH, rng=rng, std=1.0, dtype=dtype),
+        Stash("all but two"),
+        linear(),
+        Stash("three"),
+        GELU(),
+        Dropout(0.2),
+        Pop("three"),
+        linear(),
+        Stash("wide"),
+        linear(),
+        GELU(),
+        Pop("wide", merge=CONCAT, axis=-1),
+        linear(2 * WIDTH),
+        Pop("all but two"),
+        LayerNorm(WIDTH, dtype=dtype),
+        linear(WIDTH, WORDS),
+    )
+
+
 def batch(samples: int = SAMPLES) -> tuple[Array, Array]:
     """Return (samples, 3) integers and a class for each."""
     rng = np.random.default_rng(7)
@@ -66,16 +96,22 @@ class Gave:
     grads: Mapping[str, Array]
 
 
-def alone(micro_batches: int, *, samples: int = SAMPLES, dtype: Any = np.float32) -> Gave:
+def alone(
+    micro_batches: int,
+    *,
+    samples: int = SAMPLES,
+    dtype: Any = np.float32,
+    model: Callable[..., Sequential] = build,
+) -> Gave:
     """Run the micro-batches one after the other in one process; numpy cuts the batch."""
-    model, (x, target), loss = build(dtype), batch(samples), 0.0
+    whole, (x, target), loss = model(dtype), batch(samples), 0.0
     for rows in np.array_split(np.arange(samples), micro_batches):
         begin = int(rows[0]) if len(rows) else samples
-        y, ctx = model.forward(x[rows], MODE.shifted(begin))
+        y, ctx = whole.forward(x[rows], MODE.shifted(begin))
         part, dy = cross_entropy(y, target[rows], denominator=target.size)
-        model.backward(ctx, dy)
+        whole.backward(ctx, dy)
         loss += float(part)
-    return Gave(loss, gradients(model))
+    return Gave(loss, gradients(whole))
 
 
 def gradients(model: Sequential | Pipeline) -> dict[str, Array]:
@@ -90,11 +126,12 @@ def step(
     *,
     samples: int = SAMPLES,
     dtype: Any = np.float32,
+    model: Callable[..., Sequential] = build,
     **options: Any,
 ) -> tuple[StepResult, dict[str, Array]]:
     """Run one step, with the batch only where it is used."""
     x, target = batch(samples)
-    with Pipeline(build(dtype), group, micro_batches=micro_batches, **options) as pipe:
+    with Pipeline(model(dtype), group, micro_batches=micro_batches, **options) as pipe:
         ranks = pipe.schedule.rank_of_stage
         result = pipe.step(
             x if group.rank == ranks[0] else None,

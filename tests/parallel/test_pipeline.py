@@ -51,12 +51,14 @@ from tests.parallel.pipeline import (
     assert_same_bits,
     batch,
     build,
+    build_connected,
     gradients,
     joined,
     step,
 )
 
 on_schedules = pytest.mark.parametrize("schedule", SCHEDULES)
+FULL = pytest.mark.full
 
 
 # -- bits ----------------------------------------------------------------------------------------
@@ -95,10 +97,28 @@ def test_on_eight_ranks(schedule):
     assert_same_bits(joined(got), alone(2 * ranks))
 
 
+@on_schedules
+@pytest.mark.parametrize("ranks", [4, *(pytest.param(r, marks=FULL) for r in (1, 2, 3))])
+def test_connections_over_stages_do_not_change_bits(ranks, schedule, full):
+    body = partial(step, schedule=schedule, model=build_connected)
+    ran = 0
+    for micro in (5, 6, 8, 12, 16) if full else (4,):
+        try:
+            SCHEDULES[schedule](ranks, micro)
+        except ScheduleError:
+            continue
+        for cut in ("layers", "parameters") if full else ("layers",):
+            got = joined(run_ranks(ranks, partial(body, cut=cut), micro))
+            assert_same_bits(got, alone(micro, model=build_connected))
+            ran += 1
+    assert ran >= 1
+
+
 @pytest.mark.parametrize("samples", [1, 3, 8])
 def test_micro_batches_may_be_empty(samples):
-    got = run_ranks(3, partial(step, samples=samples, schedule="zb-h1"), 5)
-    assert_same_bits(joined(got), alone(5, samples=samples))
+    options = {"samples": samples, "model": build_connected}
+    got = run_ranks(3, partial(step, schedule="zb-h1", **options), 5)
+    assert_same_bits(joined(got), alone(5, **options))
 
 
 @pytest.mark.parametrize("cut", ["layers", "parameters", (1, 2, 11), (4, 8, 9)], ids=str)
@@ -156,13 +176,14 @@ def random_schedule(rng: random.Random) -> Schedule:
 @pytest.mark.timeout(900)  # two thousand of them, in a full run, on a busy machine
 def test_random_orders_on_random_ranks_have_the_same_bits(full):
     rng = random.Random(1)
-    expected = {micro: alone(micro) for micro in range(1, 6)}
+    models = (build, build_connected)
+    expected = {(n, model): alone(n, model=model) for n in range(1, 6) for model in models}
     for _ in range(2000 if full else 20):
         schedule = random_schedule(rng)
-        mode = rng.choice(list(DeliveryMode))
-        body = partial(step, schedule=schedule, cut="layers")
+        mode, model = rng.choice(list(DeliveryMode)), rng.choice(models)
+        body = partial(step, schedule=schedule, cut="layers", model=model)
         got = run_ranks(schedule.ranks, body, schedule.micro_batches, mode=mode)
-        assert_same_bits(joined(got), expected[schedule.micro_batches])
+        assert_same_bits(joined(got), expected[schedule.micro_batches, model])
 
 
 # -- a run of several steps ------------------------------------------------------------------------

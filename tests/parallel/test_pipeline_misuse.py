@@ -17,7 +17,19 @@ from mpidist.errors import (
     ScheduleError,
     UnsupportedOperationError,
 )
-from mpidist.nn import Context, Linear, Mode, Module, ReLU, Sequential, cross_entropy, mse_loss
+from mpidist.nn import (
+    Context,
+    Linear,
+    Mode,
+    Module,
+    Pop,
+    ReLU,
+    Residual,
+    Sequential,
+    Stash,
+    cross_entropy,
+    mse_loss,
+)
 from mpidist.parallel import Pipeline, interleaved, one_f_one_b
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import run_ranks
@@ -94,11 +106,11 @@ def test_arguments_that_do_not_fit(name):
 
 def test_more_messages_than_tags():
     def few_tags(group):
-        group.transport.capabilities = Capabilities(max_tag=14)
+        group.transport.capabilities = Capabilities(max_tag=6)
         make(group)
 
     words = refused(few_tags, UnsupportedOperationError)
-    assert "need tags up to 15, and there are 14; take at most 3 micro-batches" in words
+    assert "need tags up to 7, and there are 6; take at most 3 micro-batches" in words
 
 
 class Own(Sequential):
@@ -117,7 +129,34 @@ def test_models_that_cannot_be_cut():
     assert "Own has a forward of its own" in words
 
 
+def test_connections_without_two_ends():
+    stash, pop = Stash("a"), Pop("a")
+    for layers, words in (
+        ((ReLU(), stash), "layer 1 is Stash('a'), and no layer is Pop('a')"),
+        ((ReLU(), pop), "layer 1 is Pop('a'), and no layer is Stash('a')"),
+        ((pop, stash), "layer 0, Pop('a'), is before layer 1, Stash('a')"),
+        ((stash, Stash("a")), "the layers 0 and 1 both are Stash('a')"),
+    ):
+        # Such a model cannot be built; but layers can be exchanged.
+        def exchanged(group, layers=layers):
+            module = model(2, 2, 2)
+            module.layers = layers
+            make(group, module)
+
+        assert words in refused(exchanged, ValueError)
+    words = refused(lambda group: make(group, Sequential(Residual(stash), ReLU())), TypeError)
+    assert "Stash('a'), '0.inner', is in a Residual, which does not know what is stashed" in words
+
+
 def test_ranks_that_differ_are_told_in_what():
+    def other_connection(group):
+        layers = [ReLU(), ReLU(), Pop("a")]
+        layers.insert(group.rank, Stash("a"))
+        make(group, Sequential(*layers))
+
+    words = refused(other_connection, CollectiveMismatchError)
+    assert "connection 'a' is (1, 3) on rank 1 and (0, 3) on rank 0" in words
+
     def other_shape(group):
         make(group, model(2, 2, 2 + group.rank, 2))
 

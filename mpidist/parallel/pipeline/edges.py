@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,21 +13,17 @@ from mpidist.backends.base import Traffic
 from mpidist.backends.work import Message, Work
 from mpidist.group import ProcessGroup
 from mpidist.group.pending import Peers
-from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
+from mpidist.parallel.pipeline.schedule import GRADIENT_PASSES, Action, Pass, Schedule
+from mpidist.parallel.pipeline.stages import StageLink
 from mpidist.point_to_point._messages import Receive, Send, prepare_receive, prepare_send
 
-__all__ = ["Edges", "largest_tag"]
+__all__ = ["Edges"]
 
 _AHEAD = 2
 """Actions before the one that needs it at which a receive is posted."""
 
 _LONGEST = (1 << 30) - 1
 """Bytes of a message whose receive may have more room than it needs."""
-
-
-def largest_tag(schedule: Schedule) -> int:
-    """Return the largest tag that the messages of a schedule have."""
-    return 2 * schedule.stages * schedule.micro_batches - 1
 
 
 class _Edge:
@@ -119,9 +115,10 @@ class Edges:
     """The messages of one rank in steps that all run the same actions.
 
     [Note: pipeline messages] Sends are immediate, and every message of a step has a tag of its own,
-    by the action that receives it. So no order in which ranks send and receive can block, and two
-    messages with one tag, of two steps, come in the order of the steps. Receives are posted a few
-    actions ahead: their messages arrive while this rank computes, and not more of them need memory.
+    by its link, its direction and its micro-batch. So no order in which ranks send and receive can
+    block, and two messages with one tag, of two steps, come in the order of the steps. Receives are
+    posted a few actions ahead: their messages arrive while this rank computes, and not more of them
+    need memory.
 
     Parameters
     ----------
@@ -129,6 +126,9 @@ class Edges:
         What is run.
     actions : sequence of Action
         Those of this rank in each step.
+    links : sequence of StageLink
+        What goes from stage to stage. The result of a forward pass goes from the first
+        stage to the second one, and the gradient by it goes back.
     group : ProcessGroup
         The pipeline's own.
 
@@ -138,22 +138,41 @@ class Edges:
         As given.
     """
 
-    def __init__(self, schedule: Schedule, actions: Sequence[Action], group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        actions: Sequence[Action],
+        links: Sequence[StageLink],
+        group: ProcessGroup,
+    ) -> None:
         self._schedule = schedule
         self.actions = actions
         self._posted = 0
-        self._incoming: dict[Action, _Edge] = {}
-        self._outgoing: dict[Action, _Edge] = {}
+        self._incoming: dict[Action, dict[str, _Edge]] = {}
+        self._outgoing: dict[Action, dict[str, _Edge | Action]] = {}
         for action in actions:
-            source, target = schedule.source(action), schedule.target(action)
-            if source is not None and (rank := schedule.rank_of_stage[source.stage]) != group.rank:
-                name = f"pipeline {action}, waits for {source} of rank {rank},"
-                self._incoming[action] = _Edge(group, rank, self._tag(action), name)
-            if target is not None and (rank := schedule.rank_of_stage[target.stage]) != group.rank:
-                name = f"pipeline {action}, sends to {target} of rank {rank},"
-                self._outgoing[action] = _Edge(group, rank, self._tag(target), name)
-        self._arriving: dict[Action, Work[Array]] = {}
-        self._local: dict[Action, Array] = {}
+            self._incoming[action], self._outgoing[action] = {}, {}
+            forward = action.kind is Pass.FORWARD
+            if not forward and action.kind not in GRADIENT_PASSES:
+                continue
+            for line, link in enumerate(links):
+                if action.stage not in link.stages:
+                    continue
+                takes = action.stage == link.stages[forward]
+                other = sum(link.stages) - action.stage
+                counterpart = schedule.counterpart(action, other)
+                rank = schedule.rank_of_stage[other]
+                tag = (2 * line + (not forward)) * schedule.micro_batches + action.micro_batch
+                if takes and rank != group.rank:
+                    name = f"pipeline {action}, waits for {counterpart} of rank {rank},"
+                    self._incoming[action][link.name] = _Edge(group, rank, tag, name)
+                elif not takes and rank != group.rank:
+                    name = f"pipeline {action}, sends to {counterpart} of rank {rank},"
+                    self._outgoing[action][link.name] = _Edge(group, rank, tag, name)
+                elif not takes:
+                    self._outgoing[action][link.name] = counterpart
+        self._arriving: dict[Action, dict[str, Work[Array]]] = {}
+        self._local: dict[Action, dict[str, Array]] = {}
         self._leaving: deque[Work[None]] = deque()
 
     def describe(self, action: Action) -> str:
@@ -168,23 +187,24 @@ class Edges:
         """Post the receives of the action of this number, and of those that follow closely."""
         stop = min(index + 1 + _AHEAD, len(self.actions))
         for action in self.actions[self._posted : stop]:
-            if action in self._incoming:
-                self._arriving[action] = self._incoming[action].post()
+            incoming = self._incoming[action]
+            self._arriving[action] = {name: edge.post() for name, edge in incoming.items()}
         self._posted = stop
 
-    def receive(self, action: Action) -> Array | None:
-        """Return what an action of this rank takes from another stage, if any; waits for it."""
-        if action in self._incoming:
-            return self._incoming[action].receive(self._arriving.pop(action))
-        return self._local.pop(action, None)
+    def receive(self, action: Action) -> dict[str, Array]:
+        """Return what an action of this rank takes from other stages, by name; waits for it."""
+        arriving, incoming = self._arriving.pop(action), self._incoming[action]
+        received = self._local.pop(action, {})
+        received.update((name, incoming[name].receive(work)) for name, work in arriving.items())
+        return received
 
-    def send(self, action: Action, array: Array | None) -> None:
-        """Pass the result of an action on to the stage that takes it, if there is one."""
-        if action in self._outgoing:
-            assert array is not None, "another stage takes it"
-            self._leaving.extend(self._outgoing[action].send(array))
-        elif array is not None and (target := self._schedule.target(action)) is not None:
-            self._local[target] = array
+    def send(self, action: Action, results: Mapping[str, Array]) -> None:
+        """Pass the results of an action on to the stages that take them, if there are any."""
+        for name, to in self._outgoing[action].items():
+            if isinstance(to, Action):
+                self._local.setdefault(to, {})[name] = results[name]
+            else:
+                self._leaving.extend(to.send(results[name]))
         # In the order of sending, so that one poll is enough where none has arrived.
         while self._leaving and self._leaving[0].done():
             self._leaving.popleft()
@@ -194,7 +214,3 @@ class Edges:
         while self._leaving:
             self._leaving.popleft().wait()
         self._posted = 0
-
-    def _tag(self, receiver: Action) -> int:
-        line = 2 * receiver.stage + (receiver.kind is not Pass.FORWARD)
-        return line * self._schedule.micro_batches + receiver.micro_batch

@@ -19,16 +19,17 @@ from mpidist.nn.containers import Sequential
 from mpidist.nn.losses import cross_entropy
 from mpidist.nn.mode import EVAL, Mode
 from mpidist.nn.parameter import Parameter
+from mpidist.nn.skips import connections
 from mpidist.nn.surround import after_passes
 from mpidist.parallel.clip import check_max_norm, clip_to_norm, sum_of_squares
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.data.verify import Description, describe, verify_same
 from mpidist.parallel.gradient_kernels import gradient_arrays
-from mpidist.parallel.pipeline.edges import Edges, largest_tag
+from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
 from mpidist.parallel.pipeline.schedule import Pass, Schedule
-from mpidist.parallel.pipeline.stages import Cuts, check_model, cut_model, starts_of
+from mpidist.parallel.pipeline.stages import Cuts, check_model, cut_model, links_of, starts_of
 from mpidist.parallel.pipeline.timeline import Span, Timeline
 from mpidist.parallel.pipeline.waits import describe_waits
 
@@ -183,13 +184,8 @@ class Pipeline(Closing):
         self.schedule = _schedule(schedule, group, micro_batches)
         self.starts = starts_of(model, cut, self.schedule.stages)
         parts = cut_model(model, self.starts)
-        if largest_tag(self.schedule) > group.capabilities.max_tag:
-            most = (group.capabilities.max_tag + 1) // (2 * self.schedule.stages)
-            raise UnsupportedOperationError(
-                f"Pipeline on {group}: the messages of {self.schedule.stages} stages and "
-                f"{micro_batches} micro-batches need tags up to {largest_tag(self.schedule)}, and "
-                f"there are {group.capabilities.max_tag}; take at most {most} micro-batches"
-            )
+        links = links_of(model, self.starts)
+        _check_tags(2 * len(links), self.schedule, group)
         self.group = group.duplicate(f"{group.name}/pipeline")
         self.stages: Mapping[int, Sequential] = {
             stage: part
@@ -213,7 +209,7 @@ class Pipeline(Closing):
         forward = [action for action in actions if action.kind is Pass.FORWARD]
         self._layers = len(model.layers)
         self._edges = {
-            verb: Edges(self.schedule, of_verb, self.group)
+            verb: Edges(self.schedule, of_verb, links, self.group)
             for verb, of_verb in (("step", actions), ("evaluate", forward))
         }
         self._failure: str | None = None
@@ -544,6 +540,7 @@ def _description(model: Sequential, arguments: Mapping[str, Any]) -> Description
         *(describe("parameter", name, p.data) for name, p in model.named_parameters()),
         *(describe("buffer", name, array) for name, array in model.named_buffers()),
         ("number of layers", str(len(model.layers))),
+        *((f"connection '{k}'", str(ends)) for k, ends in connections(model.layers).items()),
         *((f"argument '{name}'", str(value)) for name, value in arguments.items()),
     )
 
@@ -564,6 +561,18 @@ def _schedule(given: str | Schedule, group: ProcessGroup, micro_batches: int) ->
             f"{', '.join(SCHEDULES)}; got {given!r}"
         )
     return SCHEDULES[given](group.size, micro_batches)
+
+
+def _check_tags(lines: int, schedule: Schedule, group: ProcessGroup) -> None:
+    """Raise unless there are tags for so many messages of each micro-batch."""
+    most = group.capabilities.max_tag
+    largest = lines * schedule.micro_batches - 1
+    if largest > most:
+        raise UnsupportedOperationError(
+            f"Pipeline on {group}: the messages of {schedule.stages} stages and "
+            f"{schedule.micro_batches} micro-batches need tags up to {largest}, and there are "
+            f"{most}; take at most {(most + 1) // lines} micro-batches"
+        )
 
 
 def _replica(data_parallel: Callable[[Sequential], DDP], stage: Sequential) -> DDP:

@@ -154,21 +154,20 @@ class StageRun:
         """
         actions = edges.actions
         trains = any(action.kind is not Pass.FORWARD for action in actions)
-        result: Array | None
         start = perf_counter()
         for index, action in enumerate(actions):
             edges.post(index)
             try:
-                received = edges.receive(action)
+                arrays = edges.receive(action)
                 began = perf_counter()
                 with region(str(action)):
                     if action.kind is Pass.FORWARD:
-                        result = self._forward(action, received, trains=trains)
+                        self._forward(action, arrays, trains=trains)
                     else:
-                        result = self._backward(action, received)
+                        self._backward(action, arrays)
                 self.spans.append(Span(action, began - start, perf_counter() - start))
-                edges.send(action, result)
-                del received, result  # else they would live until the next action is over
+                edges.send(action, arrays)
+                del arrays  # else they would live until the next action is over
             except Exception as error:
                 # `add_note` begins with Python 3.11.
                 notes = getattr(error, "__notes__", [])
@@ -180,15 +179,19 @@ class StageRun:
         left = (self._contexts, self._halves, self._gradients)
         assert not any(left), "a schedule has a backward pass for each forward pass"
 
-    def _forward(self, action: Action, received: Array | None, *, trains: bool) -> Array:
+    def _forward(self, action: Action, arrays: dict[str, Array], *, trains: bool) -> None:
+        """Run a forward pass; `arrays` holds what it takes, and then what it gives.
+
+        The input and the output have the name "", and what is stashed that of its connection.
+        """
         stage, _, micro = action
-        x = self._batch.part(self._batch.x, micro) if received is None else received
-        y, ctx = self._stages[stage].forward(x, self._batch.mode_of(micro))
+        x = arrays.pop("") if stage > 0 else self._batch.part(self._batch.x, micro)
+        y, ctx = self._stages[stage].forward(x, self._batch.mode_of(micro), arrays)
         if trains:
             self._contexts[stage, micro] = ctx
         if stage == self._last:
             self._end(y, micro, trains=trains)
-        return y
+        arrays[""] = y
 
     def _end(self, y: Array, micro: int, *, trains: bool) -> None:
         """Take an output of the last stage: its loss, or itself."""
@@ -201,17 +204,20 @@ class StageRun:
             if trains:
                 self._gradients[micro] = dy
 
-    def _backward(self, action: Action, received: Array | None) -> Array | None:
+    def _backward(self, action: Action, arrays: dict[str, Array]) -> None:
+        """Run a backward pass, or a half; `arrays` holds what it takes, and then what it gives."""
         stage, kind, micro = action
         module, key = self._stages[stage], (stage, micro)
         if kind is Pass.BACKWARD_WEIGHT:
             uses, wctx = self._halves.pop(key)
             self._contributions.add(action, uses, lambda: module.backward_weight(wctx))
-            return None
-        dy = self._gradients.pop(micro) if received is None else received
+            return
+        dy = arrays.pop("") if stage < self._last else self._gradients.pop(micro)
         ctx = self._contexts.pop(key)
         if kind is Pass.BACKWARD:
-            return self._contributions.add(action, ctx.uses, lambda: module.backward(ctx, dy))
-        dx, wctx = module.backward_input(ctx, dy)
-        self._halves[key] = ctx.uses, wctx
-        return dx
+            arrays[""] = self._contributions.add(
+                action, ctx.uses, lambda: module.backward(ctx, dy, arrays)
+            )
+        else:
+            arrays[""], wctx = module.backward_input(ctx, dy, arrays)
+            self._halves[key] = ctx.uses, wctx

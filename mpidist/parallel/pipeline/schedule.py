@@ -69,7 +69,7 @@ class Action(NamedTuple):
         return cls(int(parts[1]), Pass(parts[2]), int(parts[3]))
 
 
-_GRADIENT_PASSES = (Pass.BACKWARD, Pass.BACKWARD_INPUT)
+GRADIENT_PASSES = (Pass.BACKWARD, Pass.BACKWARD_INPUT)
 """The passes that give the gradient by the stage's input."""
 
 _WEIGHT_PASSES = (Pass.BACKWARD, Pass.BACKWARD_WEIGHT)
@@ -141,18 +141,15 @@ class Schedule:
         stage, kind, micro = action
         if kind is Pass.FORWARD:
             return Action(stage - 1, kind, micro) if stage > 0 else None
-        if kind in _GRADIENT_PASSES and stage + 1 < self.stages:
-            return Action(stage + 1, self._gradient_pass[stage + 1, micro], micro)
+        if kind in GRADIENT_PASSES and stage + 1 < self.stages:
+            return self.counterpart(action, stage + 1)
         return None
 
-    def target(self, action: Action) -> Action | None:
-        """Return the action of a neighbouring stage that takes this one's result, if any."""
-        stage, kind, micro = action
-        if kind is Pass.FORWARD:
-            return Action(stage + 1, kind, micro) if stage + 1 < self.stages else None
-        if kind in _GRADIENT_PASSES and stage > 0:
-            return Action(stage - 1, self._gradient_pass[stage - 1, micro], micro)
-        return None
+    def counterpart(self, action: Action, stage: int) -> Action:
+        """Return another stage's pass in the same direction, forward or backward, as this one."""
+        _, kind, micro = action
+        forward = kind is Pass.FORWARD
+        return Action(stage, kind if forward else self._gradient_pass[stage, micro], micro)
 
     def needs(self, action: Action) -> Iterator[Action]:
         """Yield the actions that have to be over before this one begins."""
@@ -171,7 +168,7 @@ class Schedule:
             (action.stage, action.micro_batch): action.kind
             for actions in self.actions
             for action in actions
-            if action.kind in _GRADIENT_PASSES
+            if action.kind in GRADIENT_PASSES
         }
 
     @cached_property
@@ -276,7 +273,7 @@ class Schedule:
                     )
 
     def _check_ascending(self) -> None:
-        for kinds in ((Pass.FORWARD,), _GRADIENT_PASSES, _WEIGHT_PASSES):
+        for kinds in ((Pass.FORWARD,), GRADIENT_PASSES, _WEIGHT_PASSES):
             for rank, actions in enumerate(self.actions):
                 last: dict[int, Action] = {}
                 for action in actions:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from mpidist.arrays.namespaces import is_device
 from mpidist.errors import UnsupportedOperationError
 from mpidist.nn.containers import Sequential
+from mpidist.nn.skips import SkipLayer, connections
 from mpidist.nn.surround import PASSES
 
-__all__ = ["Cuts", "check_model", "cut_model", "starts_of"]
+__all__ = ["Cuts", "StageLink", "check_model", "cut_model", "links_of", "starts_of"]
 
 Cuts: TypeAlias = Sequence[int] | Literal["layers", "parameters"]
 """Where a model is cut into stages; see `Pipeline`."""
+
+
+class StageLink(NamedTuple):
+    """What one stage gives another: forward an array, backward the gradient by it.
+
+    Attributes
+    ----------
+    stages : tuple of int
+        That which computes the array, and a later one, which takes it.
+    name : str
+        Of the connection that it is stashed for; empty for the input of the next stage.
+    """
+
+    stages: tuple[int, int]
+    name: str
 
 
 def check_model(model: Sequential, operation: str) -> None:
@@ -32,6 +49,14 @@ def check_model(model: Sequential, operation: str) -> None:
             f"{operation}: {type(model).__name__} has a {own[0]} of its own, which the stages "
             "would not run; give a plain Sequential of its layers"
         )
+    connections(model.layers)  # they may be others than when the model was built
+    for name, module in model.named_modules():
+        for child, layer in module.named_children():
+            if isinstance(layer, SkipLayer) and not isinstance(module, Sequential):
+                raise TypeError(
+                    f"{operation}: {layer}, '{name}.{child}', is in a {type(module).__name__}, "
+                    "which does not know what is stashed; make it a layer of a Sequential"
+                )
     for name, parameter in model.named_parameters():
         if is_device(parameter.data):
             raise UnsupportedOperationError(
@@ -129,3 +154,17 @@ def cut_model(model: Sequential, starts: Sequence[int]) -> list[Sequential]:
                     "own"
                 )
     return parts
+
+
+def links_of(model: Sequential, starts: Sequence[int]) -> tuple[StageLink, ...]:
+    """Return what stages that begin with these layers give each other.
+
+    What is stashed goes straight to the stage that pops it.
+    """
+    last = len(starts) - 1
+    links = [StageLink((stage, stage + 1), "") for stage in range(last)]
+    for name, (stash, pop) in sorted(connections(model.layers).items()):
+        first, then = (bisect_right(starts, layer) - 1 for layer in (stash, pop))
+        if first != then:
+            links.append(StageLink((first, then), name))
+    return tuple(links)
