@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import weakref
 from collections import ChainMap
@@ -13,7 +14,7 @@ from time import sleep
 import numpy as np
 import pytest
 
-from mpidist import checkpoint
+from mpidist import checkpoint, trace
 from mpidist.errors import (
     ScheduleError,
 )
@@ -421,6 +422,21 @@ def test_a_timeline_has_what_each_rank_did(schedule):
     for action in schedule.order:
         for need in schedule.needs(action):
             assert ended[need] <= began[action] + starts
+
+
+def test_a_trace_has_a_region_for_each_action(tmp_path):
+    def body(group):
+        with Pipeline(build(), group, micro_batches=4, schedule="zb-h1") as pipe:
+            with trace(tmp_path / "trace.json", group):
+                pipe.step(*batch(), MODE)
+            return [str(action) for action in pipe.schedule.actions[group.rank]]
+
+    actions = run_ranks(2, body)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for rank, expected in enumerate(actions):
+        regions = [e for e in events if e["pid"] == rank and e.get("name") in expected]
+        assert [e["name"] for e in sorted(regions, key=lambda e: e["ts"])] == expected
+        assert all(e["dur"] > 0 for e in regions)
 
 
 def test_the_costs_of_a_timeline_are_medians():

@@ -11,6 +11,7 @@ from mpidist.nn import Linear, ReLU, Sequential, mse_loss
 from mpidist.parallel import Pipeline
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from tests.parallel.pipeline import MODE, alone, assert_same_bits, joined, step
+from tests.parallel.test_pipeline import Sleeping
 from tests.parallel.test_pipeline_messages import SHAPES, run
 
 on_ranks = pytest.mark.ranks(2, 4, full=(1, 3))
@@ -62,3 +63,19 @@ def test_what_arrives_is_what_was_sent_whatever_shapes_follow_each_other(world):
     assert len(pairs) == 2 * len(steps)
     for got, expected in pairs:
         np.testing.assert_array_equal(got, expected, strict=True)
+
+
+@pytest.mark.full
+@pytest.mark.hosts(2, ranks=1)
+def test_over_a_network_messages_arrive_while_their_sender_computes(world):
+    """Forward, too: Open MPI sends long ones over TCP only inside of a call."""
+    x = np.ones((2, 1 << 16), np.float32)  # 256 KiB per micro-batch
+    model = Sequential(*(Sleeping(20, 0, 0) for _ in range(20)), Sleeping(0, 0, 0))
+    options = {"schedule": "gpipe", "cut": [20], "loss": mse_loss}
+    with Pipeline(model, world, micro_batches=2, **options) as pipe:
+        pipe.step(x, x, MODE)
+        (_, second, *_), (first, *_) = pipe.timeline(pipe.step(x, x, MODE)).spans
+    assert (str(second.action), str(first.action)) == ("0F1", "1F0")
+    arrived, computes = first.began - second.began, second.ended - second.began
+    assert computes >= 0.4
+    assert arrived < computes / 2, f"after {arrived} s of {computes} s"
