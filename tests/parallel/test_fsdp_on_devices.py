@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ from mpidist.parallel import (
 )
 from tests.parallel.fsdp import CASES, UNIT, batches
 from tests.parallel.training import assert_close
+
+if TYPE_CHECKING:
+    from mpidist.testing.contract import DevicePlace
 
 pytestmark = [pytest.mark.ranks(2, full=(1, 4)), pytest.mark.timeout(90)]
 
@@ -135,11 +139,29 @@ def test_with_halves_beside_single_precision_it_trains_as_on_the_host(group: Pro
 
 @pytest.mark.parametrize("precision", [Precision(), Precision(np.float32, np.float16)])
 def test_offloaded_to_the_host_it_has_the_same_bits(group: ProcessGroup, precision) -> None:
+    check_offloaded(group, GRADIENTS, precision)
+
+
+@pytest.mark.parametrize(
+    "strategy", [FULL, pytest.param(ShardingStrategy.HYBRID_SHARD, marks=pytest.mark.full)]
+)
+def test_over_nodes_it_is_offloaded_to_the_host_of_each(
+    shared_device: DevicePlace, monkeypatch: pytest.MonkeyPatch, strategy: ShardingStrategy
+) -> None:
+    monkeypatch.setenv("MPIDIST_RANKS_PER_NODE", "1")  # the first device is that of each rank
+    with mpidist.init("hybrid") as nodes:
+        assert nodes.num_nodes == nodes.size
+        check_offloaded(nodes, strategy, Precision())
+
+
+def check_offloaded(group: ProcessGroup, strategy: ShardingStrategy, precision: Precision) -> None:
+    """Compare parameters, state and the ledger with those of training on the device alone."""
+
     def steps(offload):
         model = CASES["tied"].build(np.random.default_rng(group.rank), np.float64)
         model.to("gpu")
         fsdp = FSDP(
-            model, group, strategy=GRADIENTS, units=UNIT, precision=precision, offload=offload
+            model, group, strategy=strategy, units=UNIT, precision=precision, offload=offload
         )
         optimizer = ShardedOptimizer(fsdp, optimizer=partial(SGD, lr=0.125, momentum=0.5))
         for step, (x, target) in enumerate(batches(np.float64)):
@@ -152,12 +174,13 @@ def test_offloaded_to_the_host_it_has_the_same_bits(group: ProcessGroup, precisi
         held = [piece for v in held if hasattr(v, "pieces") for piece in v.pieces.values()]
         assert {is_device(piece) for piece in held} == {offload is None}
         whole = full_state_dict(optimizer)
-        return fsdp, optimizer.memory_use(), {k: to_host(v) for k, v in whole.items() if "/v" in k}
+        found = {key: to_host(value) for key, value in whole.items() if "/v" in key}
+        with fsdp.whole():
+            found |= {name: to_host(p.data).copy() for name, p in fsdp.named_parameters()}
+        return fsdp, optimizer.memory_use(), found
 
-    fsdp, before, expected = steps(None)
-    expected |= {name: to_host(p.data) for name, p in fsdp.named_parameters()}
+    _, before, expected = steps(None)
     fsdp, use, got = steps("host")
-    got |= {name: to_host(p.data) for name, p in fsdp.named_parameters()}
     for name, array in expected.items():
         np.testing.assert_allclose(got[name], array, rtol=1e-12, atol=1e-15, err_msg=name)
     masters = sum(array.nbytes for array in fsdp.parameter_shards.own)
