@@ -68,6 +68,7 @@ class Parameter:
         "_remaining",
         "_sealed",
         "_shape",
+        "_take",
         "name",
         "part",
         "trainable",
@@ -86,12 +87,13 @@ class Parameter:
         self._has_grad = False
         self._remaining: int | None = None  # None: not counting
         self._on_ready: Callable[[Parameter], None] | None = None
+        self._take: Callable[[Array], object] | None = None
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
         """Return what a copy has: no part in the reduction that this one's gradient is in."""
         state = {name: getattr(self, name) for name in self.__slots__}
         alone = {"_memory_for": None, "_on_ready": None, "_remaining": None, "_closed": ""}
-        return None, state | alone
+        return None, state | alone | {"_take": None}
 
     def __repr__(self) -> str:
         return f"Parameter({self.name or 'unnamed'!s}, shape={self.shape}, dtype={self.dtype})"
@@ -219,7 +221,7 @@ class Parameter:
             If all expected contributions were made and `release` has not been called.
         """
         self._check_open()
-        if self._has_grad or not self.trainable:
+        if self._has_grad or not self.trainable or self._take is not None:
             return None
         memory = self._own_memory()
         return memory if memory.dtype == self._dtype else None
@@ -261,12 +263,26 @@ class Parameter:
             )
         if not self.trainable:
             return
+        if self._take is not None:
+            self._take(g)
+            return
         self._accumulate(g)
         if self._remaining is not None:
             # The last one closes the parameter: from here on its memory may be on its way.
             self._remaining -= 1
             if self._remaining == 0 and self._on_ready is not None:
                 self._on_ready(self)
+
+    def divert(self, take: Callable[[Array], object] | None) -> None:
+        """Hand contributions to somebody else, who adds them later, or not at all.
+
+        Parameters
+        ----------
+        take : callable or None
+            Called as ``take(g)`` with each contribution, which stays the caller's: copy it to keep
+            it. It is neither added nor counted. None ends that.
+        """
+        self._take = take
 
     def zero_grad(self) -> None:
         """Forget the gradient. Only a flag changes; no memory is touched.

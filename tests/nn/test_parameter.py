@@ -46,6 +46,27 @@ def test_handing_in_the_same_memory_twice_is_refused():
         p.add_grad(buffer)
 
 
+def test_diverted_contributions_are_neither_added_nor_counted():
+    p = _parameter()
+    p.add_grad(_ones())
+    p.zero_grad()
+    ready, taken = [], []
+    p.expect(1, ready.append)
+    p.divert(taken.append)
+    assert p.first_grad() is None
+    assert p.empty_grad() is not p.grad_memory
+    g = _ones(2.0)
+    p.add_grad(g)
+    with pytest.raises(ValueError, match=r"fc\.weight.*expects a gradient of shape \(2, 3\)"):
+        p.add_grad(g[0])
+    assert (len(taken), taken[0] is g, p.grad, ready) == (1, True, None, [])
+    p.divert(None)
+    p.add_grad(g)
+    p.release()
+    np.testing.assert_array_equal(p.grad, g)
+    assert (len(taken), ready) == (1, [p])
+
+
 def test_zero_grad_touches_no_memory():
     p = _parameter()
     p.add_grad(_ones(7.0))

@@ -18,6 +18,7 @@ from mpidist.errors import (
     UnsupportedOperationError,
 )
 from mpidist.nn import (
+    BatchNorm2d,
     Context,
     Linear,
     Mode,
@@ -30,7 +31,7 @@ from mpidist.nn import (
     cross_entropy,
     mse_loss,
 )
-from mpidist.parallel import Pipeline, interleaved, one_f_one_b
+from mpidist.parallel import DDP, Pipeline, interleaved, one_f_one_b
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import run_ranks
 from tests.parallel.pipeline import MODE
@@ -119,14 +120,34 @@ class Own(Sequential):
 
 
 def test_models_that_cannot_be_cut():
-    tied = model(2, 2, 2, 2, 2)
-    tied.layers[3].weight = tied.layers[0].weight
-    words = refused(lambda group: make(group, tied), UnsupportedOperationError)
-    assert "'3.weight' of stage 1 is held by stage 0, too" in words
+    same_array = model(2, 2, 2, 2, 2)
+    same_array.layers[3].weight.data = same_array.layers[0].weight.data
+    words = refused(lambda group: make(group, same_array), UnsupportedOperationError)
+    assert "'3.weight' of stage 1 is the same array as '0.weight' of stage 0" in words
+    assert "hold one Parameter object in both layers" in words
+    norm = BatchNorm2d(2)
+    words = refused(
+        lambda group: make(group, Sequential(norm, ReLU(), norm), cut="layers"),
+        UnsupportedOperationError,
+    )
+    assert "'2.running_mean' of stage 1 is the same array as '0.running_mean' of stage 0" in words
+    assert "give each its own, or cut the model so that one stage has both layers" in words
     words = refused(lambda group: make(group, ReLU()), TypeError)
     assert "expected a Sequential, whose layers are cut into stages, got a ReLU" in words
     words = refused(lambda group: make(group, Own(ReLU(), ReLU())), TypeError)
     assert "Own has a forward of its own" in words
+
+
+def test_a_tie_within_one_rank_has_no_replicas():
+    tied = model(2, 2, 2, 2, 2)
+    tied.layers[3].weight = tied.layers[0].weight
+
+    def replicated(group):
+        make(group, tied, schedule="zbv", data_parallel=lambda stage: DDP(stage, group))
+
+    words = refused(replicated, UnsupportedOperationError)
+    assert "'0.weight' is held by stage 0 and another one of rank 0" in words
+    assert "take a schedule of one stage per rank, such as '1f1b' or 'zb-h1'" in words
 
 
 def test_connections_without_two_ends():

@@ -7,10 +7,18 @@ import pytest
 
 from mpidist.collectives import all_gather_object
 from mpidist.errors import ScheduleError
-from mpidist.nn import Linear, ReLU, Sequential, mse_loss
+from mpidist.nn import Linear, Pop, ReLU, Sequential, Stash, mse_loss
 from mpidist.parallel import Pipeline
 from mpidist.parallel.pipeline.generators import SCHEDULES
-from tests.parallel.pipeline import MODE, alone, assert_same_bits, joined, step
+from tests.parallel.pipeline import (
+    MODE,
+    alone,
+    assert_same_bits,
+    build,
+    build_connected,
+    joined,
+    step,
+)
 from tests.parallel.test_pipeline import Sleeping
 from tests.parallel.test_pipeline_messages import SHAPES, run
 
@@ -25,8 +33,9 @@ def test_a_step_has_the_bits_of_one_process(world, schedule, full):
             SCHEDULES[schedule](world.size, micro)
         except ScheduleError:
             continue
-        got = all_gather_object(step(world, micro, schedule=schedule), world)
-        assert_same_bits(joined(got), alone(micro))
+        for model in (build, build_connected):
+            got = all_gather_object(step(world, micro, schedule=schedule, model=model), world)
+            assert_same_bits(joined(got), alone(micro, model=model))
 
 
 @pytest.mark.ranks(2, full=(4,))
@@ -34,12 +43,17 @@ def test_a_step_has_the_bits_of_one_process(world, schedule, full):
     "schedule", [pytest.param(s, marks=() if s == "zbv" else pytest.mark.full) for s in SCHEDULES]
 )
 def test_long_messages_have_the_bits_of_one_process(world, schedule):
-    """Activations of 512 KiB, which the library sends only when both ranks are inside of a call."""
+    """Activations of 512 KiB, which the library sends only when both ranks are inside of a call.
+
+    Also over a connection from the first layer to the last, and tied gradients of 256 KiB.
+    """
     rng, width, micro = np.random.default_rng(3), 256, 2 * world.size
 
     def model():
         layers = [Linear(width, width, rng=seed, bias=False) for seed in range(2 * world.size)]
-        return Sequential(*(module for layer in layers for module in (layer, ReLU())))
+        layers[-1].weight = layers[0].weight
+        inner = (module for layer in layers for module in (layer, ReLU()))
+        return Sequential(Stash("a"), *inner, Pop("a"))
 
     x, target = rng.normal(size=(2, 512 * micro, width)).astype(np.float32)
     whole = model()

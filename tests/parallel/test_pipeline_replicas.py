@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,17 @@ from mpidist.optim import AdamW
 from mpidist.parallel import DDP, BucketSizes, Pipeline, ShardedOptimizer
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import DeliveryMode, run_ranks
-from tests.parallel.pipeline import SAMPLES, alone, batch, build, gradients
+from tests.parallel.pipeline import (
+    SAMPLES,
+    TIED,
+    alone,
+    assert_same_bits,
+    batch,
+    build,
+    build_connected,
+    gradients,
+    joined,
+)
 
 TINY = BucketSizes(first=1, rest=600)
 """So that a stage has several buckets."""
@@ -29,7 +39,7 @@ def share(mesh, samples=SAMPLES):
     return slice(ends[index], ends[index + 1])
 
 
-def step(group, schedule, *, dp, op=SUM, steps=1, dtype=np.float64, **options):
+def step(group, schedule, *, dp, op=SUM, steps=1, dtype=np.float64, model=build, **options):
     """Run steps of a pipeline per row of a mesh; return the gradients of the last one."""
     with DeviceMesh(group, dp=dp, pp=group.size // dp) as mesh:
         data = mesh["dp"].group
@@ -40,7 +50,7 @@ def step(group, schedule, *, dp, op=SUM, steps=1, dtype=np.float64, **options):
         x, target = batch()
         rows = share(mesh) if op is SUM else slice(0, SAMPLES)
         pipe = Pipeline(
-            build(dtype),
+            model(dtype),
             mesh["pp"].group,
             micro_batches=4,
             schedule=schedule,
@@ -70,11 +80,36 @@ def test_uneven_shares_make_the_gradient_of_the_joined_batch(schedule, dp, ranks
     assert sum(losses) == pytest.approx(expected.loss, rel=1e-12)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize(
+    ("dp", "ranks"), [(2, 4), *(pytest.param(*n, marks=pytest.mark.full) for n in ((3, 6), (2, 6)))]
+)
+def test_tied_gradients_are_summed_over_stages_and_then_over_shares(schedule, dp, ranks):
+    expected = alone(1, dtype=np.float64, model=build_connected)
+    body = partial(step, dp=dp, steps=2, model=build_connected, cut="layers")
+    grads: dict[str, np.ndarray] = {}
+    holders: Counter[str] = Counter()
+    for _, own, _ in run_ranks(ranks, body, schedule):
+        holders.update(own.keys())
+        for name, array in own.items():  # the same bits on all ranks that hold it
+            np.testing.assert_array_equal(grads.setdefault(name, array), array, err_msg=name)
+    assert grads.keys() == expected.grads.keys()
+    assert {name for name, count in holders.items() if count > dp} == {*TIED}
+    for name, array in expected.grads.items():
+        error = np.abs(grads[name] - array).max()
+        assert error <= 1e-12 * np.abs(array).max(), name
+
+
 def test_means_of_equal_shares_are_the_gradient_of_one():
     expected = alone(1, dtype=np.float64)
     got = run_ranks(4, partial(step, dp=2, op=MEAN, steps=2), "zb-h1")
     for name, array in ChainMap(*(own for _, own, _ in got)).items():
         np.testing.assert_allclose(array, expected.grads[name], rtol=1e-11, atol=1e-15)
+
+
+def test_one_pipeline_alone_has_the_bits_of_one_process_with_ties():
+    got = run_ranks(2, partial(step, dp=1, dtype=np.float32, model=build_connected), "zb-h1")
+    assert_same_bits(joined([rank[:2] for rank in got]), alone(4, model=build_connected))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -124,7 +159,7 @@ def test_an_optimizer_may_be_sharded_over_the_data_axis():
         with DeviceMesh(group, dp=2, pp=2) as mesh:
             data = mesh["dp"].group
             pipe = Pipeline(
-                build(np.float64),
+                build_connected(np.float64),
                 mesh["pp"].group,
                 micro_batches=3,
                 data_parallel=lambda stage: DDP(stage, data, op=SUM),

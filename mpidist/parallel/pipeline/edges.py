@@ -17,7 +17,7 @@ from mpidist.parallel.pipeline.schedule import GRADIENT_PASSES, Action, Pass, Sc
 from mpidist.parallel.pipeline.stages import StageLink
 from mpidist.point_to_point._messages import Receive, Send, prepare_receive, prepare_send
 
-__all__ = ["Edges"]
+__all__ = ["Edge", "Edges"]
 
 _AHEAD = 2
 """Actions before the one that needs it at which a receive is posted."""
@@ -26,7 +26,7 @@ _LONGEST = (1 << 30) - 1
 """Bytes of a message whose receive may have more room than it needs."""
 
 
-class _Edge:
+class Edge:
     """The messages of one action, one in each step: from or to one rank, with one tag.
 
     [Note: repeated shapes] In most steps the message of an action has the shape and dtype that it
@@ -148,8 +148,8 @@ class Edges:
         self._schedule = schedule
         self.actions = actions
         self._posted = 0
-        self._incoming: dict[Action, dict[str, _Edge]] = {}
-        self._outgoing: dict[Action, dict[str, _Edge | Action]] = {}
+        self._incoming: dict[Action, dict[str, Edge]] = {}
+        self._outgoing: dict[Action, dict[str, Edge | Action]] = {}
         for action in actions:
             self._incoming[action], self._outgoing[action] = {}, {}
             forward = action.kind is Pass.FORWARD
@@ -165,10 +165,10 @@ class Edges:
                 tag = (2 * line + (not forward)) * schedule.micro_batches + action.micro_batch
                 if takes and rank != group.rank:
                     name = f"pipeline {action}, waits for {counterpart} of rank {rank},"
-                    self._incoming[action][link.name] = _Edge(group, rank, tag, name)
+                    self._incoming[action][link.name] = Edge(group, rank, tag, name)
                 elif not takes and rank != group.rank:
                     name = f"pipeline {action}, sends to {counterpart} of rank {rank},"
-                    self._outgoing[action][link.name] = _Edge(group, rank, tag, name)
+                    self._outgoing[action][link.name] = Edge(group, rank, tag, name)
                 elif not takes:
                     self._outgoing[action][link.name] = counterpart
         self._arriving: dict[Action, dict[str, Work[Array]]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,8 @@ from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
 from mpidist.parallel.pipeline.schedule import Pass, Schedule
-from mpidist.parallel.pipeline.stages import Cuts, check_model, cut_model, links_of, starts_of
+from mpidist.parallel.pipeline.stages import Cuts, check_model, links_of, starts_of
+from mpidist.parallel.pipeline.ties import Ties, check_replicated, ties_of
 from mpidist.parallel.pipeline.timeline import Span, Timeline
 from mpidist.parallel.pipeline.waits import describe_waits
 
@@ -143,13 +144,18 @@ class Pipeline(Closing):
     ValueError
         If there are fewer layers than stages, or `cut` does not fit.
     UnsupportedOperationError
-        If a parameter is on a device, or held by layers of two stages; if the messages of a step
-        would need more tags than the transport has.
+        If a parameter is on a device; if layers of two stages hold one buffer, or two parameters
+        over one array, or, with `data_parallel`, those of two stages on one rank hold one
+        parameter; if the messages of a step would need more tags than the transport has.
 
     Notes
     -----
-    Collective over `group`; blocks. Costs the group, and two small exchanges. Initial values are
-    those that the rank of a stage has drawn: give all ranks the same seed.
+    Collective over `group`; blocks. Costs the group, two small exchanges, and a message of each
+    parameter that is tied over ranks. Initial values are those that the rank of a stage has drawn,
+    of a tied one that of its first stage: give all ranks the same seed.
+
+    A `Parameter` that layers of several stages hold is one parameter with the gradient of one
+    process, and on each of their ranks under its name in the whole model.
 
     Batch normalisation has the statistics of one micro-batch, as it has in one process that runs
     micro-batches.
@@ -183,15 +189,19 @@ class Pipeline(Closing):
         verify_same(_description(model, arguments), group, operation="Pipeline")
         self.schedule = _schedule(schedule, group, micro_batches)
         self.starts = starts_of(model, cut, self.schedule.stages)
-        parts = cut_model(model, self.starts)
-        links = links_of(model, self.starts)
-        _check_tags(2 * len(links), self.schedule, group)
+        parts = [model.part(a, b) for a, b in pairwise((*self.starts, len(model.layers)))]
+        links, ties = links_of(model, self.starts), ties_of(parts)
+        if data_parallel is not None:
+            check_replicated(ties, self.schedule)
+        _check_tags(2 * len(links) + Ties.lines(ties), self.schedule, group)
         self.group = group.duplicate(f"{group.name}/pipeline")
         self.stages: Mapping[int, Sequential] = {
             stage: part
             for stage, part in enumerate(parts)
             if self.schedule.rank_of_stage[stage] == group.rank
         }
+        self._ties = Ties(ties, self.schedule, self.group, 2 * len(links))
+        self._ties.share_values()
         self.replicas: dict[int, DDP] = {}
         if data_parallel is not None:
             self.replicas = {s: _replica(data_parallel, part) for s, part in self.stages.items()}
@@ -270,8 +280,10 @@ class Pipeline(Closing):
         -----
         Collective over the group, and over the ranks of the data axis; blocks. Costs one all-gather
         of 32 bytes per rank, and for each micro-batch, between two stages on different ranks, a
-        message of an activation and one of its gradient. Shapes may change from step to step; one
-        that is that of the last step saves the envelope. What a layer raises has a note that names
+        message of an activation and one of its gradient. A connection from a `Stash` to a `Pop` on
+        another rank costs the same, and a tied parameter one message of its size from each other
+        rank that holds it. Shapes may change from step to step; one that is that of the last step
+        saves the envelope. What a layer raises has a note that names
         the action.
         """
         run = self._run("step", x, target, mode, denominator)
@@ -342,7 +354,7 @@ class Pipeline(Closing):
             mode=mode,
             denominator=self._denominator(target) if denominator is None else denominator,
         )
-        contributions = Contributions(self.replicas, self.schedule.micro_batches - 1)
+        contributions = Contributions(self.replicas, self.schedule.micro_batches - 1, self._ties)
         run = StageRun(self.stages, last, batch, self._loss, contributions)
         try:
             with self._between_layers:
@@ -451,8 +463,12 @@ class Pipeline(Closing):
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield this rank's parameters under their names in the whole model, for an optimizer."""
+        seen: set[Parameter] = set()
         for part in self.stages.values():
-            yield from part.named_parameters()
+            for name, parameter in part.named_parameters():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield self._ties.names.get(name, name), parameter
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield this rank's parameters."""
@@ -489,8 +505,10 @@ class Pipeline(Closing):
         check_max_norm(max_norm)
         named = list(self.named_parameters())
         grads, _ = gradient_arrays(named, "Pipeline.clip_grad_norm", may_be_empty=True)
+        roots = [(name, parameter) for name, parameter in named if self._ties.is_root(parameter)]
+        counted, _ = gradient_arrays(roots, "Pipeline.clip_grad_norm", may_be_empty=True)
         with np.errstate(all="ignore"):
-            own = [sum_of_squares(grad) for grad in grads]
+            own = [sum_of_squares(grad) for grad in counted]
         everyone = all_gather_object(own, self.group)
         return clip_to_norm(grads, [], list(chain.from_iterable(everyone)), max_norm)
 
@@ -503,7 +521,11 @@ class Pipeline(Closing):
             The living arrays. A checkpoint that all ranks save together holds the whole model, and
             loads into any other cut of it, or one process.
         """
-        return {name: array for p in self.stages.values() for name, array in p.state_dict().items()}
+        return {
+            self._ties.names.get(name, name): array
+            for part in self.stages.values()
+            for name, array in part.state_dict().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy values into the parameters and buffers of this rank's stages, in place.
@@ -519,6 +541,8 @@ class Pipeline(Closing):
             Listing names that are missing and shapes or dtypes that differ; nothing has been
             changed then.
         """
+        # A tied parameter stands there once, under its first name.
+        state = {**state, **{n: state[w] for n, w in self._ties.names.items() if w in state}}
         states = [
             (part, {name: state[name] for name in part.state_dict() if name in state})
             for part in self.stages.values()

@@ -17,6 +17,7 @@ from mpidist.observe.regions import region
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.schedule import Action, Pass
+from mpidist.parallel.pipeline.ties import Ties
 from mpidist.parallel.pipeline.timeline import Span
 
 __all__ = ["Contributions", "Loss", "MicroBatches", "StageRun"]
@@ -64,7 +65,7 @@ class MicroBatches:
 
 
 class Contributions:
-    """The passes that add to the parameters' gradients, and their sums over the data axis.
+    """The passes that add to gradients, and the sums over stages and over the data axis.
 
     Parameters
     ----------
@@ -72,30 +73,40 @@ class Contributions:
         Of each stage of this rank, where there is a data axis; else empty.
     last : int
         The last micro-batch, with which a stage's gradients are complete.
+    ties : Ties
+        The parameters that several stages hold.
     """
 
-    def __init__(self, replicas: Mapping[int, DDP], last: int) -> None:
+    def __init__(self, replicas: Mapping[int, DDP], last: int, ties: Ties) -> None:
         self._replicas = replicas
         self._last = last
+        self._ties = ties
         self._works: list[Work[None]] = []
 
     def add(self, action: Action, uses: Mapping[Parameter, int], run: Callable[[], T]) -> T:
         """Run a pass; after the last one of a stage its gradients travel while others run."""
-        ddp = self._replicas.get(action.stage)
-        if ddp is None:
-            return run()
-        if action.micro_batch < self._last:
-            with ddp.no_sync():
-                return ddp.irun_backward(uses, run)[0]
-        result, work = ddp.irun_backward(uses, run)
-        self._works.append(work)
-        return result
+        with self._ties.recording(action):
+            ddp = self._replicas.get(action.stage)
+            if ddp is None:
+                return run()
+            # Gradients that are summed over stages first are not complete before the step's end.
+            if action.micro_batch < self._last or self._ties.holds(action.stage):
+                with ddp.no_sync():
+                    return ddp.irun_backward(uses, run)[0]
+            result, work = ddp.irun_backward(uses, run)
+            self._works.append(work)
+            return result
 
     def finish(self) -> None:
-        """Wait for the sums."""
+        """Wait for the sums: over stages, and then over the data axis."""
+        self._ties.add()
+        for stage, ddp in self._replicas.items():
+            if self._ties.holds(stage):
+                self._works.append(ddp.irun_backward({}, lambda: None)[1])
         for work in self._works:
             work.wait()
         self._works.clear()
+        self._ties.share_gradients()
 
 
 class StageRun:
@@ -175,7 +186,8 @@ class StageRun:
                 error.__notes__ = [*notes, note]  # type: ignore[attr-defined]
                 raise
         edges.finish()
-        self._contributions.finish()
+        if trains:
+            self._contributions.finish()
         left = (self._contexts, self._halves, self._gradients)
         assert not any(left), "a schedule has a backward pass for each forward pass"
 

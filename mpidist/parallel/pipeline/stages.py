@@ -15,7 +15,7 @@ from mpidist.nn.containers import Sequential
 from mpidist.nn.skips import SkipLayer, connections
 from mpidist.nn.surround import PASSES
 
-__all__ = ["Cuts", "StageLink", "check_model", "cut_model", "links_of", "starts_of"]
+__all__ = ["Cuts", "StageLink", "check_model", "links_of", "starts_of"]
 
 Cuts: TypeAlias = Sequence[int] | Literal["layers", "parameters"]
 """Where a model is cut into stages; see `Pipeline`."""
@@ -129,31 +129,6 @@ def _balanced(weights: Sequence[int], stages: int) -> tuple[int, ...]:
     for begin in reversed(begins):
         starts.append(begin[starts[-1]])
     return (0, *reversed(starts[1:]))
-
-
-def cut_model(model: Sequential, starts: Sequence[int]) -> list[Sequential]:
-    """Return the stages, whose layers are those of the model.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        If two stages hold the same parameter or buffer.
-    """
-    parts = [model.part(a, b) for a, b in pairwise((*starts, len(model.layers)))]
-    holders: dict[int, int] = {}
-    for stage, part in enumerate(parts):
-        held = [(name, id(p)) for name, p in part.named_parameters()]
-        held += [(name, id(b)) for name, b in part.named_buffers()]
-        for name, identity in held:
-            first = holders.setdefault(identity, stage)
-            if first != stage:
-                raise UnsupportedOperationError(
-                    f"Pipeline: '{name}' of stage {stage} is held by stage {first}, too, and "
-                    "parameters cannot be tied over stages; cut the model so that one stage has "
-                    f"both layers (stages begin with the layers {list(starts)}), or give each its "
-                    "own"
-                )
-    return parts
 
 
 def links_of(model: Sequential, starts: Sequence[int]) -> tuple[StageLink, ...]:
