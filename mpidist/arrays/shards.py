@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidist._types import Array, DType
-from mpidist.arrays.boxes import Box, boxes_of_range, overlapping
-from mpidist.arrays.namespaces import like_device
+from mpidist.arrays.boxes import Box, boxes_of_range, overlapping, part_slices
+from mpidist.arrays.namespaces import array_namespace, like_device
 from mpidist.errors import SizeMismatchError
 
 if TYPE_CHECKING:
@@ -204,6 +204,55 @@ class Part:
                 inside = common.relative_to(local)
                 boxes.append((inside.placed_in(there), common.relative_to(box)))
         return Part(self.shape, tuple(boxes), self.first)
+
+    @classmethod
+    def of_ranges(
+        cls, shape: Sequence[int], dimension: int, ranges: Sequence[tuple[int, int]]
+    ) -> Part:
+        """Return the part that some ranges of one dimension are, side by side.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Of the whole array.
+        dimension : int
+            Which one is cut, counted from 0.
+        ranges : sequence of (int, int)
+            Offset and size of each, at least one; they may be empty.
+        """
+        whole = Box.whole(shape)
+        slices = part_slices([size for _, size in ranges])
+        boxes = tuple(
+            (whole.along(dimension, offset, size), whole.along(dimension, local.start, size))
+            for (offset, size), local in zip(ranges, slices, strict=True)
+        )
+        return cls(whole.sizes, boxes)
+
+    def ranges(self, dimension: int) -> list[tuple[int, int]]:
+        """Return offset and size of each box of the whole in one dimension."""
+        return [(there.offsets[dimension], there.sizes[dimension]) for there, _ in self.boxes]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Shape of the array here; of one that holds nothing, zeros."""
+        ends = [local.stops for _, local in self.boxes]
+        return tuple(map(max, zip(*ends, strict=True))) if ends else (0,) * len(self.shape)
+
+    def of(self, whole: Array) -> Array:
+        """Return the array here, in new memory, out of a whole one.
+
+        Parameters
+        ----------
+        whole : Array, shape (..., *shape)
+            Leading axes stay as they are.
+        """
+        leading = whole.shape[: len(whole.shape) - len(self.shape)]
+        piece: Array = array_namespace(whole).empty((*leading, *self.sizes), whole.dtype)
+        for there, local in self.boxes:
+            source: Any = (..., *there.slices)
+            target: Any = (..., *local.slices)
+            piece[target] = whole[source]
+        return piece
 
     def sharded(self, array: Array) -> ShardedArray:
         """Return an array of the shape here as a part of the whole; copies nothing.

@@ -29,7 +29,7 @@ _PASSES = {SUM: 2, GATHER: 1, SCATTER: 1}
 STEP, ALONE, UPDATE = "FSDP step", "alone", "AdamW alone"
 
 
-class Split(Enum):
+class SplitOver(Enum):
     """Over which ranks something is split."""
 
     RANK = "rank"
@@ -38,9 +38,9 @@ class Split(Enum):
 
     def parts(self, layout: JobLayout) -> int:
         """Return into how many parts."""
-        if self is Split.RANK:
+        if self is SplitOver.RANK:
             return 1
-        return layout.ranks * (layout.nodes if self is Split.JOB else 1)
+        return layout.ranks * (layout.nodes if self is SplitOver.JOB else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class StrategyCost:
     """
 
     name: str
-    parameters: Split
-    gradients: Split
-    state: Split
+    parameters: SplitOver
+    gradients: SplitOver
+    state: SplitOver
     inside: str
     forward: tuple[str, ...] = ()
     backward: tuple[str, ...] = (SUM,)
@@ -90,7 +90,7 @@ class StrategyCost:
         return time, time - (1 - 1 / model.messages) * hidden
 
 
-_RANK, _NODE, _JOB = Split.RANK, Split.NODE, Split.JOB
+_RANK, _NODE, _JOB = SplitOver.RANK, SplitOver.NODE, SplitOver.JOB
 
 _COSTS = (
     StrategyCost(

@@ -17,6 +17,8 @@ _CUBIC = 0.044715
 class ReLU(ParameterFree):
     """``y = max(x, 0)``."""
 
+    elementwise_blocks = 1
+
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x`, of any shape, elementwise."""
         y = array_namespace(x).maximum(x, 0)
@@ -40,6 +42,8 @@ class GELU(ParameterFree):
     ----------
     Hendrycks, Gimpel (2016), Gaussian Error Linear Units, section 2.
     """
+
+    elementwise_blocks = 1
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x`, of any shape, elementwise."""

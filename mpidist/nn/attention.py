@@ -56,18 +56,20 @@ class CausalSelfAttention(Module):
             )
         rng = np.random.default_rng(rng)
         self.heads = heads
+        self.head_dim = dim // heads
         self.qkv = Linear(dim, 3 * dim, rng=rng, dtype=dtype)
         self.proj = Linear(dim, dim, rng=rng, dtype=dtype)
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x` (batch, time, dim) to the same shape."""
-        batch, time, dim = x.shape
         qkv, qkv_ctx = self.qkv.forward(x, mode)
-        q, k, v = _split_heads(qkv, self.heads)
-        q = q * (1.0 / math.sqrt(dim // self.heads))
-        mixed = array_namespace(x).empty((batch, time, dim), dtype=qkv.dtype)
+        q, k, v = _split_heads(qkv, self.head_dim)
+        q = q * (1.0 / math.sqrt(self.head_dim))
+        # Not the width of `x`: `qkv` may have only some of the heads.
+        shape = (*x.shape[:-1], qkv.shape[-1] // 3)
+        mixed = array_namespace(x).empty(shape, dtype=qkv.dtype)
         weights = _causal_softmax(q, k)
-        _as_heads(mixed, self.heads)[...] = weights @ v
+        _as_heads(mixed, self.head_dim)[...] = weights @ v
         y, proj_ctx = self.proj.forward(mixed, mode)
         return y, Context((qkv_ctx, (q, k, v, weights), proj_ctx), count_uses(qkv_ctx, proj_ctx))
 
@@ -92,12 +94,12 @@ class CausalSelfAttention(Module):
         self.qkv.backward_weight(qkv_wctx)
 
     def _attention_backward(self, saved: tuple[Array, ...], dmixed: Array) -> Array:
-        """Map dmixed (batch, time, dim) to dqkv (batch, time, 3 * dim)."""
+        """Map dmixed (batch, time, width) to dqkv (batch, time, 3 * width)."""
         q, k, v, weights = saved
-        batch, time, dim = dmixed.shape
-        dout = _as_heads(dmixed, self.heads)
-        dqkv: Array = array_namespace(dmixed).empty((batch, time, 3 * dim), dtype=dmixed.dtype)
-        dq, dk, dv = _split_heads(dqkv, self.heads)
+        batch, time, width = dmixed.shape
+        dout = _as_heads(dmixed, self.head_dim)
+        dqkv: Array = array_namespace(dmixed).empty((batch, time, 3 * width), dtype=dmixed.dtype)
+        dq, dk, dv = _split_heads(dqkv, self.head_dim)
         dv[...] = weights.swapaxes(-1, -2) @ dout
         # Softmax: each row of scores moves by weights * (its gradient - their weighted mean).
         dscores = dout @ v.swapaxes(-1, -2)
@@ -105,21 +107,21 @@ class CausalSelfAttention(Module):
         dscores *= weights
         dk[...] = dscores.swapaxes(-1, -2) @ q  # q is already scaled
         dq[...] = dscores @ k
-        dq *= 1.0 / math.sqrt(dim // self.heads)
+        dq *= 1.0 / math.sqrt(self.head_dim)
         return dqkv
 
 
-def _as_heads(x: Array, heads: int) -> Array:
-    """View (batch, time, heads * d) as (batch, heads, time, d)."""
-    batch, time, dim = x.shape
-    view: Array = x.reshape(batch, time, heads, dim // heads).transpose(0, 2, 1, 3)
+def _as_heads(x: Array, head_dim: int) -> Array:
+    """View (batch, time, heads * head_dim) as (batch, heads, time, head_dim)."""
+    batch, time, width = x.shape
+    view: Array = x.reshape(batch, time, width // head_dim, head_dim).transpose(0, 2, 1, 3)
     return view
 
 
-def _split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
-    """View (batch, time, 3 * dim) as queries, keys and values (batch, heads, time, d)."""
-    dim = qkv.shape[-1] // 3
-    q, k, v = (_as_heads(qkv[..., i * dim : (i + 1) * dim], heads) for i in range(3))
+def _split_heads(qkv: Array, head_dim: int) -> tuple[Array, Array, Array]:
+    """View (batch, time, 3 * width) as queries, keys, values (batch, heads, time, head_dim)."""
+    width = qkv.shape[-1] // 3
+    q, k, v = (_as_heads(qkv[..., i * width : (i + 1) * width], head_dim) for i in range(3))
     return q, k, v
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from mpidist._types import Array
 from mpidist.arrays.namespaces import is_device
+from mpidist.arrays.shards import Part
 from mpidist.nn.layer_kernels import philox_at_least
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, ParameterFree
@@ -33,7 +34,9 @@ class Dropout(ParameterFree):
     -----
     The first axis is the samples'. See `dropout_mask` for what the draw depends on. The same
     `Dropout` object used twice in one forward pass draws the same mask twice: make two. The
-    layer's number among the leaves of the model it was built into is `layer_index`.
+    layer's number among the leaves of the model it was built into is `layer_index`. Where the input
+    has only a part of the features of a sample, `part` says which, and those are drawn as they
+    would be within the whole; on the host.
 
     References
     ----------
@@ -42,6 +45,9 @@ class Dropout(ParameterFree):
     """
 
     draws_by_index = True
+    elementwise_blocks = 1
+    part: Part | None = None
+    """Which elements of the last axis the input has; None: all of them."""
 
     def __init__(self, p: float) -> None:
         if not 0.0 <= p < 1.0:
@@ -71,6 +77,9 @@ class Dropout(ParameterFree):
         return (dy if ctx.saved is None else self._apply(dy, ctx.saved)), None
 
     def _draw(self, x: Array, mode: Mode, layer_index: int) -> Array:
+        if self.part is not None:
+            shape = (*x.shape[:-1], *self.part.shape)
+            return self.part.of(dropout_mask(shape, self.p, mode, layer_index))
         if not is_device(x):
             return dropout_mask(x.shape, self.p, mode, layer_index)
         # The same words, by the generator's formula: the host would draw for longer than a step

@@ -72,11 +72,16 @@ class Linear(Module):
         d_out, d_in = self.weight.shape
         if x.shape[-1] != d_in:
             raise ValueError(f"Linear: expected an input of shape (..., {d_in}), got {x.shape}")
-        # One product of two matrices: numpy would run one per leading index otherwise.
-        y: Array = array_namespace(x).matmul(_rows(x), self.weight.data.T)
+        y = self._product(x)
         if self.bias is not None:
             y += self.bias.data
         return y.reshape(*x.shape[:-1], d_out), Context(x, count_uses(self.weight, self.bias))
+
+    def _product(self, x: Array) -> Array:
+        """Return ``x @ weight.T`` in new memory, as a matrix."""
+        # One product of two matrices: numpy would run one per leading index otherwise.
+        y: Array = array_namespace(x).matmul(_rows(x), self.weight.data.T)
+        return y
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
         """Map `dy` (..., d_out) to dx (..., d_in)."""
@@ -144,15 +149,9 @@ class Embedding(Module):
             If `x` holds no integers, or, on the host, one outside the table. On a device, where
             looking would make the host wait, such an integer gives a row of NaN.
         """
-        num = self.weight.shape[0]
-        if x.dtype.kind not in "iu":
-            raise ValueError(f"Embedding: expected an integer array, got {x.dtype}")
+        check_integers(x, self.weight.shape[0])
         if is_device(x):
             return rows_at(self.weight.data, x), Context(x, count_uses(self.weight))
-        if x.size and (int(x.min()) < 0 or int(x.max()) >= num):
-            raise ValueError(
-                f"Embedding: expected integers in 0..{num - 1}, got {int(x.min())}..{int(x.max())}"
-            )
         return self.weight.data[x], Context(x, count_uses(self.weight))
 
     def backward_input(self, ctx: Context, dy: Array) -> tuple[Array, Any]:
@@ -182,6 +181,16 @@ class Embedding(Module):
             rows = _rows(dy)[order]
             grad[indices[starts]] = xp.add.reduceat(rows, starts, axis=0)
         self.weight.add_grad(grad)
+
+
+def check_integers(x: Array, num: int) -> None:
+    """Raise unless an embedding of `num` rows can look `x` up, as far as the host can say."""
+    if x.dtype.kind not in "iu":
+        raise ValueError(f"Embedding: expected an integer array, got {x.dtype}")
+    if is_host(x) and x.size and (int(x.min()) < 0 or int(x.max()) >= num):
+        raise ValueError(
+            f"Embedding: expected integers in 0..{num - 1}, got {int(x.min())}..{int(x.max())}"
+        )
 
 
 class PositionEmbedding(Module):

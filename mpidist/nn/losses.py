@@ -45,8 +45,8 @@ def cross_entropy(
     """
     xp = array_namespace(logits)
     classes = logits.shape[-1]
-    _check_target(logits, target)
-    scale = 1.0 / _divisor(target.size, denominator)
+    check_target(target, logits.shape[:-1], classes, "cross_entropy")
+    scale = 1.0 / divisor(target.size, denominator)
     wide = xp.result_type(logits.dtype, xp.float32)  # halves are summed in float32
     rows = logits.reshape(-1, classes).astype(wide, copy=True)
     target = target.reshape(-1)
@@ -100,7 +100,7 @@ def mse_loss(
             f"mse_loss: expected a target of the prediction's shape {pred.shape}, "
             f"got {target.shape}; shapes are not broadcast"
         )
-    scale = 1.0 / _divisor(pred.size, denominator)
+    scale = 1.0 / divisor(pred.size, denominator)
     wide = xp.result_type(pred.dtype, xp.float32)
     error = xp.subtract(pred, target, dtype=wide)
     loss = xp.asarray(xp.square(error).sum() * scale, dtype=wide)
@@ -108,7 +108,8 @@ def mse_loss(
     return loss, error.astype(pred.dtype, copy=False)
 
 
-def _divisor(count: int, denominator: float | None) -> float:
+def divisor(count: int, denominator: float | None) -> float:
+    """Return what a sum over `count` elements is divided by; ValueError unless positive."""
     if denominator is None:
         return float(max(count, 1))
     if not denominator > 0:
@@ -119,20 +120,20 @@ def _divisor(count: int, denominator: float | None) -> float:
     return float(denominator)
 
 
-def _check_target(logits: Array, target: Array) -> None:
-    if tuple(target.shape) != tuple(logits.shape[:-1]):
+def check_target(target: Array, shape: tuple[int, ...], classes: int, what: str) -> None:
+    """Raise ValueError unless `target` holds classes for logits of shape (*shape, classes)."""
+    if tuple(target.shape) != tuple(shape):
         raise ValueError(
-            f"cross_entropy: expected a target of shape {logits.shape[:-1]} for logits of shape "
-            f"{logits.shape}, got {target.shape}"
+            f"{what}: expected a target of shape {tuple(shape)} for logits of shape "
+            f"{(*shape, classes)}, got {tuple(target.shape)}"
         )
     if not np.issubdtype(target.dtype, np.integer):
-        raise ValueError(f"cross_entropy: expected integer targets, got {target.dtype}")
+        raise ValueError(f"{what}: expected integer targets, got {target.dtype}")
     if is_device(target):
         return  # see _weigh
-    classes = logits.shape[-1]
     if target.size and (int(target.min()) < 0 or int(target.max()) >= classes):
         raise ValueError(
-            f"cross_entropy: expected targets in 0..{classes - 1}, "
+            f"{what}: expected targets in 0..{classes - 1}, "
             f"got {int(target.min())}..{int(target.max())}"
         )
 

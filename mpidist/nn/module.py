@@ -134,6 +134,9 @@ class Module(ABC):
     buffer_names: ClassVar[tuple[str, ...]] = ()
     draws_by_index: ClassVar[bool] = False
     """Whether the layer's output depends on `layer_index`."""
+    elementwise_blocks: ClassVar[int] = 0
+    """Of how many equal blocks of the last axis an element of the output depends on one element
+    each: 1 of an elementwise function, 2 of a gate; 0: on more than these."""
     layer_index: int | None = None
     """Position among the tree's leaves, which random layers draw by; None before `relabel`."""
     _is_labelled: bool = False

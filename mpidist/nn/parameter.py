@@ -375,6 +375,41 @@ class Parameter:
             self._memory_for = None
             self.detach()
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether a strategy has said where the gradient lies, by `attach` or `attach_later`."""
+        return self._location is not None or self._memory_for is not None
+
+    def cut(self, part: Part) -> None:
+        """Keep a part of the values, in memory of its own, and forget the gradient's memory.
+
+        Parameters
+        ----------
+        part : Part
+            Of the array that the values are now. `Parameter.part` from now on.
+
+        Raises
+        ------
+        ValueError
+            If the values are a part already, or `part` is one of an array of another shape.
+        RuntimeError
+            If a strategy has said where the gradient lies, or contributions are being counted.
+        """
+        self._check_not_armed("cut")
+        if self.is_attached:
+            raise RuntimeError(
+                f"cut: the gradient of parameter '{self.name}' lies in the memory of a strategy; "
+                "cut parameters before a DDP, an FSDP or an optimizer is made of them"
+            )
+        if self.part is not None or part.shape != self._shape:
+            raise ValueError(
+                f"cut: expected the part of a whole array of shape {self._shape}, parameter "
+                f"'{self.name}', got {part}; the values are {self.part or 'whole'}"
+            )
+        self.data = part.of(self.data)
+        self.part = part
+        self.detach()
+
     def expect(self, uses: int, on_ready: Callable[[Parameter], None] | None = None) -> None:
         """Count contributions from now, and call `on_ready` when the last one is in.
 

@@ -43,7 +43,8 @@ class Optimizer:
         If `params` is something else.
     ValueError
         If there is no parameter, a name or a parameter appears twice, `lr` is negative or not
-        finite, or `rule` is an `AdamRule` and a parameter is float16 or bfloat16.
+        finite, or `rule` is an `AdamRule` and a parameter is float16 or bfloat16; if it
+        `needs_whole`, and a parameter is a part.
 
     Notes
     -----
@@ -71,6 +72,8 @@ class Optimizer:
         self._model = params if isinstance(params, HasParameters) else None
         if isinstance(rule, AdamRule):
             _refuse_halves(type(self).__name__, self._params)
+        if self.needs_whole:
+            _refuse_parts(type(self).__name__, self._params)
         self._rule = rule
         self._lr = lr if callable(lr) else _checked_rate(type(self).__name__, lr)
         self._steps = 0
@@ -386,6 +389,16 @@ def _checked_rate(caller: str, lr: Any) -> float:
     if not right:
         raise ValueError(f"{caller}: expected a learning rate from 0 on, got {lr!r}")
     return float(lr)
+
+
+def _refuse_parts(optimizer: str, params: Mapping[str, Parameter]) -> None:
+    """Raise if a parameter has some elements of a whole one, but neither all nor none."""
+    for name, p in params.items():
+        if p.part is not None and p.size not in (0, math.prod(p.part.shape)):
+            raise ValueError(
+                f"{optimizer} needs whole parameters, and {name!r} is a part, {p.shape}, of one of "
+                f"shape {p.part.shape}"
+            )
 
 
 def _refuse_halves(optimizer: str, params: Mapping[str, Parameter]) -> None:

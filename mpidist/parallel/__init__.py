@@ -29,6 +29,15 @@ from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.units import UNIT_BYTES, Unit
 from mpidist.parallel.sharded.zero import OptimizerFactory, ShardedOptimizer, full_state_dict
 from mpidist.parallel.strategy import Strategy
+from mpidist.parallel.tensor.attention import Heads
+from mpidist.parallel.tensor.cuts import Split
+from mpidist.parallel.tensor.linear import ColumnLinear, Columns, RowLinear, Rows
+from mpidist.parallel.tensor.plan import cut_table, parallelize
+from mpidist.parallel.tensor.vocabulary import (
+    Vocabulary,
+    VocabularyEmbedding,
+    vocabulary_cross_entropy,
+)
 
 __all__ = [
     "BUCKET_BYTES",
@@ -38,12 +47,15 @@ __all__ = [
     "UNIT_BYTES",
     "Action",
     "BucketSizes",
+    "ColumnLinear",
+    "Columns",
     "Compression",
     "Costs",
     "Cut",
     "Evaluation",
     "GradScaler",
     "GradientReducer",
+    "Heads",
     "Hook",
     "MemoryLedger",
     "MemoryUse",
@@ -55,16 +67,22 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Precision",
+    "RowLinear",
+    "Rows",
     "Schedule",
     "ShardedOptimizer",
     "ShardingStrategy",
     "Span",
+    "Split",
     "StepResult",
     "Strategy",
     "SyncBatchNorm2d",
     "Timeline",
     "Unit",
+    "Vocabulary",
+    "VocabularyEmbedding",
     "clip_grad_norm",
+    "cut_table",
     "fitted",
     "full_state_dict",
     "gpipe",
@@ -72,10 +90,12 @@ __all__ = [
     "memory_ledger",
     "memory_use",
     "one_f_one_b",
+    "parallelize",
     "plain",
     "proportional_set_size",
     "simulate",
     "synchronize_batch_norms",
+    "vocabulary_cross_entropy",
     "zb_h1",
     "zbv",
 ]

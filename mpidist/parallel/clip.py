@@ -74,7 +74,7 @@ def clip_grad_norm(
     check_max_norm(max_norm)
     named = named_list(parameters, "clip_grad_norm")
     if group is None:
-        _check_whole(named)
+        check_whole(named)
     spread = [] if group is None else named
     # A rank that raised for want of a shard would leave the others waiting.
     host, device = gradient_arrays(
@@ -116,8 +116,8 @@ def clip_to_norm(
     return norm
 
 
-def _check_whole(named: list[tuple[str, Parameter]]) -> None:
-    """Raise if a parameter is a part of a whole: its norm differs from rank to rank."""
+def check_whole(named: Sequence[tuple[str, Parameter]]) -> None:
+    """Raise ValueError if a parameter is a part of a whole: its norm differs from rank to rank."""
     for name, parameter in named:
         if parameter.part is not None and parameter.size != math.prod(parameter.part.shape):
             raise ValueError(

@@ -16,7 +16,6 @@ from tests.docs.pages import EXAMPLES, README, ROOT, readme_part
 NOT_BUILT = {
     "TCP backend": ["mpidist.backends.tcp"],
     "Gloo and UCC backends": ["mpidist.backends.gloo", "mpidist.backends.ucc"],
-    "Tensor parallel": ["mpidist.parallel.tensor"],
     "RPC": ["mpidist.rpc"],
     "PyTorch adapter": ["mpidist.adapters"],
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mpidist._types import MEAN, SUM
+from mpidist.collectives import broadcast_object
 from mpidist.errors import CollectiveMismatchError
 from mpidist.parallel import BucketSizes, GradScaler
 from tests.parallel.checks import (
@@ -21,6 +24,8 @@ from tests.parallel.checks import (
     train_norm,
 )
 from tests.parallel.joined_batch import SHARES, check_joined
+from tests.parallel.tensor import CASES as MODELS
+from tests.parallel.tensor import check_case, check_resumed, save_half_way
 from tests.parallel.training import CASES, assert_close, train_alone, train_rank
 
 on_ranks = pytest.mark.ranks(2, 3, 4)
@@ -77,6 +82,21 @@ def test_ranks_decide_together_whether_a_step_counts(world):
     assert not scaled_step(scaler, np.inf if world.rank == 1 else 1.0)[0]
     assert scaled_step(scaler, 1.0)[0]
     assert scaler.factor == 4.0
+
+
+@pytest.mark.ranks(2, full=(3, 4))
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_cut_over_ranks_trains_as_one_process_does(world, name):
+    check_case(world, name)
+
+
+@pytest.mark.full
+@pytest.mark.ranks(3)
+def test_a_model_cut_over_ranks_goes_on_whole(world, tmp_path):
+    directory = Path(broadcast_object(str(tmp_path), world))  # rank 0's, on all
+    save_half_way(world, directory)
+    check_resumed(world, directory, cut=True)
+    check_resumed(world, directory, cut=False)
 
 
 @pytest.mark.full  # test_examples on simulated ranks and tests/docs on four real ones ask the same

@@ -21,7 +21,7 @@ from mpidist.nn.mode import EVAL, Mode
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.skips import connections
 from mpidist.nn.surround import after_passes
-from mpidist.parallel.clip import check_max_norm, clip_to_norm, sum_of_squares
+from mpidist.parallel.clip import check_max_norm, check_whole, clip_to_norm, sum_of_squares
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.data.verify import Description, describe, verify_same
 from mpidist.parallel.gradient_kernels import gradient_arrays
@@ -496,7 +496,7 @@ class Pipeline(Closing):
         Raises
         ------
         ValueError
-            If `max_norm` is not positive.
+            If `max_norm` is not positive, or a parameter is a part of a whole one.
 
         Notes
         -----
@@ -504,6 +504,7 @@ class Pipeline(Closing):
         """
         check_max_norm(max_norm)
         named = list(self.named_parameters())
+        check_whole(named)
         grads, _ = gradient_arrays(named, "Pipeline.clip_grad_norm", may_be_empty=True)
         roots = [(name, parameter) for name, parameter in named if self._ties.is_root(parameter)]
         counted, _ = gradient_arrays(roots, "Pipeline.clip_grad_norm", may_be_empty=True)

@@ -228,6 +228,11 @@ def check_can_be_sharded(
             "whole model (model.to)"
         )
     for name, parameter in named.items():
+        if parameter.part is not None:
+            raise UnsupportedOperationError(
+                f"{strategy} on {group}: parameter '{name}' is a part of a whole one, as "
+                "parallelize leaves it, and is not cut further; use a DDP"
+            )
         if parameter.is_sealed or not getattr(
             parameter.data.flags, "writeable", True
         ):  # arrays on a device have no flag
