@@ -10,10 +10,17 @@ from mpidist.parallel.data.sync_batch_norm import SyncBatchNorm2d, synchronize_b
 from mpidist.parallel.grad_scaler import GradScaler
 from mpidist.parallel.metrics import Metrics
 from mpidist.parallel.pipeline.fitting import fitted
-from mpidist.parallel.pipeline.generators import gpipe, interleaved, one_f_one_b, zb_h1, zbv
+from mpidist.parallel.pipeline.generators import (
+    dualpipev,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    zb_h1,
+    zbv,
+)
 from mpidist.parallel.pipeline.pipeline import Evaluation, Pipeline, StepResult
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
-from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline, simulate
+from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline, best_of, simulate
 from mpidist.parallel.sharded.flat_parameters import Cut
 from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
 from mpidist.parallel.sharded.memory import (
@@ -81,8 +88,10 @@ __all__ = [
     "Unit",
     "Vocabulary",
     "VocabularyEmbedding",
+    "best_of",
     "clip_grad_norm",
     "cut_table",
+    "dualpipev",
     "fitted",
     "full_state_dict",
     "gpipe",

@@ -85,15 +85,15 @@ def test_a_step_has_the_bits_of_one_process(ranks, schedule, full):
 def test_however_messages_move_bits_are_the_same(schedule, mode):
     faults = Faults(delay=0.002)
     body = partial(step, schedule=schedule)
-    got = run_ranks(4, body, 4, mode=mode, faults=faults, seed=1)
-    assert_same_bits(joined(got), alone(4))
+    got = run_ranks(4, body, 8, mode=mode, faults=faults, seed=1)
+    assert_same_bits(joined(got), alone(8))
 
 
 @pytest.mark.full
 @on_schedules
 def test_on_eight_ranks(schedule):
     # Twelve layers make no 16 stages, which these would have.
-    ranks = 6 if schedule in ("interleaved", "zbv") else 8
+    ranks = 6 if schedule in ("interleaved", "zbv", "dualpipev") else 8
     got = run_ranks(ranks, partial(step, schedule=schedule, cut="layers"), 2 * ranks)
     assert_same_bits(joined(got), alone(2 * ranks))
 

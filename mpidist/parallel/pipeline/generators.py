@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from mpidist.errors import ScheduleError
 from mpidist.parallel.pipeline.fitting import fitted
-from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
-from mpidist.parallel.pipeline.timeline import Costs, simulate
+from mpidist.parallel.pipeline.schedule import ASCENDING, Action, Pass, Schedule
+from mpidist.parallel.pipeline.timeline import Costs, best_of
 
-__all__ = ["SCHEDULES", "gpipe", "interleaved", "one_f_one_b", "zb_h1", "zbv"]
+__all__ = ["SCHEDULES", "dualpipev", "gpipe", "interleaved", "one_f_one_b", "zb_h1", "zbv"]
 
 
 def gpipe(ranks: int, micro_batches: int) -> Schedule:
@@ -38,12 +38,7 @@ def gpipe(ranks: int, micro_batches: int) -> Schedule:
     Huang et al. (2019), GPipe: Efficient Training of Giant Neural Networks using Pipeline
     Parallelism, section 2.2.
     """
-
-    def actions(rank: int) -> Iterator[Action]:
-        for kind in (Pass.FORWARD, Pass.BACKWARD):
-            yield from (Action(rank, kind, m) for m in range(micro_batches))
-
-    return _schedule("gpipe", ranks, micro_batches, actions)
+    return _by_ranks("gpipe", ranks, micro_batches, lambda _: micro_batches)
 
 
 def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
@@ -73,16 +68,7 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
     3.2; with a flush, Narayanan et al. (2021), Efficient Large-Scale Language Model Training on GPU
     Clusters Using Megatron-LM, section 2.2.1.
     """
-
-    def actions(rank: int) -> Iterator[Action]:
-        ahead = min(ranks - rank, micro_batches)
-        yield from (Action(rank, Pass.FORWARD, m) for m in range(ahead))
-        for m in range(micro_batches):
-            yield Action(rank, Pass.BACKWARD, m)
-            if m + ahead < micro_batches:
-                yield Action(rank, Pass.FORWARD, m + ahead)
-
-    return _schedule("1f1b", ranks, micro_batches, actions)
+    return _by_ranks("1f1b", ranks, micro_batches, lambda rank: ranks - rank)
 
 
 def interleaved(ranks: int, micro_batches: int, *, chunks: int = 2) -> Schedule:
@@ -120,7 +106,6 @@ def interleaved(ranks: int, micro_batches: int, *, chunks: int = 2) -> Schedule:
             f"schedule 'interleaved': expected a multiple of the {ranks} ranks as the number of "
             f"micro-batches, got {micro_batches}; take {fitting}"
         )
-    passes = chunks * micro_batches
 
     def action(rank: int, kind: Pass, k: int) -> Action:
         """Return the k-th pass of a kind: `ranks` micro-batches through each chunk in turn."""
@@ -130,14 +115,12 @@ def interleaved(ranks: int, micro_batches: int, *, chunks: int = 2) -> Schedule:
         return Action(chunk * ranks + rank, kind, round_ * ranks + micro)
 
     def actions(rank: int) -> Iterator[Action]:
-        ahead = min(2 * (ranks - rank - 1) + (chunks - 1) * ranks + 1, passes)
-        yield from (action(rank, Pass.FORWARD, k) for k in range(ahead))
-        for k in range(passes):
-            yield action(rank, Pass.BACKWARD, k)
-            if k + ahead < passes:
-                yield action(rank, Pass.FORWARD, k + ahead)
+        ahead = 2 * (ranks - rank - 1) + (chunks - 1) * ranks + 1
+        for kind, k in _in_turn(chunks * micro_batches, ahead):
+            yield action(rank, kind, k)
 
-    return _schedule("interleaved", ranks, micro_batches, actions, chunks=chunks)
+    rank_of_stage = tuple(range(ranks)) * chunks
+    return Schedule("interleaved", rank_of_stage, micro_batches, _of_ranks(ranks, actions))
 
 
 def zb_h1(ranks: int, micro_batches: int) -> Schedule:
@@ -165,20 +148,7 @@ def zb_h1(ranks: int, micro_batches: int) -> Schedule:
     ----------
     Qi, Wan, Huang, Lin (2024), Zero Bubble Pipeline Parallelism, section 2.1.
     """
-
-    def actions(rank: int) -> Iterator[Action]:
-        ahead, delay = min(ranks - rank, micro_batches), rank
-        yield from (Action(rank, Pass.FORWARD, m) for m in range(ahead))
-        for m in range(micro_batches):
-            yield Action(rank, Pass.BACKWARD_INPUT, m)
-            if m >= delay:
-                yield Action(rank, Pass.BACKWARD_WEIGHT, m - delay)
-            if m + ahead < micro_batches:
-                yield Action(rank, Pass.FORWARD, m + ahead)
-        for m in range(max(micro_batches - delay, 0), micro_batches):
-            yield Action(rank, Pass.BACKWARD_WEIGHT, m)
-
-    return _schedule("zb-h1", ranks, micro_batches, actions)
+    return _by_ranks("zb-h1", ranks, micro_batches, lambda rank: ranks - rank, lambda rank: rank)
 
 
 def zbv(ranks: int, micro_batches: int) -> Schedule:
@@ -214,43 +184,90 @@ def zbv(ranks: int, micro_batches: int) -> Schedule:
     """
     _check_positive("zbv", ranks=ranks, micro_batches=micro_batches)
     stages = 2 * ranks
-    rank_of_stage = (*range(ranks), *reversed(range(ranks)))
     full = max(micro_batches, stages - 1)  # the rule needs so many; those that are not are left out
 
-    def actions(rank: int) -> Iterator[Action]:
-        numbers: Counter[tuple[int, Pass]] = Counter()
-        for stage, kind in _v_rule(rank, stages - 1 - rank, ranks - rank, full - ranks):
-            micro = numbers[stage, kind]
-            numbers[stage, kind] += 1
-            if micro < micro_batches:
-                yield Action(stage, kind, micro)
+    def passes(rank: int) -> Iterator[tuple[int, Pass]]:
+        down, up, after = rank, stages - 1 - rank, ranks - 1 - rank
+        forward_up, backward_up = (up, Pass.FORWARD), _halves(up)
+        forward_down, backward_down = (down, Pass.FORWARD), _halves(down)
+        yield from [forward_down] * (2 * after + 1)
+        yield from [forward_up, forward_down] * rank
+        yield from [forward_up, *backward_up] * (after + 1)
+        yield from [forward_down, *backward_down, forward_up, *backward_up] * (full - ranks)
+        yield from [backward_down[0], backward_up[0]] * rank
+        yield from [*backward_down] * (after + 1)
+        yield from [backward_up[1]] * rank + [backward_down[1]] * rank
 
-    by_rule = Schedule(
-        "zbv", rank_of_stage, micro_batches, tuple(tuple(actions(r)) for r in range(ranks))
-    )
+    by_rule = _v_shaped("zbv", ranks, micro_batches, passes)
     if micro_batches == full:
         return by_rule
     costs = Costs.unit(stages)
-    greedy = fitted(rank_of_stage, micro_batches, costs, limit=stages, name="zbv")
-    return min(by_rule, greedy, key=lambda schedule: simulate(schedule).span)
+    greedy = fitted(by_rule.rank_of_stage, micro_batches, costs, limit=stages, name="zbv")
+    return best_of([by_rule, greedy], costs)
 
 
-def _v_rule(down: int, up: int, below: int, steady: int) -> Iterator[tuple[int, Pass]]:
-    """Yield the passes of a rank, whose first stage is `down` (also its number) and last is `up`.
+def dualpipev(ranks: int, micro_batches: int) -> Schedule:
+    """Return the schedule of two stages per rank that pairs passes of one stage with the other's.
 
-    `below` ranks are from this one to the last, itself included.
+    Parameters
+    ----------
+    ranks : int
+        Stages `r` and ``2 * ranks - 1 - r`` are on rank `r`.
+    micro_batches : int
+        How many parts a batch is cut into; at least ``2 * ranks``.
+
+    Returns
+    -------
+    Schedule
+        Each rank keeps at most ``2 * ranks + 1`` contexts, of stages that are half as large as
+        those of `zb_h1`. Bubble ``(ranks - 1) / (6 * micro_batches)``, as with `zbv`, with fewer
+        backward passes cut into halves.
+
+    Raises
+    ------
+    ScheduleError
+        If a number is below 1, or `micro_batches` below ``2 * ranks``.
+
+    Notes
+    -----
+    DualPipe overlaps the messages of a pass with the computation of the other of its pair; here
+    they travel while a rank computes under every schedule, and the pair runs one after the other.
+
+    References
+    ----------
+    DeepSeek-AI (2024), DeepSeek-V3 Technical Report, section 3.2.1: DualPipe. Sea AI Lab (2025),
+    DualPipe could be better without the Dual: its V shape.
     """
-    forward = {stage: (stage, Pass.FORWARD) for stage in (down, up)}
-    halves = {
-        stage: ((stage, Pass.BACKWARD_INPUT), (stage, Pass.BACKWARD_WEIGHT)) for stage in (down, up)
-    }
-    yield from [forward[down]] * (2 * below - 1)
-    yield from [forward[up], forward[down]] * down
-    yield from [forward[up], *halves[up]] * below
-    yield from [forward[down], *halves[down], forward[up], *halves[up]] * steady
-    yield from [halves[down][0], halves[up][0]] * down
-    yield from [*halves[down]] * below
-    yield from [halves[up][1], halves[down][1]] * down
+    _check_positive("dualpipev", ranks=ranks, micro_batches=micro_batches)
+    stages = 2 * ranks
+    if micro_batches < stages:
+        raise ScheduleError(
+            f"schedule 'dualpipev': expected at least as many micro-batches as the {stages} stages "
+            f"of {ranks} ranks, got {micro_batches}; take {stages}"
+        )
+
+    def passes(rank: int) -> Iterator[tuple[int, Pass]]:
+        down, up, after = rank, stages - 1 - rank, ranks - 1 - rank
+        forward_up, backward_up = (up, Pass.FORWARD), (up, Pass.BACKWARD)
+        forward_down, backward_down = (down, Pass.FORWARD), (down, Pass.BACKWARD)
+        yield from [forward_down] * (2 * after)
+        yield from [forward_down, forward_up] * (rank + 1)
+        yield from [*_halves(up), forward_up] * after
+        both = [forward_down, backward_up, forward_up, backward_down]
+        yield from both * (micro_batches - stages + rank + 1)
+        yield from [backward_up, forward_up, backward_down] * after
+        # The second halves are put off from the middle of the last backward passes on.
+        left = [up, down] * (rank + 1)
+        yield from ((stage, Pass.BACKWARD) for stage in left[: rank + 1])
+        put_off = deque(left[rank + 1 :])
+        yield from ((stage, Pass.BACKWARD_INPUT) for stage in put_off)
+        for _ in range(after):
+            yield put_off.popleft(), Pass.BACKWARD_WEIGHT
+            yield down, Pass.BACKWARD_INPUT
+            put_off.append(down)
+        yield from ((stage, Pass.BACKWARD_WEIGHT) for stage in put_off)
+
+    return _v_shaped("dualpipev", ranks, micro_batches, passes)
 
 
 SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {
@@ -259,23 +276,76 @@ SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {
     "interleaved": interleaved,
     "zb-h1": zb_h1,
     "zbv": zbv,
+    "dualpipev": dualpipev,
 }
 """By the name that a `Pipeline` takes."""
 
 
-def _schedule(
+def _by_ranks(
     name: str,
     ranks: int,
     micro_batches: int,
-    actions: Callable[[int], Iterator[Action]],
-    *,
-    chunks: int = 1,
+    ahead: Callable[[int], int],
+    delay: Callable[[int], int] | None = None,
 ) -> Schedule:
+    """Return a schedule of one stage on each rank, which runs passes as `_in_turn` has them."""
     _check_positive(name, ranks=ranks, micro_batches=micro_batches)
-    rank_of_stage = tuple(range(ranks)) * chunks
-    return Schedule(
-        name, rank_of_stage, micro_batches, tuple(tuple(actions(r)) for r in range(ranks))
-    )
+
+    def actions(rank: int) -> Iterator[Action]:
+        put_off = None if delay is None else delay(rank)
+        for kind, micro in _in_turn(micro_batches, ahead(rank), put_off):
+            yield Action(rank, kind, micro)
+
+    return Schedule(name, tuple(range(ranks)), micro_batches, _of_ranks(ranks, actions))
+
+
+def _in_turn(count: int, ahead: int, delay: int | None = None) -> Iterator[tuple[Pass, int]]:
+    """Yield `ahead` forward passes, and then backward and forward passes in turn, with numbers.
+
+    With a delay backward passes are cut into halves, and the second ones come so many passes later.
+    """
+    ahead = min(ahead, count)
+    yield from ((Pass.FORWARD, k) for k in range(ahead))
+    for k in range(count + (delay or 0)):
+        if k < count:
+            yield Pass.BACKWARD if delay is None else Pass.BACKWARD_INPUT, k
+        if delay is not None and k >= delay:
+            yield Pass.BACKWARD_WEIGHT, k - delay
+        if k + ahead < count:
+            yield Pass.FORWARD, k + ahead
+
+
+def _v_shaped(
+    name: str,
+    ranks: int,
+    micro_batches: int,
+    passes: Callable[[int], Iterable[tuple[int, Pass]]],
+) -> Schedule:
+    """Return a schedule of passes of two stages on each rank, the last one on rank 0.
+
+    Micro-batches are counted here; passes with those that there are not are left out.
+    """
+
+    def actions(rank: int) -> Iterator[Action]:
+        numbers: Counter[tuple[int, tuple[Pass, ...]]] = Counter()
+        for stage, kind in passes(rank):
+            of_kind = [(stage, kinds) for kinds in ASCENDING if kind in kinds]
+            if numbers[of_kind[0]] < micro_batches:
+                yield Action(stage, kind, numbers[of_kind[0]])
+            numbers.update(of_kind)
+
+    rank_of_stage = (*range(ranks), *reversed(range(ranks)))
+    return Schedule(name, rank_of_stage, micro_batches, _of_ranks(ranks, actions))
+
+
+def _halves(stage: int) -> tuple[tuple[int, Pass], tuple[int, Pass]]:
+    return (stage, Pass.BACKWARD_INPUT), (stage, Pass.BACKWARD_WEIGHT)
+
+
+def _of_ranks(
+    ranks: int, actions: Callable[[int], Iterable[Action]]
+) -> tuple[tuple[Action, ...], ...]:
+    return tuple(tuple(actions(rank)) for rank in range(ranks))
 
 
 def _check_positive(name: str, **numbers: int) -> None:

@@ -107,8 +107,8 @@ class Pipeline(Closing):
         How many parts each batch is cut into, of sizes that differ by one sample at most. Some
         are empty where there are fewer samples.
     schedule : str or Schedule, optional
-        ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zb-h1"``, ``"zbv"``, or any schedule of
-        `micro_batches` for as many ranks as the group has.
+        ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zb-h1"``, ``"zbv"``, ``"dualpipev"``,
+        or any schedule of `micro_batches` for as many ranks as the group has.
     loss : callable, optional
         As `cross_entropy`, the default: ``loss(y, target, denominator=n)`` returns the sum over the
         samples divided by `n`, and its gradient by `y`.

@@ -75,6 +75,9 @@ GRADIENT_PASSES = (Pass.BACKWARD, Pass.BACKWARD_INPUT)
 _WEIGHT_PASSES = (Pass.BACKWARD, Pass.BACKWARD_WEIGHT)
 """The passes that add to the parameters' gradients, and end the life of a context."""
 
+ASCENDING = ((Pass.FORWARD,), GRADIENT_PASSES, _WEIGHT_PASSES)
+"""The passes of a stage that come in ascending micro-batches, each group by itself."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -196,6 +199,46 @@ class Schedule:
         """
         return tuple(map(_peak, self.actions))
 
+    def check(self, *, limit: int) -> None:
+        """Raise unless no rank keeps more than so many contexts at once.
+
+        Everything else has been checked when the schedule was made.
+
+        Parameters
+        ----------
+        limit : int
+            Contexts, each of one micro-batch and stage, for which a rank has memory.
+
+        Raises
+        ------
+        ScheduleError
+            Naming the first rank that needs more.
+        """
+        for rank, peak in enumerate(self.peaks):
+            if peak > limit:
+                raise self._fail(
+                    f"rank {rank} keeps the contexts of up to {peak} forward passes at once, and "
+                    f"the limit is {limit}; take one that keeps fewer, or make one with fitted()"
+                )
+
+    def messages(self) -> dict[tuple[int, int], tuple[Action, ...]]:
+        """Return what travels between neighbouring stages on different ranks.
+
+        Returns
+        -------
+        dict of (int, int) to tuple of Action
+            For each sender and receiver the actions of the sender whose results travel, in the
+            order in which it runs them: one order for both.
+        """
+        takers = {self.source(action): action for action in self.order}
+        sent: dict[tuple[int, int], list[Action]] = {}
+        for action in self.order:
+            if action in takers:
+                sender, receiver = (self.rank_of_stage[a.stage] for a in (action, takers[action]))
+                if sender != receiver:
+                    sent.setdefault((sender, receiver), []).append(action)
+        return {pair: tuple(actions) for pair, actions in sent.items()}
+
     # -- text --------------------------------------------------------------------------------------
 
     def text(self) -> str:
@@ -273,7 +316,7 @@ class Schedule:
                     )
 
     def _check_ascending(self) -> None:
-        for kinds in ((Pass.FORWARD,), GRADIENT_PASSES, _WEIGHT_PASSES):
+        for kinds in ASCENDING:
             for rank, actions in enumerate(self.actions):
                 last: dict[int, Action] = {}
                 for action in actions:

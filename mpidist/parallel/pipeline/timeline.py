@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
 
-__all__ = ["Costs", "Span", "Timeline", "simulate"]
+__all__ = ["Costs", "Span", "Timeline", "best_of", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -238,3 +238,18 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, message: float =
         free[rank] = ended[action] = began + costs.of(action)
         spans[rank].append(Span(action, began, ended[action]))
     return Timeline(tuple(map(tuple, spans)))
+
+
+def best_of(
+    schedules: Iterable[Schedule], costs: Costs | None = None, *, message: float = 0.0
+) -> Schedule:
+    """Return the schedule that ends first in the simulation; of several the first.
+
+    Parameters
+    ----------
+    schedules : iterable of Schedule
+        At least one; of stages that cost the same.
+    costs, message : Costs and float, optional
+        As for `simulate`.
+    """
+    return min(schedules, key=lambda schedule: simulate(schedule, costs, message=message).span)
