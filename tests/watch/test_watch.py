@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 import mpidist
+from mpidist.backends.simulated.backend import SimulatedBackend
+from mpidist.backends.simulated.network import Network
 from mpidist.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerLostError
+from mpidist.group import ProcessGroup
 from mpidist.observe.recorder import Head, Kind
 from mpidist.observe.watch.report import write_dump
 from mpidist.observe.watch.states import Process, Status, own_stacks
@@ -347,3 +350,9 @@ def test_ranks_that_report_at_once_write_one_report(caplog) -> None:
 
     assert max(run_ranks(4, one)) < 5
     assert len(caplog.records) == 1
+
+
+def test_a_rank_that_never_comes_is_missed_before_anything_is_known_of_it():
+    backend = SimulatedBackend(Network(3), 0)
+    with pytest.raises(CollectiveTimeoutError, match="all_gather #1 on group 'world', rank 0 of 3"):
+        ProcessGroup.over(backend, timeout=0.05, warn_after=1.0)

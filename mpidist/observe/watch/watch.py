@@ -93,9 +93,10 @@ class Watch:
         self._cells = recorder.cells
         self._reporting = threading.Lock()
         self._secret = b""
-        self._nodes: Sequence[int] = [0] * (rank + 1)
-        self._hosts = ["?"] * (rank + 1)
-        self._pids = [os.getpid()] * (rank + 1)
+        known = 1 + max(rank, *records)  # until `connect` says where all of them are
+        self._nodes: Sequence[int] = [0] * known
+        self._hosts = ["?"] * known
+        self._pids = [os.getpid() if other == rank else 0 for other in range(known)]
         self._processes: dict[int, Process] = {}
         self._endpoints: list[tuple[str, int]] = []
         self.failures = Failures(rank, self._recordings, self._can_speak)
