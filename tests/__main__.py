@@ -21,6 +21,14 @@ WORKERS = min(8, 1 + len(os.sched_getaffinity(0)))
 PARTS = ((f"not ({ONE_BY_ONE})", WORKERS), (ONE_BY_ONE, 0))
 """Which tests, and on how many workers."""
 
+# Not the files with many tests first: they are not those that take long. A thread that ends a test
+# at its deadline ends its worker, too, and another one then runs the same test again, up to its
+# deadline: a signal ends the test alone, and no worker is replaced.
+PARALLEL = (
+    *("--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart=0"),
+    *("-o", "timeout_method=signal"),
+)
+
 NOTHING_SELECTED = 5  # by the arguments, in one of the parts
 
 
@@ -32,8 +40,7 @@ def main(words: Sequence[str]) -> int:
     codes = []
     for marks, workers in PARTS:
         both = f"({asked.marks}) and ({marks})" if asked.marks else marks
-        # Not the files with many tests first: they are not those that take long.
-        parallel = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+        parallel = ["-n", str(workers), *(PARALLEL if workers else ())]
         command = [sys.executable, "-m", "pytest", *parallel, "-m", both, *arguments]
         codes.append(subprocess.call(command))
     failed = [code for code in codes if code not in (0, NOTHING_SELECTED)]

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.__main__ import main
+from tests.__main__ import PARALLEL, main
 
 pytest_plugins = ["pytester"]
 
@@ -33,6 +33,16 @@ def test_wrong():
     assert 1 == 2
 """
 
+
+SLOW = """
+import time
+
+def test_slow():
+    time.sleep(60)
+
+def test_after():
+    pass
+"""
 
 RANKS = """
 import pytest
@@ -92,3 +102,10 @@ def test_the_parts_of_a_run_select_each_test_once(
     marks = [words[words.index("-m", 3) + 1] for words in commands]
     assert marks[0] == f"(cupy) and (not ({marks[1].removeprefix('(cupy) and (')})"
     assert all(words[-2:] == ["-q", "tests/nn"] for words in commands)
+
+
+def test_a_deadline_in_the_parallel_part_ends_one_test_alone(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(SLOW)
+    result = pytester.runpytest_subprocess("-n", "1", *PARALLEL, "--timeout", "1", timeout=60)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*Timeout (>1.0s)*", "FAILED*test_slow*"])
