@@ -43,6 +43,7 @@ from mpidist.parallel import (
     simulate,
 )
 from mpidist.parallel.pipeline.generators import SCHEDULES
+from mpidist.parallel.pipeline.stages import starts_of
 from mpidist.parallel.pipeline.waits import describe_waits
 from mpidist.testing import DeliveryMode, Faults, run_ranks
 from tests.parallel.pipeline import (
@@ -499,3 +500,58 @@ def test_no_layer_is_to_move_where_that_helps_little(starts):
     for told in run_ranks(2, body):
         assert told.count("\n") == 2
         assert "move" not in told
+
+
+def test_costs_of_layers_are_measured_and_cut_by():
+    x = np.ones((4, 2))
+
+    def model():
+        return Sequential(
+            Sleeping(0, 0, 0), Sleeping(3, 5, 7), Sleeping(0, 0, 0), Sleeping(9, 1, 1)
+        )
+
+    def body(group):
+        options = {"micro_batches": 2, "loss": mse_loss}
+        with Pipeline(model(), group, cut="layers", schedule="zbv", **options) as pipe:
+            costs = pipe.costs(x, x, MODE)
+        with Pipeline(model(), group, cut=costs, **options) as pipe:
+            return costs, costs.joined(pipe.starts), pipe.starts
+
+    (costs, joined_costs, starts), other = run_ranks(2, body)
+    assert (costs, joined_costs, starts) == other
+    for times, least in zip(vars(costs).values(), ((3, 9), (5, 1), (7, 1)), strict=True):
+        assert len(times) == 4
+        assert times[1] >= least[0] / 1e3
+        assert times[3] >= least[1] / 1e3
+    assert starts == starts_of(model(), costs, 2)
+    for times, whole in zip(vars(costs).values(), vars(joined_costs).values(), strict=True):
+        assert whole == (sum(times[: starts[1]]), sum(times[starts[1] :]))
+
+
+@pytest.mark.parametrize(
+    ("costs", "stages", "starts"),
+    [
+        ((1, 1, 1, 1, 4), 2, (0, 4)),
+        ((2, 1, 1, 1, 1), 3, (0, 1, 3)),
+        ((1, 1, 1, 1), 4, (0, 1, 2, 3)),
+        ((0.5, 2, 2, 0.5), 2, (0, 2)),
+        ((1, 5, 1, 1, 1), 1, (0,)),
+    ],
+)
+def test_the_slowest_stage_is_as_fast_as_it_can_be(costs, stages, starts):
+    third = tuple(cost / 3 for cost in costs)
+    model = Sequential(*(ReLU() for _ in costs))
+    assert starts_of(model, Costs(third, third, third), stages) == starts
+
+
+def test_measuring_changes_nothing():
+    def body(group):
+        with Pipeline(build_connected(), group, micro_batches=4) as pipe:
+            costs = pipe.costs(*batch(9), MODE)
+            assert gradients(pipe) == {}
+            assert min(map(min, vars(costs).values())) >= 0
+            result = pipe.step(*batch(), MODE)
+            pipe.costs(*batch(1), MODE)
+            return result, gradients(pipe)
+
+    assert_same_bits(joined(run_ranks(3, body)), alone(4, model=build_connected))

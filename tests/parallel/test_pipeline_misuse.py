@@ -31,7 +31,7 @@ from mpidist.nn import (
     cross_entropy,
     mse_loss,
 )
-from mpidist.parallel import DDP, Pipeline, interleaved, one_f_one_b
+from mpidist.parallel import DDP, Costs, Pipeline, interleaved, one_f_one_b
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import run_ranks
 from tests.parallel.pipeline import MODE
@@ -95,7 +95,16 @@ REFUSED = {
         "expected as cut 3 ascending numbers of layers from 1 to 4",
     ),
     "a stage without layers": ({"cut": (5,)}, ValueError, "numbers of layers from 1 to 4"),
-    "another cut": ({"cut": "flops"}, ValueError, "'layers', 'parameters' or numbers of layers"),
+    "costs of other layers": (
+        {"cut": Costs.unit(4)},
+        ValueError,
+        "expected as cut costs of the 5 layers, as Pipeline.costs measures them, got costs of 4",
+    ),
+    "another cut": (
+        {"cut": "flops"},
+        ValueError,
+        "'layers', 'parameters', numbers of layers or costs",
+    ),
 }
 
 

@@ -25,13 +25,14 @@ from mpidist.parallel.clip import check_max_norm, check_whole, clip_to_norm, sum
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.data.verify import Description, describe, verify_same
 from mpidist.parallel.gradient_kernels import gradient_arrays
+from mpidist.parallel.pipeline.costs import measure_costs
 from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
 from mpidist.parallel.pipeline.schedule import Pass, Schedule
 from mpidist.parallel.pipeline.stages import Cuts, check_model, links_of, starts_of
 from mpidist.parallel.pipeline.ties import Ties, check_replicated, ties_of
-from mpidist.parallel.pipeline.timeline import Span, Timeline
+from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline
 from mpidist.parallel.pipeline.waits import describe_waits
 
 __all__ = ["Evaluation", "Pipeline", "StepResult"]
@@ -112,9 +113,10 @@ class Pipeline(Closing):
     loss : callable, optional
         As `cross_entropy`, the default: ``loss(y, target, denominator=n)`` returns the sum over the
         samples divided by `n`, and its gradient by `y`.
-    cut : sequence of int, "layers" or "parameters", optional
+    cut : sequence of int, "layers", "parameters" or Costs, optional
         The numbers of the layers with which all stages but the first begin; or what the stages
-        have about equally many of.
+        have about equally many of; or what each layer costs, as `costs` has measured it, so that
+        the slowest stage is as fast as it can be.
     data_parallel : callable, optional
         Makes the `DDP` of a stage, over the ranks that have the same stage of other pipelines:
         ``lambda stage: DDP(stage, mesh["dp"].group, op=SUM)``. Each pipeline then has its share of
@@ -217,7 +219,7 @@ class Pipeline(Closing):
         self._between_layers = after_passes(leaves, self.group.transport.progress)
         actions = self.schedule.actions[group.rank]
         forward = [action for action in actions if action.kind is Pass.FORWARD]
-        self._layers = len(model.layers)
+        self._layers, self._links = len(model.layers), links
         self._edges = {
             verb: Edges(self.schedule, of_verb, links, self.group)
             for verb, of_verb in (("step", actions), ("evaluate", forward))
@@ -458,6 +460,57 @@ class Pipeline(Closing):
             with each stage's time divided equally among its layers.
         """
         return describe_waits(self.schedule, timeline, (*self.starts, self._layers))
+
+    def costs(self, x: Array | None, target: Array | None, mode: Mode) -> Costs:
+        """Measure what each layer costs, for ``cut=``, `simulate` and `fitted`.
+
+        Parameters
+        ----------
+        x, target : Array or None
+            One micro-batch, as for `step`.
+        mode : Mode
+            As for `step`.
+
+        Returns
+        -------
+        Costs
+            Of each layer of the whole model, in seconds: medians of three passes after a first one.
+            ``costs.joined(pipe.starts)`` are those of the stages. The same on all ranks.
+
+        Raises
+        ------
+        ValueError, CollectiveMismatchError, CollectiveTimeoutError, PeerLostError, RuntimeError
+            As `step`.
+
+        Notes
+        -----
+        Collective over the group; blocks. Sends what four steps of one micro-batch send, and one
+        small exchange. One rank works at a time, so it is timed alone. Changes no parameter,
+        gradient or buffer. A layer that stands in several places is timed at the first one of each
+        stage.
+        """
+        samples = self._agree("costs", x, target, mode, None)
+        last = self.schedule.stages - 1
+        batch = MicroBatches(
+            bounds=(0, samples),
+            x=x if 0 in self.stages else None,
+            target=target if last in self.stages else None,
+            mode=mode.replayed(),
+            denominator=1.0,
+        )
+        try:
+            return measure_costs(
+                self.stages,
+                self.starts,
+                self.schedule.rank_of_stage,
+                self._links,
+                batch,
+                self._loss,
+                self.group,
+            )
+        except BaseException as error:
+            self._failure = repr(error)
+            raise
 
     # -- parameters and states ---------------------------------------------------------------------
 

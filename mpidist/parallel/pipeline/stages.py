@@ -14,10 +14,11 @@ from mpidist.errors import UnsupportedOperationError
 from mpidist.nn.containers import Sequential
 from mpidist.nn.skips import SkipLayer, connections
 from mpidist.nn.surround import PASSES
+from mpidist.parallel.pipeline.timeline import Costs
 
 __all__ = ["Cuts", "StageLink", "check_model", "links_of", "starts_of"]
 
-Cuts: TypeAlias = Sequence[int] | Literal["layers", "parameters"]
+Cuts: TypeAlias = Sequence[int] | Literal["layers", "parameters"] | Costs
 """Where a model is cut into stages; see `Pipeline`."""
 
 
@@ -72,8 +73,9 @@ def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
     ----------
     model : Sequential
         What is cut.
-    cut : sequence of int, "layers" or "parameters"
-        The first layers of all stages but the first, or what is to be equal.
+    cut : sequence of int, "layers", "parameters" or Costs
+        The first layers of all stages but the first, or what is to be equal: the numbers of
+        layers or of parameters' elements, or these costs of the layers.
     stages : int
         How many are wanted.
 
@@ -89,6 +91,14 @@ def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
             f"Pipeline: expected at least as many layers as the {stages} stages, got {layers}; "
             f"take at most {layers} stages, or cut layers into smaller ones"
         )
+    if isinstance(cut, Costs):
+        costs = [sum(passes) for passes in zip(*vars(cut).values(), strict=True)]
+        if len(costs) != layers:
+            raise ValueError(
+                f"Pipeline: expected as cut costs of the {layers} layers, as Pipeline.costs "
+                f"measures them, got costs of {len(costs)}"
+            )
+        return _balanced(costs, stages)
     if not isinstance(cut, str):
         starts = (0, *map(int, cut))
         if len(starts) != stages or any(a >= b for a, b in pairwise((*starts, layers))):
@@ -104,11 +114,11 @@ def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
         # A layer counts as one element more, so that those without parameters are spread, too.
         return _balanced([1 + sum(p.size for p in m.parameters()) for m in model.layers], stages)
     raise ValueError(
-        f"Pipeline: expected as cut 'layers', 'parameters' or numbers of layers, got {cut!r}"
+        f"Pipeline: expected as cut 'layers', 'parameters', numbers of layers or costs, got {cut!r}"
     )
 
 
-def _balanced(weights: Sequence[int], stages: int) -> tuple[int, ...]:
+def _balanced(weights: Sequence[float], stages: int) -> tuple[int, ...]:
     """Return where stages begin whose greatest weight is as small as possible.
 
     The classical recurrence: the best cut of the first n layers into k stages is the best one,

@@ -19,7 +19,8 @@ class Costs:
     Attributes
     ----------
     forward, backward_input, backward_weight : tuple of float
-        By stage. A whole backward pass takes as long as its two halves.
+        By stage. A whole backward pass takes as long as its two halves. `Pipeline.costs` gives them
+        by layer; see `joined`.
     """
 
     forward: tuple[float, ...]
@@ -30,6 +31,19 @@ class Costs:
     def unit(cls, stages: int) -> Costs:
         """Return the costs with which schedules are compared: 1 for each of the three passes."""
         return cls((1.0,) * stages, (1.0,) * stages, (1.0,) * stages)
+
+    def joined(self, starts: Sequence[int]) -> Costs:
+        """Return the costs of stages, where these are the costs of layers.
+
+        Parameters
+        ----------
+        starts : sequence of int
+            The first layer of each stage, as `Pipeline.starts`.
+        """
+        ends = (*starts[1:], len(self.forward))
+        kinds = (self.forward, self.backward_input, self.backward_weight)
+        pairs = tuple(zip(starts, ends, strict=True))
+        return Costs(*(tuple(sum(kind[a:b]) for a, b in pairs) for kind in kinds))
 
     def of(self, action: Action) -> float:
         """Return how long an action takes."""
