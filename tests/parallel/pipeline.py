@@ -10,6 +10,7 @@ import numpy as np
 
 from mpidist._types import Array
 from mpidist.group import ProcessGroup
+from mpidist.mesh import DeviceMesh
 from mpidist.nn import (
     CONCAT,
     GELU,
@@ -95,6 +96,13 @@ def batch(samples: int = SAMPLES) -> tuple[Array, Array]:
     """Return (samples, 3) integers and a class for each."""
     rng = np.random.default_rng(7)
     return rng.integers(0, WORDS, (samples, 3)), rng.integers(0, CLASSES, (samples, 3))
+
+
+def share(mesh: DeviceMesh, samples: int = SAMPLES) -> slice:
+    """Return an uneven share of the batch: of three parts the first pipeline has one."""
+    index, number = mesh["dp"].group.rank, mesh["dp"].group.size
+    ends = [samples * (i + 1) * (i + 2) // (number * (number + 1)) for i in range(-1, number)]
+    return slice(ends[index], ends[index + 1])
 
 
 @dataclass(frozen=True)

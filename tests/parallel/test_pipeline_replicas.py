@@ -16,6 +16,7 @@ from mpidist.optim import AdamW
 from mpidist.parallel import DDP, BucketSizes, Pipeline, ShardedOptimizer
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import DeliveryMode, run_ranks
+from tests.parallel import test_pipeline_sharded as sharded
 from tests.parallel.pipeline import (
     SAMPLES,
     TIED,
@@ -26,17 +27,11 @@ from tests.parallel.pipeline import (
     build_connected,
     gradients,
     joined,
+    share,
 )
 
 TINY = BucketSizes(first=1, rest=600)
 """So that a stage has several buckets."""
-
-
-def share(mesh, samples=SAMPLES):
-    """Return an uneven share of the batch: of three parts the first pipeline has one."""
-    index, number = mesh["dp"].group.rank, mesh["dp"].group.size
-    ends = [samples * (i + 1) * (i + 2) // (number * (number + 1)) for i in range(-1, number)]
-    return slice(ends[index], ends[index + 1])
 
 
 def step(group, schedule, *, dp, op=SUM, steps=1, dtype=np.float64, model=build, **options):
@@ -208,7 +203,9 @@ def test_what_is_no_replica_of_the_stage_is_refused():
     def body(group):
         other = Sequential(Linear(2, 2, rng=0))
         for make in (lambda stage: stage, lambda _: DDP(other, group)):
-            with pytest.raises(TypeError, match="to return a DDP of the stage that it is given"):
+            with pytest.raises(
+                TypeError, match="to return a DDP or FSDP of the stage that it is given"
+            ):
                 Pipeline(build(), group, micro_batches=2, data_parallel=make)
 
     run_ranks(2, body)
@@ -222,3 +219,11 @@ def test_two_by_two_real_ranks(world, schedule):
     for name, array in ChainMap(*(own for _, own, _ in everyone)).items():
         error = np.abs(array - expected.grads[name]).max()
         assert error <= 1e-12 * np.abs(expected.grads[name]).max(), name
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("kind", ["zero", "full_shard"])
+def test_two_by_two_real_ranks_that_split_what_they_hold(world, kind):
+    expected, norms = sharded.alone()
+    everyone = all_gather_object(sharded.train(world, kind, schedule="zb-h1"), world)
+    sharded.assert_is(everyone, expected, norms)

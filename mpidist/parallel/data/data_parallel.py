@@ -23,6 +23,17 @@ __all__ = ["BUCKET_ORDER", "DataParallel", "Gradients", "without_order"]
 
 T = TypeVar("T")
 
+
+class HasState(Protocol):
+    """What a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is saved."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what was saved."""
+
+
 BUCKET_ORDER = "buckets/order"
 """Key of the order of the buckets in a state; no parameter's name contains a slash."""
 
@@ -72,6 +83,12 @@ class DataParallel(Closing, ABC):
         Whether the order in which gradients are expected never changes.
     """
 
+    casts = False
+    """Whether the strategy's own forward and backward cast what goes in and comes out."""
+
+    splits_gradients = False
+    """Whether each rank has slices of the reduced gradients."""
+
     def __init__(
         self,
         module: Module,
@@ -95,6 +112,7 @@ class DataParallel(Closing, ABC):
         self._broadcasts: list[BufferSync | BucketOrder] = []  # those of the step in flight
         self._pending: _StepWork | None = None
         self._syncing = True
+        self._state: HasState | None = None
         self._failure: str | None = None
         self._failure_in_no_sync: str | None = None
 
@@ -292,6 +310,46 @@ class DataParallel(Closing, ABC):
         if self._pending is not None:
             self._pending.wait()
 
+    def shards(self) -> list[Parameter]:
+        """Return what this rank updates: the parameters, or its slices of them.
+
+        Returns
+        -------
+        list of Parameter
+            With their reduced gradients.
+
+        Notes
+        -----
+        Waits for the gradients; else local.
+        """
+        self.wait()
+        return list(self.parameters())
+
+    def holds_sums(self) -> bool:
+        """Whether there are reduced gradients that a further backward would reduce again."""
+        return False
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters; touches no array.
+
+        Notes
+        -----
+        Waits for gradients under way, so that a step may be left out; else local.
+        """
+        self.wait()
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have all parameters readable, which some strategies have to gather.
+
+        Notes
+        -----
+        Passes inside communicate gradients only. Local, unless parameters have to be gathered.
+        """
+        yield
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Add up gradients locally; the first backward outside reduces them all.
@@ -312,9 +370,22 @@ class DataParallel(Closing, ABC):
 
     # -- states --------------------------------------------------------------------------------
 
+    @property
+    def model_state(self) -> HasState:
+        """What a checkpoint holds of the model: this, or what a `ShardedOptimizer` has put here."""
+        return self if self._state is None else self._state
+
+    @model_state.setter
+    def model_state(self, state: HasState) -> None:
+        self._state = state
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the model, and the order of the buckets."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; arrays are copied in."""
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise unless a state fits, and no gradients are in flight.

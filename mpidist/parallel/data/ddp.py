@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mpidist._types import MEAN, Array, ReduceOp
+from mpidist._types import MEAN, SUM, Array, ReduceOp
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Module
 from mpidist.parallel.clip import clip_grad_norm
@@ -131,6 +131,10 @@ class DDP(DataParallel):
     def clip_grad_norm(self, max_norm: float) -> float:
         """Scale all gradients down together, as `clip_grad_norm` of the module."""
         return clip_grad_norm(self.module, max_norm)
+
+    def holds_sums(self) -> bool:
+        """Whether there are reduced gradients that a further backward would reduce again."""
+        return self.op is SUM and any(p.grad is not None for p in self.parameters())
 
     # -- states --------------------------------------------------------------------------------
 

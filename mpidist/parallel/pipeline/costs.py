@@ -39,7 +39,7 @@ def measure_costs(
     schedule = _one_by_one(rank_of_stage)
     actions = schedule.actions[group.rank]
     edges = Edges(schedule, actions, links, group)
-    contributions = Contributions({}, 0, Ties((), schedule, group, 0))
+    contributions = Contributions({}, actions, Ties((), schedule, group, 0))
     taken: dict[tuple[int, str], list[float]] = {}
     for _ in range(1 + _TIMES):
         run = StageRun(stages, schedule.stages - 1, batch, loss, contributions)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from mpidist._closing import Closing
 from mpidist._types import SUM, Array
 from mpidist.arrays.namespaces import is_host
+from mpidist.backends.work import Work
 from mpidist.collectives import all_gather, all_gather_object, all_reduce
 from mpidist.errors import ScheduleError, UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
@@ -21,17 +23,16 @@ from mpidist.nn.mode import EVAL, Mode
 from mpidist.nn.parameter import Parameter
 from mpidist.nn.skips import connections
 from mpidist.nn.surround import after_passes
-from mpidist.parallel.clip import check_max_norm, check_whole, clip_to_norm, sum_of_squares
-from mpidist.parallel.data.ddp import DDP
+from mpidist.parallel.clip import check_max_norm, check_whole, clip_to_norm, squares_of
+from mpidist.parallel.data.data_parallel import DataParallel, HasState, without_order
 from mpidist.parallel.data.verify import Description, describe, verify_same
-from mpidist.parallel.gradient_kernels import gradient_arrays
 from mpidist.parallel.pipeline.costs import measure_costs
 from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
 from mpidist.parallel.pipeline.schedule import Pass, Schedule
 from mpidist.parallel.pipeline.stages import Cuts, check_model, links_of, starts_of
-from mpidist.parallel.pipeline.ties import Ties, check_replicated, ties_of
+from mpidist.parallel.pipeline.ties import Tie, Ties, check_replicated, ties_of
 from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline
 from mpidist.parallel.pipeline.waits import describe_waits
 
@@ -118,9 +119,10 @@ class Pipeline(Closing):
         have about equally many of; or what each layer costs, as `costs` has measured it, so that
         the slowest stage is as fast as it can be.
     data_parallel : callable, optional
-        Makes the `DDP` of a stage, over the ranks that have the same stage of other pipelines:
-        ``lambda stage: DDP(stage, mesh["dp"].group, op=SUM)``. Each pipeline then has its share of
-        the batch, and gradients are summed over all of them.
+        Makes the `DDP` or `FSDP` of a stage, over the ranks that have the same stage of other
+        pipelines: ``lambda stage: DDP(stage, mesh["dp"].group, op=SUM)``. Each pipeline then has
+        its share of the batch, and gradients are summed over all of them, once per step. What an
+        `FSDP` gathers is whole from the first action of its stage in a step to the last one.
 
     Attributes
     ----------
@@ -130,7 +132,9 @@ class Pipeline(Closing):
         The stages of this rank. Their layers and parameters have the names of the whole model.
     starts : tuple of int
         The first layer of each stage, of all ranks.
-    replicas : mapping of int to DDP
+    loss : callable
+        The loss.
+    replicas : mapping of int to DDP or FSDP
         What `data_parallel` has made of the stages; empty without it.
     group : ProcessGroup
         The pipeline's own.
@@ -148,7 +152,9 @@ class Pipeline(Closing):
     UnsupportedOperationError
         If a parameter is on a device; if layers of two stages hold one buffer, or two parameters
         over one array, or, with `data_parallel`, those of two stages on one rank hold one
-        parameter; if the messages of a step would need more tags than the transport has.
+        parameter, or those of any two stages with an `FSDP`; if an `FSDP` has a `Precision` of
+        parameters or output, since layers then take and give another dtype than the neighbours of
+        their stage; if the messages of a step would need more tags than the transport has.
 
     Notes
     -----
@@ -177,7 +183,7 @@ class Pipeline(Closing):
         schedule: str | Schedule = "1f1b",
         loss: Loss = cross_entropy,
         cut: Cuts = "parameters",
-        data_parallel: Callable[[Sequential], DDP] | None = None,
+        data_parallel: Callable[[Sequential], DataParallel] | None = None,
     ) -> None:
         check_group(group, "Pipeline")
         check_model(model, "Pipeline")
@@ -204,10 +210,12 @@ class Pipeline(Closing):
         }
         self._ties = Ties(ties, self.schedule, self.group, 2 * len(links))
         self._ties.share_values()
-        self.replicas: dict[int, DDP] = {}
+        self.replicas: dict[int, DataParallel] = {}
         if data_parallel is not None:
-            self.replicas = {s: _replica(data_parallel, part) for s, part in self.stages.items()}
-        self._loss = loss
+            self.replicas = {
+                stage: _replica(data_parallel, part, ties) for stage, part in self.stages.items()
+            }
+        self.loss = loss
         leaves = [
             module
             for part in self.stages.values()
@@ -288,8 +296,43 @@ class Pipeline(Closing):
         saves the envelope. What a layer raises has a note that names
         the action.
         """
-        run = self._run("step", x, target, mode, denominator)
-        return StepResult(run.loss, run.samples, tuple(run.spans))
+        result, work = self.istep(x, target, mode, denominator=denominator)
+        work.wait()
+        return result
+
+    def istep(
+        self,
+        x: Array | None,
+        target: Array | None,
+        mode: Mode,
+        *,
+        denominator: float | None = None,
+    ) -> tuple[StepResult, Work[list[None]]]:
+        """Run a batch forward and backward, and return while sums over the data axis are under way.
+
+        Parameters
+        ----------
+        x, target, mode, denominator : Array, Array, Mode, float
+            As for `step`.
+
+        Returns
+        -------
+        result : StepResult
+            As that of `step`.
+        work : Work
+            To be waited for before a gradient is read; `zero_grad` and `clip_grad_norm` wait, too.
+
+        Raises
+        ------
+        ValueError, CollectiveMismatchError, CollectiveTimeoutError, PeerLostError, RuntimeError
+            As `step`.
+
+        Notes
+        -----
+        Collective as `step`; blocks for everything but the last gradients of the data axis.
+        """
+        run, works = self._run("step", x, target, mode, denominator)
+        return StepResult(run.loss, run.samples, tuple(run.spans)), Work.all(works)
 
     def evaluate(
         self,
@@ -328,7 +371,7 @@ class Pipeline(Closing):
         the last stage; blocks. Runs the forward passes of the schedule in their order, and keeps
         nothing of them. At any time between two steps.
         """
-        run = self._run("evaluate", x, target, mode, denominator)
+        run, _ = self._run("evaluate", x, target, mode, denominator)
         outputs = np.concatenate(run.outputs) if run.outputs else None
         return Evaluation(run.loss, run.samples, outputs)
 
@@ -339,8 +382,11 @@ class Pipeline(Closing):
         target: Array | None,
         mode: Mode,
         denominator: float | None,
-    ) -> StageRun:
-        """Agree with the other ranks on what is run, run it, and return what it has given."""
+    ) -> tuple[StageRun, list[Work[None]]]:
+        """Agree with the other ranks on what is run, run it, and return what it has given.
+
+        The works are the sums of gradients that are still under way.
+        """
         if self._failure is not None:
             raise RuntimeError(
                 f"Pipeline.{verb} on {self.group}: an earlier step failed half way "
@@ -356,29 +402,26 @@ class Pipeline(Closing):
             mode=mode,
             denominator=self._denominator(target) if denominator is None else denominator,
         )
-        contributions = Contributions(self.replicas, self.schedule.micro_batches - 1, self._ties)
-        run = StageRun(self.stages, last, batch, self._loss, contributions)
+        edges = self._edges[verb]
+        contributions = Contributions(self.replicas, edges.actions, self._ties)
+        run = StageRun(self.stages, last, batch, self.loss, contributions)
         try:
             with self._between_layers:
-                run.run(self._edges[verb])
+                run.run(edges)
         except BaseException as error:
             self._failure = repr(error)
+            contributions.release()
             raise
-        return run
+        return run, contributions.works
 
     def _denominator(self, target: Array | None) -> float:
         """Return the size of the whole target, over the data axis where gradients are summed."""
         last = self.schedule.stages - 1
         size = target.size if last in self.stages and target is not None else 0
-        ddp = self.replicas.get(last)
-        if ddp is not None and ddp.op is SUM:
-            size = int(all_reduce(np.array(size), ddp.group))
+        replica = self.replicas.get(last)
+        if replica is not None and replica.op is SUM:
+            size = int(all_reduce(np.array(size), replica.group))
         return float(max(size, 1))
-
-    def _holds_sums(self) -> bool:
-        """Whether there are gradients that have been summed over the data axis."""
-        summed = (ddp for ddp in self.replicas.values() if ddp.op is SUM)
-        return any(p.grad is not None for ddp in summed for p in ddp.parameters())
 
     def _agree(
         self,
@@ -395,7 +438,7 @@ class Pipeline(Closing):
             _samples(x),
             _samples(target),
             int.from_bytes(digest, "little", signed=True),
-            verb == "step" and self._holds_sums(),
+            verb == "step" and any(replica.holds_sums() for replica in self.replicas.values()),
         ]
         facts = all_gather(np.array([own], np.int64), self.group)
         if (facts[:, 2] != facts[0, 2]).any():
@@ -484,10 +527,10 @@ class Pipeline(Closing):
 
         Notes
         -----
-        Collective over the group; blocks. Sends what four steps of one micro-batch send, and one
-        small exchange. One rank works at a time, so it is timed alone. Changes no parameter,
-        gradient or buffer. A layer that stands in several places is timed at the first one of each
-        stage.
+        Collective over the group, and with an `FSDP` over the data axis; blocks. Sends what four
+        steps of one micro-batch send, and one small exchange. One rank works at a time, so it is
+        timed alone. Changes no parameter, gradient or buffer. A layer that stands in several places
+        is timed at the first one of each stage.
         """
         samples = self._agree("costs", x, target, mode, None)
         last = self.schedule.stages - 1
@@ -499,15 +542,18 @@ class Pipeline(Closing):
             denominator=1.0,
         )
         try:
-            return measure_costs(
-                self.stages,
-                self.starts,
-                self.schedule.rank_of_stage,
-                self._links,
-                batch,
-                self._loss,
-                self.group,
-            )
+            with ExitStack() as whole:
+                for replica in self.replicas.values():
+                    whole.enter_context(replica.whole())
+                return measure_costs(
+                    self.stages,
+                    self.starts,
+                    self.schedule.rank_of_stage,
+                    self._links,
+                    batch,
+                    self.loss,
+                    self.group,
+                )
         except BaseException as error:
             self._failure = repr(error)
             raise
@@ -528,9 +574,9 @@ class Pipeline(Closing):
         return (parameter for _, parameter in self.named_parameters())
 
     def zero_grad(self) -> None:
-        """Forget the gradients of this rank's parameters."""
-        for parameter in self.parameters():
-            parameter.zero_grad()
+        """Forget the gradients of this rank's parameters; waits for those under way."""
+        for held, _ in self._held():
+            held.zero_grad()
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """Scale the gradients of all ranks down so that their norm together is at most `max_norm`.
@@ -543,8 +589,8 @@ class Pipeline(Closing):
         Returns
         -------
         float
-            The norm before clipping, with the bits of `clip_grad_norm` of the whole model in one
-            process; the same on all ranks.
+            The norm before clipping, the same on all ranks; with the bits of `clip_grad_norm` of
+            the whole model in one process, unless gradients are split over the data axis.
 
         Raises
         ------
@@ -553,16 +599,23 @@ class Pipeline(Closing):
 
         Notes
         -----
-        Collective over the group; blocks. One exchange of 8 bytes per parameter.
+        Collective over the group; blocks. One exchange of 8 bytes per parameter; where gradients
+        are split over the data axis another one there.
         """
         check_max_norm(max_norm)
-        named = list(self.named_parameters())
-        check_whole(named)
-        grads, _ = gradient_arrays(named, "Pipeline.clip_grad_norm", may_be_empty=True)
-        roots = [(name, parameter) for name, parameter in named if self._ties.is_root(parameter)]
-        counted, _ = gradient_arrays(roots, "Pipeline.clip_grad_norm", may_be_empty=True)
-        with np.errstate(all="ignore"):
-            own = [sum_of_squares(grad) for grad in counted]
+        own: list[float] = []
+        grads: list[Array] = []
+        for stage, part in self.stages.items():
+            replica, over = self.replicas.get(stage), None
+            shards = list(part.parameters()) if replica is None else replica.shards()
+            if replica is not None and replica.splits_gradients:
+                over = replica.group
+            else:
+                check_whole(list(part.named_parameters()))
+            grads += [shard.grad for shard in shards if shard.grad is not None]
+            roots = [shard for shard in shards if self._ties.is_root(shard)]
+            with np.errstate(all="ignore"):
+                own += squares_of(roots, over)
         everyone = all_gather_object(own, self.group)
         return clip_to_norm(grads, [], list(chain.from_iterable(everyone)), max_norm)
 
@@ -572,17 +625,16 @@ class Pipeline(Closing):
         Returns
         -------
         dict of str to Array
-            The living arrays. A checkpoint that all ranks save together holds the whole model, and
-            loads into any other cut of it, or one process.
+            The living arrays, or this rank's slices of them, where an `FSDP` or a
+            `ShardedOptimizer` splits them over the data axis. A checkpoint that all ranks save
+            together holds the whole model, and loads into any other cut of it, or one process.
         """
-        return {
-            self._ties.names.get(name, name): array
-            for part in self.stages.values()
-            for name, array in part.state_dict().items()
-        }
+        states = (without_order(inner.state_dict()) for _, inner in self._held())
+        named = chain.from_iterable(state.items() for state in states)
+        return {self._ties.names.get(name, name): array for name, array in named}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy values into the parameters and buffers of this rank's stages, in place.
+        """Copy values into the parameters and buffers of this rank's stages.
 
         Parameters
         ----------
@@ -594,22 +646,32 @@ class Pipeline(Closing):
         ValueError
             Listing names that are missing and shapes or dtypes that differ; nothing has been
             changed then.
+
+        Notes
+        -----
+        Local, unless parameters are split over the data axis: then collective over it; blocks.
         """
         # A tied parameter stands there once, under its first name.
         state = {**state, **{n: state[w] for n, w in self._ties.names.items() if w in state}}
-        states = [
-            (part, {name: state[name] for name in part.state_dict() if name in state})
-            for part in self.stages.values()
+        parts = [
+            (held, inner, {name: state[name] for name in inner.state_dict() if name in state})
+            for held, inner in self._held()
         ]
-        for part, own in states:
-            part.check_state_dict(own)
-        for part, own in states:
-            part.load_state_dict(own)
+        for held, _, own in parts:
+            held.check_state_dict(own)
+        for _, inner, own in parts:
+            inner.load_state_dict(own)
+
+    def _held(self) -> Iterator[tuple[Sequential | DataParallel, HasState]]:
+        """Yield the stages of this rank, or their replicas, and what has their states."""
+        for stage, part in self.stages.items():
+            replica = self.replicas.get(stage)
+            yield (part, part) if replica is None else (replica, replica.model_state)
 
     def close(self) -> None:
         """Release the pipeline's groups; the stages stay as they are."""
-        for ddp in self.replicas.values():
-            ddp.close()
+        for replica in self.replicas.values():
+            replica.close()
         self.group.close()
 
 
@@ -653,13 +715,28 @@ def _check_tags(lines: int, schedule: Schedule, group: ProcessGroup) -> None:
         )
 
 
-def _replica(data_parallel: Callable[[Sequential], DDP], stage: Sequential) -> DDP:
-    """Return the DDP that was made of a stage."""
+def _replica(
+    data_parallel: Callable[[Sequential], DataParallel], stage: Sequential, ties: Sequence[Tie]
+) -> DataParallel:
+    """Return the DDP or FSDP that was made of a stage."""
     made = data_parallel(stage)
-    if not isinstance(made, DDP) or made.module is not stage:
+    if not isinstance(made, DataParallel) or made.module is not stage:
         raise TypeError(
-            "Pipeline: expected data_parallel to return a DDP of the stage that it is given, as "
-            f"lambda stage: DDP(stage, group, op=SUM); got {made!r}"
+            "Pipeline: expected data_parallel to return a DDP or FSDP of the stage that it is "
+            f"given, as lambda stage: DDP(stage, group, op=SUM); got {made!r}"
+        )
+    if made.casts:
+        raise UnsupportedOperationError(
+            f"Pipeline: {type(made).__name__} on {made.group} has a Precision of parameters or "
+            "output, with which a stage would take and give another dtype than its neighbours; "
+            "give it Precision(reduction=...) alone, and build the model in the dtype in which it "
+            "is to compute"
+        )
+    if made.splits_gradients and ties:
+        raise UnsupportedOperationError(
+            f"Pipeline: '{ties[0].names[0]}' is held by stages {ties[0].stages}, and its gradient "
+            f"cannot be summed over them where {type(made).__name__} has it in slices; make a DDP "
+            "of each stage, or cut the model so that one stage has all layers that hold it"
         )
     return made
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -14,7 +15,7 @@ from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context
 from mpidist.nn.parameter import Parameter
 from mpidist.observe.regions import region
-from mpidist.parallel.data.ddp import DDP
+from mpidist.parallel.data.data_parallel import DataParallel
 from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.schedule import Action, Pass
 from mpidist.parallel.pipeline.ties import Ties
@@ -69,44 +70,73 @@ class Contributions:
 
     Parameters
     ----------
-    replicas : mapping of int to DDP
+    replicas : mapping of int to DataParallel
         Of each stage of this rank, where there is a data axis; else empty.
-    last : int
-        The last micro-batch, with which a stage's gradients are complete.
+    actions : sequence of Action
+        What this rank runs.
     ties : Ties
         The parameters that several stages hold.
+
+    Attributes
+    ----------
+    works : list of Work
+        The sums over the data axis that have been started.
+
+    Notes
+    -----
+    What is collective over the data axis comes at the same actions on all of its ranks, whose
+    pipelines run the same schedule: so ranks wait for none that the schedule does not let come.
     """
 
-    def __init__(self, replicas: Mapping[int, DDP], last: int, ties: Ties) -> None:
+    def __init__(
+        self, replicas: Mapping[int, DataParallel], actions: Sequence[Action], ties: Ties
+    ) -> None:
         self._replicas = replicas
-        self._last = last
+        self._ends = {action.stage: action for action in actions}
         self._ties = ties
-        self._works: list[Work[None]] = []
+        self._whole: dict[int, ExitStack] = {}
+        self.works: list[Work[None]] = []
+
+    def before(self, action: Action) -> None:
+        """Have the parameters of a stage whole, before its first action."""
+        replica = self._replicas.get(action.stage)
+        if replica is not None and action.stage not in self._whole:
+            self._whole[action.stage] = ExitStack()
+            self._whole[action.stage].enter_context(replica.whole())
 
     def add(self, action: Action, uses: Mapping[Parameter, int], run: Callable[[], T]) -> T:
         """Run a pass; after the last one of a stage its gradients travel while others run."""
         with self._ties.recording(action):
-            ddp = self._replicas.get(action.stage)
-            if ddp is None:
+            replica = self._replicas.get(action.stage)
+            if replica is None:
                 return run()
             # Gradients that are summed over stages first are not complete before the step's end.
-            if action.micro_batch < self._last or self._ties.holds(action.stage):
-                with ddp.no_sync():
-                    return ddp.irun_backward(uses, run)[0]
-            result, work = ddp.irun_backward(uses, run)
-            self._works.append(work)
+            if action != self._ends[action.stage] or self._ties.holds(action.stage):
+                with replica.no_sync():
+                    return replica.irun_backward(uses, run)[0]
+            result, work = replica.irun_backward(uses, run)
+            self.works.append(work)
             return result
 
+    def after(self, action: Action) -> None:
+        """Let go of the parameters of a stage, after its last action."""
+        if action == self._ends[action.stage] and action.stage in self._whole:
+            self._whole[action.stage].close()
+
     def finish(self) -> None:
-        """Wait for the sums: over stages, and then over the data axis."""
+        """Have tied gradients summed: over stages, then over the data axis, whose sums are late."""
         self._ties.add()
-        for stage, ddp in self._replicas.items():
-            if self._ties.holds(stage):
-                self._works.append(ddp.irun_backward({}, lambda: None)[1])
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+        tied = [replica for s, replica in self._replicas.items() if self._ties.holds(s)]
+        self.works += [replica.irun_backward({}, lambda: None)[1] for replica in tied]
+        if tied:
+            for work in self.works:
+                work.wait()
         self._ties.share_gradients()
+
+    def release(self) -> None:
+        """Let go of all parameters, where a run has ended half way."""
+        for whole in self._whole.values():
+            whole.close()
 
 
 class StageRun:
@@ -169,6 +199,7 @@ class StageRun:
         for index, action in enumerate(actions):
             edges.post(index)
             try:
+                self._contributions.before(action)
                 arrays = edges.receive(action)
                 began = perf_counter()
                 with region(str(action)):
@@ -179,6 +210,7 @@ class StageRun:
                 self.spans.append(Span(action, began - start, perf_counter() - start))
                 edges.send(action, arrays)
                 del arrays  # else they would live until the next action is over
+                self._contributions.after(action)
             except Exception as error:
                 # `add_note` begins with Python 3.11.
                 notes = getattr(error, "__notes__", [])

@@ -194,6 +194,8 @@ class FSDP(DataParallel):
     Fully Sharded Data Parallel, section 3.2.
     """
 
+    splits_gradients = True
+
     def __init__(  # noqa: PLR0913 - all but two by name, with a default
         self,
         module: Module,
@@ -278,6 +280,7 @@ class FSDP(DataParallel):
         )
         super().__init__(module, ordered, op=op, gradients=self._unit_gradients)
         self.model_state = ModelState(self, self.parameter_shards)
+        self.casts = precision.parameters is not None or precision.output is not None
         self.has_optimizer = False
         self._passes = 0
         self._whole = False

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mpidist.collectives import all_reduce, barrier
 from mpidist.group import ProcessGroup
-from mpidist.nn.module import Module
+from mpidist.nn.parameter import Parameter
 from mpidist.optim import Optimizer
 
 __all__ = ["MemoryLedger", "MemoryUse", "memory_ledger", "memory_use", "proportional_set_size"]
@@ -95,13 +95,18 @@ class MemoryLedger:
         return "\n".join(lines)
 
 
-def memory_use(module: Module, optimizer: Optimizer) -> MemoryUse:
+class _HasParameters(Protocol):
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield them, a shared one once."""
+
+
+def memory_use(module: _HasParameters, optimizer: Optimizer) -> MemoryUse:
     """Count what a model and its optimizer hold on this rank alone.
 
     Parameters
     ----------
-    module : Module
-        The model; a shared parameter counts once.
+    module : Module or Pipeline
+        The model, or this rank's stages of it; a shared parameter counts once.
     optimizer : Optimizer
         Its optimizer. A `ShardedOptimizer` counts by `ShardedOptimizer.memory_use`.
 

@@ -424,7 +424,7 @@ class _ShardedDDP:
         arrays = {name: parameter.data for name, parameter in self._named.items()}
         layouts = [unit.layout(arrays, self.cut) for unit in find_units(ddp.module, sizes)]
         self.parameter_shards = ParameterShards(self._named, layouts, self.group)
-        self.model_state = ModelState(ddp, self.parameter_shards)
+        self.model_state = ddp.model_state = ModelState(ddp, self.parameter_shards)
 
     def shards(self) -> list[Parameter]:
         self.wait()
