@@ -4,6 +4,9 @@ A model of latencies and bandwidths is fitted to the reports of ``bench all_redu
 ``bench p2p`` and ``bench fsdp``, written with ``--json``. Every table says what was measured, what
 is extrapolated, and how far the model is off where the two can be compared. A report of
 ``bench fsdp`` alone gives steps and memory of every strategy.
+
+With ``--pipeline`` the file has what the layers of a model take, as `LayerCosts.measure` and
+``save`` write it; the schedule, the number of micro-batches and the cut are chosen for it.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from typing import Any
 from mpidist._formatting import columns, format_bytes, format_number
 from mpidist.bench.harness import BenchmarkError, add_files, check_files, positive, read_size
 from mpidist.bench.model import BACKWARD, Errors, JobLayout, NetworkModel
+from mpidist.bench.pipeline_plan import PipelineJob, PipelinePlan, plan_pipelines, render_pipelines
 from mpidist.bench.predictions import Fitted, JobPlan, make_plan
 from mpidist.bench.rendering import plot_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
 from mpidist.bench.strategies import strategies_table
+from mpidist.parallel import LayerCosts
 from mpidist.usage import write_once
 
 _FORMAT = 1
@@ -56,12 +61,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=REGISTERED,
         help="whose all_reduce (default: %(default)s)",
     )
+    pipeline = parser.add_argument_group("pipelines")
+    pipeline.add_argument(
+        "--pipeline", action="store_true", help="choose a schedule for the layers in REPORT"
+    )
+    pipeline.add_argument(
+        "--micro-batches", type=count, nargs="+", metavar="N", help="(default: 1 to 8 per rank)"
+    )
+    pipeline.add_argument(
+        "--batch", type=count, metavar="N", help="samples (default: 8 per rank times the measured)"
+    )
+    pipeline.add_argument("--memory", type=read_size, metavar="SIZE", help="that a rank has")
+    pipeline.add_argument(
+        "--copies",
+        type=count,
+        default=4,
+        metavar="N",
+        help="arrays of each parameter: itself, gradient, optimizer state (default: %(default)s)",
+    )
+    pipeline.add_argument(
+        "--schedule", type=Path, metavar="FILE", help="write the chosen one, for Schedule.parse"
+    )
     add_files(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Predict, and print, write and draw it; the exit code is 2 if it cannot be done as asked."""
     command = " ".join(["python", "-m", "mpidist", *options.argv])
+    if options.pipeline:
+        return _run_pipeline(options, command)
     try:
         reports = {path.name: _load(path) for path in options.reports}
         _check(options, reports.values())
@@ -89,6 +117,51 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None:
         options.json.write_text(_to_json(plan, command), encoding="utf-8")
     return 0
+
+
+def _run_pipeline(options: argparse.Namespace, command: str) -> int:
+    """Choose a pipeline, and print and write it; the exit code is 1 if none fits."""
+    try:
+        check_files(options, "plan")
+        job, plans, notes = _choose(options)
+        if options.schedule is not None:
+            options.schedule.write_text(f"{plans[0].schedule}\n", encoding="utf-8")
+    except (BenchmarkError, OSError) as error:
+        write_once(f"{error}\n")
+        return 2
+    blocks = [f"mpidist plan\n$ {command}", render_pipelines(plans, job), "\n".join(notes)]
+    sys.stdout.write("\n\n".join(filter(None, blocks)) + "\n")
+    if options.json is not None:
+        rows = [{**dataclasses.asdict(plan), "schedule": str(plan.schedule)} for plan in plans]
+        document = {"format": _FORMAT, "command": command, "pipelines": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0 if plans[0].fits else 1
+
+
+def _choose(options: argparse.Namespace) -> tuple[PipelineJob, list[PipelinePlan], list[str]]:
+    if len(options.ranks or ()) != 1 or len(options.nodes) != 1 or options.plot is not None:
+        raise BenchmarkError("plan: --pipeline takes one number of --ranks, and draws no picture")
+    if len(options.reports) != 1:
+        raise BenchmarkError(f"plan: --pipeline takes one file, got {len(options.reports)}")
+    path = options.reports[0]
+    try:
+        layers = LayerCosts.load(path)
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"plan: {path}: {error}") from error
+    ranks = options.ranks[0] * options.nodes[0]
+    job = PipelineJob(
+        ranks=ranks,
+        batch=options.batch or 8 * ranks * layers.samples,
+        memory=options.memory or float("inf"),
+        copies=options.copies,
+        latency=options.latency or 0.0,
+        bandwidth=options.bandwidth or float("inf"),
+    )
+    micro_batches = options.micro_batches or [ranks << step for step in range(4)]
+    plans, notes = plan_pipelines(layers, job, micro_batches)
+    if not plans:
+        raise BenchmarkError("\n".join(["plan: there is no pipeline to choose", *notes]))
+    return job, plans, notes
 
 
 def _check(options: argparse.Namespace, reports: Collection[Report]) -> None:

@@ -18,6 +18,7 @@ from mpidist.parallel.pipeline.generators import (
     zb_h1,
     zbv,
 )
+from mpidist.parallel.pipeline.layer_costs import LayerCosts
 from mpidist.parallel.pipeline.pipeline import Evaluation, Pipeline, StepResult
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
 from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline, best_of, simulate
@@ -64,6 +65,7 @@ __all__ = [
     "GradientReducer",
     "Heads",
     "Hook",
+    "LayerCosts",
     "MemoryLedger",
     "MemoryUse",
     "Metrics",

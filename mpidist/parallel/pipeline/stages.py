@@ -16,7 +16,7 @@ from mpidist.nn.skips import SkipLayer, connections
 from mpidist.nn.surround import PASSES
 from mpidist.parallel.pipeline.timeline import Costs
 
-__all__ = ["Cuts", "StageLink", "check_model", "links_of", "starts_of"]
+__all__ = ["Cuts", "StageLink", "balanced", "check_model", "links_of", "starts_of"]
 
 Cuts: TypeAlias = Sequence[int] | Literal["layers", "parameters"] | Costs
 """Where a model is cut into stages; see `Pipeline`."""
@@ -98,7 +98,7 @@ def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
                 f"Pipeline: expected as cut costs of the {layers} layers, as Pipeline.costs "
                 f"measures them, got costs of {len(costs)}"
             )
-        return _balanced(costs, stages)
+        return balanced(costs, stages)
     if not isinstance(cut, str):
         starts = (0, *map(int, cut))
         if len(starts) != stages or any(a >= b for a, b in pairwise((*starts, layers))):
@@ -112,13 +112,13 @@ def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
         return tuple(stage * layers // stages for stage in range(stages))
     if cut == "parameters":
         # A layer counts as one element more, so that those without parameters are spread, too.
-        return _balanced([1 + sum(p.size for p in m.parameters()) for m in model.layers], stages)
+        return balanced([1 + sum(p.size for p in m.parameters()) for m in model.layers], stages)
     raise ValueError(
         f"Pipeline: expected as cut 'layers', 'parameters', numbers of layers or costs, got {cut!r}"
     )
 
 
-def _balanced(weights: Sequence[float], stages: int) -> tuple[int, ...]:
+def balanced(weights: Sequence[float], stages: int) -> tuple[int, ...]:
     """Return where stages begin whose greatest weight is as small as possible.
 
     The classical recurrence: the best cut of the first n layers into k stages is the best one,
