@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpidist import checkpoint
-from mpidist._types import Array
+from mpidist._types import SUM, Array
+from mpidist.arrays.boxes import Box
 from mpidist.arrays.shards import ShardedArray
 from mpidist.collectives import all_gather_object
 from mpidist.group import ProcessGroup
+from mpidist.mesh import DeviceMesh
 from mpidist.nn import (
     GELU,
     CausalSelfAttention,
@@ -34,8 +36,10 @@ from mpidist.nn import (
 from mpidist.nn.module import ParameterFree
 from mpidist.optim import AdamW
 from mpidist.parallel import (
+    DDP,
     Columns,
     Heads,
+    Pipeline,
     Rows,
     Split,
     Vocabulary,
@@ -168,23 +172,21 @@ def train(
 
 
 def whole_state(state: Mapping[str, Any], group: ProcessGroup) -> dict[str, Array]:
-    """Put states that are parts of whole arrays together, each element at least once.
+    """Put the states of all ranks together, each element at least once.
 
     What several ranks have must have the same bits.
     """
-    whole = {}
-    for name, mine in state.items():
-        if not isinstance(mine, ShardedArray):
-            whole[name] = mine
-            continue
-        array = np.full(mine.shape, np.nan, mine.dtype)
-        for pieces in all_gather_object(mine.pieces, group):
+    whole: dict[str, Array] = {}
+    for theirs in all_gather_object(dict(state), group):
+        for name, held in theirs.items():
+            alone = not isinstance(held, ShardedArray)
+            pieces = {Box.whole(held.shape): held} if alone else held.pieces
+            array = whole.setdefault(name, np.full(held.shape, np.nan, held.dtype))
             for box, piece in pieces.items():
                 seen = array[box.slices]
                 assert ((seen == piece) | np.isnan(seen)).all(), f"{name} differs between ranks"
                 array[box.slices] = piece
-        assert not np.isnan(array).any(), name
-        whole[name] = array
+    assert not any(np.isnan(array).any() for array in whole.values())
     return whole
 
 
@@ -210,6 +212,32 @@ def check_case(group: ProcessGroup, name: str) -> None:
     np.testing.assert_allclose(losses, losses_alone, rtol=1e-11)
     state = whole_state(model.state_dict(), group)
     check_same(state, state_alone)
+
+
+def check_pipeline(world: ProcessGroup) -> None:
+    """Train two stages, each cut over two ranks, with as many replicas as there are ranks for."""
+    case = CASES["plain"]
+    with DeviceMesh(world, pp=2, dp=-1, tp=2) as mesh:
+        data, tp = mesh["dp"].group, mesh["tp"].group
+        pipe = Pipeline(
+            parallelize(case.build(), tp, case.plan),
+            mesh["pp"].group,
+            micro_batches=2,
+            loss=partial(vocabulary_cross_entropy, group=tp, classes=WORDS),
+            cut=[4],
+            data_parallel=lambda stage: DDP(stage, data, op=SUM),
+        )
+        with pipe:
+            optimizer = AdamW(pipe.named_parameters(), lr=1e-3, weight_decay=0.1)
+            samples = BATCH // data.size
+            rows = slice(data.rank * samples, (data.rank + 1) * samples)
+            for step in range(4):
+                x, target = np.random.default_rng(step).integers(0, WORDS, (2, BATCH, TIME))
+                optimizer.zero_grad()
+                mode = Mode(True, seed=3, step=step, sample_offset=rows.start)
+                pipe.step(x[rows], target[rows], mode, denominator=target.size)
+                optimizer.step()
+            check_same(whole_state(pipe.state_dict(), world), trained_alone("plain")[1])
 
 
 def save_half_way(group: ProcessGroup, directory: Path) -> None:

@@ -25,7 +25,7 @@ from tests.parallel.checks import (
 )
 from tests.parallel.joined_batch import SHARES, check_joined
 from tests.parallel.tensor import CASES as MODELS
-from tests.parallel.tensor import check_case, check_resumed, save_half_way
+from tests.parallel.tensor import check_case, check_pipeline, check_resumed, save_half_way
 from tests.parallel.training import CASES, assert_close, train_alone, train_rank
 
 on_ranks = pytest.mark.ranks(2, 3, 4)
@@ -88,6 +88,12 @@ def test_ranks_decide_together_whether_a_step_counts(world):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_cut_over_ranks_trains_as_one_process_does(world, name):
     check_case(world, name)
+
+
+@pytest.mark.full
+@pytest.mark.ranks(4, 8)
+def test_stages_of_a_pipeline_may_be_cut_over_ranks(world):
+    check_pipeline(world)
 
 
 @pytest.mark.full

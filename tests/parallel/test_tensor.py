@@ -53,6 +53,7 @@ from tests.parallel.tensor import (
     WORDS,
     Gate,
     check_case,
+    check_pipeline,
     check_resumed,
     check_same,
     linear,
@@ -123,6 +124,12 @@ def test_replicas_have_the_same_bits_under_data_and_tensor_parallelism():
     assert len({norm for norm, _ in results}) == 1
     assert results[0][0] == pytest.approx(expected_norm, rel=1e-12)
     assert results[0][1] + results[2][1] == pytest.approx(float(loss), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_the_stages_of_a_pipeline_may_be_cut_and_have_replicas(size):
+    trained_alone("plain")
+    run_ranks(size, check_pipeline)
 
 
 # -- conjugates ------------------------------------------------------------------------------------
