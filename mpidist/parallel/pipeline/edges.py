@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,6 @@ from mpidist.arrays.namespaces import as_bytes, as_native
 from mpidist.backends.base import Traffic
 from mpidist.backends.work import Message, Work
 from mpidist.group import ProcessGroup
-from mpidist.group.pending import Peers
 from mpidist.parallel.pipeline.schedule import GRADIENT_PASSES, Action, Pass, Schedule
 from mpidist.parallel.pipeline.stages import StageLink
 from mpidist.point_to_point._messages import Receive, Send, prepare_receive, prepare_send
@@ -24,6 +24,35 @@ _AHEAD = 2
 
 _LONGEST = (1 << 30) - 1
 """Bytes of a message whose receive may have more room than it needs."""
+
+
+class _BareWork(Work[Array]):
+    """A message without envelope: of its group only when it is waited for, which is rare."""
+
+    def __init__(
+        self, group: ProcessGroup, inner: Work[Any], flat: Array, peer: int, name: str
+    ) -> None:
+        self._group = group
+        self._inner = inner
+        self._flat = flat
+        self._peer = peer
+        self._name = name
+        group.transport.engine.held.add(self)
+
+    def done(self) -> bool:
+        """Poll it."""
+        over = self._inner.done()
+        if over:
+            self._group.transport.engine.held.discard(self)
+        return over
+
+    def wait(self, timeout: float | None = None) -> Array:
+        """Wait, and return the bytes."""
+        if not self.done():
+            operations = self._group.operations
+            with operations.performing(self._name, [self._peer], timeout) as waiter:
+                waiter.wait_for(self.done)
+        return self._flat
 
 
 class Edge:
@@ -51,19 +80,18 @@ class Edge:
         self._peer = peer
         self._tag = tag
         self._name = name
-        self._peers = Peers(frozenset({peer}))
         self._lane = group.transport.lane(Traffic.ENVELOPE, tag)
         self._last: tuple[tuple[int, ...], DType] | None = None
         self._nbytes = 0
         self._bare = False
 
-    def send(self, array: Array) -> list[Work[None]]:
+    def send(self, array: Array) -> list[Work[Any]]:
         """Begin to send this step's array."""
         x, expected = as_native(array), self._bare
         repeated = (x.shape, x.dtype) == self._last
         if expected and repeated:
             return [self._start(as_bytes(x), receives=False)]
-        works = []
+        works: list[Work[Any]] = []
         if expected:
             works.append(self._start(np.ones(self._nbytes + 1, np.uint8), receives=False))
         message = Send(x, self._peer, self._tag)
@@ -78,7 +106,7 @@ class Edge:
             return prepare_receive(message, self._group, None, name=self._name)()
         buffer = np.empty(self._nbytes + 1, np.uint8)
         buffer[-1] = 0
-        return self._start(buffer, receives=True).then(lambda _: buffer)
+        return self._start(buffer, receives=True)
 
     def receive(self, work: Work[Array]) -> Array:
         """Return this step's array; waits for it."""
@@ -93,16 +121,12 @@ class Edge:
         self._remember(array)
         return array
 
-    def _start(self, flat: Array, *, receives: bool) -> Work[None]:
+    def _start(self, flat: Array, *, receives: bool) -> _BareWork:
         """Begin to send or to receive bytes without an envelope, in the lane of the envelopes."""
         messages = [Message(flat, self._peer, self._lane)]
         sides = ([], messages) if receives else (messages, [])
-        return self._group.operations.start_messages(
-            self._name,
-            lambda backend, _: backend.exchange(*sides),
-            lambda: None,
-            peers=self._peers,
-        )
+        inner = self._group.transport.exchange(*sides)
+        return _BareWork(self._group, inner, flat, self._peer, self._name)
 
     def _remember(self, array: Array) -> None:
         """Expect the next message to be bare if this one is as the last, or the first."""
@@ -173,7 +197,7 @@ class Edges:
                     self._outgoing[action][link.name] = counterpart
         self._arriving: dict[Action, dict[str, Work[Array]]] = {}
         self._local: dict[Action, dict[str, Array]] = {}
-        self._leaving: deque[Work[None]] = deque()
+        self._leaving: deque[Work[Any]] = deque()
 
     def describe(self, action: Action) -> str:
         """Name an action of this rank, and the one whose result it takes."""
