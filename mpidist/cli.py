@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from importlib import import_module
+from typing import Protocol, cast
 
-from mpidist import __version__, example
+from mpidist import __version__
 from mpidist._stdout import accept_any_text
-from mpidist.bench import command as bench
-from mpidist.bench import plan
-from mpidist.checkpoint.tools import command as checkpoint
-from mpidist.info import command as info
-from mpidist.tracing import command as trace
 from mpidist.usage import RankArgumentParser
 
 
@@ -30,15 +26,33 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: Mapping[str, tuple[Command, str]] = {
-    "bench": (bench, "measure this machine, beside the MPI library and other peers"),
-    "checkpoint": (checkpoint, "look at checkpoints, verify, compare, reshard, export them"),
-    "example": (example, "list, show or copy the examples: `example 00` shows the first one"),
-    "info": (info, "show this machine and job, and what is wrong with them, each with its cure"),
-    "plan": (plan, "predict all_reduce and training steps on other numbers of ranks and nodes"),
-    "trace": (trace, "summarise a trace: communication, overlap, the slowest rank of each step"),
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "bench": (
+        "mpidist.bench.command",
+        "measure this machine, beside the MPI library and other peers",
+    ),
+    "checkpoint": (
+        "mpidist.checkpoint.tools.command",
+        "look at checkpoints, verify, compare, reshard, export them",
+    ),
+    "example": (
+        "mpidist.example",
+        "list, show or copy the examples: `example 00` shows the first one",
+    ),
+    "info": (
+        "mpidist.info.command",
+        "show this machine and job, and what is wrong with them, each with its cure",
+    ),
+    "plan": (
+        "mpidist.bench.plan",
+        "predict all_reduce and training steps on other numbers of ranks and nodes",
+    ),
+    "trace": (
+        "mpidist.tracing.command",
+        "summarise a trace: communication, overlap, the slowest rank of each step",
+    ),
 }
-"""Every command with its one line of help."""
+"""The module of every command, which is loaded if that is asked for, and its one line of help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,18 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     accept_any_text()
     argv = sys.argv[1:] if argv is None else argv
-    options = make_parser().parse_args(argv)
+    options = make_parser(argv).parse_args(argv)
     options.argv = argv
-    return COMMANDS[options.command][0].run(options)
+    return _load(options.command).run(options)
 
 
-def make_parser() -> RankArgumentParser:
-    """Return the parser of all commands."""
+def make_parser(names: Collection[str] = tuple(COMMANDS)) -> RankArgumentParser:
+    """Return the parser of all commands, with the options of those among `names`."""
     parser = RankArgumentParser(
         prog="python -m mpidist", description="MPI-first distributed training: its tools."
     )
     parser.add_argument("--version", action="version", version=f"mpidist {__version__}")
     choices = parser.add_subparsers(title="commands", dest="command", required=True)
-    for name, (command, text) in COMMANDS.items():
-        command.configure(choices.add_parser(name, help=text, description=text))
+    for name, (_, text) in COMMANDS.items():
+        command = choices.add_parser(name, help=text, description=text)
+        if name in names:
+            _load(name).configure(command)
     return parser
+
+
+def _load(name: str) -> Command:
+    return cast(Command, import_module(COMMANDS[name][0]))

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mpidist import env
@@ -86,3 +87,18 @@ def _first_to_hold(held: socket.socket, text: str) -> bool:
     except OSError as error:
         return error.errno != errno.EADDRINUSE
     return True
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a reader of numbers above 0, `int` or `float`, for the ``type`` of an option."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+        return value
+
+    return read

@@ -55,6 +55,13 @@ def test_no_help_shows_the_backticks_of_docstrings() -> None:
     assert [parser.prog for parser in every if "`" in parser.format_help()] == []
 
 
+def test_only_the_command_that_is_asked_for_is_loaded() -> None:
+    body = "import sys; from mpidist import cli; cli.main(['example']); print(*sys.modules)"
+    loaded = run(sys.executable, "-c", body).stdout.splitlines()[-1].split()
+    assert "mpidist.example" in loaded
+    assert not {"numpy", "h5py", "mpidist.bench", "mpidist.checkpoint"} & set(loaded)
+
+
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

@@ -22,13 +22,14 @@ import numpy as np
 from mpidist import env, nn
 from mpidist._types import MEAN, Array
 from mpidist.arrays.namespaces import to_device, to_host
-from mpidist.bench.harness import BenchmarkRun, add_effort, add_number, positive
+from mpidist.bench.harness import BenchmarkRun, add_effort, add_number
 from mpidist.bench.peers import Gloo, open_gloo
 from mpidist.bench.report import Comparison, Measure, Report, Row
 from mpidist.bench.times import Series, Times
 from mpidist.collectives import all_reduce
 from mpidist.group import ProcessGroup
 from mpidist.parallel import DDP, GradientReducer
+from mpidist.usage import positive
 
 DDP_STEP, ALONE, REDUCTION = "DDP", "alone", "reduction"
 _SUM = "one all_reduce"

@@ -25,7 +25,7 @@ from mpidist._types import Array
 from mpidist.arrays.boxes import split_evenly
 from mpidist.backends.work import Work
 from mpidist.bench.ddp import Shape, make_model, torch_model
-from mpidist.bench.harness import BenchmarkRun, add_effort, add_number, positive
+from mpidist.bench.harness import BenchmarkRun, add_effort, add_number
 from mpidist.bench.peers import Gloo, open_gloo, shard_fully
 from mpidist.bench.report import Comparison, Measure, Report, Target
 from mpidist.bench.strategies import (
@@ -54,6 +54,7 @@ from mpidist.parallel import (
     memory_use,
 )
 from mpidist.parallel.sharded.units import find_units
+from mpidist.usage import positive
 
 FULL_SHARD, HYBRID_SHARD = ShardingStrategy.FULL_SHARD.name, ShardingStrategy.HYBRID_SHARD.name
 ZERO1, ZERO2, REPLICATED = "DDP+sharded", "sharded", "DDP"

@@ -19,6 +19,7 @@ from mpidist.bench.times import Effort, Series, Times, measure
 from mpidist.collectives import barrier, broadcast_object
 from mpidist.errors import BackendUnavailableError
 from mpidist.group import ProcessGroup
+from mpidist.usage import positive
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
@@ -43,21 +44,6 @@ def sweep(first: str, last: str, factor: int) -> tuple[int, ...]:
     while sizes[-1] * factor <= stop:
         sizes.append(sizes[-1] * factor)
     return tuple(sizes)
-
-
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """Return a reader of numbers above 0, `int` or `float`, for the ``type`` of an option."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
-        return value
-
-    return read
 
 
 def add_number(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidist._formatting import columns, format_bytes, format_number
-from mpidist.bench.harness import BenchmarkError, add_files, check_files, positive, read_size
+from mpidist.bench.harness import BenchmarkError, add_files, check_files, read_size
 from mpidist.bench.model import BACKWARD, Errors, JobLayout, NetworkModel
 from mpidist.bench.pipeline_plan import PipelineJob, PipelinePlan, plan_pipelines, render_pipelines
 from mpidist.bench.predictions import Fitted, JobPlan, make_plan
@@ -29,7 +29,7 @@ from mpidist.bench.rendering import plot_plan
 from mpidist.bench.report import LIBRARY, ORDINARY, REGISTERED, Report
 from mpidist.bench.strategies import strategies_table
 from mpidist.parallel import LayerCosts
-from mpidist.usage import write_once
+from mpidist.usage import positive, write_once
 
 _FORMAT = 1
 

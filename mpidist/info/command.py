@@ -19,12 +19,12 @@ from typing import Any
 
 from mpidist import env
 from mpidist.backends.node.shared_memory import DIRECTORY
-from mpidist.bench.harness import positive
 from mpidist.info.ask import REPORTED, Answer, ask
 from mpidist.info.checks import Problem, find_problems
 from mpidist.info.facts import FORMAT, JobFacts
 from mpidist.info.leftovers import clean, describe
 from mpidist.info.text import render_facts
+from mpidist.usage import positive
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
