@@ -66,7 +66,10 @@ def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_pa
 
 @pytest.mark.hosts(2)
 @pytest.mark.timeout(120)
-def test_over_two_hosts_fsdp_is_compared_with_ddp(world: ProcessGroup) -> None:
+def test_over_two_hosts_fsdp_is_compared_with_ddp(
+    world: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsdp, "_SIZES_BETWEEN", (1 << 20, 2 << 20))  # 16 MiB take seconds
     report = fsdp.run(world, _options("--millions", "0.1", "--units", "0.1", "--no-torch"))
     names = ["HYBRID_SHARD", "FULL_SHARD"]
     rows = {row.series: row for row in report.rows if row.operation == "FSDP step"}
