@@ -95,6 +95,25 @@ def test_a_rank_that_waits_for_an_immediate_operation_is_named_with_both_lines()
     assert "waits 9.0 s" in render_report("title", states.values(), [])
 
 
+def test_a_rank_that_has_begun_an_immediate_operation_and_does_not_wait_for_it_is_named() -> None:
+    begun = record("iall_gather", kind=Kind.IMMEDIATE, began=30)
+    waiting = Wait(sequence=1, site=Site("/elsewhere/train.py", 25, "step"), seconds=9.0)
+    here = (Stack("MainThread", (Site("/elsewhere/data.py", 9, "load"),)),)
+    last = record("barrier", number=43, ended=20, sequence=2)
+    states = world(state(0, begun, wait=waiting), state(1, begun, last, stacks=here))
+    stall = Stall(states, [0, 1], KEY, [])
+    assert str(stall) == (
+        "Begun, but not waited for: rank 1 (host0:101), now at /elsewhere/data.py:9 in load, done "
+        "20.0 s ago with barrier #43 of group 'world', called at /elsewhere/train.py:31 in step"
+    )
+    assert stall.stragglers() == [1]
+    assert stall.cure().startswith("let rank 1 wait for it")
+    inside = record("barrier", number=3, identity=8, began=12, sequence=2)
+    assert not str(
+        Stall(world(state(0, begun, wait=waiting), state(1, begun, inside)), [0, 1], KEY, [])
+    )
+
+
 def test_where_a_rank_is_names_the_callers_lines_not_the_packages() -> None:
     path, ours = Site(pathlib.__file__, 10, "read_text"), Site(report.__file__, 20, "place")
     step, wait = Site("/elsewhere/train.py", 31, "step"), Site(threading.__file__, 5, "wait")

@@ -86,6 +86,7 @@ class Stall:
             for rank, state in known.items()
             if state.status in (Status.DEAD, Status.STOPPED) and rank not in self._absent
         ]
+        self._away = [r for r, state in known.items() if key is not None and state.stays_away(key)]
         self._difference = None if key is None else _first_difference(known, key)
 
     def __str__(self) -> str:
@@ -99,11 +100,12 @@ class Stall:
             where = "" if self._difference == self._key else f" in #{self._difference[1]}"
             calls = callers(states, self._members, self._difference)
             sentences.append(f"The ranks called different things{where}: {calls}")
-        if absent:
-            named = [_absence(rank, states.get(rank)) for rank in absent[:_NAMED]]
-            if len(absent) > _NAMED:
-                named.append(f"and {len(absent) - _NAMED} more: {format_ranges(absent[_NAMED:])}")
-            sentences.append(f"Missing: {'; '.join(named)}")
+        for word, ranks in (("Missing", absent), ("Begun, but not waited for", self._away)):
+            named = [_absence(rank, states.get(rank)) for rank in ranks[:_NAMED]]
+            if len(ranks) > _NAMED:
+                named.append(f"and {len(ranks) - _NAMED} more: {format_ranges(ranks[_NAMED:])}")
+            if named:
+                sentences.append(f"{word}: {'; '.join(named)}")
         for status in (Status.DEAD, Status.STOPPED):
             ranks = [rank for rank in self._gone if states[rank].status is status]
             if ranks:
@@ -117,6 +119,11 @@ class Stall:
         silent = [rank for rank, state in self._known.items() if state.status is Status.SILENT]
         for rank in (*self._absent, *self._gone, *silent):
             return _cure(rank, self._states.get(rank))
+        for rank in self._away:
+            return (
+                f"let rank {rank} wait for it soon: it may need every rank again before it ends; "
+                "if that is only slow, give it longer: init(timeout=...)"
+            )
         if self._key is None:
             return ""
         return (
@@ -130,7 +137,8 @@ class Stall:
         for rank, record in _came(self._known, self._difference).items():
             calls.setdefault(record.call, []).append(rank)
         odd = sorted(calls.values(), key=len)[:-1]
-        return sorted({*self._absent, *self._gone, *(rank for ranks in odd for rank in ranks)})
+        named = [*self._absent, *self._gone, *self._away]
+        return sorted({*named, *(rank for ranks in odd for rank in ranks)})
 
 
 def _came(known: States, key: Key | None) -> dict[int, OperationRecord]:

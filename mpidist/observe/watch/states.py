@@ -175,6 +175,14 @@ class RankState:
         group, number = key
         return any(r.number > number and r.is_of((group, r.number)) for r in self.records)
 
+    def stays_away(self, key: tuple[int, int]) -> bool:
+        """Whether it has begun an immediate collective that has not ended, and waits for none."""
+        record = self.came_to(key)
+        if record is None or record.ended or record.kind is not Kind.IMMEDIATE:
+            return False
+        blocked = any(not r.ended and r.kind is Kind.BLOCKING for r in self.records)
+        return self.wait is None and not blocked and self.status is Status.ALIVE
+
     def seconds(self, time: int) -> float:
         """Return how long ago a time of its node's clock was when it was read."""
         return (self.now - abs(time)) / 1e9
