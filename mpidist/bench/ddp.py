@@ -244,17 +244,13 @@ def _theirs(
         yield []
         return
     torch = gloo.torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a rank has one core
-    try:
+    with gloo.one_thread():
         x, dy = torch.randn(2, options.batch, shape.width)
         wrapped = torch.nn.parallel.DistributedDataParallel(torch_model(torch, shape))
         yield [
             Series(_TORCH_DDP, partial(_torch_step, wrapped, x, dy)),
             Series(_TORCH, partial(_torch_step, torch_model(torch, shape), x, dy)),
         ]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def torch_model(torch: Any, shape: Shape) -> Any:

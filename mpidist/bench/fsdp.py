@@ -357,9 +357,7 @@ def _theirs(
         yield []
         return
     torch = gloo.torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a rank has one core
-    try:
+    with gloo.one_thread():
         x, dy = torch.randn(2, batch, shape.width)
         sharded, alone = torch_model(torch, shape), torch_model(torch, shape)
         names = [unit.parameters for unit in find_units(make_model(shape), units)]
@@ -375,8 +373,6 @@ def _theirs(
             Series(FSDP2, partial(_torch_step, sharded, optimizer, [], x, dy)),
             Series(TORCH_ALONE, partial(_torch_step, alone, of_shares, shares, x, dy)),
         ]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _torch_step(model: Any, optimizer: Any, shares: list[tuple[Any, ...]], x: Any, dy: Any) -> None:

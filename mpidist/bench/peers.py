@@ -41,6 +41,16 @@ class Gloo(NamedTuple):
     torch: Any
     version: str
 
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Let torch compute in one thread inside: a rank has one core."""
+        threads = self.torch.get_num_threads()
+        self.torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            self.torch.set_num_threads(threads)
+
     def describe(self) -> str:
         """Return version and threads, for a note."""
         return (

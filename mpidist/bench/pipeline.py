@@ -281,9 +281,7 @@ def _theirs(
         yield [], taken
         return
     torch = gloo.torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a rank has one core
-    try:
+    with gloo.one_thread():
         first = _first_layers(shape, world.size)
         begin, end = first[world.rank : world.rank + 2]
         last = world.rank == world.size - 1
@@ -315,5 +313,3 @@ def _theirs(
             step = pipeline_step(name, module, world, micro, loss)
             series.append(Series(peer, partial(step, whole_x, whole_target)))
         yield [*series, Series(TORCH_ALONE, partial(alone, part()))], taken
-    finally:
-        torch.set_num_threads(threads)
