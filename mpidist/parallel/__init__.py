@@ -23,7 +23,7 @@ from mpidist.parallel.pipeline.pipeline import Evaluation, Pipeline, StepResult
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
 from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline, best_of, simulate
 from mpidist.parallel.sharded.flat_parameters import Cut
-from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
+from mpidist.parallel.sharded.fsdp import FSDP
 from mpidist.parallel.sharded.memory import (
     MemoryLedger,
     MemoryUse,
@@ -32,6 +32,7 @@ from mpidist.parallel.sharded.memory import (
     proportional_set_size,
 )
 from mpidist.parallel.sharded.naive_full_shard import NaiveFullShard
+from mpidist.parallel.sharded.options import ShardingStrategy
 from mpidist.parallel.sharded.precision import Precision
 from mpidist.parallel.sharded.state import ModelState
 from mpidist.parallel.sharded.units import UNIT_BYTES, Unit

@@ -147,13 +147,13 @@ def test_the_sum_over_nodes_may_wait_for_the_last_micro_batch(size, per_node):
                 for batch in (0, 1):
                     give(optimizer, grads(model, group.rank, batch))
                 fsdp.wait()
-            if fsdp._replicas is not None:
+            if fsdp._sharded.replicas is not None:
                 with pytest.raises(RuntimeError, match="are summed within each node alone; run"):
                     optimizer.step()
                 held = fsdp.memory_use().buffers
             give(optimizer, grads(model, group.rank, 3))
             optimizer.step()
-            if fsdp._replicas is not None:
+            if fsdp._sharded.replicas is not None:
                 assert fsdp.memory_use().buffers < held
         return values(model)
 

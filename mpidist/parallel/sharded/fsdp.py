@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from enum import Enum
 from typing import Any, TypeVar
 
 from mpidist._formatting import columns, format_bytes
-from mpidist._types import MEAN, SUM, Array, ReduceOp
-from mpidist.arrays.namespaces import BFLOAT16, REDUCTIONS, is_device
+from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.backends.work import Work
 from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
@@ -20,50 +17,19 @@ from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.clip import clip_grad_norm
-from mpidist.parallel.data.broadcasts import broadcast_in_place
 from mpidist.parallel.data.data_parallel import DataParallel
-from mpidist.parallel.data.verify import Description, describe, verify_same
 from mpidist.parallel.sharded.flat_parameters import Cut
-from mpidist.parallel.sharded.gathers import UnitGathers
-from mpidist.parallel.sharded.gradients import UnitGradients
 from mpidist.parallel.sharded.memory import MemoryUse
-from mpidist.parallel.sharded.parameter_shards import (
-    HOST,
-    ParameterShards,
-    check_can_be_sharded,
-)
+from mpidist.parallel.sharded.options import FSDPOptions, ShardingStrategy
+from mpidist.parallel.sharded.parameter_shards import HOST
 from mpidist.parallel.sharded.precision import Precision, inner_pass, input_gradient
+from mpidist.parallel.sharded.sharded_model import ShardedModel
 from mpidist.parallel.sharded.state import ModelState
-from mpidist.parallel.sharded.stores import by_node
-from mpidist.parallel.sharded.unit_store import UnitStore
-from mpidist.parallel.sharded.units import UNIT_BYTES, Unit, Units, find_stages, find_units
+from mpidist.parallel.sharded.units import UNIT_BYTES, Units
 
-__all__ = ["FSDP", "ShardingStrategy"]
+__all__ = ["FSDP"]
 
 T = TypeVar("T")
-
-
-class ShardingStrategy(Enum):
-    """What is split over the ranks.
-
-    Notes
-    -----
-    `FULL_SHARD`: parameters, gradients and the optimizer's state. `SHARD_GRAD_OP`: gradients and
-    the optimizer's state, and every node has all parameters; on one node, where they stand once for
-    all ranks, it is the same.
-    `HYBRID_SHARD`: as `FULL_SHARD` among the ranks of a node, and every node has all; gradients are
-    summed over the nodes, and parameters never travel. `NO_SHARD`: nothing; every rank has all, as
-    with `DDP`.
-    """
-
-    FULL_SHARD = "full_shard"
-    SHARD_GRAD_OP = "shard_grad_op"
-    HYBRID_SHARD = "hybrid_shard"
-    NO_SHARD = "no_shard"
-
-
-_GATHERS = (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
-"""The strategies with which parameters are whole only while they are needed."""
 
 
 class FSDP(DataParallel):
@@ -99,9 +65,9 @@ class FSDP(DataParallel):
     units : int, sequence of str or callable, optional
         Which parameters travel together. An int: at most so many bytes, 32 MiB when omitted; the
         units are the largest subtrees of the model that hold no more, neighbours together if they
-        fit, and a larger parameter is one by itself. Names of modules, in which ``*`` stands for
-        anything, or a function of a name and a module: these modules are units, and all other
-        parameters are one more.
+        fit, and a larger parameter is one by itself, with its bias. Names of modules, in which
+        ``*`` stands for anything, or a function of a name and a module: these modules are units,
+        and all other parameters are one more.
     op : ReduceOp, optional
         `MEAN` or `SUM` of the ranks' gradients; see `DDP`.
     cut : Cut, optional
@@ -218,67 +184,18 @@ class FSDP(DataParallel):
         if strategy is None:
             two = mesh is not None and mesh.ndim == 2
             strategy = ShardingStrategy.HYBRID_SHARD if two else ShardingStrategy.FULL_SHARD
-        named = dict(module.named_parameters())
-        arguments: dict[str, Any] = {"strategy": strategy, "op": op, "cut": cut, "units": units}
-        arguments["precision"], arguments["prefetch"] = precision, prefetch
-        arguments["offload"] = offload
-        arguments["mesh"] = None if mesh is None else mesh.dimensions
-        # First together: what only one rank refuses would leave the others waiting for it.
-        verify_same(_description(module, arguments), group, operation=what)
-        _check_choice("strategy", strategy, ShardingStrategy)
-        _check_choice("cut", cut, Cut)
-        if not isinstance(precision, Precision):
-            raise TypeError(
-                f"FSDP: precision must be a Precision, such as Precision(parameters={precision!r});"
-                f" got {precision!r}"
-            )
-        prefetch = _prefetch(prefetch)
-        _check_arguments(named, group, op, precision)
-        self.offload = _offload(offload, named, group, strategy)
-        mesh = _mesh(mesh, group, strategy)
-        self.units = tuple(
-            unit.stored_in(precision.stored(unit.dtype))
-            for unit in _find_same_units(module, units, group)
-        )
+        options = FSDPOptions(strategy, op, cut, units, precision, prefetch, offload, mesh)
+        options = options.agreed(module, group)
+        self.units = options.find_units(module, group)
         self.strategy = strategy
         self.cut = cut
         self.precision = precision
-        ordered = by_node(group, f"{group.name}/fsdp")
-        arrays = {name: parameter.data for name, parameter in named.items()}
-        broadcast_in_place([*arrays.values(), *dict(module.named_buffers()).values()], ordered)
-        cut_over, self._replicas = _groups(ordered, mesh, strategy)
-        layouts = [unit.layout(arrays, cut) for unit in self.units]
-        stages = find_stages(module, self.units) if strategy in _GATHERS else ()
-        try:
-            self.parameter_shards = ParameterShards(
-                named,
-                layouts,
-                cut_over,
-                first=self._replicas is None or self._replicas.rank == 0,
-                stages=[stage.units for stage in stages],
-                slots=1 + prefetch,
-                offload=self.offload,
-                all_ranks=ordered,
-            )
-        except OSError:  # another directory may be tried
-            for made in dict.fromkeys((cut_over, self._replicas or ordered, ordered)):
-                made.close()
-            raise
-        store = self.parameter_shards.store
-        self._gathers: UnitGathers | None = None
-        if isinstance(store, UnitStore):
-            self._gathers = UnitGathers(module, stages, store, cut_over, prefetch=prefetch)
-        trainable = {name: p for name, p in named.items() if p.trainable}
-        self._unit_gradients = UnitGradients(
-            trainable,
-            self.parameter_shards,
-            ordered,
-            replicas=self._replicas,
-            op=op,
-            precision=precision,
-            strategy=what,
-        )
-        super().__init__(module, ordered, op=op, gradients=self._unit_gradients)
+        self._sharded = ShardedModel(module, group, self.units, options, strategy=what)
+        self.parameter_shards = self._sharded.shards
+        self.offload = self.parameter_shards.offload
+        self._gathers = self._sharded.gathers
+        self._unit_gradients = self._sharded.gradients
+        super().__init__(module, self._sharded.group, op=op, gradients=self._unit_gradients)
         self.model_state = ModelState(self, self.parameter_shards)
         self.casts = precision.parameters is not None or precision.output is not None
         self.has_optimizer = False
@@ -512,165 +429,4 @@ class FSDP(DataParallel):
         parameter.data.copy()``.
         """
         self.zero_grad()
-        if self._gathers is not None:
-            self._gathers.close()
-        made = (self.parameter_shards.group, self._replicas or self.group, self.group)
-        for group in dict.fromkeys(made):  # each once, in one order on all ranks
-            group.close()
-
-
-def _description(module: Module, arguments: Mapping[str, Any]) -> Description:
-    if callable(arguments["units"]):  # what it finds is compared later
-        arguments = {**arguments, "units": "a function"}
-    return (
-        *(
-            describe(
-                "parameter" if p.trainable else "frozen parameter",
-                name,
-                p.like if p.is_sealed else p.data,  # sealed ones are refused later, by name
-            )
-            for name, p in module.named_parameters()
-        ),
-        *(describe("buffer", name, array) for name, array in module.named_buffers()),
-        *((f"argument '{name}'", str(value)) for name, value in arguments.items()),
-    )
-
-
-def _find_same_units(module: Module, units: Units, group: ProcessGroup) -> tuple[Unit, ...]:
-    """Cut a model into units; raise on all ranks if they differ, or one cannot."""
-    made: tuple[Unit, ...] = ()
-    failure: Exception | None = None
-    try:
-        made = find_units(module, units)
-    except Exception as error:  # noqa: BLE001  # of the user's function, too; raised below
-        failure = error
-    result = f"{len(made)} units" if failure is None else repr(failure)
-    verify_same(
-        (
-            ("what 'units' gives", result),
-            *((f"unit '{unit.name}'", str(unit.parameters)) for unit in made),
-        ),
-        group,
-        operation="FSDP",
-    )
-    if failure is not None:
-        raise failure
-    return made
-
-
-def _check_choice(argument: str, value: object, kind: type[Enum]) -> None:
-    """Raise unless a value is one of an enumeration, and not only the name of one."""
-    if not isinstance(value, kind):
-        choices = ", ".join(map(str, kind))
-        raise TypeError(f"FSDP: {argument} must be one of {choices}; got {value!r}")
-
-
-def _prefetch(count: int) -> int:
-    try:
-        count = operator.index(count)
-    except TypeError:
-        raise TypeError(f"FSDP: prefetch must be a number of units, got {count!r}") from None
-    if count < 0:
-        raise ValueError(f"FSDP: prefetch must not be negative, got {count}")
-    return count
-
-
-def _check_arguments(
-    named: Mapping[str, Parameter],
-    group: ProcessGroup,
-    op: ReduceOp,
-    precision: Precision,
-) -> None:
-    """Raise what is wrong with the arguments; they are the same on all ranks."""
-    if op not in (MEAN, SUM):
-        raise UnsupportedOperationError(f"FSDP: op must be MEAN or SUM, got {op}")
-    if not any(parameter.trainable for parameter in named.values()):
-        raise ValueError(f"FSDP on {group}: the model has no trainable parameter")
-    for name, parameter in named.items():
-        if parameter.trainable and (MEAN, parameter.dtype) not in REDUCTIONS:
-            raise UnsupportedOperationError(
-                f"FSDP: '{name}' has dtype {parameter.dtype}; gradients are float or complex"
-            )
-    if precision.parameters == BFLOAT16 and any(is_device(p.like) for p in named.values()):
-        raise UnsupportedOperationError(
-            f"FSDP on {group}: layers on a device do not compute in bfloat16; use "
-            "Precision(parameters=numpy.float16), or Precision(reduction='bfloat16'), with which "
-            "gradients travel so"
-        )
-    check_can_be_sharded(named, "FSDP", group)
-
-
-def _offload(
-    given: object,
-    named: Mapping[str, Parameter],
-    group: ProcessGroup,
-    strategy: ShardingStrategy,
-) -> str | None:
-    """Return `offload` as a string; raise unless what is offloaded is where that helps."""
-    if not isinstance(given, (str, os.PathLike, type(None))):
-        raise TypeError(f"FSDP: offload must be 'host' or the path of a directory, got {given!r}")
-    offload: str | None = None if given is None else os.fsdecode(given)
-    if offload == HOST and given != HOST:
-        offload = f"{os.curdir}{os.sep}{HOST}"  # a directory of that name
-    on_device = any(is_device(parameter.like) for parameter in named.values())
-    if offload == HOST and not on_device:
-        raise UnsupportedOperationError(
-            f"FSDP on {group}: offload='host' is for a model on a device, and this one lies on the "
-            "host; give a directory to keep its parameters in a file, or move the model first "
-            "(model.to('gpu'))"
-        )
-    if offload not in (None, HOST) and on_device:
-        raise UnsupportedOperationError(
-            f"FSDP on {group}: offload={offload!r} keeps parameters of the host in a file, and "
-            "these lie on a device; use offload='host'"
-        )
-    if offload not in (None, HOST) and (
-        strategy is ShardingStrategy.FULL_SHARD and group.num_nodes > 1
-    ):
-        raise UnsupportedOperationError(
-            f"FSDP on {group}: offload={offload!r} keeps parameters whole on a node, and with "
-            f"FULL_SHARD over {group.num_nodes} nodes none has all of them; use "
-            "ShardingStrategy.HYBRID_SHARD or SHARD_GRAD_OP"
-        )
-    return offload
-
-
-def _mesh(
-    mesh: DeviceMesh | None, group: ProcessGroup, strategy: ShardingStrategy
-) -> DeviceMesh | None:
-    """Return the mesh over which to replicate and to shard, if the strategy has one."""
-    if mesh is not None and mesh.ndim != 1 + (strategy is ShardingStrategy.HYBRID_SHARD):
-        raise UnsupportedOperationError(
-            "FSDP: expected two dimensions for HYBRID_SHARD, of which the first replicates and the "
-            f"second shards, or one for the other strategies; got {strategy.name} and {mesh}. "
-            "Take the dimensions that are meant, as in mesh['replicate', 'shard']"
-        )
-    if strategy is not ShardingStrategy.HYBRID_SHARD:
-        return None
-    mesh = DeviceMesh.by_node(group) if mesh is None else mesh
-    if mesh.names[1] in mesh.across_nodes:
-        raise UnsupportedOperationError(
-            f"FSDP: HYBRID_SHARD shards among ranks of one node, and those along "
-            f"'{mesh.names[1]}', the second dimension, are on several: {mesh}. Use "
-            "DeviceMesh.by_node(group), or ShardingStrategy.SHARD_GRAD_OP, with which parameters "
-            "stand once on each node"
-        )
-    return mesh
-
-
-def _groups(
-    ordered: ProcessGroup, mesh: DeviceMesh | None, strategy: ShardingStrategy
-) -> tuple[ProcessGroup, ProcessGroup | None]:
-    """Make the group over which parameters are cut, and that of the ranks with the same slices."""
-    if strategy is ShardingStrategy.NO_SHARD:
-        alone = ordered.split(ordered.rank, name=f"{ordered.name}/rank")
-        assert alone is not None, "every rank gave a color"
-        return alone, ordered
-    if mesh is None or mesh.sizes[0] == 1:
-        return ordered, None
-    row, column = mesh.coordinate
-    shard = ordered.split(row, column, name=f"{ordered.name}/shard")
-    replicas = ordered.split(column, row, name=f"{ordered.name}/replicate")
-    assert shard is not None, "every rank gave a color"
-    assert replicas is not None, "every rank gave a color"
-    return shard, replicas
+        self._sharded.close()

@@ -25,9 +25,10 @@ from mpidist.parallel.data.buckets import BucketSizes
 from mpidist.parallel.data.ddp import DDP
 from mpidist.parallel.data.verify import verify_same
 from mpidist.parallel.sharded.flat_parameters import Cut
-from mpidist.parallel.sharded.fsdp import FSDP, ShardingStrategy
+from mpidist.parallel.sharded.fsdp import FSDP
 from mpidist.parallel.sharded.mapped_files import mapped_arrays
 from mpidist.parallel.sharded.memory import MemoryUse, array_bytes
+from mpidist.parallel.sharded.options import ShardingStrategy
 from mpidist.parallel.sharded.parameter_shards import HOST, ParameterShards, check_can_be_sharded
 from mpidist.parallel.sharded.state import (
     ModelState,
