@@ -53,13 +53,20 @@ def test_what_fits_into_one_unit_is_one():
 
 
 def test_a_parameter_larger_than_a_unit_is_one_by_itself():
-    model = Sequential(Linear(200, 100, rng=0), Linear(200, 100, rng=0))
-    assert found(model, 64 * KIB) == [
+    model = Sequential(Linear(4, 100, rng=0), Linear(4, 100, rng=0))
+    assert found(model, 1000) == [
         ("0, 0.weight", ("0.weight",)),
         ("0, 0.bias", ("0.bias",)),
         ("1, 1.weight", ("1.weight",)),
         ("1, 1.bias", ("1.bias",)),
     ]
+
+
+@pytest.mark.parametrize("units", [1 * KIB, 64 * KIB, 4 * 200 * 100])
+def test_a_bias_stays_with_a_weight_that_is_as_large_as_a_unit(units):
+    model = Sequential(Linear(200, 100, rng=0), Linear(200, 100, rng=0))
+    expected = [("0", ("0.weight", "0.bias")), ("1", ("1.weight", "1.bias"))]
+    assert found(model, units) == expected
 
 
 def test_units_by_names_and_by_a_function():

@@ -104,9 +104,11 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
         The model.
     units : int, sequence of str, callable or BucketSizes
         How. An int: the largest subtrees that hold at most so many bytes of parameters are units,
-        neighbours together if they fit; a larger parameter is one by itself; modules of less than
-        64 KiB stay with the module around. Names or a callable: these modules are units, one inside
-        another without it, and all other parameters are one unit.
+        neighbours together if they fit; a larger layer is cut between its parameters, and a unit
+        may be a 64th longer than the bytes, or than its largest parameter, so that a bias stays
+        with its weight; modules of less than 64 KiB stay with the module around. Names or a
+        callable: these modules are units, one inside another without it, and all other parameters
+        are one unit.
 
     Returns
     -------
@@ -318,11 +320,14 @@ def _held_directly(module: Module) -> Iterator[Parameter]:
 def _chunks(
     parameters: Mapping[str, Parameter], limit: int | None
 ) -> Iterator[dict[str, Parameter]]:
-    """Cut a list of parameters into lists of at most `limit` bytes; a larger one is alone."""
+    """Cut a list of parameters into lists of at most `limit` bytes, or of a larger one.
+
+    Each may be a 64th longer, so that a bias is no message beside that of its weight.
+    """
     chunk: dict[str, Parameter] = {}
     for name, parameter in parameters.items():
-        filled = sum(p.nbytes for p in chunk.values()) + parameter.nbytes
-        if limit is not None and chunk and filled > limit:
+        sizes = [p.nbytes for p in (*chunk.values(), parameter)]
+        if limit is not None and chunk and 64 * sum(sizes) > 65 * max(limit, *sizes):
             yield chunk
             chunk = {}
         chunk[name] = parameter
