@@ -133,7 +133,7 @@ def test_any_number_of_micro_batches_works_or_is_refused_with_those_that_fit(gen
             with pytest.raises(ScheduleError, match=fitting):
                 generator(ranks, micro)
         elif generator is dualpipev and micro < 2 * ranks:
-            words = f"the {2 * ranks} stages of {ranks} ranks, got {micro}; take {2 * ranks}$"
+            words = f"at least {2 * ranks} micro-batches, .* got {micro}; take {2 * ranks}$"
             with pytest.raises(ScheduleError, match=words):
                 generator(ranks, micro)
         else:
@@ -214,8 +214,17 @@ def test_a_simulation_with_costs_is_the_one_by_hand():
 
 
 def test_costs_of_another_number_of_stages_are_refused():
-    with pytest.raises(ValueError, match=r"costs of the 2 stages .* got \[3, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"'gpipe': expected costs of its 2 stages, got \[3, 3, 3"):
         simulate(gpipe(2, 2), Costs.unit(3))
+    with pytest.raises(
+        ValueError, match=r"'fitted': expected costs of its 3 stages, got \[2, 2, 2"
+    ):
+        fitted([0, 1, 1], 2, Costs.unit(2), limit=3)
+
+
+def test_a_schedule_has_a_rank():
+    with pytest.raises(ScheduleError, match="expected at least 1 rank, got 0"):
+        Schedule("none", (), 1, ())
 
 
 def test_a_picture_has_a_line_per_rank():

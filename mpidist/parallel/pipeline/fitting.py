@@ -46,6 +46,8 @@ def fitted(
     ------
     ScheduleError
         If a number is below 1, or `limit` below the number of stages of a rank.
+    ValueError
+        If there are not as many costs as stages.
 
     Notes
     -----
@@ -69,6 +71,7 @@ def fitted(
             raise ScheduleError(
                 f"schedule '{name}': expected {what} of at least {least}, got {number}"
             )
+    costs.check(len(rank_of_stage), f"schedule '{name}'")
     plan = _Plan(tuple(rank_of_stage), micro_batches, costs, limit)
     actions: list[list[Action]] = [[] for _ in range(ranks)]
     while candidates := list(plan.candidates()):

@@ -242,8 +242,8 @@ def dualpipev(ranks: int, micro_batches: int) -> Schedule:
     stages = 2 * ranks
     if micro_batches < stages:
         raise ScheduleError(
-            f"schedule 'dualpipev': expected at least as many micro-batches as the {stages} stages "
-            f"of {ranks} ranks, got {micro_batches}; take {stages}"
+            f"schedule 'dualpipev': expected at least {stages} micro-batches, one for each stage, "
+            f"got {micro_batches}; take {stages}"
         )
 
     def passes(rank: int) -> Iterator[tuple[int, Pass]]:

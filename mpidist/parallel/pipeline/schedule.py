@@ -282,8 +282,9 @@ class Schedule:
         return ScheduleError(f"schedule '{self.name}': {problem}")
 
     def _check_sizes(self) -> None:
-        if self.micro_batches < 1:
-            raise self._fail(f"expected at least 1 micro-batch, got {self.micro_batches}")
+        for what, number in (("micro-batch", self.micro_batches), ("rank", self.ranks)):
+            if number < 1:
+                raise self._fail(f"expected at least 1 {what}, got {number}")
         if set(self.rank_of_stage) != set(range(self.ranks)):
             raise self._fail(
                 f"expected stages on each of the ranks 0 to {self.ranks - 1}, for which there are "

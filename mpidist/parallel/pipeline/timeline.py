@@ -45,6 +45,12 @@ class Costs:
         pairs = tuple(zip(starts, ends, strict=True))
         return Costs(*(tuple(sum(kind[a:b]) for a, b in pairs) for kind in kinds))
 
+    def check(self, stages: int, what: str) -> None:
+        """Raise `ValueError` unless these are the costs of so many stages."""
+        given = [*map(len, (self.forward, self.backward_input, self.backward_weight))]
+        if set(given) != {stages}:
+            raise ValueError(f"{what}: expected costs of its {stages} stages, got {given}")
+
     def of(self, action: Action) -> float:
         """Return how long an action takes."""
         halves = {
@@ -233,12 +239,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, message: float =
     0.5
     """
     costs = Costs.unit(schedule.stages) if costs is None else costs
-    given: Sequence[int] = [*map(len, (costs.forward, costs.backward_input, costs.backward_weight))]
-    if set(given) != {schedule.stages}:
-        raise ValueError(
-            f"simulate: expected costs of the {schedule.stages} stages of schedule "
-            f"'{schedule.name}', got {given}"
-        )
+    costs.check(schedule.stages, f"schedule '{schedule.name}'")
     ended: dict[Action, float] = {}
     free = [0.0] * schedule.ranks
     spans: list[list[Span]] = [[] for _ in range(schedule.ranks)]
