@@ -104,7 +104,7 @@ def test_on_eight_ranks(schedule):
 def test_connections_and_ties_over_stages_have_the_bits_of_one_process(ranks, schedule, full):
     body = partial(step, schedule=schedule, model=build_connected)
     ran = 0
-    for micro in (5, 6, 8, 12, 16) if full else (4,):
+    for micro in (5, 6, 8, 12, 16) if full else (8,):
         try:
             SCHEDULES[schedule](ranks, micro)
         except ScheduleError:

@@ -605,9 +605,12 @@ class Pipeline(Closing):
         check_max_norm(max_norm)
         own: list[float] = []
         grads: list[Array] = []
+        seen: set[Parameter] = set()  # two stages of this rank may hold the same parameter
         for stage, part in self.stages.items():
             replica, over = self.replicas.get(stage), None
-            shards = list(part.parameters()) if replica is None else replica.shards()
+            held = part.parameters() if replica is None else replica.shards()
+            shards = [shard for shard in held if shard not in seen]
+            seen.update(shards)
             if replica is not None and replica.splits_gradients:
                 over = replica.group
             else:
