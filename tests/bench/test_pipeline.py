@@ -15,7 +15,7 @@ from mpidist.testing import run_ranks
 from tests._ranks.launcher import clean_environment
 
 WORDS = ["--sleep", "2", "--micro-batches", "4", "--millions", "0.1", "--batch", "4"]
-SLEEPING = {"gpipe": 15, "1f1b": 15, "interleaved": 27, "zb-h1": 13, "zbv": 25}
+SLEEPING = {"gpipe": 15, "1f1b": 15, "interleaved": 27, "zb-h1": 13, "zbv": 25, "dualpipev": 25}
 """Spans of 4 micro-batches on 2 ranks: 3 * 4 passes of each stage, and the bubble of the table."""
 OURS = ["gpipe", "1f1b", "alone"]
 THEIRS = ["torch GPipe", "torch 1F1B", "torch alone"]
@@ -23,7 +23,9 @@ THEIRS = ["torch GPipe", "torch 1F1B", "torch alone"]
 
 def check(report: Report, *, peer: bool) -> None:
     rows = {(row.operation, row.series): row for row in report.rows}
-    operations = ["sleeping stages"] * 5 + ["an action"] + ["pipeline step"] * (3 + 3 * peer)
+    operations = (
+        ["sleeping stages"] * len(SLEEPING) + ["an action"] + ["pipeline step"] * (3 + 3 * peer)
+    )
     assert list(rows) == list(
         zip(operations, [*SLEEPING, "1f1b", *OURS, *THEIRS * peer], strict=True)
     )
