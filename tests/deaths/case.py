@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["LIMIT", "SIZES", "SOON", "TIMEOUT", "Case", "Ending"]
+__all__ = ["EARLY", "LIMIT", "SIZES", "SOON", "TIMEOUT", "Case", "Ending"]
 
 TIMEOUT = 4.0  # seconds: the deadline of all jobs but those that say another
 LIMIT = TIMEOUT + 5.0  # seconds from the event to the end of the job

@@ -1,13 +1,12 @@
 """The jobs of the matrix, and the table of what they measured: ``pytest tests/deaths -v``.
 
-All jobs that were selected run beside the first tests here, since most of the time they wait.
+The jobs of all cases that were selected start with the first test that asks for one.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,24 +16,9 @@ from tests.deaths.matrix import Matrix
 MATRIX = pytest.StashKey[Matrix]()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that wait for jobs of a matrix behind the others of this directory."""
-    here = [
-        number for number, item in enumerate(items) if Path(__file__).parent in item.path.parents
-    ]
-    ordered = sorted((items[number] for number in here), key=_asks_for_a_matrix)
-    for number, item in zip(here, ordered, strict=True):
-        items[number] = item
-
-
-def _asks_for_a_matrix(item: pytest.Item) -> bool:
-    return not {"matrix", "matrix_on_hosts"}.isdisjoint(getattr(item, "fixturenames", ()))
-
-
 @pytest.fixture(scope="package")
 def matrices(request: pytest.FixtureRequest) -> None:
-    """Start the jobs of both matrices, if their tests were selected; these tell what is missing."""
+    """Start the jobs of both matrices at once; the tests that need them tell what is missing."""
     for name in ("matrix", "matrix_on_hosts"):
         if _parameters(request, name):
             with contextlib.suppress(pytest.skip.Exception, pytest.fail.Exception):

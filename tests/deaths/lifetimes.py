@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.deaths.case import SOON, Case, Ending
+from tests.deaths.case import EARLY, SOON, Case, Ending
 
 __all__ = ["CASES"]
 
@@ -96,7 +96,8 @@ def leave_garbage():  # after the exit handler of mpidist: the collector comes n
 
 
 atexit.register(leave_garbage)
-""",
+"""
+        + EARLY,
         body="",
         sees=(LEFT, "in __del__"),
         blames=LEFT,

@@ -1,7 +1,7 @@
 """Whatever one rank does, the job ends in time, says who it was, and leaves nothing behind.
 
-The jobs of all tests that were selected run a few at a time, beside those of test_exits. The
-seconds that they took are told at the end of
+The jobs of all tests that were selected run a few at a time, since they mostly wait. The seconds
+that they took are told at the end of
 
     python -m pytest tests/deaths/test_deaths.py -v
 
@@ -22,7 +22,7 @@ from tests.deaths import endings, lifetimes, mismatches, pipelines, sharded
 from tests.deaths.case import Case, Ending
 from tests.deaths.matrix import Matrix, Outcome
 
-pytestmark = [pytest.mark.mpirun, pytest.mark.alone, pytest.mark.usefixtures("matrices")]
+pytestmark = [pytest.mark.mpirun, pytest.mark.usefixtures("matrices")]
 
 CASES = (*endings.CASES, *lifetimes.CASES, *mismatches.CASES, *sharded.CASES, *pipelines.CASES)
 FIRST = 20  # lines

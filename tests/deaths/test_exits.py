@@ -15,7 +15,7 @@ import pytest
 from tests._ranks.launcher import default_dispositions
 from tests.deaths.job import Ended, Job
 
-pytestmark = [pytest.mark.mpirun, pytest.mark.alone, pytest.mark.usefixtures("matrices")]
+pytestmark = pytest.mark.mpirun
 
 SIZE = 3
 LIMIT = 10.0  # seconds from the event to the end of the job
