@@ -25,6 +25,11 @@ class Dropout(ParameterFree):
     p : float
         Probability that an element is zeroed, 0 <= p < 1.
 
+    Attributes
+    ----------
+    part : Part or None
+        Which elements of the last axis the input has; None: all of them.
+
     Raises
     ------
     ValueError
@@ -46,13 +51,12 @@ class Dropout(ParameterFree):
 
     draws_by_index = True
     elementwise_blocks = 1
-    part: Part | None = None
-    """Which elements of the last axis the input has; None: all of them."""
 
     def __init__(self, p: float) -> None:
         if not 0.0 <= p < 1.0:
             raise ValueError(f"Dropout: expected 0 <= p < 1, got {p}")
         self.p = p
+        self.part: Part | None = None
 
     def forward(self, x: Array, mode: Mode) -> tuple[Array, Context]:
         """Map `x` (batch, ...) elementwise; `x` itself outside training.
