@@ -1,4 +1,4 @@
-"""What `train.py` makes of --strategy, --mesh, --units, --optimizer and --compression."""
+"""What `train.py` makes of --strategy, --mesh, --schedule, --units, --optimizer, --compression."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from task import Task
 
 from mpidist import SUM, DeviceMesh
 from mpidist.group import ProcessGroup
-from mpidist.nn import Parameter
+from mpidist.nn import Module, Parameter, Sequential
 from mpidist.optim import SGD, Adam, AdamW, Optimizer, WarmupCosine
 from mpidist.parallel import (
     DDP,
@@ -18,17 +18,20 @@ from mpidist.parallel import (
     UNIT_BYTES,
     Compression,
     MemoryLedger,
+    Pipeline,
     ShardedOptimizer,
     ShardingStrategy,
     memory_ledger,
     memory_use,
 )
-from mpidist.train import Plan
+from mpidist.train import CountedCrossEntropy, Plan
 
 __all__ = ["make_optimizer", "make_strategy", "measure_memory"]
 
 
-def make_strategy(options: argparse.Namespace, task: Task, world: ProcessGroup) -> DDP | FSDP:
+def make_strategy(
+    options: argparse.Namespace, task: Task, world: ProcessGroup
+) -> tuple[DDP | FSDP | Pipeline, ProcessGroup]:
     """Put the model on all ranks.
 
     Parameters
@@ -42,8 +45,10 @@ def make_strategy(options: argparse.Namespace, task: Task, world: ProcessGroup) 
 
     Returns
     -------
-    DDP or FSDP
+    model : DDP, FSDP or Pipeline
         Sums the gradients.
+    data : ProcessGroup
+        The ranks that share each batch.
 
     Raises
     ------
@@ -51,24 +56,56 @@ def make_strategy(options: argparse.Namespace, task: Task, world: ProcessGroup) 
         On all ranks, if their number, or that of a node, does not fit the mesh.
     UnsupportedOperationError
         On all ranks, if the strategy does not work where they or the parameters are.
+    ValueError
+        On all ranks, if the schedule does not fit the numbers of ranks and micro-batches, or there
+        are fewer layers than stages.
 
     Notes
     -----
     Collective over `world`; blocks.
     """
-    if options.strategy in ("ddp", "zero"):
-        return DDP(task.model, world, op=SUM, compression=_compression(options.compression))
     ranks: ProcessGroup | DeviceMesh = world
+    if options.mesh is not None and "pp" in options.mesh:
+        return _make_pipeline(options, task, DeviceMesh(world, **options.mesh))
     if options.mesh is not None:
         # FSDP goes by the order of the dimensions, a user by their names.
         ranks = DeviceMesh(world, **options.mesh)["replicate", "shard"]
+    return _replicated(options, task.model, ranks), world
+
+
+def _make_pipeline(
+    options: argparse.Namespace, task: Task, mesh: DeviceMesh
+) -> tuple[Pipeline, ProcessGroup]:
+    """Cut the model along one dimension of a mesh, and replicate its stages along the other."""
+    assert isinstance(task.model, Sequential), "both tasks have one"
+    pipe, data = mesh["pp"].group, mesh["dp"].group
+    model = Pipeline(
+        task.model,
+        pipe,
+        micro_batches=options.micro_batches or 2 * pipe.size,
+        schedule=options.schedule or "1f1b",
+        loss=CountedCrossEntropy(),
+        data_parallel=lambda stage: _replicated(options, stage, data),
+    )
+    return model, data
+
+
+def _replicated(
+    options: argparse.Namespace, module: Module, ranks: ProcessGroup | DeviceMesh
+) -> DDP | FSDP:
+    """Make what sums the gradients of a model, or a stage, over these ranks."""
+    if isinstance(ranks, ProcessGroup) and options.strategy in ("ddp", "zero"):
+        return DDP(module, ranks, op=SUM, compression=_compression(options.compression))
     units = UNIT_BYTES if options.units is None else options.units
-    strategy = ShardingStrategy(options.strategy)
-    return FSDP(task.model, ranks, op=SUM, strategy=strategy, units=units)
+    return FSDP(module, ranks, op=SUM, strategy=ShardingStrategy(options.strategy), units=units)
 
 
 def make_optimizer(
-    options: argparse.Namespace, task: Task, plan: Plan, model: DDP | FSDP, world: ProcessGroup
+    options: argparse.Namespace,
+    task: Task,
+    plan: Plan,
+    model: DDP | FSDP | Pipeline,
+    data: ProcessGroup,
 ) -> Optimizer | ShardedOptimizer:
     """Make the optimizer, sharded or not, with a warm-up over a tenth of the steps.
 
@@ -76,10 +113,8 @@ def make_optimizer(
     ----------
     options, task, plan : Namespace, Task, Plan
         Of the command line; what to train, and how long.
-    model : DDP or FSDP
+    model, data : DDP, FSDP or Pipeline, ProcessGroup
         From `make_strategy`.
-    world : ProcessGroup
-        The ranks.
 
     Returns
     -------
@@ -88,23 +123,27 @@ def make_optimizer(
 
     Notes
     -----
-    Collective over `world`, unless the strategy is ddp.
+    Collective over `data`, unless the strategy is ddp.
     """
     build = _choose_optimizer(options, task, plan)
     if options.strategy == "ddp":
-        return build(list(task.model.named_parameters()))
-    return ShardedOptimizer(model, world, optimizer=build)
+        return build(list(model.named_parameters()))
+    if isinstance(model, Pipeline):
+        (stage,) = model.replicas.values()  # others are refused with the options
+        assert isinstance(stage, (DDP, FSDP)), "made above"
+        return ShardedOptimizer(stage, data, optimizer=build)
+    return ShardedOptimizer(model, data, optimizer=build)
 
 
 def measure_memory(
-    task: Task, optimizer: Optimizer | ShardedOptimizer, world: ProcessGroup
+    model: DDP | FSDP | Pipeline, optimizer: Optimizer | ShardedOptimizer, world: ProcessGroup
 ) -> MemoryLedger:
     """Say what each rank holds for the training.
 
     Parameters
     ----------
-    task : Task
-        Has the model.
+    model : DDP, FSDP or Pipeline
+        From `make_strategy`.
     optimizer : Optimizer or ShardedOptimizer
         From `make_optimizer`.
     world : ProcessGroup
@@ -121,7 +160,7 @@ def measure_memory(
     """
     if isinstance(optimizer, ShardedOptimizer):
         return memory_ledger(optimizer.memory_use(), world)
-    return memory_ledger(memory_use(task.model, optimizer), world)
+    return memory_ledger(memory_use(model, optimizer), world)
 
 
 def _compression(name: str) -> Compression | None:

@@ -5,6 +5,7 @@
     mpirun -n 4 python jobs/train.py --task text --out runs/text
     mpirun -n 2 python jobs/train.py --task text --strategy full_shard
     mpirun -n 4 python jobs/train.py --strategy hybrid_shard --mesh replicate=2,shard=-1
+    mpirun -n 4 python jobs/train.py --task text --mesh dp=2,pp=2 --schedule zb-h1
     mpirun -n 2 python jobs/train.py --task text --device gpu
     sbatch jobs/ddp-one-node.sbatch --task text --out runs/text
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from task import Task
 
     from mpidist.group import ProcessGroup
+    from mpidist.parallel import MemoryLedger
     from mpidist.train import Checkpoints, MetricsFile, Plan, Record, Run, StopSignal
 
 DIVERGED = 1
@@ -73,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = p.parse_args(arguments)
     if options.compression != "none" and options.strategy not in ("ddp", "zero"):
         p.error(f"--compression goes with --strategy ddp or zero, not with {options.strategy}")
-    if options.mesh is not None and options.strategy != "hybrid_shard":
-        p.error(f"--mesh goes with --strategy hybrid_shard, not with {options.strategy}")
+    refuse_options(p, options)
     if options.units is not None and options.strategy in ("ddp", "zero"):
         p.error(f"--units goes with the strategies of FSDP, not with {options.strategy}")
     options.out = options.out or Path("runs", options.task)
@@ -89,6 +90,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except FloatingPointError:  # on all ranks together; rank 0 has said so
         return DIVERGED
+
+
+def refuse_options(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program if options of a mesh do not go together."""
+    piped = options.mesh is not None and "pp" in options.mesh
+    if options.mesh is not None and not piped and options.strategy != "hybrid_shard":
+        p.error(
+            f"--mesh replicate=N,shard=M goes with --strategy hybrid_shard, not with "
+            f"{options.strategy}"
+        )
+    if not piped and (options.schedule or options.micro_batches):
+        p.error("--schedule and --micro-batches go with --mesh dp=N,pp=M")
+    if piped and options.device == "gpu":
+        p.error("--mesh dp=N,pp=M goes with --device cpu: pipelines carry host arrays only")
+    if options.schedule in ("interleaved", "zbv") and options.strategy != "ddp":
+        p.error(
+            f"--schedule {options.schedule}, of two stages per rank, goes with --strategy ddp, not "
+            f"with {options.strategy}"
+        )
 
 
 def limit_threads() -> None:
@@ -122,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
 
 def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -> int:
     """Train on these ranks. Return the exit code."""
-    from strategies import make_optimizer, make_strategy
+    from strategies import make_optimizer, make_strategy, measure_memory
 
     from mpidist.errors import (
         CheckpointIncompatibleError,
@@ -135,14 +155,14 @@ def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -
     task.model.to(options.device)
     plan = make_plan(options, task)
     try:
-        model = make_strategy(options, task, world)
-    except (InvalidWorldSizeError, UnsupportedOperationError) as error:  # on all ranks
+        model, data = make_strategy(options, task, world)
+    except (InvalidWorldSizeError, UnsupportedOperationError, ValueError) as error:  # on all ranks
         if world.rank == 0:
             say(f"train.py: error: --strategy {options.strategy}: {error}", sys.stderr)
         return REFUSED
-    optimizer = make_optimizer(options, task, plan, model, world)
+    optimizer = make_optimizer(options, task, plan, model, data)
     checkpoints = Checkpoints(options.checkpoint_dir, world, keep=options.keep)
-    run = Run(model, optimizer, make_sampler(task.train, plan, world))
+    run = Run(model, optimizer, make_sampler(task.train, plan, data))
     newest = checkpoints.newest()
     if newest is not None and (answer := refuse(options, plan, newest, world)) is not None:
         return answer
@@ -166,8 +186,9 @@ def run_on(world: ProcessGroup, options: argparse.Namespace, stop: StopSignal) -
         do_without(options)
         announce(options, task, plan, world, step=optimizer.step_count)
     with file:
-        train_and_record(options, task, plan, run, checkpoints, file, stop, world)
-    return conclude(options, task, plan, run, stop, world)
+        train_and_record(options, task, plan, run, checkpoints, file, stop, (world, data))
+    ledger = measure_memory(model, optimizer, world)
+    return conclude(options, task, plan, run, stop, world, ledger)
 
 
 def conclude(
@@ -177,13 +198,11 @@ def conclude(
     run: Run,
     stop: StopSignal,
     world: ProcessGroup,
+    ledger: MemoryLedger,
 ) -> int:
     """Print what the ranks have held and the result, or where to go on. Return the exit code."""
-    from strategies import measure_memory
-
     steps = run.optimizer.step_count
     done = steps == plan.steps
-    ledger = measure_memory(task, run.optimizer, world)
     if world.rank == 0:
         say(f"{ledger}")
     if world.rank == 0 and done:
@@ -376,11 +395,15 @@ def train_and_record(
     checkpoints: Checkpoints,
     file: MetricsFile,
     stop: StopSignal,
-    world: ProcessGroup,
+    groups: tuple[ProcessGroup, ProcessGroup],
 ) -> None:
-    """Run the loop; rank 0 shows its progress and writes metrics.jsonl."""
+    """Run the loop; rank 0 shows its progress and writes metrics.jsonl.
+
+    The groups are those of all ranks, and of those that share each batch.
+    """
     from mpidist.train import ProgressBar, train
 
+    world, sharing = groups
     first, optimizer = world.rank == 0, run.optimizer
     show = first and not options.no_progress
     data = (task.train, task.held_out)
@@ -389,7 +412,14 @@ def train_and_record(
             plan.steps, name=options.task, show=show, done=optimizer.step_count
         ) as bar:
             for record in train(
-                run.model, optimizer, *data, plan, world, checkpoints=checkpoints, stop=stop
+                run.model,
+                optimizer,
+                *data,
+                plan,
+                world,
+                data=sharing,
+                checkpoints=checkpoints,
+                stop=stop,
             ):
                 write_record(file, record, stop)
                 bar.show(record)
@@ -428,6 +458,7 @@ def describe(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "optimizer": options.optimizer,
         "strategy": options.strategy,
         "mesh": options.mesh,
+        "schedule": options.schedule,
         "compression": options.compression,
         "python": sys.version.split()[0],
         "numpy": np.__version__,

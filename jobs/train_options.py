@@ -88,10 +88,24 @@ def _add_optimizer(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--mesh",
         type=_mesh,
-        metavar="replicate=N,shard=M",
-        help="with --strategy hybrid_shard: N groups of M ranks, each of which shares the model "
-        "and is on one node; -1 is what is left; the dimension that is named last counts fastest "
-        "(default: nodes x ranks of a node)",
+        metavar="NAME=N,NAME=M",
+        help="replicate=N,shard=M, with --strategy hybrid_shard: N groups of M ranks, each of "
+        "which shares the model and is on one node (default: nodes x ranks of a node). dp=N,pp=M: "
+        "N pipelines of M ranks, on which the layers of the model are spread. -1 is what is left; "
+        "the dimension that is named last counts fastest",
+    )
+    p.add_argument(
+        "--schedule",
+        choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zbv"),
+        help="with --mesh dp=N,pp=M: in which order stages work; interleaved and zbv, of two "
+        "stages per rank, go with --strategy ddp (default: 1f1b)",
+    )
+    p.add_argument(
+        "--micro-batches",
+        type=_positive(int),
+        metavar="N",
+        help="with --mesh dp=N,pp=M: into how many parts a pipeline cuts its share of a batch "
+        "(default: two per rank of a pipeline)",
     )
     p.add_argument(
         "--units",
@@ -196,9 +210,11 @@ def _mesh(text: str) -> dict[str, int]:
         sizes = {name.strip(): int(size) for name, size in pairs}
     except ValueError:
         sizes = {}
-    if sorted(sizes) != ["replicate", "shard"] or len(pairs) != len(sizes):
+    known = sorted(sizes) in (["replicate", "shard"], ["dp", "pp"])
+    if not known or len(pairs) != len(sizes):
         raise argparse.ArgumentTypeError(
-            f"expected a number of ranks for both, as in replicate=2,shard=-1; got {text!r}"
+            "expected a number of ranks for both, as in replicate=2,shard=-1 or dp=2,pp=-1; got "
+            f"{text!r}"
         )
     return sizes
 

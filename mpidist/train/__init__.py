@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from mpidist.train.loop import Plan, evaluate, make_sampler, train, train_step
+from mpidist.train.loop import CountedCrossEntropy, Plan, evaluate, make_sampler, train, train_step
 from mpidist.train.records import MetricsFile, ProgressBar, Record, plot_records, read_records
 from mpidist.train.saving import Checkpoints, Run, check_space, raise_from_rank_0
 from mpidist.train.stopping import StopSignal
 
 __all__ = [
     "Checkpoints",
+    "CountedCrossEntropy",
     "MetricsFile",
     "Plan",
     "ProgressBar",

@@ -23,10 +23,31 @@ from mpidist.group import ProcessGroup
 from mpidist.nn import EVAL, Mode, cross_entropy
 from mpidist.observe.regions import STEP, region
 from mpidist.optim import Optimizer
-from mpidist.parallel import Metrics, ShardedOptimizer, Strategy
+from mpidist.parallel import Metrics, Pipeline, ShardedOptimizer, Strategy
 from mpidist.train.records import Record
 from mpidist.train.saving import Checkpoints, Run
 from mpidist.train.stopping import StopSignal
+
+
+class CountedCrossEntropy:
+    """The loss of a `Pipeline` that is trained here: `cross_entropy`, which counts right answers.
+
+    A pipeline keeps no outputs of a step, so nobody else can count them.
+    """
+
+    def __init__(self) -> None:
+        self._targets = self._right = 0
+
+    def __call__(self, y: Array, target: Array, /, *, denominator: float) -> tuple[Array, Array]:
+        """Return what `cross_entropy` does."""
+        self._targets += target.size
+        self._right += int((y.argmax(-1) == target).sum())
+        return cross_entropy(y, target, denominator=denominator)
+
+    def take(self) -> tuple[int, int]:
+        """Return the numbers of targets and of right answers since the last time."""
+        counted, self._targets, self._right = (self._targets, self._right), 0, 0
+        return counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +113,15 @@ def make_sampler(train_set: ArrayDataset, plan: Plan, group: ProcessGroup) -> Sh
     )
 
 
-def train(
-    model: Strategy,
+def train(  # noqa: PLR0913 - the last three have a default
+    model: Strategy | Pipeline,
     optimizer: Optimizer | ShardedOptimizer,
     train_set: ArrayDataset,
     held_out: ArrayDataset,
     plan: Plan,
     group: ProcessGroup,
     *,
+    data: ProcessGroup | None = None,
     checkpoints: Checkpoints | None = None,
     stop: StopSignal | None = None,
 ) -> Iterator[Record]:
@@ -107,8 +129,9 @@ def train(
 
     Parameters
     ----------
-    model : DDP, FSDP or another Strategy
-        Made with ``op=SUM``; its output has the classes last.
+    model : DDP, FSDP or another Strategy, or Pipeline
+        Made with ``op=SUM``; its output has the classes last. A pipeline's DDP or FSDP is made so,
+        and its ``loss`` is a `CountedCrossEntropy`.
     optimizer : Optimizer or ShardedOptimizer
         Of the model's parameters, or made with `model`. Training goes on from its `step_count`;
         with that many steps or more than `Plan.steps` there is nothing to do.
@@ -117,7 +140,10 @@ def train(
     plan : Plan
         How long and how often.
     group : ProcessGroup
-        The ranks that share each batch.
+        All ranks.
+    data : ProcessGroup, optional
+        The ranks that share each batch: `group`, when omitted; with pipelines beside each other
+        the data axis, ``mesh["dp"].group``.
     checkpoints : Checkpoints, optional
         Where to save: every `Plan.checkpoint_every` steps, at the end, and when stopped.
     stop : StopSignal, optional
@@ -135,6 +161,8 @@ def train(
     ------
     ValueError
         If `model` was not made with ``op=SUM``.
+    TypeError
+        If `model` is a pipeline that was made with another loss.
     FloatingPointError
         On every rank, naming the step, if a gradient or the loss on `held_out` is not finite. The
         record with that loss has been yielded.
@@ -150,7 +178,7 @@ def train(
     same parameters, bit for bit, as one that was never stopped.
     """
     _check_sums(model, "train")
-    sampler = make_sampler(train_set, plan, group)
+    sampler = make_sampler(train_set, plan, data or group)
     sampler.skip_to(optimizer.step_count)
     run, meter = Run(model, optimizer, sampler), _Meter(group)
     while optimizer.step_count < plan.steps:
@@ -172,7 +200,9 @@ def train(
             if last or _due(done, plan.evaluate_every):
                 meter.pause()
                 with region("evaluate"):
-                    record = evaluate(model, held_out, plan, group, step=done, epoch=epoch)
+                    record = evaluate(
+                        model, held_out, plan, group, data=data, step=done, epoch=epoch
+                    )
                 yield record
                 _check_finite("loss on held-out samples", record.loss, after=done)
                 meter.resume()
@@ -187,7 +217,7 @@ def train(
 
 
 def train_step(
-    model: Strategy,
+    model: Strategy | Pipeline,
     optimizer: Optimizer | ShardedOptimizer,
     data: ArrayDataset,
     batch: Batch,
@@ -198,8 +228,8 @@ def train_step(
 
     Parameters
     ----------
-    model, optimizer : Strategy, Optimizer or ShardedOptimizer
-        The model, made with ``op=SUM``, and its optimizer.
+    model, optimizer : Strategy or Pipeline, Optimizer or ShardedOptimizer
+        The model, made as for `train`, and its optimizer.
     data : ArrayDataset
         Samples and targets, the same on all ranks.
     batch : Batch
@@ -211,8 +241,8 @@ def train_step(
 
     Raises
     ------
-    ValueError
-        If `model` was not made with ``op=SUM``.
+    ValueError, TypeError
+        As `train`.
     FloatingPointError
         On every rank, if the gradient's norm is not finite; no parameter has been changed then.
 
@@ -233,24 +263,34 @@ def train_step(
     denominator = batch.global_size * data.targets_per_sample
 
     optimizer.zero_grad()
-    y, ctx = model.forward(x, mode)
-    loss, dy = cross_entropy(y, target, denominator=denominator)
-    model.backward(ctx, dy)  # returns when the gradients are the sum over the ranks
+    loss: Any
+    if isinstance(model, Pipeline):
+        y, loss = None, model.step(x, target, mode, denominator=denominator).loss
+    else:
+        y, ctx = model.forward(x, mode)
+        loss, dy = cross_entropy(y, target, denominator=denominator)
+        model.backward(ctx, dy)  # returns when the gradients are the sum over the ranks
     grad_norm = model.clip_grad_norm(plan.max_norm)
     # Equal on all ranks, so all of them stop here or none does.
     _check_finite("gradient's norm", grad_norm, after=optimizer.step_count)
     optimizer.step()
 
-    _add(metrics, y, target, loss=_wide(loss) * denominator)
+    if isinstance(model, Pipeline):
+        count, right = _counted(model).take()
+        loss = loss if count else 0.0  # NaN where the last stage is not
+    else:
+        count, right, loss = target.size, _right(y, target), _wide(loss)
+    _add(metrics, count, right, loss * denominator)
     metrics.add("grad_norm", float(grad_norm), 1.0)
 
 
 def evaluate(
-    model: Strategy,
-    data: ArrayDataset,
+    model: Strategy | Pipeline,
+    held_out: ArrayDataset,
     plan: Plan,
     group: ProcessGroup,
     *,
+    data: ProcessGroup | None = None,
     step: int = 0,
     epoch: float = 0.0,
 ) -> Record:
@@ -258,12 +298,12 @@ def evaluate(
 
     Parameters
     ----------
-    model : DDP, FSDP or another Strategy
+    model : DDP, FSDP or another Strategy, or Pipeline
         The model; its output has the classes last.
-    data : ArrayDataset
-        Held-out samples and targets, the same on all ranks.
-    plan, group : Plan, ProcessGroup
-        The batch size, and the ranks that share each batch.
+    held_out : ArrayDataset
+        Samples and targets, the same on all ranks.
+    plan, group, data : Plan, ProcessGroup, ProcessGroup
+        The batch size, all ranks, and those that share each batch, as for `train`.
     step : int, optional
         Written into the record.
     epoch : float, optional
@@ -272,7 +312,7 @@ def evaluate(
     Returns
     -------
     Record
-        Means over all samples of `data`, equal on all ranks.
+        Means over all samples of `held_out`, equal on all ranks.
 
     Notes
     -----
@@ -280,15 +320,23 @@ def evaluate(
     an exchange of objects, and an all-reduce of 32 bytes. Before, forward passes communicate where
     those of `model` do: with an `FSDP` that gathers parameters.
     """
+    data = data or group
     sampler = ShardedSampler(
-        len(data), rank=group.rank, size=group.size, batch_size=plan.batch_size, shuffle=False
+        len(held_out), rank=data.rank, size=data.size, batch_size=plan.batch_size, shuffle=False
     )
     meter = _Meter(group)
     for batch in sampler:
-        x, target = _take(model, data, batch)
-        y, _ = model.forward(x, EVAL)
-        loss, _ = cross_entropy(y, target, denominator=1.0)
-        _add(meter.metrics, y, target, loss=_wide(loss))
+        x, target = _take(model, held_out, batch)
+        y: Array | None
+        if isinstance(model, Pipeline):
+            y = model.evaluate(x).outputs
+        else:
+            y, _ = model.forward(x, EVAL)
+        if y is None:  # on the ranks of other stages than the last one
+            _add(meter.metrics, 0, 0, 0.0)
+        else:
+            loss, _ = cross_entropy(y, target, denominator=1.0)
+            _add(meter.metrics, target.size, _right(y, target), _wide(loss))
         meter.samples += batch.global_size
     return meter.record("held-out", step=step, epoch=epoch)
 
@@ -298,14 +346,27 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _check_sums(model: Strategy, operation: str) -> None:
+def _check_sums(model: Strategy | Pipeline, operation: str) -> None:
     """Refuse a mean of gradients that are shares of the joined batch's gradient already."""
-    if model.op is not SUM:
-        raise ValueError(
-            f"{operation}: model was made with op={model.op.name}; the loss is divided by the size "
-            "of the joined batch here, so the ranks' gradients have to be added: make it with "
-            f"{type(model).__name__}(..., op=SUM)"
+    if isinstance(model, Pipeline):
+        _counted(model)
+    for inner in model.replicas.values() if isinstance(model, Pipeline) else [model]:
+        if inner.op is not SUM:
+            raise ValueError(
+                f"{operation}: model was made with op={inner.op.name}; the loss is divided by the "
+                "size of the joined batch here, so the ranks' gradients have to be added: make it "
+                f"with {type(inner).__name__}(..., op=SUM)"
+            )
+
+
+def _counted(model: Pipeline) -> CountedCrossEntropy:
+    """Return the loss of a pipeline, which has counted."""
+    if not isinstance(model.loss, CountedCrossEntropy):
+        raise TypeError(
+            "train: expected a Pipeline made with loss=CountedCrossEntropy(), which counts the "
+            f"right answers for the records, got the loss {model.loss!r}"
         )
+    return model.loss
 
 
 def _check_finite(what: str, value: float, *, after: int) -> None:
@@ -353,9 +414,11 @@ class _Meter:
         )
 
 
-def _take(model: Strategy, data: ArrayDataset, batch: Batch) -> tuple[Array, Array]:
+def _take(model: Strategy | Pipeline, data: ArrayDataset, batch: Batch) -> tuple[Array, Array]:
     """Return this rank's samples where the model's parameters are."""
     x, target = data.take(batch.indices)
+    if isinstance(model, Pipeline):
+        return x, target
     for parameter in model.module.parameters():
         return like_device(parameter.like, x), like_device(parameter.like, target)
     return x, target
@@ -366,9 +429,12 @@ def _wide(number: Array) -> Any:
     return number.astype(np.float64) if is_device(number) else float(number)
 
 
-def _add(metrics: Metrics, y: Array, target: Array, *, loss: Any) -> None:
+def _right(y: Any, target: Array) -> Any:
+    """Return how many targets have been answered; on a device, a number there."""
+    return _wide((y.argmax(-1) == target).sum())
+
+
+def _add(metrics: Metrics, count: int, right: Any, loss: Any) -> None:
     """Count the targets of a share, `loss` being the sum over them; an empty share weighs 0."""
-    count = target.size
-    right = _wide((y.argmax(-1) == target).sum())
     metrics.add("loss", loss / max(count, 1), float(count))
     metrics.add("accuracy", right / max(count, 1), float(count))

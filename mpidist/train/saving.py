@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mpidist import checkpoint
 from mpidist._formatting import format_bytes
@@ -28,7 +28,7 @@ from mpidist.errors import (
 )
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.optim import Optimizer
-from mpidist.parallel import ShardedOptimizer, Strategy
+from mpidist.parallel import Pipeline, ShardedOptimizer, Strategy
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Run:
 
     Parameters
     ----------
-    model : DDP, FSDP or another Strategy
+    model : DDP, FSDP or another Strategy, or Pipeline
         Parameters, buffers such as running statistics, and the order of the gradients' buckets.
     optimizer : Optimizer or ShardedOptimizer
         Its state and its count of steps.
@@ -51,7 +51,7 @@ class Run:
     Random numbers are a function of seed, step and sample (`Mode`), so there is no state of them.
     """
 
-    model: Strategy
+    model: Strategy | Pipeline
     optimizer: Optimizer | ShardedOptimizer
     sampler: ShardedSampler
 
@@ -65,20 +65,25 @@ class Run:
             sharded goes on with one that is not, and the other way round.
         """
         optimizer = self.optimizer
+        model: Any = self.model
+        if isinstance(optimizer, ShardedOptimizer) and not isinstance(model, Pipeline):
+            model = optimizer.model_state
         return {
-            "model": optimizer.model_state
-            if isinstance(optimizer, ShardedOptimizer)
-            else self.model,
+            "model": model,
             "optimizer": optimizer,
             "sampler": self.sampler,
         }
 
     def nbytes(self) -> int:
-        """Return the bytes of the arrays in a checkpoint of the run, over all ranks."""
-        return sum(
+        """Return the bytes of the arrays in a checkpoint of the run, over all ranks.
+
+        Of a pipeline, as if all of its ranks had as much as this one.
+        """
+        own = sum(
             math.prod(array.shape) * array.dtype.itemsize
             for array in flatten(self.state()).arrays.values()
         )
+        return own * (self.model.group.size if isinstance(self.model, Pipeline) else 1)
 
 
 class Checkpoints:

@@ -138,3 +138,80 @@ def test_over_two_nodes_the_curve_is_the_same(train: Train, tmp_path: Path) -> N
         out, units = tmp_path / strategy, ("--units", "70000")
         assert train(out, strategy, *options, *units, ranks=3, ranks_per_node=2) == [0] * 3
         assert [loss for *_, loss in losses(out)] == pytest.approx(expected, rel=1e-6)
+
+
+# -- pipelines -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "schedule", "following"),
+    [
+        ("full_shard", "zb-h1", "ddp"),
+        pytest.param("ddp", "zbv", "zero", marks=pytest.mark.full),
+        pytest.param("zero", "gpipe", "full_shard", marks=pytest.mark.full),
+    ],
+)
+def test_pipelines_have_the_curve_of_one_process_and_their_checkpoints_go_on(
+    train: Train, tmp_path: Path, strategy: str, schedule: str, following: str
+) -> None:
+    common = ("--steps=4", "--log-every=1", "--checkpoint-every=2")
+    assert train(tmp_path / "one", "ddp", *common, ranks=1) == [0]
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 6  # four steps, and two evaluations
+
+    piped = (*common, "--mesh=dp=2,pp=2", f"--schedule={schedule}", "--micro-batches=4")
+    assert train(tmp_path / "piped", strategy, *piped, ranks=4) == [0] * 4
+    assert_same_curve(losses(tmp_path / "piped"), expected)
+    records = read_records(tmp_path / "piped/metrics.jsonl")
+    assert [records[0][name] for name in ("mesh", "schedule")] == [{"dp": 2, "pp": 2}, schedule]
+    accuracy = [r["accuracy"] for r in records if "accuracy" in r]
+    one = [r["accuracy"] for r in read_records(tmp_path / "one/metrics.jsonl") if "accuracy" in r]
+    assert accuracy == pytest.approx(one, abs=0.01)
+
+    # On three stages without a data axis, by another strategy; and on one rank.
+    for name, ranks, options in (
+        ("three", 3, (following, *common, "--mesh=dp=1,pp=-1")),
+        ("alone", 1, ("ddp", *common)),
+    ):
+        shutil.copytree(tmp_path / "piped", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/step-000004")
+        assert train(tmp_path / name, *options, "--resume", ranks=ranks) == [0] * ranks
+        assert_same_curve(losses(tmp_path / name), expected)
+
+
+def assert_same_curve(
+    got: list[tuple[int, str, float]], expected: list[tuple[int, str, float]]
+) -> None:
+    assert [record[:2] for record in got] == [record[:2] for record in expected]
+    assert [record[2] for record in got] == pytest.approx([r[2] for r in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mesh=dp=2,pp=2", "--device=gpu"], "pipelines carry host arrays only"),
+        (["--schedule=1f1b"], "--schedule and --micro-batches go with --mesh dp=N,pp=M"),
+        (["--mesh=replicate=2,shard=2"], "goes with --strategy hybrid_shard, not with ddp"),
+        (["--mesh=dp=2,shard=2"], "as in replicate=2,shard=-1 or dp=2,pp=-1; got 'dp=2,shard=2'"),
+        (
+            ["--mesh=dp=1,pp=2", "--schedule=zbv", "--strategy=zero"],
+            "--schedule zbv, of two stages per rank, goes with --strategy ddp, not with zero",
+        ),
+    ],
+)
+def test_options_of_meshes_that_do_not_go_together_are_refused(
+    job: SimpleNamespace, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        job.train.main(options)
+    assert ended.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pipeline_that_does_not_fit_is_refused_and_nothing_is_written(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--mesh=dp=1,pp=2", "--schedule=interleaved", "--micro-batches=3")
+    assert train(tmp_path / "out", "ddp", *options, ranks=2) == [2] * 2
+    assert "micro-batches" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
