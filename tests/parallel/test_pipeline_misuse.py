@@ -72,7 +72,7 @@ REFUSED = {
     "no such schedule": (
         {"schedule": "1F1B"},
         ScheduleError,
-        "one of the names gpipe, 1f1b, interleaved, zb-h1, zbv; got '1F1B'",
+        "one of the names gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev; got '1F1B'",
     ),
     "for other ranks": (
         {"schedule": one_f_one_b(3, 4)},
