@@ -69,6 +69,11 @@ REFUSED = {
         ScheduleError,
         "expected a multiple of the 2 ranks as the number of micro-batches, got 5; take 4 or 6",
     ),
+    "fewer than stages": (
+        {"micro_batches": 3, "schedule": "dualpipev"},
+        ScheduleError,
+        "expected at least 4 micro-batches, one for each stage, got 3; take 4",
+    ),
     "no such schedule": (
         {"schedule": "1F1B"},
         ScheduleError,
