@@ -79,7 +79,7 @@ def test_a_lone_layer_draws_and_one_without_a_label_refuses():
     x = np.ones((2, 8))
     Dropout(0.5).forward(x, MODE)
     layer = Dropout.__new__(Dropout)
-    layer.p = 0.5
+    layer.p, layer.part = 0.5, None
     np.testing.assert_array_equal(layer.forward(x, EVAL)[0], x)
     with pytest.raises(RuntimeError, match=r"call relabel\(\) on the outermost module"):
         layer.forward(x, MODE)
