@@ -58,4 +58,4 @@ def without_measured(text: str) -> str:
 
 
 def test_what_pages_print_is_found() -> None:
-    assert [p.stem for p in PAGES if printed_of(p)] == ["does_not_fit"]
+    assert [p.stem for p in PAGES if printed_of(p)] == ["does_not_fit", "pipelines"]
