@@ -94,7 +94,7 @@ def test_parameters_of_fsdp_may_be_in_a_file_on_each_host(
     check_trained(world, "tied", HYBRID, offload=directory)
 
 
-@pytest.mark.parametrize("strategy", [FULL, pytest.param(HYBRID, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize("strategy", [pytest.param(FULL, marks=pytest.mark.full), HYBRID], ids=str)
 def test_layers_of_fsdp_may_compute_in_single_precision(
     world: ProcessGroup, strategy: ShardingStrategy
 ) -> None:
