@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import random
 import weakref
 from collections import ChainMap
@@ -19,7 +20,11 @@ from mpidist.errors import (
     ScheduleError,
 )
 from mpidist.nn import (
+    EVAL,
+    BatchNorm2d,
     Context,
+    Conv2d,
+    Flatten,
     Linear,
     Mode,
     Module,
@@ -47,8 +52,10 @@ from mpidist.parallel.pipeline.stages import starts_of
 from mpidist.parallel.pipeline.waits import describe_waits
 from mpidist.testing import DeliveryMode, Faults, run_ranks
 from tests.parallel.pipeline import (
+    CLASSES,
     MODE,
     SAMPLES,
+    WORDS,
     alone,
     assert_same_bits,
     batch,
@@ -266,6 +273,103 @@ def test_steps_add_up_until_gradients_are_forgotten():
         for once, twice, half in rank:
             np.testing.assert_allclose(twice, 2 * once, rtol=1e-12)
             np.testing.assert_allclose(half, once / 2, rtol=1e-12)
+
+
+CALLS = (
+    ("evaluate", 0, 3),
+    ("step", SAMPLES, 3),
+    ("evaluate", 5, 4),
+    ("step", 2, 5),
+    ("evaluate", SAMPLES, 3),
+    ("step", 0, 2),
+    ("step", 6, 1),
+    ("step", 6, 1),
+)
+"""Steps and evaluations with batches of any samples and words, and no zero_grad in between."""
+
+
+def sentences(samples, words):
+    rng = np.random.default_rng(samples + 100 * words)
+    shape = samples, words
+    return rng.integers(0, WORDS, shape), rng.integers(0, CLASSES, shape)
+
+
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(s, marks=() if s in ("1f1b", "zbv") else FULL) for s in SCHEDULES]
+)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=FULL)])
+def test_steps_and_evaluations_in_any_order(ranks, schedule):
+    def body(group):
+        with Pipeline(build_connected(), group, micro_batches=4, schedule=schedule) as pipe:
+            gave = []
+            for verb, *shape in CALLS:
+                x, target = sentences(*shape)
+                result = getattr(pipe, verb)(x, target, *([MODE] if verb == "step" else []))
+                gave.append((result.loss, getattr(result, "outputs", None)))
+            return pipe.schedule.rank_of_stage[-1] == group.rank, gave, gradients(pipe)
+
+    model, expected = build_connected(), []
+    for verb, *shape in CALLS:
+        x, target = sentences(*shape)
+        loss, outputs = 0.0, []
+        for rows in np.array_split(np.arange(len(x)), 4):
+            mode = MODE.shifted(int(rows[0]) if len(rows) else 0) if verb == "step" else EVAL
+            y, ctx = model.forward(x[rows], mode)
+            part, dy = cross_entropy(y, target[rows], denominator=max(target.size, 1))
+            loss += float(part)
+            outputs.append(y)
+            if verb == "step":
+                model.backward(ctx, dy)
+        expected.append((loss, None if verb == "step" else np.concatenate(outputs)))
+    everyone = run_ranks(ranks, body)
+    grads = ChainMap(*(own for *_, own in everyone))
+    assert grads.keys() == gradients(model).keys()
+    for name, array in gradients(model).items():
+        np.testing.assert_array_equal(grads[name], array, err_msg=name, strict=True)
+    (gave,) = (gave for last, gave, _ in everyone if last)
+    for (loss, outputs), (expected_loss, expected_outputs) in zip(gave, expected, strict=True):
+        assert loss == expected_loss
+        np.testing.assert_array_equal(outputs, expected_outputs)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zbv"])
+def test_one_micro_batch_on_several_ranks(schedule):
+    assert_same_bits(joined(run_ranks(4, partial(step, schedule=schedule), 1)), alone(1))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zbv"])
+def test_batch_normalisation_is_that_of_each_micro_batch(schedule, caplog):
+    images = np.random.default_rng(0).normal(size=(9, 1, 4, 4)).astype(np.float32)
+    target = np.arange(9) % 3
+
+    def model():
+        convolutions = (
+            layer
+            for seed in range(2)
+            for layer in (Conv2d(1 + seed, 2, 3, padding=1, rng=seed), BatchNorm2d(2), ReLU())
+        )
+        return Sequential(*convolutions, Flatten(), Linear(32, 3, rng=2))
+
+    def body(group):
+        with Pipeline(model(), group, micro_batches=4, schedule=schedule) as pipe:
+            pipe.costs(images, target, MODE)  # changes no statistics
+            pipe.step(images, target, MODE)
+            state = {name: array.copy() for name, array in pipe.state_dict().items()}
+            return gradients(pipe), state
+
+    alone = model()
+    for rows in np.array_split(np.arange(9), 4):
+        y, ctx = alone.forward(images[rows], MODE)
+        alone.backward(ctx, cross_entropy(y, target[rows], denominator=9)[1])
+    grads, states = (ChainMap(*parts) for parts in zip(*run_ranks(2, body), strict=True))
+    for got, expected in ((grads, gradients(alone)), (states, alone.state_dict())):
+        assert got.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(got[name], array, err_msg=name, strict=True)
+    (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert "batch normalisation ('1', '4') has the statistics of one micro-batch, about 1/4" in (
+        record.getMessage()
+    )
 
 
 def test_another_loss_and_an_evaluation_with_a_target():

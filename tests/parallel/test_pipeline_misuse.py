@@ -31,7 +31,7 @@ from mpidist.nn import (
     cross_entropy,
     mse_loss,
 )
-from mpidist.parallel import DDP, Costs, Pipeline, interleaved, one_f_one_b
+from mpidist.parallel import DDP, FSDP, Costs, Pipeline, interleaved, one_f_one_b
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import run_ranks
 from tests.parallel.pipeline import MODE
@@ -150,6 +150,23 @@ def test_models_that_cannot_be_cut():
     assert "expected a Sequential, whose layers are cut into stages, got a ReLU" in words
     words = refused(lambda group: make(group, Own(ReLU(), ReLU())), TypeError)
     assert "Own has a forward of its own" in words
+
+
+def test_models_of_another_strategy():
+    def held(wrap):
+        def make_of(group):
+            module = model(2, 2, 2)
+            with wrap(module, group):
+                make(group, module, loss=mse_loss)
+
+        return make_of
+
+    for wrap in (DDP, FSDP):
+        words = refused(held(wrap), UnsupportedOperationError)
+        assert "parameter '0.weight' is one of a DDP, an FSDP or a sharded optimizer" in words
+        assert "data_parallel=, which makes one of each stage" in words
+    with pytest.raises(TypeError, match="layer 0 is a DDP, not a Module"):
+        run_ranks(1, lambda group: Sequential(DDP(model(2, 2), group)))
 
 
 def test_a_tie_within_one_rank_has_no_replicas():

@@ -31,7 +31,7 @@ from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
 from mpidist.parallel.pipeline.schedule import Pass, Schedule
-from mpidist.parallel.pipeline.stages import Cuts, check_model, links_of, starts_of
+from mpidist.parallel.pipeline.stages import Cuts, check_model, links_of, starts_of, warn_of_norms
 from mpidist.parallel.pipeline.ties import Tie, Ties, check_replicated, ties_of
 from mpidist.parallel.pipeline.timeline import Costs, Span, Timeline
 from mpidist.parallel.pipeline.waits import describe_waits
@@ -150,11 +150,12 @@ class Pipeline(Closing):
     ValueError
         If there are fewer layers than stages, or `cut` does not fit.
     UnsupportedOperationError
-        If a parameter is on a device; if layers of two stages hold one buffer, or two parameters
-        over one array, or, with `data_parallel`, those of two stages on one rank hold one
-        parameter, or those of any two stages with an `FSDP`; if an `FSDP` has a `Precision` of
-        parameters or output, since layers then take and give another dtype than the neighbours of
-        their stage; if the messages of a step would need more tags than the transport has.
+        If a parameter is on a device, or one of a `DDP` or `FSDP` already; if layers of two stages
+        hold one buffer, or two parameters over one array, or, with `data_parallel`, those of two
+        stages on one rank hold one parameter, or those of any two stages with an `FSDP`; if an
+        `FSDP` has a `Precision` of parameters or output, since layers then take and give another
+        dtype than the neighbours of their stage; if the messages of a step would need more tags
+        than the transport has.
 
     Notes
     -----
@@ -166,7 +167,7 @@ class Pipeline(Closing):
     process, and on each of their ranks under its name in the whole model.
 
     Batch normalisation has the statistics of one micro-batch, as it has in one process that runs
-    micro-batches.
+    micro-batches; rank 0 logs a warning of it.
 
     References
     ----------
@@ -202,6 +203,7 @@ class Pipeline(Closing):
         if data_parallel is not None:
             check_replicated(ties, self.schedule)
         _check_tags(2 * len(links) + Ties.lines(ties), self.schedule, group)
+        warn_of_norms(model, micro_batches, group)
         self.group = group.duplicate(f"{group.name}/pipeline")
         self.stages: Mapping[int, Sequential] = {
             stage: part

@@ -11,12 +11,14 @@ import numpy as np
 
 from mpidist.arrays.namespaces import is_device
 from mpidist.errors import UnsupportedOperationError
+from mpidist.group import ProcessGroup
 from mpidist.nn.containers import Sequential
+from mpidist.nn.normalization import BatchNorm2d
 from mpidist.nn.skips import SkipLayer, connections
 from mpidist.nn.surround import PASSES
 from mpidist.parallel.pipeline.timeline import Costs
 
-__all__ = ["Cuts", "StageLink", "balanced", "check_model", "links_of", "starts_of"]
+__all__ = ["Cuts", "StageLink", "balanced", "check_model", "links_of", "starts_of", "warn_of_norms"]
 
 Cuts: TypeAlias = Sequence[int] | Literal["layers", "parameters"] | Costs
 """Where a model is cut into stages; see `Pipeline`."""
@@ -59,11 +61,33 @@ def check_model(model: Sequential, operation: str) -> None:
                     "which does not know what is stashed; make it a layer of a Sequential"
                 )
     for name, parameter in model.named_parameters():
+        if parameter.is_attached:
+            raise UnsupportedOperationError(
+                f"{operation}: parameter '{name}' is one of a DDP, an FSDP or a sharded optimizer "
+                "already, which would not reduce what stages do; give a model of its own, and "
+                "data_parallel=, which makes one of each stage"
+            )
         if is_device(parameter.data):
             raise UnsupportedOperationError(
                 f"{operation}: parameter '{name}' is on a device, and pipelines carry host arrays "
                 "only; model.to('cpu') first"
             )
+
+
+def warn_of_norms(model: Sequential, micro_batches: int, group: ProcessGroup) -> None:
+    """Let one rank say that batch normalisation has the statistics of one micro-batch."""
+    norms = [
+        f"'{name}'" for name, module in model.named_modules() if isinstance(module, BatchNorm2d)
+    ]
+    if norms and micro_batches > 1 and group.rank == 0:
+        group.log.warning(
+            "Pipeline on %s: in training, batch normalisation (%s) has the statistics of one "
+            "micro-batch, about 1/%d of the batch, as in one process that runs micro-batches; "
+            "fewer micro-batches, or LayerNorm, change that",
+            group,
+            ", ".join(norms),
+            micro_batches,
+        )
 
 
 def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
