@@ -300,7 +300,7 @@ def sentences(samples, words):
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=FULL)])
 def test_steps_and_evaluations_in_any_order(ranks, schedule):
     def body(group):
-        with Pipeline(build_connected(), group, micro_batches=4, schedule=schedule) as pipe:
+        with Pipeline(build_connected(), group, micro_batches=8, schedule=schedule) as pipe:
             gave = []
             for verb, *shape in CALLS:
                 x, target = sentences(*shape)
@@ -312,7 +312,7 @@ def test_steps_and_evaluations_in_any_order(ranks, schedule):
     for verb, *shape in CALLS:
         x, target = sentences(*shape)
         loss, outputs = 0.0, []
-        for rows in np.array_split(np.arange(len(x)), 4):
+        for rows in np.array_split(np.arange(len(x)), 8):
             mode = MODE.shifted(int(rows[0]) if len(rows) else 0) if verb == "step" else EVAL
             y, ctx = model.forward(x[rows], mode)
             part, dy = cross_entropy(y, target[rows], denominator=max(target.size, 1))
