@@ -19,7 +19,7 @@ import numpy as np
 from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.backends import algorithms
 from mpidist.backends.algorithms import Lane, undivided
-from mpidist.backends.combine import combination, even_slices, quietly
+from mpidist.backends.combine import combination, combining, even_slices, quietly
 from mpidist.backends.crossovers import Crossovers
 from mpidist.backends.node.direct_path import (
     NodeContext,
@@ -64,8 +64,10 @@ class ShortHostSum(PreparedSum):
         self._inputs = [both[0].view(x.dtype) for both in arrays]
         self._result = arrays[0][1].view(x.dtype)
         self._wider = None if wide == x.dtype else np.empty(x.size, wide)
-        self._nodes = [m[HEADER_NBYTES:][: self._nbytes].view(wide) for m in messages]
-        self._own = context.topology.node_of(context.transport.rank)
+        nodes = [m[HEADER_NBYTES:][: self._nbytes].view(wide) for m in messages]
+        if nodes:  # on a leader
+            self._node = nodes[context.topology.node_of(context.transport.rank)]
+            self._work = combining(nodes, undivided(op))
         self._x = self._out = self._result  # the caller's, while the leader is inside of a call
 
     def run(self, x: Array, out: Array, waiters: Waiters) -> None:
@@ -85,7 +87,7 @@ class ShortHostSum(PreparedSum):
 
     def pack(self) -> int:
         """Combine the arrays of this node; see `Payload`."""
-        node = self._nodes[self._own]
+        node = self._node
         if self._alone:
             node[...] = self._x
         else:
@@ -98,7 +100,7 @@ class ShortHostSum(PreparedSum):
     def unpack(self) -> None:
         """Combine the arrays of all nodes; see `Payload`."""
         total = self._out if self._wider is None else self._wider
-        self._run(self._combine, self._nodes, total)
+        self._run(*self._work, total)
         if self._divisor > 1:
             self._run(np.divide, total, self._divisor, total)
         if total is not self._out:

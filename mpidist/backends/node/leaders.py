@@ -104,7 +104,8 @@ class LeaderComparison:
         if number <= self._arrived:
             return
         self._arrived = number
-        self._counters.arrive(number, signature)
+        if not self._alone:
+            self._counters.arrive(number, signature)
         if self._leads:
             self._calls.append((number, signature, payload))
             self._drive()
@@ -131,6 +132,8 @@ class LeaderComparison:
 
     def missing(self, number: int) -> list[int]:
         """Return the ranks of this node that have not called it."""
+        if self._alone:
+            return []
         return [self._local[index] for index in self._counters.missing(number)]
 
     def equal(self, number: int, signature: CallSignature) -> bool:

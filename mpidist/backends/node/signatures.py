@@ -108,11 +108,14 @@ class CallSignature(NamedTuple):
         A hash of the five.
     balance : int or None
         What has to add up to 0 over all ranks, where something has to.
+    breaks : bool
+        Whether a difference breaks the group; see `ComparedCall`.
     """
 
     values: Array
     digest: int
     balance: int | None
+    breaks: bool
 
     @classmethod
     def of(cls, numbers: Sequence[int], balance: int | None = None) -> CallSignature:
@@ -120,12 +123,7 @@ class CallSignature(NamedTuple):
         # Python salts the hashes of texts, not those of whole numbers: all ranks get the same.
         digest = hash(tuple(map(int, numbers))) & (2**64 - 1)
         values = np.array([*numbers, balance or 0, digest], np.uint64)
-        return cls(values, digest, balance)
-
-    @property
-    def breaks(self) -> bool:
-        """Whether a difference breaks the group; see `ComparedCall`."""
-        return bool(self.values[_BREAKS])
+        return cls(values, digest, balance, bool(numbers[_BREAKS]))
 
 
 def signature_of(
