@@ -632,6 +632,20 @@ def test_costs_of_layers_are_measured_and_cut_by():
         assert whole == (sum(times[: starts[1]]), sum(times[starts[1] :]))
 
 
+def test_a_layer_in_two_places_costs_its_mean_at_each():
+    x, twice = np.ones((4, 2)), Sleeping(20, 20, 20)
+    model = Sequential(twice, Sleeping(20, 20, 20), twice)
+
+    def body(group):
+        with Pipeline(model, group, micro_batches=2, loss=mse_loss) as pipe:
+            return pipe.costs(x, x, MODE)
+
+    (costs,) = run_ranks(1, body)
+    for times in vars(costs).values():
+        assert times[0] == times[2]
+        assert times[0] < 1.5 * times[1]
+
+
 @pytest.mark.parametrize(
     ("costs", "stages", "starts"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 from mpidist.collectives import all_gather_object
 from mpidist.group import ProcessGroup
 from mpidist.nn.containers import Sequential
+from mpidist.nn.module import Module
 from mpidist.nn.surround import surround
 from mpidist.parallel.pipeline.edges import Edges
 from mpidist.parallel.pipeline.run import Contributions, Loss, MicroBatches, StageRun
@@ -74,24 +75,29 @@ def _timed(
 ) -> Iterator[dict[tuple[int, str], float]]:
     """Time the passes of each layer by number and name; gradients stay as they are."""
     times: dict[tuple[int, str], float] = {}
+    numbers: dict[Module, list[int]] = {}
     with ExitStack() as stack:
         for stage, part in stages.items():
             for number, layer in enumerate(part.layers, starts[stage]):
                 times.update(((number, name), 0.0) for name in _PASSES)
-                stack.enter_context(surround(layer, _adding(times, number), _PASSES))
+                numbers.setdefault(layer, []).append(number)
             for parameter in part.parameters():
                 parameter.divert(lambda _: None)
                 stack.callback(parameter.divert, None)
+        for layer, own in numbers.items():
+            stack.enter_context(surround(layer, _adding(times, own), _PASSES))
         yield times
 
 
 def _adding(
-    times: dict[tuple[int, str], float], number: int
+    times: dict[tuple[int, str], float], numbers: Sequence[int]
 ) -> Callable[[str, Callable[[], Any]], Any]:
     def around(name: str, run: Callable[[], Any]) -> Any:
         began = perf_counter()
         result = run()
-        times[number, name] += perf_counter() - began
+        share = (perf_counter() - began) / len(numbers)  # which of them has run is not known
+        for number in numbers:
+            times[number, name] += share
         return result
 
     return around

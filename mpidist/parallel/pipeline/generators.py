@@ -137,7 +137,8 @@ def zb_h1(ranks: int, micro_batches: int) -> Schedule:
     -------
     Schedule
         Each rank keeps at most `ranks` contexts. Bubble ``(ranks - 1) / (3 * micro_batches)`` where
-        forward and both halves of backward take equally long.
+        forward and both halves of backward take equally long, and there are as many micro-batches
+        as ranks or more.
 
     Raises
     ------

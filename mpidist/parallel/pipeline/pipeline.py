@@ -501,8 +501,8 @@ class Pipeline(Closing):
         -------
         str
             The span of the step, and what it would be without messages; a line for each rank; and
-            the layer to move to a neighbouring stage, if that makes the step shorter: as simulated,
-            with each stage's time divided equally among its layers.
+            between which neighbouring stages to move a layer, if that makes the step shorter by
+            more than 2 %: as simulated, with each stage's time divided equally among its layers.
         """
         return describe_waits(self.schedule, timeline, (*self.starts, self._layers))
 
@@ -532,7 +532,7 @@ class Pipeline(Closing):
         Collective over the group, and with an `FSDP` over the data axis; blocks. Sends what four
         steps of one micro-batch send, and one small exchange. One rank works at a time, so it is
         timed alone. Changes no parameter, gradient or buffer. A layer that stands in several places
-        is timed at the first one of each stage.
+        of a rank costs at each of them what it takes at them on average.
         """
         samples = self._agree("costs", x, target, mode, None)
         last = self.schedule.stages - 1

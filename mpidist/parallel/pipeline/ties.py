@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -195,7 +196,7 @@ class _TiedGradient:
         self._sharing = [Edge(group, peer, line * micros, what) for peer in peers]
         self._taken: dict[tuple[int, int], list[Array]] = {}
         self._arriving: dict[tuple[int, int], Work[Array]] = {}
-        self._leaving: list[Work[None]] = []
+        self._leaving: deque[Work[Any]] = deque()
         self._added = self._posted = 0
 
     @contextmanager
@@ -213,6 +214,9 @@ class _TiedGradient:
             self._add_ready(wait=False)
         else:
             self._leaving.extend(self._edges[key].send(self._stacked(taken)))
+            # Those that are over need no memory any more; in the order of sending, as stages do.
+            while self._leaving and self._leaving[0].done():
+                self._leaving.popleft()
 
     def add(self) -> None:
         """Add the rest at the root, after the last pass of the step."""
