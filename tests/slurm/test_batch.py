@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
 
 NODES = ("--nodes=2", "--ntasks-per-node=1", "jobs/ddp-nodes.sbatch")
 FSDP_NODES = ("--nodes=2", "--ntasks-per-node=2", "jobs/fsdp-nodes.sbatch")
+PIPELINE_NODES = ("--nodes=2", "--ntasks-per-node=2", "jobs/pipeline-nodes.sbatch")
 ONE_NODE = ("--ntasks=2", "jobs/ddp-one-node.sbatch")
 STEPS = 120
 
@@ -46,9 +47,10 @@ def wait_for_step(job: Job, out: Path, step: int) -> None:
         # What --signal=B:USR1 sends, and what scancel --signal=USR1 does: to the ranks only.
         pytest.param(NODES, ["--batch"], "start {n}, on n[0-1]", marks=pytest.mark.full),
         (FSDP_NODES, ["--batch"], "start {n}, on n[0-1]"),
+        pytest.param(PIPELINE_NODES, ["--batch"], "start {n}, on n[0-1]", marks=pytest.mark.full),
         pytest.param(ONE_NODE, [], "start {n}, on n0", marks=pytest.mark.full),
     ],
-    ids=["two nodes", "two nodes, fsdp", "one node"],
+    ids=["two nodes", "two nodes, fsdp", "two nodes, pipeline", "one node"],
 )
 def test_signalled_requeued_and_resumed_has_the_bits_of_undisturbed(
     pmi2: Cluster, tmp_path: Path, script: tuple[str, ...], to: list[str], started: str
@@ -77,6 +79,17 @@ def test_signalled_requeued_and_resumed_has_the_bits_of_undisturbed(
     steps = [record["step"] for record in records if record["kind"] == "train"]
     assert steps == sorted(set(steps))
     assert steps[-1] == STEPS
+
+
+def test_a_pipeline_has_a_stage_on_each_node(pmi2: Cluster, tmp_path: Path) -> None:
+    job = submit(pmi2, PIPELINE_NODES, tmp_path / "out", "--steps=10")
+    assert job.wait() == "COMPLETED", job.output
+    records = read_records(tmp_path / "out/metrics.jsonl")
+    assert records[0]["mesh"] == {"pp": 2, "dp": -1}
+    assert records[0]["schedule"] == "zb-h1"
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
 
 
 def test_a_failure_is_not_queued_again(pmi2: Cluster, tmp_path: Path) -> None:
@@ -160,6 +173,17 @@ def test_the_scripts_differ_in_their_nodes_only() -> None:
     changed = [(a, b) for a, b in zip(one, several, strict=True) if a != b]
     assert all(a.startswith(("# ", "#SBATCH --n")) for a, _ in changed)
     assert len(changed) <= 5
+
+
+def test_the_script_of_pipelines_differs_in_the_mesh_only() -> None:
+    ddp, pipeline = lines_of("ddp-nodes.sbatch"), lines_of("pipeline-nodes.sbatch")
+    added = [line.strip() for line in pipeline if line not in ddp and not line.startswith("# ")]
+    assert added == [
+        "#SBATCH --job-name=pipeline",
+        '"${PYTHON:-.venv/bin/python}" jobs/train.py \\',
+        '--mesh "pp=$SLURM_JOB_NUM_NODES,dp=-1" --schedule zb-h1 \\',
+        '--no-progress --resume --checkpoint-every 100 "$@" &',
+    ]
 
 
 def test_the_script_of_fsdp_differs_in_the_strategy_and_the_memory_only() -> None:
