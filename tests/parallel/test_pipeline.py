@@ -304,7 +304,8 @@ def test_steps_and_evaluations_in_any_order(ranks, schedule):
             gave = []
             for verb, *shape in CALLS:
                 x, target = sentences(*shape)
-                result = getattr(pipe, verb)(x, target, *([MODE] if verb == "step" else []))
+                options = {"mode": MODE} if verb == "step" else {"outputs": True}
+                result = getattr(pipe, verb)(x, target, **options)
                 gave.append((result.loss, getattr(result, "outputs", None)))
             return pipe.schedule.rank_of_stage[-1] == group.rank, gave, gradients(pipe)
 
@@ -383,7 +384,8 @@ def test_another_loss_and_an_evaluation_with_a_target():
 
     def body(group):
         with Pipeline(model(), group, micro_batches=3, loss=mse_loss) as pipe:
-            return pipe.evaluate(x, target), pipe.evaluate(x)
+            assert pipe.evaluate(x, target).outputs is None
+            return pipe.evaluate(x, target, outputs=True), pipe.evaluate(x)
 
     (_, _), (with_target, without) = run_ranks(2, body)
     y, _ = model().forward(x, Mode(False))

@@ -237,6 +237,18 @@ def test_ranks_that_differ_are_told_in_what():
     assert "mode is Mode(training=True, seed=0, step=1" in words
 
 
+@pytest.mark.parametrize("denominator", [0, -1.0, float("nan"), float("inf")])
+def test_a_denominator_that_is_not_positive(denominator):
+    def step(group):
+        with make(group, loss=mse_loss) as pipe:
+            with pytest.raises(ValueError, match=r"Pipeline\.step on .*: expected a positive"):
+                pipe.step(X, X, MODE, denominator=denominator)
+            assert pipe.step(X, X, MODE).samples in (0, 3)
+            pipe.evaluate(X, X, denominator=denominator)
+
+    assert "Pipeline.evaluate" in refused(step, ValueError)
+
+
 BATCHES = {
     "no x": (None, X, "expected x on rank 0, an array on the host"),
     "no target": (X, None, "expected target on rank 1, an array on the host"),
@@ -321,8 +333,9 @@ def test_after_a_failure_no_step_can_be_made():
         pipe = faulty(group, fail, stage=0)
         with pytest.raises(KeyError):
             pipe.step(X, X, MODE)
-        with pytest.raises(RuntimeError, match=r"an earlier step failed half way \(KeyError"):
-            pipe.step(X, X, MODE)
+        for call in (pipe.step, pipe.costs):
+            with pytest.raises(RuntimeError, match=r"an earlier step failed half way \(KeyError"):
+                call(X, X, MODE)
 
     run_ranks(1, body)
 

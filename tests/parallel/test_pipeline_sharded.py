@@ -263,8 +263,14 @@ def test_gradients_may_be_under_way_when_the_step_returns():
         training.pipe.clip_grad_norm(MAX_NORM)
         optimizer.step()
         training.pipe.zero_grad()
-        # What is not waited for is waited for by whatever forgets it.
+        # What is not waited for is waited for by whatever forgets it, or would add to it.
         training.pipe.istep(x[rows], target[rows], mode(1, rows.start))
+        again = partial(training.pipe.istep, x[rows], target[rows], mode(2, rows.start))
+        if kind == "ddp":
+            with pytest.raises(RuntimeError, match=r"zero_grad\(\) on all ranks before each"):
+                again()
+        else:  # slices of reduced gradients are added to
+            again()
         training.pipe.zero_grad()
         return training.parameters(), [], result
 

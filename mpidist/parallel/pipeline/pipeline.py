@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, pairwise
@@ -278,7 +279,7 @@ class Pipeline(Closing):
         ------
         ValueError
             On all ranks, before anything moves, if there is no `x` where it is used, or no
-            `target`, or they have different numbers of samples.
+            `target`, or they have different numbers of samples, or `denominator` is not positive.
         CollectiveMismatchError
             On all ranks, before anything moves, if modes or denominators differ.
         CollectiveTimeoutError, PeerLostError
@@ -322,7 +323,8 @@ class Pipeline(Closing):
         result : StepResult
             As that of `step`.
         work : Work
-            To be waited for before a gradient is read; `zero_grad` and `clip_grad_norm` wait, too.
+            To be waited for before a gradient is read; `zero_grad`, `clip_grad_norm` and the next
+            step wait, too.
 
         Raises
         ------
@@ -343,6 +345,7 @@ class Pipeline(Closing):
         mode: Mode = EVAL,
         *,
         denominator: float | None = None,
+        outputs: bool | None = None,
     ) -> Evaluation:
         """Run a batch forward only.
 
@@ -356,6 +359,9 @@ class Pipeline(Closing):
             The same on all ranks.
         denominator : float, optional
             As for `step`.
+        outputs : bool, optional
+            Whether the rank of the last stage keeps what the model gives for the whole batch. By
+            default only without a target.
 
         Returns
         -------
@@ -373,9 +379,10 @@ class Pipeline(Closing):
         the last stage; blocks. Runs the forward passes of the schedule in their order, and keeps
         nothing of them. At any time between two steps.
         """
-        run, _ = self._run("evaluate", x, target, mode, denominator)
-        outputs = np.concatenate(run.outputs) if run.outputs else None
-        return Evaluation(run.loss, run.samples, outputs)
+        keeps = target is None if outputs is None else outputs
+        run, _ = self._run("evaluate", x, target, mode, denominator, outputs=keeps)
+        joined = np.concatenate(run.outputs) if run.outputs else None
+        return Evaluation(run.loss, run.samples, joined)
 
     def _run(
         self,
@@ -384,30 +391,26 @@ class Pipeline(Closing):
         target: Array | None,
         mode: Mode,
         denominator: float | None,
+        *,
+        outputs: bool = False,
     ) -> tuple[StageRun, list[Work[None]]]:
         """Agree with the other ranks on what is run, run it, and return what it has given.
 
         The works are the sums of gradients that are still under way.
         """
-        if self._failure is not None:
-            raise RuntimeError(
-                f"Pipeline.{verb} on {self.group}: an earlier step failed half way "
-                f"({self._failure}), so the ranks do not agree any more on what is under way; end "
-                "the job"
-            )
         samples = self._agree(verb, x, target, mode, denominator)
         last = self.schedule.stages - 1
-        batch = MicroBatches(
-            bounds=_bounds(samples, self.schedule.micro_batches),
-            x=x if 0 in self.stages else None,
-            target=target if last in self.stages else None,
-            mode=mode,
-            denominator=self._denominator(target) if denominator is None else denominator,
-        )
         edges = self._edges[verb]
         contributions = Contributions(self.replicas, edges.actions, self._ties)
-        run = StageRun(self.stages, last, batch, self.loss, contributions)
         try:
+            batch = MicroBatches(
+                bounds=_bounds(samples, self.schedule.micro_batches),
+                x=x if 0 in self.stages else None,
+                target=target if last in self.stages else None,
+                mode=mode,
+                denominator=self._denominator(target) if denominator is None else denominator,
+            )
+            run = StageRun(self.stages, last, batch, self.loss, contributions, outputs=outputs)
             with self._between_layers:
                 run.run(edges)
         except BaseException as error:
@@ -433,7 +436,18 @@ class Pipeline(Closing):
         mode: Mode,
         denominator: float | None,
     ) -> int:
-        """Return the number of samples of the batch, or raise on all ranks alike."""
+        """Return the number of samples of the batch, or raise on all ranks alike.
+
+        Waits for the gradients of an earlier step, which a pass might add to.
+        """
+        if self._failure is not None:
+            raise RuntimeError(
+                f"Pipeline.{verb} on {self.group}: an earlier step failed half way "
+                f"({self._failure}), so the ranks do not agree any more on what is under way; end "
+                "the job"
+            )
+        for replica in self.replicas.values():
+            replica.wait()
         described = (("call", verb), ("mode", str(mode)), ("denominator", str(denominator)))
         digest = hashlib.sha256(repr(described).encode()).digest()[:8]
         own = [
@@ -445,6 +459,11 @@ class Pipeline(Closing):
         facts = all_gather(np.array([own], np.int64), self.group)
         if (facts[:, 2] != facts[0, 2]).any():
             verify_same(described, self.group, operation=f"Pipeline.{verb}")
+        if denominator is not None and not 0 < denominator < math.inf:
+            raise ValueError(
+                f"Pipeline.{verb} on {self.group}: expected a positive denominator, got "
+                f"{denominator}; leave it out, or give the number of samples of the joined batch"
+            )
         if facts[:, 3].any():
             raise RuntimeError(
                 f"Pipeline.step on {self.group}: gradients of an earlier step are sums over the "

@@ -154,6 +154,8 @@ class StageRun:
         As `cross_entropy`.
     contributions : Contributions
         Takes the passes that add to gradients.
+    outputs : bool, optional
+        Whether a run without backward passes keeps what the last stage gives.
 
     Attributes
     ----------
@@ -162,7 +164,7 @@ class StageRun:
     samples : int
         Of the batch, where the last stage is; 0 elsewhere.
     outputs : list of Array
-        Of the last stage, in a run without backward passes.
+        Of the last stage, if they are kept.
     spans : list of Span
         When each action computed, in seconds from the beginning of the step.
     """
@@ -174,8 +176,11 @@ class StageRun:
         batch: MicroBatches,
         loss: Loss,
         contributions: Contributions,
+        *,
+        outputs: bool = False,
     ) -> None:
         self._stages = stages
+        self._keeps_outputs = outputs
         self._last = last
         self._batch = batch
         self._loss = loss
@@ -239,7 +244,7 @@ class StageRun:
 
     def _end(self, y: Array, micro: int, *, trains: bool) -> None:
         """Take an output of the last stage: its loss, or itself."""
-        if not trains:
+        if self._keeps_outputs:
             self.outputs.append(y)
         if self._batch.target is not None:
             target = self._batch.part(self._batch.target, micro)
