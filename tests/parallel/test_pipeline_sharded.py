@@ -300,3 +300,26 @@ def test_parameters_tied_over_stages_are_refused_where_gradients_are_slices():
             )
 
     run_ranks(2, body)
+
+
+def test_a_gradient_that_one_stage_has_not_reduced_is_refused_on_all_ranks():
+    def body(group):
+        with group.new_group([group.rank]) as data:
+            pipe = Pipeline(
+                build(np.float64),
+                group,
+                micro_batches=1,
+                data_parallel=lambda stage: FSDP(stage, data, op=SUM),
+            )
+            with pipe:
+                x, target = batch()
+                pipe.step(x, target, mode(0))
+                if group.rank == 0:
+                    replica = pipe.replicas[0]
+                    with replica.no_sync():
+                        y, ctx = replica.forward(x, mode(1))
+                        replica.backward(ctx, y)
+                with pytest.raises(RuntimeError, match=r"rank 0 refuses: .*of this rank alone"):
+                    pipe.clip_grad_norm(1.0)
+
+    run_ranks(2, body)

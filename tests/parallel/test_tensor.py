@@ -514,6 +514,15 @@ def test_what_needs_all_elements_of_a_parameter_is_refused():
 
     assert "'0.weight' is this rank's part" in raised(2, pipeline)
 
+    def stages(group):
+        model = Sequential(linear(4, 4, 2), linear(4, 6, 0), ReLU(), linear(6, 4, 1))
+        with DeviceMesh(group, pp=2, tp=2) as mesh:
+            parallelize(model, mesh["tp"], {"1": Columns(), "3": Rows()})
+            with Pipeline(model, mesh["pp"].group, micro_batches=1, cut=[1]) as pipe:
+                pipe.clip_grad_norm(1.0)
+
+    assert "rank 1 refuses: clip_grad_norm: '1.weight' is this rank's part" in raised(4, stages)
+
 
 def test_activations_of_another_width_are_refused():
     def body(group):

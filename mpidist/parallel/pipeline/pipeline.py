@@ -16,7 +16,7 @@ from mpidist._types import SUM, Array
 from mpidist.arrays.namespaces import is_host
 from mpidist.backends.work import Work
 from mpidist.collectives import all_gather, all_gather_object, all_reduce
-from mpidist.errors import ScheduleError, UnsupportedOperationError
+from mpidist.errors import DistributedError, ScheduleError, UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.containers import Sequential
 from mpidist.nn.losses import cross_entropy
@@ -616,7 +616,10 @@ class Pipeline(Closing):
         Raises
         ------
         ValueError
-            If `max_norm` is not positive, or a parameter is a part of a whole one.
+            If `max_norm` is not positive; on every rank, if one has a parameter that is a part of
+            a whole one.
+        RuntimeError
+            On every rank, if one has a gradient that an `FSDP` has not reduced.
 
         Notes
         -----
@@ -626,22 +629,41 @@ class Pipeline(Closing):
         check_max_norm(max_norm)
         own: list[float] = []
         grads: list[Array] = []
+        refusal: ValueError | RuntimeError | None = None
+        try:
+            gradients = list(self._gradients())
+        except DistributedError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            refusal = error  # the ranks of other stages may have none, and wait
+        else:
+            for shards, over in gradients:
+                grads += [shard.grad for shard in shards if shard.grad is not None]
+                roots = [shard for shard in shards if self._ties.is_root(shard)]
+                with np.errstate(all="ignore"):
+                    own += squares_of(roots, over)
+        everyone = all_gather_object((own, refusal), self.group)
+        for rank, (_, theirs) in enumerate(everyone):
+            if theirs is not None:
+                raise type(theirs)(
+                    f"Pipeline on {self.group}: rank {rank} refuses: {theirs}"
+                ) from refusal
+        squares = chain.from_iterable(own for own, _ in everyone)
+        return clip_to_norm(grads, [], list(squares), max_norm)
+
+    def _gradients(self) -> Iterator[tuple[list[Parameter], ProcessGroup | None]]:
+        """Yield what each stage updates, and over which ranks it is split; raise if it cannot."""
         seen: set[Parameter] = set()  # two stages of this rank may hold the same parameter
         for stage, part in self.stages.items():
-            replica, over = self.replicas.get(stage), None
+            replica = self.replicas.get(stage)
             held = part.parameters() if replica is None else replica.shards()
             shards = [shard for shard in held if shard not in seen]
             seen.update(shards)
             if replica is not None and replica.splits_gradients:
-                over = replica.group
+                yield shards, replica.group
             else:
                 check_whole(list(part.named_parameters()))
-            grads += [shard.grad for shard in shards if shard.grad is not None]
-            roots = [shard for shard in shards if self._ties.is_root(shard)]
-            with np.errstate(all="ignore"):
-                own += squares_of(roots, over)
-        everyone = all_gather_object(own, self.group)
-        return clip_to_norm(grads, [], list(chain.from_iterable(everyone)), max_norm)
+                yield shards, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters and buffers of this rank's stages, under their names in the model.
