@@ -59,7 +59,7 @@ def parallelize(
         Listing all that does not fit: a name that matches nothing, or what it matches cannot be cut
         so; a parameter that two layers share and cut differently, that is cut already, or whose
         gradient lies in the memory of a strategy; neighbours of which one gives what the other
-        does not take. Nothing has been changed then.
+        does not take. On every rank, with its own parts; nothing has been changed then.
     CollectiveMismatchError
         On every rank, naming a rank and a parameter or buffer, if plans, names, shapes or dtypes
         differ. Nothing has been changed then.
@@ -144,7 +144,8 @@ class _Cuts:
             *((f"the plan of {pattern!r}", repr(split)) for pattern, split in self._plan.items()),
             *((f"parameter '{n}'", f"{p.shape} {p.dtype}") for n, p in self._named.items()),
             *(describe("buffer", name, array) for name, array in self._module.named_buffers()),
-            ("what does not fit", repr(self.problems)),
+            # Their texts name the rank's own parts.
+            ("whether the plan fits", repr(not self.problems)),
         )
 
     def apply(self) -> None:
