@@ -319,8 +319,10 @@ def pair(up=6, down=6):
 class Parallel(Module):
     """A perceptron whose layers are attributes, in an order that only it knows."""
 
-    def __init__(self, p=0.5):
-        self.up, self.drop, self.down = linear(4, 6, 0), Dropout(p), linear(6, 4, 1)
+    def __init__(self, p=0.5, *, up=(), drop=None, down=None):
+        self.up = Sequential(linear(4, 6, 0), *up) if up else linear(4, 6, 0)
+        self.drop = drop or Dropout(p)
+        self.down = down or linear(6, 4, 1)
 
     def forward(self, x, mode):
         x, _ = self.up.forward(x, mode)
@@ -332,6 +334,20 @@ class Parallel(Module):
 
     def backward_weight(self, wctx):
         raise NotImplementedError
+
+
+class Within(Parallel):
+    """A module in another, of which it is not known what it does with it."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def forward(self, x, mode):
+        return self.inner.forward(x, mode)
+
+
+class OwnAttention(CausalSelfAttention):
+    """One that is free to reshape by its number of heads."""
 
 
 def tied():
@@ -395,7 +411,32 @@ MISTAKES = {
     "dropout in a class of its own": (
         Parallel,
         {"up": Columns(), "down": Rows()},
-        r"'drop' draws for each feature .*'up' beside it .*of a Parallel: put the two into",
+        r"'drop' draws for each feature .*'up' gives or takes a part .*of a Parallel; put the",
+    ),
+    "dropout behind a container": (
+        lambda: Parallel(up=[GELU()]),
+        {"up.0": Columns(), "down": Rows()},
+        r"'drop' draws for each feature .*'up' gives or takes a part",
+    ),
+    "dropout in a container": (
+        lambda: Parallel(drop=Sequential(GELU(), Dropout(0.5))),
+        {"up": Columns(), "down": Rows()},
+        r"'drop.1' draws for each feature .*'up' gives or takes a part",
+    ),
+    "dropout in a class in another": (
+        lambda: Parallel(drop=Within(Dropout(0.5))),
+        {"up": Columns(), "down": Rows()},
+        r"'drop.inner' draws for each feature .*'up' gives or takes a part",
+    ),
+    "dropout between classes": (
+        lambda: Sequential(Within(linear(4, 6, 0)), Dropout(0.5), Within(linear(6, 4, 1))),
+        {"0.inner": Columns(), "2.inner": Rows()},
+        r"'1' draws for each feature .*'0.inner' gives or takes a part .*of a Within",
+    ),
+    "an attention with a way of its own": (
+        lambda: Sequential(OwnAttention(4, 2, rng=0)),
+        {"0": Heads()},
+        r"'0': Heads\(\): expected a CausalSelfAttention.*got a OwnAttention; a subclass may",
     ),
     "cut already": (
         lambda: cut_once(pair()),
@@ -421,6 +462,33 @@ def test_a_plan_that_does_not_fit_is_refused_on_all_ranks(name):
     for model, values in zip(models, before, strict=True):
         for parameter, value in zip(model.parameters(), values, strict=True):
             np.testing.assert_array_equal(parameter.data, value)
+
+
+def whole_and_cut(build, group, chosen):
+    """Return what a model gives, and then what it gives cut."""
+    model, x = build(), np.random.default_rng(0).normal(size=(8, 4))
+    whole, _ = model.forward(x, TRAINING)
+    return whole, parallelize(model, group, chosen).forward(x, TRAINING)[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "chosen"),
+    [
+        (lambda: Parallel(up=[GELU(), Dropout(0.5)], p=0.0), {"up.0": Columns(), "down": Rows()}),
+        (
+            lambda: Parallel(p=0.0, down=Sequential(Dropout(0.5), linear(6, 4, 1), Dropout(0.5))),
+            {"up": Columns(), "down.1": Rows()},
+        ),
+        (lambda: Parallel(up=[linear(6, 6, 2)]), {"up.0": Columns(), "up.1": Rows()}),
+    ],
+    ids=["behind", "before", "whole"],
+)
+def test_dropout_whose_input_a_layer_fixes_draws_as_one_process(build, chosen):
+    def body(group):
+        whole, cut = whole_and_cut(build, group, chosen)
+        np.testing.assert_allclose(cut, whole, rtol=0, atol=1e-14)
+
+    run_ranks(2, body)
 
 
 def test_all_that_is_wrong_is_listed():

@@ -24,9 +24,10 @@ class Heads(Split):
 
     def cut(self, module: Module, group: ProcessGroup) -> LayerCut:
         """Return what becomes of a `CausalSelfAttention`."""
-        if not isinstance(module, CausalSelfAttention):
-            raise ValueError(  # noqa: TRY004 - listed with what else does not fit
-                f"expected a CausalSelfAttention, which has heads, got a {type(module).__name__}"
+        if type(module) is not CausalSelfAttention:
+            raise ValueError(
+                f"expected a CausalSelfAttention, which has heads, got a {type(module).__name__}; "
+                "a subclass may count on all of them"
             )
         size = module.head_dim
         qkv = cut_columns(plain_linear(module.qkv), group, blocks=3, unit=size)

@@ -131,7 +131,9 @@ class _Cuts:
         flow = Flow(self.layers)
         after = flow.through("", module, None)
         self.problems += flow.problems
-        if after is not None and not any(isinstance(s, Vocabulary) for s in self._splits.values()):
+        if isinstance(after, Part) and not any(
+            isinstance(s, Vocabulary) for s in self._splits.values()
+        ):
             self.problems.append(
                 "the model returns a part of its outputs on each rank; cut its last layer by "
                 "Columns(gather=True), or by Vocabulary(), whose loss is vocabulary_cross_entropy"
