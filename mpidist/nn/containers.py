@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
+from types import MappingProxyType
 from typing import Any
 
 from mpidist._types import Array
 from mpidist.nn.mode import Mode
 from mpidist.nn.module import Context, Module, children_of, count_uses
+from mpidist.nn.parameter import Parameter
 from mpidist.nn.skips import SkipLayer, Skips, connections
 
 
@@ -46,6 +48,14 @@ class Sequential(Module):
 
     _first = 0
     """Number of the first layer; above 0 in a `part`."""
+
+    tied: Mapping[str, str] = MappingProxyType({})
+    """Of a `part` whose other parts are elsewhere: the names in the whole of parameters that those
+    hold, too, by the names that they would have here."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield (qualified name, parameter) in order of definition; `tied` ones as in the whole."""
+        return ((self.tied.get(name, name), p) for name, p in super().named_parameters())
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Yield the layers under their numbers, then what is held in other attributes."""

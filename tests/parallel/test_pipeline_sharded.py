@@ -13,7 +13,7 @@ from mpidist._types import SUM
 from mpidist.errors import UnsupportedOperationError
 from mpidist.mesh import DeviceMesh
 from mpidist.nn import Linear, Mode, cross_entropy
-from mpidist.optim import SGD
+from mpidist.optim import SGD, AdamW
 from mpidist.parallel import (
     DDP,
     FSDP,
@@ -31,6 +31,7 @@ from tests.parallel.pipeline import batch, build, build_connected, share
 
 STEPS = 3
 RULE = partial(SGD, lr=0.1, momentum=0.9)  # linear: rounding stays what it is
+TIED = {"model": build_connected, "rule": partial(AdamW, lr=0.01)}
 MAX_NORM = 0.05
 """Shorter than the gradients are."""
 
@@ -44,24 +45,31 @@ def mode(step, offset=0):
     return Mode(True, seed=5, step=step, sample_offset=offset)
 
 
-def alone(steps=STEPS):
-    """Train one process on the joined batches; return parameters and norms."""
-    model = build(np.float64)
-    optimizer, norms = RULE(model.named_parameters()), []
+def alone(steps=STEPS, *, model=build, rule=RULE, load=None):
+    """Train one process on the joined batches, perhaps on from a checkpoint of two steps.
+
+    Return parameters and norms.
+    """
+    whole = model(np.float64)
+    optimizer, norms = rule(whole.named_parameters()), []
+    if load is not None:
+        state = {"model": whole, "optimizer": optimizer}
+        run_ranks(1, lambda group: checkpoint.load(load, state, group))
+        assert optimizer.step_count == 2
     x, target = batch()
-    for i in range(steps):
+    for i in range(optimizer.step_count, steps):
         optimizer.zero_grad()
-        y, ctx = model.forward(x, mode(i))
-        model.backward(ctx, cross_entropy(y, target)[1])
-        norms.append(clip_grad_norm(model, MAX_NORM))
+        y, ctx = whole.forward(x, mode(i))
+        whole.backward(ctx, cross_entropy(y, target)[1])
+        norms.append(clip_grad_norm(whole, MAX_NORM))
         optimizer.step()
-    return {name: p.data for name, p in model.named_parameters()}, norms
+    return {name: p.data for name, p in whole.named_parameters()}, norms
 
 
 class Training:
     """A pipeline per row of a mesh whose replicas are of a kind, and the optimizers."""
 
-    def __init__(self, group, kind, *, dp=2, schedule="1f1b", **options):
+    def __init__(self, group, kind, *, dp=2, schedule="1f1b", model=build, rule=RULE, **options):
         self.mesh = DeviceMesh(group, dp=dp, pp=group.size // dp)
         data = self.mesh["dp"].group
 
@@ -71,7 +79,7 @@ class Training:
             return FSDP(stage, data, op=SUM, strategy=ShardingStrategy(kind), units=is_unit)
 
         self.pipe = Pipeline(
-            build(np.float64),
+            model(np.float64),
             self.mesh["pp"].group,
             micro_batches=4,
             schedule=schedule,
@@ -80,10 +88,10 @@ class Training:
         )
         replicas = self.pipe.replicas.values()
         if kind == "ddp":
-            self.optimizers = [RULE(self.pipe.named_parameters())]
+            self.optimizers = [rule(self.pipe.named_parameters())]
         else:
             over = data if kind == "zero" else None
-            self.optimizers = [ShardedOptimizer(r, over, optimizer=RULE) for r in replicas]
+            self.optimizers = [ShardedOptimizer(r, over, optimizer=rule) for r in replicas]
 
     def run(self, steps, begin=0):
         rows, (x, target) = share(self.mesh), batch()
@@ -195,8 +203,8 @@ def test_a_stage_is_whole_once_in_a_step_from_its_first_action_to_its_last():
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-def saved(group, kind, directory):
-    training = Training(group, kind)
+def saved(group, kind, directory, **options):
+    training = Training(group, kind, **options)
     training.run(2)
     checkpoint.save(directory, training.state(), group, step=2)
 
@@ -213,22 +221,34 @@ def test_a_checkpoint_goes_on_in_one_process_and_on_another_mesh(kind, tmp_path)
     """Saved by two stages on two nodes each; loaded by one, and by four stages, or other kinds."""
     expected, _ = alone()
     run_ranks(4, saved, kind, tmp_path, ranks_per_node=1)
-
-    model = build(np.float64)
-    optimizer = RULE(model.named_parameters())
-    one = {"model": model, "optimizer": optimizer}
-    run_ranks(1, lambda group: checkpoint.load(tmp_path, one, group))
-    assert optimizer.step_count == 2
-    x, target = batch()
-    y, ctx = model.forward(x, mode(2))
-    model.backward(ctx, cross_entropy(y, target)[1])
-    clip_grad_norm(model, MAX_NORM)
-    optimizer.step()
-    assert_is([({name: p.data for name, p in model.named_parameters()}, [], None)], expected, [])
-
+    assert_is([(alone(load=tmp_path)[0], [], None)], expected, [])
     assert_is(run_ranks(4, partial(resumed, dp=1), "ddp", tmp_path), expected, [])
     other = {"ddp": "full_shard", "zero": "ddp", "full_shard": "zero"}[kind]
     assert_is(run_ranks(2, partial(resumed, dp=1), other, tmp_path), expected, [])
+
+
+@pytest.mark.parametrize(("per_node", "cut"), [(1, (7,)), (4, (13,))])
+def test_what_is_tied_is_saved_once_where_its_slices_are_on_two_stages(per_node, cut, tmp_path):
+    expected, _ = alone(**TIED)
+    body = partial(saved, cut=cut, **TIED)
+    run_ranks(4, body, "zero", tmp_path, ranks_per_node=per_node)
+    assert_is([(alone(load=tmp_path, **TIED)[0], [], None)], expected, [])
+    for dp, kind, other in ((1, "ddp", "parameters"), (2, "zero", "layers")):
+        body = partial(resumed, dp=dp, cut=other, **TIED)
+        assert_is(run_ranks(4, body, kind, tmp_path), expected, [])
+
+
+def test_slices_of_what_is_tied_that_would_differ_between_stages_are_refused():
+    """Three ranks of the first column are on one node, and two of the second one."""
+
+    def body(group):
+        if group.rank % 2:
+            Training(group, "zero", dp=4, **TIED)
+            return
+        with pytest.raises(UnsupportedOperationError, match=r"'0.weight' is held by.*on each node"):
+            Training(group, "zero", dp=4, **TIED)
+
+    run_ranks(8, body, ranks_per_node=5)
 
 
 # -- the rest --------------------------------------------------------------------------------------

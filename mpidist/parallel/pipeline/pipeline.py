@@ -201,6 +201,9 @@ class Pipeline(Closing):
         self.starts = starts_of(model, cut, self.schedule.stages)
         parts = [model.part(a, b) for a, b in pairwise((*self.starts, len(model.layers)))]
         links, ties = links_of(model, self.starts), ties_of(parts)
+        for tie in ties:
+            for stage, name in zip(tie.stages, tie.names, strict=True):
+                parts[stage].tied = {**parts[stage].tied, name: tie.names[0]}
         if data_parallel is not None:
             check_replicated(ties, self.schedule)
         _check_tags(2 * len(links) + Ties.lines(ties), self.schedule, group)
@@ -588,7 +591,7 @@ class Pipeline(Closing):
             for name, parameter in part.named_parameters():
                 if parameter not in seen:
                     seen.add(parameter)
-                    yield self._ties.names.get(name, name), parameter
+                    yield name, parameter
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield this rank's parameters."""
@@ -676,8 +679,7 @@ class Pipeline(Closing):
             together holds the whole model, and loads into any other cut of it, or one process.
         """
         states = (without_order(inner.state_dict()) for _, inner in self._held())
-        named = chain.from_iterable(state.items() for state in states)
-        return {self._ties.names.get(name, name): array for name, array in named}
+        return dict(chain.from_iterable(state.items() for state in states))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy values into the parameters and buffers of this rank's stages.
@@ -697,8 +699,6 @@ class Pipeline(Closing):
         -----
         Local, unless parameters are split over the data axis: then collective over it; blocks.
         """
-        # A tied parameter stands there once, under its first name.
-        state = {**state, **{n: state[w] for n, w in self._ties.names.items() if w in state}}
         parts = [
             (held, inner, {name: state[name] for name in inner.state_dict() if name in state})
             for held, inner in self._held()

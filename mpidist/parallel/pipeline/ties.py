@@ -113,22 +113,15 @@ class Ties:
     line : int
         Messages have the tags from this number, times the number of micro-batches, on; as many
         lines as `lines` says.
-
-    Attributes
-    ----------
-    names : dict of str to str
-        Names in the whole model, by those in this rank's later stages.
     """
 
     def __init__(
         self, ties: Sequence[Tie], schedule: Schedule, group: ProcessGroup, line: int
     ) -> None:
-        self.names: dict[str, str] = {}
         self._gradients: list[_TiedGradient] = []
         for tie in ties:
             if group.rank in {schedule.rank_of_stage[stage] for stage in tie.stages}:
                 self._gradients.append(_TiedGradient(tie, schedule, group, line))
-                self.names.update((name, tie.names[0]) for name in tie.names[1:])
             line += len(tie.stages)
 
     @staticmethod

@@ -4,7 +4,8 @@
 gradients fill one message buffer. So a rank needs memory for two units beside its own slices. Units
 are subtrees of the model, since those are needed together, and end together in the backward pass.
 Parameters too small to be worth a message stay with the module around. A parameter that two units
-would hold, a tied one, is a unit of its own.
+would hold, a tied one, is a unit of its own. So is one that another stage of a pipeline holds, too:
+all stages cut it into the same slices then, and a checkpoint takes those of any of them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import TypeAlias
 import numpy as np
 
 from mpidist._types import Array, DType
+from mpidist.nn.containers import Sequential
 from mpidist.nn.members import members
 from mpidist.nn.module import Module
 from mpidist.nn.parameter import Parameter
 from mpidist.parallel.data.buckets import BucketSizes, assign_buckets
 from mpidist.parallel.sharded.flat_parameters import Cut, FlatLayout
 
-__all__ = ["UNIT_BYTES", "Stage", "Unit", "Units", "find_stages", "find_units"]
+__all__ = ["UNIT_BYTES", "Stage", "Unit", "Units", "find_stages", "find_units", "tied_over_parts"]
 
 UNIT_BYTES = 32 << 20
 """Most bytes of parameters in a unit: large messages, and memory for two of them."""
@@ -125,8 +127,11 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
     """
     named = dict(module.named_parameters())
     if isinstance(units, BucketSizes):
-        kinds = [{n: p.data for n, p in named.items() if p.trainable is t} for t in (True, False)]
-        buckets = [names for arrays in kinds for names in assign_buckets(arrays, units)[::-1]]
+        apart = tied_over_parts(module)
+        rest = {name: p for name, p in named.items() if name not in apart}
+        kinds = [{n: p.data for n, p in rest.items() if p.trainable is t} for t in (True, False)]
+        buckets = [[name] for name in named if name in apart]
+        buckets += [names for arrays in kinds for names in assign_buckets(arrays, units)[::-1]]
         return tuple(
             _unit(f"bucket {i}", ("",), {name: named[name] for name in names})
             for i, names in enumerate(buckets)
@@ -151,6 +156,11 @@ def find_units(module: Module, units: Units) -> tuple[Unit, ...]:
     position = {name: i for i, name in enumerate(named)}
     result.sort(key=lambda unit: min(position[name] for name in unit.parameters))
     return tuple(result if limit is None else _joined(result, limit))
+
+
+def tied_over_parts(module: Module) -> frozenset[str]:
+    """Return the names of parameters that other parts of a whole model hold, too."""
+    return frozenset(module.tied.values() if isinstance(module, Sequential) else ())
 
 
 def find_stages(module: Module, units: Sequence[Unit]) -> tuple[Stage, ...]:

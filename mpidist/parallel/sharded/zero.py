@@ -14,6 +14,7 @@ from mpidist._types import MEAN, Array, ReduceOp
 from mpidist.arrays.namespaces import to_host
 from mpidist.arrays.shards import ShardedArray, check_held, copy_in
 from mpidist.collectives import all_gather
+from mpidist.errors import UnsupportedOperationError
 from mpidist.group.group import ProcessGroup, check_group
 from mpidist.nn.module import Context, Module
 from mpidist.nn.names import with_present_names
@@ -38,8 +39,8 @@ from mpidist.parallel.sharded.state import (
     merged_state,
     parameter_of,
 )
-from mpidist.parallel.sharded.stores import by_node
-from mpidist.parallel.sharded.units import find_units
+from mpidist.parallel.sharded.stores import by_node, owners_by_node
+from mpidist.parallel.sharded.units import find_units, tied_over_parts
 
 __all__ = ["OptimizerFactory", "ShardedOptimizer", "full_state_dict"]
 
@@ -112,7 +113,8 @@ class ShardedOptimizer(Closing):
         On every rank, if names, shapes, dtypes or arguments differ between ranks, or what the
         factory makes: kinds, rules, learning rates.
     UnsupportedOperationError
-        If some parameters lie on a device and some do not.
+        If some parameters lie on a device and some do not; if a parameter is tied over stages of a
+        pipeline, and the nodes have different numbers of the ranks.
     ValueError
         If a parameter is read-only, as another `ShardedOptimizer` leaves it, or the FSDP has one;
         if the factory uses a parameter twice, or one that it was not given; if its optimizer needs
@@ -421,6 +423,7 @@ class _ShardedDDP:
         self.ibackward = ddp.ibackward
         self._named = dict(ddp.module.named_parameters())
         check_can_be_sharded(self._named, "ShardedOptimizer", group)
+        _check_same_slices(ddp.module, group)
         self.group = by_node(group, f"{group.name}/shards")
         arrays = {name: parameter.data for name, parameter in self._named.items()}
         layouts = [unit.layout(arrays, self.cut) for unit in find_units(ddp.module, sizes)]
@@ -453,6 +456,18 @@ class _ShardedDDP:
     def close(self) -> None:
         self.wait()
         self.group.close()
+
+
+def _check_same_slices(module: Module, group: ProcessGroup) -> None:
+    """Raise unless all stages that hold a tied parameter cut it alike; collective."""
+    tied = sorted(tied_over_parts(module))
+    if tied and owners_by_node(group) < group.size:
+        raise UnsupportedOperationError(
+            f"ShardedOptimizer on {group}: parameter '{tied[0]}' is held by other stages of the "
+            "pipeline, too, whose ranks would cut it into other slices, since nodes have different "
+            "numbers of ranks of the data axis; place equally many on each node, or take an "
+            "optimizer of pipe.named_parameters()"
+        )
 
 
 def _made_by(factory: OptimizerFactory, shards: Mapping[str, Parameter]) -> tuple[Optimizer, ...]:
