@@ -8,18 +8,21 @@ from functools import partial
 import numpy as np
 import pytest
 
+from mpidist import checkpoint
 from mpidist._types import MEAN, SUM
 from mpidist.collectives import all_gather_object
 from mpidist.mesh import DeviceMesh
-from mpidist.nn import Linear, Mode, Sequential
+from mpidist.nn import GELU, Embedding, Linear, Mode, Sequential
 from mpidist.optim import AdamW
 from mpidist.parallel import DDP, BucketSizes, Pipeline, ShardedOptimizer
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.testing import DeliveryMode, run_ranks
 from tests.parallel import test_pipeline_sharded as sharded
 from tests.parallel.pipeline import (
+    CLASSES,
     SAMPLES,
     TIED,
+    WORDS,
     alone,
     assert_same_bits,
     batch,
@@ -174,6 +177,57 @@ def test_an_optimizer_may_be_sharded_over_the_data_axis():
     for own, other in zip(expected, got, strict=True):
         for name, array in own.items():
             np.testing.assert_allclose(other[name], array, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(sharded, tmp_path):
+    """With three ranks the buckets decide in which order elements are summed."""
+
+    def wide():
+        rng = np.random.default_rng(0)
+        hidden = (layer for _ in range(4) for layer in (Linear(48, 48, rng=rng), GELU()))
+        return Sequential(Embedding(WORDS, 48, rng=rng), *hidden, Linear(48, CLASSES, rng=rng))
+
+    def run(group, *, load, cut="parameters"):
+        with DeviceMesh(group, dp=3, pp=2) as mesh:
+            data = mesh["dp"].group
+            pipe = Pipeline(
+                wide(),
+                mesh["pp"].group,
+                micro_batches=2,
+                cut=cut,
+                data_parallel=lambda stage: DDP(stage, data, op=SUM, sizes=TINY),
+            )
+            (ddp,) = pipe.replicas.values()
+            rule = partial(AdamW, lr=0.01)
+            optimizer = (
+                ShardedOptimizer(ddp, data, optimizer=rule)
+                if sharded
+                else rule(pipe.named_parameters())
+            )
+            state = {"model": pipe, "optimizer": optimizer}
+            if load:
+                checkpoint.load(tmp_path, state, group)
+            order = ddp.order
+            rows, (x, target) = share(mesh), batch()
+            for i in range(2 if load else 0, 3):
+                if i == 2 and not load:
+                    order = ddp.order
+                    checkpoint.save(tmp_path, state, group, step=i)
+                optimizer.zero_grad()
+                pipe.step(x[rows], target[rows], Mode(True, step=i, sample_offset=rows.start))
+                optimizer.step()
+            return {name: p.data.copy() for name, p in pipe.named_parameters()}, order
+
+    undisturbed = run_ranks(6, partial(run, load=False))
+    for (own, order), (other, loaded) in zip(
+        undisturbed, run_ranks(6, partial(run, load=True)), strict=True
+    ):
+        assert loaded == order is not None
+        for name, array in own.items():
+            np.testing.assert_array_equal(other[name], array, err_msg=name)
+    for _, loaded in run_ranks(6, partial(run, load=True, cut=[3])):
+        assert loaded is None
 
 
 def test_sums_that_were_not_zeroed_are_refused_on_all_ranks():

@@ -25,7 +25,7 @@ from mpidist.nn.parameter import Parameter
 from mpidist.nn.skips import connections
 from mpidist.nn.surround import after_passes
 from mpidist.parallel.clip import check_max_norm, check_whole, clip_to_norm, squares_of
-from mpidist.parallel.data.data_parallel import DataParallel, HasState, without_order
+from mpidist.parallel.data.data_parallel import BUCKET_ORDER, DataParallel, HasState
 from mpidist.parallel.data.verify import Description, describe, verify_same
 from mpidist.parallel.pipeline.costs import measure_costs
 from mpidist.parallel.pipeline.edges import Edges
@@ -599,7 +599,7 @@ class Pipeline(Closing):
 
     def zero_grad(self) -> None:
         """Forget the gradients of this rank's parameters; waits for those under way."""
-        for held, _ in self._held():
+        for _, held, _ in self._held():
             held.zero_grad()
 
     def clip_grad_norm(self, max_norm: float) -> float:
@@ -673,13 +673,18 @@ class Pipeline(Closing):
 
         Returns
         -------
-        dict of str to Array
+        dict of str to (Array, ShardedArray, list of str or None)
             The living arrays, or this rank's slices of them, where an `FSDP` or a
             `ShardedOptimizer` splits them over the data axis. A checkpoint that all ranks save
             together holds the whole model, and loads into any other cut of it, or one process.
+            With `data_parallel` also the order of each stage's buckets, under
+            ``"buckets/order/<stage>"``.
         """
-        states = (without_order(inner.state_dict()) for _, inner in self._held())
-        return dict(chain.from_iterable(state.items() for state in states))
+        return {
+            _key(stage, name): value
+            for stage, _, inner in self._held()
+            for name, value in inner.state_dict().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy values into the parameters and buffers of this rank's stages.
@@ -687,7 +692,9 @@ class Pipeline(Closing):
         Parameters
         ----------
         state : mapping of str to Array
-            As `state_dict` returns it, or of the whole model.
+            As `state_dict` returns it, or of the whole model. The order of a stage's buckets is
+            taken where the stage had the same parameters, so that the next step has the bits of a
+            run that has not stopped.
 
         Raises
         ------
@@ -699,20 +706,28 @@ class Pipeline(Closing):
         -----
         Local, unless parameters are split over the data axis: then collective over it; blocks.
         """
-        parts = [
-            (held, inner, {name: state[name] for name in inner.state_dict() if name in state})
-            for held, inner in self._held()
-        ]
+        parts = []
+        for stage, held, inner in self._held():
+            keys = {name: _key(stage, name) for name in inner.state_dict()}
+            own = {name: state[key] for name, key in keys.items() if key in state}
+            order = own.get(BUCKET_ORDER)
+            trained = {name for name, p in held.named_parameters() if p.trainable}
+            if order is not None and {*order} != trained:  # that of another cut
+                del own[BUCKET_ORDER]
+            parts.append((held, inner, own))
         for held, _, own in parts:
             held.check_state_dict(own)
         for _, inner, own in parts:
             inner.load_state_dict(own)
 
-    def _held(self) -> Iterator[tuple[Sequential | DataParallel, HasState]]:
-        """Yield the stages of this rank, or their replicas, and what has their states."""
+    def _held(self) -> Iterator[tuple[int, Sequential | DataParallel, HasState]]:
+        """Yield the stages of this rank; each, or its replica, and what has its state."""
         for stage, part in self.stages.items():
             replica = self.replicas.get(stage)
-            yield (part, part) if replica is None else (replica, replica.model_state)
+            if replica is None:
+                yield stage, part, part
+            else:
+                yield stage, replica, replica.model_state
 
     def close(self) -> None:
         """Release the pipeline's groups; the stages stay as they are."""
@@ -785,6 +800,11 @@ def _replica(
             "of each stage, or cut the model so that one stage has all layers that hold it"
         )
     return made
+
+
+def _key(stage: int, name: str) -> str:
+    """Return the name in the pipeline's state of what a stage's state has under a name."""
+    return f"{name}/{stage}" if name == BUCKET_ORDER else name
 
 
 def _samples(array: Array | None) -> int:
