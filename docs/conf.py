@@ -61,6 +61,7 @@ numpydoc_validation_checks = {
 numpydoc_validation_exclude = {
     r"\.layer_index$",
     r"\.Dropout\.part$",
+    r"\.Sequential\.tied$",
     r"\.Backend\.(device|node_memory)$",
 }
 

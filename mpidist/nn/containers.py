@@ -23,6 +23,12 @@ class Sequential(Module):
         In order of the forward pass. Their names are "0", "1", ... There may be connections that
         skip layers, each from a `Stash` to a `Pop`.
 
+    Attributes
+    ----------
+    tied : mapping of str to str
+        Of a `part` whose other parts are elsewhere: the names in the whole of parameters that those
+        hold, too, by the names that they would have here. Else empty.
+
     Raises
     ------
     TypeError
@@ -50,8 +56,6 @@ class Sequential(Module):
     """Number of the first layer; above 0 in a `part`."""
 
     tied: Mapping[str, str] = MappingProxyType({})
-    """Of a `part` whose other parts are elsewhere: the names in the whole of parameters that those
-    hold, too, by the names that they would have here."""
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield (qualified name, parameter) in order of definition; `tied` ones as in the whole."""
