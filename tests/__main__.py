@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 ONE_BY_ONE = "ranks or hosts or alone"
 
-WORKERS = min(8, 2 + len(os.sched_getaffinity(0)))
-"""More than cores, since they wait much: for a deadline in tests/deaths, for a tick of Slurm's."""
+WORKERS = min(8, 1 + len(os.sched_getaffinity(0)))
+"""One more than cores, since they wait much: for a deadline, for a tick of Slurm's."""
 
 PARTS = ((f"not ({ONE_BY_ONE})", WORKERS), (ONE_BY_ONE, 0))
 """Which tests, and on how many workers."""

@@ -397,7 +397,8 @@ def _refuse_parts(optimizer: str, params: Mapping[str, Parameter]) -> None:
         if p.part is not None and p.size not in (0, math.prod(p.part.shape)):
             raise ValueError(
                 f"{optimizer} needs whole parameters, and {name!r} is a part, {p.shape}, of one of "
-                f"shape {p.part.shape}"
+                f"shape {p.part.shape}; make the model FSDP(model, group, cut=Cut.PARAMETERS), or "
+                "leave it out of the plan of parallelize"
             )
 
 

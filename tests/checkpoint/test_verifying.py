@@ -105,7 +105,7 @@ def test_a_later_format_is_one_error(copy: Path) -> None:
 
 def within_seconds(call: Callable[[], Any]) -> Any:
     """Call a function in a thread, so that one which waits for ever ends the test, not the run."""
-    return run_in_thread(call, name="mpidist-test").result(20)
+    return run_in_thread(call, name="mpidist-test").result(40)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00001.h5", "view.h5"])
@@ -132,7 +132,7 @@ def test_nobody_waits_at_a_fifo(copy: Path, name: str, capsys: pytest.CaptureFix
         for action, code in (("list", 0), ("show", 1)):
             assert within_seconds(lambda: cli.main(["checkpoint", action, str(copy)])) == code  # noqa: B023
             assert words in "".join(capsys.readouterr())
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

@@ -239,6 +239,7 @@ if world.rank == 0:
     assert "got 2.0 and 3.0" in assert_ends_well(run(body))
 
 
+@pytest.mark.alone
 def test_arrays_of_dropped_work_on_a_dropped_group_are_held(run: Run) -> None:
     """And however many are outstanding at the end of the program, the job ends soon and well."""
     body = """

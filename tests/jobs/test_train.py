@@ -75,12 +75,12 @@ def test_help_names_every_option_and_loads_no_numpy(run: Run) -> None:
         ),
         (
             ("--mesh", "replicate=2,shard=-1"),
-            "--mesh goes with --strategy hybrid_shard, not with ddp",
+            "--mesh replicate=N,shard=M goes with --strategy hybrid_shard, not with ddp",
         ),
         *(
             (
                 ("--mesh", text),
-                f"expected a number of ranks for both, as in replicate=2,shard=-1; got '{text}'",
+                f"for both, as in replicate=2,shard=-1 or dp=2,pp=-1; got '{text}'",
             )
             for text in ("2", "replicate=2", "replicate=2,shard=x", "dp=2,tp=2", "shard=1,shard=2")
         ),
