@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from mpidist._formatting import columns, format_bytes, format_number
 from mpidist.errors import ScheduleError
 from mpidist.parallel import Costs, LayerCosts, Pass, Schedule, fitted, simulate
 from mpidist.parallel.pipeline.generators import SCHEDULES
 from mpidist.parallel.pipeline.stages import balanced
+from mpidist.parallel.pipeline.timeline import sums_of_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,15 @@ def plan_pipelines(
 
 def _plan(name: str, micro: int, layers: LayerCosts, job: PipelineJob) -> PipelinePlan:
     scale = job.batch / micro / layers.samples
-    passes = (layers.costs.forward, layers.costs.backward_input, layers.costs.backward_weight)
+    passes = layers.costs.passes
     stages = job.ranks if name == "fitted" else SCHEDULES[name](job.ranks, micro).stages
     if stages > len(passes[0]):
         raise ValueError(f"{name} has {stages} stages, and the model {len(passes[0])} layers")
     starts = balanced([sum(of_layer) for of_layer in zip(*passes, strict=True)], stages)
     of_micro_batch = (tuple(scale * seconds for seconds in of_pass) for of_pass in passes)
     costs = Costs(*of_micro_batch).joined(starts)
-    held = [job.copies * nbytes for nbytes in _joined(layers.parameters, starts)]
-    kept = [scale * nbytes for nbytes in _joined(layers.contexts, starts)]
+    held = [job.copies * nbytes for nbytes in sums_of_stages(layers.parameters, starts)]
+    kept = [scale * nbytes for nbytes in sums_of_stages(layers.contexts, starts)]
     schedule = (
         fitted(range(stages), micro, costs, limit=_limit(held, kept, micro, job.memory))
         if name == "fitted"
@@ -96,11 +96,6 @@ def _plan(name: str, micro: int, layers: LayerCosts, job: PipelineJob) -> Pipeli
         round(memory),
         memory <= job.memory,
     )
-
-
-def _joined(values: Sequence[int], starts: Sequence[int]) -> list[int]:
-    """Return the sums over the layers of each stage."""
-    return [sum(values[a:b]) for a, b in pairwise((*starts, len(values)))]
 
 
 def _limit(held: Sequence[float], kept: Sequence[float], micro: int, memory: float) -> int:

@@ -17,13 +17,19 @@ from mpidist.parallel.pipeline.schedule import GRADIENT_PASSES, Action, Pass, Sc
 from mpidist.parallel.pipeline.stages import StageLink
 from mpidist.point_to_point._messages import Receive, Send, prepare_receive, prepare_send
 
-__all__ = ["Edge", "Edges"]
+__all__ = ["Edge", "Edges", "drop_done"]
 
 _AHEAD = 2
 """Actions before the one that needs it at which a receive is posted."""
 
 _LONGEST = (1 << 30) - 1
 """Bytes of a message whose receive may have more room than it needs."""
+
+
+def drop_done(works: deque[Work[Any]]) -> None:
+    """Forget the sends that are over; in their order, so that one poll is enough if none is."""
+    while works and works[0].done():
+        works.popleft()
 
 
 class _BareWork(Work[Array]):
@@ -229,9 +235,7 @@ class Edges:
                 self._local.setdefault(to, {})[name] = results[name]
             else:
                 self._leaving.extend(to.send(results[name]))
-        # In the order of sending, so that one poll is enough where none has arrived.
-        while self._leaving and self._leaving[0].done():
-            self._leaving.popleft()
+        drop_done(self._leaving)
 
     def finish(self) -> None:
         """Wait until all that was sent may be changed; the next step may begin then."""

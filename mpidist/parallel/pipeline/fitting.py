@@ -75,8 +75,8 @@ def fitted(
     plan = _Plan(tuple(rank_of_stage), micro_batches, costs, limit)
     actions: list[list[Action]] = [[] for _ in range(ranks)]
     while candidates := list(plan.candidates()):
-        _, _, action = min(candidates)
-        plan.add(action)
+        began, _, action = min(candidates)
+        plan.add(action, began)
         actions[rank_of_stage[action.stage]].append(action)
     return Schedule(name, tuple(rank_of_stage), micro_batches, tuple(map(tuple, actions)))
 
@@ -110,10 +110,9 @@ class _Plan:
             began = max([free, *(self._ended[need] for need in needs)])
             yield began, (_PRIORITY.index(kind), -stage), action
 
-    def add(self, action: Action) -> None:
+    def add(self, action: Action, began: float) -> None:
         """Let an action be the next of its rank."""
         rank = self._rank_of_stage[action.stage]
-        began = max([self._free[rank], *(self._ended[need] for need in self._needs(action))])
         self._ended[action] = began + self._costs.of(action)
         self._free[rank] = self._ended[action]
         self._next[action.stage, action.kind] += 1

@@ -297,10 +297,10 @@ class Pipeline(Closing):
         Collective over the group, and over the ranks of the data axis; blocks. Costs one all-gather
         of 32 bytes per rank, and for each micro-batch, between two stages on different ranks, a
         message of an activation and one of its gradient. A connection from a `Stash` to a `Pop` on
-        another rank costs the same, and a tied parameter one message of its size from each other
-        rank that holds it. Shapes may change from step to step; one that is that of the last step
-        saves the envelope. What a layer raises has a note that names
-        the action.
+        another rank costs the same. A tied parameter costs a message of its size for each
+        micro-batch, from each stage that holds it on another rank than the first one, and one back
+        per step. Shapes may change from step to step; where a shape is that of the last step, its
+        message has no envelope. What a layer raises has a note that names the action.
         """
         result, work = self.istep(x, target, mode, denominator=denominator)
         work.wait()
@@ -402,17 +402,14 @@ class Pipeline(Closing):
         The works are the sums of gradients that are still under way.
         """
         samples = self._agree(verb, x, target, mode, denominator)
+        bounds = _bounds(samples, self.schedule.micro_batches)
         last = self.schedule.stages - 1
         edges = self._edges[verb]
         contributions = Contributions(self.replicas, edges.actions, self._ties)
         try:
-            batch = MicroBatches(
-                bounds=_bounds(samples, self.schedule.micro_batches),
-                x=x if 0 in self.stages else None,
-                target=target if last in self.stages else None,
-                mode=mode,
-                denominator=self._denominator(target) if denominator is None else denominator,
-            )
+            if denominator is None:
+                denominator = self._denominator(target)
+            batch = self._batch(bounds, x, target, mode, denominator)
             run = StageRun(self.stages, last, batch, self.loss, contributions, outputs=outputs)
             with self._between_layers:
                 run.run(edges)
@@ -421,6 +418,19 @@ class Pipeline(Closing):
             contributions.release()
             raise
         return run, contributions.works
+
+    def _batch(
+        self,
+        bounds: tuple[int, ...],
+        x: Array | None,
+        target: Array | None,
+        mode: Mode,
+        denominator: float,
+    ) -> MicroBatches:
+        """Return what is run, with the arrays that this rank's stages use."""
+        x = x if 0 in self.stages else None
+        target = target if self.schedule.stages - 1 in self.stages else None
+        return MicroBatches(bounds, x, target, mode, denominator)
 
     def _denominator(self, target: Array | None) -> float:
         """Return the size of the whole target, over the data axis where gradients are summed."""
@@ -557,14 +567,7 @@ class Pipeline(Closing):
         of a rank costs at each of them what it takes at them on average.
         """
         samples = self._agree("costs", x, target, mode, None)
-        last = self.schedule.stages - 1
-        batch = MicroBatches(
-            bounds=(0, samples),
-            x=x if 0 in self.stages else None,
-            target=target if last in self.stages else None,
-            mode=mode.replayed(),
-            denominator=1.0,
-        )
+        batch = self._batch((0, samples), x, target, mode.replayed(), 1.0)
         try:
             with ExitStack() as whole:
                 for replica in self.replicas.values():

@@ -116,7 +116,7 @@ def starts_of(model: Sequential, cut: Cuts, stages: int) -> tuple[int, ...]:
             f"take at most {layers} stages, or cut layers into smaller ones"
         )
     if isinstance(cut, Costs):
-        costs = [sum(passes) for passes in zip(*vars(cut).values(), strict=True)]
+        costs = [sum(passes) for passes in zip(*cut.passes, strict=True)]
         if len(costs) != layers:
             raise ValueError(
                 f"Pipeline: expected as cut costs of the {layers} layers, as Pipeline.costs "

@@ -15,7 +15,7 @@ from mpidist.errors import UnsupportedOperationError
 from mpidist.group import ProcessGroup
 from mpidist.nn.containers import Sequential
 from mpidist.nn.parameter import Parameter
-from mpidist.parallel.pipeline.edges import Edge
+from mpidist.parallel.pipeline.edges import Edge, drop_done
 from mpidist.parallel.pipeline.schedule import Action, Schedule
 
 __all__ = ["Tie", "Ties", "check_replicated", "ties_of"]
@@ -207,9 +207,7 @@ class _TiedGradient:
             self._add_ready(wait=False)
         else:
             self._leaving.extend(self._edges[key].send(self._stacked(taken)))
-            # Those that are over need no memory any more; in the order of sending, as stages do.
-            while self._leaving and self._leaving[0].done():
-                self._leaving.popleft()
+            drop_done(self._leaving)  # else each would keep its array until the step ends
 
     def add(self) -> None:
         """Add the rest at the root, after the last pass of the step."""

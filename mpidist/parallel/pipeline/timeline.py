@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
 from mpidist.parallel.pipeline.schedule import Action, Pass, Schedule
 
-__all__ = ["Costs", "Span", "Timeline", "best_of", "simulate"]
+__all__ = ["Costs", "Span", "Timeline", "best_of", "simulate", "sums_of_stages"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,16 @@ class Costs:
         starts : sequence of int
             The first layer of each stage, as `Pipeline.starts`.
         """
-        ends = (*starts[1:], len(self.forward))
-        kinds = (self.forward, self.backward_input, self.backward_weight)
-        pairs = tuple(zip(starts, ends, strict=True))
-        return Costs(*(tuple(sum(kind[a:b]) for a, b in pairs) for kind in kinds))
+        return Costs(*(sums_of_stages(of_pass, starts) for of_pass in self.passes))
+
+    @property
+    def passes(self) -> tuple[tuple[float, ...], ...]:
+        """The costs of forward passes, and of the first and second halves of backward passes."""
+        return self.forward, self.backward_input, self.backward_weight
 
     def check(self, stages: int, what: str) -> None:
         """Raise `ValueError` unless these are the costs of so many stages."""
-        given = [*map(len, (self.forward, self.backward_input, self.backward_weight))]
+        given = [*map(len, self.passes)]
         if set(given) != {stages}:
             raise ValueError(f"{what}: expected costs of its {stages} stages, got {given}")
 
@@ -60,6 +63,11 @@ class Costs:
             Pass.BACKWARD_WEIGHT: (self.backward_weight,),
         }
         return sum(half[action.stage] for half in halves[action.kind])
+
+
+def sums_of_stages(values: Sequence[float], starts: Sequence[int]) -> tuple[float, ...]:
+    """Return the sums, over the layers of each stage, of what each layer has."""
+    return tuple(sum(values[a:b]) for a, b in pairwise((*starts, len(values))))
 
 
 class Span(NamedTuple):

@@ -70,12 +70,11 @@ def _waits(schedule: Schedule, timeline: Timeline) -> list[dict[int, float]]:
 def _moves(costs: Costs, starts: Sequence[int]) -> Iterator[tuple[tuple[int, int], Costs]]:
     """Yield every move of a layer to a neighbouring stage, and the costs after it."""
     layers = [stop - start for start, stop in pairwise(starts)]
-    halves = (costs.forward, costs.backward_input, costs.backward_weight)
     for one, other in pairwise(range(len(layers))):
         for move in ((one, other), (other, one)):
             if layers[move[0]] > 1:
                 part = 1 / layers[move[0]]
-                yield move, Costs(*(_moved(half, move, part) for half in halves))
+                yield move, Costs(*(_moved(half, move, part) for half in costs.passes))
 
 
 def _moved(costs: tuple[float, ...], move: tuple[int, int], part: float) -> tuple[float, ...]:
