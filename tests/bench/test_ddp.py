@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mpidist.bench import Row, Times, ddp
 from mpidist.bench.ddp import Shape
-from tests._ranks.launcher import clean_environment
+from tests.bench.running import bench
 
 
 @pytest.mark.parametrize("millions", [0.1, 1, 10, 50, 1000])
@@ -60,14 +57,8 @@ def test_without_torch_nothing_is_compared_with_it():
 def test_the_command_measures_a_small_model(mpirun, tmp_path, peer):
     if peer and importlib.util.find_spec("torch") is None:
         pytest.skip("torch is missing")
-    words = ["bench", "ddp", "--millions", "0.1", "--repeats", "5", "--json", str(tmp_path / "r")]
-    words += [] if peer else ["--no-torch"]
-    command = [*mpirun, "-n", "2", sys.executable, "-m", "mpidist", *words]
-    environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    job = subprocess.run(
-        command, env=environment, check=False, capture_output=True, text=True, timeout=110
-    )
-    assert job.returncode == 0, job.stderr
+    words = ["ddp", "--millions", "0.1", "--repeats", "5", *([] if peer else ["--no-torch"])]
+    job = bench(mpirun, tmp_path / "r", *words)
     report = json.loads((tmp_path / "r").read_text())
     series = ["DDP", "alone", "one all_reduce"] + ["torch DDP", "torch alone"] * peer
     assert [row["series"] for row in report["rows"]] == series

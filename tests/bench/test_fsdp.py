@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from mpidist.bench.strategies import plan_strategies
 from mpidist.group import ProcessGroup
 from mpidist.optim import AdamW
 from mpidist.testing import run_ranks
-from tests._ranks.launcher import clean_environment
+from tests.bench.running import bench
 
 STRATEGIES = ["DDP+sharded", "sharded", "DDP"]
 
@@ -30,19 +27,9 @@ STRATEGIES = ["DDP+sharded", "sharded", "DDP"]
 def test_the_command_measures_a_small_model_and_says_what_is_held(mpirun, tmp_path, peer):
     if peer and find_spec("torch") is None:
         pytest.skip("torch is missing")
-    words = ["bench", "fsdp", "--millions", "0.1", "--units", "0.1", "--repeats", "5"]
+    words = ["fsdp", "--millions", "0.1", "--units", "0.1", "--repeats", "5"]
     words += [] if peer else ["--no-torch"]
-    command = [*mpirun, "-n", "2", sys.executable, "-m", "mpidist", *words]
-    environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    job = subprocess.run(
-        [*command, "--json", str(tmp_path / "r")],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert job.returncode == 0, job.stderr
+    job = bench(mpirun, tmp_path / "r", *words)
     rows = {row["series"]: row for row in json.loads((tmp_path / "r").read_text())["rows"]}
     theirs = ["torch FSDP2", "torch alone"] * peer
     assert list(rows) == ["sum", "FULL_SHARD", *STRATEGIES, "alone", "AdamW alone", *theirs]

@@ -2,17 +2,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 from mpidist.bench import pipeline
 from mpidist.bench.report import Report
 from mpidist.testing import run_ranks
-from tests._ranks.launcher import clean_environment
+from tests.bench.running import bench
 
 WORDS = ["--sleep", "2", "--micro-batches", "4", "--millions", "0.1", "--batch", "4"]
 SLEEPING = {"gpipe": 15, "1f1b": 15, "interleaved": 27, "zb-h1": 13, "zbv": 25, "dualpipev": 25}
@@ -67,16 +64,6 @@ def test_steps_are_compared_with_what_their_schedules_say() -> None:
 def test_the_command_measures_torch_beside_it(mpirun, tmp_path) -> None:
     if find_spec("torch") is None:
         pytest.skip("torch is missing")
-    command = [*mpirun, "-n", "2", sys.executable, "-m", "mpidist", "bench", "pipeline", *WORDS]
-    environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    job = subprocess.run(
-        [*command, "--repeats", "5", "--json", str(tmp_path / "r")],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert job.returncode == 0, job.stderr
+    bench(mpirun, tmp_path / "r", "pipeline", *WORDS, "--repeats", "5")
     check(Report.load(tmp_path / "r"), peer=True)
     assert "load average" in json.loads((tmp_path / "r").read_text())["notes"][-1]

@@ -168,6 +168,14 @@ def lines_of(script: str) -> list[str]:
     return (ROOT / "jobs" / script).read_text().splitlines()
 
 
+def lines_added(one: str, other: str) -> list[str]:
+    """Return the lines of a script that another one has not, without comments."""
+    old = lines_of(one)
+    return [
+        line.strip() for line in lines_of(other) if line not in old and not line.startswith("# ")
+    ]
+
+
 def test_the_scripts_differ_in_their_nodes_only() -> None:
     one, several = lines_of("ddp-one-node.sbatch"), lines_of("ddp-nodes.sbatch")
     changed = [(a, b) for a, b in zip(one, several, strict=True) if a != b]
@@ -176,9 +184,7 @@ def test_the_scripts_differ_in_their_nodes_only() -> None:
 
 
 def test_the_script_of_pipelines_differs_in_the_mesh_only() -> None:
-    ddp, pipeline = lines_of("ddp-nodes.sbatch"), lines_of("pipeline-nodes.sbatch")
-    added = [line.strip() for line in pipeline if line not in ddp and not line.startswith("# ")]
-    assert added == [
+    assert lines_added("ddp-nodes.sbatch", "pipeline-nodes.sbatch") == [
         "#SBATCH --job-name=pipeline",
         '"${PYTHON:-.venv/bin/python}" jobs/train.py \\',
         '--mesh "pp=$SLURM_JOB_NUM_NODES,dp=-1" --schedule zb-h1 \\',
@@ -187,16 +193,17 @@ def test_the_script_of_pipelines_differs_in_the_mesh_only() -> None:
 
 
 def test_the_script_of_fsdp_differs_in_the_strategy_and_the_memory_only() -> None:
-    ddp, fsdp = lines_of("ddp-nodes.sbatch"), lines_of("fsdp-nodes.sbatch")
-    added = [line.strip() for line in fsdp if line not in ddp and not line.startswith("# ")]
-    assert added == [
+    assert lines_added("ddp-nodes.sbatch", "fsdp-nodes.sbatch") == [
         "#SBATCH --job-name=fsdp",
         "#SBATCH --mem=0",
         '"${PYTHON:-.venv/bin/python}" jobs/train.py --strategy hybrid_shard \\',
         '--no-progress --resume --checkpoint-every 100 "$@" &',
     ]
-    removed = [line.strip() for line in ddp if line not in fsdp and not line.startswith("# ")]
-    assert removed == [
+    assert lines_added("fsdp-nodes.sbatch", "ddp-nodes.sbatch") == [
         "#SBATCH --job-name=ddp",
-        *[line.strip() for line in ddp if "jobs/train.py" in line and "PYTHON" in line],
+        *[
+            line.strip()
+            for line in lines_of("ddp-nodes.sbatch")
+            if "jobs/train.py" in line and "PYTHON" in line
+        ],
     ]
